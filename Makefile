@@ -1,0 +1,61 @@
+# Every target sets up .venv first; a second call finds the stamp and starts at once.
+#   make demo    train MovieLens-100k with all three hooks and show what came of it
+#   make test    the tests that need no GPU (and the GPU ones where CUDA is present)
+#   make check   ruff, mypy, import-linter
+#   make bench   every benchmark; results are appended under benchmarks/results/
+#   make clean   remove caches and what runs leave behind (not .venv, not downloaded data)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean venv
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(STAMP)
+
+# torch comes first: without an NVIDIA GPU the CPU-only wheel is enough, and much smaller.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "The pinned environment needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	  echo "NVIDIA GPU found: installing torch $(TORCH) with CUDA"; \
+	  $(PIP) install --quiet "torch==$(TORCH)"; \
+	elif $(PIP) install --quiet "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	  echo "No NVIDIA GPU: installed torch $(TORCH)+cpu"; \
+	else \
+	  echo "No NVIDIA GPU, and pip's indexes offer no torch $(TORCH)+cpu: installing the default"; \
+	  echo "wheel, which may bring several GB of CUDA libraries. To avoid that, name PyTorch's CPU"; \
+	  echo "wheel index in PIP_EXTRA_INDEX_URL."; \
+	  $(PIP) install --quiet "torch==$(TORCH)"; \
+	fi
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,examples]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m examples.deepfm.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+clean:
+	rm -rf build dist outputs timeline lightning_logs checkpoints
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find recis_lightning tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
