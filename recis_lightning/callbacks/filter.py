@@ -1,0 +1,168 @@
+"""``HashTableFilterHook``: count training steps for tables, and evict what they no longer see."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, distributed
+
+from recis_lightning.callbacks.hook import Hook
+from recis_lightning.hash_table import HashTable, hash_tables, live_hash_tables
+
+__all__ = ["HashTableFilterHook"]
+
+_log = logging.getLogger(__name__)
+
+
+class HashTableFilterHook(Hook):
+    """Let tables forget ids by their eviction policies, every ``filter_interval`` batches.
+
+    Under a ``Trainer``, after each training batch, the step of every table of the module grows
+    by one; when ``filter_interval`` batches have passed since the last filtering, each table
+    with an eviction policy evicts, and its number of rows before and after is logged (logger
+    ``recis_lightning.callbacks.filter``, INFO, rank 0). The first batch anchors the interval,
+    so filtering happens after batches ``1 + filter_interval``, ``1 + 2 * filter_interval``...
+    Validation, test and prediction count and evict nothing. With gradient accumulation a batch
+    is a micro-batch.
+
+    In a loop written by hand, call ``after_step(None, global_step)`` after each step; it works
+    on every table alive in the process that has an eviction policy.
+
+    The position (number of batches, last filtering) is part of Lightning's checkpoints. One
+    hook per Trainer: two would count each batch twice, and Lightning refuses them.
+
+    Args:
+        filter_interval: Batches between filterings, at least 1; None filters nothing, and
+            steps still count.
+
+    Raises:
+        TypeError: ``filter_interval`` is neither an int nor None.
+        ValueError: ``filter_interval`` is below 1.
+
+    Example:
+        >>> hook = HashTableFilterHook(filter_interval=200)
+        >>> for global_step in range(3):
+        ...     hook.after_step(None, global_step)  # after the work of the step
+        >>> hook.last_filter_step
+        0
+    """
+
+    # on_train_batch_end calls after_step with the number of batches.
+    _self_called = frozenset({"after_step"})
+
+    def __init__(self, filter_interval: int | None = 100) -> None:
+        super().__init__()
+        self.filter_interval = _checked("filter_interval", filter_interval)
+        self.last_filter_step: int | None = None
+        self._num_batches = 0
+        self._tables: list[HashTable] | None = None  # the module's, while it trains
+
+    def reset_filter_interval(self, interval: int | None = 100) -> None:
+        """Change the interval; the last filtering stays the anchor.
+
+        Args:
+            interval: As ``filter_interval``.
+
+        Raises:
+            TypeError: ``interval`` is neither an int nor None.
+            ValueError: ``interval`` is below 1.
+        """
+        self.filter_interval = _checked("interval", interval)
+
+    def after_step(self, _: Any, gstep: int | Tensor) -> None:
+        """Count one training step, and filter when the interval has passed.
+
+        Args:
+            _: Ignored.
+            gstep: The global step, an int or a tensor of one element.
+        """
+        step = int(gstep)
+        if self.last_filter_step is None:
+            self.last_filter_step = step
+        tables = self._tables
+        if tables is None:
+            tables = [table for table in live_hash_tables() if table.eviction is not None]
+        for table in tables:
+            table.update_step()
+        if self.filter_interval is None or step - self.last_filter_step < self.filter_interval:
+            return
+        for table in tables:
+            if table.eviction is not None:
+                _evict(table, step)
+        self.last_filter_step = step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the module's tables."""
+        self._tables = hash_tables(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the module's tables again: it may have gained some."""
+        self._tables = hash_tables(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch.
+
+        Not ``trainer.global_step``: it stands still while gradients accumulate, and leaps when
+        several optimizers step.
+        """
+        if self._tables is None:
+            self._tables = hash_tables(pl_module)
+        self._num_batches += 1
+        self.after_step(None, self._num_batches)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the module's tables."""
+        self._tables = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the module's tables."""
+        self._tables = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: batches counted, and the last filtering."""
+        return {"num_batches": self._num_batches, "last_filter_step": self.last_filter_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the position of a checkpoint."""
+        self._num_batches = state_dict["num_batches"]
+        self.last_filter_step = state_dict["last_filter_step"]
+
+
+def _checked(argument: str, interval: int | None) -> int | None:
+    if interval is None:
+        return None
+    if isinstance(interval, bool) or not isinstance(interval, int):
+        got = f"{type(interval).__name__} ({interval!r})"
+        raise TypeError(f"{argument}: expected an int >= 1 or None, got {got}")
+    if interval < 1:
+        raise ValueError(f"{argument}: expected an int >= 1 or None, got {interval}")
+    return interval
+
+
+def _evict(table: HashTable, step: int) -> None:
+    if not _speaks():
+        table.evict()
+        return
+    before = len(table)
+    num_evicted = table.evict()
+    _log.info(
+        "Filtered table %r at step %d: %d -> %d rows (%d evicted)",
+        table.name,
+        step,
+        before,
+        len(table),
+        num_evicted,
+    )
+
+
+def _speaks() -> bool:
+    first = not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
+    return first and _log.isEnabledFor(logging.INFO)

@@ -1,0 +1,349 @@
+"""``LoggerHook``: a line of training progress every so many batches, with honest throughput."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.metrics import get_metrics
+
+__all__ = ["LoggerHook"]
+
+_log = logging.getLogger(__name__)
+
+_OWN_NAMES = frozenset({"gstep", "lstep", "qps", "samples_per_sec"})
+_SAMPLES = "samples of this window"
+
+
+class LoggerHook(Hook):
+    """Report progress every ``log_step`` training batches.
+
+    On rank 0, the logger ``recis_lightning.callbacks.logger`` gets a line at INFO::
+
+        <gstep=100> <lstep=50> <qps=12.3400> <loss=0.123> <accuracy=0.95>
+
+    ``gstep`` is ``trainer.global_step`` (optimizer steps), ``lstep`` the training batches done
+    on this rank (resumed runs go on counting), ``qps`` the batches per second since the last
+    line. Then come the loss that ``training_step`` returned and everything registered by
+    ``add_metric``, except under names that the line has already. Numbers among them go, with
+    ``qps`` and ``samples_per_sec`` (of all ranks), to the progress bar,
+    ``trainer.callback_metrics`` and, once for each line, to every logger. A loss that the
+    module itself logs as ``"loss"`` is left to the module.
+
+    Time in validation, in the sanity check and in writing checkpoints is no training time and
+    is left out. A device is synchronised at most once for each line. With several ranks, all
+    must register the same ``torchmetrics``, which gather when computed; other values, and the
+    loss, are rank 0's.
+
+    Args:
+        log_step: Training batches between lines, at least 1.
+
+    Raises:
+        TypeError: ``log_step`` is not an int.
+        ValueError: ``log_step`` is below 1.
+
+    Example:
+        >>> LoggerHook(log_step=50).log_step
+        50
+    """
+
+    def __init__(self, log_step: int = 10) -> None:
+        super().__init__()
+        if isinstance(log_step, bool) or not isinstance(log_step, int):
+            raise TypeError(
+                f"log_step: expected an int >= 1, got {type(log_step).__name__} ({log_step!r})"
+            )
+        if log_step < 1:
+            raise ValueError(f"log_step: expected an int >= 1, got {log_step}")
+        self.log_step = log_step
+        self._clock = _TrainingClock()
+        self._lstep = 0
+        self._num_batches = 0  # in this window, as is the next
+        self._num_samples: int | None = 0  # None: a batch of unknown size
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the first window."""
+        self._lstep = batches_done(trainer)
+        self._num_batches = self._num_samples = 0
+        self._clock.start()
+        _TimedSave.attach(trainer, self._clock)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; report when the window is full."""
+        self._lstep += 1
+        self._num_batches += 1
+        if self._num_samples is not None:
+            size = _batch_size(batch)
+            self._num_samples = None if size is None else self._num_samples + size
+        if self._lstep % self.log_step:
+            self._clock.mark()
+            return
+        self._report(trainer, pl_module, outputs)
+        self._num_batches = self._num_samples = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock; its set-up since the last batch was validation's, too."""
+        self._clock.pause(at_mark=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the clock go on."""
+        self._clock.resume()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop timing."""
+        self._close(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop timing."""
+        self._close(trainer)
+
+    def _close(self, trainer: Trainer) -> None:
+        self._clock.stop()
+        _TimedSave.detach(trainer, self._clock)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+        samples: Any = math.nan if self._num_samples is None else float(self._num_samples)
+        if trainer.world_size > 1:
+            on_device = torch.tensor(samples, device=trainer.strategy.root_device)
+            samples = trainer.strategy.reduce(on_device, reduce_op="sum")
+        values = {"loss": _loss(trainer, pl_module, outputs), **_computed(trainer.world_size)}
+        fetched = _fetched({**values, _SAMPLES: samples}, trainer.strategy.root_device)
+        samples = fetched.pop(_SAMPLES)
+
+        seconds = self._clock.lap()
+        rates = {"qps": self._num_batches / seconds if seconds > 0 else math.inf}
+        if not math.isnan(samples):
+            rates["samples_per_sec"] = samples / seconds if seconds > 0 else math.inf
+        values = {k: v for k, v in fetched.items() if v is not None and k not in _OWN_NAMES}
+        if trainer.is_global_zero:
+            line = [f"<gstep={trainer.global_step}> <lstep={self._lstep}> <qps={rates['qps']:.4f}>"]
+            line += [f"<{name}={_shown(value)}>" for name, value in values.items()]
+            _log.info("%s", " ".join(line))
+        if "loss" not in get_metrics() and _module_logs(trainer, "loss"):
+            values.pop("loss", None)
+        _publish(trainer, pl_module, rates | {k: v for k, v in values.items() if _is_number(v)})
+
+
+class _TrainingClock:
+    """Seconds spent training: runs between ``start`` and ``stop``, except while paused."""
+
+    def __init__(self) -> None:
+        self._running = False
+
+    def start(self) -> None:
+        self._running, self._pauses, self._elapsed = True, 0, 0.0
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._running = False
+
+    def mark(self) -> None:
+        """Book the time so far, so that a pause may begin here in retrospect."""
+        if self._running and not self._pauses:
+            now = time.perf_counter()
+            self._elapsed += now - self._since
+            self._since = now
+
+    def pause(self, at_mark: bool = False) -> None:
+        if self._running:
+            if not at_mark:
+                self.mark()
+            self._pauses += 1
+
+    def resume(self) -> None:
+        if self._running and self._pauses:
+            self._pauses -= 1
+            if not self._pauses:
+                self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, and begin the next."""
+        self.mark()
+        elapsed, self._elapsed = self._elapsed, 0.0
+        return elapsed
+
+
+class _TimedSave:
+    """Stands in for ``trainer.save_checkpoint`` while training, and pauses clocks meanwhile.
+
+    Lightning calls no callback after it wrote a checkpoint, nor any at all when it saves
+    weights only.
+    """
+
+    def __init__(self, save: Callable[..., None], replaced: bool) -> None:
+        self._save = save
+        self._replaced = replaced  # the Trainer had one of its own before
+        self._clocks: list[_TrainingClock] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        clocks = list(self._clocks)
+        for clock in clocks:
+            clock.pause()
+        try:
+            self._save(*args, **kwargs)
+        finally:
+            for clock in clocks:
+                clock.resume()
+
+    @classmethod
+    def attach(cls, trainer: Trainer, clock: _TrainingClock) -> None:
+        own = vars(trainer).get("save_checkpoint")
+        if not isinstance(own, cls):
+            own = cls(trainer.save_checkpoint, replaced=own is not None)
+            vars(trainer)["save_checkpoint"] = own
+        own._clocks.append(clock)
+
+    @classmethod
+    def detach(cls, trainer: Trainer, clock: _TrainingClock) -> None:
+        own = vars(trainer).get("save_checkpoint")
+        if not isinstance(own, cls) or clock not in own._clocks:
+            return
+        own._clocks.remove(clock)
+        if not own._clocks and own._replaced:
+            vars(trainer)["save_checkpoint"] = own._save
+        elif not own._clocks:
+            del vars(trainer)["save_checkpoint"]
+
+
+class AboveTheBar(logging.Handler):
+    """Prints lines to stderr, above a live progress bar, unless other handlers print them.
+
+    So a plain script shows our INFO lines, as it shows Lightning's, and an application that
+    sets logging up, before or after the import, gets each line once, in its own way.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record."""
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            if any(not isinstance(h, AboveTheBar | logging.NullHandler) for h in logger.handlers):
+                return
+            logger = logger.parent if logger.propagate else None
+        try:
+            Tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _batch_size(batch: Any) -> int | None:
+    """Return the number of samples of a batch: that of its first member that tells."""
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.dim() else None
+    if isinstance(getattr(batch, "offsets", None), Tensor):  # Jagged
+        return int(batch.offsets.numel()) - 1
+    if callable(getattr(batch, "stride", None)):  # TorchRec's KeyedJaggedTensor
+        return int(batch.stride())
+    members: Any = ()
+    if isinstance(batch, Mapping):
+        members = batch.values()
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        members = batch
+    elif dataclasses.is_dataclass(batch):
+        members = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return next((size for size in map(_batch_size, members) if size is not None), None)
+
+
+def _loss(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
+    """Return the loss as ``training_step`` returned it."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return None
+    # Lightning divides it by the number of micro-batches.
+    scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+    return loss.detach() * scale if scale != 1 else loss.detach()
+
+
+def _computed(world_size: int) -> dict[str, Any]:
+    """Return what ``add_metric`` holds, computed; a collection gives an entry for each member."""
+    values: dict[str, Any] = {}
+    registry = get_metrics()
+    gathering = {k: v for k, v in registry.items() if isinstance(v, Metric | MetricCollection)}
+    # By name: ranks must gather in one order.
+    results = {name: _compute(gathering[name], world_size) for name in sorted(gathering)}
+    for name, value in registry.items():
+        if name in gathering:
+            value = results[name]
+        elif callable(value):
+            value = value()
+        if isinstance(value, Mapping):
+            values.update({f"{name}_{key}": part for key, part in value.items()})
+        else:
+            values[name] = value
+    return values
+
+
+def _compute(metric: Metric | MetricCollection, world_size: int) -> Any:
+    """Compute a metric; None before its first update."""
+    members = metric.values() if isinstance(metric, MetricCollection) else [metric]
+    # With several ranks another may have updated, and would wait for this one.
+    if world_size == 1 and not any(member.update_called for member in members):
+        return None
+    return metric.compute()
+
+
+def _fetched(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Bring one-element tensors to the host as numbers: one synchronisation for all."""
+    scalars = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.numel() == 1}
+    away = [name for name, value in scalars.items() if value.device.type != "cpu"]
+    if away:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        together = torch.stack([scalars[name].detach().reshape(()).to(dtype) for name in away])
+        numbers: dict[str, Any] = dict(zip(away, together.tolist(), strict=True))
+    else:
+        numbers = {}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    for name, value in scalars.items():
+        number = numbers[name] if name in numbers else value.item()
+        numbers[name] = number if value.is_floating_point() else int(number)
+    return {**values, **numbers}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _module_logs(trainer: Trainer, name: str) -> bool:
+    return f"training_step.{name}" in (trainer._results or ())
+
+
+def _publish(trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
+    """Show values in the progress bar, and write them to every logger, once.
+
+    ``self.log`` would write them again at each of Lightning's logging steps until the epoch
+    ends, and not at all where the two intervals do not meet.
+    """
+    if trainer.barebones:
+        return
+    # On the host: Lightning reads what the bar shows after every batch.
+    shown = {name: torch.tensor(float(value)) for name, value in values.items()}
+    for name, value in shown.items():
+        pl_module.log(
+            name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
+        )
+    trainer.logged_metrics.update(shown)
+    if trainer.is_global_zero:
+        # Lightning's own x-axis: batches after which the optimizer stepped.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)

@@ -1,0 +1,243 @@
+"""``ProfilerHook``: Chrome traces of a few training batches, with Lightning's regions in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler
+from torch.profiler import ProfilerAction, ProfilerActivity, record_function
+
+from recis_lightning.callbacks.hook import Hook, batches_done
+
+__all__ = ["ProfilerHook"]
+
+_log = logging.getLogger(__name__)
+
+
+class ProfilerHook(Hook):
+    """Profile training in cycles of ``wait + warmup + active`` batches, one trace a cycle.
+
+    Each trace is a file ``{APP_ID}-timeline-{step}.json`` in ``output_dir`` for
+    ``chrome://tracing`` or Perfetto: ``APP_ID`` is the environment variable, or ``local``;
+    ``step`` is the number of training batches done, counted over resumed runs; with several
+    ranks each writes its own, ``...-{step}-rank{rank}.json``. It holds CPU and device
+    activities with shapes, memory, Python stacks and FLOPs, Lightning's named regions
+    (``run_training_batch``, ``[Callback]...``) and the tables' ops (``recis::...``). A run that
+    ends or fails within a window leaves the trace of what was recorded.
+
+    Outside its windows the hook only counts. A ``SimpleProfiler`` or ``AdvancedProfiler`` of the
+    Trainer works on beside it. ``PyTorchProfiler`` cannot: torch has one profiler a process.
+
+    Args:
+        wait: Batches that each cycle leaves alone.
+        warmup: Batches with the profiler on and nothing kept; with 0, torch warns that the
+            profiler's own start-up distorts the trace.
+        active: Batches recorded.
+        repeat: Number of cycles; 0 means until training ends, as in torch.
+        output_dir: Where traces go; created if missing.
+
+    Attributes:
+        prof: The newest ``torch.profiler.profile``; None before the first window.
+        trace_paths: The files written by this hook, in order.
+
+    Raises:
+        TypeError: An argument is not an int.
+        ValueError: ``active`` is below 1, or another is negative.
+
+    Example:
+        >>> hook = ProfilerHook(wait=1, warmup=28, active=2, repeat=1, output_dir="timeline")
+        >>> hook.trace_paths
+        []
+    """
+
+    def __init__(
+        self,
+        wait: int = 1,
+        warmup: int = 48,
+        active: int = 1,
+        repeat: int = 4,
+        output_dir: str | os.PathLike[str] = "./",
+    ) -> None:
+        super().__init__()
+        self.wait = _checked("wait", wait, 0)
+        self.warmup = _checked("warmup", warmup, 0)
+        self.active = _checked("active", active, 1)
+        self.repeat = _checked("repeat", repeat, 0)
+        self.output_dir = os.fspath(output_dir)
+        self.prof: torch.profiler.profile | None = None
+        self.trace_paths: list[str] = []
+        self._cycle = 0
+        self._position = 0  # batches done in this cycle
+        self._running = False  # prof is started
+        self._step = 0  # batches done in all
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A torch profiler can be neither pickled nor copied.
+        return {**vars(self), "prof": None, "_running": False}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot run beside this hook.
+
+        Raises:
+            MisconfigurationException: The Trainer has a ``PyTorchProfiler`` or another
+                ``ProfilerHook``.
+        """
+        if stage != "fit":
+            return
+        owner: Any = trainer
+        if isinstance(owner.profiler, PyTorchProfiler):
+            raise MisconfigurationException(
+                "ProfilerHook and Trainer(profiler=PyTorchProfiler) both use torch's profiler, "
+                "which runs once a process: remove one of them. SimpleProfiler and "
+                "AdvancedProfiler work beside ProfilerHook."
+            )
+        hooks = [hook for hook in owner.callbacks if isinstance(hook, ProfilerHook)]
+        if len(hooks) > 1:
+            raise MisconfigurationException(
+                f"expected one ProfilerHook, got {len(hooks)}: torch's profiler runs once a process"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting."""
+        self._cycle = self._position = 0
+        self._step = batches_done(trainer)
+        self._follow(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; open or close the window."""
+        if self.repeat and self._cycle == self.repeat:
+            return
+        self._step += 1
+        self._position += 1
+        if self._running:
+            assert self.prof is not None
+            self.prof.step()  # writes the trace when the window closes
+        if self._position == self.wait + self.warmup + self.active:
+            self._stop()
+            self._cycle += 1
+            self._position = 0
+        self._follow(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the trace of an open window, and give Lightning its profiler back."""
+        self._finish(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write the trace of an open window, and give Lightning its profiler back."""
+        try:
+            self._finish(trainer)
+        except Exception:  # what stopped the run matters more
+            _log.exception("Could not finish the trace of the window that was open")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Lightning its profiler back, if nothing did before."""
+        self._finish(trainer)
+
+    def _follow(self, trainer: Any) -> None:
+        """Start a profiler when the wait is over; record Lightning's regions within a window."""
+        finished = self.repeat != 0 and self._cycle == self.repeat
+        if not self._running and not finished and self._position == self.wait:
+            self._start(trainer)
+        recording = (
+            self._running
+            and self.prof is not None
+            and self.prof.current_action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+        )
+        if recording and not isinstance(trainer.profiler, _RegionRecorder):
+            trainer.profiler = _RegionRecorder(trainer.profiler)
+        elif not recording and isinstance(trainer.profiler, _RegionRecorder):
+            trainer.profiler = trainer.profiler.inner
+
+    def _start(self, trainer: Trainer) -> None:
+        """Start a profiler of one cycle.
+
+        One for each cycle: torch warns when a profiler meets its second.
+        """
+        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+
+        def write(prof: torch.profiler.profile) -> None:
+            app = os.environ.get("APP_ID") or "local"
+            self._write(prof, f"{app}-timeline-{self._step}{rank}.json")
+
+        self.prof = torch.profiler.profile(
+            activities=_activities(),
+            schedule=torch.profiler.schedule(
+                wait=0, warmup=self.warmup, active=self.active, repeat=1
+            ),
+            on_trace_ready=write,
+            record_shapes=True,
+            profile_memory=True,
+            with_stack=True,
+            with_flops=True,
+        )
+        self.prof.start()
+        self._running = True
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            assert self.prof is not None
+            self.prof.stop()  # within a window this writes the trace
+
+    def _finish(self, trainer: Any) -> None:
+        try:
+            self._stop()
+        finally:
+            if isinstance(trainer.profiler, _RegionRecorder):
+                trainer.profiler = trainer.profiler.inner
+
+    def _write(self, prof: torch.profiler.profile, name: str) -> None:
+        folder = Path(self.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, unfinished = folder / name, folder / f".{name}.part"
+        prof.export_chrome_trace(str(unfinished))
+        unfinished.replace(path)
+        if str(path) not in self.trace_paths:
+            self.trace_paths.append(str(path))
+        _log.info("Wrote the trace %s", path)
+
+
+class _RegionRecorder(Profiler):
+    """Marks Lightning's regions in torch's trace, and hands them on to the Trainer's profiler."""
+
+    def __init__(self, inner: Profiler) -> None:
+        super().__init__()
+        self.inner = inner
+        self._open: defaultdict[str, list[record_function]] = defaultdict(list)
+
+    def start(self, action_name: str) -> None:
+        self.inner.start(action_name)
+        region = record_function(action_name)
+        region.__enter__()  # type: ignore[no-untyped-call]
+        self._open[action_name].append(region)
+
+    def stop(self, action_name: str) -> None:
+        if self._open[action_name]:
+            self._open[action_name].pop().__exit__(None, None, None)
+        self.inner.stop(action_name)
+
+
+def _activities() -> list[ProfilerActivity]:
+    device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return [ProfilerActivity.CPU, *device]
+
+
+def _checked(argument: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{argument}: expected an int >= {least}, got {type(value).__name__} ({value!r})"
+        )
+    if value < least:
+        raise ValueError(f"{argument}: expected an int >= {least}, got {value}")
+    return value
