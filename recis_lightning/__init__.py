@@ -1,0 +1,21 @@
+"""RecIS's training hooks and dynamic embedding tables for PyTorch Lightning."""
+
+from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
+from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
+from recis_lightning.hash_table import HashTable, hash_tables
+from recis_lightning.jagged import Jagged
+from recis_lightning.metrics import GAUC, add_metric
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GAUC",
+    "DynamicEmbedding",
+    "DynamicEmbeddingBag",
+    "EmbeddingEngine",
+    "EmbeddingOption",
+    "HashTable",
+    "Jagged",
+    "add_metric",
+    "hash_tables",
+]

@@ -1,0 +1,243 @@
+"""``nn.Embedding`` and ``nn.EmbeddingBag`` without ``num_embeddings``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis_lightning.admission import Admission
+from recis_lightning.eviction import Eviction
+from recis_lightning.hash_table import HashTable, check_ids
+from recis_lightning.initializers import Initializer, Normal
+from recis_lightning.jagged import Bags, Jagged, read_bags
+from recis_lightning.table_group import Feature, TableGroup
+
+_BAG_MODES = ("sum", "mean")
+_DEFAULT_INITIALIZER = Normal(std=0.01)
+
+
+def check_padding_idx(padding_idx: int | None) -> int | None:
+    """Return ``padding_idx`` if it is an int64 or None, else raise."""
+    if padding_idx is None:
+        return None
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx: expected an int or None, got {padding_idx!r}")
+    if not -(2**63) <= padding_idx < 2**63:
+        raise ValueError(f"padding_idx: expected an int64, got {padding_idx!r}")
+    return padding_idx
+
+
+class _Embedding(nn.Module):
+    """One table, one feature."""
+
+    def __init__(self, table: HashTable, mode: str, padding_idx: int | None) -> None:
+        super().__init__()
+        self.table = table
+        self.mode = mode
+        self.padding_idx = check_padding_idx(padding_idx)
+        self._group: TableGroup | None = None
+
+    @property
+    def embedding_dim(self) -> int:
+        """Weights in a row."""
+        return self.table.embedding_dim
+
+    def _look_up(self, bags: Bags) -> Tensor:
+        group = self._group
+        if group is None or not group.is_current():
+            feature = Feature("ids", self.table, self.mode, self.padding_idx)
+            group = self._group = TableGroup([feature])
+        return group.look_up([bags], self.training)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}
+
+    def extra_repr(self) -> str:
+        """See ``torch.nn.Module.extra_repr``."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.embedding_dim}{padding}"
+
+
+class DynamicEmbedding(_Embedding):
+    """An embedding of any int64 id: rows appear on first use.
+
+    Mirrors ``torch.nn.Embedding`` without ``num_embeddings``. In training mode an unknown id gets
+    a row; in evaluation mode nothing changes, unknown ids read as zeros and no gradient flows.
+
+    Args:
+        embedding_dim: Size of each vector.
+        initializer: How a new row starts; ``Normal(std=0.01)`` by default.
+        admission: Which unknown ids get a row; None admits all.
+        eviction: Which rows leave when the table evicts; None none.
+        padding_idx: An id that reads as zeros, gets no row and no gradient.
+        dtype: torch.float32 or torch.bfloat16.
+        device: Where the table lives.
+        seed: With ``name`` and the id, what a new row's values depend on.
+        name: For logs and checkpoints.
+
+    Example:
+        >>> user = DynamicEmbedding(16, name="user")
+        >>> user(torch.tensor([[3, -5], [2**62, 3]])).shape
+        torch.Size([2, 2, 16])
+        >>> len(user.table)
+        3
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        *,
+        initializer: Initializer = _DEFAULT_INITIALIZER,
+        admission: Admission | None = None,
+        eviction: Eviction | None = None,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        table = HashTable(
+            embedding_dim,
+            initializer=initializer,
+            admission=admission,
+            eviction=eviction,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            name=name,
+        )
+        super().__init__(table, "none", padding_idx)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look ids up.
+
+        Args:
+            ids: int64 [*].
+
+        Returns:
+            [*, embedding_dim] in the table's dtype.
+
+        Raises:
+            TypeError: ``ids`` is not int64.
+        """
+        flat = check_ids(ids).reshape(-1).contiguous()
+        out = self._look_up(Bags(flat, flat.numel(), 1, None, None, tuple(ids.shape)))
+        return out.view(*ids.shape, self.embedding_dim)
+
+
+class DynamicEmbeddingBag(_Embedding):
+    """Sums or means of bags of any int64 ids.
+
+    Mirrors ``torch.nn.EmbeddingBag``: 2-D ids are bags of one length, 1-D ids need ``offsets``;
+    an empty bag gives zeros. Arguments are those of ``DynamicEmbedding`` and ``mode``.
+
+    Args:
+        embedding_dim: Size of each vector.
+        mode: "sum" or "mean".
+        initializer: As for ``DynamicEmbedding``, like all that follow.
+        admission: Which unknown ids get a row.
+        eviction: Which rows leave when the table evicts.
+        padding_idx: An id that adds nothing; "mean" does not count it.
+        dtype: torch.float32 or torch.bfloat16.
+        device: Where the table lives.
+        seed: With ``name`` and the id, what a new row's values depend on.
+        name: For logs and checkpoints.
+        include_last_offset: Whether ``offsets`` ends with the number of ids.
+
+    Example:
+        >>> tags = DynamicEmbeddingBag(8, mode="sum", name="tags")
+        >>> tags(torch.tensor([4, 9, 4]), torch.tensor([0, 2])).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        *,
+        mode: str = "mean",
+        initializer: Initializer = _DEFAULT_INITIALIZER,
+        admission: Admission | None = None,
+        eviction: Eviction | None = None,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        include_last_offset: bool = False,
+        **unsupported: Any,
+    ) -> None:
+        if mode not in _BAG_MODES:
+            hint = "; 'max' does not exist here" if mode == "max" else ""
+            raise ValueError(f"mode: expected one of {_BAG_MODES}, got {mode!r}{hint}")
+        for argument, value in unsupported.items():
+            if argument in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
+                raise ValueError(
+                    f"{argument}: does not exist here, got {value!r}; rows are always updated "
+                    "sparsely, and are not renormalised in a lookup"
+                )
+            raise TypeError(f"DynamicEmbeddingBag got an unexpected argument {argument!r}")
+        table = HashTable(
+            embedding_dim,
+            initializer=initializer,
+            admission=admission,
+            eviction=eviction,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            name=name,
+        )
+        super().__init__(table, mode, padding_idx)
+        self.include_last_offset = include_last_offset
+
+    def forward(
+        self,
+        ids: Tensor | Jagged,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Look bags up and pool them.
+
+        Args:
+            ids: int64 [B, L] (bags of length L) or [N] with ``offsets``; also a jagged
+                NestedTensor [B, j] or a ``Jagged``.
+            offsets: int64 [B], where each bag starts in 1-D ids (with ``include_last_offset``
+                [B + 1], ending with N).
+            per_sample_weights: [N] or [B, L], only with mode "sum", as in torch.
+
+        Returns:
+            [B, embedding_dim] in the table's dtype.
+
+        Raises:
+            TypeError, ValueError: Shapes or dtypes do not fit.
+        """
+        if per_sample_weights is not None and self.mode != "sum":
+            raise ValueError(
+                f"per_sample_weights: only mode 'sum' takes them, this is mode {self.mode!r}"
+            )
+        if isinstance(ids, Jagged) or (isinstance(ids, Tensor) and ids.is_nested):
+            if offsets is not None or per_sample_weights is not None:
+                raise ValueError("offsets, per_sample_weights: expected None for ragged ids")
+            return self._look_up(read_bags(ids, "ids"))
+        check_ids(ids)
+        if ids.dim() == 2:
+            if offsets is not None:
+                raise ValueError("offsets: expected None for 2-D ids, whose rows are the bags")
+            feature = ids if per_sample_weights is None else (ids, per_sample_weights)
+            return self._look_up(read_bags(feature, "ids"))
+        if ids.dim() != 1:
+            raise ValueError(f"ids: expected shape [N] or [B, L], got {tuple(ids.shape)}")
+        if offsets is None:
+            raise ValueError("offsets: 1-D ids need them, got None")
+        check_ids(offsets, "offsets")
+        if not self.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
+        return self._look_up(read_bags(Jagged(ids, offsets, per_sample_weights), "ids"))
+
+    def extra_repr(self) -> str:
+        """See ``torch.nn.Module.extra_repr``."""
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+__all__ = ["DynamicEmbedding", "DynamicEmbeddingBag"]

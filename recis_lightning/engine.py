@@ -1,0 +1,226 @@
+"""``EmbeddingEngine``: all categorical features of a model, one pass a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis_lightning.admission import Admission
+from recis_lightning.embedding import check_padding_idx
+from recis_lightning.eviction import Eviction
+from recis_lightning.hash_table import HashTable
+from recis_lightning.initializers import Initializer, Normal
+from recis_lightning.jagged import Bags, Jagged, read_bags, read_keyed_jagged
+from recis_lightning.ops.embedding_bag import MODES
+from recis_lightning.table_group import Feature, TableGroup
+
+_FEATURE_FIELDS = ("table", "mode", "padding_idx", "tile_len")  # the rest belongs to the table
+
+
+@dataclass
+class EmbeddingOption:
+    """How one feature is embedded.
+
+    Args:
+        embedding_dim: Size of a row.
+        table: Whose rows it reads; the feature's own name by default. Options that name the same
+            table share its rows, and must agree on everything the table owns.
+        mode: "none" (a row an id), "sum", "mean" or "tile" (the first ``tile_len`` rows of a bag
+            side by side, zero padded).
+        initializer: How a new row starts.
+        admission: Which unknown ids get a row; None admits all.
+        eviction: Which rows leave when the table evicts; None none.
+        padding_idx: An id of this feature that reads as zeros and gets no row.
+        dtype: torch.float32 or torch.bfloat16, also by name.
+        device: Where the table lives.
+        trainable: Whether rows get gradients.
+        tile_len: Rows of a bag, for mode "tile" only.
+        seed: With the table's name and the id, what a new row's values depend on.
+
+    Raises:
+        TypeError, ValueError: A field is not what it should be.
+    """
+
+    embedding_dim: int
+    table: str | None = None
+    mode: str = "none"
+    initializer: Initializer = Normal(std=0.01)
+    admission: Admission | None = None
+    eviction: Eviction | None = None
+    padding_idx: int | None = None
+    dtype: torch.dtype | str = torch.float32
+    device: torch.device | str | None = None
+    trainable: bool = True
+    tile_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {tuple(MODES)}, got {self.mode!r}")
+        if (self.mode == "tile") != (self.tile_len is not None):
+            raise ValueError(
+                f"tile_len: mode 'tile' needs one and no other takes one, got "
+                f"tile_len={self.tile_len!r} with mode={self.mode!r}"
+            )
+        if self.tile_len is not None and (
+            isinstance(self.tile_len, bool)
+            or not isinstance(self.tile_len, int)
+            or self.tile_len < 1
+        ):
+            raise ValueError(f"tile_len: expected an int >= 1, got {self.tile_len!r}")
+        check_padding_idx(self.padding_idx)
+
+
+class EmbeddingEngine(nn.Module):
+    """Looks up many features at once.
+
+    Features whose tables share device, dtype and dim form a group, and a group is one index pass
+    and one gather a step, however many features it has and however they pool.
+
+    Args:
+        options: Feature -> how it is embedded.
+
+    Raises:
+        TypeError: An option is no ``EmbeddingOption``.
+        ValueError: No features, or two that share a table and disagree on it.
+
+    Example:
+        >>> engine = EmbeddingEngine({
+        ...     "item": EmbeddingOption(4, table="item"),
+        ...     "history": EmbeddingOption(4, table="item", mode="sum"),
+        ... })
+        >>> history = Jagged(torch.tensor([1, 2, 2]), torch.tensor([0, 1, 3]))
+        >>> out = engine({"item": torch.tensor([1, 7]), "history": history})
+        >>> {name: tuple(value.shape) for name, value in out.items()}
+        {'item': (2, 4), 'history': (2, 4)}
+        >>> len(engine.tables["item"])
+        3
+    """
+
+    def __init__(self, options: dict[str, EmbeddingOption]) -> None:
+        super().__init__()
+        if not options:
+            raise ValueError("options: expected at least one feature, got none")
+        self.options = dict(options)
+        self.tables = nn.ModuleDict()
+        owners: dict[str, str] = {}
+        for feature, option in self.options.items():
+            if not isinstance(option, EmbeddingOption):
+                raise TypeError(f"options[{feature!r}]: expected EmbeddingOption, got {option!r}")
+            name = option.table or feature
+            if "." in name:
+                raise ValueError(f"options[{feature!r}]: table {name!r} must not contain '.'")
+            if name in owners:
+                self._check_same_table(name, owners[name], feature)
+                continue
+            owners[name] = feature
+            self.tables[name] = _make_table(name, option)
+        self._groups: list[tuple[list[str], TableGroup]] | None = None
+
+    def _check_same_table(self, table: str, first: str, second: str) -> None:
+        one, two = self.options[first], self.options[second]
+        for field in fields(EmbeddingOption):
+            if field.name in _FEATURE_FIELDS:
+                continue
+            mine, other = getattr(one, field.name), getattr(two, field.name)
+            if field.name == "admission":
+                mine, other = repr(mine), repr(other)
+            if field.name == "dtype":
+                mine, other = (str(dtype).removeprefix("torch.") for dtype in (mine, other))
+            if mine != other:
+                raise ValueError(
+                    f"options: features {first!r} and {second!r} share table {table!r} but "
+                    f"disagree on {field.name}: {mine!r} and {other!r}"
+                )
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Look all features up.
+
+        Args:
+            features: Feature -> int64 [B] or [B, L], a dense pair ``(ids, weights)``, a torch
+                jagged NestedTensor [B, j], or ``Jagged``; or TorchRec's ``KeyedJaggedTensor``.
+
+        Returns:
+            Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; for "none"
+            [*ids.shape, dim], and a ragged feature in its own layout.
+
+        Raises:
+            ValueError: A feature is missing or unknown (names it).
+            TypeError: A feature is of no kind named above (names it).
+        """
+        if not isinstance(features, Mapping):
+            if not all(hasattr(features, name) for name in ("keys", "values", "lengths")):
+                raise TypeError(
+                    f"features: expected a dict or KeyedJaggedTensor, got {type(features).__name__}"
+                )
+            features = read_keyed_jagged(features)
+        if features.keys() != self.options.keys():
+            missing = sorted(self.options.keys() - features.keys())
+            unknown = sorted(features.keys() - self.options.keys())
+            raise ValueError(f"features: missing {missing}, unknown {unknown}")
+        found: dict[str, Any] = dict.fromkeys(self.options)
+        for names, group in self._current_groups():
+            bags = [read_bags(features[name], name) for name in names]
+            for name, bag, out in zip(names, bags, group.look_up(bags, self.training), strict=True):
+                found[name] = _shape(out, bag, self.options[name].mode)
+        return found
+
+    def _current_groups(self) -> list[tuple[list[str], TableGroup]]:
+        groups = self._groups
+        if groups is None or not all(group.is_current() for _, group in groups):
+            members: dict[tuple[Any, ...], list[str]] = {}
+            for name in self.options:
+                table = self._table(name)
+                key = (table.device, table.dtype, table.embedding_dim)
+                members.setdefault(key, []).append(name)
+            groups = self._groups = [
+                (names, TableGroup([self._feature(name) for name in names]))
+                for names in members.values()
+            ]
+        return groups
+
+    def _table(self, feature: str) -> HashTable:
+        table = self.tables[self.options[feature].table or feature]
+        assert isinstance(table, HashTable)
+        return table
+
+    def _feature(self, name: str) -> Feature:
+        option = self.options[name]
+        return Feature(
+            name, self._table(name), option.mode, option.padding_idx, option.tile_len or 0
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": None}
+
+
+def _make_table(name: str, option: EmbeddingOption) -> HashTable:
+    return HashTable(
+        option.embedding_dim,
+        initializer=option.initializer,
+        admission=option.admission,
+        eviction=option.eviction,
+        dtype=option.dtype,
+        device=option.device,
+        seed=option.seed,
+        name=name,
+        trainable=option.trainable,
+    )
+
+
+def _shape(out: Tensor, bags: Bags, mode: str) -> Any:
+    if mode != "none":
+        return out
+    if bags.shape is not None:
+        return out.view(*bags.shape, out.shape[1])
+    assert bags.offsets is not None
+    if bags.nested:
+        return torch.nested.nested_tensor_from_jagged(out, bags.offsets)
+    return Jagged(out, bags.offsets)
+
+
+__all__ = ["EmbeddingEngine", "EmbeddingOption"]

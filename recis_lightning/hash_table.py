@@ -1,0 +1,586 @@
+"""The dynamic hash table: any int64 id, rows appear on first use.
+
+A table owns its index, its rows and its policy columns. Its tensors are plain attributes, neither
+parameters nor buffers: they grow, DDP must not broadcast them, and optimizers for dense
+parameters must not see them. They travel through ``state_dict`` as extra state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recis_lightning.admission import Admission
+from recis_lightning.eviction import Eviction
+from recis_lightning.initializers import Initializer, Normal
+from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
+from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.table_header import (
+    CAPACITY,
+    HAS_PADDING,
+    HEADER_SIZE,
+    INSERT,
+    LAST_SEEN,
+    NUM_IDS,
+    SEGMENT_FLAGS,
+    SEGMENT_HEADER,
+    SEGMENT_PADDING,
+    SEGMENT_SIZE,
+    SEGMENT_START,
+    STEP,
+    UNKNOWN,
+)
+from recis_lightning.row_store import RowStore
+
+_SCHEMA = 1
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
+_birth = itertools.count()
+
+
+@dataclass(eq=False)
+class PendingGradient:
+    """What a backward pass left for the optimizer: gradients of bags, and where ids lie in them.
+
+    Attributes:
+        tables: The table of each feature.
+        plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
+        rows: int64 [n], rows of all ids of the lookup.
+        keep: Tensors that ``plan`` points into.
+    """
+
+    tables: list[HashTable]
+    plan: Plan
+    rows: Tensor
+    keep: list[Tensor]
+
+    def rows_of(self, table: HashTable) -> Tensor:
+        """Return the rows (views of ``rows``) that ``table`` has a gradient for; -1 among them."""
+        parts = []
+        for owner, line in zip(self.tables, self.plan, strict=True):
+            if owner is table:
+                first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
+                parts.append(self.rows[first : first + int(line[embedding_bag.NUM_IDS])])
+        return torch.cat(parts) if parts else self.rows[:0]
+
+    def forget(self, table: HashTable, gone: Tensor) -> None:
+        """Drop the gradients of ``table``'s rows that ``gone`` (bool [rows]) marks."""
+        for owner, line in zip(self.tables, self.plan, strict=True):
+            if owner is table:
+                first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
+                part = self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
+                part[(part >= 0) & gone[part.clamp(min=0)]] = UNKNOWN
+
+
+def check_embedding_dim(embedding_dim: int) -> int:
+    """Return ``embedding_dim`` if it is an int >= 1, else raise."""
+    if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int):
+        raise TypeError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
+    return embedding_dim
+
+
+def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype that rows can have (also by name, as YAML writes it), else raise."""
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype!r}")
+    return found
+
+
+def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
+    """Return ``ids`` if it is an int64 tensor on a device that tables have, else raise."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected an int64 Tensor, got {type(ids).__name__}")
+    if ids.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {ids.dtype}")
+    return ids
+
+
+class HashTable(nn.Module):
+    """A table of rows by id.
+
+    Args:
+        embedding_dim: Weights in a row.
+        initializer: How a new row starts.
+        admission: Which unknown ids get a row; None admits all.
+        eviction: Which rows ``evict`` throws out; None none.
+        dtype: torch.float32 or torch.bfloat16; optimizer state is float32.
+        device: Where the table lives; this version has kernels for the CPU.
+        seed: With ``name`` and the id, what a new row's values depend on.
+        name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
+            place in the module, or "table" if it is used before.
+        trainable: Whether lookups leave gradients.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be.
+
+    Example:
+        >>> table = HashTable(2, initializer=Normal(std=0.1), name="user")
+        >>> table.insert(torch.tensor([7, -1]), torch.ones(2, 2))
+        >>> len(table), table.embeddings(torch.tensor([7, 8])).tolist()
+        (2, [[1.0, 1.0], [0.0, 0.0]])
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        *,
+        initializer: Initializer | None = None,
+        admission: Admission | None = None,
+        eviction: Eviction | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        initializer = Normal(std=0.01) if initializer is None else initializer
+        for argument, value, kind in (
+            ("initializer", initializer, Initializer),
+            ("admission", admission, Admission | None),
+            ("eviction", eviction, Eviction | None),
+            ("seed", seed, int),
+            ("name", name, str | None),
+        ):
+            if not isinstance(value, kind):
+                wanted = getattr(kind, "__name__", str(kind))
+                raise TypeError(f"{argument}: expected {wanted}, got {value!r}")
+        self.embedding_dim = check_embedding_dim(embedding_dim)
+        self.dtype = check_dtype(dtype)
+        self.initializer, self.admission, self.eviction = initializer, admission, eviction
+        self.device = backend.check_device(
+            torch.get_default_device() if device is None else torch.device(device)
+        )
+        self.seed, self._name, self.trainable = seed, name, trainable
+        self._step = 0
+        self.num_updates = 0
+        self._start()
+
+    def _start(self) -> None:
+        """Make the storage of an empty table."""
+        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+        self._header = self.header.numpy()
+        self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
+        self.rows = RowStore(self.header, self.embedding_dim, self.dtype)
+        self._last_seen = torch.empty(0, dtype=torch.int64)
+        self._header[STEP] = self._step
+        row_init.write_distribution(
+            self.header, *self.initializer.distribution(self.embedding_dim)
+        )
+        row_init.write_key(self.header, self.seed, self.name)
+        self.pending: list[PendingGradient] = []
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        _live[next(_birth)] = self
+
+    # ---- what it is
+
+    @property
+    def name(self) -> str:
+        """The table's name, "table" as long as it has none."""
+        return "table" if self._name is None else self._name
+
+    def set_default_name(self, name: str) -> None:
+        """Name the table unless it has a name or rows already."""
+        if self._name is None:
+            self._name = name if self.rows.num_rows == 0 else self.name
+            row_init.write_key(self.header, self.seed, self.name)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The sparse optimizer that updates this table, if one does."""
+        return None if self._optimizer is None else self._optimizer()
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def __len__(self) -> int:
+        return int(self._header[NUM_IDS])
+
+    def __bool__(self) -> bool:
+        return True  # an empty table is still a module
+
+    @property
+    def capacity(self) -> int:
+        """Entries of the index; it grows before they are full."""
+        return int(self._header[CAPACITY])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of index, rows (weights and optimizer state) and policy columns."""
+        return self._entries.nbytes + self.rows.nbytes + self._last_seen.nbytes
+
+    def extra_repr(self) -> str:
+        """See ``torch.nn.Module.extra_repr``."""
+        policies = [f"{k}={v}" for k, v in vars(self).items() if k in ("admission", "eviction") and v]
+        return ", ".join([f"{self.embedding_dim}", f"name={self.name!r}", *policies])
+
+    # ---- steps and stamps
+
+    @property
+    def step(self) -> int:
+        """What training lookups stamp rows with; ``HashTableFilterHook`` advances it."""
+        return self._step
+
+    def update_step(self, n: int = 1) -> None:
+        """Advance ``step`` by ``n``."""
+        self._step += int(n)
+        self._header[STEP] = self._step
+
+    @property
+    def _keeps_last_seen(self) -> bool:
+        return self.eviction is not None and "last_seen" in self.eviction.columns
+
+    def last_seen(self, ids: Tensor) -> Tensor:
+        """Return the step of each id's last training lookup, -1 for an unknown id.
+
+        Args:
+            ids: int64 [*].
+
+        Returns:
+            int64 [*].
+
+        Raises:
+            RuntimeError: No policy of this table keeps stamps.
+        """
+        if not self._keeps_last_seen:
+            raise RuntimeError(
+                f"table {self.name!r} keeps no last_seen; give it a policy that does, such as "
+                "eviction=GlobalStepFilter(filter_step=...)"
+            )
+        rows = self._find(ids)
+        return torch.where(rows >= 0, self._last_seen[rows.clamp(min=0)], -1).view(ids.shape)
+
+    # ---- room
+
+    def reserve_ids(self, num_new: int) -> None:
+        """Make room in the index for ``num_new`` ids more."""
+        capacity = hash_index.capacity_for(len(self) + num_new)
+        if capacity > self.capacity:
+            with self._memory(f"an index of {capacity} entries"):
+                self._entries, _ = hash_index.rebuild(self.header, capacity)
+
+    def reserve_rows(self, num_new: int) -> None:
+        """Make room for ``num_new`` rows more."""
+        with self._memory(f"{num_new} rows more"):
+            self.rows.reserve(num_new)
+            if self._keeps_last_seen and self._last_seen.numel() < self.rows.capacity:
+                # np.empty asks for huge pages; the old stamps are the front of the new.
+                column = torch.from_numpy(np.empty(self.rows.capacity, np.int64))
+                column[: self._last_seen.numel()] = self._last_seen
+                self._last_seen = column
+                self._header[LAST_SEEN] = column.data_ptr()
+
+    def rebuild_index(self) -> None:
+        """Rebuild the index at its size; entries without a row go."""
+        self._entries, _ = hash_index.rebuild(self.header, self.capacity)
+
+    def _memory(self, wanted: str) -> _Memory:
+        return _Memory(self, wanted)
+
+    # ---- reading and writing rows
+
+    def segments(self, insert: bool = False) -> Tensor:
+        """Return the one segment of a lookup that asks this table only."""
+        segment = torch.zeros(1, SEGMENT_SIZE, dtype=torch.int64)
+        write_segment(segment.numpy()[0], 0, self, insert, None)
+        return segment
+
+    def _find(self, ids: Tensor) -> Tensor:
+        """Return int64 [n], the row of each id, negative where there is none."""
+        flat = check_ids(ids).reshape(-1).contiguous()
+        return hash_index.find(flat, self.segments())
+
+    def ids_map(self) -> tuple[Tensor, Tensor]:
+        """Return all ids and their rows, int64 [len] each, by row."""
+        ids, occupied = hash_index.id_of_row(self.header, self.rows.num_rows)
+        rows = occupied.nonzero().squeeze(1)
+        return ids[rows], rows
+
+    def ids(self) -> Tensor:
+        """Return all ids, int64 [len], in the order of their rows."""
+        return self.ids_map()[0]
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """Read rows and change nothing.
+
+        Args:
+            ids: int64 [*].
+
+        Returns:
+            [*, embedding_dim] in the table's dtype, zeros for unknown ids; carries no gradient.
+        """
+        rows = self._find(ids)
+        found = embedding_bag.gather_rows(self.header, rows, self.embedding_dim, self.dtype)
+        return found.view(*ids.shape, self.embedding_dim)
+
+    def insert(self, ids: Tensor, embeddings: Tensor) -> None:
+        """Set the weights of ids, giving the unknown ones a row whatever the admission policy.
+
+        Known ids keep their optimizer state; new ones start with an empty one. All are stamped
+        with ``step``. Of an id that occurs twice, the last row counts.
+
+        Args:
+            ids: int64 [*].
+            embeddings: [*, embedding_dim], any floating dtype.
+        """
+        flat = check_ids(ids).reshape(-1).contiguous()
+        if tuple(embeddings.shape) != (*ids.shape, self.embedding_dim):
+            raise ValueError(
+                f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
+                f"got {tuple(embeddings.shape)}"
+            )
+        rows = self._insert(flat)
+        values = embeddings.detach().to(self.dtype).reshape(-1, self.embedding_dim)
+        last = torch.from_numpy(np.unique(rows.flip(0).numpy(), return_index=True)[1])
+        chosen = rows.numel() - 1 - last
+        embedding_bag.write_rows_(self.header, rows[chosen], values[chosen].contiguous())
+
+    def _insert(self, ids: Tensor) -> Tensor:
+        segments = self.segments(insert=True)
+        rows, new = hash_index.find_or_insert(ids, segments, [self], [0])
+        if new is not None:
+            bfloat16 = self.dtype is torch.bfloat16
+            row_init.init_rows_(ids, rows, new, segments, self.embedding_dim, bfloat16)
+        return rows
+
+    # ---- removing rows
+
+    def evict(self) -> int:
+        """Throw out the rows that the eviction policy names; return how many went.
+
+        Weights, optimizer state and stamps of an evicted id are gone; when it returns it starts
+        from its initial row. Rows with a pending gradient stay until the optimizer has stepped.
+        """
+        if self.eviction is None or not len(self):
+            return 0
+        evicted = self.eviction.expired(_Columns(self))
+        for record in self.pending:
+            rows = record.rows_of(self)
+            evicted[rows[rows >= 0]] = False
+        return self._remove(evicted) if bool(evicted.any()) else 0
+
+    def delete(self, ids: Tensor) -> int:
+        """Remove ids, their rows and their pending gradients; return how many were known.
+
+        Args:
+            ids: int64 [*]; unknown ids are passed over.
+        """
+        rows = self._find(ids)
+        gone = torch.zeros(self.rows.num_rows, dtype=torch.bool)
+        gone[rows[rows >= 0]] = True
+        for record in self.pending:
+            record.forget(self, gone)
+        return self._remove(gone)
+
+    def _remove(self, gone: Tensor) -> int:
+        self._entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
+        freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
+        self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
+        return removed
+
+    def clear(self) -> None:
+        """Remove all ids and pending gradients; ``step`` and the optimizer stay."""
+        self.drop_pending()
+        slots, fill = self.rows.slots, self.rows.state_fill
+        self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
+        self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, fill)
+        self._last_seen = torch.empty(0, dtype=torch.int64)
+        self._header[LAST_SEEN] = 0
+
+    def drop_pending(self) -> None:
+        """Forget the gradients that no optimizer step has used."""
+        everything = torch.ones(self.rows.num_rows, dtype=torch.bool)
+        for record in self.pending:
+            if any(table is not self for table in record.tables):
+                record.forget(self, everything)
+        self.pending = []
+
+    # ---- moving, saving, loading
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        backend.check_device(probe.device)
+        if probe.dtype is not self.dtype:
+            check_dtype(probe.dtype)
+            state = self.get_extra_state()
+            self.dtype = probe.dtype
+            state["dtype"] = str(probe.dtype).removeprefix("torch.")
+            state["weights"] = state["weights"].to(probe.dtype)
+            self._load(state)
+        return super()._apply(fn, recurse)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return everything the table holds, as tensors and primitives, ids by row.
+
+        Raises:
+            RuntimeError: Several ranks train; only rank 0's rows would be saved.
+        """
+        refuse_many_ranks("saving a table")
+        ids, rows = self.ids_map()
+        weights, slots = self.rows.read(rows)
+        state: dict[str, Any] = {
+            "schema": _SCHEMA,
+            "name": self._name,
+            "embedding_dim": self.embedding_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "step": self._step,
+            "num_updates": self.num_updates,
+            "state_fill": self.rows.state_fill,
+            "ids": ids,
+            "weights": weights,
+            "slots": slots,
+        }
+        if self._keeps_last_seen:
+            state["last_seen"] = self._last_seen[rows]
+        return state
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Replace everything the table holds.
+
+        Seed and step come from ``state``, the name too if the table has none, so that a resumed
+        run goes on exactly as the saved one would have.
+
+        Raises:
+            ValueError: ``state`` is of another kind of table; the table is as it was.
+        """
+        self._check_state(state)
+        self._load(state)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        where = f"state of table {self.name!r}"
+        if not isinstance(state, dict) or state.get("schema") != _SCHEMA:
+            got = state.get("schema") if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"{where}: expected schema {_SCHEMA}, got {got!r}")
+        mine = {"embedding_dim": self.embedding_dim, "dtype": str(self.dtype)[len("torch.") :]}
+        for key, value in mine.items():
+            if state[key] != value:
+                raise ValueError(f"{where}: the table has {key}={value!r}, it has {state[key]!r}")
+        n = state["ids"].numel()
+        shapes = {"ids": (n,), "weights": (n, self.embedding_dim), "last_seen": (n,)}
+        tensors = {k: v for k, v in state.items() if k in shapes} | state["slots"]
+        for key, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes.get(key, (n, *tensor.shape[1:])):
+                raise ValueError(f"{where}: {key} has shape {tuple(tensor.shape)} for {n} ids")
+
+    def _load(self, state: dict[str, Any]) -> None:
+        optimizer = self._optimizer
+        slots = {name: slot.shape[1] for name, slot in state["slots"].items()}
+        layout = (self.rows.slots, self.rows.state_fill) if optimizer else None
+        self.drop_pending()
+        if self._name is None:
+            self._name = state["name"]
+        self.seed, self._step = state["seed"], state["step"]
+        self.num_updates = state["num_updates"]
+        # The state's slots may not be those of this table's optimizer: take them, then adapt.
+        self.clear()
+        self.rows.relayout(slots, state["state_fill"])
+        row_init.write_key(self.header, self.seed, self.name)
+        self._header[STEP] = self._step
+        rows = self._insert(state["ids"].to(self.device).contiguous())
+        self.rows.write(rows, state["weights"], state["slots"])
+        if self._keeps_last_seen and "last_seen" in state:
+            self._last_seen[rows] = state["last_seen"]
+        if layout is not None:
+            self.rows.relayout(*layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickling and deepcopy take: rows and state, but no pending gradients.
+
+        A pickled ``nn.Parameter`` leaves its ``grad`` behind in the same way.
+        """
+        gone = ("header", "_header", "_entries", "rows", "_last_seen", "pending", "_optimizer")
+        state = {key: value for key, value in self.__dict__.items() if key not in gone}
+        return {**state, "_saved": self.get_extra_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("_saved")
+        super().__setstate__(state)
+        self._start()
+        self._load(saved)
+
+
+class _Columns:
+    """The columns of a table's rows, for a policy."""
+
+    def __init__(self, table: HashTable) -> None:
+        self.step = table.step
+        self.last_seen = table._last_seen[: table.rows.num_rows]
+
+
+class _Memory:
+    """Turns a failed allocation into an error that names the table."""
+
+    def __init__(self, table: HashTable, wanted: str) -> None:
+        self.table, self.wanted = table, wanted
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MemoryError):
+            raise MemoryError(
+                f"table {self.table.name!r}, with {len(self.table)} rows in "
+                f"{self.table.nbytes} bytes, found no memory for {self.wanted}"
+            ) from error
+
+
+def write_segment(
+    line: np.ndarray[Any, np.dtype[np.int64]],
+    start: int,
+    table: HashTable,
+    insert: bool,
+    padding_idx: int | None,
+) -> None:
+    """Describe one feature's ids for an index op: int64 [SEGMENT_SIZE]."""
+    line[SEGMENT_START] = start
+    line[SEGMENT_HEADER] = table.header.data_ptr()
+    admits = table.admission is None or table.admission.admits
+    line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
+    line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
+
+
+def refuse_many_ranks(what: str) -> None:
+    """Raise if several ranks run: tables are not sharded in this version."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        world_size = distributed.get_world_size()
+        if world_size > 1:
+            raise RuntimeError(
+                f"{what} on {world_size} ranks: tables are not sharded over ranks in this "
+                "version; train on one process (devices=1)"
+            )
+
+
+def hash_tables(module: nn.Module) -> list[HashTable]:
+    """List a module's tables, each once, and name the unnamed after their place in it.
+
+    Example:
+        >>> hash_tables(nn.Sequential(HashTable(4), HashTable(4, name="item")))[0].name
+        '0'
+    """
+    tables = []
+    for path, child in module.named_modules():
+        if isinstance(child, HashTable):
+            child.set_default_name(path.removesuffix(".table") or "table")
+            tables.append(child)
+    return tables
+
+
+def live_hash_tables() -> list[HashTable]:
+    """List every table alive in this process, in the order of creation."""
+    return [table for _, table in sorted(_live.items())]
+
+
+__all__ = ["HashTable", "PendingGradient", "hash_tables", "live_hash_tables"]

@@ -1,0 +1,151 @@
+"""How a new row starts. Names and arguments follow ``torch.nn.init``.
+
+A value is a pure function of (seed, table name, id, column); see ``ops.row_init``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from recis_lightning.ops import row_init
+
+
+@dataclass(frozen=True)
+class Initializer(ABC):
+    """What the weights of a new row are drawn from."""
+
+    @abstractmethod
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """Return a kind and its arguments, as ``ops.row_init.write_distribution`` takes them."""
+
+
+def _check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Constant(Initializer):
+    """Every weight is ``val``."""
+
+    val: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_finite(val=self.val)
+
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """See ``Initializer``."""
+        return row_init.CONSTANT, (self.val,)
+
+
+@dataclass(frozen=True)
+class Uniform(Initializer):
+    """Uniform in (a, b), as ``torch.nn.init.uniform_``."""
+
+    a: float = 0.0
+    b: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_finite(a=self.a, b=self.b)
+        if self.b < self.a:
+            raise ValueError(f"b: expected a number >= a={self.a!r}, got {self.b!r}")
+
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """See ``Initializer``."""
+        return row_init.UNIFORM, (self.a, self.b)
+
+
+@dataclass(frozen=True)
+class Normal(Initializer):
+    """Normal with ``mean`` and ``std``, as ``torch.nn.init.normal_``."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_finite(mean=self.mean, std=self.std)
+        _check_not_negative("std", self.std)
+
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """See ``Initializer``."""
+        return row_init.NORMAL, (self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class TruncatedNormal(Initializer):
+    """Normal with ``mean`` and ``std``, cut to [a, b], as ``torch.nn.init.trunc_normal_``."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    a: float = -2.0
+    b: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_finite(mean=self.mean, std=self.std, a=self.a, b=self.b)
+        if self.std <= 0:
+            raise ValueError(f"std: expected a number > 0, got {self.std!r}")
+        if self.b <= self.a:
+            raise ValueError(f"b: expected a number > a={self.a!r}, got {self.b!r}")
+        if not -5 < (self.b - self.mean) / self.std or not (self.a - self.mean) / self.std < 5:
+            raise ValueError(
+                f"a, b: expected an interval within 5 std of mean={self.mean!r}, got "
+                f"[{self.a!r}, {self.b!r}] with std={self.std!r}"
+            )
+
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """See ``Initializer``."""
+        bounds = ((self.a - self.mean) / self.std, (self.b - self.mean) / self.std)
+        return row_init.TRUNCATED_NORMAL, (self.mean, self.std, *bounds)
+
+
+@dataclass(frozen=True)
+class XavierUniform(Initializer):
+    """Uniform within ``gain * sqrt(6 / (fan_in + embedding_dim))`` of 0.
+
+    A lookup is a one-hot product, so ``fan_in`` is 1 unless the bags are longer.
+
+    Source: Glorot and Bengio, 2010; ``torch.nn.init.xavier_uniform_``.
+    """
+
+    gain: float = 1.0
+    fan_in: int = 1
+
+    def __post_init__(self) -> None:
+        _check_finite(gain=self.gain, fan_in=self.fan_in)
+        _check_not_negative("gain", self.gain)
+        _check_not_negative("fan_in", self.fan_in)
+
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """See ``Initializer``."""
+        bound = self.gain * math.sqrt(6 / (self.fan_in + embedding_dim))
+        return row_init.UNIFORM, (-bound, bound)
+
+
+@dataclass(frozen=True)
+class XavierNormal(XavierUniform):
+    """Normal with std ``gain * sqrt(2 / (fan_in + embedding_dim))``; ``xavier_normal_``."""
+
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        """See ``Initializer``."""
+        return row_init.NORMAL, (0.0, self.gain * math.sqrt(2 / (self.fan_in + embedding_dim)))
+
+
+__all__ = [
+    "Constant",
+    "Initializer",
+    "Normal",
+    "TruncatedNormal",
+    "Uniform",
+    "XavierNormal",
+    "XavierUniform",
+]

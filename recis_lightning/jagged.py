@@ -1,0 +1,159 @@
+"""Ragged features, and reading the layouts we accept."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Jagged(NamedTuple):
+    """Ragged values: bag b holds ``values[offsets[b]:offsets[b + 1]]``.
+
+    A plain tuple of tensors: it passes through DataLoader workers and Lightning's device moves.
+
+    Attributes:
+        values: [N, ...].
+        offsets: int64 [B + 1], from 0 to N.
+        weights: float32 [N], or None.
+
+    Example:
+        >>> Jagged(torch.tensor([4, 5, 6]), torch.tensor([0, 2, 2, 3])).num_bags
+        3
+    """
+
+    values: Tensor
+    offsets: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def num_bags(self) -> int:
+        """B."""
+        return self.offsets.numel() - 1
+
+
+class Bags(NamedTuple):
+    """A feature as the lookup takes it: flat ids and how they fall into bags.
+
+    Attributes:
+        ids: int64 [n], contiguous.
+        num_bags: B.
+        bag_length: Ids in every bag, or -1 where offsets tell.
+        offsets: int64 [B + 1] or None.
+        weights: float32 [n] or None.
+        shape: Of the ids as given, for a dense feature; None for a ragged one.
+        nested: Whether it came as a torch NestedTensor.
+    """
+
+    ids: Tensor
+    num_bags: int
+    bag_length: int
+    offsets: Tensor | None
+    weights: Tensor | None
+    shape: tuple[int, ...] | None
+    nested: bool = False
+
+
+def read_bags(feature: Any, name: str) -> Bags:
+    """Read one feature.
+
+    Args:
+        feature: int64 [*] (the last dimension of two or more is the bag), a dense pair
+            ``(ids, weights)``, a torch jagged NestedTensor [B, j], or a ``Jagged``.
+        name: What errors call it.
+
+    Raises:
+        TypeError, ValueError: It is none of these.
+    """
+    if isinstance(feature, Tensor):
+        if feature.is_nested:
+            return _read_nested(feature, name)
+        return _read_dense(feature, None, name)
+    if isinstance(feature, Jagged):
+        return _read_jagged(feature, name)
+    if isinstance(feature, (tuple, list)):
+        if len(feature) == 2:
+            return _read_dense(feature[0], feature[1], name)
+        if len(feature) == 3:  # a Jagged that a collate function rebuilt as a plain tuple
+            return _read_jagged(Jagged(*feature), name)
+    raise TypeError(
+        f"{name}: expected an int64 Tensor, (ids, weights), a jagged NestedTensor or Jagged, "
+        f"got {type(feature).__name__}"
+    )
+
+
+def _check_int64(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype is not torch.int64:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a Tensor of dtype torch.int64, got {got}")
+
+
+def _read_weights(weights: Any, shape: tuple[int, ...], name: str) -> Tensor | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"{name}: expected weights as a floating-point Tensor, got {got}")
+    if tuple(weights.shape) != shape:
+        raise ValueError(
+            f"{name}: expected weights of the ids' shape {shape}, got {tuple(weights.shape)}"
+        )
+    return weights.reshape(-1).float().contiguous()
+
+
+def _read_dense(ids: Any, weights: Any, name: str) -> Bags:
+    _check_int64(ids, name)
+    shape = tuple(ids.shape)
+    length = shape[-1] if len(shape) > 1 else 1
+    num_bags = ids.numel() // length if length else ids.numel() or _product(shape[:-1])
+    flat = ids.reshape(-1).contiguous()
+    return Bags(flat, num_bags, length, None, _read_weights(weights, shape, name), shape)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _read_jagged(feature: Jagged, name: str) -> Bags:
+    values, offsets, weights = feature
+    _check_int64(values, f"{name}.values")
+    _check_int64(offsets, f"{name}.offsets")
+    if values.dim() != 1:
+        raise ValueError(f"{name}.values: expected shape [N], got {tuple(values.shape)}")
+    if offsets.dim() != 1 or offsets.numel() == 0:
+        raise ValueError(f"{name}.offsets: expected shape [B + 1], got {tuple(offsets.shape)}")
+    if offsets.numel() == 1 and values.numel():
+        raise ValueError(f"{name}.offsets: no bags, but {values.numel()} values")
+    weights = _read_weights(weights, tuple(values.shape), name)
+    flat = values.contiguous()
+    return Bags(flat, offsets.numel() - 1, -1, offsets.contiguous(), weights, None)
+
+
+def _read_nested(feature: Tensor, name: str) -> Bags:
+    if feature.layout is not torch.jagged:
+        raise TypeError(f"{name}: expected a NestedTensor of layout torch.jagged")
+    if feature.dim() != 2:
+        raise ValueError(f"{name}: expected a NestedTensor [B, j], got {feature.dim()} dimensions")
+    if feature.lengths() is not None:  # type: ignore[attr-defined]
+        feature = feature.contiguous()  # holes between the bags
+    jagged = Jagged(feature.values(), feature.offsets())  # type: ignore[attr-defined]
+    return _read_jagged(jagged, name)._replace(nested=True)
+
+
+def read_keyed_jagged(features: Any) -> dict[str, Jagged]:
+    """Read TorchRec's ``KeyedJaggedTensor`` by its methods, without importing TorchRec."""
+    read = {}
+    for key in features.keys():  # noqa: SIM118 - it is no mapping
+        part = features[key]
+        lengths = part.lengths().to(torch.int64)
+        offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        read[key] = Jagged(part.values().to(torch.int64), offsets, part.weights_or_none())
+    return read
+
+
+__all__ = ["Bags", "Jagged", "read_bags", "read_keyed_jagged"]

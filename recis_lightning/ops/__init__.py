@@ -1,0 +1,1 @@
+"""The operations under the tables: contracts, kernels and the plain-torch reference."""

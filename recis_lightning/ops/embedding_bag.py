@@ -1,0 +1,97 @@
+"""Gather rows and pool them into bags: the contract.
+
+All features of a group go in one call, each with its own pooling; a feature is described by one
+line of a *plan*, an int64 matrix [num_features, PLAN_SIZE] on the CPU. The same plan, with
+gradients in the place of outputs, later tells the row update where each id's gradient lies, so no
+gradient is ever copied to one row an id.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import backend
+
+PLAN_SIZE = 16
+FIRST_ID = 0  # position of the feature's first id among all ids of the call
+HEADER = 1  # its table's header address
+MODE = 2
+NUM_BAGS = 3
+BAG_LENGTH = 4  # ids in every bag, or -1 where OFFSETS tells
+OFFSETS = 5  # address of int64 [num_bags + 1]
+WEIGHTS = 6  # address of float32 [num_ids], or 0
+TILE_LEN = 7
+DATA = 8  # address of the output (or of its gradient)
+DATA_STRIDE = 9  # bytes from one bag of it to the next
+FIRST_CHUNK = 10  # how the work is split; the backend fills these two
+BAGS_PER_CHUNK = 11
+ROWS = 12  # address of the rows of its ids
+NUM_IDS = 13
+FLAT_BASE = 14  # its table's first row in the row update's numbering
+
+NONE, SUM, MEAN, TILE = range(4)
+MODES = {"none": NONE, "sum": SUM, "mean": MEAN, "tile": TILE}
+
+Plan = npt.NDArray[np.int64]
+
+
+def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Write every feature's rows, pooled as its mode says, to its output.
+
+    ``none``: one row an id. ``sum``: sum of a bag's rows, times weights if any. ``mean``: the sum
+    over the number of ids that are not padding, or over the sum of their weights. ``tile``: the
+    first TILE_LEN rows of a bag side by side, zeros behind. Ids without a row are zeros; an empty
+    bag is zeros.
+
+    Args:
+        plan: int64 [num_features, PLAN_SIZE].
+        embedding_dim: Weights in a row.
+        dtype: Of weights and outputs.
+        device: Where rows and outputs are.
+
+    Raises:
+        ValueError: Offsets that do not ascend from 0 to the number of ids.
+    """
+    with backend.region("recis::gather"):
+        module = backend.module("embedding_bag", device)
+        bad = module.gather(plan, embedding_dim, dtype is torch.bfloat16)
+    if bad >= 0:
+        raise ValueError(
+            f"offsets: of the call's feature number {bad} must start at 0, never descend and end "
+            f"at its number of ids, {int(plan[bad, NUM_IDS])}"
+        )
+
+
+def gather_rows(header: Tensor, rows: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
+    """Copy rows of one table.
+
+    Args:
+        header: The table's header.
+        rows: int64 [n]; negative rows give zeros.
+        embedding_dim: Weights in a row.
+        dtype: Of the weights.
+
+    Returns:
+        dtype [n, embedding_dim].
+    """
+    out = torch.empty(rows.numel(), embedding_dim, dtype=dtype, device=rows.device)
+    plan = np.zeros((1, PLAN_SIZE), np.int64)
+    plan[0, [HEADER, MODE, NUM_BAGS, BAG_LENGTH]] = header.data_ptr(), NONE, rows.numel(), 1
+    plan[0, [DATA, DATA_STRIDE]] = out.data_ptr(), embedding_dim * out.element_size()
+    plan[0, [ROWS, NUM_IDS]] = rows.data_ptr(), rows.numel()
+    gather(plan, embedding_dim, dtype, rows.device)
+    return out
+
+
+def write_rows_(header: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Overwrite the front of rows of one table.
+
+    Args:
+        header: The table's header.
+        rows: int64 [n], distinct, none negative.
+        values: [n, words], contiguous; as many bytes as it has are written from each row's start.
+    """
+    backend.module("embedding_bag", rows.device).write_rows_(header, rows, values)

@@ -1,0 +1,238 @@
+"""Gather and pool in Numba: rows are prefetched, pooled in registers and written once."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import njit
+
+from recis_lightning.ops import parallel_cpu
+from recis_lightning.ops.embedding_bag import (
+    BAG_LENGTH,
+    BAGS_PER_CHUNK,
+    DATA,
+    DATA_STRIDE,
+    FIRST_CHUNK,
+    HEADER,
+    MEAN,
+    MODE,
+    NONE,
+    NUM_BAGS,
+    NUM_IDS,
+    OFFSETS,
+    PLAN_SIZE,
+    ROWS,
+    SUM,
+    TILE,
+    TILE_LEN,
+    WEIGHTS,
+)
+from recis_lightning.ops.intrinsics_cpu import (
+    add,
+    atomic_add,
+    div,
+    fma,
+    load_f32,
+    load_i64,
+    load_u8,
+    load_weights,
+    mul,
+    prefetch,
+    splat,
+    store_i64,
+    store_u8,
+    store_weights,
+    vector_width,
+)
+from recis_lightning.ops.parallel_cpu import num_chunks
+from recis_lightning.ops.table_header import BLOCK_SHIFT, BLOCKS, PADDING, ROW_BYTES
+
+_IDS_PER_CHUNK = 1024
+_AHEAD = 10  # rows between prefetch and use
+_F = np.float32
+
+
+def split_plan(plan):
+    """Fill the plan's chunk columns; return the number of chunks."""
+    bags = plan[:, NUM_BAGS]
+    mean_length = plan[:, NUM_IDS] // np.maximum(bags, 1)
+    per_chunk = np.maximum(_IDS_PER_CHUNK // np.maximum(mean_length, 1), 1)
+    chunks = -(-bags // per_chunk)
+    ends = np.cumsum(chunks)
+    plan[:, BAGS_PER_CHUNK] = per_chunk
+    plan[:, FIRST_CHUNK] = ends - chunks
+    return int(ends[-1]) if len(ends) else 0
+
+
+@njit
+def feature_at(plan, num_features, chunk):
+    """Return the last feature whose first chunk is at or before ``chunk``."""
+    low, high = 0, num_features
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if load_i64(plan + middle * 8 * PLAN_SIZE + 8 * FIRST_CHUNK) <= chunk:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@njit
+def row_address(row, blocks, shift, mask, row_bytes):
+    """Return where a row lies."""
+    return load_i64(blocks + 8 * (row >> shift)) + (row & mask) * row_bytes
+
+
+@njit
+def bag_start(line, bag):
+    """Return a bag's first id, kept inside the feature whatever its offsets say."""
+    length = load_i64(line + 8 * BAG_LENGTH)
+    if length >= 0:
+        return bag * length
+    start = load_i64(load_i64(line + 8 * OFFSETS) + 8 * bag)
+    return min(max(start, 0), load_i64(line + 8 * NUM_IDS))
+
+
+@njit
+def bag_divisor(mode, rows, weights, start, end):
+    """Return what a bag's sum is divided by: 1, its ids, or the sum of its weights."""
+    if mode != MEAN:
+        return _F(1)
+    divisor = _F(0)
+    for i in range(start, end):
+        if load_i64(rows + 8 * i) != PADDING:
+            divisor += load_f32(weights + 4 * i) if weights else _F(1)
+    return divisor
+
+
+@functools.cache
+def _gather_kernel(width, bfloat16):
+    item = 2 if bfloat16 else 4
+
+    def gather(args):
+        plan, num_features = load_i64(args + 16), load_i64(args + 24)
+        embedding_dim, bad = load_i64(args + 32), args + 40
+        chunks = load_i64(args + 8)
+        zero = splat(width, _F(0))
+        while True:
+            chunk = atomic_add(args, 1)
+            if chunk >= chunks:
+                break
+            feature = feature_at(plan, num_features, chunk)
+            line = plan + feature * 8 * PLAN_SIZE
+            header, mode = load_i64(line + 8 * HEADER), load_i64(line + 8 * MODE)
+            blocks, shift = load_i64(header + 8 * BLOCKS), load_i64(header + 8 * BLOCK_SHIFT)
+            mask, row_bytes = (np.int64(1) << shift) - 1, load_i64(header + 8 * ROW_BYTES)
+            rows, num_ids = load_i64(line + 8 * ROWS), load_i64(line + 8 * NUM_IDS)
+            weights = load_i64(line + 8 * WEIGHTS)
+            data, stride = load_i64(line + 8 * DATA), load_i64(line + 8 * DATA_STRIDE)
+            tile_len = load_i64(line + 8 * TILE_LEN)
+            per_chunk = load_i64(line + 8 * BAGS_PER_CHUNK)
+            low = (chunk - load_i64(line + 8 * FIRST_CHUNK)) * per_chunk
+            high = min(low + per_chunk, load_i64(line + 8 * NUM_BAGS))
+            if load_i64(line + 8 * BAG_LENGTH) < 0:
+                offsets = load_i64(line + 8 * OFFSETS)
+                if load_i64(offsets) != 0 or load_i64(
+                    offsets + 8 * load_i64(line + 8 * NUM_BAGS)
+                ) != num_ids:
+                    store_i64(bad, feature)
+                for bag in range(low, high):
+                    if load_i64(offsets + 8 * bag) > load_i64(offsets + 8 * bag + 8):
+                        store_i64(bad, feature)
+            first = bag_start(line, low)
+            for i in range(first, min(first + _AHEAD, num_ids)):
+                row = load_i64(rows + 8 * i)
+                if row >= 0:
+                    address = row_address(row, blocks, shift, mask, row_bytes)
+                    for byte in range(0, embedding_dim * item, 64):
+                        prefetch(address + byte)
+            for bag in range(low, high):
+                start, end = bag_start(line, bag), bag_start(line, bag + 1)
+                out = data + bag * stride
+                for i in range(start + _AHEAD, min(end + _AHEAD, num_ids)):
+                    row = load_i64(rows + 8 * i)
+                    if row >= 0:
+                        address = row_address(row, blocks, shift, mask, row_bytes)
+                        for byte in range(0, embedding_dim * item, 64):
+                            prefetch(address + byte)
+                if mode == SUM or mode == MEAN:
+                    divisor = bag_divisor(mode, rows, weights, start, end)
+                    for d in range(0, embedding_dim, width):
+                        total = zero
+                        for i in range(start, end):
+                            row = load_i64(rows + 8 * i)
+                            if row < 0:
+                                continue
+                            address = row_address(row, blocks, shift, mask, row_bytes)
+                            value = load_weights(width, bfloat16, address + item * d)
+                            if weights:
+                                total = fma(value, splat(width, load_f32(weights + 4 * i)), total)
+                            else:
+                                total = add(total, value)
+                        if mode == MEAN:
+                            if divisor == _F(0):
+                                total = zero
+                            else:
+                                total = div(total, splat(width, divisor))
+                        store_weights(bfloat16, out + item * d, total)
+                    continue
+                if mode == TILE:
+                    end = min(end, start + tile_len)
+                for i in range(start, end):
+                    row = load_i64(rows + 8 * i)
+                    if row < 0:
+                        for d in range(0, embedding_dim, width):
+                            store_weights(bfloat16, out + item * d, zero)
+                    else:
+                        address = row_address(row, blocks, shift, mask, row_bytes)
+                        for d in range(0, embedding_dim, width):
+                            value = load_weights(width, bfloat16, address + item * d)
+                            if weights:
+                                value = mul(value, splat(width, load_f32(weights + 4 * i)))
+                            store_weights(bfloat16, out + item * d, value)
+                    out += item * embedding_dim
+                if mode == TILE:
+                    for _ in range(end, start + tile_len):
+                        for d in range(0, embedding_dim, width):
+                            store_weights(bfloat16, out + item * d, zero)
+                        out += item * embedding_dim
+
+    return parallel_cpu.kernel(gather)
+
+
+def gather(plan, embedding_dim, bfloat16):
+    """See the contract; returns a feature with malformed offsets, or -1."""
+    chunks = split_plan(plan)
+    args = np.array([0, chunks, plan.ctypes.data, len(plan), embedding_dim, -1], np.int64)
+    _gather_kernel(vector_width(embedding_dim), int(bfloat16)).launch(args)
+    return int(args[5])
+
+
+@parallel_cpu.kernel
+def _write_kernel(args):
+    chunk_size, n = load_i64(args + 16), load_i64(args + 24)
+    header, rows, values = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
+    num_bytes = load_i64(args + 56)
+    blocks, shift = load_i64(header + 8 * BLOCKS), load_i64(header + 8 * BLOCK_SHIFT)
+    mask, row_bytes = (np.int64(1) << shift) - 1, load_i64(header + 8 * ROW_BYTES)
+    chunks = load_i64(args + 8)
+    while True:
+        chunk = atomic_add(args, 1)
+        if chunk >= chunks:
+            break
+        for i in range(chunk * chunk_size, min((chunk + 1) * chunk_size, n)):
+            target = row_address(load_i64(rows + 8 * i), blocks, shift, mask, row_bytes)
+            for byte in range(num_bytes):
+                store_u8(target + byte, load_u8(values + i * num_bytes + byte))
+
+
+def write_rows_(header, rows, values):
+    """See the contract."""
+    n = rows.numel()
+    num_bytes = values.shape[1] * values.element_size()
+    args = [0, num_chunks(n, _IDS_PER_CHUNK), _IDS_PER_CHUNK, n, header.data_ptr()]
+    _write_kernel.launch(np.array([*args, rows.data_ptr(), values.data_ptr(), num_bytes], np.int64))
+
+
+__all__ = ["NONE", "bag_divisor", "bag_start", "feature_at", "gather", "row_address", "split_plan"]

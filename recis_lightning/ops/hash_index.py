@@ -1,0 +1,180 @@
+"""The hash index: id -> row. Contract of find, find_or_insert and rebuild.
+
+Open addressing with linear probing; entries ``(key, row)`` stand side by side, so a probe is one
+memory transaction. A slot is the top bits of a mixed hash, so doubling the index maps old slots to
+new ones in order: growth streams through memory. No tombstones: removal rebuilds.
+
+Ops take a *group* of tables: the ids of all features one after the other, and one segment a
+feature that says where its ids start, which table they ask and what its padding id is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import backend
+from recis_lightning.ops.table_header import (
+    CAPACITY,
+    EMPTY,
+    ENTRIES,
+    NO_ROW,
+    NUM_IDS,
+    PADDING,
+    SHIFT,
+)
+
+MIN_CAPACITY = 64
+# Entries an id may take at most, by size: small indices live in cache and can afford air, in
+# large ones memory counts (two thirds full at the growth of a doubling index, on average).
+_MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
+
+
+class Table(Protocol):
+    """What an index op needs of a table: its header, and room when it asks for it."""
+
+    header: Tensor
+
+    def reserve_ids(self, num_new: int) -> None:
+        """Make room in the index for ``num_new`` more ids."""
+
+    def reserve_rows(self, num_new: int) -> None:
+        """Make room in the row store for ``num_new`` more rows."""
+
+    def rebuild_index(self) -> None:
+        """Drop entries that were claimed but got no row, after a failed insertion."""
+
+
+def max_load(capacity: int) -> float:
+    """Return the share of ``capacity`` that may be filled before the index grows."""
+    return _MAX_LOAD_SMALL if capacity < _LARGE_CAPACITY else _MAX_LOAD_LARGE
+
+
+def capacity_for(num_ids: int) -> int:
+    """Return the smallest capacity (a power of two) that holds ``num_ids`` under its load limit.
+
+    Example:
+        >>> capacity_for(0), capacity_for(32), capacity_for(33)
+        (64, 64, 128)
+    """
+    capacity = MIN_CAPACITY
+    while num_ids > capacity * max_load(capacity):
+        capacity *= 2
+    return capacity
+
+
+def empty_entries(header: Tensor, capacity: int) -> Tensor:
+    """Allocate an index with no id in it and enter it into ``header``.
+
+    Args:
+        header: int64 [HEADER_SIZE]; its index fields are overwritten.
+        capacity: Number of entries, a power of two.
+
+    Returns:
+        int64 [capacity + 1, 2]; the last entry is the one of the id ``EMPTY`` itself. The caller
+        keeps it alive as long as the header points to it.
+    """
+    entries = backend.module("hash_index", header.device).allocate_entries(capacity, header.device)
+    values = header.numpy()
+    values[ENTRIES] = entries.data_ptr()
+    values[SHIFT] = 64 - (capacity.bit_length() - 1)
+    values[CAPACITY] = capacity
+    values[NUM_IDS] = 0
+    return entries
+
+
+def find(ids: Tensor, segments: Tensor) -> Tensor:
+    """Look ids up and change nothing.
+
+    Args:
+        ids: int64 [n], the features' ids one after the other; duplicates allowed.
+        segments: int64 [num_segments, SEGMENT_SIZE], on the CPU, by start.
+
+    Returns:
+        int64 [n], rows; ``UNKNOWN`` (-1) where there is none, ``PADDING`` (-2) for a padding id.
+    """
+    with backend.region("recis::find"):
+        return backend.module("hash_index", ids.device).find(ids, segments)
+
+
+def find_or_insert(
+    ids: Tensor, segments: Tensor, tables: Sequence[Table], segment_tables: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Look ids up, give unknown ones a row, and stamp rows with their table's step.
+
+    Only segments with the INSERT flag insert; only tables with the column stamp.
+
+    Rows are handed out in the order in which ids first appear, freed rows first: the result does
+    not depend on how many threads ran. Rows of new ids are not initialised here.
+
+    Args:
+        ids: int64 [n]; duplicates allowed.
+        segments: As for ``find``.
+        tables: The group's tables; each is asked for room as it is needed.
+        segment_tables: For each segment, its table's position in ``tables``.
+
+    Returns:
+        rows: int64 [n], as ``find`` returns them.
+        new: int64 [m], positions of the first sight of each new id, ascending; None if none.
+
+    Source: linear probing, Knuth, TAOCP vol. 3, 6.4, Algorithm L; the claim by compare-and-swap
+    and the minimum over first positions are ours.
+    """
+    with backend.region("recis::find_or_insert"):
+        module = backend.module("hash_index", ids.device)
+        return module.find_or_insert(ids, segments, tables, segment_tables)
+
+
+def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:
+    """Move the ids of a table into a new index, leaving out those of evicted rows.
+
+    Args:
+        header: int64 [HEADER_SIZE]; afterwards it points to the new index.
+        capacity: Capacity of the new index, a power of two.
+        evicted: bool [rows], the rows whose ids are left out; None keeps all. On return it holds
+            only rows that did have an id.
+
+    Returns:
+        The new entries, and how many ids were left out.
+    """
+    with backend.region("recis::rebuild"):
+        old = _entries(header)
+        num_ids = int(header[NUM_IDS])
+        entries = empty_entries(header, capacity)
+        removed = backend.module("hash_index", header.device).rebuild(old, header, evicted)
+        header[NUM_IDS] = num_ids - removed
+        return entries, removed
+
+
+def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Turn the index around.
+
+    Returns:
+        ids: int64 [num_rows]; undefined where no id has the row.
+        occupied: bool [num_rows].
+    """
+    return backend.module("hash_index", header.device).id_of_row(header, num_rows)
+
+
+def _entries(header: Tensor) -> tuple[int, int]:
+    return int(header[ENTRIES]), int(header[CAPACITY])
+
+
+__all__ = [
+    "EMPTY",
+    "MIN_CAPACITY",
+    "NO_ROW",
+    "PADDING",
+    "Table",
+    "capacity_for",
+    "empty_entries",
+    "find",
+    "find_or_insert",
+    "id_of_row",
+    "max_load",
+    "rebuild",
+]
+assert torch.iinfo(torch.int64).min == EMPTY

@@ -1,0 +1,277 @@
+"""What Numba lacks for C-like kernels: raw loads and stores, prefetch, atomics, float vectors.
+
+Kernels work on addresses (int64), so that one launch can walk many tables through a pointer
+table. Vectors are first-class values of ``width`` float32 lanes: LLVM maps them to whatever the
+machine has (one AVX-512 register, two AVX2 ones, scalars), whatever its loop vectoriser thinks.
+``width`` and ``bfloat16`` arguments are compile-time constants. Every vector operation is
+element-wise IEEE float32, so a result does not depend on the width.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+_F32 = ir.FloatType()
+
+
+def _memory_ops(numba_type, llvm_type, align):
+    """Return ``(load, store)`` intrinsics of a scalar type over an int64 address."""
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], llvm_type.as_pointer())
+            return builder.load(pointer, align=align)
+
+        return numba_type(types.int64), codegen
+
+    @intrinsic
+    def store(typingctx, address, value):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], llvm_type.as_pointer())
+            builder.store(args[1], pointer, align=align)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, numba_type), codegen
+
+    return load, store
+
+
+load_i64, store_i64 = _memory_ops(types.int64, _I64, 8)
+load_i32, store_i32 = _memory_ops(types.int32, _I32, 4)
+load_u8, store_u8 = _memory_ops(types.uint8, _I8, 1)
+load_f32, store_f32 = _memory_ops(types.float32, _F32, 4)
+load_f64, store_f64 = _memory_ops(types.float64, ir.DoubleType(), 8)
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at ``address``; any address is safe."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        # The typed spelling: LLVM upgrades it by itself where pointers are opaque.
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _atomic(operation):
+    @intrinsic
+    def atomic(typingctx, address, value):
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], _I64.as_pointer())
+            return builder.atomic_rmw(operation, pointer, args[1], "seq_cst")
+
+        return types.int64(types.int64, types.int64), codegen
+
+    return atomic
+
+
+atomic_add = _atomic("add")
+atomic_min = _atomic("min")
+
+
+@intrinsic
+def compare_and_swap(typingctx, address, expected, desired):
+    """Store ``desired`` where ``expected`` stands; return what stood there before."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        pair = builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 0)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+class FloatVector(types.Type):
+    """``width`` float32 lanes."""
+
+    def __init__(self, width):
+        self.width = width
+        super().__init__(name=f"float32x{width}")
+
+
+@register_model(FloatVector)
+class _FloatVectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, ir.VectorType(_F32, fe_type.width))
+
+
+def _lanes(llvm_type, width):
+    return ir.VectorType(llvm_type, width)
+
+
+def _all(llvm_type, width, value):
+    return ir.Constant(_lanes(llvm_type, width), [value] * width)
+
+
+@intrinsic(prefer_literal=True)
+def load_vector(typingctx, width, address):
+    """Load ``width`` float32."""
+    width = width.literal_value
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[1], _lanes(_F32, width).as_pointer())
+        return builder.load(pointer, align=4)
+
+    return FloatVector(width)(types.intp, types.int64), codegen
+
+
+@intrinsic
+def store_vector(typingctx, address, value):
+    """Store float32 lanes."""
+    width = value.width
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], _lanes(_F32, width).as_pointer())
+        builder.store(args[1], pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_weights(typingctx, width, bfloat16, address):
+    """Load ``width`` weights of a row, float32 or bfloat16, as float32."""
+    width, bfloat16 = width.literal_value, bfloat16.literal_value
+
+    def codegen(context, builder, sig, args):
+        if not bfloat16:
+            pointer = builder.inttoptr(args[2], _lanes(_F32, width).as_pointer())
+            return builder.load(pointer, align=4)
+        pointer = builder.inttoptr(args[2], _lanes(_I16, width).as_pointer())
+        wide = builder.zext(builder.load(pointer, align=2), _lanes(_I32, width))
+        return builder.bitcast(builder.shl(wide, _all(_I32, width, 16)), _lanes(_F32, width))
+
+    return FloatVector(width)(types.intp, types.intp, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_weights(typingctx, bfloat16, address, value):
+    """Store weights of a row as float32, or as bfloat16 rounded to nearest even."""
+    width, bfloat16 = value.width, bfloat16.literal_value
+
+    def codegen(context, builder, sig, args):
+        if not bfloat16:
+            pointer = builder.inttoptr(args[1], _lanes(_F32, width).as_pointer())
+            builder.store(args[2], pointer, align=4)
+            return context.get_dummy_value()
+        bits = builder.bitcast(args[2], _lanes(_I32, width))
+        sixteen = _all(_I32, width, 16)
+        odd = builder.and_(builder.lshr(bits, sixteen), _all(_I32, width, 1))
+        rounded = builder.add(bits, builder.add(odd, _all(_I32, width, 0x7FFF)))
+        quiet = builder.or_(bits, _all(_I32, width, 0x400000))
+        is_nan = builder.fcmp_unordered("uno", args[2], args[2])
+        kept = builder.lshr(builder.select(is_nan, quiet, rounded), sixteen)
+        pointer = builder.inttoptr(args[1], _lanes(_I16, width).as_pointer())
+        builder.store(builder.trunc(kept, _lanes(_I16, width)), pointer, align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64, value), codegen
+
+
+@intrinsic(prefer_literal=True)
+def splat(typingctx, width, value):
+    """Fill ``width`` lanes with one float32."""
+    width = width.literal_value
+
+    def codegen(context, builder, sig, args):
+        start = ir.Constant(_lanes(_F32, width), ir.Undefined)
+        first = builder.insert_element(start, args[1], _I32(0))
+        return builder.shuffle_vector(first, start, ir.Constant(_lanes(_I32, width), None))
+
+    return FloatVector(width)(types.intp, types.float32), codegen
+
+
+@intrinsic
+def lane_sum(typingctx, value):
+    """Add up the lanes, in order, in float64."""
+
+    def codegen(context, builder, sig, args):
+        total = ir.Constant(ir.DoubleType(), 0.0)
+        for lane in range(value.width):
+            element = builder.extract_element(args[0], _I32(lane))
+            total = builder.fadd(total, builder.fpext(element, ir.DoubleType()))
+        return total
+
+    return types.float64(value), codegen
+
+
+def _vector_op(emit):
+    @intrinsic
+    def operation(typingctx, left, right):
+        def codegen(context, builder, sig, args):
+            return emit(builder, args[0], args[1])
+
+        return left(left, right), codegen
+
+    return operation
+
+
+add = _vector_op(lambda builder, x, y: builder.fadd(x, y))
+sub = _vector_op(lambda builder, x, y: builder.fsub(x, y))
+mul = _vector_op(lambda builder, x, y: builder.fmul(x, y))
+div = _vector_op(lambda builder, x, y: builder.fdiv(x, y))
+# NaN stays NaN, as torch.clamp has it: the comparison fails and x is kept.
+at_most = _vector_op(lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), y, x))
+at_least = _vector_op(lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y), y, x))
+
+
+def _lane_function(builder, name, width, args):
+    lanes = _lanes(_F32, width)
+    kind = ir.FunctionType(lanes, [lanes] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{width}f32")
+    return builder.call(function, args)
+
+
+@intrinsic
+def fma(typingctx, left, right, addend):
+    """``left * right + addend``, rounded once."""
+
+    def codegen(context, builder, sig, args):
+        return _lane_function(builder, "fma", left.width, args)
+
+    return left(left, right, addend), codegen
+
+
+@intrinsic
+def sqrt(typingctx, value):
+    """Take the square root of every lane."""
+
+    def codegen(context, builder, sig, args):
+        return _lane_function(builder, "sqrt", value.width, args)
+
+    return value(value), codegen
+
+
+def vector_width(embedding_dim):
+    """Return the widest lane count (16 at most) that divides ``embedding_dim``."""
+    return next(width for width in (16, 8, 4, 2, 1) if embedding_dim % width == 0)
+
+
+@intrinsic
+def float_of_bits(typingctx, bits):
+    """Read int32 bits as float32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], _F32)
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def bits_of_float(typingctx, value):
+    """Read float32 as int32 bits."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], _I32)
+
+    return types.int32(types.float32), codegen

@@ -1,0 +1,63 @@
+"""Initial rows: a pure function of (seed, table name, id, column).
+
+A counter-based generator: the value at a column is a hash of the table's key, the id and the
+column, turned into the wanted distribution. So an id starts from the same row on every device (to
+float rounding), in every insertion order, on any number of ranks, and again after eviction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from torch import Tensor
+
+from recis_lightning.ops import backend
+from recis_lightning.ops.table_header import INIT_ARGS, INIT_KEY, INIT_KIND
+
+CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
+
+
+def init_key(seed: int, name: str) -> int:
+    """Hash a table's seed and name into the key of its initial rows (int64)."""
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def write_distribution(header: Tensor, kind: int, args: tuple[float, ...]) -> None:
+    """Enter a distribution into a table's header.
+
+    Args:
+        header: int64 [HEADER_SIZE].
+        kind: ``CONSTANT`` (value), ``UNIFORM`` (low, high), ``NORMAL`` (mean, std) or
+            ``TRUNCATED_NORMAL`` (mean, std, low, high; bounds in standard deviations from mean).
+        args: The values named above.
+    """
+    values = header.numpy()
+    values[INIT_KIND] = kind
+    padded = np.zeros(4)
+    padded[: len(args)] = args
+    values[INIT_ARGS : INIT_ARGS + 4] = padded.view(np.int64)
+
+
+def write_key(header: Tensor, seed: int, name: str) -> None:
+    """Enter the key of (seed, name) into a table's header."""
+    header.numpy()[INIT_KEY] = init_key(seed, name)
+
+
+def init_rows_(
+    ids: Tensor, rows: Tensor, new: Tensor, segments: Tensor, embedding_dim: int, bfloat16: bool
+) -> None:
+    """Write initial weights and empty optimizer state into the rows of new ids.
+
+    Args:
+        ids: int64 [n], as given to ``find_or_insert``.
+        rows: int64 [n], what it returned.
+        new: int64 [m], positions of the new ids, ascending.
+        segments: As given to ``find_or_insert``.
+        embedding_dim: Weights in a row.
+        bfloat16: Whether weights are bfloat16 (else float32).
+    """
+    with backend.region("recis::init_rows"):
+        module = backend.module("row_init", ids.device)
+        module.init_rows_(ids, rows, new, segments, embedding_dim, bfloat16)

@@ -1,0 +1,106 @@
+"""Reduce gradients by row and update rows in place: one contract for every optimizer.
+
+The gradients of all lookups since the last step, of all tables of one optimizer with the same row
+layout, are one call: rows are numbered through (a table's first row has its FLAT_BASE), positions
+are sorted by row with a stable radix sort, and each row's gradients are added up in the order of
+the batch and applied at once. Nothing is added atomically, so the result does not depend on
+threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from recis_lightning.ops import backend
+from recis_lightning.ops.embedding_bag import Plan
+
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)
+
+# A table's hyperparameters, float32 [HYPER_SIZE]; LR and SCALE serve every rule.
+HYPER_SIZE = 8
+LR = 0  # learning rate, with Adam's first bias correction or Adagrad's decay in it
+EPS = 1  # Adam: as added after the second bias correction
+NEW_SHARE1 = 2  # 1 - beta1, rounded once: in float32, 1 - 0.999 is off by 5e-5 of itself
+NEW_SHARE2 = 3  # 1 - beta2
+INV_SQRT_BIAS2 = 4  # 1 / sqrt(1 - beta2 ** step)
+DECAY = 5  # what weights are multiplied by first: 1 - lr * weight_decay
+SCALE = 6  # what gradients are multiplied by (norm clipping)
+CLIP = 7  # bound of every gradient element (value clipping), inf where there is none
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a row of the call's tables looks.
+
+    Attributes:
+        embedding_dim: Weights in a row.
+        dtype: float32 or bfloat16 weights; state is float32 and follows them.
+        row_bytes: From one row to the next.
+        block_shift: log2(rows in a block).
+    """
+
+    embedding_dim: int
+    dtype: torch.dtype
+    row_bytes: int
+    block_shift: int
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one update call, sorted by row; made by ``sort_gradients``.
+
+    Attributes:
+        plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
+        blocks: int64 [num_blocks, 2]: address of each block, and of its table's hyperparameters.
+        layout: Of the rows.
+        work: What the backend keeps between sorting and updating.
+    """
+
+    plan: Plan
+    blocks: npt.NDArray[np.int64]
+    layout: RowLayout
+    work: object
+
+
+def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout) -> Gradients:
+    """Sort the positions of ``plan`` by row, stably.
+
+    Args:
+        plan: int64 [num_features, PLAN_SIZE]; FIRST_ID numbers the positions of all features
+            through, DATA and DATA_STRIDE describe float32 gradients.
+        blocks: int64 [num_blocks, 2].
+        layout: Of the rows.
+
+    Source: least significant digit radix sort, Knuth, TAOCP vol. 3, 5.2.5.
+    """
+    with backend.region("recis::sort_gradients"):
+        module = backend.module("row_update", torch.device("cpu"))
+        return Gradients(plan, blocks, layout, module.sort_gradients(plan, blocks, layout))
+
+
+def squared_norm(gradients: Gradients) -> float:
+    """Return the sum of squares of all rows' reduced gradients (float64, in a fixed order)."""
+    with backend.region("recis::gradient_norm"):
+        return float(backend.module("row_update", torch.device("cpu")).squared_norm(gradients))
+
+
+def update_rows_(gradients: Gradients, rule: int) -> None:
+    """Apply one optimizer step to every row that has a gradient.
+
+    With g the row's reduced gradient, times SCALE and clamped to CLIP, in float32:
+
+    - ``SGD``: w = w * DECAY - LR * g
+    - ``ADAGRAD``: s += g * g; w -= LR * g / (sqrt(s) + EPS)
+    - ``ROWWISE_ADAGRAD``: s += mean(g * g), one s a row; w as above
+    - ``ADAM``: m += NEW_SHARE1 * (g - m); v += NEW_SHARE2 * (g * g - v);
+      w = w * DECAY - LR * m / (sqrt(v) * INV_SQRT_BIAS2 + EPS)
+
+    Source: Duchi et al., 2011; Kingma and Ba, 2015; Loshchilov and Hutter, 2019; row-wise as in
+    FBGEMM.
+    """
+    with backend.region("recis::row_update"):
+        backend.module("row_update", torch.device("cpu")).update_rows_(gradients, rule)

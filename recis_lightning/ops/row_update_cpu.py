@@ -1,0 +1,374 @@
+"""Sort, reduce and update in Numba.
+
+A position is packed with its row into 64 bits (row above, position below), so the sort moves one
+word an id. The update walks the sorted words: a row's gradients are added up in vector registers
+and the row's weights and state are read and written once.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from recis_lightning.ops import parallel_cpu
+from recis_lightning.ops.embedding_bag import (
+    BAGS_PER_CHUNK,
+    DATA,
+    DATA_STRIDE,
+    FIRST_CHUNK,
+    FIRST_ID,
+    FLAT_BASE,
+    MEAN,
+    MODE,
+    NUM_BAGS,
+    NUM_IDS,
+    PLAN_SIZE,
+    ROWS,
+    TILE,
+    TILE_LEN,
+    WEIGHTS,
+)
+from recis_lightning.ops.embedding_bag_cpu import bag_divisor, bag_start, feature_at, split_plan
+from recis_lightning.ops.intrinsics_cpu import (
+    add,
+    at_least,
+    at_most,
+    atomic_add,
+    div,
+    fma,
+    lane_sum,
+    load_f32,
+    load_i64,
+    load_vector,
+    load_weights,
+    mul,
+    prefetch,
+    splat,
+    sqrt,
+    store_f32,
+    store_f64,
+    store_i64,
+    store_vector,
+    store_weights,
+    sub,
+    vector_width,
+)
+from recis_lightning.ops.parallel_cpu import num_chunks, workspace
+from recis_lightning.ops.row_update import (
+    ADAGRAD,
+    CLIP,
+    DECAY,
+    EPS,
+    INV_SQRT_BIAS2,
+    LR,
+    NEW_SHARE1,
+    NEW_SHARE2,
+    ROWWISE_ADAGRAD,
+    SCALE,
+    SGD,
+)
+
+_NORM = -1  # a rule that updates nothing
+_POSITIONS_PER_CHUNK = 1024
+_SORT_SERIAL = 1 << 14  # fewer positions are sorted by one thread
+_DIGIT_BITS = 11  # a digit's counters and open cache lines fit the first-level cache
+_AHEAD = 12  # positions between prefetch and use
+_F = np.float32
+
+
+@parallel_cpu.kernel
+def _key_kernel(args):
+    plan, num_features = load_i64(args + 16), load_i64(args + 24)
+    keys, addresses, scales = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
+    position_bits, none, dim_bytes = (
+        load_i64(args + 56),
+        load_i64(args + 64),
+        load_i64(args + 72),
+    )
+    chunks = load_i64(args + 8)
+    while True:
+        chunk = atomic_add(args, 1)
+        if chunk >= chunks:
+            break
+        line = plan + feature_at(plan, num_features, chunk) * 8 * PLAN_SIZE
+        mode, first = load_i64(line + 8 * MODE), load_i64(line + 8 * FIRST_ID)
+        rows, base = load_i64(line + 8 * ROWS), load_i64(line + 8 * FLAT_BASE)
+        weights, tile_len = load_i64(line + 8 * WEIGHTS), load_i64(line + 8 * TILE_LEN)
+        data, stride = load_i64(line + 8 * DATA), load_i64(line + 8 * DATA_STRIDE)
+        per_chunk = load_i64(line + 8 * BAGS_PER_CHUNK)
+        low = (chunk - load_i64(line + 8 * FIRST_CHUNK)) * per_chunk
+        high = min(low + per_chunk, load_i64(line + 8 * NUM_BAGS))
+        for bag in range(low, high):
+            start, end = bag_start(line, bag), bag_start(line, bag + 1)
+            divisor = bag_divisor(mode, rows, weights, start, end)
+            address = data + bag * stride
+            for i in range(start, end):
+                row = load_i64(rows + 8 * i)
+                flat = base + row
+                if row < 0 or (mode == TILE and i - start >= tile_len):
+                    flat = none
+                position = first + i
+                store_i64(keys + 8 * position, (flat << position_bits) | position)
+                store_i64(addresses + 8 * position, address)
+                if mode == TILE:
+                    address += dim_bytes
+                if scales:
+                    scale = load_f32(weights + 4 * i) if weights else _F(1)
+                    if mode == MEAN:
+                        scale = scale / divisor if divisor != _F(0) else _F(0)
+                    store_f32(scales + 4 * position, scale)
+
+
+@parallel_cpu.kernel
+def _count_digits_kernel(args):
+    chunk_size, n = load_i64(args + 16), load_i64(args + 24)
+    keys, counts = load_i64(args + 32), load_i64(args + 40)
+    shift, digits = np.uint64(load_i64(args + 48)), load_i64(args + 56)
+    mask = np.uint64(digits - 1)
+    chunks = load_i64(args + 8)
+    while True:
+        chunk = atomic_add(args, 1)
+        if chunk >= chunks:
+            break
+        mine = counts + 8 * digits * chunk
+        for digit in range(digits):
+            store_i64(mine + 8 * digit, 0)
+        for i in range(chunk * chunk_size, min((chunk + 1) * chunk_size, n)):
+            digit = np.int64((np.uint64(load_i64(keys + 8 * i)) >> shift) & mask)
+            store_i64(mine + 8 * digit, load_i64(mine + 8 * digit) + 1)
+
+
+@parallel_cpu.kernel
+def _start_digits_kernel(args):
+    # One chunk: turns counts [chunks, digits] into each chunk's first place of each digit.
+    num_counts, counts, digits = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
+    total = np.int64(0)
+    for digit in range(digits):
+        for chunk in range(num_counts):
+            place = counts + 8 * (chunk * digits + digit)
+            count = load_i64(place)
+            store_i64(place, total)
+            total += count
+
+
+@parallel_cpu.kernel
+def _move_by_digit_kernel(args):
+    chunk_size, n = load_i64(args + 16), load_i64(args + 24)
+    keys, counts = load_i64(args + 32), load_i64(args + 40)
+    shift, digits, out = np.uint64(load_i64(args + 48)), load_i64(args + 56), load_i64(args + 64)
+    mask = np.uint64(digits - 1)
+    chunks = load_i64(args + 8)
+    while True:
+        chunk = atomic_add(args, 1)
+        if chunk >= chunks:
+            break
+        mine = counts + 8 * digits * chunk
+        for i in range(chunk * chunk_size, min((chunk + 1) * chunk_size, n)):
+            key = load_i64(keys + 8 * i)
+            place = mine + 8 * np.int64((np.uint64(key) >> shift) & mask)
+            target = load_i64(place)
+            store_i64(place, target + 1)
+            store_i64(out + 8 * target, key)
+
+
+def _args(n, chunk_size, *rest):
+    return np.array([0, num_chunks(n, chunk_size), chunk_size, n, *rest], np.int64)
+
+
+def _radix_sort(keys, spare, n, low_bit, num_bits):
+    """Sort ``keys[:n]`` by ``num_bits`` bits from ``low_bit``; return the array it ended in."""
+    passes = -(-num_bits // _DIGIT_BITS)
+    chunks = 1 if n < _SORT_SERIAL else torch.get_num_threads()
+    chunk_size = num_chunks(n, chunks)
+    for done in range(passes):
+        bits = num_bits // passes + (done < num_bits % passes)
+        digits = 1 << bits
+        counts = workspace.take("digit_counts", chunks * digits, np.int64).ctypes.data
+        where = (keys.ctypes.data, counts, low_bit, digits)
+        _count_digits_kernel.launch(_args(n, chunk_size, *where))
+        _start_digits_kernel.launch(
+            np.array([0, 1, num_chunks(n, chunk_size), counts, digits], np.int64)
+        )
+        _move_by_digit_kernel.launch(_args(n, chunk_size, *where, spare.ctypes.data))
+        keys, spare, low_bit = spare, keys, low_bit + bits
+    return keys
+
+
+def sort_gradients(plan, blocks, layout):
+    """See the contract."""
+    n = int(plan[:, NUM_IDS].sum())
+    num_rows = len(blocks) << layout.block_shift
+    position_bits = max(n - 1, 1).bit_length()
+    row_bits = num_rows.bit_length()
+    if position_bits + row_bits > 63:
+        raise ValueError(f"one update of {n} ids over {num_rows} rows is too large to sort")
+    keys = workspace.take("keys", n, np.int64)
+    spare = workspace.take("spare_keys", n, np.int64)
+    addresses = workspace.take("gradient_addresses", n, np.int64)
+    scales = None
+    if plan[:, WEIGHTS].any() or (plan[:, MODE] == MEAN).any():
+        scales = workspace.take("gradient_scales", n, np.float32)
+    scale_address = 0 if scales is None else scales.ctypes.data
+    args = [0, split_plan(plan), plan.ctypes.data, len(plan), keys.ctypes.data]
+    args += [addresses.ctypes.data, scale_address, position_bits, num_rows]
+    _key_kernel.launch(np.array([*args, 4 * layout.embedding_dim], np.int64))
+    keys = _radix_sort(keys, spare, n, position_bits, row_bits)
+    return keys, addresses, scales, n, position_bits
+
+
+@functools.cache
+def _update_kernel(rule, width, bfloat16):
+    item = 2 if bfloat16 else 4
+
+    def update(args):
+        chunk_size, n = load_i64(args + 16), load_i64(args + 24)
+        keys, addresses, scales = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
+        blocks, num_rows = load_i64(args + 56), load_i64(args + 64)
+        block_shift, row_bytes = load_i64(args + 72), load_i64(args + 80)
+        embedding_dim, norms = load_i64(args + 88), load_i64(args + 96)
+        position_bits = load_i64(args + 104)
+        position_mask = (np.int64(1) << position_bits) - 1
+        block_mask = (np.int64(1) << block_shift) - 1
+        state_at = embedding_dim * 4
+        if bfloat16:
+            state_at = ((embedding_dim + 1) >> 1) << 2
+        dim_bytes = 4 * embedding_dim
+        zero = splat(width, _F(0))
+        chunks = load_i64(args + 8)
+        while True:
+            chunk = atomic_add(args, 1)
+            if chunk >= chunks:
+                break
+            start = chunk * chunk_size
+            high = min(start + chunk_size, n)
+            norm = np.float64(0)
+            if start > 0:  # a run that began before belongs to the chunk before
+                before = load_i64(keys + 8 * start - 8) >> position_bits
+                while start < high and load_i64(keys + 8 * start) >> position_bits == before:
+                    start += 1
+            for i in range(start, min(start + _AHEAD, n)):
+                key = load_i64(keys + 8 * i)
+                gradient = load_i64(addresses + 8 * (key & position_mask))
+                for byte in range(0, dim_bytes, 64):
+                    prefetch(gradient + byte)
+            while start < high:
+                flat = load_i64(keys + 8 * start) >> position_bits
+                if flat >= num_rows:
+                    break
+                end = start
+                while end < n and load_i64(keys + 8 * end) >> position_bits == flat:
+                    if end + 2 * _AHEAD < n:
+                        key = load_i64(keys + 8 * (end + 2 * _AHEAD))
+                        prefetch(addresses + 8 * (key & position_mask))
+                    if end + _AHEAD < n:
+                        key = load_i64(keys + 8 * (end + _AHEAD))
+                        gradient = load_i64(addresses + 8 * (key & position_mask))
+                        for byte in range(0, dim_bytes, 64):
+                            prefetch(gradient + byte)
+                        later = key >> position_bits
+                        last = load_i64(keys + 8 * (end + _AHEAD - 1)) >> position_bits
+                        if later != last and later < num_rows:
+                            row = load_i64(blocks + 16 * (later >> block_shift))
+                            row += (later & block_mask) * row_bytes
+                            for byte in range(0, row_bytes, 64):
+                                prefetch(row + byte)
+                    end += 1
+                line = blocks + 16 * (flat >> block_shift)
+                row = load_i64(line) + (flat & block_mask) * row_bytes
+                hyper = load_i64(line + 8)
+                state = row + state_at
+                lr = splat(width, -load_f32(hyper + 4 * LR))
+                eps = splat(width, load_f32(hyper + 4 * EPS))
+                decay = splat(width, load_f32(hyper + 4 * DECAY))
+                scale = splat(width, load_f32(hyper + 4 * SCALE))
+                clip = splat(width, load_f32(hyper + 4 * CLIP))
+                no_clip = splat(width, -load_f32(hyper + 4 * CLIP))
+                # Row-wise Adagrad needs the whole gradient's mean square before the first weight.
+                sweeps = 2 if rule == ROWWISE_ADAGRAD else 1
+                squares = np.float64(0)
+                for sweep in range(sweeps):
+                    if rule == ROWWISE_ADAGRAD and sweep == 1:
+                        mean = _F(squares / embedding_dim)
+                        store_f32(state, load_f32(state) + mean)
+                    for d in range(0, embedding_dim, width):
+                        g = zero
+                        for i in range(start, end):
+                            position = load_i64(keys + 8 * i) & position_mask
+                            gradient = load_i64(addresses + 8 * position) + 4 * d
+                            value = load_vector(width, gradient)
+                            if scales:
+                                weight = splat(width, load_f32(scales + 4 * position))
+                                g = fma(value, weight, g)
+                            else:
+                                g = add(g, value)
+                        if rule == _NORM:
+                            norm += lane_sum(mul(g, g))
+                            continue
+                        g = at_least(at_most(mul(g, scale), clip), no_clip)
+                        if rule == ROWWISE_ADAGRAD and sweep == 0:
+                            squares += lane_sum(mul(g, g))
+                            continue
+                        w = load_weights(width, bfloat16, row + item * d)
+                        if rule == SGD:
+                            w = fma(lr, g, mul(w, decay))
+                        elif rule == ADAGRAD:
+                            s = fma(g, g, load_vector(width, state + 4 * d))
+                            store_vector(state + 4 * d, s)
+                            w = fma(lr, div(g, add(sqrt(s), eps)), w)
+                        elif rule == ROWWISE_ADAGRAD:
+                            s = splat(width, load_f32(state))
+                            w = fma(lr, div(g, add(sqrt(s), eps)), w)
+                        else:
+                            share1 = splat(width, load_f32(hyper + 4 * NEW_SHARE1))
+                            share2 = splat(width, load_f32(hyper + 4 * NEW_SHARE2))
+                            inverse = splat(width, load_f32(hyper + 4 * INV_SQRT_BIAS2))
+                            second = state + dim_bytes
+                            m = load_vector(width, state + 4 * d)
+                            v = load_vector(width, second + 4 * d)
+                            m = fma(share1, sub(g, m), m)
+                            v = fma(share2, sub(mul(g, g), v), v)
+                            store_vector(state + 4 * d, m)
+                            store_vector(second + 4 * d, v)
+                            w = mul(w, decay)
+                            w = fma(lr, div(m, fma(sqrt(v), inverse, eps)), w)
+                        store_weights(bfloat16, row + item * d, w)
+                start = end
+            if rule == _NORM:
+                store_f64(norms + 8 * chunk, norm)
+
+    return parallel_cpu.kernel(update)
+
+
+def _launch(gradients, rule):
+    layout = gradients.layout
+    keys, addresses, scales, n, position_bits = gradients.work
+    norms = np.zeros(num_chunks(n, _POSITIONS_PER_CHUNK), np.float64)
+    args = _args(
+        n,
+        _POSITIONS_PER_CHUNK,
+        keys.ctypes.data,
+        addresses.ctypes.data,
+        0 if scales is None else scales.ctypes.data,
+        gradients.blocks.ctypes.data,
+        len(gradients.blocks) << layout.block_shift,
+        layout.block_shift,
+        layout.row_bytes,
+        layout.embedding_dim,
+        norms.ctypes.data,
+        position_bits,
+    )
+    bfloat16 = int(layout.dtype is torch.bfloat16)
+    _update_kernel(rule, vector_width(layout.embedding_dim), bfloat16).launch(args)
+    return norms
+
+
+def squared_norm(gradients):
+    """See the contract."""
+    return _launch(gradients, _NORM).sum()
+
+
+def update_rows_(gradients, rule):
+    """See the contract."""
+    _launch(gradients, rule)

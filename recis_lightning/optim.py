@@ -1,0 +1,528 @@
+"""Sparse optimizers over tables, and one optimizer for Lightning out of a dense and a sparse one.
+
+A backward pass leaves gradients with the tables; ``step`` reduces them by row and updates each row
+that has one, once. All tables of an optimizer with the same row layout are updated in one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from recis_lightning.hash_table import HashTable, PendingGradient
+from recis_lightning.ops import embedding_bag, row_update
+from recis_lightning.ops.row_update import Gradients, RowLayout
+
+
+class SparseOptimizer(Optimizer):
+    """What the sparse optimizers share.
+
+    A parameter group's ``params`` are empty: rows are no parameters, and Lightning's clipping and
+    DDP leave them alone. Its other entries (``lr`` first) are live: schedulers change them.
+
+    Args:
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own hyperparameters.
+        defaults: Hyperparameters of groups that do not have their own.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+
+    Raises:
+        TypeError: ``tables`` holds something that is no table.
+        ValueError: A hyperparameter out of range, no tables, or a table twice.
+    """
+
+    rule: ClassVar[int]
+    group_name: ClassVar[str] = "sparse"
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        clip_grad_norm: float | None,
+        clip_grad_value: float | None,
+    ) -> None:
+        _check_bound("lr", defaults["lr"])
+        for name, bound in (
+            ("clip_grad_norm", clip_grad_norm),
+            ("clip_grad_value", clip_grad_value),
+        ):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
+        if isinstance(tables, (HashTable, torch.Tensor)):
+            raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
+        given = list(tables)
+        if not given:
+            raise ValueError("tables: expected at least one HashTable, got none")
+        if not isinstance(given[0], dict):
+            given = [{"params": given}]
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self._tables: list[list[HashTable]] = []
+        groups = []
+        for number, group in enumerate(given):
+            members = _check_tables(group["params"], self.tables)
+            self._tables.append(members)
+            name = self.group_name + (f"{number}" if len(given) > 1 else "")
+            groups.append({"name": name, **group, "params": []})
+        super().__init__(groups, defaults)
+        for table in self.tables:
+            table.optimizer = self
+            table.rows.relayout(self.slots(table.embedding_dim), self.state_fill())
+
+    @property
+    def tables(self) -> list[HashTable]:
+        """All tables of all groups."""
+        return [table for members in self._tables for table in members]
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """Return the state of a row: name -> float32 words."""
+        raise NotImplementedError
+
+    def state_fill(self) -> float:
+        """Return what state starts from."""
+        return 0.0
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """Return what ``ops.row_update`` needs, by field, for a table's update number (from 1)."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients that no step has used."""
+        for table in self.tables:
+            table.drop_pending()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every row that has a gradient, and use the gradients up.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = []
+        pairs = zip(self.param_groups, self._tables, strict=True)
+        owned = {table: group for group, members in pairs for table in members if table.pending}
+        for members in _by_layout(owned):
+            calls.append((members, self._hyper(members, owned)))
+        scale = self._norm_scale(calls) if self.clip_grad_norm is not None else 1.0
+        for members, hyper in calls:
+            hyper[:, row_update.SCALE] = scale
+            gradients = self._gradients(members, hyper)
+            if gradients is not None:
+                row_update.update_rows_(gradients, self.rule)
+        for table in owned:
+            table.num_updates += 1
+            table.pending = []
+        return loss
+
+    def _hyper(
+        self, members: list[HashTable], owned: dict[HashTable, dict[str, Any]]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        hyper = np.ones((len(members), row_update.HYPER_SIZE), np.float32)
+        clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
+        for line, table in zip(hyper, members, strict=True):
+            fields = self.hyperparameters(owned[table], table.num_updates + 1)
+            line[list(fields)] = list(fields.values())
+            line[row_update.CLIP] = clip
+        return hyper
+
+    def _norm_scale(self, calls: list[tuple[list[HashTable], Any]]) -> float:
+        """Return what gradients are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        assert self.clip_grad_norm is not None
+        total = 0.0
+        for members, hyper in calls:
+            gradients = self._gradients(members, hyper)
+            if gradients is not None:
+                total += row_update.squared_norm(gradients)
+        return min(1.0, self.clip_grad_norm / (math.sqrt(total) + 1e-6))
+
+    def _gradients(
+        self, members: list[HashTable], hyper: np.ndarray[Any, np.dtype[np.float32]]
+    ) -> Gradients | None:
+        """Join the pending gradients of tables of one layout, and sort them by row."""
+        rows = members[0].rows
+        records: dict[int, PendingGradient] = {
+            id(record): record for table in members for record in table.pending
+        }
+        numbers = {table: number for number, table in enumerate(members)}
+        counts = np.array([len(table.rows.addresses) for table in members])
+        bases = (np.cumsum(counts) - counts) << rows.block_shift
+        parts = []
+        for record in records.values():
+            mine = [i for i, table in enumerate(record.tables) if table in numbers]
+            part = record.plan[mine]
+            part[:, embedding_bag.FLAT_BASE] = [bases[numbers[record.tables[i]]] for i in mine]
+            parts.append(part)
+        plan = np.concatenate(parts)
+        sizes = plan[:, embedding_bag.NUM_IDS]
+        if not sizes.sum():
+            return None
+        plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
+        blocks = np.empty((counts.sum(), 2), np.int64)
+        blocks[:, 0] = np.concatenate([table.rows.addresses for table in members])
+        blocks[:, 1] = hyper.ctypes.data + np.repeat(np.arange(len(members)), counts) * (
+            hyper.strides[0]
+        )
+        layout = RowLayout(
+            rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift
+        )
+        return row_update.sort_gradients(plan, blocks, layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: vars(self)[key] for key in _KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_tables" in state:  # unpickled or copied: these are other tables
+            for table in self.tables:
+                table.optimizer = self
+                table.rows.relayout(self.slots(table.embedding_dim), self.state_fill())
+
+
+_KEPT = ("_tables", "clip_grad_norm", "clip_grad_value")
+
+
+def _check_bound(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+    if not low <= value < high:
+        wanted = f">= {low}" if high == math.inf else f"in [{low}, {high})"
+        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
+
+
+def _check_tables(tables: Any, known: list[HashTable]) -> list[HashTable]:
+    members = [tables] if isinstance(tables, HashTable) else list(tables)
+    for table in members:
+        if not isinstance(table, HashTable):
+            raise TypeError(
+                f"tables: expected HashTable, got {type(table).__name__}; pass "
+                "hash_tables(module), not module.parameters()"
+            )
+        if table in known or members.count(table) > 1:
+            raise ValueError(f"tables: table {table.name!r} is there twice")
+    return members
+
+
+def _by_layout(tables: Iterable[HashTable]) -> list[list[HashTable]]:
+    """Split tables into those whose rows look the same, so that one pass updates them."""
+    split: dict[tuple[Any, ...], list[HashTable]] = {}
+    for table in tables:
+        split.setdefault((table.device, table.dtype, table.embedding_dim), []).append(table)
+    return list(split.values())
+
+
+class SparseSGD(SparseOptimizer):
+    """``w = w - lr * g`` on the rows with a gradient, as ``torch.optim.SGD``.
+
+    Args:
+        tables: ``hash_tables(module)``, or dicts with their own ``lr``.
+        lr: Learning rate.
+        clip_grad_norm: See ``SparseOptimizer``.
+        clip_grad_value: See ``SparseOptimizer``.
+    """
+
+    rule = row_update.SGD
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        super().__init__(tables, {"lr": lr}, clip_grad_norm, clip_grad_value)
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """See ``SparseOptimizer``."""
+        return {}
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """See ``SparseOptimizer``."""
+        return {row_update.LR: group["lr"]}
+
+
+class SparseAdagrad(SparseOptimizer):
+    """Adagrad on the rows with a gradient, as ``torch.optim.Adagrad`` on sparse gradients.
+
+    Args:
+        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        lr: Learning rate.
+        lr_decay: The rate of update number n is ``lr / (1 + (n - 1) * lr_decay)``.
+        initial_accumulator_value: What the sum of squares starts from.
+        eps: Added to its root.
+        clip_grad_norm: See ``SparseOptimizer``.
+        clip_grad_value: See ``SparseOptimizer``.
+
+    Source: Duchi, Hazan and Singer, 2011.
+    """
+
+    rule = row_update.ADAGRAD
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        _check_bound("lr_decay", lr_decay)
+        _check_bound("initial_accumulator_value", initial_accumulator_value)
+        _check_bound("eps", eps)
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        super().__init__(tables, defaults, clip_grad_norm, clip_grad_value)
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """See ``SparseOptimizer``."""
+        return {"sum": embedding_dim}
+
+    def state_fill(self) -> float:
+        """See ``SparseOptimizer``."""
+        return float(self.defaults["initial_accumulator_value"])
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """See ``SparseOptimizer``."""
+        lr = group["lr"] / (1 + (num_updates - 1) * group["lr_decay"])
+        return {row_update.LR: lr, row_update.EPS: group["eps"]}
+
+
+class SparseRowwiseAdagrad(SparseAdagrad):
+    """Adagrad with one sum a row: it adds up the mean square of the row's gradient.
+
+    Arguments are those of ``SparseAdagrad``. Its state is 4 bytes a row, whatever the dim.
+
+    Source: FBGEMM's ``EXACT_ROWWISE_ADAGRAD``.
+    """
+
+    rule = row_update.ROWWISE_ADAGRAD
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """See ``SparseOptimizer``."""
+        return {"sum": 1}
+
+
+class SparseAdam(SparseOptimizer):
+    """Adam on the rows with a gradient, as ``torch.optim.SparseAdam``.
+
+    Rows without a gradient keep weights and moments. The bias correction counts the table's
+    updates, and ``eps`` is added before it, as torch has it.
+
+    Args:
+        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        clip_grad_norm: See ``SparseOptimizer``.
+        clip_grad_value: See ``SparseOptimizer``.
+
+    Source: Kingma and Ba, 2015.
+    """
+
+    rule = row_update.ADAM
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        defaults = _adam_defaults(lr, betas, eps)
+        super().__init__(tables, defaults, clip_grad_norm, clip_grad_value)
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """See ``SparseOptimizer``."""
+        return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim}
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """See ``SparseOptimizer``."""
+        bias1, root = _bias_corrections(group, num_updates)
+        return {
+            row_update.LR: group["lr"] / bias1,
+            row_update.EPS: group["eps"] / root,
+            row_update.NEW_SHARE1: 1 - group["betas"][0],
+            row_update.NEW_SHARE2: 1 - group["betas"][1],
+            row_update.INV_SQRT_BIAS2: 1 / root,
+        }
+
+
+class SparseAdamW(SparseAdam):
+    """AdamW on the rows with a gradient, as ``torch.optim.AdamW`` where every row has one.
+
+    Weight decay touches the rows of the step only; ``eps`` is added after the bias correction.
+
+    Args:
+        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Weights are multiplied by ``1 - lr * weight_decay`` first.
+        clip_grad_norm: See ``SparseOptimizer``.
+        clip_grad_value: See ``SparseOptimizer``.
+
+    Source: Loshchilov and Hutter, 2019.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        _check_bound("weight_decay", weight_decay)
+        defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
+        SparseOptimizer.__init__(self, tables, defaults, clip_grad_norm, clip_grad_value)
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """See ``SparseOptimizer``."""
+        fields = super().hyperparameters(group, num_updates)
+        fields[row_update.EPS] = group["eps"]
+        fields[row_update.DECAY] = 1 - group["lr"] * group["weight_decay"]
+        return fields
+
+
+def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
+    _check_bound("betas[0]", betas[0], high=1.0)
+    _check_bound("betas[1]", betas[1], high=1.0)
+    _check_bound("eps", eps)
+    return {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
+
+
+def _bias_corrections(group: dict[str, Any], num_updates: int) -> tuple[float, float]:
+    """Return ``1 - beta1 ** n`` and the root of ``1 - beta2 ** n``."""
+    beta1, beta2 = group["betas"]
+    return 1 - beta1**num_updates, math.sqrt(1 - beta2**num_updates)
+
+
+class SparseDenseOptimizer(Optimizer):
+    """A dense and a sparse optimizer as one, for Lightning's automatic optimization.
+
+    ``param_groups`` are the dense optimizer's and then the sparse ones', the same objects: learning
+    rate schedulers and ``LearningRateMonitor`` see and drive both. Clipping by the Trainer
+    (``gradient_clip_val``) finds the dense parameters only; for tables give the sparse optimizer
+    ``clip_grad_norm`` or ``clip_grad_value``.
+
+    Args:
+        dense: Any torch optimizer of the dense parameters.
+        sparse: A sparse optimizer, or several.
+
+    Raises:
+        TypeError: An argument is no optimizer of its kind.
+
+    Example:
+        >>> from recis_lightning import DynamicEmbedding, hash_tables
+        >>> user, tower = DynamicEmbedding(4, name="user"), torch.nn.Linear(4, 1)
+        >>> optimizer = SparseDenseOptimizer(
+        ...     torch.optim.AdamW(tower.parameters(), lr=1e-3),
+        ...     SparseAdamW(hash_tables(user), lr=1e-2),
+        ... )
+        >>> tower(user(torch.tensor([3, 9]))).sum().backward()
+        >>> optimizer.step()
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.001, 0.01]
+    """
+
+    def __init__(
+        self, dense: Optimizer, sparse: SparseOptimizer | Sequence[SparseOptimizer]
+    ) -> None:
+        if not isinstance(dense, Optimizer) or isinstance(dense, SparseOptimizer):
+            raise TypeError(
+                f"dense: expected a torch.optim.Optimizer of parameters, got {type(dense).__name__}"
+            )
+        self.dense = dense
+        self.sparse = [sparse] if isinstance(sparse, SparseOptimizer) else list(sparse)
+        for optimizer in self.sparse:
+            if not isinstance(optimizer, SparseOptimizer):
+                raise TypeError(
+                    f"sparse: expected a sparse optimizer, got {type(optimizer).__name__}"
+                )
+        groups = [group for optimizer in self._parts for group in optimizer.param_groups]
+        super().__init__(groups, dict(dense.defaults))
+        self._share()
+
+    @property
+    def _parts(self) -> list[Optimizer]:
+        return [self.dense, *self.sparse]
+
+    def _share(self) -> None:
+        """Make the parts use this optimizer's groups and state: the same objects."""
+        start = 0
+        for optimizer in self._parts:
+            end = start + len(optimizer.param_groups)
+            optimizer.param_groups = self.param_groups[start:end]
+            start = end
+        if self.dense.state and not self.state:
+            self.state.update(self.dense.state)
+        self.dense.state = self.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the dense gradients and forget the sparse ones."""
+        for optimizer in self._parts:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run ``closure``, then step the dense and the sparse optimizers.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self._parts:
+            optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of all parts; rows and their state come with the module's state."""
+        super().load_state_dict(state_dict)
+        self._share()
+        self.dense.__setstate__({"state": self.state, "param_groups": self.dense.param_groups})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the parts' groups at construction; refuse more, which no part would step."""
+        if len(self.param_groups) == sum(len(part.param_groups) for part in self._parts):
+            raise RuntimeError("add the group to the dense or sparse optimizer before joining them")
+        super().add_param_group(param_group)
+
+
+__all__ = [
+    "SparseAdagrad",
+    "SparseAdam",
+    "SparseAdamW",
+    "SparseDenseOptimizer",
+    "SparseOptimizer",
+    "SparseRowwiseAdagrad",
+    "SparseSGD",
+]

@@ -1,0 +1,179 @@
+"""Rows in fixed-size blocks: growth copies nothing.
+
+A row is a table's weights for one id and the optimizer's state behind them, so that one update is
+one contiguous read and write. Blocks never move; kernels find them through a table of their
+addresses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import embedding_bag
+from recis_lightning.ops.table_header import (
+    BLOCK_SHIFT,
+    BLOCKS,
+    FREE_ROWS,
+    NEXT_ROW,
+    NUM_FREE,
+    NUM_STATE,
+    ROW_BYTES,
+    STATE_FILL,
+)
+
+_BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
+_LINE_BYTES = 64
+_PIECE_ROWS = 1 << 16  # rows read or written at once where all of them are copied
+
+
+class RowStore:
+    """The rows of one table.
+
+    Args:
+        header: The table's header; the store owns its row fields.
+        embedding_dim: Weights in a row.
+        dtype: float32 or bfloat16 weights; state is float32.
+        slots: Optimizer state: name -> float32 words a row.
+        state_fill: What state starts from.
+    """
+
+    def __init__(
+        self,
+        header: Tensor,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        slots: dict[str, int] | None = None,
+        state_fill: float = 0.0,
+    ) -> None:
+        self.header = header
+        self.embedding_dim = embedding_dim
+        self.dtype = dtype
+        self._header = header.numpy()
+        self._header[NEXT_ROW] = self._header[NUM_FREE] = 0
+        self._chunks: list[npt.NDArray[np.float32]] = []
+        self._set_layout(dict(slots or {}), state_fill)
+        self.set_free_rows(torch.empty(0, dtype=torch.int64))
+
+    def _set_layout(self, slots: dict[str, int], state_fill: float) -> None:
+        self.slots, self.state_fill = slots, state_fill
+        self.row_words = self.weight_words + sum(slots.values())
+        row_bytes = 4 * self.row_words
+        shift = max(3, (_BLOCK_BYTES // row_bytes).bit_length() - 1)
+        self.block_shift = shift
+        self.addresses = np.empty(0, np.int64)
+        header = self._header
+        header[ROW_BYTES], header[BLOCK_SHIFT] = row_bytes, shift
+        header[NUM_STATE] = sum(slots.values())
+        header[STATE_FILL] = np.float64(state_fill).view(np.int64)
+        header[BLOCKS] = self.addresses.ctypes.data
+
+    @property
+    def weight_words(self) -> int:
+        """Float32 words that the weights of a row take."""
+        return self.embedding_dim if self.dtype is torch.float32 else (self.embedding_dim + 1) // 2
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were ever handed out, freed ones included."""
+        return int(self._header[NEXT_ROW])
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is memory for."""
+        return len(self.addresses) << self.block_shift
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, the addresses and the list of freed rows."""
+        blocks = sum(chunk.nbytes for chunk in self._chunks)
+        return blocks + self.addresses.nbytes + self._free_rows.nbytes
+
+    def reserve(self, num_new: int) -> None:
+        """Make room for ``num_new`` rows more; freed rows count as room."""
+        unused = self.capacity - self.num_rows + int(self._header[NUM_FREE])
+        if num_new <= unused:
+            return
+        block_rows = 1 << self.block_shift
+        missing = -(-(num_new - unused) // block_rows)
+        num_blocks = max(missing, len(self.addresses) // 8)
+        words = num_blocks * block_rows * self.row_words
+        # NumPy, unlike torch, asks for huge pages; rows start on a cache line.
+        buffer = np.empty(4 * words + _LINE_BYTES, np.uint8)
+        skip = -buffer.ctypes.data % _LINE_BYTES
+        chunk = buffer[skip : skip + 4 * words].view(np.float32)
+        self._chunks.append(chunk)
+        first, size = chunk.ctypes.data, 4 * self.row_words * block_rows
+        new = first + size * np.arange(num_blocks, dtype=np.int64)
+        self.addresses = np.concatenate([self.addresses, new])
+        self._header[BLOCKS] = self.addresses.ctypes.data
+
+    def set_free_rows(self, rows: Tensor) -> None:
+        """Replace the stack of freed rows; the last one is reused first."""
+        self._free_rows = rows.contiguous()
+        self._header[FREE_ROWS] = self._free_rows.data_ptr()
+        self._header[NUM_FREE] = rows.numel()
+
+    @property
+    def free_rows(self) -> Tensor:
+        """int64 [n], the stack of freed rows."""
+        return self._free_rows[: int(self._header[NUM_FREE])]
+
+    def relayout(self, slots: dict[str, int], state_fill: float) -> None:
+        """Change the optimizer state behind the weights, keeping weights and slots that stay."""
+        if slots == self.slots:
+            self.state_fill = state_fill
+            self._header[STATE_FILL] = np.float64(state_fill).view(np.int64)
+            return
+        old = RowStore.__new__(RowStore)
+        old.__dict__.update(self.__dict__)
+        old.header = self.header.clone()
+        self._chunks = []
+        self._set_layout(dict(slots), state_fill)
+        free = int(self._header[NUM_FREE])
+        self._header[NUM_FREE] = 0
+        count = self.num_rows
+        self._header[NEXT_ROW] = 0
+        self.reserve(count)
+        self._header[NEXT_ROW], self._header[NUM_FREE] = count, free
+        for start in range(0, count, _PIECE_ROWS):
+            rows = torch.arange(start, min(start + _PIECE_ROWS, count))
+            weights, state = old.read(rows)
+            self.write(rows, weights, {name: state[name] for name in slots if name in state})
+
+    def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Copy rows out.
+
+        Args:
+            rows: int64 [n], none negative.
+
+        Returns:
+            weights: [n, embedding_dim] in the store's dtype.
+            slots: name -> float32 [n, words].
+        """
+        raw = embedding_bag.gather_rows(self.header, rows, self.row_words, torch.float32)
+        weights, *slots = raw.split([self.weight_words, *self.slots.values()], dim=1)
+        if self.dtype is not torch.float32:
+            weights = weights.contiguous().view(self.dtype)[:, : self.embedding_dim]
+        named = dict(zip(self.slots, slots, strict=True))
+        return weights.contiguous(), {name: slot.contiguous() for name, slot in named.items()}
+
+    def write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
+        """Overwrite whole rows; slots that are not given start afresh.
+
+        Args:
+            rows: int64 [n], distinct.
+            weights: [n, embedding_dim] in the store's dtype.
+            slots: name -> float32 [n, words].
+        """
+        parts = [weights]
+        if self.dtype is not torch.float32:
+            odd = self.embedding_dim % 2
+            padded = torch.nn.functional.pad(weights, (0, odd)) if odd else weights.contiguous()
+            parts = [padded.view(torch.float32)]
+        for name, words in self.slots.items():
+            filled = weights.new_full((), self.state_fill, dtype=torch.float32)
+            parts.append(slots.get(name, filled.expand(rows.numel(), words)))
+        embedding_bag.write_rows_(self.header, rows, torch.cat(parts, dim=1))
