@@ -20,6 +20,9 @@ __all__ = ["ProfilerHook"]
 
 _log = logging.getLogger(__name__)
 
+# torch writes names into its JSON as they are, and a callback's state_key may hold anything.
+_UNSAFE = {ord('"'): "'", ord("\\"): "/", **dict.fromkeys(range(32), " ")}
+
 
 class ProfilerHook(Hook):
     """Profile training in cycles of ``wait + warmup + active`` batches, one trace a cycle.
@@ -218,7 +221,7 @@ class _RegionRecorder(Profiler):
 
     def start(self, action_name: str) -> None:
         self.inner.start(action_name)
-        region = record_function(action_name)
+        region = record_function(action_name.translate(_UNSAFE))
         region.__enter__()  # type: ignore[no-untyped-call]
         self._open[action_name].append(region)
 
