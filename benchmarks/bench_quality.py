@@ -1,0 +1,254 @@
+"""Quality: DeepFM with our tables against DeepFM with ``nn.Embedding`` over a known vocabulary.
+
+The static model is given the vocabulary of its training data in advance and reads zeros for any
+other id; ours learns ids as they come. Both have the same perceptron, data, order of data and seeds,
+and Adam of the same kind (``torch.optim.SparseAdam`` and ours) on the rows that a batch touches.
+
+MovieLens-100k is downloaded if it is not there. Criteo wants a folder with ``part-0`` to ``part-3``;
+its settings were chosen with ``--validation`` (train on parts 0 and 1, score part 2), and part 3 is
+scored with what was chosen. A JSON line a task is appended to ``results/bench_quality.jsonl``.
+
+    python benchmarks/bench_quality.py [--criteo FOLDER] [--only movielens|criteo] [--validation]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from examples.deepfm.batch import Batch
+from examples.deepfm.model import DeepFM
+from examples.deepfm.train import criteo_data, criteo_model, movielens_data, movielens_model
+from recis_lightning import EmbeddingOption, Jagged
+from recis_lightning.callbacks import HashTableFilterHook
+from recis_lightning.optim import SparseAdam
+
+RESULTS = ROOT / "benchmarks" / "results" / "bench_quality.jsonl"
+DEMO, OURS, STATIC = "tables, as in the demo", "tables, SparseAdam", "nn.Embedding, SparseAdam"
+
+
+class StaticEngine(nn.Module):
+    """What ``EmbeddingEngine`` computes, from ``nn.Embedding`` and ids known in advance."""
+
+    def __init__(self, options: dict[str, EmbeddingOption], batches: Iterable[Batch]) -> None:
+        super().__init__()
+        seen: dict[str, list[Tensor]] = {name: [] for name in options}
+        for batch in batches:
+            for name in options:
+                seen[name].append(_ids(batch["features"][name]))
+        self.vocabulary = {name: torch.cat(ids).unique() for name, ids in seen.items()}
+        self.tables = nn.ModuleDict()
+        for name, option in options.items():
+            # The last row is the unknown id's: zeros, and never trained.
+            num_rows, dim = len(self.vocabulary[name]) + 1, option.embedding_dim
+            common: dict[str, Any] = {"padding_idx": num_rows - 1, "sparse": True}
+            if option.mode == "none":
+                table: nn.Module = nn.Embedding(num_rows, dim, **common)
+            else:
+                common["include_last_offset"] = True
+                table = nn.EmbeddingBag(num_rows, dim, mode=option.mode, **common)
+            nn.init.normal_(table.weight, std=0.01)
+            nn.init.zeros_(table.weight[-1])
+            self.tables[name] = table
+
+    def forward(self, features: dict[str, Tensor | Jagged]) -> dict[str, Tensor]:
+        """Return one row a feature and example."""
+        rows = {}
+        for name, table in self.tables.items():
+            feature, vocabulary = features[name], self.vocabulary[name]
+            ids = _ids(feature)
+            place = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
+            place = place.where(vocabulary[place] == ids, len(vocabulary))
+            rows[name] = (
+                table(place, feature.offsets) if isinstance(feature, Jagged) else table(place)
+            )
+        return rows
+
+
+def _ids(feature: Tensor | Jagged) -> Tensor:
+    return feature.values if isinstance(feature, Jagged) else feature
+
+
+class StaticDeepFM(DeepFM):
+    """DeepFM over a ``StaticEngine``; steps both its optimizers itself."""
+
+    def __init__(self, ours: DeepFM, batches: Iterable[Batch], lr: float, **kwargs: Any) -> None:
+        super().__init__(ours.engine.options, **kwargs)
+        self.engine = StaticEngine(ours.engine.options, batches)
+        self.automatic_optimization = False
+        self.lr = lr
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Train on one batch."""
+        loss = super().training_step(batch, batch_idx)
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return AdamW for the perceptron and SparseAdam for the tables."""
+        tables = list(self.engine.parameters())
+        theirs = {id(table) for table in tables}
+        dense = [p for p in self.parameters() if id(p) not in theirs]
+        return [
+            torch.optim.AdamW(dense, lr=self.lr),
+            torch.optim.SparseAdam(tables, lr=self.lr),
+        ]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what, and what is good enough."""
+
+    name: str
+    model: Callable[[float], DeepFM]
+    data: Callable[[int], L.LightningDataModule]
+    lr: float
+    epochs: int
+    num_dense: int
+    seeds: Sequence[int]
+    floor: float  # least mean AUC of ours
+    below: float  # most that ours may be below the static one
+    above: float  # most that ours may be above the static one
+
+
+def run(task: Task, kind: str, seed: int) -> float:
+    """Train one model; return its test AUC."""
+    L.seed_everything(seed, verbose=False)
+    data = task.data(seed)
+    data.prepare_data()
+    data.setup("fit")
+    model = task.model(task.lr)
+    callbacks: list[L.Callback] = []
+    if kind == DEMO:
+        callbacks.append(HashTableFilterHook(filter_interval=50))
+    elif kind == OURS:
+        model.sparse_optimizer = lambda tables: SparseAdam(tables, lr=task.lr)
+    else:
+        L.seed_everything(seed, verbose=False)
+        batches = data.train_dataloader()
+        model = StaticDeepFM(model, batches, task.lr, num_dense=task.num_dense)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=task.epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, data)
+    return float(trainer.test(model, data, verbose=False)[0]["test_auc"])
+
+
+def movielens(seeds: Sequence[int]) -> Task:
+    """Return the demo's task, trained on the whole first 80%."""
+
+    def data(seed: int) -> L.LightningDataModule:
+        whole = movielens_data(str(ROOT / "data" / "ml-100k"), seed)
+        whole.val_fraction = 0.0
+        return whole
+
+    return Task("movielens", movielens_model, data, 5e-4, 2, 0, seeds, 0.0, 0.005, 0.005)
+
+
+def criteo(root: Path, seeds: Sequence[int], validation: bool) -> Task:
+    """Return one epoch over parts 0 to 2, scored on part 3; or for validation 0, 1 and 2."""
+
+    def data(seed: int) -> L.LightningDataModule:
+        files = criteo_data(str(root), seed)
+        if validation:
+            files.patterns = {"train": ["part-[01].*"], "val": [], "test": ["part-2.*"]}
+        return files
+
+    task = Task("criteo", criteo_model, data, 2e-3, 1, 26, seeds, 0.65, 0.01, float("inf"))
+    return replace(task, name="criteo, validation") if validation else task
+
+
+def compare(task: Task) -> dict[str, Any]:
+    """Run every kind with every seed, print the table and return the figures."""
+    aucs = {kind: [run(task, kind, seed) for seed in task.seeds] for kind in (DEMO, OURS, STATIC)}
+    means = {kind: mean(values) for kind, values in aucs.items()}
+    print(f"\n{task.name}: test AUC, {len(task.seeds)} seeds")
+    print(f"  {'':<26}{'mean':>8}{'difference':>12}   each seed")
+    good = True
+    for kind, values in aucs.items():
+        difference = means[kind] - means[STATIC]
+        good &= -task.below <= difference <= task.above and means[kind] >= task.floor
+        each = " ".join(f"{value:.4f}" for value in values)
+        print(f"  {kind:<26}{means[kind]:>8.4f}{difference:>+12.4f}   {each}")
+    print(f"  {'good enough' if good else 'NOT GOOD ENOUGH'}")
+    return {"task": task.name, "seeds": list(task.seeds), "auc": aucs, "mean": means, "good": good}
+
+
+def provenance() -> dict[str, Any]:
+    """Return the commit, the machine and the versions that figures belong to."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+    }
+
+
+def main() -> int:
+    """Compare on each task; return 1 if ours is not good enough."""
+    parser = argparse.ArgumentParser(description="Quality against nn.Embedding")
+    parser.add_argument("--criteo", type=Path, default=ROOT.parent / "shared" / "data" / "criteo")
+    parser.add_argument("--only", choices=["movielens", "criteo"])
+    parser.add_argument("--validation", action="store_true", help="Criteo: score part 2, not 3")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("recis_lightning").setLevel(logging.ERROR)
+
+    tasks = []
+    if given.only != "criteo":
+        tasks.append(movielens(range(3)))
+    if given.only != "movielens" and given.criteo.is_dir():
+        tasks.append(criteo(given.criteo, range(5), given.validation))
+    elif given.only != "movielens":
+        print(f"criteo: left out, there is no folder {given.criteo}; name one with --criteo")
+    good = True
+    RESULTS.parent.mkdir(exist_ok=True)
+    for task in tasks:
+        figures = compare(task)
+        good &= figures["good"]
+        with RESULTS.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(provenance() | figures) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The batch that both data modules make and the model takes."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor
+
+from recis_lightning import Jagged
+
+
+class Batch(TypedDict):
+    """``B`` examples, column by column.
+
+    Attributes:
+        features: For each feature int64 [B], or a :class:`Jagged` of ``B`` bags.
+        dense: float32 [B, num_dense]; ``num_dense`` may be 0.
+        label: float32 [B], 0 or 1.
+        group: int64 [B], whose ranking an example belongs to (for GAUC); -1 where there is none.
+    """
+
+    features: dict[str, Tensor | Jagged]
+    dense: Tensor
+    label: Tensor
+    group: Tensor
+
+
+def as_is(batch: Batch) -> Batch:
+    """Return the batch: the ``collate_fn`` of data sets that answer with whole batches."""
+    return batch

@@ -1,0 +1,123 @@
+"""DeepFM: a factorization machine and a perceptron over the same embeddings.
+
+Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC
+
+from examples.deepfm.batch import Batch
+from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, add_metric, hash_tables
+from recis_lightning.metrics import GAUC
+from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseOptimizer
+
+
+def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the dense optimizer that is used where none is named."""
+    return torch.optim.AdamW(params, lr=1e-3)
+
+
+def sparse_adam(tables: Iterable[HashTable]) -> SparseOptimizer:
+    """Return the tables' optimizer that is used where none is named."""
+    return SparseAdam(tables, lr=1e-3)
+
+
+class DeepFM(L.LightningModule):
+    """Predict clicks from ids, bags of ids and numbers.
+
+    A row of a table holds a first-order weight and then the factors that the factorization machine
+    and the perceptron share, so one lookup serves all three.
+
+    Args:
+        embeddings: For each feature its option; all have the same ``embedding_dim``, which is one
+            more than the number of factors, and each feature gives one row an example (``mode``
+            ``"sum"`` or ``"mean"`` for bags).
+        num_dense: Numbers an example, beside its ids.
+        hidden: Widths of the perceptron's layers.
+        dropout: After each of them.
+        dense_optimizer: Makes the optimizer of the perceptron from its parameters.
+        sparse_optimizer: Makes the optimizer of the tables from the tables.
+    """
+
+    def __init__(
+        self,
+        embeddings: dict[str, EmbeddingOption],
+        num_dense: int = 0,
+        hidden: Sequence[int] = (128, 64),
+        dropout: float = 0.2,
+        dense_optimizer: OptimizerCallable = adamw,
+        sparse_optimizer: Callable[[Iterable[HashTable]], SparseOptimizer] = sparse_adam,
+    ) -> None:
+        super().__init__()
+        dims = {option.embedding_dim for option in embeddings.values()}
+        if len(dims) != 1:
+            raise ValueError(f"all embeddings need one embedding_dim, got {sorted(dims)}")
+        self.engine: nn.Module = EmbeddingEngine(embeddings)
+        self.linear = nn.Linear(num_dense, 1, bias=False) if num_dense else None
+        widths = [len(embeddings) * (dims.pop() - 1) + num_dense, *hidden]
+        layers: list[nn.Module] = []
+        for width, next_width in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(dropout)]
+        self.perceptron = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self.dense_optimizer = dense_optimizer
+        self.sparse_optimizer = sparse_optimizer
+        self.metrics = nn.ModuleDict()
+        for stage in ("val", "test"):
+            self.metrics[f"{stage}_auc"] = BinaryAUROC()
+            self.metrics[f"{stage}_gauc"] = GAUC()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits [B]."""
+        rows = torch.stack([*self.engine(batch["features"]).values()], dim=1)
+        weights, factors = rows[..., 0], rows[..., 1:]
+        # The sum over pairs of inner products, without the pairs.
+        pairs = (factors.sum(1).square() - factors.square().sum(1)).sum(1) / 2
+        deep = self.perceptron(torch.cat([factors.flatten(1), batch["dense"]], dim=1))
+        if self.linear is not None:
+            deep = deep + self.linear(batch["dense"])
+        logits: Tensor = weights.sum(1) + pairs + deep.squeeze(1)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss, which LoggerHook also shows."""
+        loss = nn.functional.binary_cross_entropy_with_logits(self(batch), batch["label"])
+        add_metric("loss", loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add to the validation part's loss, AUC and GAUC."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add to the test part's loss, AUC and GAUC."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the probability of a click [B]."""
+        return self(batch).sigmoid()
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        logits, label, group = self(batch), batch["label"], batch["group"]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, label)
+        self.log(f"{stage}_loss", loss, batch_size=len(label))
+        auc, gauc = self.metrics[f"{stage}_auc"], self.metrics[f"{stage}_gauc"]
+        auc.update(logits.sigmoid(), label.long())
+        self.log(f"{stage}_auc", auc, prog_bar=True, batch_size=len(label))
+        if len(group) and group[0] >= 0:  # -1: the data knows no groups
+            gauc.update(logits, label, group)
+            self.log(f"{stage}_gauc", gauc, prog_bar=True, batch_size=len(label))
+
+    def configure_optimizers(self) -> Any:
+        """Join the two optimizers into the one that Lightning steps."""
+        return SparseDenseOptimizer(
+            self.dense_optimizer(self.parameters()),
+            self.sparse_optimizer(hash_tables(self)),
+        )
