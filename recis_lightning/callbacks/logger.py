@@ -36,8 +36,8 @@ class LoggerHook(Hook):
 
     ``gstep`` is ``trainer.global_step`` (optimizer steps), ``lstep`` the training batches done
     on this rank (resumed runs go on counting), ``qps`` the batches per second since the last
-    line. Then come the loss that ``training_step`` returned and everything registered by
-    ``add_metric``, except under names that the line has already. Numbers among them go, with
+    line. Then come the loss that ``training_step`` returned, unless one is registered, and
+    everything registered by ``add_metric`` under names of its own. Numbers among them go, with
     ``qps`` and ``samples_per_sec`` (of all ranks), to the progress bar,
     ``trainer.callback_metrics`` and, once for each line, to every logger. A loss that the
     module itself logs as ``"loss"`` is left to the module.
@@ -122,7 +122,10 @@ class LoggerHook(Hook):
         if trainer.world_size > 1:
             on_device = torch.tensor(samples, device=trainer.strategy.root_device)
             samples = trainer.strategy.reduce(on_device, reduce_op="sum")
-        values = {"loss": _loss(trainer, pl_module, outputs), **_computed(trainer.world_size)}
+        values = _computed(trainer.world_size)
+        reported = "loss" in values
+        if not reported:
+            values = {"loss": _loss(trainer, pl_module, outputs), **values}
         fetched = _fetched({**values, _SAMPLES: samples}, trainer.strategy.root_device)
         samples = fetched.pop(_SAMPLES)
 
@@ -135,7 +138,7 @@ class LoggerHook(Hook):
             line = [f"<gstep={trainer.global_step}> <lstep={self._lstep}> <qps={rates['qps']:.4f}>"]
             line += [f"<{name}={_shown(value)}>" for name, value in values.items()]
             _log.info("%s", " ".join(line))
-        if "loss" not in get_metrics() and _module_logs(trainer, "loss"):
+        if not reported and _module_logs(trainer, "loss"):
             values.pop("loss", None)
         _publish(trainer, pl_module, rates | {k: v for k, v in values.items() if _is_number(v)})
 
