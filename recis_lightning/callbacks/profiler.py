@@ -232,8 +232,11 @@ class _RegionRecorder(Profiler):
 
 
 def _activities() -> list[ProfilerActivity]:
-    device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    return [ProfilerActivity.CPU, *device]
+    if torch.cuda.is_available():
+        return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    # On the CPU all that torch's tracer prints is when it starts and stops, across the bar.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return [ProfilerActivity.CPU]
 
 
 def _checked(argument: str, value: int, least: int) -> int:
