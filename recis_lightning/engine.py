@@ -18,6 +18,7 @@ from recis_lightning.jagged import Bags, Jagged, read_bags, read_keyed_jagged
 from recis_lightning.ops.embedding_bag import MODES
 from recis_lightning.table_group import Feature, TableGroup
 
+_DEFAULT_INITIALIZER = Normal(std=0.01)
 _FEATURE_FIELDS = ("table", "mode", "padding_idx", "tile_len")  # the rest belongs to the table
 
 
@@ -48,7 +49,7 @@ class EmbeddingOption:
     embedding_dim: int
     table: str | None = None
     mode: str = "none"
-    initializer: Initializer = Normal(std=0.01)
+    initializer: Initializer = _DEFAULT_INITIALIZER
     admission: Admission | None = None
     eviction: Eviction | None = None
     padding_idx: int | None = None

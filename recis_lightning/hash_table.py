@@ -29,6 +29,7 @@ from recis_lightning.ops.table_header import (
     INSERT,
     LAST_SEEN,
     NUM_IDS,
+    NUM_UPDATES,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_PADDING,
@@ -43,6 +44,23 @@ _SCHEMA = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
+
+
+class _Epoch:
+    """Counts moments at which what others have noted of a table's storage may be out of date."""
+
+    number = 0
+
+    def advance(self) -> None:
+        self.number += 1
+
+
+_epoch = _Epoch()
+
+
+def storage_epoch() -> int:
+    """Return a number that changes when some table has a new header or dtype."""
+    return _epoch.number
 
 
 @dataclass(eq=False)
@@ -76,7 +94,8 @@ class PendingGradient:
             if owner is table:
                 first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
                 part = self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
-                part[(part >= 0) & gone[part.clamp(min=0)]] = UNKNOWN
+                known = (part >= 0).nonzero().squeeze(1)
+                part[known[gone[part[known]]]] = UNKNOWN
 
 
 def check_embedding_dim(embedding_dim: int) -> int:
@@ -163,7 +182,6 @@ class HashTable(nn.Module):
         )
         self.seed, self._name, self.trainable = seed, name, trainable
         self._step = 0
-        self.num_updates = 0
         self._start()
 
     def _start(self) -> None:
@@ -174,11 +192,10 @@ class HashTable(nn.Module):
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype)
         self._last_seen = torch.empty(0, dtype=torch.int64)
         self._header[STEP] = self._step
-        row_init.write_distribution(
-            self.header, *self.initializer.distribution(self.embedding_dim)
-        )
+        row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
+        _epoch.advance()
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         _live[next(_birth)] = self
 
@@ -222,8 +239,9 @@ class HashTable(nn.Module):
 
     def extra_repr(self) -> str:
         """See ``torch.nn.Module.extra_repr``."""
-        policies = [f"{k}={v}" for k, v in vars(self).items() if k in ("admission", "eviction") and v]
-        return ", ".join([f"{self.embedding_dim}", f"name={self.name!r}", *policies])
+        policies = {"admission": self.admission, "eviction": self.eviction}
+        shown = [f"{key}={policy}" for key, policy in policies.items() if policy is not None]
+        return ", ".join([f"{self.embedding_dim}", f"name={self.name!r}", *shown])
 
     # ---- steps and stamps
 
@@ -236,6 +254,16 @@ class HashTable(nn.Module):
         """Advance ``step`` by ``n``."""
         self._step += int(n)
         self._header[STEP] = self._step
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps that found a gradient for this table; Adam's bias correction counts."""
+        return int(self._header[NUM_UPDATES])
+
+    def finish_update(self) -> None:
+        """Count an optimizer step and forget the gradients that it used."""
+        self._header[NUM_UPDATES] += 1
+        self.pending.clear()
 
     @property
     def _keeps_last_seen(self) -> bool:
@@ -291,9 +319,10 @@ class HashTable(nn.Module):
     # ---- reading and writing rows
 
     def segments(self, insert: bool = False) -> Tensor:
-        """Return the one segment of a lookup that asks this table only."""
+        """Return the one segment of a lookup that asks this table only, whatever its policy."""
         segment = torch.zeros(1, SEGMENT_SIZE, dtype=torch.int64)
-        write_segment(segment.numpy()[0], 0, self, insert, None)
+        write_segment(segment.numpy()[0], 0, self, False, None)
+        segment[0, SEGMENT_FLAGS] = INSERT * insert
         return segment
 
     def _find(self, ids: Tensor) -> Tensor:
@@ -400,11 +429,7 @@ class HashTable(nn.Module):
 
     def drop_pending(self) -> None:
         """Forget the gradients that no optimizer step has used."""
-        everything = torch.ones(self.rows.num_rows, dtype=torch.bool)
-        for record in self.pending:
-            if any(table is not self for table in record.tables):
-                record.forget(self, everything)
-        self.pending = []
+        self.pending.clear()  # a record may still serve other tables, and a retained graph
 
     # ---- moving, saving, loading
 
@@ -415,10 +440,12 @@ class HashTable(nn.Module):
             check_dtype(probe.dtype)
             state = self.get_extra_state()
             self.dtype = probe.dtype
+            _epoch.advance()
             state["dtype"] = str(probe.dtype).removeprefix("torch.")
             state["weights"] = state["weights"].to(probe.dtype)
             self._load(state)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything the table holds, as tensors and primitives, ids by row.
@@ -482,12 +509,12 @@ class HashTable(nn.Module):
         if self._name is None:
             self._name = state["name"]
         self.seed, self._step = state["seed"], state["step"]
-        self.num_updates = state["num_updates"]
         # The state's slots may not be those of this table's optimizer: take them, then adapt.
         self.clear()
         self.rows.relayout(slots, state["state_fill"])
         row_init.write_key(self.header, self.seed, self.name)
         self._header[STEP] = self._step
+        self._header[NUM_UPDATES] = state["num_updates"]
         rows = self._insert(state["ids"].to(self.device).contiguous())
         self.rows.write(rows, state["weights"], state["slots"])
         if self._keeps_last_seen and "last_seen" in state:
@@ -506,7 +533,7 @@ class HashTable(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_saved")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
         self._load(saved)
 

@@ -96,7 +96,7 @@ class TruncatedNormal(Initializer):
             raise ValueError(f"std: expected a number > 0, got {self.std!r}")
         if self.b <= self.a:
             raise ValueError(f"b: expected a number > a={self.a!r}, got {self.b!r}")
-        if not -5 < (self.b - self.mean) / self.std or not (self.a - self.mean) / self.std < 5:
+        if (self.b - self.mean) / self.std <= -5 or (self.a - self.mean) / self.std >= 5:
             raise ValueError(
                 f"a, b: expected an interval within 5 std of mean={self.mean!r}, got "
                 f"[{self.a!r}, {self.b!r}] with std={self.std!r}"

@@ -105,9 +105,11 @@ def _read_weights(weights: Any, shape: tuple[int, ...], name: str) -> Tensor | N
 def _read_dense(ids: Any, weights: Any, name: str) -> Bags:
     _check_int64(ids, name)
     shape = tuple(ids.shape)
-    length = shape[-1] if len(shape) > 1 else 1
-    num_bags = ids.numel() // length if length else ids.numel() or _product(shape[:-1])
-    flat = ids.reshape(-1).contiguous()
+    if len(shape) == 1:
+        flat, num_bags, length = ids.contiguous(), shape[0], 1
+    else:
+        flat = ids.reshape(-1).contiguous()
+        num_bags, length = _product(shape[:-1]), shape[-1] if shape else 1
     return Bags(flat, num_bags, length, None, _read_weights(weights, shape, name), shape)
 
 

@@ -57,7 +57,7 @@ class SparseOptimizer(Optimizer):
                 raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
         if isinstance(tables, (HashTable, torch.Tensor)):
             raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
-        given = list(tables)
+        given: list[Any] = list(tables)
         if not given:
             raise ValueError("tables: expected at least one HashTable, got none")
         if not isinstance(given[0], dict):
@@ -123,8 +123,7 @@ class SparseOptimizer(Optimizer):
             if gradients is not None:
                 row_update.update_rows_(gradients, self.rule)
         for table in owned:
-            table.num_updates += 1
-            table.pending = []
+            table.finish_update()
         return loss
 
     def _hyper(
@@ -132,10 +131,16 @@ class SparseOptimizer(Optimizer):
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         hyper = np.ones((len(members), row_update.HYPER_SIZE), np.float32)
         clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
-        for line, table in zip(hyper, members, strict=True):
-            fields = self.hyperparameters(owned[table], table.num_updates + 1)
-            line[list(fields)] = list(fields.values())
-            line[row_update.CLIP] = clip
+        known: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.float32]]] = {}
+        for number, table in enumerate(members):
+            group, update = owned[table], table.num_updates + 1
+            line = known.get((id(group), update))
+            if line is None:
+                fields = self.hyperparameters(group, update)
+                line = known[id(group), update] = hyper[number]
+                line[list(fields)] = list(fields.values())
+            hyper[number] = line
+        hyper[:, row_update.CLIP] = clip
         return hyper
 
     def _norm_scale(self, calls: list[tuple[list[HashTable], Any]]) -> float:
@@ -153,15 +158,16 @@ class SparseOptimizer(Optimizer):
     ) -> Gradients | None:
         """Join the pending gradients of tables of one layout, and sort them by row."""
         rows = members[0].rows
-        records: dict[int, PendingGradient] = {
-            id(record): record for table in members for record in table.pending
-        }
+        records: dict[PendingGradient, set[HashTable]] = {}
+        for table in members:
+            for record in table.pending:
+                records.setdefault(record, set()).add(table)
         numbers = {table: number for number, table in enumerate(members)}
         counts = np.array([len(table.rows.addresses) for table in members])
         bases = (np.cumsum(counts) - counts) << rows.block_shift
         parts = []
-        for record in records.values():
-            mine = [i for i, table in enumerate(record.tables) if table in numbers]
+        for record, waiting in records.items():
+            mine = [i for i, table in enumerate(record.tables) if table in waiting]
             part = record.plan[mine]
             part[:, embedding_bag.FLAT_BASE] = [bases[numbers[record.tables[i]]] for i in mine]
             parts.append(part)
@@ -172,12 +178,10 @@ class SparseOptimizer(Optimizer):
         plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
         blocks = np.empty((counts.sum(), 2), np.int64)
         blocks[:, 0] = np.concatenate([table.rows.addresses for table in members])
-        blocks[:, 1] = hyper.ctypes.data + np.repeat(np.arange(len(members)), counts) * (
-            hyper.strides[0]
+        blocks[:, 1] = (
+            hyper.ctypes.data + np.repeat(np.arange(len(members)), counts) * (hyper.strides[0])
         )
-        layout = RowLayout(
-            rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift
-        )
+        layout = RowLayout(rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift)
         return row_update.sort_gradients(plan, blocks, layout)
 
     def __getstate__(self) -> dict[str, Any]:

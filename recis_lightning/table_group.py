@@ -19,6 +19,7 @@ from recis_lightning.hash_table import (
     HashTable,
     PendingGradient,
     refuse_many_ranks,
+    storage_epoch,
     write_segment,
 )
 from recis_lightning.jagged import Bags
@@ -60,6 +61,8 @@ class TableGroup:
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.segment_tables = [self.tables.index(feature.table) for feature in features]
+        self._epoch = storage_epoch()
+        self._sizes: list[int] = []
         self._training = self._template(insert=True)
         self._evaluation = self._template(insert=False)
         self._plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
@@ -75,13 +78,8 @@ class TableGroup:
         return segments
 
     def is_current(self) -> bool:
-        """Whether the tables are still those that the group was made for."""
-        return all(
-            feature.table.header.data_ptr() == header and feature.table.dtype is self.dtype
-            for feature, header in zip(
-                self.features, self._plan[:, embedding_bag.HEADER], strict=True
-            )
-        )
+        """Whether the tables' storage is still what the group has noted of it."""
+        return self._epoch == storage_epoch()
 
     def look_up(self, bags: Sequence[Bags], training: bool) -> list[Tensor]:
         """Return each feature's rows, pooled.
@@ -97,7 +95,7 @@ class TableGroup:
             refuse_many_ranks("a training lookup")
             self._check_trained()
         for feature, bag in zip(self.features, bags, strict=True):
-            if bag.ids.device != self.device:
+            if bag.ids.device.type != self.device.type:
                 raise ValueError(
                     f"{feature.name}: its table is on {self.device}, its ids on {bag.ids.device}"
                 )
@@ -116,24 +114,25 @@ class TableGroup:
                     "SparseDenseOptimizer(torch.optim.AdamW(self.parameters()), "
                     "SparseAdamW(hash_tables(self))), or make the table trainable=False"
                 )
-        if torch.is_grad_enabled() and torch.is_autocast_enabled(self.device.type):
-            if torch.get_autocast_dtype(self.device.type) is torch.float16:
-                raise RuntimeError(
-                    "precision '16-mixed' scales the loss, and its GradScaler cannot unscale the "
-                    "gradients of tables; use precision='bf16-mixed' or '32-true'"
-                )
+        half = torch.is_autocast_enabled(self.device.type) and (
+            torch.get_autocast_dtype(self.device.type) is torch.float16
+        )
+        if half and torch.is_grad_enabled():
+            raise RuntimeError(
+                "precision '16-mixed' scales the loss, and its GradScaler cannot unscale the "
+                "gradients of tables; use precision='bf16-mixed' or '32-true'"
+            )
 
     def _find_rows(self, ids: list[Tensor], training: bool) -> Tensor:
         joined = ids[0] if len(ids) == 1 else torch.cat(ids)
-        segments = (self._training if training else self._evaluation).copy()
-        sizes = np.fromiter((part.numel() for part in ids), np.int64, len(ids))
-        segments[:, 0] = np.cumsum(sizes) - sizes
-        described = torch.from_numpy(segments)
+        sizes = [part.numel() for part in ids]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._training[:, 0] = self._evaluation[:, 0] = np.cumsum(sizes) - sizes
+        described = torch.from_numpy(self._training if training else self._evaluation)
         if not training:
             return hash_index.find(joined, described)
-        rows, new = hash_index.find_or_insert(
-            joined, described, self.tables, self.segment_tables
-        )
+        rows, new = hash_index.find_or_insert(joined, described, self.tables, self.segment_tables)
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
             row_init.init_rows_(joined, rows, new, described, self.embedding_dim, bfloat16)
@@ -246,7 +245,7 @@ class _Lookup(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         group: TableGroup = ctx.group
         kept: list[Tensor] = []
@@ -257,9 +256,12 @@ class _Lookup(torch.autograd.Function):
             if gradient is None or gradient.numel() == 0:
                 continue
             feature, bags, weights = group.features[index], ctx.bags[index], ctx.weights[index]
-            gradient = gradient.float()
-            if gradient.stride(1) != 1:
+            if gradient.dtype is not torch.float32:
+                gradient = gradient.float()
+            stride, inner = gradient.stride()
+            if inner != 1:
                 gradient = gradient.contiguous()
+                stride = gradient.shape[1]
             if ctx.needs_input_grad[4 + index]:
                 first = int(plan[index, embedding_bag.FIRST_ID])
                 rows = ctx.rows[first : first + bags.ids.numel()]
@@ -269,7 +271,7 @@ class _Lookup(torch.autograd.Function):
             if not feature.table.trainable:
                 continue
             plan[index, embedding_bag.DATA] = gradient.data_ptr()
-            plan[index, embedding_bag.DATA_STRIDE] = 4 * gradient.stride(0)
+            plan[index, embedding_bag.DATA_STRIDE] = 4 * stride
             kept += [part for part in (gradient, bags.offsets, weights) if part is not None]
             used.append(index)
         if used:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def module(op: str, device: torch.device) -> ModuleType:
+def module(op: str, device: torch.device) -> Any:
     """Return the module that implements ``op`` (an op file's name) on ``device``."""
     name = _forced or _KERNELS[device.type]
     found = _loaded.get((op, name))
@@ -54,6 +55,6 @@ def module(op: str, device: torch.device) -> ModuleType:
 
 def region(name: str) -> AbstractContextManager[object]:
     """Name what runs inside in a trace; costs next to nothing while no profiler runs."""
-    if torch.autograd._profiler_enabled():  # type: ignore[no-untyped-call]
+    if torch._C._autograd._profiler_enabled():
         return torch.profiler.record_function(name)
     return nullcontext()

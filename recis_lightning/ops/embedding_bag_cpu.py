@@ -45,7 +45,7 @@ from recis_lightning.ops.intrinsics_cpu import (
     store_weights,
     vector_width,
 )
-from recis_lightning.ops.parallel_cpu import num_chunks
+from recis_lightning.ops.parallel_cpu import address_of, num_chunks
 from recis_lightning.ops.table_header import BLOCK_SHIFT, BLOCKS, PADDING, ROW_BYTES
 
 _IDS_PER_CHUNK = 1024
@@ -133,9 +133,10 @@ def _gather_kernel(width, bfloat16):
             high = min(low + per_chunk, load_i64(line + 8 * NUM_BAGS))
             if load_i64(line + 8 * BAG_LENGTH) < 0:
                 offsets = load_i64(line + 8 * OFFSETS)
-                if load_i64(offsets) != 0 or load_i64(
-                    offsets + 8 * load_i64(line + 8 * NUM_BAGS)
-                ) != num_ids:
+                if (
+                    load_i64(offsets) != 0
+                    or load_i64(offsets + 8 * load_i64(line + 8 * NUM_BAGS)) != num_ids
+                ):
                     store_i64(bad, feature)
                 for bag in range(low, high):
                     if load_i64(offsets + 8 * bag) > load_i64(offsets + 8 * bag + 8):
@@ -156,7 +157,7 @@ def _gather_kernel(width, bfloat16):
                         address = row_address(row, blocks, shift, mask, row_bytes)
                         for byte in range(0, embedding_dim * item, 64):
                             prefetch(address + byte)
-                if mode == SUM or mode == MEAN:
+                if mode in (SUM, MEAN):
                     divisor = bag_divisor(mode, rows, weights, start, end)
                     for d in range(0, embedding_dim, width):
                         total = zero
@@ -203,10 +204,9 @@ def _gather_kernel(width, bfloat16):
 
 def gather(plan, embedding_dim, bfloat16):
     """See the contract; returns a feature with malformed offsets, or -1."""
+    kernel = _gather_kernel(vector_width(embedding_dim), int(bfloat16))
     chunks = split_plan(plan)
-    args = np.array([0, chunks, plan.ctypes.data, len(plan), embedding_dim, -1], np.int64)
-    _gather_kernel(vector_width(embedding_dim), int(bfloat16)).launch(args)
-    return int(args[5])
+    return kernel.launch(chunks, address_of(plan), len(plan), embedding_dim, -1)[5]
 
 
 @parallel_cpu.kernel
@@ -231,8 +231,8 @@ def write_rows_(header, rows, values):
     """See the contract."""
     n = rows.numel()
     num_bytes = values.shape[1] * values.element_size()
-    args = [0, num_chunks(n, _IDS_PER_CHUNK), _IDS_PER_CHUNK, n, header.data_ptr()]
-    _write_kernel.launch(np.array([*args, rows.data_ptr(), values.data_ptr(), num_bytes], np.int64))
+    where = (header.data_ptr(), rows.data_ptr(), values.data_ptr())
+    _write_kernel.launch(num_chunks(n, _IDS_PER_CHUNK), _IDS_PER_CHUNK, n, *where, num_bytes)
 
 
 __all__ = ["NONE", "bag_divisor", "bag_start", "feature_at", "gather", "row_address", "split_plan"]

@@ -77,7 +77,9 @@ def empty_entries(header: Tensor, capacity: int) -> Tensor:
         int64 [capacity + 1, 2]; the last entry is the one of the id ``EMPTY`` itself. The caller
         keeps it alive as long as the header points to it.
     """
-    entries = backend.module("hash_index", header.device).allocate_entries(capacity, header.device)
+    entries: Tensor = backend.module("hash_index", header.device).allocate_entries(
+        capacity, header.device
+    )
     values = header.numpy()
     values[ENTRIES] = entries.data_ptr()
     values[SHIFT] = 64 - (capacity.bit_length() - 1)
@@ -97,7 +99,8 @@ def find(ids: Tensor, segments: Tensor) -> Tensor:
         int64 [n], rows; ``UNKNOWN`` (-1) where there is none, ``PADDING`` (-2) for a padding id.
     """
     with backend.region("recis::find"):
-        return backend.module("hash_index", ids.device).find(ids, segments)
+        rows: Tensor = backend.module("hash_index", ids.device).find(ids, segments)
+    return rows
 
 
 def find_or_insert(
@@ -125,7 +128,9 @@ def find_or_insert(
     """
     with backend.region("recis::find_or_insert"):
         module = backend.module("hash_index", ids.device)
-        return module.find_or_insert(ids, segments, tables, segment_tables)
+        found: tuple[Tensor, Tensor | None]
+        found = module.find_or_insert(ids, segments, tables, segment_tables)
+    return found
 
 
 def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:
@@ -156,7 +161,9 @@ def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         ids: int64 [num_rows]; undefined where no id has the row.
         occupied: bool [num_rows].
     """
-    return backend.module("hash_index", header.device).id_of_row(header, num_rows)
+    turned: tuple[Tensor, Tensor]
+    turned = backend.module("hash_index", header.device).id_of_row(header, num_rows)
+    return turned
 
 
 def _entries(header: Tensor) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from recis_lightning.ops.intrinsics_cpu import (
     store_i64,
     store_u8,
 )
-from recis_lightning.ops.parallel_cpu import num_chunks, workspace
+from recis_lightning.ops.parallel_cpu import address_of, num_chunks, workspace
 from recis_lightning.ops.table_header import (
     CAPACITY,
     CLAIMED,
@@ -377,14 +377,14 @@ def _id_of_row_kernel(args):
                 store_u8(occupied + row, np.uint8(1))
 
 
-def _args(n, chunk_size, *rest):
-    return np.array([0, num_chunks(n, chunk_size), chunk_size, n, *rest], np.int64)
+def _launch(kernel, n, chunk_size, *args):
+    kernel.launch(num_chunks(n, chunk_size), chunk_size, n, *args)
 
 
 def allocate_entries(capacity, device):
     """Allocate and clear entries; NumPy asks for huge pages, which probes in a large index need."""
     array = np.empty((capacity + 1, 2), np.int64)
-    _clear_kernel.launch(_args(capacity + 1, 1 << 16, array.ctypes.data))
+    _launch(_clear_kernel, capacity + 1, 1 << 16, address_of(array))
     return torch.from_numpy(array)
 
 
@@ -393,17 +393,16 @@ def _find(ids, segments, training):
     rows = torch.empty(n, dtype=torch.int64)
     chunks = num_chunks(n, _CHUNK)
     counts = workspace.take("miss_counts", chunks, np.int64)[:chunks]
-    _find_kernel.launch(
-        _args(
-            n,
-            _CHUNK,
-            ids.data_ptr(),
-            rows.data_ptr(),
-            segments.data_ptr(),
-            segments.shape[0],
-            counts.ctypes.data,
-            training,
-        )
+    _launch(
+        _find_kernel,
+        n,
+        _CHUNK,
+        ids.data_ptr(),
+        rows.data_ptr(),
+        segments.data_ptr(),
+        segments.shape[0],
+        address_of(counts),
+        training,
     )
     return rows, counts
 
@@ -442,9 +441,8 @@ def _list_misses(rows, counts, num_misses):
     offsets = np.zeros(len(counts), np.int64)
     np.cumsum(counts[:-1], out=offsets[1:])
     misses = np.empty(num_misses, np.int64)
-    _list_misses_kernel.launch(
-        _args(rows.numel(), _CHUNK, rows.data_ptr(), offsets.ctypes.data, misses.ctypes.data)
-    )
+    where = (rows.data_ptr(), address_of(offsets), address_of(misses))
+    _launch(_list_misses_kernel, rows.numel(), _CHUNK, *where)
     return misses
 
 
@@ -474,23 +472,22 @@ def _insert(ids, segments, tables, segment_tables, misses, rows):
 
     places = np.empty(len(misses), np.int64)
     where = (segments.data_ptr(), segments.shape[0], ids.numel())
-    addresses = (misses.ctypes.data, places.ctypes.data)
-    _claim_kernel.launch(_args(len(misses), _CHUNK, ids.data_ptr(), *addresses, *where))
+    addresses = (address_of(misses), address_of(places))
+    _launch(_claim_kernel, len(misses), _CHUNK, ids.data_ptr(), *addresses, *where)
 
     counts = np.empty(num_chunks(len(misses), _CHUNK), np.int64)
-    _list_new_kernel.launch(_args(len(misses), _CHUNK, *addresses, counts.ctypes.data, 0, 0))
+    _launch(_list_new_kernel, len(misses), _CHUNK, *addresses, address_of(counts), 0, 0)
     num_new = int(counts.sum())
     counts[:] = np.concatenate(([0], np.cumsum(counts)[:-1]))
     new, new_places = np.empty(num_new, np.int64), np.empty(num_new, np.int64)
-    _list_new_kernel.launch(
-        _args(
-            len(misses),
-            _CHUNK,
-            *addresses,
-            counts.ctypes.data,
-            new.ctypes.data,
-            new_places.ctypes.data,
-        )
+    _launch(
+        _list_new_kernel,
+        len(misses),
+        _CHUNK,
+        *addresses,
+        address_of(counts),
+        address_of(new),
+        address_of(new_places),
     )
     try:
         _assign_rows(new, new_places, tables, starts, segment_tables)
@@ -498,7 +495,7 @@ def _insert(ids, segments, tables, segment_tables, misses, rows):
         for table, _ in _per_table(new, starts, segment_tables):
             tables[table].rebuild_index()
         raise
-    _fill_rows_kernel.launch(_args(len(misses), _CHUNK, *addresses, rows.data_ptr(), *where))
+    _launch(_fill_rows_kernel, len(misses), _CHUNK, *addresses, rows.data_ptr(), *where)
     return new
 
 
@@ -522,9 +519,8 @@ def _assign_rows(new, new_places, tables, starts, segment_tables):
         runs.append((tables[table].header.data_ptr(), cuts[segment], ranks[table]))
         ranks[table] += cuts[segment + 1] - cuts[segment]
     runs = np.array(runs, np.int64)
-    _assign_kernel.launch(
-        _args(len(new), _CHUNK, new_places.ctypes.data, runs.ctypes.data, len(runs))
-    )
+    where = (address_of(new_places), address_of(runs), len(runs))
+    _launch(_assign_kernel, len(new), _CHUNK, *where)
     for table, count in totals:
         header = tables[table].header.numpy()
         reused = min(int(header[NUM_FREE]), int(count))
@@ -538,18 +534,17 @@ def rebuild(old, header, evicted):
     address, capacity = old
     removed = np.zeros(1, np.int64)
     gone = None if evicted is None else torch.zeros_like(evicted)
-    _rebuild_kernel.launch(
-        _args(
-            capacity + 1,
-            1 << 16,
-            address,
-            int(header[ENTRIES]),
-            int(header[SHIFT]),
-            int(header[CAPACITY]),
-            0 if evicted is None else evicted.data_ptr(),
-            0 if gone is None else gone.data_ptr(),
-            removed.ctypes.data,
-        )
+    _launch(
+        _rebuild_kernel,
+        capacity + 1,
+        1 << 16,
+        address,
+        int(header[ENTRIES]),
+        int(header[SHIFT]),
+        int(header[CAPACITY]),
+        0 if evicted is None else evicted.data_ptr(),
+        0 if gone is None else gone.data_ptr(),
+        address_of(removed),
     )
     if gone is not None:
         evicted.copy_(gone)
@@ -560,13 +555,12 @@ def id_of_row(header, num_rows):
     """See the contract."""
     ids = torch.empty(num_rows, dtype=torch.int64)
     occupied = torch.zeros(num_rows, dtype=torch.bool)
-    _id_of_row_kernel.launch(
-        _args(
-            int(header[CAPACITY]) + 1,
-            1 << 16,
-            int(header[ENTRIES]),
-            ids.data_ptr(),
-            occupied.data_ptr(),
-        )
+    _launch(
+        _id_of_row_kernel,
+        int(header[CAPACITY]) + 1,
+        1 << 16,
+        int(header[ENTRIES]),
+        ids.data_ptr(),
+        occupied.data_ptr(),
     )
     return ids, occupied

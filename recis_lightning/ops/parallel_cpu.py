@@ -2,7 +2,8 @@
 
 A kernel is a ``numba.cfunc`` over the address of an int64 argument vector. Slot 0 is a ticket
 counter, slot 1 the number of chunks: every thread takes tickets until none is left, so work is
-split by size and not by table, and the result cannot depend on how many threads came. The threads
+split by size and not by table, and the result cannot depend on how many threads came. The kernel's
+own arguments, addresses and numbers, follow. The threads
 are those of torch's OpenMP runtime (``GOMP_parallel``): no second pool competes with torch's.
 """
 
@@ -14,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,25 +59,29 @@ class Kernel:
                     self._address = self._compiled.address
         return self._address
 
-    def launch(self, args: npt.NDArray[np.int64]) -> None:
-        """Run every chunk; ``args[0]`` must be 0 and ``args[1]`` the number of chunks."""
-        num_chunks = int(args[1])
+    def launch(self, num_chunks: int, *args: int) -> ctypes.Array[ctypes.c_int64]:
+        """Run chunks ``0 ... num_chunks - 1``.
+
+        Returns:
+            The argument vector after the run; ``args[i]`` stands at ``i + 2``.
+        """
+        vector = (ctypes.c_int64 * (len(args) + 2))(0, num_chunks, *args)
         address = self._address or self.address
-        if num_chunks <= 0:
-            return
         num_threads = min(num_chunks, torch.get_num_threads())
-        if num_threads == 1:
-            self._call(args.ctypes.data)
-            return
+        if num_threads <= 1:
+            if num_threads == 1:
+                self._call(ctypes.addressof(vector))
+            return vector
         openmp = None if _forked else _gomp_parallel()
         if openmp is not None:
-            openmp(address, args.ctypes.data, num_threads, 0)
-            return
-        pointer = args.ctypes.data
+            openmp(address, ctypes.addressof(vector), num_threads, 0)
+            return vector
+        pointer = ctypes.addressof(vector)
         waiting = [_thread_pool().submit(self._call, pointer) for _ in range(num_threads - 1)]
         self._call(pointer)
         for future in waiting:
             future.result()
+        return vector
 
 
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
@@ -90,12 +96,19 @@ def _gomp_parallel() -> Callable[[int, int, int, int], None] | None:
         return None
     entry.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint, ctypes.c_uint]
     entry.restype = None
-    return entry  # type: ignore[no-any-return]
+    found: Callable[[int, int, int, int], None] = entry
+    return found
 
 
 @functools.cache
 def _thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="recis_lightning")
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Return where an array's data lies (several times as fast as ``array.ctypes.data``)."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def num_chunks(num_items: int, items_per_chunk: int) -> int:

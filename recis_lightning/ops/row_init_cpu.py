@@ -21,7 +21,7 @@ from recis_lightning.ops.intrinsics_cpu import (
     store_f32,
     store_weights,
 )
-from recis_lightning.ops.parallel_cpu import num_chunks
+from recis_lightning.ops.parallel_cpu import address_of, num_chunks
 from recis_lightning.ops.row_init import CONSTANT, TRUNCATED_NORMAL, UNIFORM
 from recis_lightning.ops.table_header import (
     BLOCK_SHIFT,
@@ -183,6 +183,16 @@ def init_rows_(ids, rows, new, segments, embedding_dim, bfloat16):
     n = new.numel()
     chunks = num_chunks(n, _CHUNK)
     scratch = np.empty(chunks * embedding_dim if bfloat16 else 0, np.float32)
-    args = [0, chunks, _CHUNK, n, ids.data_ptr(), rows.data_ptr(), new.data_ptr()]
-    args += [segments.data_ptr(), segments.shape[0], ids.numel(), embedding_dim]
-    _init_kernel(int(bfloat16)).launch(np.array([*args, scratch.ctypes.data], np.int64))
+    _init_kernel(int(bfloat16)).launch(
+        chunks,
+        _CHUNK,
+        n,
+        ids.data_ptr(),
+        rows.data_ptr(),
+        new.data_ptr(),
+        segments.data_ptr(),
+        segments.shape[0],
+        ids.numel(),
+        embedding_dim,
+        address_of(scratch),
+    )

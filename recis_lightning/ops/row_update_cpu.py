@@ -55,7 +55,7 @@ from recis_lightning.ops.intrinsics_cpu import (
     sub,
     vector_width,
 )
-from recis_lightning.ops.parallel_cpu import num_chunks, workspace
+from recis_lightning.ops.parallel_cpu import address_of, num_chunks, workspace
 from recis_lightning.ops.row_update import (
     ADAGRAD,
     CLIP,
@@ -73,7 +73,7 @@ from recis_lightning.ops.row_update import (
 _NORM = -1  # a rule that updates nothing
 _POSITIONS_PER_CHUNK = 1024
 _SORT_SERIAL = 1 << 14  # fewer positions are sorted by one thread
-_DIGIT_BITS = 11  # a digit's counters and open cache lines fit the first-level cache
+_DIGIT_BITS = 12  # a digit's counters and open cache lines fit the first-level cache
 _AHEAD = 12  # positions between prefetch and use
 _F = np.float32
 
@@ -173,10 +173,6 @@ def _move_by_digit_kernel(args):
             store_i64(out + 8 * target, key)
 
 
-def _args(n, chunk_size, *rest):
-    return np.array([0, num_chunks(n, chunk_size), chunk_size, n, *rest], np.int64)
-
-
 def _radix_sort(keys, spare, n, low_bit, num_bits):
     """Sort ``keys[:n]`` by ``num_bits`` bits from ``low_bit``; return the array it ended in."""
     passes = -(-num_bits // _DIGIT_BITS)
@@ -185,13 +181,11 @@ def _radix_sort(keys, spare, n, low_bit, num_bits):
     for done in range(passes):
         bits = num_bits // passes + (done < num_bits % passes)
         digits = 1 << bits
-        counts = workspace.take("digit_counts", chunks * digits, np.int64).ctypes.data
-        where = (keys.ctypes.data, counts, low_bit, digits)
-        _count_digits_kernel.launch(_args(n, chunk_size, *where))
-        _start_digits_kernel.launch(
-            np.array([0, 1, num_chunks(n, chunk_size), counts, digits], np.int64)
-        )
-        _move_by_digit_kernel.launch(_args(n, chunk_size, *where, spare.ctypes.data))
+        counts = address_of(workspace.take("digit_counts", chunks * digits, np.int64))
+        where = (chunk_size, n, address_of(keys), counts, low_bit, digits)
+        _count_digits_kernel.launch(num_chunks(n, chunk_size), *where)
+        _start_digits_kernel.launch(1, num_chunks(n, chunk_size), counts, digits)
+        _move_by_digit_kernel.launch(num_chunks(n, chunk_size), *where, address_of(spare))
         keys, spare, low_bit = spare, keys, low_bit + bits
     return keys
 
@@ -210,10 +204,17 @@ def sort_gradients(plan, blocks, layout):
     scales = None
     if plan[:, WEIGHTS].any() or (plan[:, MODE] == MEAN).any():
         scales = workspace.take("gradient_scales", n, np.float32)
-    scale_address = 0 if scales is None else scales.ctypes.data
-    args = [0, split_plan(plan), plan.ctypes.data, len(plan), keys.ctypes.data]
-    args += [addresses.ctypes.data, scale_address, position_bits, num_rows]
-    _key_kernel.launch(np.array([*args, 4 * layout.embedding_dim], np.int64))
+    _key_kernel.launch(
+        split_plan(plan),
+        address_of(plan),
+        len(plan),
+        address_of(keys),
+        address_of(addresses),
+        0 if scales is None else address_of(scales),
+        position_bits,
+        num_rows,
+        4 * layout.embedding_dim,
+    )
     keys = _radix_sort(keys, spare, n, position_bits, row_bits)
     return keys, addresses, scales, n, position_bits
 
@@ -344,23 +345,24 @@ def _update_kernel(rule, width, bfloat16):
 def _launch(gradients, rule):
     layout = gradients.layout
     keys, addresses, scales, n, position_bits = gradients.work
-    norms = np.zeros(num_chunks(n, _POSITIONS_PER_CHUNK), np.float64)
-    args = _args(
-        n,
+    chunks = num_chunks(n, _POSITIONS_PER_CHUNK)
+    norms = np.zeros(chunks if rule == _NORM else 0, np.float64)
+    bfloat16 = int(layout.dtype is torch.bfloat16)
+    _update_kernel(rule, vector_width(layout.embedding_dim), bfloat16).launch(
+        chunks,
         _POSITIONS_PER_CHUNK,
-        keys.ctypes.data,
-        addresses.ctypes.data,
-        0 if scales is None else scales.ctypes.data,
-        gradients.blocks.ctypes.data,
+        n,
+        address_of(keys),
+        address_of(addresses),
+        0 if scales is None else address_of(scales),
+        address_of(gradients.blocks),
         len(gradients.blocks) << layout.block_shift,
         layout.block_shift,
         layout.row_bytes,
         layout.embedding_dim,
-        norms.ctypes.data,
+        address_of(norms),
         position_bits,
     )
-    bfloat16 = int(layout.dtype is torch.bfloat16)
-    _update_kernel(rule, vector_width(layout.embedding_dim), bfloat16).launch(args)
     return norms
 
 

@@ -7,7 +7,7 @@ the tables changes.
 
 from __future__ import annotations
 
-HEADER_SIZE = 20
+HEADER_SIZE = 24
 
 # Index.
 ENTRIES = 0  # address of int64 [capacity + 1, 2]
@@ -31,6 +31,7 @@ INIT_ARGS = 14  # four float64 bit patterns: 14, 15, 16, 17
 # Optimizer state behind the weights.
 NUM_STATE = 18  # float32 words of state in a row
 STATE_FILL = 19  # float64 bit pattern: what they start from
+NUM_UPDATES = 20  # optimizer steps that had a gradient for the table
 
 EMPTY = -(2**63)  # the key of an empty entry; this id itself lives in the extra entry at the end
 NO_ROW = 2**63 - 1  # the row of an empty entry
