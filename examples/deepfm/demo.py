@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import matplotlib as mpl
@@ -36,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
 
     L.seed_everything(given.seed, verbose=False)
     print(f"MovieLens-100k in {given.root} (downloaded if it is not there)")
@@ -90,7 +92,7 @@ def draw(history: History, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": _FAINT,
@@ -118,8 +120,14 @@ def draw(history: History, path: Path) -> None:
         for name, colour in zip(("auc", "gauc"), _COLOURS, strict=False):
             points = [(n, s[f"val_{name}"]) for n, s in history.scores if f"val_{name}" in s]
             if points:
-                auc.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker="o")
-                _label(auc, points[-1], name.upper(), colour)
+                line: dict[str, Any] = {
+                    "color": colour,
+                    "linewidth": 2,
+                    "marker": "o",
+                    "label": name.upper(),
+                }
+                auc.plot([n for n, _ in points], [value for _, value in points], **line)
+                auc.legend(loc="lower right", frameon=False, fontsize=9)
 
         rows.set_title("Rows of the largest tables")
         largest = sorted(history.rows, key=lambda name: max(history.rows[name]), reverse=True)
@@ -137,7 +145,7 @@ def draw(history: History, path: Path) -> None:
 
 
 def _label(axes: mpl.axes.Axes, point: tuple[float, float], text: str, colour: str) -> None:
-    offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    offset: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, point, color=colour, fontsize=9, annotation_clip=False, **offset)
 
 

@@ -6,6 +6,7 @@ Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CT
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 
 from examples.deepfm.batch import Batch
-from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, add_metric, hash_tables
+from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, hash_tables
 from recis_lightning.metrics import GAUC
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseOptimizer
 
@@ -64,15 +65,13 @@ class DeepFM(L.LightningModule):
         self.linear = nn.Linear(num_dense, 1, bias=False) if num_dense else None
         widths = [len(embeddings) * (dims.pop() - 1) + num_dense, *hidden]
         layers: list[nn.Module] = []
-        for width, next_width in zip(widths[:-1], widths[1:], strict=True):
+        for width, next_width in pairwise(widths):
             layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(dropout)]
         self.perceptron = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
         self.dense_optimizer = dense_optimizer
         self.sparse_optimizer = sparse_optimizer
-        self.metrics = nn.ModuleDict()
-        for stage in ("val", "test"):
-            self.metrics[f"{stage}_auc"] = BinaryAUROC()
-            self.metrics[f"{stage}_gauc"] = GAUC()
+        self.val_auc, self.val_gauc = BinaryAUROC(), GAUC()
+        self.test_auc, self.test_gauc = BinaryAUROC(), GAUC()
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits [B]."""
@@ -87,28 +86,25 @@ class DeepFM(L.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss, which LoggerHook also shows."""
-        loss = nn.functional.binary_cross_entropy_with_logits(self(batch), batch["label"])
-        add_metric("loss", loss.detach())
-        return loss
+        """Return the loss; LoggerHook shows it."""
+        return nn.functional.binary_cross_entropy_with_logits(self(batch), batch["label"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the validation part's loss, AUC and GAUC."""
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, self.val_auc, self.val_gauc)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the test part's loss, AUC and GAUC."""
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, self.test_auc, self.test_gauc)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probability of a click [B]."""
-        return self(batch).sigmoid()
+        return self.forward(batch).sigmoid()
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch, auc: BinaryAUROC, gauc: GAUC) -> None:
         logits, label, group = self(batch), batch["label"], batch["group"]
         loss = nn.functional.binary_cross_entropy_with_logits(logits, label)
         self.log(f"{stage}_loss", loss, batch_size=len(label))
-        auc, gauc = self.metrics[f"{stage}_auc"], self.metrics[f"{stage}_gauc"]
         auc.update(logits.sigmoid(), label.long())
         self.log(f"{stage}_auc", auc, prog_bar=True, batch_size=len(label))
         if len(group) and group[0] >= 0:  # -1: the data knows no groups

@@ -130,14 +130,16 @@ class MovieLensDataModule(L.LightningDataModule):
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         # Lightning tells this sampler the epoch, also after a resume: no other state is needed.
-        sampler = DistributedSampler(part, ranks, rank, shuffle=shuffle, seed=self.seed)
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            part, ranks, rank, shuffle=shuffle, seed=self.seed
+        )
         return DataLoader(
             part,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=as_is,
+            collate_fn=as_is,  # type: ignore[arg-type]
         )
 
 
