@@ -5,6 +5,9 @@ table. Vectors are first-class values of ``width`` float32 lanes: LLVM maps them
 machine has (one AVX-512 register, two AVX2 ones, scalars), whatever its loop vectoriser thinks.
 ``width`` and ``bfloat16`` arguments are compile-time constants. Every vector operation is
 element-wise IEEE float32, so a result does not depend on the width.
+
+Signatures keep the literal types of those constants: Numba finds an intrinsic's code by the
+signature's argument types, and would give one kernel the code made for another one's width.
 """
 
 from __future__ import annotations
@@ -116,13 +119,13 @@ def _all(llvm_type, width, value):
 @intrinsic(prefer_literal=True)
 def load_vector(typingctx, width, address):
     """Load ``width`` float32."""
-    width = width.literal_value
+    constants, width = (width,), width.literal_value
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[1], _lanes(_F32, width).as_pointer())
         return builder.load(pointer, align=4)
 
-    return FloatVector(width)(types.intp, types.int64), codegen
+    return FloatVector(width)(*constants, types.int64), codegen
 
 
 @intrinsic
@@ -141,6 +144,7 @@ def store_vector(typingctx, address, value):
 @intrinsic(prefer_literal=True)
 def load_weights(typingctx, width, bfloat16, address):
     """Load ``width`` weights of a row, float32 or bfloat16, as float32."""
+    constants = (width, bfloat16)
     width, bfloat16 = width.literal_value, bfloat16.literal_value
 
     def codegen(context, builder, sig, args):
@@ -151,13 +155,13 @@ def load_weights(typingctx, width, bfloat16, address):
         wide = builder.zext(builder.load(pointer, align=2), _lanes(_I32, width))
         return builder.bitcast(builder.shl(wide, _all(_I32, width, 16)), _lanes(_F32, width))
 
-    return FloatVector(width)(types.intp, types.intp, types.int64), codegen
+    return FloatVector(width)(*constants, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
 def store_weights(typingctx, bfloat16, address, value):
     """Store weights of a row as float32, or as bfloat16 rounded to nearest even."""
-    width, bfloat16 = value.width, bfloat16.literal_value
+    constants, width, bfloat16 = (bfloat16,), value.width, bfloat16.literal_value
 
     def codegen(context, builder, sig, args):
         if not bfloat16:
@@ -175,20 +179,20 @@ def store_weights(typingctx, bfloat16, address, value):
         builder.store(builder.trunc(kept, _lanes(_I16, width)), pointer, align=2)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.int64, value), codegen
+    return types.void(*constants, types.int64, value), codegen
 
 
 @intrinsic(prefer_literal=True)
 def splat(typingctx, width, value):
     """Fill ``width`` lanes with one float32."""
-    width = width.literal_value
+    constants, width = (width,), width.literal_value
 
     def codegen(context, builder, sig, args):
         start = ir.Constant(_lanes(_F32, width), ir.Undefined)
         first = builder.insert_element(start, args[1], _I32(0))
         return builder.shuffle_vector(first, start, ir.Constant(_lanes(_I32, width), None))
 
-    return FloatVector(width)(types.intp, types.float32), codegen
+    return FloatVector(width)(*constants, types.float32), codegen
 
 
 @intrinsic
