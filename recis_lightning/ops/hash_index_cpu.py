@@ -7,6 +7,9 @@ in order of position.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 import numpy as np
 import torch
 from numba import njit
@@ -56,6 +59,7 @@ _MIX_1 = np.uint64(0x9E3779B97F4A7C15)
 _MIX_2 = np.uint64(0xD6E8FEB86659FD93)
 _U32 = np.uint64(32)
 _SEGMENT_BYTES = 8 * SEGMENT_SIZE
+_COUNTS = [NUM_IDS, NEXT_ROW, NUM_FREE]  # header fields that an insertion changes
 
 
 @njit
@@ -419,13 +423,19 @@ def find_or_insert(ids, segments, tables, segment_tables):
     is needed for distinct ones only: the first round tells how many of them are distinct.
     """
     rows, counts = _find(ids, segments, True)
-    all_new = []
+    all_new, before = [], None
     distinct_share = 0.0
     while num_misses := int(counts.sum()):
         misses = _list_misses(rows, counts, num_misses)
         cuts = np.searchsorted(misses, segments.numpy()[:, SEGMENT_START])
         misses, complete = _round_of(misses, cuts, tables, segment_tables, distinct_share)
-        new = _insert(ids, segments, tables, segment_tables, misses, rows)
+        if before is None and not complete:
+            before = [table.header.numpy()[_COUNTS] for table in tables]
+        try:
+            new = _insert(ids, segments, tables, segment_tables, misses, rows)
+        except BaseException:
+            _take_back(tables, before)
+            raise
         all_new.append(new)
         if complete:
             break
@@ -435,6 +445,27 @@ def find_or_insert(ids, segments, tables, segment_tables):
         return rows, None
     new = all_new[0] if len(all_new) == 1 else np.sort(np.concatenate(all_new))
     return rows, torch.from_numpy(new)
+
+
+def _take_back(tables, before):
+    """Make the ids of a failed insertion unknown again, those of its earlier rounds too.
+
+    Their rows are the claims and what was handed out since ``before``, each table's counts then.
+    """
+    for number, table in enumerate(tables):
+        header = table.header.numpy()
+        counts = header[_COUNTS] if before is None else before[number]
+        next_row, num_free = counts[1:]
+        entries = _view(header[ENTRIES], 2 * (int(header[CAPACITY]) + 1)).reshape(-1, 2)
+        reused = _view(header[FREE_ROWS], num_free)[header[NUM_FREE] :]
+        entries[(entries[:, 1] >= next_row) | np.isin(entries[:, 1], reused), 1] = NO_ROW
+        header[_COUNTS] = counts
+        with contextlib.suppress(MemoryError):  # what the rebuild would drop is unknown already
+            table.rebuild_index()
+
+
+def _view(address, count):
+    return np.ctypeslib.as_array((ctypes.c_int64 * int(count)).from_address(int(address)))
 
 
 def _list_misses(rows, counts, num_misses):
@@ -489,12 +520,7 @@ def _insert(ids, segments, tables, segment_tables, misses, rows):
         address_of(new),
         address_of(new_places),
     )
-    try:
-        _assign_rows(new, new_places, tables, starts, segment_tables)
-    except Exception:
-        for table, _ in _per_table(new, starts, segment_tables):
-            tables[table].rebuild_index()
-        raise
+    _assign_rows(new, new_places, tables, starts, segment_tables)
     _launch(_fill_rows_kernel, len(misses), _CHUNK, *addresses, rows.data_ptr(), *where)
     return new
 
