@@ -110,6 +110,7 @@ class DynamicEmbedding(_Embedding):
         )
         super().__init__(table, "none", padding_idx)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up.
 
@@ -191,6 +192,7 @@ class DynamicEmbeddingBag(_Embedding):
         super().__init__(table, mode, padding_idx)
         self.include_last_offset = include_last_offset
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
     def forward(
         self,
         ids: Tensor | Jagged,

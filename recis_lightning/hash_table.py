@@ -42,6 +42,7 @@ from recis_lightning.row_store import RowStore
 
 _SCHEMA = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NEVER_EXPIRES = 2**63 - 1  # the stamp of a free row, so that eviction passes it over
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
@@ -181,6 +182,7 @@ class HashTable(nn.Module):
             torch.get_default_device() if device is None else torch.device(device)
         )
         self.seed, self._name, self.trainable = seed, name, trainable
+        self.generation = 0  # grows when rows go: rows that a lookup noted before are void
         self._step = 0
         self._start()
 
@@ -414,13 +416,19 @@ class HashTable(nn.Module):
 
     def _remove(self, gone: Tensor) -> int:
         self._entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
+        if not removed:
+            return 0
         freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
         self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
+        if self._keeps_last_seen:
+            self._last_seen.numpy()[freed.numpy()] = _NEVER_EXPIRES
+        self.generation += 1
         return removed
 
     def clear(self) -> None:
         """Remove all ids and pending gradients; ``step`` and the optimizer stay."""
         self.drop_pending()
+        self.generation += 1
         slots, fill = self.rows.slots, self.rows.state_fill
         self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, fill)
@@ -441,8 +449,6 @@ class HashTable(nn.Module):
             state = self.get_extra_state()
             self.dtype = probe.dtype
             _epoch.advance()
-            state["dtype"] = str(probe.dtype).removeprefix("torch.")
-            state["weights"] = state["weights"].to(probe.dtype)
             self._load(state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -477,7 +483,8 @@ class HashTable(nn.Module):
         """Replace everything the table holds.
 
         Seed and step come from ``state``, the name too if the table has none, so that a resumed
-        run goes on exactly as the saved one would have.
+        run goes on exactly as the saved one would have. Weights are converted to the table's
+        dtype, as those of a parameter are.
 
         Raises:
             ValueError: ``state`` is of another kind of table; the table is as it was.
@@ -490,16 +497,27 @@ class HashTable(nn.Module):
         if not isinstance(state, dict) or state.get("schema") != _SCHEMA:
             got = state.get("schema") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"{where}: expected schema {_SCHEMA}, got {got!r}")
-        mine = {"embedding_dim": self.embedding_dim, "dtype": str(self.dtype)[len("torch.") :]}
-        for key, value in mine.items():
-            if state[key] != value:
-                raise ValueError(f"{where}: the table has {key}={value!r}, it has {state[key]!r}")
-        n = state["ids"].numel()
-        shapes = {"ids": (n,), "weights": (n, self.embedding_dim), "last_seen": (n,)}
-        tensors = {k: v for k, v in state.items() if k in shapes} | state["slots"]
+        for key, kind in _STATE.items():
+            if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+                raise ValueError(f"{where}: {key} is missing or not what it should be")
+        dim = self.embedding_dim
+        if state["embedding_dim"] != dim:
+            raise ValueError(
+                f"{where}: the table has embedding_dim={dim}, it has {state['embedding_dim']}"
+            )
+        n, tensors = state["ids"].numel(), dict(state["slots"])
+        wanted = {"ids": ((n,), torch.int64), "weights": ((n, dim), check_dtype(state["dtype"]))}
+        wanted |= {key: ((n, *slot.shape[1:2]), torch.float32) for key, slot in tensors.items()}
+        tensors |= {"ids": state["ids"], "weights": state["weights"]}
+        if "last_seen" in state:
+            tensors["last_seen"], wanted["last_seen"] = state["last_seen"], ((n,), torch.int64)
         for key, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes.get(key, (n, *tensor.shape[1:])):
-                raise ValueError(f"{where}: {key} has shape {tuple(tensor.shape)} for {n} ids")
+            shape, dtype = wanted[key]
+            if tuple(tensor.shape) != shape or tensor.dtype is not dtype:
+                raise ValueError(
+                    f"{where}: expected {key} of shape {shape} and dtype {dtype}, "
+                    f"got {tuple(tensor.shape)} and {tensor.dtype}"
+                )
 
     def _load(self, state: dict[str, Any]) -> None:
         optimizer = self._optimizer
@@ -516,7 +534,7 @@ class HashTable(nn.Module):
         self._header[STEP] = self._step
         self._header[NUM_UPDATES] = state["num_updates"]
         rows = self._insert(state["ids"].to(self.device).contiguous())
-        self.rows.write(rows, state["weights"], state["slots"])
+        self.rows.write(rows, state["weights"].to(self.dtype), state["slots"])
         if self._keeps_last_seen and "last_seen" in state:
             self._last_seen[rows] = state["last_seen"]
         if layout is not None:
@@ -536,6 +554,20 @@ class HashTable(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
         self._load(saved)
+
+
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "name": (str, type(None)),
+    "embedding_dim": int,
+    "dtype": str,
+    "seed": int,
+    "step": int,
+    "num_updates": int,
+    "state_fill": float,
+    "ids": Tensor,
+    "weights": Tensor,
+    "slots": dict,
+}
 
 
 class _Columns:

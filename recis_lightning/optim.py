@@ -114,6 +114,12 @@ class SparseOptimizer(Optimizer):
         calls = []
         pairs = zip(self.param_groups, self._tables, strict=True)
         owned = {table: group for group, members in pairs for table in members if table.pending}
+        for table in owned:
+            if table.optimizer is not self:
+                raise RuntimeError(
+                    f"table {table.name!r} was given to another optimizer since, "
+                    f"{type(table.optimizer).__name__}; a table has one optimizer at a time"
+                )
         for members in _by_layout(owned):
             calls.append((members, self._hyper(members, owned)))
         scale = self._norm_scale(calls) if self.clip_grad_norm is not None else 1.0
@@ -485,6 +491,14 @@ class SparseDenseOptimizer(Optimizer):
         if self.dense.state and not self.state:
             self.state.update(self.dense.state)
         self.dense.state = self.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "dense": self.dense, "sparse": self.sparse}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "dense" in state:  # unpickled or copied: share what the parts have
+            self._share()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the dense gradients and forget the sparse ones."""

@@ -123,7 +123,7 @@ class RowStore:
 
     def relayout(self, slots: dict[str, int], state_fill: float) -> None:
         """Change the optimizer state behind the weights, keeping weights and slots that stay."""
-        if slots == self.slots:
+        if list(slots.items()) == list(self.slots.items()):
             self.state_fill = state_fill
             self._header[STATE_FILL] = np.float64(state_fill).view(np.int64)
             return
@@ -141,7 +141,8 @@ class RowStore:
         for start in range(0, count, _PIECE_ROWS):
             rows = torch.arange(start, min(start + _PIECE_ROWS, count))
             weights, state = old.read(rows)
-            self.write(rows, weights, {name: state[name] for name in slots if name in state})
+            kept = {name: state[name] for name in slots if old.slots.get(name) == slots[name]}
+            self.write(rows, weights, kept)
 
     def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Copy rows out.

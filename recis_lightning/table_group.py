@@ -101,9 +101,14 @@ class TableGroup:
                 )
         rows = self._find_rows([bag.ids for bag in bags], training)
         weights = [bag.weights for bag in bags]
-        if training and torch.is_grad_enabled() and any(t.trainable for t in self.tables):
+        if training and torch.is_grad_enabled() and self._needs_gradient(weights):
             return list(_Lookup.apply(_ANCHOR, self, bags, rows, *weights))  # type: ignore[no-untyped-call]
         return self._gather(bags, rows, weights)[0]
+
+    def _needs_gradient(self, weights: Sequence[Tensor | None]) -> bool:
+        return any(table.trainable for table in self.tables) or any(
+            weight is not None and weight.requires_grad for weight in weights
+        )
 
     def _check_trained(self) -> None:
         for table in self.tables:
@@ -207,8 +212,9 @@ class TableGroup:
         dots = (values * gradient.float()[bag]).sum(1)
         if mode == MEAN:
             counted = weights * (rows != hash_index.PADDING)
-            total = torch.zeros(bags.num_bags).index_add_(0, bag, counted)
-            weighted = torch.zeros(bags.num_bags).index_add_(0, bag, dots * weights)
+            zeros = torch.zeros(2, bags.num_bags, dtype=torch.float32)
+            total = zeros[0].index_add_(0, bag, counted)
+            weighted = zeros[1].index_add_(0, bag, dots * weights)
             mean = (weighted / total)[bag]
             dots = torch.where(rows == hash_index.PADDING, 0.0, (dots - mean) / total[bag])
         return dots
@@ -242,6 +248,7 @@ class _Lookup(torch.autograd.Function):
         outputs, plan = group._gather(bags, rows, weights)
         ctx.set_materialize_grads(False)
         ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weights = group, bags, rows, plan, weights
+        ctx.generations = [table.generation for table in group.tables]
         return tuple(outputs)
 
     @staticmethod
@@ -256,6 +263,11 @@ class _Lookup(torch.autograd.Function):
             if gradient is None or gradient.numel() == 0:
                 continue
             feature, bags, weights = group.features[index], ctx.bags[index], ctx.weights[index]
+            if feature.table.generation != ctx.generations[group.segment_tables[index]]:
+                raise RuntimeError(
+                    f"table {feature.table.name!r} lost rows between a lookup and its backward "
+                    "pass (evict, delete, clear or load); run backward first, or look up again"
+                )
             if gradient.dtype is not torch.float32:
                 gradient = gradient.float()
             stride, inner = gradient.stride()
