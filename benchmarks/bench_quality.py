@@ -1,12 +1,13 @@
 """Quality: DeepFM with our tables against DeepFM with ``nn.Embedding`` over a known vocabulary.
 
 The static model is given the vocabulary of its training data in advance and reads zeros for any
-other id; ours learns ids as they come. Both have the same perceptron, data, order of data and seeds,
-and Adam of the same kind (``torch.optim.SparseAdam`` and ours) on the rows that a batch touches.
+other id; ours learns ids as they come. Both have the same perceptron, data, order of data and
+seeds, and Adam of the same kind (``torch.optim.SparseAdam`` and ours) on the rows of a batch.
 
-MovieLens-100k is downloaded if it is not there. Criteo wants a folder with ``part-0`` to ``part-3``;
-its settings were chosen with ``--validation`` (train on parts 0 and 1, score part 2), and part 3 is
-scored with what was chosen. A JSON line a task is appended to ``results/bench_quality.jsonl``.
+MovieLens-100k is downloaded if it is not there. Criteo wants a folder with ``part-0`` to
+``part-3``; its settings were chosen with ``--validation`` (train on parts 0 and 1, score part 2),
+and part 3 is scored with what was chosen. A JSON line a task is appended to
+``results/bench_quality.jsonl``.
 
     python benchmarks/bench_quality.py [--criteo FOLDER] [--only movielens|criteo] [--validation]
 """

@@ -117,13 +117,13 @@ class CriteoDataModule(L.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer else 0
         return self._loader("train", self.shuffle_rows, self.seed + epoch)
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the validation files, or nothing where none are named."""
-        return self._loader("val") if self.patterns["val"] else []
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return the validation files; no batches where none are named."""
+        return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the test files, or nothing where none are named."""
-        return self._loader("test") if self.patterns["test"] else []
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the test files; no batches where none are named."""
+        return self._loader("test")
 
     def _loader(self, part: str, shuffle_rows: int = 0, seed: int = 0) -> DataLoader[Batch]:
         return DataLoader(
@@ -197,7 +197,8 @@ def _column(column: pa.ChunkedArray, name: str, source: str) -> tuple[Tensor, Te
     if len(lengths) and lengths.max() > 1:
         raise ValueError(f"{source}: column {name!r} has a row with {lengths.max()} values, not 1")
     present = lengths == 1
-    values = torch.tensor(lists.flatten().to_numpy())
+    dtype = pa.int64() if name in CATEGORIES else pa.float64()
+    values = torch.tensor(lists.flatten().cast(dtype).to_numpy())
     return values.new_zeros(len(lengths)).masked_scatter(present, values), present
 
 

@@ -22,6 +22,7 @@ from examples.deepfm.train import hooks, movielens_data, movielens_model, traine
 from recis_lightning import HashTable, hash_tables
 from recis_lightning.callbacks import ProfilerHook
 
+LOUD = ("lightning.pytorch", "lightning.fabric")  # loggers that would crowd out ours
 _COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7")
 _INK, _FAINT = "#333333", "#dddddd"
 
@@ -34,8 +35,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
     given = parser.parse_args(args)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
 

@@ -38,9 +38,9 @@ class DeepFM(L.LightningModule):
     and the perceptron share, so one lookup serves all three.
 
     Args:
-        embeddings: For each feature its option; all have the same ``embedding_dim``, which is one
-            more than the number of factors, and each feature gives one row an example (``mode``
-            ``"sum"`` or ``"mean"`` for bags).
+        embeddings: For each feature that the model uses its option. All have the same
+            ``embedding_dim``, one more than the number of factors, and each feature gives one row
+            an example (``mode`` ``"sum"`` or ``"mean"`` for bags).
         num_dense: Numbers an example, beside its ids.
         hidden: Widths of the perceptron's layers.
         dropout: After each of them.
@@ -61,6 +61,7 @@ class DeepFM(L.LightningModule):
         dims = {option.embedding_dim for option in embeddings.values()}
         if len(dims) != 1:
             raise ValueError(f"all embeddings need one embedding_dim, got {sorted(dims)}")
+        self.embeddings = embeddings
         self.engine: nn.Module = EmbeddingEngine(embeddings)
         self.linear = nn.Linear(num_dense, 1, bias=False) if num_dense else None
         widths = [len(embeddings) * (dims.pop() - 1) + num_dense, *hidden]
@@ -75,7 +76,8 @@ class DeepFM(L.LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits [B]."""
-        rows = torch.stack([*self.engine(batch["features"]).values()], dim=1)
+        known = {n: ids for n, ids in batch["features"].items() if n in self.embeddings}
+        rows = torch.stack([*self.engine(known).values()], dim=1)
         weights, factors = rows[..., 0], rows[..., 1:]
         # The sum over pairs of inner products, without the pairs.
         pairs = (factors.sum(1).square() - factors.square().sum(1)).sum(1) / 2

@@ -27,6 +27,7 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdamW, SparseOptimizer
 
 DIM = 1 + 16  # a first-order weight and 16 factors
+WINDOW = {"wait": 1, "warmup": 48, "active": 1, "repeat": 4}  # which batches are profiled
 
 
 def option(filter_step: int | None = None, mode: str = "none") -> EmbeddingOption:
@@ -87,7 +88,7 @@ def hooks(timeline: Path) -> list[Callback]:
     return [
         HashTableFilterHook(filter_interval=50),
         LoggerHook(log_step=50),
-        ProfilerHook(wait=1, warmup=48, active=1, repeat=4, output_dir=timeline),
+        ProfilerHook(**WINDOW, output_dir=timeline),
         TQDMProgressBar(refresh_rate=10),
     ]
 
@@ -111,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> L.Trainer:
     parser.add_argument("--root", help="folder of the data (default: data/ml-100k, data/criteo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, help="default: outputs/movielens or .../criteo")
-    parser.add_argument("--fast-dev-run", action="store_true", help="one batch of each, no files")
+    parser.add_argument("--fast-dev-run", type=int, default=0, help="so many batches, no files")
     given = parser.parse_args(args)
     # The data is in memory or read in big pieces: workers would only cost time.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -128,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> L.Trainer:
         options = {"max_epochs": 1}
     output_dir = given.output_dir or Path("outputs") / given.data
     if given.fast_dev_run:
-        options["fast_dev_run"] = True
+        options["fast_dev_run"] = given.fast_dev_run
     runner = trainer(output_dir, hooks(output_dir / "timeline"), **options)
     runner.fit(model, data)
     runner.test(model, data)
