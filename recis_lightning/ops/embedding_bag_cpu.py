@@ -58,7 +58,7 @@ def split_plan(plan):
     bags = plan[:, NUM_BAGS]
     mean_length = plan[:, NUM_IDS] // np.maximum(bags, 1)
     per_chunk = np.maximum(_IDS_PER_CHUNK // np.maximum(mean_length, 1), 1)
-    chunks = -(-bags // per_chunk)
+    chunks = np.maximum(-(-bags // per_chunk), 1)  # without bags too: its offsets are checked
     ends = np.cumsum(chunks)
     plan[:, BAGS_PER_CHUNK] = per_chunk
     plan[:, FIRST_CHUNK] = ends - chunks
@@ -149,7 +149,8 @@ def _gather_kernel(width, bfloat16):
                     for byte in range(0, embedding_dim * item, 64):
                         prefetch(address + byte)
             for bag in range(low, high):
-                start, end = bag_start(line, bag), bag_start(line, bag + 1)
+                start = bag_start(line, bag)
+                end = max(bag_start(line, bag + 1), start)
                 out = data + bag * stride
                 for i in range(start + _AHEAD, min(end + _AHEAD, num_ids)):
                     row = load_i64(rows + 8 * i)
