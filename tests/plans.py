@@ -20,7 +20,7 @@ class Feature:
         self.length, self.offsets, self.weights, self.tile_len = length, offsets, weights, tile_len
         count = rows.numel()
         if mode == "none":
-            self.length, self.num_bags = 1, count
+            self.length, self.num_bags, self.offsets = 1, count, None
         elif offsets is not None:
             self.num_bags = offsets.numel() - 1
         else:

@@ -376,7 +376,7 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     blocks = torch.from_numpy(gradients.blocks)
     store = Rows(blocks[:, 0], layout.block_shift, layout.row_bytes)
     hypers = [memory(int(at), row_update.HYPER_SIZE, torch.float32) for at in blocks[:, 1]]
-    hyper = torch.stack([hypers[block] for block in (rows >> layout.block_shift).tolist()])
+    hyper = torch.stack(hypers)[rows >> layout.block_shift]
     words = store.read(rows)
     weights, state = weights_of(words, dim, bfloat16), state_of(words, dim, bfloat16)
     w, field = weights.double(), hyper.double().unbind(1)

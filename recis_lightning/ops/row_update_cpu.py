@@ -177,7 +177,7 @@ def _radix_sort(keys, spare, n, low_bit, num_bits):
     """Sort ``keys[:n]`` by ``num_bits`` bits from ``low_bit``; return the array it ended in."""
     passes = -(-num_bits // _DIGIT_BITS)
     chunks = 1 if n < _SORT_SERIAL else torch.get_num_threads()
-    chunk_size = num_chunks(n, chunks)
+    chunk_size = max(num_chunks(n, chunks), 1)
     for done in range(passes):
         bits = num_bits // passes + (done < num_bits % passes)
         digits = 1 << bits
