@@ -41,7 +41,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@$(BIN)/python -m examples.deepfm.demo
+	@TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m examples.deepfm.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -15,10 +15,7 @@ and part 3 is scored with what was chosen. A JSON line a task is appended to
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,12 +25,13 @@ from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # for examples
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import append_result
 from examples.deepfm.batch import Batch
 from examples.deepfm.model import DeepFM
 from examples.deepfm.train import criteo_data, criteo_model, movielens_data, movielens_model
@@ -41,7 +39,6 @@ from recis_lightning import EmbeddingOption, Jagged
 from recis_lightning.callbacks import HashTableFilterHook
 from recis_lightning.optim import SparseAdam
 
-RESULTS = ROOT / "benchmarks" / "results" / "bench_quality.jsonl"
 DEMO, OURS, STATIC = "tables, as in the demo", "tables, SparseAdam", "nn.Embedding, SparseAdam"
 
 
@@ -206,23 +203,6 @@ def compare(task: Task) -> dict[str, Any]:
     return {"task": task.name, "seeds": list(task.seeds), "auc": aucs, "mean": means, "good": good}
 
 
-def provenance() -> dict[str, Any]:
-    """Return the commit, the machine and the versions that figures belong to."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-    }
-
-
 def main() -> int:
     """Compare on each task; return 1 if ours is not good enough."""
     parser = argparse.ArgumentParser(description="Quality against nn.Embedding")
@@ -234,6 +214,7 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("recis_lightning").setLevel(logging.ERROR)
 
+    torch.set_num_threads(1)  # as in the demo; results are the same with more
     tasks = []
     if given.only != "criteo":
         tasks.append(movielens(range(3)))
@@ -242,12 +223,10 @@ def main() -> int:
     elif given.only != "movielens":
         print(f"criteo: left out, there is no folder {given.criteo}; name one with --criteo")
     good = True
-    RESULTS.parent.mkdir(exist_ok=True)
     for task in tasks:
         figures = compare(task)
         good &= figures["good"]
-        with RESULTS.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(provenance() | figures) + "\n")
+        append_result("bench_quality", figures)
     return 0 if good else 1
 
 

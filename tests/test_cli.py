@@ -25,9 +25,12 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.s
 
 @pytest.fixture(autouse=True)
 def command_line(tmp_path, monkeypatch):
-    """Start in an empty folder, with nothing on the command line that Lightning could see."""
+    """Start in an empty folder, with no command line; leave the number of threads as it was."""
     monkeypatch.setattr(sys, "argv", ["recis_lightning"])
     monkeypatch.chdir(tmp_path)
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def data_args(config: Path) -> list[str]:

@@ -24,10 +24,12 @@ from tests.deepfm_data import criteo_rows, write_criteo, write_movielens
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """Leave the level of Lightning's loggers as it was."""
+def restored():
+    """Leave the level of Lightning's loggers, and the number of threads, as they were."""
     levels = {name: logging.getLogger(name).level for name in demo.LOUD}
+    num_threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(num_threads)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 

@@ -18,7 +18,7 @@ import lightning as L
 import matplotlib as mpl
 
 from examples.deepfm.history import History
-from examples.deepfm.train import hooks, movielens_data, movielens_model, trainer
+from examples.deepfm.train import hooks, movielens_data, movielens_model, one_thread, trainer
 from recis_lightning import HashTable, hash_tables
 from recis_lightning.callbacks import ProfilerHook
 
@@ -40,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
 
+    one_thread()
     L.seed_everything(given.seed, verbose=False)
     print(f"MovieLens-100k in {given.root} (downloaded if it is not there)")
     data = movielens_data(given.root, seed=given.seed)
