@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recis_lightning.admission import Admission
 from recis_lightning.embedding import check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.hash_table import HashTable
+from recis_lightning.hash_table import HashTable, check_dtype, check_embedding_dim
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.jagged import Bags, Jagged, read_bags, read_keyed_jagged
 from recis_lightning.ops.embedding_bag import MODES
@@ -60,6 +60,8 @@ class EmbeddingOption:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_embedding_dim(self.embedding_dim)
+        check_dtype(self.dtype)
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {tuple(MODES)}, got {self.mode!r}")
         if (self.mode == "tile") != (self.tile_len is not None):
