@@ -224,10 +224,10 @@ def _zipf(generator, size):
 
 BATCHES = {
     "one id": lambda generator: torch.zeros(70_000, dtype=torch.int64),
-    "all distinct": lambda generator: torch.from_numpy(generator.permutation(150_000)),
-    "each id twice": lambda generator: torch.from_numpy(generator.permutation(160_000) // 2),
-    "each id in a run": lambda generator: torch.arange(200_000) // 50,
-    "zipf": lambda generator: _zipf(generator, 200_000),
+    "all distinct": lambda generator: torch.from_numpy(generator.permutation(90_000)),
+    "each id twice": lambda generator: torch.from_numpy(generator.permutation(140_000) // 2),
+    "each id in a run": lambda generator: torch.arange(140_000) // 50,
+    "zipf": lambda generator: _zipf(generator, 120_000),
     "duplicates, then distinct": lambda generator: torch.cat(
         [torch.zeros(66_000, dtype=torch.int64), torch.arange(-70_000, 0)]
     ),

@@ -123,10 +123,10 @@ def test_whole_rows_and_no_others_are_written(backend, dim, dtype):
     table = HashTable(dim, dtype=dtype, initializer=Constant(2.0))
     table.rows.relayout({"sum": dim, "count": 3}, 0.25)
     _admit(Feature(table, torch.arange(100, 120)))
-    table.reserve_rows(5000)
+    table.reserve_rows(3000)
     for chunk in table.rows._chunks:
         chunk.view(np.uint32).fill(0x7FC07FC0)  # NaN as float32, and both halves as bfloat16
-    _admit(Feature(table, torch.arange(90, 5000)))
+    _admit(Feature(table, torch.arange(90, 2000)))
     weights, slots = table.rows.read(torch.arange(20, table.rows.num_rows))
     assert (weights == 2).all()
     assert (slots["sum"] == 0.25).all()
