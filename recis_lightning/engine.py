@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class EmbeddingOption:
 
     embedding_dim: int
     table: str | None = None
-    mode: str = "none"
+    mode: Literal["none", "sum", "mean", "tile"] = "none"
     initializer: Initializer = _DEFAULT_INITIALIZER
     admission: Admission | None = None
     eviction: Eviction | None = None

@@ -311,6 +311,14 @@ class HashTable(nn.Module):
                 self._last_seen = column
                 self._header[LAST_SEEN] = column.data_ptr()
 
+    def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
+        """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.
+
+        Weights, and slots that stay, are kept.
+        """
+        with self._memory("rows laid out for another optimizer"):
+            self.rows.relayout(slots, state_fill)
+
     def rebuild_index(self) -> None:
         """Rebuild the index at its size; entries without a row go."""
         self._entries, _ = hash_index.rebuild(self.header, self.capacity)
@@ -529,7 +537,7 @@ class HashTable(nn.Module):
         self.seed, self._step = state["seed"], state["step"]
         # The state's slots may not be those of this table's optimizer: take them, then adapt.
         self.clear()
-        self.rows.relayout(slots, state["state_fill"])
+        self.set_slots(slots, state["state_fill"])
         row_init.write_key(self.header, self.seed, self.name)
         self._header[STEP] = self._step
         self._header[NUM_UPDATES] = state["num_updates"]
@@ -538,7 +546,7 @@ class HashTable(nn.Module):
         if self._keeps_last_seen and "last_seen" in state:
             self._last_seen[rows] = state["last_seen"]
         if layout is not None:
-            self.rows.relayout(*layout)
+            self.set_slots(*layout)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and deepcopy take: rows and state, but no pending gradients.

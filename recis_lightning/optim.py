@@ -73,7 +73,7 @@ class SparseOptimizer(Optimizer):
         super().__init__(groups, defaults)
         for table in self.tables:
             table.optimizer = self
-            table.rows.relayout(self.slots(table.embedding_dim), self.state_fill())
+            table.set_slots(self.slots(table.embedding_dim), self.state_fill())
 
     @property
     def tables(self) -> list[HashTable]:
@@ -198,7 +198,7 @@ class SparseOptimizer(Optimizer):
         if "_tables" in state:  # unpickled or copied: these are other tables
             for table in self.tables:
                 table.optimizer = self
-                table.rows.relayout(self.slots(table.embedding_dim), self.state_fill())
+                table.set_slots(self.slots(table.embedding_dim), self.state_fill())
 
 
 _KEPT = ("_tables", "clip_grad_norm", "clip_grad_value")

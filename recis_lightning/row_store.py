@@ -122,7 +122,11 @@ class RowStore:
         return self._free_rows[: int(self._header[NUM_FREE])]
 
     def relayout(self, slots: dict[str, int], state_fill: float) -> None:
-        """Change the optimizer state behind the weights, keeping weights and slots that stay."""
+        """Change the optimizer state behind the weights, keeping weights and slots that stay.
+
+        Raises:
+            MemoryError: No room for both layouts at once; the store is as it was.
+        """
         if list(slots.items()) == list(self.slots.items()):
             self.state_fill = state_fill
             self._header[STATE_FILL] = np.float64(state_fill).view(np.int64)
@@ -136,7 +140,14 @@ class RowStore:
         self._header[NUM_FREE] = 0
         count = self.num_rows
         self._header[NEXT_ROW] = 0
-        self.reserve(count)
+        try:
+            self.reserve(count)
+        except MemoryError:
+            header = self.header
+            header.copy_(old.header)
+            self.__dict__.update(old.__dict__)
+            self.header = header
+            raise
         self._header[NEXT_ROW], self._header[NUM_FREE] = count, free
         for start in range(0, count, _PIECE_ROWS):
             rows = torch.arange(start, min(start + _PIECE_ROWS, count))

@@ -30,7 +30,9 @@ DIM = 1 + 16  # a first-order weight and 16 factors
 WINDOW = {"wait": 1, "warmup": 48, "active": 1, "repeat": 4}  # which batches are profiled
 
 
-def option(filter_step: int | None = None, mode: str = "none") -> EmbeddingOption:
+def option(
+    filter_step: int | None = None, mode: Literal["none", "mean"] = "none"
+) -> EmbeddingOption:
     """Return a feature's option; rows not asked for in ``filter_step`` batches are evicted."""
     eviction = None if filter_step is None else GlobalStepFilter(filter_step=filter_step)
     return EmbeddingOption(DIM, mode=mode, initializer=Normal(std=0.01), eviction=eviction)

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import cfunc, types
+from numba import types
+from numba.core.ccallback import CFunc
 
 _forked = False
 
@@ -54,7 +57,7 @@ class Kernel:
         if not self._address:
             with self._lock:
                 if not self._address:
-                    self._compiled = cfunc(types.void(types.int64), cache=True)(self.function)
+                    self._compiled = _compile(self.function)
                     self._call = _SIGNATURE(self._compiled.address)
                     self._address = self._compiled.address
         return self._address
@@ -82,6 +85,28 @@ class Kernel:
         for future in waiting:
             future.result()
         return vector
+
+
+def _compile(function: Callable[[int], None]) -> Any:
+    """Do what ``numba.cfunc(..., cache=True)`` does, with a cache that sees all kernel files.
+
+    Numba recompiles when the file that defines a function changes; a change in another one, of an
+    intrinsic or of a field of the header, would leave machine code in use that no longer fits.
+    """
+    compiled: Any = CFunc(function, ((types.int64,), types.void), locals={}, options={})
+    compiled.enable_caching()
+    cache_file = compiled._cache._cache_file
+    cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
+    compiled.compile()
+    return compiled
+
+
+@functools.cache
+def _sources_digest() -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64)

@@ -1,0 +1,285 @@
+"""A training step of the embeddings (look up, backward, update), and an evaluation lookup.
+
+26 features, Zipf 1.05, 200,000 known ids a feature. Ours is one ``EmbeddingEngine`` over dynamic
+tables; the peers are ``nn.Embedding(sparse=True)`` / ``nn.EmbeddingBag`` with torch's optimizers
+and, where it is installed, FBGEMM's static CPU tables, whose update runs in backward. Beside the
+times stands the limit: the bytes a step must move over the machine's copy rate.
+
+    python benchmarks/bench_embedding_bag.py [--rounds N] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import (
+    append_result,
+    copy_gb_per_s,
+    geometric_mean,
+    print_table,
+    time_in_turn,
+    zipf_ranks,
+)
+from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
+from recis_lightning.optim import SparseAdagrad, SparseAdam
+
+NUM_IDS, EXPONENT, NUM_BATCHES = 200_000, 1.05, 8
+SPREAD = 7_919_317  # ids as users have them: not 0 ... n - 1
+TRAIN_SHAPES = [(4096, 16), (4096, 64), (16384, 32)]  # batch, dim
+LR = 1e-3
+
+
+class Data:
+    """Batches of ids, ranks for the static peers, and gradients for the outputs."""
+
+    def __init__(self, num_features: int, batch: int, dim: int, bag: int = 1) -> None:
+        rng = np.random.default_rng(0)
+        torch.manual_seed(0)
+        self.num_features, self.batch, self.dim, self.bag = num_features, batch, dim, bag
+        self.names = [f"f{number}" for number in range(num_features)]
+        places = [torch.randperm(NUM_IDS) for _ in self.names]
+        self.ranks: list[list[Tensor]] = []
+        for _ in range(NUM_BATCHES):
+            drawn = zipf_ranks(rng, EXPONENT, NUM_IDS, (num_features, batch * bag))
+            self.ranks.append(
+                [place[torch.from_numpy(row)] for place, row in zip(places, drawn, strict=True)]
+            )
+        self.offsets = torch.arange(0, batch * bag + 1, bag)
+        self.gradients = [torch.randn(batch, dim) for _ in self.names]
+
+    def features(self, number: int) -> dict[str, Any]:
+        ids = [ranks * SPREAD for ranks in self.ranks[number]]
+        if self.bag > 1:
+            return {n: Jagged(i, self.offsets) for n, i in zip(self.names, ids, strict=True)}
+        return dict(zip(self.names, ids, strict=True))
+
+    def num_unique(self) -> float:
+        counts = [sum(ranks.unique().numel() for ranks in batch) for batch in self.ranks]
+        return float(np.mean(counts))
+
+    def limit_bytes(self, state_words: int) -> float:
+        """Ids, entries, distinct rows read and read-modify-written, outputs and gradients once."""
+        n, unique = self.num_features * self.batch * self.bag, self.num_unique()
+        bags = self.num_features * self.batch
+        rows = unique * 4 * self.dim * (1 + 2 * (1 + state_words))
+        return 8 * n + 16 * unique + rows + 2 * bags * 4 * self.dim
+
+
+class Ours:
+    """An engine with all ids known, and its optimizer."""
+
+    def __init__(self, data: Data, make_optimizer: Callable[..., Any]) -> None:
+        mode = "sum" if data.bag > 1 else "none"
+        self.data, self.number = data, 0
+        self.engine = EmbeddingEngine(
+            {name: EmbeddingOption(data.dim, mode=mode) for name in data.names}
+        )
+        self.optimizer = make_optimizer(hash_tables(self.engine), lr=LR)
+        known = torch.arange(NUM_IDS) * SPREAD
+        for table in hash_tables(self.engine):
+            table.insert(known, torch.zeros(NUM_IDS, data.dim))
+        self.batches = [data.features(number) for number in range(NUM_BATCHES)]
+
+    def step(self) -> None:
+        out = self.engine(self.batches[self.number % NUM_BATCHES])
+        torch.autograd.backward([*out.values()], self.data.gradients)
+        self.optimizer.step()
+        self.number += 1
+
+    def read(self) -> None:
+        with torch.no_grad():
+            self.engine(self.batches[self.number % NUM_BATCHES])
+        self.number += 1
+
+
+class Static:
+    """``nn.Embedding`` or ``nn.EmbeddingBag`` a feature, with a torch optimizer."""
+
+    def __init__(self, data: Data, make_optimizer: Callable[..., Any]) -> None:
+        self.data, self.number = data, 0
+        kind = nn.EmbeddingBag if data.bag > 1 else nn.Embedding
+        extra = {"mode": "sum"} if data.bag > 1 else {}
+        self.tables = [kind(NUM_IDS, data.dim, sparse=True, **extra) for _ in data.names]
+        for table in self.tables:
+            nn.init.zeros_(table.weight)
+        self.optimizer = make_optimizer([table.weight for table in self.tables], lr=LR)
+
+    def _out(self) -> list[Tensor]:
+        ranks = self.data.ranks[self.number % NUM_BATCHES]
+        self.number += 1
+        if self.data.bag == 1:
+            return [table(rank) for table, rank in zip(self.tables, ranks, strict=True)]
+        starts = self.data.offsets[:-1]
+        return [table(rank, starts) for table, rank in zip(self.tables, ranks, strict=True)]
+
+    def step(self) -> None:
+        torch.autograd.backward(self._out(), self.data.gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Fused:
+    """All features in one static ``nn.Embedding``: what an evaluation lookup competes with."""
+
+    def __init__(self, data: Data) -> None:
+        self.data, self.number = data, 0
+        self.table = nn.Embedding(NUM_IDS * data.num_features, data.dim)
+        starts = torch.arange(data.num_features) * NUM_IDS
+        self.batches = [
+            torch.cat([rank + start for rank, start in zip(batch, starts, strict=True)])
+            for batch in data.ranks
+        ]
+
+    def read(self) -> None:
+        with torch.no_grad():
+            self.table(self.batches[self.number % NUM_BATCHES])
+        self.number += 1
+
+
+def fbgemm(data: Data) -> Callable[[], None] | None:
+    """Return a step of FBGEMM's static CPU tables with Adagrad, if it is installed."""
+    try:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    except ImportError:
+        return None
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
+        [(NUM_IDS, data.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * data.num_features,
+        optimizer=EmbOptimType.EXACT_ADAGRAD,
+        learning_rate=LR,
+    )
+    indices = [torch.cat(batch) for batch in data.ranks]
+    offsets = torch.arange(0, indices[0].numel() + 1, data.bag)
+    gradient = torch.cat(data.gradients, dim=1)
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        tables(indices[number % NUM_BATCHES], offsets).backward(gradient)
+        number += 1
+
+    return step
+
+
+def check(data: Data) -> None:
+    """Refuse to time a step that is wrong: three steps against torch."""
+    ours, static = Ours(data, SparseAdam), Static(data, torch.optim.SparseAdam)
+    for _ in range(3):
+        ours.step()
+        static.step()
+    known = torch.arange(NUM_IDS)
+    for table, peer in zip(hash_tables(ours.engine), static.tables, strict=True):
+        torch.testing.assert_close(table.embeddings(known * SPREAD), peer.weight.data)
+
+
+def train(rounds: int, rate: float) -> list[float]:
+    """Time training steps with one id a feature."""
+    rows, ratios = [], []
+    for batch, dim in TRAIN_SHAPES:
+        data = Data(26, batch, dim)
+        check(Data(3, 512, dim))
+        adam = time_in_turn(
+            {
+                "ours": Ours(data, SparseAdam).step,
+                "torch": Static(data, torch.optim.SparseAdam).step,
+            },
+            rounds,
+        )
+        limit = data.limit_bytes(2) / rate / 1e6
+        contenders = {"ours": Ours(data, SparseAdagrad).step}
+        if peer := fbgemm(data):
+            contenders["fbgemm"] = peer
+        adagrad = time_in_turn(contenders, rounds)
+        against = adagrad["fbgemm"] / adagrad["ours"] if peer else float("nan")
+        ratios.append(adam["torch"] / adam["ours"])
+        row = [f"{batch} x 26, dim {dim}", adam["ours"], adam["torch"], ratios[-1], limit]
+        row += [adam["ours"] / limit, adagrad["ours"], adagrad.get("fbgemm", float("nan")), against]
+        rows.append(row)
+    columns = ["training step", "Adam ms", "torch ms", "ratio", "limit ms", "of limit"]
+    columns += ["Adagrad ms", "FBGEMM ms", "ratio"]
+    print_table("One id a feature, Zipf 1.05, 200,000 ids a feature", columns, rows)
+    adagrad_mean = geometric_mean([row[-1] for row in rows])
+    print(f"  geometric means: torch {geometric_mean(ratios):.2f}, FBGEMM {adagrad_mean:.2f}")
+    append_result("bench_embedding_bag", {"part": "train", "columns": columns, "rows": rows})
+    return ratios
+
+
+def multi_hot(rounds: int) -> None:
+    """Time training steps with 20 ids a feature, summed."""
+    data = Data(26, 1024, 32, bag=20)
+    check(Data(3, 128, 32, bag=20))
+    times = time_in_turn(
+        {
+            "ours": Ours(data, SparseAdam).step,
+            "torch": Static(data, torch.optim.SparseAdam).step,
+        },
+        rounds,
+    )
+    row = ["1024 x 26 x 20, dim 32", times["ours"], times["torch"], times["torch"] / times["ours"]]
+    columns = ["training step", "ours ms", "torch ms", "ratio"]
+    print_table("20 ids a feature, summed", columns, [row])
+    append_result("bench_embedding_bag", {"part": "multi_hot", "columns": columns, "rows": [row]})
+
+
+def evaluation(rounds: int) -> None:
+    """Time a lookup in evaluation mode."""
+    rows = []
+    for batch, dim in TRAIN_SHAPES:
+        data = Data(26, batch, dim)
+        ours = Ours(data, SparseAdam)
+        ours.engine.eval()
+        times = time_in_turn({"ours": ours.read, "static": Fused(data).read}, 3 * rounds)
+        cost = times["ours"] / times["static"]
+        rows.append([f"{batch} x 26, dim {dim}", times["ours"], times["static"], cost])
+    columns = ["evaluation lookup", "ours ms", "static ms", "cost"]
+    print_table("Engine against one fused nn.Embedding", columns, rows)
+    append_result("bench_embedding_bag", {"part": "evaluation", "columns": columns, "rows": rows})
+
+
+def many_features(rounds: int) -> None:
+    """Time 400 features against 26 with the same total of ids."""
+    few, many = Data(26, 4000, 16), Data(400, 260, 16)
+    times = time_in_turn(
+        {"26": Ours(few, SparseAdam).step, "400": Ours(many, SparseAdam).step}, rounds
+    )
+    row = ["104,000 ids, dim 16", times["26"], times["400"], times["400"] / times["26"]]
+    columns = ["training step", "26 features ms", "400 features ms", "cost"]
+    print_table("Many features", columns, [row])
+    append_result("bench_embedding_bag", {"part": "features", "columns": columns, "rows": [row]})
+
+
+def main() -> None:
+    """Run all parts."""
+    parser = argparse.ArgumentParser(description="Embedding steps against peers")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--part", choices=["train", "multi_hot", "evaluation", "features"])
+    arguments = parser.parse_args()
+    rate = copy_gb_per_s()
+    print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads")
+    parts: dict[str, Callable[[], Any]] = {
+        "train": lambda: train(arguments.rounds, rate),
+        "multi_hot": lambda: multi_hot(arguments.rounds),
+        "evaluation": lambda: evaluation(arguments.rounds),
+        "features": lambda: many_features(arguments.rounds),
+    }
+    for name, part in parts.items():
+        if arguments.part in (None, name):
+            part()
+
+
+if __name__ == "__main__":
+    main()
