@@ -33,12 +33,12 @@ _MOMENTS = {
     "on_train_batch_end": _Moment(
         "after_step", before=False, arguments=("outputs", "batch", "batch_idx")
     ),
-    # "end" runs once for each setup, at the first of the two that comes.
+    # "end" runs once for each setup, at the first of the other two that comes.
     "teardown": _Moment("end", before=False),
     "on_exception": _Moment("end", before=False),
-    "setup": _Moment("", before=True),
+    "setup": _Moment("end", before=True),
 }
-_POINTS = tuple(dict.fromkeys(moment.point for moment in _MOMENTS.values() if moment.point))
+_POINTS = tuple(dict.fromkeys(moment.point for moment in _MOMENTS.values()))
 
 # What a parameter of a RecIS method may be called, and the value it is given. RecIS's own pages
 # write `after_step(self, _, gstep)`.
@@ -197,13 +197,10 @@ def _plan(owner: type, point: str, override: Any) -> _Plan:
 
 
 def _announce_moments(cls: type[Hook]) -> None:
-    """Make each Lightning method of ``cls`` that does not announce its moment do so.
-
-    That is a method ``cls`` overrides, or takes from a class that is no ``Hook``.
-    """
+    """Make each Lightning method announce its moment, where ``cls`` has something to call then."""
     for name, moment in _MOMENTS.items():
         method = inspect.getattr_static(cls, name)
-        if not getattr(method, "_announces", False):
+        if moment.point in cls._plans and not getattr(method, "_announces", False):
             inherited = name not in vars(cls)
             setattr(cls, name, _announcing(cls, name, moment, None if inherited else method))
 
@@ -242,7 +239,7 @@ def _announcing(cls: type[Hook], name: str, moment: _Moment, method: Any) -> Cal
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if moment.point == "":
+        if name == "setup":
             state["open"] = True
         elif moment.point != "end":
             arguments = dict(zip(moment.arguments, args, strict=False), **kwargs)
@@ -253,6 +250,3 @@ def _announcing(cls: type[Hook], name: str, moment: _Moment, method: Any) -> Cal
 
     announce._announces = True  # type: ignore[attr-defined]
     return announce
-
-
-_announce_moments(Hook)

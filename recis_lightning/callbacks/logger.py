@@ -140,7 +140,7 @@ class LoggerHook(Hook):
             _log.info("%s", " ".join(line))
         if not reported and _module_logs(trainer, "loss"):
             values.pop("loss", None)
-        _publish(trainer, pl_module, rates | {k: v for k, v in values.items() if _is_number(v)})
+        _publish(trainer, rates | {k: v for k, v in values.items() if _is_number(v)})
 
 
 class _TrainingClock:
@@ -248,18 +248,22 @@ def _batch_size(batch: Any) -> int | None:
     """Return the number of samples of a batch: that of its first member that tells."""
     if isinstance(batch, Tensor):
         return batch.size(0) if batch.dim() else None
-    if isinstance(getattr(batch, "offsets", None), Tensor):  # Jagged
-        return int(batch.offsets.numel()) - 1
-    if callable(getattr(batch, "stride", None)):  # TorchRec's KeyedJaggedTensor
-        return int(batch.stride())
     members: Any = ()
     if isinstance(batch, Mapping):
         members = batch.values()
+    elif isinstance(getattr(batch, "offsets", None), Tensor):  # Jagged
+        return int(batch.offsets.numel()) - 1
+    elif callable(getattr(batch, "stride", None)):  # TorchRec's KeyedJaggedTensor
+        return int(batch.stride())
     elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         members = batch
     elif dataclasses.is_dataclass(batch):
         members = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-    return next((size for size in map(_batch_size, members) if size is not None), None)
+    for member in members:
+        size = _batch_size(member)
+        if size is not None:
+            return size
+    return None
 
 
 def _loss(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
@@ -330,21 +334,19 @@ def _module_logs(trainer: Trainer, name: str) -> bool:
     return f"training_step.{name}" in (trainer._results or ())
 
 
-def _publish(trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
-    """Show values in the progress bar, and write them to every logger, once.
+def _publish(trainer: Trainer, values: dict[str, float]) -> None:
+    """Put values where ``self.log`` puts them, and write them to every logger, once.
 
-    ``self.log`` would write them again at each of Lightning's logging steps until the epoch
-    ends, and not at all where the two intervals do not meet.
+    ``self.log`` itself would have Lightning handle them after every batch (40 us, 1% of a step of
+    the demo, and on a GPU a synchronisation each), write them again at each of its own logging
+    steps until the epoch ends, and not at all where the two intervals do not meet.
     """
     if trainer.barebones:
         return
-    # On the host: Lightning reads what the bar shows after every batch.
-    shown = {name: torch.tensor(float(value)) for name, value in values.items()}
-    for name, value in shown.items():
-        pl_module.log(
-            name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
-        )
-    trainer.logged_metrics.update(shown)
+    trainer.progress_bar_metrics.update(values)
+    tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
     if trainer.is_global_zero:
         # Lightning's own x-axis: batches after which the optimizer stepped.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -121,9 +121,9 @@ class ProfilerHook(Hook):
             return
         self._step += 1
         self._position += 1
-        if self._running:
+        if self._running and self._position >= self.wait + self.warmup:
             assert self.prof is not None
-            self.prof.step()  # writes the trace when the window closes
+            self.prof.step()  # opens the window, or writes the trace when it closes
         if self._position == self.wait + self.warmup + self.active:
             self._stop()
             self._cycle += 1
@@ -165,7 +165,8 @@ class ProfilerHook(Hook):
     def _start(self, trainer: Trainer) -> None:
         """Start a profiler of one cycle.
 
-        One for each cycle: torch warns when a profiler meets its second.
+        One for each cycle: torch warns when a profiler meets its second. And one step of torch's
+        for the whole warm-up, since each costs and only the last changes anything.
         """
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
 
@@ -176,7 +177,7 @@ class ProfilerHook(Hook):
         self.prof = torch.profiler.profile(
             activities=_activities(),
             schedule=torch.profiler.schedule(
-                wait=0, warmup=self.warmup, active=self.active, repeat=1
+                wait=0, warmup=min(self.warmup, 1), active=self.active, repeat=1
             ),
             on_trace_ready=write,
             record_shapes=True,
@@ -222,7 +223,7 @@ class _RegionRecorder(Profiler):
     def start(self, action_name: str) -> None:
         self.inner.start(action_name)
         region = record_function(action_name.translate(_UNSAFE))
-        region.__enter__()  # type: ignore[no-untyped-call]
+        region.__enter__()
         self._open[action_name].append(region)
 
     def stop(self, action_name: str) -> None:

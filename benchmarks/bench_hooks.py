@@ -1,0 +1,189 @@
+"""What the three hooks cost a step of the demo, the profiler's window being off.
+
+The demo's step (DeepFM on MovieLens-100k) varies by more than is to be measured here. So what the
+hooks add is measured where it stands out, on a model that only looks the demo's batches up in the
+demo's tables, and set against the demo's step, in one process: in each round one short fit a
+variant, in turn, each round in another order. What is added holds all of it: the hooks' own work,
+Lightning's calls of them, and its care for what they log. Time is taken over blocks of 50 steps, so
+that each block holds one report of ``LoggerHook`` and one filtering; the first block of a fit is
+dropped. ``ProfilerHook`` warms up throughout: torch's profiler is on and its window is not. Tables
+are asked to evict and find nothing to evict: rows that come back are no cost of a hook.
+
+A JSON line is appended to ``results/bench_hooks.jsonl``.
+
+    python benchmarks/bench_hooks.py [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import append_result
+from examples.deepfm.batch import Batch
+from examples.deepfm.model import DeepFM
+from examples.deepfm.train import movielens_data, movielens_model
+from recis_lightning import hash_tables
+from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, ProfilerHook
+from recis_lightning.eviction import GlobalStepFilter
+
+BLOCK = 50  # steps, and the demo's intervals
+DEMO_BLOCKS, BARE_BLOCKS = 4, 13  # a fit, the first of them dropped
+LIMIT = 0.02
+SHAPE = {"model": "DeepFM of the demo", "batch_size": 256, "interval": BLOCK}
+
+
+class LookUp(L.LightningModule):
+    """Looks the demo's batches up in the demo's tables, and trains nothing."""
+
+    def __init__(self, demo: DeepFM) -> None:
+        super().__init__()
+        self.engine = demo.engine
+        for table in hash_tables(self):
+            if table.eviction is not None:
+                table.eviction = GlobalStepFilter(filter_step=10**9)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        with torch.no_grad():
+            self.engine(batch["features"])
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Blocks(L.Callback):
+    """Takes the time of each block of steps, from the start of a step to the start of another."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step % BLOCK == 0:
+            self.starts.append(time.perf_counter())
+
+    def step_ms(self) -> float:
+        return median(1e3 * (end - start) / BLOCK for start, end in pairwise(self.starts[1:]))
+
+
+def filter_hook(folder: Path) -> HashTableFilterHook:
+    return HashTableFilterHook(filter_interval=BLOCK)
+
+
+def logger_hook(folder: Path) -> LoggerHook:
+    return LoggerHook(log_step=BLOCK)
+
+
+def profiler_hook(folder: Path) -> ProfilerHook:
+    return ProfilerHook(wait=0, warmup=10**6, output_dir=folder / "timeline")
+
+
+VARIANTS: dict[str, list[Callable[[Path], L.Callback]]] = {
+    "none": [],
+    "HashTableFilterHook": [filter_hook],
+    "LoggerHook": [logger_hook],
+    "ProfilerHook": [profiler_hook],
+    "all three": [filter_hook, logger_hook, profiler_hook],
+}
+
+
+def fit(
+    model: L.LightningModule, variant: str, num_blocks: int, batches: list[Batch], folder: Path
+) -> float:
+    """Train for a few blocks; return the milliseconds a step."""
+    blocks = Blocks()
+    hooks = [make(folder) for make in VARIANTS[variant]]
+    before = [table.step for table in hash_tables(model)]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=num_blocks * BLOCK + 1,
+        limit_val_batches=0,
+        logger=CSVLogger(folder),
+        callbacks=[blocks, *hooks],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(batches, batch_size=None))
+    # A figure of hooks that did not do their work would be worth nothing.
+    num_steps = trainer.global_step if filter_hook in VARIANTS[variant] else 0
+    assert [table.step for table in hash_tables(model)] == [step + num_steps for step in before]
+    assert ("qps" in trainer.callback_metrics) == (logger_hook in VARIANTS[variant])
+    assert not (folder / "timeline").exists()
+    return blocks.step_ms()
+
+
+def main() -> int:
+    """Measure, print and append; return 1 if the hooks cost too much."""
+    parser = argparse.ArgumentParser(description="Cost of the hooks")
+    parser.add_argument("--rounds", type=int, default=10)
+    rounds = parser.parse_args().rounds
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(stream=open(os.devnull, "w"), level=logging.INFO)  # noqa: SIM115
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    torch.set_num_threads(1)  # as the demo does
+    L.seed_everything(0, verbose=False)
+    data = movielens_data(str(ROOT / "data" / "ml-100k"))
+    data.prepare_data()
+    data.setup("fit")
+    batches = [*data.train_dataloader()]
+    demo = movielens_model()
+    bare = LookUp(demo)
+    step_ms: list[float] = []
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(-1, rounds):  # one more to compile and warm up
+            demo_ms = fit(demo, "none", DEMO_BLOCKS, batches, folder)
+            shift = number % len(VARIANTS)
+            order = [*VARIANTS][shift:] + [*VARIANTS][:shift]
+            of_round = {v: fit(bare, v, BARE_BLOCKS, batches, folder) for v in order}
+            if number >= 0:
+                step_ms.append(demo_ms)
+                for variant, ms in of_round.items():
+                    times[variant].append(ms - of_round["none"])
+
+    step = median(step_ms)
+    added = {name: 1e3 * median(values) for name, values in times.items() if name != "none"}
+    ratio = {name: 1 + us / 1e3 / step for name, us in added.items()}
+    good = ratio["all three"] - 1 < LIMIT
+    print(f"\nthe demo's step: {step:.3f} ms (medians of {rounds} rounds)")
+    for name, us in added.items():
+        print(f"  {name:<20} adds {us:>7.1f} us, ratio {ratio[name]:.4f}")
+    print(f"  {'under' if good else 'NOT UNDER'} {LIMIT:.0%}")
+    figures = {
+        "lightning": L.__version__,
+        "shape": SHAPE,
+        "rounds": rounds,
+        "step_ms": round(step, 4),
+        "added_us": {name: round(us, 2) for name, us in added.items()},
+        "ratio": {name: round(value, 5) for name, value in ratio.items()},
+        "good": good,
+    }
+    append_result("bench_hooks", figures)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
