@@ -555,13 +555,29 @@ class HashTable(nn.Module):
         """
         gone = ("header", "_header", "_entries", "rows", "_last_seen", "pending", "_optimizer")
         state = {key: value for key, value in self.__dict__.items() if key not in gone}
-        return {**state, "_saved": self.get_extra_state()}
+        saved = self.get_extra_state()
+        saved["weights"] = saved["weights"].float()  # NumPy has no bfloat16
+        # Arrays: of a tensor a spawned process gets the place in shared memory, and these tensors
+        # are gone before it starts.
+        return {**state, "_saved": _converted(saved, Tensor, Tensor.numpy)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_saved")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
-        self._load(saved)
+        self._load(_converted(saved, np.ndarray, torch.from_numpy))
+
+
+def _converted(state: dict[str, Any], kind: type, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return ``state`` with every value of a kind converted, in dicts within it too."""
+    return {
+        key: _converted(value, kind, convert)
+        if isinstance(value, dict)
+        else convert(value)
+        if isinstance(value, kind)
+        else value
+        for key, value in state.items()
+    }
 
 
 _STATE: dict[str, type | tuple[type, ...]] = {
