@@ -183,7 +183,6 @@ class HashTable(nn.Module):
         )
         self.seed, self._name, self.trainable = seed, name, trainable
         self.generation = 0  # grows when rows go: rows that a lookup noted before are void
-        self._step = 0
         self._start()
 
     def _start(self) -> None:
@@ -193,7 +192,6 @@ class HashTable(nn.Module):
         self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype)
         self._last_seen = torch.empty(0, dtype=torch.int64)
-        self._header[STEP] = self._step
         row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
@@ -250,12 +248,11 @@ class HashTable(nn.Module):
     @property
     def step(self) -> int:
         """What training lookups stamp rows with; ``HashTableFilterHook`` advances it."""
-        return self._step
+        return int(self._header[STEP])
 
     def update_step(self, n: int = 1) -> None:
         """Advance ``step`` by ``n``."""
-        self._step += int(n)
-        self._header[STEP] = self._step
+        self._header[STEP] += int(n)
 
     @property
     def num_updates(self) -> int:
@@ -476,7 +473,7 @@ class HashTable(nn.Module):
             "embedding_dim": self.embedding_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             "seed": self.seed,
-            "step": self._step,
+            "step": self.step,
             "num_updates": self.num_updates,
             "state_fill": self.rows.state_fill,
             "ids": ids,
@@ -534,12 +531,12 @@ class HashTable(nn.Module):
         self.drop_pending()
         if self._name is None:
             self._name = state["name"]
-        self.seed, self._step = state["seed"], state["step"]
+        self.seed = state["seed"]
         # The state's slots may not be those of this table's optimizer: take them, then adapt.
         self.clear()
         self.set_slots(slots, state["state_fill"])
         row_init.write_key(self.header, self.seed, self.name)
-        self._header[STEP] = self._step
+        self._header[STEP] = state["step"]
         self._header[NUM_UPDATES] = state["num_updates"]
         rows = self._insert(state["ids"].to(self.device).contiguous())
         self.rows.write(rows, state["weights"].to(self.dtype), state["slots"])
