@@ -65,8 +65,9 @@ class ResumableLoader:
 
     def __iter__(self):
         start = self.position % len(self.batches)
-        for self.position in range(start + 1, len(self.batches) + 1):
-            yield self.batches[self.position - 1]
+        for index in range(start, len(self.batches)):
+            self.position = index + 1
+            yield self.batches[index]
 
     def state_dict(self):
         return {"position": self.position}

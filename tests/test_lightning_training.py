@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from torch.multiprocessing import ProcessRaisedException
 
 from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.optim import SparseAdam
@@ -288,7 +289,14 @@ def test_evaluation_changes_no_table(tmp_path):
     assert differences(before, everything(other)) == []
 
 
-# ---- workers
+# ---- processes
+
+
+@pytest.mark.filterwarnings("ignore")  # what ddp says of itself on the way
+def test_several_processes_are_refused(tmp_path):
+    """Tables are not sharded yet: two ranks would train two tables apart."""
+    with pytest.raises(ProcessRaisedException, match="on 2 ranks: tables are not sharded over"):
+        fitted(tmp_path, devices=2, strategy="ddp_fork")
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
