@@ -74,6 +74,7 @@ _NORM = -1  # a rule that updates nothing
 _POSITIONS_PER_CHUNK = 1024
 _SORT_SERIAL = 1 << 14  # fewer positions are sorted by one thread
 _DIGIT_BITS = 12  # a digit's counters and open cache lines fit the first-level cache
+_INSERTION_SORT = 32  # fewer keys of a table are sorted without counting
 _AHEAD = 12  # positions between prefetch and use
 _F = np.float32
 
@@ -173,6 +174,84 @@ def _move_by_digit_kernel(args):
             store_i64(out + 8 * target, key)
 
 
+@parallel_cpu.kernel
+def _sort_tables_kernel(args):
+    # A chunk is one table: its keys fit a cache, and its rows need fewer digits than all rows.
+    keys, spare, ranges = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
+    position_bits, scratch = load_i64(args + 40), load_i64(args + 48)
+    chunks = load_i64(args + 8)
+    counts = scratch + 8 * (atomic_add(args + 56, 1) << _DIGIT_BITS)
+    while True:
+        chunk = atomic_add(args, 1)
+        if chunk >= chunks:
+            break
+        first, n = load_i64(ranges + 32 * chunk), load_i64(ranges + 32 * chunk + 8)
+        base, num_rows = load_i64(ranges + 32 * chunk + 16), load_i64(ranges + 32 * chunk + 24)
+        here, there = keys + 8 * first, spare + 8 * first
+        if n <= _INSERTION_SORT:
+            for i in range(1, n):
+                key = load_i64(here + 8 * i)
+                j = i
+                while j > 0 and load_i64(here + 8 * j - 8) > key:
+                    store_i64(here + 8 * j, load_i64(here + 8 * j - 8))
+                    j -= 1
+                store_i64(here + 8 * j, key)
+            continue
+        row_bits, count_bits = np.int64(0), np.int64(0)
+        while num_rows >> row_bits:
+            row_bits += 1
+        while n >> count_bits:
+            count_bits += 1
+        widest = min(max(count_bits - 2, 4), _DIGIT_BITS - 1)
+        passes = (row_bits + widest - 1) // widest
+        low = np.int64(0)
+        for done in range(passes):
+            bits = row_bits // passes
+            if done < row_bits % passes:
+                bits += 1
+            digits = np.int64(1) << bits
+            for digit in range(digits):
+                store_i64(counts + 8 * digit, 0)
+            for i in range(n):
+                row = min((load_i64(here + 8 * i) >> position_bits) - base, num_rows)
+                place = counts + 8 * ((row >> low) & (digits - 1))
+                store_i64(place, load_i64(place) + 1)
+            total = np.int64(0)
+            for digit in range(digits):
+                count = load_i64(counts + 8 * digit)
+                store_i64(counts + 8 * digit, total)
+                total += count
+            for i in range(n):
+                key = load_i64(here + 8 * i)
+                row = min((key >> position_bits) - base, num_rows)
+                place = counts + 8 * ((row >> low) & (digits - 1))
+                target = load_i64(place)
+                store_i64(place, target + 1)
+                store_i64(there + 8 * target, key)
+            here, there = there, here
+            low += bits
+        if passes & 1:
+            for i in range(n):
+                store_i64(there + 8 * i, load_i64(here + 8 * i))
+
+
+def _table_ranges(plan, num_rows):
+    """Order the plan by table; return int64 [tables, 4]: first position, positions, base, rows."""
+    bases = plan[:, FLAT_BASE]
+    if (bases[1:] < bases[:-1]).any():
+        plan = plan[np.argsort(bases, kind="stable")]
+        bases = plan[:, FLAT_BASE]
+    sizes = plan[:, NUM_IDS]
+    plan[:, FIRST_ID] = np.cumsum(sizes) - sizes
+    starts = np.flatnonzero(np.diff(bases, prepend=-1))
+    ranges = np.empty((len(starts), 4), np.int64)
+    ranges[:, 0] = plan[starts, FIRST_ID]
+    ranges[:, 1] = np.add.reduceat(sizes, starts)
+    ranges[:, 2] = bases[starts]
+    ranges[:, 3] = np.diff(bases[starts], append=num_rows)
+    return plan, ranges
+
+
 def _radix_sort(keys, spare, n, low_bit, num_bits):
     """Sort ``keys[:n]`` by ``num_bits`` bits from ``low_bit``; return the array it ended in."""
     passes = -(-num_bits // _DIGIT_BITS)
@@ -198,6 +277,7 @@ def sort_gradients(plan, blocks, layout):
     row_bits = num_rows.bit_length()
     if position_bits + row_bits > 63:
         raise ValueError(f"one update of {n} ids over {num_rows} rows is too large to sort")
+    plan, ranges = _table_ranges(plan, num_rows)
     keys = workspace.take("keys", n, np.int64)
     spare = workspace.take("spare_keys", n, np.int64)
     addresses = workspace.take("gradient_addresses", n, np.int64)
@@ -215,7 +295,13 @@ def sort_gradients(plan, blocks, layout):
         num_rows,
         4 * layout.embedding_dim,
     )
-    keys = _radix_sort(keys, spare, n, position_bits, row_bits)
+    threads = torch.get_num_threads()
+    if n < _SORT_SERIAL or ranges[:, 1].max() * threads * 2 <= n:
+        counts = workspace.take("digit_counts", threads << _DIGIT_BITS, np.int64)
+        where = (address_of(keys), address_of(spare), address_of(ranges), position_bits)
+        _sort_tables_kernel.launch(len(ranges), *where, address_of(counts), 0)
+    else:
+        keys = _radix_sort(keys, spare, n, position_bits, row_bits)
     return keys, addresses, scales, n, position_bits
 
 
@@ -256,8 +342,9 @@ def _update_kernel(rule, width, bfloat16):
                     prefetch(gradient + byte)
             while start < high:
                 flat = load_i64(keys + 8 * start) >> position_bits
-                if flat >= num_rows:
-                    break
+                if flat >= num_rows:  # ids without a row
+                    start += 1
+                    continue
                 end = start
                 while end < n and load_i64(keys + 8 * end) >> position_bits == flat:
                     if end + 2 * _AHEAD < n:
