@@ -77,6 +77,32 @@ def time_in_turn(
     return {name: median(values) for name, values in times.items()}
 
 
+def time_prepared(
+    contenders: dict[str, Callable[[], Callable[[], Any]]], rounds: int, warmup: int = 1
+) -> dict[str, float]:
+    """Return median milliseconds as ``time_in_turn`` does, of what needs a fresh start each time.
+
+    Args:
+        contenders: Name -> prepares one run, untimed, and returns what to time. What the timed part
+            returns is freed after its time is taken.
+        rounds: How often each runs.
+        warmup: Rounds first that do not count.
+    """
+    names = [*contenders]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            timed = contenders[name]()
+            start = time.perf_counter()
+            made = timed()
+            elapsed = time.perf_counter() - start
+            del timed, made
+            if number >= 0:
+                times[name].append(1e3 * elapsed)
+    return {name: median(values) for name, values in times.items()}
+
+
 def copy_gb_per_s(num_bytes: int = 1 << 28, rounds: int = 7) -> float:
     """Measure the machine's copy rate: bytes read plus bytes written, by all of torch's threads."""
     source = torch.ones(num_bytes // 4)

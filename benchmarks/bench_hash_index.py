@@ -1,0 +1,264 @@
+"""Finding and inserting ids against ``ska::flat_hash_map``, which RecIS uses on a CPU.
+
+The map comes with torch's headers and is built here with torch's extension loader. What is
+compared: ours through the op contract (``find`` and ``find_or_insert`` on a table's segment, which
+also hand out rows) on all threads; the map filled by a plain loop on one thread, which is how RecIS
+inserts (after a first look at all ids that is left out here), and read by one thread and, as RecIS
+reads, by all of torch's. The map starts empty and grows; a figure with ``reserve`` stands beside
+it. Figures "with rows" have ours write initial rows of dim 8 and Adam state too, which the map
+does not.
+
+    python benchmarks/bench_hash_index.py [--num-ids N] [--rounds N] [--dry]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import append_result, print_table, time_in_turn, time_prepared
+from benchmarks.targets import judge
+from recis_lightning import HashTable, hash_tables
+from recis_lightning.ops import hash_index, row_init
+from recis_lightning.optim import SparseAdam
+
+DIM = 8
+SOURCE = """
+#include <ATen/Parallel.h>
+#include <c10/util/flat_hash_map.h>
+using Map = ska::flat_hash_map<int64_t, int64_t>;
+extern "C" {
+Map* map_new(int64_t reserved) {
+  Map* map = new Map();
+  if (reserved) map->reserve(reserved);
+  return map;
+}
+void map_delete(Map* map) { delete map; }
+int64_t map_size(const Map* map) { return map->size(); }
+void map_insert(Map* map, const int64_t* ids, int64_t* rows, int64_t n) {
+  int64_t next = map->size();
+  for (int64_t i = 0; i < n; ++i) {
+    auto found = map->emplace(ids[i], next);
+    next += found.second;
+    rows[i] = found.first->second;
+  }
+}
+void map_find(const Map* map, const int64_t* ids, int64_t* rows, int64_t n, int64_t parallel) {
+  auto loop = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      auto found = map->find(ids[i]);
+      rows[i] = found == map->end() ? -1 : found->second;
+    }
+  };
+  if (parallel) at::parallel_for(0, n, 1, loop); else loop(0, n);
+}
+}
+"""
+
+
+def build() -> ctypes.CDLL | None:
+    """Build the map, or say why there is none."""
+    from torch.utils import cpp_extension
+
+    beside = Path(sys.executable).parent  # where pip puts ninja
+    os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ['PATH']}"
+    name = "recis_lightning_flat_hash_map"
+    try:
+        library = cpp_extension.load_inline(
+            name,
+            [SOURCE],
+            extra_cflags=["-O3", "-march=native", "-fopenmp"],
+            is_python_module=False,
+            no_implicit_headers=True,
+        )
+    except (OSError, RuntimeError) as error:
+        print(f"C++ map: left out, it cannot be built ({str(error).splitlines()[0]})")
+        return None
+    del library
+    folder = Path(cpp_extension._get_build_directory(name, False))
+    loaded = ctypes.CDLL(str(max(folder.glob(f"{name}*.so"), key=os.path.getmtime)))
+    loaded.map_new.restype = ctypes.c_void_p
+    loaded.map_size.restype = ctypes.c_int64
+    return loaded
+
+
+class FlatHashMap:
+    """The C++ map over tensors."""
+
+    def __init__(self, library: ctypes.CDLL, reserved: int = 0) -> None:
+        self.library = library
+        self.map = ctypes.c_void_p(library.map_new(ctypes.c_int64(reserved)))
+
+    def __del__(self) -> None:
+        self.library.map_delete(self.map)
+
+    def __len__(self) -> int:
+        return int(self.library.map_size(self.map))
+
+    def _call(self, function: Any, ids: Tensor, *args: int) -> Tensor:
+        rows = torch.empty_like(ids)
+        addresses = (ctypes.c_void_p(ids.data_ptr()), ctypes.c_void_p(rows.data_ptr()))
+        numbers = (ctypes.c_int64(number) for number in (ids.numel(), *args))
+        function(self.map, *addresses, *numbers)
+        return rows
+
+    def insert(self, ids: Tensor) -> Tensor:
+        return self._call(self.library.map_insert, ids)
+
+    def find(self, ids: Tensor, parallel: bool) -> Tensor:
+        return self._call(self.library.map_find, ids, int(parallel))
+
+
+class Ours:
+    """A table's index; with ``rows``, its rows too."""
+
+    def __init__(self, rows: bool = False) -> None:
+        self.table, self.rows = HashTable(DIM, name="index"), rows
+        self.optimizer = SparseAdam(hash_tables(self.table), lr=1e-3)
+
+    def insert(self, ids: Tensor) -> Tensor:
+        segments = self.table.segments(insert=True)
+        rows, new = hash_index.find_or_insert(ids, segments, [self.table], [0])
+        if self.rows and new is not None:
+            row_init.init_rows_(ids, rows, new, segments, DIM, False)
+        return rows
+
+    def find(self, ids: Tensor) -> Tensor:
+        return hash_index.find(ids, self.table.segments())
+
+
+def make_ids(num_ids: int) -> Tensor:
+    """Return distinct random ids, as hashed names are, int64 [num_ids].
+
+    Multiples of a constant would flatter the map: its own hash is a product.
+    """
+    torch.manual_seed(0)
+    ids = torch.randint(-(2**63), 2**63 - 1, (num_ids,))
+    assert ids.unique().numel() == num_ids
+    return ids
+
+
+def check(library: ctypes.CDLL | None, num_ids: int = 5000) -> None:
+    """Refuse to time an index that is wrong: ours, the map and a dict must give the same rows."""
+    ids = make_ids(num_ids)
+    asked = torch.cat([ids[torch.randint(num_ids, (num_ids,))], ids[:50] + 1])
+    known = dict(zip(ids.tolist(), range(num_ids), strict=True))
+    wanted = torch.tensor([known.get(key, -1) for key in asked.tolist()])
+    for rows in (False, True):
+        ours = Ours(rows)
+        assert torch.equal(ours.insert(ids), torch.arange(num_ids))
+        assert torch.equal(ours.insert(ids.flip(0)), torch.arange(num_ids).flip(0))
+        assert torch.equal(ours.find(asked), wanted)
+        assert len(ours.table) == num_ids
+    if library is not None:
+        peer = FlatHashMap(library)
+        assert torch.equal(peer.insert(ids), torch.arange(num_ids))
+        assert len(peer) == num_ids
+        for parallel in (False, True):
+            assert torch.equal(peer.find(asked, parallel), wanted)
+
+
+def find(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, Any]:
+    """Time a million random lookups of known ids."""
+    ids = make_ids(num_ids)
+    num_asked = min(num_ids, 1_000_000)
+    asked = [ids[torch.randint(num_ids, (num_asked,))] for _ in range(8)]
+    number = 0
+
+    def next_ids() -> Tensor:
+        nonlocal number
+        number += 1
+        return asked[number % len(asked)]
+
+    ours = Ours()
+    ours.insert(ids)
+    contenders: dict[str, Callable[[], Any]] = {"ours": lambda: ours.find(next_ids())}
+    if library is not None:
+        peer = FlatHashMap(library)
+        peer.insert(ids)
+        contenders["C++ map, one thread"] = lambda: peer.find(next_ids(), False)
+        contenders["C++ map, all threads"] = lambda: peer.find(next_ids(), True)
+    times = time_in_turn(contenders, 5 * rounds)
+    rows = [[n, ms, num_asked / ms / 1e3, ms / times["ours"]] for n, ms in times.items()]
+    columns = ["find", "ms", "M ids/s", "ours is faster by"]
+    print_table(f"{num_asked:,} random lookups in {num_ids:,} ids", columns, rows)
+    figures = {}
+    if library is not None:
+        figures["ratio"] = times["C++ map, all threads"] / times["ours"]
+        figures["ratio_one"] = times["C++ map, one thread"] / times["ours"]
+    shape = {"num_ids": num_ids, "num_asked": num_asked}
+    return {"part": "find", "shape": shape, "columns": columns, "rows": rows, "figures": figures}
+
+
+def insert(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, Any]:
+    """Time filling an empty index: in one call, and in calls of 100,000 ids."""
+    ids = make_ids(num_ids)
+    batches = ids.split(100_000)
+
+    def filled(make: Callable[[], Any], parts: tuple[Tensor, ...]) -> Callable[[], Any]:
+        def prepare() -> Callable[[], Any]:
+            made = make()
+
+            def fill() -> Any:
+                for part in parts:
+                    made.insert(part)
+                return made
+
+            return fill
+
+        return prepare
+
+    makers: dict[str, Callable[[], Any]] = {"ours": Ours, "ours, with rows": lambda: Ours(True)}
+    if library is not None:
+        makers["C++ map"] = lambda: FlatHashMap(library)
+        makers["C++ map, reserved"] = lambda: FlatHashMap(library, num_ids)
+    whole = time_prepared({name: filled(make, (ids,)) for name, make in makers.items()}, rounds)
+    parts = time_prepared({name: filled(make, batches) for name, make in makers.items()}, rounds)
+    rows = [
+        [name, whole[name], num_ids / whole[name] / 1e3, whole[name] / whole["ours"]]
+        + [parts[name], parts[name] / parts["ours"]]
+        for name in makers
+    ]
+    columns = ["insert", "ms", "M ids/s", "ours is faster by", "in batches ms", "by"]
+    print_table(f"{num_ids:,} new ids into an empty index", columns, rows)
+    figures = {}
+    if library is not None:
+        peer = whole["C++ map"]
+        figures["ratio"] = peer / whole["ours"]
+        figures["ratio_reserved"] = whole["C++ map, reserved"] / whole["ours"]
+        figures["ratio_rows"] = peer / whole["ours, with rows"]
+        figures["ratio_batches"] = parts["C++ map"] / parts["ours"]
+    shape = {"num_ids": num_ids, "batch": 100_000}
+    return {"part": "insert", "shape": shape, "columns": columns, "rows": rows, "figures": figures}
+
+
+def main() -> int:
+    """Check, time and append; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="The index against a C++ map")
+    parser.add_argument("--num-ids", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    given = parser.parse_args()
+    library = build()
+    check(library)
+    good = True
+    for part in (find, insert):
+        line = part(library, given.num_ids, given.rounds)
+        good &= judge("bench_hash_index", line)
+        if not given.dry:
+            append_result("bench_hash_index", line)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
