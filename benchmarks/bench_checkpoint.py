@@ -1,0 +1,137 @@
+"""Saving and loading a table of dim 16 with Adam state against safetensors with the same bytes.
+
+Ours is what a Lightning checkpoint does with a table: ``torch.save`` of the module's
+``state_dict``, and ``torch.load(weights_only=True)`` with ``load_state_dict`` into a fresh module,
+whose index and rows are built again. The peer writes the same tensors, ready made, and reads them
+into memory; it builds nothing. Both use the same folder and no ``fsync``; files are read from the
+page cache.
+
+    python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--dry]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import append_result, print_table, time_in_turn
+from benchmarks.targets import judge
+from recis_lightning import HashTable, hash_tables
+from recis_lightning.ops import hash_index
+from recis_lightning.optim import SparseAdam
+
+DIM = 16
+
+
+class Model(nn.Module):
+    """One table and its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = HashTable(DIM, name="saved")
+        self.optimizer = SparseAdam(hash_tables(self), lr=1e-3)
+
+
+def fill(num_ids: int) -> Model:
+    """Return a model with random ids, weights and state."""
+    torch.manual_seed(0)
+    model, ids = Model(), torch.randint(-(2**63), 2**63 - 1, (num_ids,))
+    table = model.table
+    for part in ids.split(1 << 18):
+        rows, _ = hash_index.find_or_insert(part, table.segments(insert=True), [table], [0])
+        slots = {name: torch.rand(part.numel(), DIM) for name in ("exp_avg", "exp_avg_sq")}
+        table.rows.write(rows, torch.randn(part.numel(), DIM), slots)
+    return model
+
+
+def tensors(model: Model) -> dict[str, Tensor]:
+    """Return what a table's state holds, as the peer saves it."""
+    state = model.table.get_extra_state()
+    return {"ids": state["ids"], "weights": state["weights"], **state["slots"]}
+
+
+def save(model: Model, path: Path) -> None:
+    torch.save(model.state_dict(), path)
+
+
+def load(path: Path) -> Model:
+    model = Model()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def load_peer(path: Path) -> dict[str, Tensor]:
+    """Read all bytes: safetensors maps the file and reads a page when it is touched."""
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+
+
+def check(num_ids: int = 5000) -> None:
+    """Refuse to time a checkpoint that loses something."""
+    model = fill(num_ids)
+    wanted = tensors(model)
+    with tempfile.TemporaryDirectory() as name:
+        ours, peer = Path(name) / "table.ckpt", Path(name) / "table.safetensors"
+        save(model, ours)
+        safetensors.torch.save_file(wanted, peer)
+        for found in (tensors(load(ours)), load_peer(peer)):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def measure(num_ids: int, rounds: int) -> list[dict[str, Any]]:
+    """Time saving and loading."""
+    model = fill(num_ids)
+    ready = tensors(model)
+    num_bytes = sum(tensor.nbytes for tensor in ready.values())
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        ours, peer = Path(name) / "table.ckpt", Path(name) / "table.safetensors"
+        parts: dict[str, dict[str, Callable[[], Any]]] = {
+            "save": {
+                "ours": lambda: save(model, ours),
+                "safetensors": lambda: safetensors.torch.save_file(ready, peer),
+            },
+            "load": {"ours": lambda: load(ours), "safetensors": lambda: load_peer(peer)},
+        }
+        for part, contenders in parts.items():
+            times = time_in_turn(contenders, rounds, warmup=1)
+            ratio = times["safetensors"] / times["ours"]
+            row = [f"{num_ids:,} rows, dim {DIM}", times["ours"], times["safetensors"], ratio]
+            row.append(num_bytes / times["ours"] / 1e6)
+            columns = [part, "ours ms", "safetensors ms", "ratio", "ours GB/s"]
+            print_table(f"{part}, {num_bytes / 1e6:.0f} MB", columns, [row])
+            shape = {"num_ids": num_ids, "dim": DIM}
+            line = {"part": part, "shape": shape, "columns": columns, "rows": [row]}
+            lines.append({**line, "figures": {"ratio": ratio}})
+    return lines
+
+
+def main() -> int:
+    """Check, time and append; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Checkpoints against safetensors")
+    parser.add_argument("--num-ids", type=int, default=2_000_000)
+    parser.add_argument("--full", action="store_true", help="10M rows")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    given = parser.parse_args()
+    check()
+    good = True
+    for line in measure(10_000_000 if given.full else given.num_ids, given.rounds):
+        good &= judge("bench_checkpoint", line)
+        if not given.dry:
+            append_result("bench_checkpoint", line)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Peak memory and the longest step of a table that grows: dim 8, Adam state, all ids new.
+
+A child process trains batch after batch of new ids (lookup, backward, update). The payload of a row
+is its id (8 bytes), weights and state. Peak memory is what the process holds resident at its
+highest, growth of the index included, less what it held before its first row; "on the way" is the
+highest ratio of a step's own peak to the payload after that step, from a tenth of the rows on.
+
+    python benchmarks/bench_memory.py [--full] [--num-ids N] [--batch N] [--dry]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.harness import append_result, print_table
+from benchmarks.targets import judge
+from recis_lightning import DynamicEmbedding, hash_tables
+from recis_lightning.optim import SparseAdam
+
+DIM, STATE = 8, 2
+PAYLOAD = 8 + 4 * DIM * (1 + STATE)  # bytes a row
+SPREAD = 7_919_317
+
+
+def _resident(field: str) -> int:
+    """Return bytes of memory: VmRSS now, VmHWM at the highest since ``_forget_peak``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Growing:
+    """A table, and steps that train nothing but new ids."""
+
+    def __init__(self, batch: int) -> None:
+        self.embedding = DynamicEmbedding(DIM, name="growing")
+        self.table = hash_tables(self.embedding)[0]
+        self.optimizer = SparseAdam([self.table], lr=1e-3)
+        self.batch, self.gradient, self.number = batch, torch.ones(batch, DIM), 0
+
+    def step(self) -> None:
+        ids = torch.arange(self.number, self.number + self.batch) * SPREAD
+        self.number += self.batch
+        self.embedding(ids).backward(self.gradient)
+        self.optimizer.step()
+
+
+def grow(num_ids: int, batch: int) -> dict[str, Any]:
+    """Insert ``num_ids`` ids; return times in seconds and memory in bytes. Runs in the child."""
+    for _ in range(3):  # compile, and let torch start its threads
+        Growing(batch).step()
+    growing = Growing(batch)
+    before, peaks, seconds = _resident("VmRSS"), [], []
+    for _ in range(num_ids // batch):
+        _forget_peak()
+        start = time.perf_counter()
+        growing.step()
+        seconds.append(time.perf_counter() - start)
+        peaks.append(_resident("VmHWM") - before)
+    assert len(growing.table) == num_ids // batch * batch
+    sample = torch.arange(0, len(growing.table), 997) * SPREAD
+    found = growing.table.embeddings(sample)
+    assert bool((found != 0).all()), "rows were lost while the table grew"
+    return {
+        "before": before,
+        "held": _resident("VmRSS") - before,
+        "nbytes": growing.table.nbytes,
+        "peaks": peaks,
+        "seconds": seconds,
+    }
+
+
+def run_child(num_ids: int, batch: int) -> dict[str, Any]:
+    """Grow a table in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child"]
+    command += ["--num-ids", str(num_ids), "--batch", str(batch)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def check() -> None:
+    """Refuse to measure a table that grows wrongly: three steps against ``nn.Embedding``."""
+    growing, batch = Growing(1000), 1000
+    for _ in range(3):
+        growing.step()
+    ids = torch.arange(3 * batch) * SPREAD
+    peer = torch.nn.Embedding(3 * batch, DIM, sparse=True)
+    fresh = Growing(batch)
+    fresh.embedding(ids)
+    peer.weight.data.copy_(fresh.table.embeddings(ids))
+    optimizer = torch.optim.SparseAdam([peer.weight], lr=1e-3)
+    for number in range(3):
+        peer(torch.arange(number * batch, (number + 1) * batch)).backward(growing.gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(growing.table.embeddings(ids), peer.weight.data)
+
+
+def measure(num_ids: int, batch: int) -> dict[str, Any]:
+    """Grow once, print and return the figures."""
+    grown = run_child(num_ids, batch)
+    payloads = [PAYLOAD * batch * (number + 1) for number in range(len(grown["peaks"]))]
+    payload = payloads[-1]
+    pairs = [*zip(grown["peaks"], payloads, strict=True)]
+    figures = {
+        "peak": max(grown["peaks"]) / payload,
+        "peak_of_process": (max(grown["peaks"]) + grown["before"]) / payload,
+        "held": grown["held"] / payload,
+        "counted": grown["nbytes"] / payload,
+        "on_the_way": max(peak / size for peak, size in pairs[len(pairs) // 10 :]),
+        "longest": max(grown["seconds"]),
+        "median": median(grown["seconds"]),
+        "total": sum(grown["seconds"]),
+    }
+    columns = ["rows", "payload MB", "peak of it", "held", "table.nbytes", "on the way"]
+    columns += ["longest step s", "median step s", "total s"]
+    row: list[Any] = [f"{len(pairs) * batch:,}", payload / 1e6]
+    row += [figures[key] for key in ("peak", "held", "counted", "on_the_way")]
+    row += [figures[key] for key in ("longest", "median", "total")]
+    print_table(f"Growth in steps of {batch:,} new ids, dim {DIM}, Adam", columns, [row])
+    print(f"  the process with Python and torch: {figures['peak_of_process']:.2f} of the payload")
+    shape = {"num_ids": num_ids, "batch": batch, "dim": DIM}
+    return {"part": "grow", "shape": shape, "columns": columns, "rows": [row], "figures": figures}
+
+
+def main() -> int:
+    """Check, measure and append; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Memory and stalls of a growing table")
+    parser.add_argument("--num-ids", type=int, default=5_000_000)
+    parser.add_argument("--full", action="store_true", help="50M rows")
+    parser.add_argument("--batch", type=int, default=100_000, help="new ids a step")
+    parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    num_ids = 50_000_000 if given.full else given.num_ids
+    if given.child:
+        print(json.dumps(grow(num_ids, given.batch)))
+        return 0
+    if not Path("/proc/self/clear_refs").exists():
+        print("left out: peak memory is read from Linux's /proc")
+        return 0
+    check()
+    line = measure(num_ids, given.batch)
+    good = judge("bench_memory", line)
+    if not given.dry:
+        append_result("bench_memory", line)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

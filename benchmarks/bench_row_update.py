@@ -1,0 +1,124 @@
+"""The update of rows alone: sort, reduce and apply, without lookup or backward.
+
+26 features, Zipf 1.05, 200,000 known ids a feature, one id each, as in ``bench_embedding_bag``.
+Gradients are there when the clock starts: ours are left by backward as (row, where it lies), those
+of torch are the uncoalesced sparse gradients of ``nn.Embedding(sparse=True)``, which its optimizers
+coalesce. Beside the times stands the limit: the bytes that must move over the machine's copy rate.
+
+    python benchmarks/bench_row_update.py [--rounds N] [--dry]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.bench_embedding_bag import LR, NUM_IDS, SPREAD, TRAIN_SHAPES, Data, Ours, Static
+from benchmarks.harness import (
+    append_result,
+    copy_gb_per_s,
+    geometric_mean,
+    print_table,
+    time_prepared,
+)
+from benchmarks.targets import judge
+from recis_lightning import hash_tables
+from recis_lightning.optim import SparseAdagrad, SparseAdam, SparseSGD
+
+# Ours, torch's, and floats of state for a weight.
+RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    "adam": (SparseAdam, torch.optim.SparseAdam, 2),
+    "adagrad": (SparseAdagrad, torch.optim.Adagrad, 1),
+    "sgd": (SparseSGD, torch.optim.SGD, 0),
+}
+
+
+def limit_bytes(data: Data, state_words: int) -> float:
+    """Gradients read once, each with its row's number; distinct rows read and written."""
+    num_ids = data.num_features * data.batch
+    return num_ids * (8 + 4 * data.dim) + data.num_unique() * 8 * data.dim * (1 + state_words)
+
+
+def update_of(step: Ours | Static, data: Data) -> Callable[[], Callable[[], None]]:
+    """Return what looks up and goes backward, and then returns the update."""
+
+    def prepare() -> Callable[[], None]:
+        step.optimizer.zero_grad()
+        number = step.number % len(data.ranks)
+        if isinstance(step, Ours):
+            out = [*step.engine(step.batches[number]).values()]
+        else:
+            pairs = zip(step.tables, data.ranks[number], strict=True)
+            out = [table(ranks) for table, ranks in pairs]
+        step.number += 1
+        torch.autograd.backward(out, data.gradients)
+        return step.optimizer.step
+
+    return prepare
+
+
+def check(data: Data) -> None:
+    """Refuse to time an update that is wrong: three of each rule against torch's."""
+    for ours, theirs, _ in RULES.values():
+        mine, peer = Ours(data, ours), Static(data, theirs)
+        for _ in range(3):
+            update_of(mine, data)()()
+            update_of(peer, data)()()
+        known = torch.arange(NUM_IDS)
+        for table, static in zip(hash_tables(mine.engine), peer.tables, strict=True):
+            found = table.embeddings(known * SPREAD)
+            assert found.any()
+            torch.testing.assert_close(found, static.weight.data)
+
+
+def measure(name: str, rounds: int, rate: float) -> dict[str, Any]:
+    """Time one rule on all shapes."""
+    ours, theirs, state_words = RULES[name]
+    rows = []
+    for batch, dim in TRAIN_SHAPES:
+        data = Data(26, batch, dim)
+        contenders = {
+            "ours": update_of(Ours(data, ours), data),
+            "torch": update_of(Static(data, theirs), data),
+        }
+        times = time_prepared(contenders, rounds, warmup=2)
+        limit = limit_bytes(data, state_words) / rate / 1e6
+        ratio = times["torch"] / times["ours"]
+        row = [f"{batch} x 26, dim {dim}", times["ours"], times["torch"], ratio, limit]
+        rows.append([*row, times["ours"] / limit])
+    columns = [name, "ours ms", "torch ms", "ratio", "limit ms", "of limit"]
+    print_table(f"Row update, {name}", columns, rows)
+    mean = geometric_mean([row[3] for row in rows])
+    print(f"  geometric mean: {mean:.2f}")
+    figures = {"ratio": mean, "of_limit": geometric_mean([row[5] for row in rows])}
+    return {"part": name, "columns": columns, "rows": rows, "figures": figures}
+
+
+def main() -> int:
+    """Check, time and append; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Row updates against torch's sparse optimizers")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rule", choices=[*RULES])
+    parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    given = parser.parse_args()
+    check(Data(3, 512, 16))
+    rate = copy_gb_per_s()
+    print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads, lr {LR}")
+    good = True
+    for name in RULES if given.rule is None else [given.rule]:
+        line = {**measure(name, given.rounds, rate), "copy_gb_per_s": rate}
+        good &= judge("bench_row_update", line)
+        if not given.dry:
+            append_result("bench_row_update", line)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
