@@ -8,25 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from recis_lightning.admission import Admission
+from recis_lightning.arguments import check_ids, check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.hash_table import HashTable, check_ids
+from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.jagged import Bags, Jagged, read_bags
 from recis_lightning.table_group import Feature, TableGroup
 
 _BAG_MODES = ("sum", "mean")
 _DEFAULT_INITIALIZER = Normal(std=0.01)
-
-
-def check_padding_idx(padding_idx: int | None) -> int | None:
-    """Return ``padding_idx`` if it is an int64 or None, else raise."""
-    if padding_idx is None:
-        return None
-    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
-        raise TypeError(f"padding_idx: expected an int or None, got {padding_idx!r}")
-    if not -(2**63) <= padding_idx < 2**63:
-        raise ValueError(f"padding_idx: expected an int64, got {padding_idx!r}")
-    return padding_idx
 
 
 class _Embedding(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from recis_lightning.admission import Admission
-from recis_lightning.embedding import check_padding_idx
+from recis_lightning.arguments import check_dtype, check_embedding_dim, check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.hash_table import HashTable, check_dtype, check_embedding_dim
+from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.jagged import Bags, Jagged, read_bags, read_keyed_jagged
 from recis_lightning.ops.embedding_bag import MODES

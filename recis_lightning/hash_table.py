@@ -10,25 +10,21 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recis_lightning import table_state
 from recis_lightning.admission import Admission
+from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
-from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.table_header import (
-    CAPACITY,
     HAS_PADDING,
-    HEADER_SIZE,
     INSERT,
-    LAST_SEEN,
-    NUM_IDS,
     NUM_UPDATES,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
@@ -36,96 +32,15 @@ from recis_lightning.ops.table_header import (
     SEGMENT_SIZE,
     SEGMENT_START,
     STEP,
-    UNKNOWN,
 )
-from recis_lightning.row_store import RowStore
+from recis_lightning.pending_gradient import PendingGradient
+from recis_lightning.table_storage import TableStorage
 
-_SCHEMA = 1
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NEVER_EXPIRES = 2**63 - 1  # the stamp of a free row, so that eviction passes it over
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
 
-class _Epoch:
-    """Counts moments at which what others have noted of a table's storage may be out of date."""
-
-    number = 0
-
-    def advance(self) -> None:
-        self.number += 1
-
-
-_epoch = _Epoch()
-
-
-def storage_epoch() -> int:
-    """Return a number that changes when some table has a new header or dtype."""
-    return _epoch.number
-
-
-@dataclass(eq=False)
-class PendingGradient:
-    """What a backward pass left for the optimizer: gradients of bags, and where ids lie in them.
-
-    Attributes:
-        tables: The table of each feature.
-        plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
-        rows: int64 [n], rows of all ids of the lookup.
-        keep: Tensors that ``plan`` points into.
-    """
-
-    tables: list[HashTable]
-    plan: Plan
-    rows: Tensor
-    keep: list[Tensor]
-
-    def rows_of(self, table: HashTable) -> Tensor:
-        """Return the rows (views of ``rows``) that ``table`` has a gradient for; -1 among them."""
-        parts = []
-        for owner, line in zip(self.tables, self.plan, strict=True):
-            if owner is table:
-                first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
-                parts.append(self.rows[first : first + int(line[embedding_bag.NUM_IDS])])
-        return torch.cat(parts) if parts else self.rows[:0]
-
-    def forget(self, table: HashTable, gone: Tensor) -> None:
-        """Drop the gradients of ``table``'s rows that ``gone`` (bool [rows]) marks."""
-        for owner, line in zip(self.tables, self.plan, strict=True):
-            if owner is table:
-                first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
-                part = self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
-                known = (part >= 0).nonzero().squeeze(1)
-                part[known[gone[part[known]]]] = UNKNOWN
-
-
-def check_embedding_dim(embedding_dim: int) -> int:
-    """Return ``embedding_dim`` if it is an int >= 1, else raise."""
-    if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int):
-        raise TypeError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
-    if embedding_dim < 1:
-        raise ValueError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
-    return embedding_dim
-
-
-def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype that rows can have (also by name, as YAML writes it), else raise."""
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype!r}")
-    return found
-
-
-def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
-    """Return ``ids`` if it is an int64 tensor on a device that tables have, else raise."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name}: expected an int64 Tensor, got {type(ids).__name__}")
-    if ids.dtype is not torch.int64:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {ids.dtype}")
-    return ids
-
-
-class HashTable(nn.Module):
+class HashTable(TableStorage, nn.Module):
     """A table of rows by id.
 
     Args:
@@ -182,20 +97,14 @@ class HashTable(nn.Module):
             torch.get_default_device() if device is None else torch.device(device)
         )
         self.seed, self._name, self.trainable = seed, name, trainable
-        self.generation = 0  # grows when rows go: rows that a lookup noted before are void
         self._start()
 
     def _start(self) -> None:
         """Make the storage of an empty table."""
-        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
-        self._header = self.header.numpy()
-        self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
-        self.rows = RowStore(self.header, self.embedding_dim, self.dtype)
-        self._last_seen = torch.empty(0, dtype=torch.int64)
+        self.start_storage()
         row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
-        _epoch.advance()
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         _live[next(_birth)] = self
 
@@ -220,22 +129,6 @@ class HashTable(nn.Module):
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-
-    def __len__(self) -> int:
-        return int(self._header[NUM_IDS])
-
-    def __bool__(self) -> bool:
-        return True  # an empty table is still a module
-
-    @property
-    def capacity(self) -> int:
-        """Entries of the index; it grows before they are full."""
-        return int(self._header[CAPACITY])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of index, rows (weights and optimizer state) and policy columns."""
-        return self._entries.nbytes + self.rows.nbytes + self._last_seen.nbytes
 
     def extra_repr(self) -> str:
         """See ``torch.nn.Module.extra_repr``."""
@@ -265,7 +158,8 @@ class HashTable(nn.Module):
         self.pending.clear()
 
     @property
-    def _keeps_last_seen(self) -> bool:
+    def keeps_last_seen(self) -> bool:
+        """Whether a policy asks for the step of each row's last training lookup."""
         return self.eviction is not None and "last_seen" in self.eviction.columns
 
     def last_seen(self, ids: Tensor) -> Tensor:
@@ -280,48 +174,13 @@ class HashTable(nn.Module):
         Raises:
             RuntimeError: No policy of this table keeps stamps.
         """
-        if not self._keeps_last_seen:
+        if not self.keeps_last_seen:
             raise RuntimeError(
                 f"table {self.name!r} keeps no last_seen; give it a policy that does, such as "
                 "eviction=GlobalStepFilter(filter_step=...)"
             )
         rows = self._find(ids)
         return torch.where(rows >= 0, self._last_seen[rows.clamp(min=0)], -1).view(ids.shape)
-
-    # ---- room
-
-    def reserve_ids(self, num_new: int) -> None:
-        """Make room in the index for ``num_new`` ids more."""
-        capacity = hash_index.capacity_for(len(self) + num_new)
-        if capacity > self.capacity:
-            with self._memory(f"an index of {capacity} entries"):
-                self._entries, _ = hash_index.rebuild(self.header, capacity)
-
-    def reserve_rows(self, num_new: int) -> None:
-        """Make room for ``num_new`` rows more."""
-        with self._memory(f"{num_new} rows more"):
-            self.rows.reserve(num_new)
-            if self._keeps_last_seen and self._last_seen.numel() < self.rows.capacity:
-                # np.empty asks for huge pages; the old stamps are the front of the new.
-                column = torch.from_numpy(np.empty(self.rows.capacity, np.int64))
-                column[: self._last_seen.numel()] = self._last_seen
-                self._last_seen = column
-                self._header[LAST_SEEN] = column.data_ptr()
-
-    def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
-        """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.
-
-        Weights, and slots that stay, are kept.
-        """
-        with self._memory("rows laid out for another optimizer"):
-            self.rows.relayout(slots, state_fill)
-
-    def rebuild_index(self) -> None:
-        """Rebuild the index at its size; entries without a row go."""
-        self._entries, _ = hash_index.rebuild(self.header, self.capacity)
-
-    def _memory(self, wanted: str) -> _Memory:
-        return _Memory(self, wanted)
 
     # ---- reading and writing rows
 
@@ -404,7 +263,7 @@ class HashTable(nn.Module):
         for record in self.pending:
             rows = record.rows_of(self)
             evicted[rows[rows >= 0]] = False
-        return self._remove(evicted) if bool(evicted.any()) else 0
+        return self.remove_rows(evicted) if bool(evicted.any()) else 0
 
     def delete(self, ids: Tensor) -> int:
         """Remove ids, their rows and their pending gradients; return how many were known.
@@ -417,28 +276,13 @@ class HashTable(nn.Module):
         gone[rows[rows >= 0]] = True
         for record in self.pending:
             record.forget(self, gone)
-        return self._remove(gone)
-
-    def _remove(self, gone: Tensor) -> int:
-        self._entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
-        if not removed:
-            return 0
-        freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
-        self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
-        if self._keeps_last_seen:
-            self._last_seen.numpy()[freed.numpy()] = _NEVER_EXPIRES
-        self.generation += 1
-        return removed
+        return self.remove_rows(gone)
 
     def clear(self) -> None:
         """Remove all ids and pending gradients; ``step`` and the optimizer stay."""
         self.drop_pending()
         self.generation += 1
-        slots, fill = self.rows.slots, self.rows.state_fill
-        self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
-        self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, fill)
-        self._last_seen = torch.empty(0, dtype=torch.int64)
-        self._header[LAST_SEEN] = 0
+        self.empty_storage(self.rows.slots, self.rows.state_fill)
 
     def drop_pending(self) -> None:
         """Forget the gradients that no optimizer step has used."""
@@ -452,8 +296,7 @@ class HashTable(nn.Module):
         if probe.dtype is not self.dtype:
             check_dtype(probe.dtype)
             state = self.get_extra_state()
-            self.dtype = probe.dtype
-            _epoch.advance()
+            self.set_dtype(probe.dtype)
             self._load(state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -468,7 +311,7 @@ class HashTable(nn.Module):
         ids, rows = self.ids_map()
         weights, slots = self.rows.read(rows)
         state: dict[str, Any] = {
-            "schema": _SCHEMA,
+            "schema": table_state.SCHEMA,
             "name": self._name,
             "embedding_dim": self.embedding_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -480,7 +323,7 @@ class HashTable(nn.Module):
             "weights": weights,
             "slots": slots,
         }
-        if self._keeps_last_seen:
+        if self.keeps_last_seen:
             state["last_seen"] = self._last_seen[rows]
         return state
 
@@ -494,35 +337,8 @@ class HashTable(nn.Module):
         Raises:
             ValueError: ``state`` is of another kind of table; the table is as it was.
         """
-        self._check_state(state)
+        table_state.check_state(state, self.name, self.embedding_dim)
         self._load(state)
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        where = f"state of table {self.name!r}"
-        if not isinstance(state, dict) or state.get("schema") != _SCHEMA:
-            got = state.get("schema") if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"{where}: expected schema {_SCHEMA}, got {got!r}")
-        for key, kind in _STATE.items():
-            if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
-                raise ValueError(f"{where}: {key} is missing or not what it should be")
-        dim = self.embedding_dim
-        if state["embedding_dim"] != dim:
-            raise ValueError(
-                f"{where}: the table has embedding_dim={dim}, it has {state['embedding_dim']}"
-            )
-        n, tensors = state["ids"].numel(), dict(state["slots"])
-        wanted = {"ids": ((n,), torch.int64), "weights": ((n, dim), check_dtype(state["dtype"]))}
-        wanted |= {key: ((n, *slot.shape[1:2]), torch.float32) for key, slot in tensors.items()}
-        tensors |= {"ids": state["ids"], "weights": state["weights"]}
-        if "last_seen" in state:
-            tensors["last_seen"], wanted["last_seen"] = state["last_seen"], ((n,), torch.int64)
-        for key, tensor in tensors.items():
-            shape, dtype = wanted[key]
-            if tuple(tensor.shape) != shape or tensor.dtype is not dtype:
-                raise ValueError(
-                    f"{where}: expected {key} of shape {shape} and dtype {dtype}, "
-                    f"got {tuple(tensor.shape)} and {tensor.dtype}"
-                )
 
     def _load(self, state: dict[str, Any]) -> None:
         optimizer = self._optimizer
@@ -540,7 +356,7 @@ class HashTable(nn.Module):
         self._header[NUM_UPDATES] = state["num_updates"]
         rows = self._insert(state["ids"].to(self.device).contiguous())
         self.rows.write(rows, state["weights"].to(self.dtype), state["slots"])
-        if self._keeps_last_seen and "last_seen" in state:
+        if self.keeps_last_seen and "last_seen" in state:
             self._last_seen[rows] = state["last_seen"]
         if layout is not None:
             self.set_slots(*layout)
@@ -552,43 +368,13 @@ class HashTable(nn.Module):
         """
         gone = ("header", "_header", "_entries", "rows", "_last_seen", "pending", "_optimizer")
         state = {key: value for key, value in self.__dict__.items() if key not in gone}
-        saved = self.get_extra_state()
-        saved["weights"] = saved["weights"].float()  # NumPy has no bfloat16
-        # Arrays: of a tensor a spawned process gets the place in shared memory, and these tensors
-        # are gone before it starts.
-        return {**state, "_saved": _converted(saved, Tensor, Tensor.numpy)}
+        return {**state, "_saved": table_state.to_arrays(self.get_extra_state())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_saved")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
-        self._load(_converted(saved, np.ndarray, torch.from_numpy))
-
-
-def _converted(state: dict[str, Any], kind: type, convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return ``state`` with every value of a kind converted, in dicts within it too."""
-    return {
-        key: _converted(value, kind, convert)
-        if isinstance(value, dict)
-        else convert(value)
-        if isinstance(value, kind)
-        else value
-        for key, value in state.items()
-    }
-
-
-_STATE: dict[str, type | tuple[type, ...]] = {
-    "name": (str, type(None)),
-    "embedding_dim": int,
-    "dtype": str,
-    "seed": int,
-    "step": int,
-    "num_updates": int,
-    "state_fill": float,
-    "ids": Tensor,
-    "weights": Tensor,
-    "slots": dict,
-}
+        self._load(table_state.from_arrays(saved))
 
 
 class _Columns:
@@ -597,23 +383,6 @@ class _Columns:
     def __init__(self, table: HashTable) -> None:
         self.step = table.step
         self.last_seen = table._last_seen[: table.rows.num_rows]
-
-
-class _Memory:
-    """Turns a failed allocation into an error that names the table."""
-
-    def __init__(self, table: HashTable, wanted: str) -> None:
-        self.table, self.wanted = table, wanted
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, MemoryError):
-            raise MemoryError(
-                f"table {self.table.name!r}, with {len(self.table)} rows in "
-                f"{self.table.nbytes} bytes, found no memory for {self.wanted}"
-            ) from error
 
 
 def write_segment(
@@ -663,4 +432,4 @@ def live_hash_tables() -> list[HashTable]:
     return [table for _, table in sorted(_live.items())]
 
 
-__all__ = ["HashTable", "PendingGradient", "hash_tables", "live_hash_tables"]
+__all__ = ["HashTable", "hash_tables", "live_hash_tables"]

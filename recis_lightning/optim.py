@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from recis_lightning.hash_table import HashTable, PendingGradient
+from recis_lightning.hash_table import HashTable
 from recis_lightning.ops import embedding_bag, row_update
 from recis_lightning.ops.row_update import Gradients, RowLayout
+from recis_lightning.pending_gradient import PendingGradient
 
 
 class SparseOptimizer(Optimizer):
@@ -168,7 +169,7 @@ class SparseOptimizer(Optimizer):
         for table in members:
             for record in table.pending:
                 records.setdefault(record, set()).add(table)
-        numbers = {table: number for number, table in enumerate(members)}
+        numbers: dict[object, int] = {table: number for number, table in enumerate(members)}
         counts = np.array([len(table.rows.addresses) for table in members])
         bases = (np.cumsum(counts) - counts) << rows.block_shift
         parts = []

@@ -1,0 +1,48 @@
+"""Arguments that several parts of the public face take, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_embedding_dim(embedding_dim: int) -> int:
+    """Return ``embedding_dim`` if it is an int >= 1, else raise."""
+    if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int):
+        raise TypeError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
+    return embedding_dim
+
+
+def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype that rows can have (also by name, as YAML writes it), else raise."""
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype!r}")
+    return found
+
+
+def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
+    """Return ``ids`` if it is an int64 tensor, else raise."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected an int64 Tensor, got {type(ids).__name__}")
+    if ids.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {ids.dtype}")
+    return ids
+
+
+def check_padding_idx(padding_idx: int | None) -> int | None:
+    """Return ``padding_idx`` if it is an int64 or None, else raise."""
+    if padding_idx is None:
+        return None
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx: expected an int or None, got {padding_idx!r}")
+    if not -(2**63) <= padding_idx < 2**63:
+        raise ValueError(f"padding_idx: expected an int64, got {padding_idx!r}")
+    return padding_idx
+
+
+__all__ = ["check_dtype", "check_embedding_dim", "check_ids", "check_padding_idx"]

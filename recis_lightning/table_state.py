@@ -1,0 +1,94 @@
+"""What the saved state of a table looks like: a dict of tensors and primitives, ids by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_lightning.arguments import check_dtype
+
+SCHEMA = 1
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "name": (str, type(None)),
+    "embedding_dim": int,
+    "dtype": str,
+    "seed": int,
+    "step": int,
+    "num_updates": int,
+    "state_fill": float,
+    "ids": Tensor,
+    "weights": Tensor,
+    "slots": dict,
+}
+
+
+def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
+    """Raise unless ``state`` is whole and of a table of ``embedding_dim``.
+
+    Args:
+        state: What a table saved.
+        table: The name of the table that would load it, for errors.
+        embedding_dim: Its dim.
+
+    Raises:
+        ValueError: Names the table, the field, what was expected and what it is.
+    """
+    where = f"state of table {table!r}"
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        got = state.get("schema") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{where}: expected schema {SCHEMA}, got {got!r}")
+    for key, kind in _FIELDS.items():
+        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+            raise ValueError(f"{where}: {key} is missing or not what it should be")
+    dim = embedding_dim
+    if state["embedding_dim"] != dim:
+        raise ValueError(
+            f"{where}: the table has embedding_dim={dim}, it has {state['embedding_dim']}"
+        )
+    n, tensors = state["ids"].numel(), dict(state["slots"])
+    wanted = {"ids": ((n,), torch.int64), "weights": ((n, dim), check_dtype(state["dtype"]))}
+    wanted |= {key: ((n, *slot.shape[1:2]), torch.float32) for key, slot in tensors.items()}
+    tensors |= {"ids": state["ids"], "weights": state["weights"]}
+    if "last_seen" in state:
+        tensors["last_seen"], wanted["last_seen"] = state["last_seen"], ((n,), torch.int64)
+    for key, tensor in tensors.items():
+        shape, dtype = wanted[key]
+        if tuple(tensor.shape) != shape or tensor.dtype is not dtype:
+            raise ValueError(
+                f"{where}: expected {key} of shape {shape} and dtype {dtype}, "
+                f"got {tuple(tensor.shape)} and {tensor.dtype}"
+            )
+
+
+def to_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state`` with NumPy arrays for tensors, as pickling takes it.
+
+    Of a tensor a spawned process gets the place in shared memory, and these tensors are gone
+    before it starts.
+    """
+    # NumPy has no bfloat16.
+    return _converted({**state, "weights": state["weights"].float()}, Tensor, Tensor.numpy)
+
+
+def from_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``to_arrays`` was given; weights are float32."""
+    return _converted(state, np.ndarray, torch.from_numpy)
+
+
+def _converted(state: dict[str, Any], kind: type, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return ``state`` with every value of a kind converted, in dicts within it too."""
+    return {
+        key: _converted(value, kind, convert)
+        if isinstance(value, dict)
+        else convert(value)
+        if isinstance(value, kind)
+        else value
+        for key, value in state.items()
+    }
+
+
+__all__ = ["SCHEMA", "check_state", "from_arrays", "to_arrays"]
