@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,4 +47,11 @@ def check_padding_idx(padding_idx: int | None) -> int | None:
     return padding_idx
 
 
-__all__ = ["check_dtype", "check_embedding_dim", "check_ids", "check_padding_idx"]
+def check_bound(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise unless ``low <= value < high``."""
+    if not low <= value < high:
+        wanted = f">= {low}" if high == math.inf else f"in [{low}, {high})"
+        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
+
+
+__all__ = ["check_bound", "check_dtype", "check_embedding_dim", "check_ids", "check_padding_idx"]

@@ -1,0 +1,230 @@
+"""What the optimizers of tables share.
+
+A backward pass leaves gradients with the tables; ``step`` reduces them by row and updates each row
+that has one, once. All tables of an optimizer with the same row layout are updated in one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from recis_lightning.arguments import check_bound
+from recis_lightning.hash_table import HashTable
+from recis_lightning.ops import embedding_bag, row_update
+from recis_lightning.ops.row_update import Gradients, RowLayout
+from recis_lightning.pending_gradient import PendingGradient
+
+
+class SparseOptimizer(Optimizer):
+    """What the sparse optimizers share.
+
+    A parameter group's ``params`` are empty: rows are no parameters, and Lightning's clipping and
+    DDP leave them alone. Its other entries (``lr`` first) are live: schedulers change them.
+
+    Args:
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own hyperparameters.
+        defaults: Hyperparameters of groups that do not have their own.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+
+    Raises:
+        TypeError: ``tables`` holds something that is no table.
+        ValueError: A hyperparameter out of range, no tables, or a table twice.
+    """
+
+    rule: ClassVar[int]
+    group_name: ClassVar[str] = "sparse"
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        clip_grad_norm: float | None,
+        clip_grad_value: float | None,
+    ) -> None:
+        check_bound("lr", defaults["lr"])
+        for name, bound in (
+            ("clip_grad_norm", clip_grad_norm),
+            ("clip_grad_value", clip_grad_value),
+        ):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
+        if isinstance(tables, (HashTable, torch.Tensor)):
+            raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
+        given: list[Any] = list(tables)
+        if not given:
+            raise ValueError("tables: expected at least one HashTable, got none")
+        if not isinstance(given[0], dict):
+            given = [{"params": given}]
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self._tables: list[list[HashTable]] = []
+        groups = []
+        for number, group in enumerate(given):
+            members = _check_tables(group["params"], self.tables)
+            self._tables.append(members)
+            name = self.group_name + (f"{number}" if len(given) > 1 else "")
+            groups.append({"name": name, **group, "params": []})
+        super().__init__(groups, defaults)
+        for table in self.tables:
+            table.optimizer = self
+            table.set_slots(self.slots(table.embedding_dim), self.state_fill())
+
+    @property
+    def tables(self) -> list[HashTable]:
+        """All tables of all groups."""
+        return [table for members in self._tables for table in members]
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """Return the state of a row: name -> float32 words."""
+        raise NotImplementedError
+
+    def state_fill(self) -> float:
+        """Return what state starts from."""
+        return 0.0
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """Return what ``ops.row_update`` needs, by field, for a table's update number (from 1)."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients that no step has used."""
+        for table in self.tables:
+            table.drop_pending()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every row that has a gradient, and use the gradients up.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = []
+        pairs = zip(self.param_groups, self._tables, strict=True)
+        owned = {table: group for group, members in pairs for table in members if table.pending}
+        for table in owned:
+            if table.optimizer is not self:
+                raise RuntimeError(
+                    f"table {table.name!r} was given to another optimizer since, "
+                    f"{type(table.optimizer).__name__}; a table has one optimizer at a time"
+                )
+        for members in _by_layout(owned):
+            calls.append((members, self._hyper(members, owned)))
+        scale = self._norm_scale(calls) if self.clip_grad_norm is not None else 1.0
+        for members, hyper in calls:
+            hyper[:, row_update.SCALE] = scale
+            gradients = self._gradients(members, hyper)
+            if gradients is not None:
+                row_update.update_rows_(gradients, self.rule)
+        for table in owned:
+            table.finish_update()
+        return loss
+
+    def _hyper(
+        self, members: list[HashTable], owned: dict[HashTable, dict[str, Any]]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        hyper = np.ones((len(members), row_update.HYPER_SIZE), np.float32)
+        clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
+        known: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.float32]]] = {}
+        for number, table in enumerate(members):
+            group, update = owned[table], table.num_updates + 1
+            line = known.get((id(group), update))
+            if line is None:
+                fields = self.hyperparameters(group, update)
+                line = known[id(group), update] = hyper[number]
+                line[list(fields)] = list(fields.values())
+            hyper[number] = line
+        hyper[:, row_update.CLIP] = clip
+        return hyper
+
+    def _norm_scale(self, calls: list[tuple[list[HashTable], Any]]) -> float:
+        """Return what gradients are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        assert self.clip_grad_norm is not None
+        total = 0.0
+        for members, hyper in calls:
+            gradients = self._gradients(members, hyper)
+            if gradients is not None:
+                total += row_update.squared_norm(gradients)
+        return min(1.0, self.clip_grad_norm / (math.sqrt(total) + 1e-6))
+
+    def _gradients(
+        self, members: list[HashTable], hyper: np.ndarray[Any, np.dtype[np.float32]]
+    ) -> Gradients | None:
+        """Join the pending gradients of tables of one layout, and sort them by row."""
+        rows = members[0].rows
+        records: dict[PendingGradient, set[HashTable]] = {}
+        for table in members:
+            for record in table.pending:
+                records.setdefault(record, set()).add(table)
+        numbers: dict[object, int] = {table: number for number, table in enumerate(members)}
+        counts = np.array([len(table.rows.addresses) for table in members])
+        bases = (np.cumsum(counts) - counts) << rows.block_shift
+        parts = []
+        for record, waiting in records.items():
+            mine = [i for i, table in enumerate(record.tables) if table in waiting]
+            part = record.plan[mine]
+            part[:, embedding_bag.FLAT_BASE] = [bases[numbers[record.tables[i]]] for i in mine]
+            parts.append(part)
+        plan = np.concatenate(parts)
+        sizes = plan[:, embedding_bag.NUM_IDS]
+        if not sizes.sum():
+            return None
+        plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
+        blocks = np.empty((counts.sum(), 2), np.int64)
+        blocks[:, 0] = np.concatenate([table.rows.addresses for table in members])
+        blocks[:, 1] = (
+            hyper.ctypes.data + np.repeat(np.arange(len(members)), counts) * (hyper.strides[0])
+        )
+        layout = RowLayout(rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift)
+        return row_update.sort_gradients(plan, blocks, layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: vars(self)[key] for key in _KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_tables" in state:  # unpickled or copied: these are other tables
+            for table in self.tables:
+                table.optimizer = self
+                table.set_slots(self.slots(table.embedding_dim), self.state_fill())
+
+
+_KEPT = ("_tables", "clip_grad_norm", "clip_grad_value")
+
+
+def _check_tables(tables: Any, known: list[HashTable]) -> list[HashTable]:
+    members = [tables] if isinstance(tables, HashTable) else list(tables)
+    for table in members:
+        if not isinstance(table, HashTable):
+            raise TypeError(
+                f"tables: expected HashTable, got {type(table).__name__}; pass "
+                "hash_tables(module), not module.parameters()"
+            )
+        if table in known or members.count(table) > 1:
+            raise ValueError(f"tables: table {table.name!r} is there twice")
+    return members
+
+
+def _by_layout(tables: Iterable[HashTable]) -> list[list[HashTable]]:
+    """Split tables into those whose rows look the same, so that one pass updates them."""
+    split: dict[tuple[Any, ...], list[HashTable]] = {}
+    for table in tables:
+        split.setdefault((table.device, table.dtype, table.embedding_dim), []).append(table)
+    return list(split.values())
+
+
+__all__ = ["SparseOptimizer"]
