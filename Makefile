@@ -2,7 +2,7 @@
 #   make demo    train MovieLens-100k with all three hooks and show what came of it
 #   make test    the tests that need no GPU (and the GPU ones where CUDA is present)
 #   make check   ruff, mypy, import-linter
-#   make bench   every benchmark; results are appended under benchmarks/results/
+#   make bench   every benchmark, then one table and one picture; see benchmarks/results/
 #   make clean   remove caches and what runs leave behind (not .venv, not downloaded data)
 
 PYTHON ?= python3
@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# What benchmarks compare with and need to build it; --no-deps: they must not move torch.
+PEERS := fbgemm-gpu-cpu==1.8.0 ninja
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -52,8 +54,15 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A benchmark says so when a peer is missing, and goes on; one that exits 1 (a wrong result or a
+# missed target) does not keep the others from running.
 bench: $(STAMP)
-	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	@for peer in $(PEERS); do $(PIP) install --quiet --no-deps "$$peer" || \
+	  echo "$$peer cannot be installed: its part is left out"; done
+	@failed=; for bench in benchmarks/bench_*.py; do echo "== $$bench"; \
+	  $(BIN)/python $$bench || failed="$$failed $$bench"; done; \
+	$(BIN)/python -m benchmarks.summary || failed="$$failed summary"; \
+	if [ -n "$$failed" ]; then echo "exited with an error:$$failed"; exit 1; fi
 
 clean:
 	rm -rf build dist outputs timeline lightning_logs checkpoints

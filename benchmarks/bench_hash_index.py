@@ -224,11 +224,10 @@ def insert(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, 
         makers["C++ map, reserved"] = lambda: FlatHashMap(library, num_ids)
     whole = time_prepared({name: filled(make, (ids,)) for name, make in makers.items()}, rounds)
     parts = time_prepared({name: filled(make, batches) for name, make in makers.items()}, rounds)
-    rows = [
-        [name, whole[name], num_ids / whole[name] / 1e3, whole[name] / whole["ours"]]
-        + [parts[name], parts[name] / parts["ours"]]
-        for name in makers
-    ]
+    rows = []
+    for name, ms in whole.items():
+        row = [name, ms, num_ids / ms / 1e3, ms / whole["ours"]]
+        rows.append([*row, parts[name], parts[name] / parts["ours"]])
     columns = ["insert", "ms", "M ids/s", "ours is faster by", "in batches ms", "by"]
     print_table(f"{num_ids:,} new ids into an empty index", columns, rows)
     figures = {}

@@ -1,0 +1,144 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import (
+    bench_checkpoint,
+    bench_embedding_bag,
+    bench_filter,
+    bench_hash_index,
+    bench_memory,
+    bench_row_update,
+    bench_training,
+    summary,
+)
+from benchmarks.harness import ROOT, time_prepared
+from benchmarks.targets import TARGETS, Target, figure, judge, mean_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+
+
+@pytest.fixture
+def few_ids(monkeypatch):
+    """Shrink the tables that benchmarks of whole steps share."""
+    for module in (bench_embedding_bag, bench_row_update, bench_training):
+        monkeypatch.setattr(module, "NUM_IDS", 300)
+
+
+def test_embedding_bag_agrees_with_torch(few_ids):
+    for bag in (1, 3):
+        bench_embedding_bag.check(bench_embedding_bag.Data(2, 32, 4, bag))
+
+
+def test_row_update_agrees_with_torch(few_ids):
+    bench_row_update.check(bench_embedding_bag.Data(2, 64, 4))
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice for long runs
+def test_training_agrees_with_static_tables(few_ids):
+    bench_training.check(batch=8, dim=4)
+
+
+def test_training_times_every_step_after_the_warmup(few_ids, monkeypatch):
+    clock = bench_training.Clock()
+    monkeypatch.setattr(bench_training, "WARMUP", 1)
+    for start in (0.0, 5.0, 5.5, 6.5):
+        clock.starts.append(start)
+    assert clock.step_ms() == [500.0, 1000.0]
+
+
+@pytest.mark.skipif(not (shutil.which("c++") and shutil.which("ninja")), reason="no C++ compiler")
+def test_hash_index_agrees_with_the_map_and_a_dict(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    library = bench_hash_index.build()
+    assert library is not None
+    bench_hash_index.check(library, 1000)
+
+
+def test_hash_index_goes_on_without_the_map(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(bench_hash_index, "SOURCE", "no C++")
+    assert bench_hash_index.build() is None
+    assert "left out" in capsys.readouterr().out
+    bench_hash_index.check(None, 1000)
+    line = bench_hash_index.find(None, 1000, 1)
+    assert line["figures"] == {}
+    assert judge("bench_hash_index", line)
+
+
+def test_filter_evicts_the_old_and_keeps_the_young():
+    bench_filter.check(2000)
+
+
+def test_checkpoint_loses_nothing():
+    bench_checkpoint.check(500)
+
+
+def test_memory_grows_as_torch_trains():
+    bench_memory.check()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_measures_a_child():
+    grown = bench_memory.run_child(3000, 1000)
+    assert len(grown["peaks"]) == len(grown["seconds"]) == 3
+    assert grown["nbytes"] > 3000 * bench_memory.PAYLOAD
+
+
+def test_time_prepared_leaves_preparation_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: now[0])
+
+    def prepare(seconds):
+        def made():
+            now[0] += 100
+
+            def timed():
+                now[0] += seconds
+
+            return timed
+
+        return made
+
+    assert time_prepared({"a": prepare(1), "b": prepare(2)}, 3) == {"a": 1e3, "b": 2e3}
+
+
+def test_targets_read_figures_and_tables():
+    line = {"figures": {"ratio": 2}, "rows": [["a", 2.0], ["b", 8.0]]}
+    assert figure("ratio")(line) == 2
+    assert figure("peer")(line) is None
+    assert mean_of(1)(line) == pytest.approx(4)
+    assert mean_of(1)({"rows": [["a", float("nan")]]}) is None
+    assert Target("a", "", "", mean_of(1), 2, False).is_met(2)
+    assert not Target("a", "", "", mean_of(1), 2).is_met(1.9)
+    assert len({(target.benchmark, target.part, target.what) for target in TARGETS}) == len(TARGETS)
+
+
+def test_summary_shows_the_newest_lines(tmp_path):
+    known = {"commit": "c0ffee", "dirty": True, "cpu": "a CPU", "threads": 2, "torch": "2"}
+    find = {**known, "part": "find", "figures": {"ratio_one": 3.0}}
+    lines = [{**find, "figures": {"ratio": 1.5}}, {**find, "figures": {"ratio": 2.5}}]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (tmp_path / "bench_hash_index.jsonl").write_text(text)
+    evict = {**known, "part": "evict", "figures": {"seconds": 0.75}}
+    (tmp_path / "bench_filter.jsonl").write_text(json.dumps(evict))
+    command = [sys.executable, "-m", "benchmarks.summary", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = done.stdout.splitlines()
+    newest = [line.split()[-5:] for line in shown if "2.5x" in line]
+    assert newest == [["2.5x", ">=", "2", "met", "c0ffee+"]]
+    assert any("0.75 s" in line and "MISSED" in line for line in shown)
+    assert not any("1.5x" in line for line in shown)
+    assert "not measured: insert 10M ids / C++ map (bench_hash_index)" in done.stdout
+    assert (tmp_path / "benchmarks.png").stat().st_size > 5000
+
+
+def test_judge_says_what_is_missed(capsys):
+    line = {"part": "evict", "figures": {"seconds": torch.tensor(0.75).item()}}
+    assert not judge("bench_filter", line)
+    assert "0.75 s, target <= 0.5: MISSED" in capsys.readouterr().out
+    assert summary.entries({}) == []
