@@ -1,5 +1,6 @@
 """RecIS's training hooks and dynamic embedding tables for PyTorch Lightning."""
 
+from recis_lightning.averaged_model import share_tables_with_averaged_models
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
 from recis_lightning.hash_table import HashTable, hash_tables
@@ -7,6 +8,8 @@ from recis_lightning.jagged import Jagged
 from recis_lightning.metrics import GAUC, add_metric
 
 __version__ = "0.1.0"
+
+share_tables_with_averaged_models()
 
 __all__ = [
     "GAUC",

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 
-class RowColumns(Protocol):
-    """What a policy may ask of a table; a column exists only if ``Eviction.columns`` names it."""
+class RowColumns(NamedTuple):
+    """What a policy may ask of a table; a column is empty unless ``Eviction.columns`` names it.
 
-    @property
-    def step(self) -> int:
-        """The table's step."""
+    Attributes:
+        step: The table's step.
+        last_seen: int64 [rows], the step of each row's last training lookup.
+    """
 
-    @property
-    def last_seen(self) -> Tensor:
-        """int64 [rows]: the step of each row's last training lookup."""
+    step: int
+    last_seen: Tensor
 
 
 @dataclass(frozen=True)

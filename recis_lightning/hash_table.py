@@ -7,6 +7,7 @@ parameters must not see them. They travel through ``state_dict`` as extra state.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from recis_lightning import table_state
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids
-from recis_lightning.eviction import Eviction
+from recis_lightning.eviction import Eviction, RowColumns
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
 from recis_lightning.ops.table_header import (
@@ -106,6 +107,7 @@ class HashTable(TableStorage, nn.Module):
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._original: weakref.ref[HashTable] | None = None
         _live[next(_birth)] = self
 
     # ---- what it is
@@ -129,6 +131,11 @@ class HashTable(TableStorage, nn.Module):
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
+
+    @property
+    def original(self) -> HashTable | None:
+        """The table that this one is a deep copy of, as long as it lives."""
+        return None if self._original is None else self._original()
 
     def extra_repr(self) -> str:
         """See ``torch.nn.Module.extra_repr``."""
@@ -259,7 +266,8 @@ class HashTable(TableStorage, nn.Module):
         """
         if self.eviction is None or not len(self):
             return 0
-        evicted = self.eviction.expired(_Columns(self))
+        last_seen = self._last_seen[: self.rows.num_rows]
+        evicted = self.eviction.expired(RowColumns(self.step, last_seen))
         for record in self.pending:
             rows = record.rows_of(self)
             evicted[rows[rows >= 0]] = False
@@ -366,9 +374,14 @@ class HashTable(TableStorage, nn.Module):
 
         A pickled ``nn.Parameter`` leaves its ``grad`` behind in the same way.
         """
-        gone = ("header", "_header", "_entries", "rows", "_last_seen", "pending", "_optimizer")
-        state = {key: value for key, value in self.__dict__.items() if key not in gone}
+        state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
         return {**state, "_saved": table_state.to_arrays(self.get_extra_state())}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._original = weakref.ref(self)
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_saved")
@@ -377,12 +390,10 @@ class HashTable(TableStorage, nn.Module):
         self._load(table_state.from_arrays(saved))
 
 
-class _Columns:
-    """The columns of a table's rows, for a policy."""
-
-    def __init__(self, table: HashTable) -> None:
-        self.step = table.step
-        self.last_seen = table._last_seen[: table.rows.num_rows]
+_NOT_COPIED = (
+    *("header", "_header", "_entries", "rows", "_last_seen"),  # made anew, filled from the state
+    *("pending", "_optimizer", "_original"),
+)
 
 
 def write_segment(
