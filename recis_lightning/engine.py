@@ -220,6 +220,8 @@ def _shape(out: Tensor, bags: Bags, mode: str) -> Any:
     if mode != "none":
         return out
     if bags.shape is not None:
+        if len(bags.shape) == 1:
+            return out
         return out.view(*bags.shape, out.shape[1])
     assert bags.offsets is not None
     if bags.nested:

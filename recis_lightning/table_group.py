@@ -8,6 +8,7 @@ and only notes them with the tables as pending.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from recis_lightning.hash_table import HashTable, refuse_many_ranks, write_segme
 from recis_lightning.jagged import Bags
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE
-from recis_lightning.ops.table_header import SEGMENT_SIZE
+from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.table_storage import storage_epoch
 
@@ -58,7 +59,17 @@ class TableGroup:
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.segment_tables = [self.tables.index(feature.table) for feature in features]
         self._epoch = storage_epoch()
-        self._sizes: list[int] = []
+        self._shapes: list[
+            tuple[int, int, int]
+        ] = []  # of the last call: what its plan was made for
+        self._starts = np.zeros(len(self.features), np.int64)
+        self._prototype = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._is_none = np.array([feature.mode == "none" for feature in self.features])
+        self._widths = [
+            self.embedding_dim * (feature.tile_len if feature.mode == "tile" else 1)
+            for feature in self.features
+        ]
+        self._on_device = attrgetter(f"is_{self.device.type}")
         self._training = self._template(insert=True)
         self._evaluation = self._template(insert=False)
         self._plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
@@ -66,6 +77,7 @@ class TableGroup:
             line[embedding_bag.HEADER] = feature.table.header.data_ptr()
             line[embedding_bag.MODE] = MODES[feature.mode]
             line[embedding_bag.TILE_LEN] = feature.tile_len
+        self._plan[:, embedding_bag.DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
 
     def _template(self, insert: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
         segments = np.zeros((len(self.features), SEGMENT_SIZE), np.int64)
@@ -90,21 +102,46 @@ class TableGroup:
         if training:
             refuse_many_ranks("a training lookup")
             self._check_trained()
-        for feature, bag in zip(self.features, bags, strict=True):
-            if bag.ids.device.type != self.device.type:
-                raise ValueError(
-                    f"{feature.name}: its table is on {self.device}, its ids on {bag.ids.device}"
-                )
-        rows = self._find_rows([bag.ids for bag in bags], training)
-        weights = [bag.weights for bag in bags]
-        if training and torch.is_grad_enabled() and self._needs_gradient(weights):
-            return list(_Lookup.apply(_ANCHOR, self, bags, rows, *weights))  # type: ignore[no-untyped-call]
-        return self._gather(bags, rows, weights)[0]
+        ids = [bag.ids for bag in bags]
+        if not all(map(self._on_device, ids)):
+            feature, part = next(
+                pair
+                for pair in zip(self.features, ids, strict=True)
+                if not self._on_device(pair[1])
+            )
+            raise ValueError(
+                f"{feature.name}: its table is on {self.device}, its ids on {part.device}"
+            )
+        self._note_shapes(bags, ids)
+        rows = self._find_rows(ids, training)
+        if not training or not torch.is_grad_enabled():
+            return self._gather(bags, rows)[0]
+        weighted = [
+            index
+            for index, bag in enumerate(bags)
+            if bag.weights is not None and bag.weights.requires_grad
+        ]
+        if not weighted and not any(table.trainable for table in self.tables):
+            return self._gather(bags, rows)[0]
+        weights = [bags[index].weights for index in weighted]
+        return list(_Lookup.apply(_ANCHOR, self, bags, rows, weighted, *weights))  # type: ignore[no-untyped-call]
 
-    def _needs_gradient(self, weights: Sequence[Tensor | None]) -> bool:
-        return any(table.trainable for table in self.tables) or any(
-            weight is not None and weight.requires_grad for weight in weights
-        )
+    def _note_shapes(self, bags: Sequence[Bags], ids: list[Tensor]) -> None:
+        """Fill in what segments and plan say of sizes, if these are not those of the last call."""
+        shapes = [
+            (part.numel(), bag.num_bags, bag.bag_length)
+            for part, bag in zip(ids, bags, strict=True)
+        ]
+        if shapes == self._shapes:
+            return
+        self._shapes = shapes
+        sizes, num_bags, lengths = np.array(shapes, np.int64).T
+        self._starts = np.cumsum(sizes) - sizes
+        self._training[:, SEGMENT_START] = self._evaluation[:, SEGMENT_START] = self._starts
+        plan = self._plan
+        plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = self._starts, sizes
+        plan[:, embedding_bag.NUM_BAGS] = np.where(self._is_none, sizes, num_bags)
+        plan[:, embedding_bag.BAG_LENGTH] = np.where(self._is_none, 1, lengths)
 
     def _check_trained(self) -> None:
         for table in self.tables:
@@ -126,10 +163,6 @@ class TableGroup:
 
     def _find_rows(self, ids: list[Tensor], training: bool) -> Tensor:
         joined = ids[0] if len(ids) == 1 else torch.cat(ids)
-        sizes = [part.numel() for part in ids]
-        if sizes != self._sizes:
-            self._sizes = sizes
-            self._training[:, 0] = self._evaluation[:, 0] = np.cumsum(sizes) - sizes
         described = torch.from_numpy(self._training if training else self._evaluation)
         if not training:
             return hash_index.find(joined, described)
@@ -140,39 +173,18 @@ class TableGroup:
         return rows
 
     def _gather(
-        self, bags: Sequence[Bags], rows: Tensor, weights: Sequence[Tensor | None]
+        self, bags: Sequence[Bags], rows: Tensor
     ) -> tuple[list[Tensor], np.ndarray[Any, np.dtype[np.int64]]]:
-        plan = self._plan.copy()
-        outputs, lines, first = [], [], 0
-        item = self.dtype.itemsize
-        rows_address = rows.data_ptr()
-        for feature, bag, weight in zip(self.features, bags, weights, strict=True):
-            count = bag.ids.numel()
-            width = self.embedding_dim
-            num_bags, bag_length, offsets = bag.num_bags, bag.bag_length, bag.offsets
-            if feature.mode == "none":
-                if offsets is not None and count == 0:
-                    offsets = None
-                num_bags, bag_length = count, 1
-            elif feature.mode == "tile":
-                width *= feature.tile_len
-            out = torch.empty(num_bags, width, dtype=self.dtype, device=self.device)
-            outputs.append(out)
-            lines.append(
-                (
-                    first,
-                    num_bags,
-                    bag_length,
-                    0 if bag_length >= 0 or offsets is None else offsets.data_ptr(),
-                    0 if weight is None else weight.data_ptr(),
-                    out.data_ptr(),
-                    width * item,
-                    rows_address + 8 * first,
-                    count,
-                )
-            )
-            first += count
-        plan[:, _CALL_COLUMNS] = lines
+        plan, new_empty = self._plan.copy(), self._prototype.new_empty
+        counts = plan[:, embedding_bag.NUM_BAGS].tolist()
+        outputs = [new_empty(shape) for shape in zip(counts, self._widths, strict=True)]
+        plan[:, embedding_bag.DATA] = [out.data_ptr() for out in outputs]
+        plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
+        for line, bag in zip(plan, bags, strict=True):
+            if bag.offsets is not None and line[embedding_bag.BAG_LENGTH] < 0:
+                line[embedding_bag.OFFSETS] = bag.offsets.data_ptr()
+            if bag.weights is not None:
+                line[embedding_bag.WEIGHTS] = bag.weights.data_ptr()
         embedding_bag.gather(plan, self.embedding_dim, self.dtype, self.device)
         return outputs, plan
 
@@ -216,19 +228,6 @@ class TableGroup:
         return dots
 
 
-_CALL_COLUMNS = [
-    embedding_bag.FIRST_ID,
-    embedding_bag.NUM_BAGS,
-    embedding_bag.BAG_LENGTH,
-    embedding_bag.OFFSETS,
-    embedding_bag.WEIGHTS,
-    embedding_bag.DATA,
-    embedding_bag.DATA_STRIDE,
-    embedding_bag.ROWS,
-    embedding_bag.NUM_IDS,
-]
-
-
 class _Lookup(torch.autograd.Function):
     """Gather; backward leaves gradients with the tables."""
 
@@ -239,11 +238,12 @@ class _Lookup(torch.autograd.Function):
         group: TableGroup,
         bags: Sequence[Bags],
         rows: Tensor,
-        *weights: Tensor | None,
+        weighted: list[int],
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs, plan = group._gather(bags, rows, weights)
+        outputs, plan = group._gather(bags, rows)
         ctx.set_materialize_grads(False)
-        ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weights = group, bags, rows, plan, weights
+        ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weighted = group, bags, rows, plan, weighted
         ctx.generations = [table.generation for table in group.tables]
         return tuple(outputs)
 
@@ -251,43 +251,58 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         group: TableGroup = ctx.group
+        for table, generation in zip(group.tables, ctx.generations, strict=True):
+            if table.generation != generation:
+                raise RuntimeError(
+                    f"table {table.name!r} lost rows between a lookup and its backward pass "
+                    "(evict, delete, clear or load); run backward first, or look up again"
+                )
         kept: list[Tensor] = []
         used: list[int] = []
-        plan = ctx.plan.copy()
-        weight_gradients: list[Tensor | None] = [None] * len(gradients)
+        places: list[tuple[int, int]] = []
+        whole: dict[int, Tensor] = {}
+        frozen = not all(table.trainable for table in group.tables)
         for index, gradient in enumerate(gradients):
-            if gradient is None or gradient.numel() == 0:
+            if gradient is None or not gradient.numel():
                 continue
-            feature, bags, weights = group.features[index], ctx.bags[index], ctx.weights[index]
-            if feature.table.generation != ctx.generations[group.segment_tables[index]]:
-                raise RuntimeError(
-                    f"table {feature.table.name!r} lost rows between a lookup and its backward "
-                    "pass (evict, delete, clear or load); run backward first, or look up again"
-                )
             if gradient.dtype is not torch.float32:
                 gradient = gradient.float()
             stride, inner = gradient.stride()
             if inner != 1:
                 gradient = gradient.contiguous()
                 stride = gradient.shape[1]
-            if ctx.needs_input_grad[4 + index]:
-                first = int(plan[index, embedding_bag.FIRST_ID])
-                rows = ctx.rows[first : first + bags.ids.numel()]
-                weight_gradients[index] = group.weight_gradient(
-                    index, bags, rows, weights, gradient
-                )
-            if not feature.table.trainable:
+            if index in ctx.weighted:
+                whole[index] = gradient
+            if frozen and not group.features[index].table.trainable:
                 continue
-            plan[index, embedding_bag.DATA] = gradient.data_ptr()
-            plan[index, embedding_bag.DATA_STRIDE] = 4 * stride
-            kept += [part for part in (gradient, bags.offsets, weights) if part is not None]
+            kept.append(gradient)
             used.append(index)
+            places.append((gradient.data_ptr(), 4 * stride))
         if used:
+            plan = ctx.plan[used]
+            plan[:, [embedding_bag.DATA, embedding_bag.DATA_STRIDE]] = places
+            for bags in ctx.bags:
+                kept += [part for part in (bags.offsets, bags.weights) if part is not None]
             tables = [group.features[index].table for index in used]
-            record = PendingGradient(tables, plan[used], ctx.rows, kept)
+            record = PendingGradient(tables, plan, ctx.rows, kept)
             for table in dict.fromkeys(tables):
                 table.pending.append(record)
-        return (None, None, None, None, *weight_gradients)
+        return (None, None, None, None, None, *_weight_gradients(ctx, whole))
+
+
+def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:
+    """Return the gradient of each feature's weights that asks for one."""
+    found: list[Tensor | None] = []
+    for index in ctx.weighted:
+        bags, first = ctx.bags[index], int(ctx.plan[index, embedding_bag.FIRST_ID])
+        rows = ctx.rows[first : first + bags.ids.numel()]
+        gradient = gradients.get(index)
+        found.append(
+            None
+            if gradient is None
+            else ctx.group.weight_gradient(index, bags, rows, bags.weights, gradient)
+        )
+    return found
 
 
 __all__ = ["Feature", "TableGroup"]

@@ -202,7 +202,7 @@ def _sort_tables_kernel(args):
             row_bits += 1
         while n >> count_bits:
             count_bits += 1
-        widest = min(max(count_bits - 2, 4), _DIGIT_BITS - 1)
+        widest = np.int64(min(max(count_bits - 2, 4), _DIGIT_BITS - 1))
         passes = (row_bits + widest - 1) // widest
         low = np.int64(0)
         for done in range(passes):
