@@ -10,13 +10,31 @@ from torch import Tensor
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def check_int(name: str, value: int, least: int, alternative: str = "") -> int:
+    """Return ``value`` if it is an int >= ``least``, else raise.
+
+    Args:
+        name: The argument's.
+        value: What it got.
+        least: The smallest that it may be.
+        alternative: What else it may be, for the error; such values are not for this function.
+
+    Example:
+        >>> check_int("filter_interval", 0, least=1, alternative=" or None")
+        Traceback (most recent call last):
+        ValueError: filter_interval: expected an int >= 1 or None, got 0
+    """
+    wanted = f"{name}: expected an int >= {least}{alternative}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(wanted)
+    if value < least:
+        raise ValueError(wanted)
+    return value
+
+
 def check_embedding_dim(embedding_dim: int) -> int:
     """Return ``embedding_dim`` if it is an int >= 1, else raise."""
-    if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int):
-        raise TypeError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
-    if embedding_dim < 1:
-        raise ValueError(f"embedding_dim: expected an int >= 1, got {embedding_dim!r}")
-    return embedding_dim
+    return check_int("embedding_dim", embedding_dim, 1)
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -54,4 +72,11 @@ def check_bound(name: str, value: float, low: float = 0.0, high: float = math.in
         raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
 
 
-__all__ = ["check_bound", "check_dtype", "check_embedding_dim", "check_ids", "check_padding_idx"]
+__all__ = [
+    "check_bound",
+    "check_dtype",
+    "check_embedding_dim",
+    "check_ids",
+    "check_int",
+    "check_padding_idx",
+]

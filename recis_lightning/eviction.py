@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from recis_lightning.arguments import check_int
+
 
 class RowColumns(NamedTuple):
     """What a policy may ask of a table; a column is empty unless ``Eviction.columns`` names it.
@@ -54,10 +56,7 @@ class GlobalStepFilter(Eviction):
     filter_step: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.filter_step, bool) or not isinstance(self.filter_step, int):
-            raise TypeError(f"filter_step: expected an int >= 1, got {self.filter_step!r}")
-        if self.filter_step < 1:
-            raise ValueError(f"filter_step: expected an int >= 1, got {self.filter_step!r}")
+        check_int("filter_step", self.filter_step, least=1)
 
     def expired(self, rows: RowColumns) -> Tensor:
         """See ``Eviction``."""

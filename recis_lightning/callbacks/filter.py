@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
+from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.hash_table import HashTable, hash_tables, live_hash_tables
 
@@ -137,12 +138,7 @@ class HashTableFilterHook(Hook):
 def _checked(argument: str, interval: int | None) -> int | None:
     if interval is None:
         return None
-    if isinstance(interval, bool) or not isinstance(interval, int):
-        got = f"{type(interval).__name__} ({interval!r})"
-        raise TypeError(f"{argument}: expected an int >= 1 or None, got {got}")
-    if interval < 1:
-        raise ValueError(f"{argument}: expected an int >= 1 or None, got {interval}")
-    return interval
+    return check_int(argument, interval, least=1, alternative=" or None")
 
 
 def _evict(table: HashTable, step: int) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.metrics import get_metrics
 
@@ -61,13 +62,7 @@ class LoggerHook(Hook):
 
     def __init__(self, log_step: int = 10) -> None:
         super().__init__()
-        if isinstance(log_step, bool) or not isinstance(log_step, int):
-            raise TypeError(
-                f"log_step: expected an int >= 1, got {type(log_step).__name__} ({log_step!r})"
-            )
-        if log_step < 1:
-            raise ValueError(f"log_step: expected an int >= 1, got {log_step}")
-        self.log_step = log_step
+        self.log_step = check_int("log_step", log_step, least=1)
         self._clock = _TrainingClock()
         self._lstep = 0
         self._num_batches = 0  # in this window, as is the next

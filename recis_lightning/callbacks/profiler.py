@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction, ProfilerActivity, record_function
 
+from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 
 __all__ = ["ProfilerHook"]
@@ -69,10 +70,10 @@ class ProfilerHook(Hook):
         output_dir: str | os.PathLike[str] = "./",
     ) -> None:
         super().__init__()
-        self.wait = _checked("wait", wait, 0)
-        self.warmup = _checked("warmup", warmup, 0)
-        self.active = _checked("active", active, 1)
-        self.repeat = _checked("repeat", repeat, 0)
+        self.wait = check_int("wait", wait, least=0)
+        self.warmup = check_int("warmup", warmup, least=0)
+        self.active = check_int("active", active, least=1)
+        self.repeat = check_int("repeat", repeat, least=0)
         self.output_dir = os.fspath(output_dir)
         self.prof: torch.profiler.profile | None = None
         self.trace_paths: list[str] = []
@@ -238,13 +239,3 @@ def _activities() -> list[ProfilerActivity]:
     # On the CPU all that torch's tracer prints is when it starts and stops, across the bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return [ProfilerActivity.CPU]
-
-
-def _checked(argument: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{argument}: expected an int >= {least}, got {type(value).__name__} ({value!r})"
-        )
-    if value < least:
-        raise ValueError(f"{argument}: expected an int >= {least}, got {value}")
-    return value
