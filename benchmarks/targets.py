@@ -81,10 +81,12 @@ TARGETS = [
     Target(_BAG, "train", "training step / FBGEMM, Adagrad", mean_of(8), 2.5),
     Target(_BAG, "train", "training step at dim 64 over its limit", cell(1, 5), 2.5, False, "of"),
     Target(_BAG, "multi_hot", "20 ids a bag / nn.EmbeddingBag + SparseAdam", mean_of(3), 3),
-    Target(_BAG, "evaluation", "evaluation lookup, cost / static table", worst(3), 1.3, False, "of"),
+    Target(
+        _BAG, "evaluation", "evaluation lookup, cost / static table", worst(3), 1.3, False, "of"
+    ),
     Target(_BAG, "features", "400 features, cost / 26", cell(0, 3), 1.5, False, "of"),
     Target(_INDEX, "find", "find in 10M ids / C++ map, two threads", figure("ratio"), 2),
-    Target(_INDEX, "find", "find in 10M ids / C++ map, one thread", figure("ratio_one")),
+    Target(_INDEX, "find", "find in 10M ids / C++ map, one thread", figure("ratio_one"), 2),
     Target(_INDEX, "insert", "insert 10M ids / C++ map", figure("ratio"), 10),
     Target(_INDEX, "insert", "insert 10M ids / C++ map with reserve", figure("ratio_reserved")),
     Target(_INDEX, "insert", "insert 10M ids, rows too / C++ map", figure("ratio_rows")),
