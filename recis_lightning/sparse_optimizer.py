@@ -138,17 +138,16 @@ class SparseOptimizer(Optimizer):
         self, members: list[HashTable], owned: dict[HashTable, dict[str, Any]]
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         hyper = np.ones((len(members), row_update.HYPER_SIZE), np.float32)
-        clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
-        known: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.float32]]] = {}
+        numbers: dict[tuple[int, int], list[int]] = {}
         for number, table in enumerate(members):
-            group, update = owned[table], table.num_updates + 1
-            line = known.get((id(group), update))
-            if line is None:
-                fields = self.hyperparameters(group, update)
-                line = known[id(group), update] = hyper[number]
-                line[list(fields)] = list(fields.values())
-            hyper[number] = line
-        hyper[:, row_update.CLIP] = clip
+            numbers.setdefault((id(owned[table]), table.num_updates), []).append(number)
+        for (_, num_updates), alike in numbers.items():
+            fields = self.hyperparameters(owned[members[alike[0]]], num_updates + 1)
+            for field, value in fields.items():
+                hyper[alike, field] = value
+        hyper[:, row_update.CLIP] = (
+            math.inf if self.clip_grad_value is None else self.clip_grad_value
+        )
         return hyper
 
     def _norm_scale(self, calls: list[tuple[list[HashTable], Any]]) -> float:
@@ -170,14 +169,18 @@ class SparseOptimizer(Optimizer):
         for table in members:
             for record in table.pending:
                 records.setdefault(record, set()).add(table)
-        numbers: dict[object, int] = {table: number for number, table in enumerate(members)}
         counts = np.array([len(table.rows.addresses) for table in members])
-        bases = (np.cumsum(counts) - counts) << rows.block_shift
+        bases = ((np.cumsum(counts) - counts) << rows.block_shift).tolist()
+        base_of: dict[object, int] = dict(zip(members, bases, strict=True))
         parts = []
         for record, waiting in records.items():
-            mine = [i for i, table in enumerate(record.tables) if table in waiting]
-            part = record.plan[mine]
-            part[:, embedding_bag.FLAT_BASE] = [bases[numbers[record.tables[i]]] for i in mine]
+            part = record.plan
+            if len(waiting) < len(record.tables):  # a table twice, or one of another optimizer
+                mine = [i for i, table in enumerate(record.tables) if table in waiting]
+                part = part[mine]
+                part[:, embedding_bag.FLAT_BASE] = [base_of[record.tables[i]] for i in mine]
+            else:
+                part[:, embedding_bag.FLAT_BASE] = [base_of[table] for table in record.tables]
             parts.append(part)
         plan = np.concatenate(parts)
         sizes = plan[:, embedding_bag.NUM_IDS]
