@@ -1,4 +1,4 @@
-"""A small LightningModule with tables of all kinds, and a quiet Trainer."""
+"""A small LightningModule with tables of all kinds, and a Trainer for it."""
 
 import lightning as L
 import torch
@@ -8,6 +8,7 @@ from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, 
 from recis_lightning.callbacks import HashTableFilterHook
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdamW, SparseDenseOptimizer
+from tests.quiet_trainer import quiet_trainer
 
 
 class Model(L.LightningModule):
@@ -53,18 +54,9 @@ class Model(L.LightningModule):
 
 
 def trainer(path, *callbacks, filters=True, **kwargs):
-    """Return a Trainer that writes below ``path`` and says nothing."""
-    settings = {
-        "accelerator": "cpu",
-        "default_root_dir": path,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    """Return a quiet Trainer that filters after every batch."""
     hooks = [HashTableFilterHook(filter_interval=1)] if filters else []
-    return L.Trainer(callbacks=[*hooks, *callbacks], **{**settings, **kwargs})
+    return quiet_trainer(path, *hooks, *callbacks, **kwargs)
 
 
 def everything(module):

@@ -1,6 +1,7 @@
 """HashTableFilterHook: when tables filter, under a Trainer and in a loop written by hand."""
 
 import logging
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -14,6 +15,7 @@ from recis_lightning.callbacks import HashTableFilterHook, Hook
 from recis_lightning.callbacks import filter as filter_module
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseSGD
+from tests.quiet_trainer import quiet_trainer
 
 
 class Model(pl.LightningModule):
@@ -63,20 +65,7 @@ class Watch(Hook):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(*callbacks, **kwargs):
-        settings = {
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-            "default_root_dir": tmp_path,
-            "limit_val_batches": 0,
-        }
-        return pl.Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
-
-    return make
+    return partial(quiet_trainer, tmp_path, limit_val_batches=0)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from recis_lightning.callbacks import Hook
+from tests.quiet_trainer import quiet_trainer
 
 POINTS = (
     "before_train",
@@ -25,22 +27,8 @@ POINTS = (
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(*callbacks, **kwargs):
-        settings = {
-            "max_epochs": 1,
-            "limit_train_batches": 2,
-            "limit_val_batches": 1,
-            "limit_test_batches": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-            "default_root_dir": tmp_path,
-        }
-        return pl.Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
-
-    return make
+    limits = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
+    return partial(quiet_trainer, tmp_path, **limits)
 
 
 class Everything(Hook):

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from recis_lightning.callbacks import Hook, LoggerHook
 from recis_lightning.callbacks import logger as logger_module
 from recis_lightning.callbacks.logger import AboveTheBar, _batch_size
 from recis_lightning.metrics import GAUC, add_metric, clear_metrics
+from tests.quiet_trainer import quiet_trainer
 
 
 class Clock:
@@ -103,20 +105,7 @@ def _empty_registry():
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(*callbacks, **kwargs):
-        settings = {
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-            "default_root_dir": tmp_path,
-            "limit_val_batches": 0,
-        }
-        return pl.Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
-
-    return make
+    return partial(quiet_trainer, tmp_path, limit_val_batches=0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.callbacks import ProfilerHook
 from recis_lightning.callbacks.profiler import _RegionRecorder
 from recis_lightning.optim import SparseAdam
+from tests.quiet_trainer import quiet_trainer
 
 
 class Tables(pl.LightningModule):
@@ -59,20 +61,7 @@ def _no_app_id(monkeypatch):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(*callbacks, **kwargs):
-        settings = {
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-            "default_root_dir": tmp_path,
-            "limit_val_batches": 0,
-        }
-        return pl.Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
-
-    return make
+    return partial(quiet_trainer, tmp_path, limit_val_batches=0)
 
 
 def files(folder):
