@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from recis_lightning.ops import parallel_cpu
-from recis_lightning.ops.hash_index_cpu import segment_at, segment_start
+from recis_lightning.ops.hash_slot_cpu import segment_at, segment_start
 from recis_lightning.ops.intrinsics_cpu import (
     atomic_add,
     bits_of_float,

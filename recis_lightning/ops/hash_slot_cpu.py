@@ -1,0 +1,56 @@
+"""What the index kernels share: the slot of an id, the segment of a position, the launch.
+
+A slot is the top bits of a mixed hash, so ids of any pattern spread, and an index of twice the size
+has its entries in the same order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from recis_lightning.ops.intrinsics_cpu import load_i64
+from recis_lightning.ops.parallel_cpu import num_chunks
+from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START
+
+CHUNK = 4096  # ids a ticket: long enough to hide the ticket, short enough to even out
+AHEAD = 24  # ids between prefetch and use
+SEGMENT_BYTES = 8 * SEGMENT_SIZE
+_MIX_1 = np.uint64(0x9E3779B97F4A7C15)
+_MIX_2 = np.uint64(0xD6E8FEB86659FD93)
+_U32 = np.uint64(32)
+
+
+@njit
+def slot_of(key, shift):
+    """Return the slot where the search for ``key`` starts."""
+    mixed = np.uint64(key) * _MIX_1
+    mixed ^= mixed >> _U32
+    mixed *= _MIX_2
+    return np.int64(mixed >> np.uint64(shift))
+
+
+@njit
+def segment_start(segments, segment, num_segments, num_ids):
+    """Return where a segment's ids start; ``num_ids`` past the last one."""
+    if segment >= num_segments:
+        return num_ids
+    return load_i64(segments + segment * SEGMENT_BYTES + 8 * SEGMENT_START)
+
+
+@njit
+def segment_at(segments, num_segments, position):
+    """Return the last segment that starts at or before ``position``."""
+    low, high = 0, num_segments
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if load_i64(segments + middle * SEGMENT_BYTES + 8 * SEGMENT_START) <= position:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def launch(kernel, n, chunk_size, *args):
+    """Run a kernel over ``n`` items in chunks; its arguments begin with chunk size and n."""
+    kernel.launch(num_chunks(n, chunk_size), chunk_size, n, *args)
