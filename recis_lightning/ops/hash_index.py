@@ -108,7 +108,8 @@ def find_or_insert(
 ) -> tuple[Tensor, Tensor | None]:
     """Look ids up, give unknown ones a row, and stamp rows with their table's step.
 
-    Only segments with the INSERT flag insert; only tables with the column stamp.
+    Only segments with the INSERT flag insert, and all segments of one table carry the same flag:
+    whether it inserts is the table's policy. Only tables with the column stamp.
 
     Rows are handed out in the order in which ids first appear, freed rows first: the result does
     not depend on how many threads ran. Rows of new ids are not initialised here.

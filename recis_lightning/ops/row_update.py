@@ -57,7 +57,8 @@ class Gradients:
         plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
         blocks: int64 [num_blocks, 2]: address of each block, and of its table's hyperparameters.
         layout: Of the rows.
-        work: What the backend keeps between sorting and updating.
+        work: What the backend keeps between sorting and updating. It lies in scratch memory that
+            the thread's next sort writes over: use it before, on the thread that sorted.
     """
 
     plan: Plan
@@ -74,6 +75,9 @@ def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout)
             through, DATA and DATA_STRIDE describe float32 gradients.
         blocks: int64 [num_blocks, 2].
         layout: Of the rows.
+
+    Returns:
+        The sorted gradients, valid until the next call on the same thread.
 
     Source: least significant digit radix sort, Knuth, TAOCP vol. 3, 5.2.5.
     """
