@@ -166,3 +166,15 @@ def test_copies_of_a_trained_module(tmp_path, copier):
     assert optimizer_twin.sparse[0].param_groups[0] is optimizer_twin.param_groups[1]
     assert len(hash_tables(model_twin)) == 3
     assert optimizer_twin.state is optimizer_twin.dense.state
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    """Moments and update counts are part of a table; a new optimizer takes them up."""
+    model = Model()
+    trainer(tmp_path).fit(model, loader())
+    held = everything(model)
+    assert held["user exp_avg"].any()
+    model.configure_optimizers()
+    assert differences(held, everything(model)) == []
+    trainer(tmp_path).fit(model, loader())
+    assert everything(model)["user num_updates"] == 2 * held["user num_updates"] == 16
