@@ -42,15 +42,18 @@ LR = 1e-3
 class Data:
     """Batches of ids, ranks for the static peers, and gradients for the outputs."""
 
-    def __init__(self, num_features: int, batch: int, dim: int, bag: int = 1) -> None:
+    def __init__(
+        self, num_features: int, batch: int, dim: int, bag: int = 1, num_ids: int = NUM_IDS
+    ) -> None:
         rng = np.random.default_rng(0)
         torch.manual_seed(0)
         self.num_features, self.batch, self.dim, self.bag = num_features, batch, dim, bag
+        self.num_ids = num_ids
         self.names = [f"f{number}" for number in range(num_features)]
-        places = [torch.randperm(NUM_IDS) for _ in self.names]
+        places = [torch.randperm(num_ids) for _ in self.names]
         self.ranks: list[list[Tensor]] = []
         for _ in range(NUM_BATCHES):
-            drawn = zipf_ranks(rng, EXPONENT, NUM_IDS, (num_features, batch * bag))
+            drawn = zipf_ranks(rng, EXPONENT, num_ids, (num_features, batch * bag))
             self.ranks.append(
                 [place[torch.from_numpy(row)] for place, row in zip(places, drawn, strict=True)]
             )
@@ -85,9 +88,9 @@ class Ours:
             {name: EmbeddingOption(data.dim, mode=mode) for name in data.names}
         )
         self.optimizer = make_optimizer(hash_tables(self.engine), lr=LR)
-        known = torch.arange(NUM_IDS) * SPREAD
+        known = torch.arange(data.num_ids) * SPREAD
         for table in hash_tables(self.engine):
-            table.insert(known, torch.zeros(NUM_IDS, data.dim))
+            table.insert(known, torch.zeros(data.num_ids, data.dim))
         self.batches = [data.features(number) for number in range(NUM_BATCHES)]
 
     def step(self) -> None:
@@ -251,8 +254,8 @@ def evaluation(rounds: int) -> None:
 
 
 def many_features(rounds: int) -> None:
-    """Time 400 features against 26 with the same total of ids."""
-    few, many = Data(26, 4000, 16), Data(400, 260, 16)
+    """Time 400 features against 26, with as many ids in a batch and rows in all."""
+    few, many = Data(26, 4000, 16), Data(400, 260, 16, num_ids=NUM_IDS * 26 // 400)
     times = time_in_turn(
         {"26": Ours(few, SparseAdam).step, "400": Ours(many, SparseAdam).step}, rounds
     )
