@@ -128,8 +128,8 @@ class Hook(Callback):
                 cls._plans[point] = _plan(cls, point, override)
         _announce_moments(cls)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # Lightning calls every method of every callback, each in a region of its profiler, whether
         # or not it does anything: 12 us a batch and callback. It passes over what is not callable.
         for name in _EACH_BATCH:
