@@ -43,12 +43,12 @@ class Data:
     """Batches of ids, ranks for the static peers, and gradients for the outputs."""
 
     def __init__(
-        self, num_features: int, batch: int, dim: int, bag: int = 1, num_ids: int = NUM_IDS
+        self, num_features: int, batch: int, dim: int, bag: int = 1, num_ids: int | None = None
     ) -> None:
         rng = np.random.default_rng(0)
         torch.manual_seed(0)
         self.num_features, self.batch, self.dim, self.bag = num_features, batch, dim, bag
-        self.num_ids = num_ids
+        self.num_ids = num_ids = num_ids or NUM_IDS
         self.names = [f"f{number}" for number in range(num_features)]
         places = [torch.randperm(num_ids) for _ in self.names]
         self.ranks: list[list[Tensor]] = []
@@ -112,7 +112,7 @@ class Static:
         self.data, self.number = data, 0
         kind = nn.EmbeddingBag if data.bag > 1 else nn.Embedding
         extra = {"mode": "sum"} if data.bag > 1 else {}
-        self.tables = [kind(NUM_IDS, data.dim, sparse=True, **extra) for _ in data.names]
+        self.tables = [kind(data.num_ids, data.dim, sparse=True, **extra) for _ in data.names]
         for table in self.tables:
             nn.init.zeros_(table.weight)
         self.optimizer = make_optimizer([table.weight for table in self.tables], lr=LR)
@@ -136,8 +136,8 @@ class Fused:
 
     def __init__(self, data: Data) -> None:
         self.data, self.number = data, 0
-        self.table = nn.Embedding(NUM_IDS * data.num_features, data.dim)
-        starts = torch.arange(data.num_features) * NUM_IDS
+        self.table = nn.Embedding(data.num_ids * data.num_features, data.dim)
+        starts = torch.arange(data.num_features) * data.num_ids
         self.batches = [
             torch.cat([rank + start for rank, start in zip(batch, starts, strict=True)])
             for batch in data.ranks
@@ -161,7 +161,7 @@ def fbgemm(data: Data) -> Callable[[], None] | None:
     except ImportError:
         return None
     tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(NUM_IDS, data.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * data.num_features,
+        [(data.num_ids, data.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * data.num_features,
         optimizer=EmbOptimType.EXACT_ADAGRAD,
         learning_rate=LR,
     )
@@ -184,7 +184,7 @@ def check(data: Data) -> None:
     for _ in range(3):
         ours.step()
         static.step()
-    known = torch.arange(NUM_IDS)
+    known = torch.arange(data.num_ids)
     for table, peer in zip(hash_tables(ours.engine), static.tables, strict=True):
         torch.testing.assert_close(table.embeddings(known * SPREAD), peer.weight.data)
 
