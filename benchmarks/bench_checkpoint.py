@@ -48,7 +48,8 @@ def fill(num_ids: int) -> Model:
     model, ids = Model(), torch.randint(-(2**63), 2**63 - 1, (num_ids,))
     table = model.table
     for part in ids.split(1 << 18):
-        rows, _ = hash_index.find_or_insert(part, table.segments(insert=True), [table], [0])
+        segments = table.segments(part, insert=True)
+        rows, _ = hash_index.find_or_insert(segments, len(part), [table], [0], table.device)
         slots = {name: torch.rand(part.numel(), DIM) for name in ("exp_avg", "exp_avg_sq")}
         table.rows.write(rows, torch.randn(part.numel(), DIM), slots)
     return model

@@ -44,10 +44,10 @@ class Ageing:
 
     def touch(self, ids: Tensor) -> None:
         """Look ids up as training does: unknown ones get a row, all are stamped."""
-        segments = self.table.segments(insert=True)
-        rows, new = hash_index.find_or_insert(ids, segments, [self.table], [0])
+        segments = self.table.segments(ids, insert=True)
+        rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], ids.device)
         if new is not None:
-            row_init.init_rows_(ids, rows, new, segments, DIM, False)
+            row_init.init_rows_(rows, new, segments, DIM, False)
 
     def prepare(self) -> Callable[[], int]:
         """Bring the evicted back and let them grow old; return the eviction."""

@@ -32,6 +32,7 @@ from recis_lightning import HashTable, hash_tables
 from recis_lightning.ops import hash_index, row_init
 from recis_lightning.optim import SparseAdam
 
+CPU = torch.device("cpu")
 DIM = 8
 SOURCE = """
 #include <ATen/Parallel.h>
@@ -127,14 +128,14 @@ class Ours:
         self.optimizer = SparseAdam(hash_tables(self.table), lr=1e-3)
 
     def insert(self, ids: Tensor) -> Tensor:
-        segments = self.table.segments(insert=True)
-        rows, new = hash_index.find_or_insert(ids, segments, [self.table], [0])
+        segments = self.table.segments(ids, insert=True)
+        rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], CPU)
         if self.rows and new is not None:
-            row_init.init_rows_(ids, rows, new, segments, DIM, False)
+            row_init.init_rows_(rows, new, segments, DIM, False)
         return rows
 
     def find(self, ids: Tensor) -> Tensor:
-        return hash_index.find(ids, self.table.segments())
+        return hash_index.find(self.table.segments(ids), len(ids), CPU)
 
 
 def make_ids(num_ids: int) -> Tensor:

@@ -31,7 +31,6 @@ from recis_lightning.ops.table_header import (
     SEGMENT_HEADER,
     SEGMENT_PADDING,
     SEGMENT_SIZE,
-    SEGMENT_START,
     STEP,
 )
 from recis_lightning.pending_gradient import PendingGradient
@@ -191,17 +190,23 @@ class HashTable(TableStorage, nn.Module):
 
     # ---- reading and writing rows
 
-    def segments(self, insert: bool = False) -> Tensor:
-        """Return the one segment of a lookup that asks this table only, whatever its policy."""
-        segment = torch.zeros(1, SEGMENT_SIZE, dtype=torch.int64)
-        write_segment(segment.numpy()[0], 0, self, False, None)
-        segment[0, SEGMENT_FLAGS] = INSERT * insert
-        return segment
+    def segments(self, ids: Tensor, insert: bool = False) -> hash_index.Segments:
+        """Return the one segment of a lookup that asks this table only, whatever its policy.
+
+        Args:
+            ids: int64 [n], contiguous; kept by the caller.
+            insert: Give unknown ids a row.
+        """
+        segments = np.zeros((1, SEGMENT_SIZE), np.int64)
+        write_segment(segments[0], self, False, None)
+        segments[0, SEGMENT_FLAGS] = INSERT * insert
+        hash_index.write_addresses(segments, [ids])
+        return segments
 
     def _find(self, ids: Tensor) -> Tensor:
         """Return int64 [n], the row of each id, negative where there is none."""
         flat = check_ids(ids).reshape(-1).contiguous()
-        return hash_index.find(flat, self.segments())
+        return hash_index.find(self.segments(flat), flat.numel(), self.device)
 
     def ids_map(self) -> tuple[Tensor, Tensor]:
         """Return all ids and their rows, int64 [len] each, by row."""
@@ -249,11 +254,11 @@ class HashTable(TableStorage, nn.Module):
         embedding_bag.write_rows_(self.header, rows[chosen], values[chosen].contiguous())
 
     def _insert(self, ids: Tensor) -> Tensor:
-        segments = self.segments(insert=True)
-        rows, new = hash_index.find_or_insert(ids, segments, [self], [0])
+        segments = self.segments(ids, insert=True)
+        rows, new = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
-            row_init.init_rows_(ids, rows, new, segments, self.embedding_dim, bfloat16)
+            row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
         return rows
 
     # ---- removing rows
@@ -398,13 +403,11 @@ _NOT_COPIED = (
 
 def write_segment(
     line: np.ndarray[Any, np.dtype[np.int64]],
-    start: int,
     table: HashTable,
     insert: bool,
     padding_idx: int | None,
 ) -> None:
-    """Describe one feature's ids for an index op: int64 [SEGMENT_SIZE]."""
-    line[SEGMENT_START] = start
+    """Describe what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids lie."""
     line[SEGMENT_HEADER] = table.header.data_ptr()
     admits = table.admission is None or table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)

@@ -62,7 +62,7 @@ class TableGroup:
         self._shapes: list[
             tuple[int, int, int]
         ] = []  # of the last call: what its plan was made for
-        self._starts = np.zeros(len(self.features), np.int64)
+        self._starts, self._num_ids = np.zeros(len(self.features), np.int64), 0
         self._prototype = torch.empty(0, dtype=self.dtype, device=self.device)
         self._is_none = np.array([feature.mode == "none" for feature in self.features])
         self._widths = [
@@ -82,7 +82,7 @@ class TableGroup:
     def _template(self, insert: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
         segments = np.zeros((len(self.features), SEGMENT_SIZE), np.int64)
         for line, feature in zip(segments, self.features, strict=True):
-            write_segment(line, 0, feature.table, insert, feature.padding_idx)
+            write_segment(line, feature.table, insert, feature.padding_idx)
         return segments
 
     def is_current(self) -> bool:
@@ -136,7 +136,7 @@ class TableGroup:
             return
         self._shapes = shapes
         sizes, num_bags, lengths = np.array(shapes, np.int64).T
-        self._starts = np.cumsum(sizes) - sizes
+        self._starts, self._num_ids = np.cumsum(sizes) - sizes, int(sizes.sum())
         self._training[:, SEGMENT_START] = self._evaluation[:, SEGMENT_START] = self._starts
         plan = self._plan
         plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = self._starts, sizes
@@ -162,14 +162,16 @@ class TableGroup:
             )
 
     def _find_rows(self, ids: list[Tensor], training: bool) -> Tensor:
-        joined = ids[0] if len(ids) == 1 else torch.cat(ids)
-        described = torch.from_numpy(self._training if training else self._evaluation)
+        segments = self._training if training else self._evaluation
+        hash_index.write_addresses(segments, ids)
         if not training:
-            return hash_index.find(joined, described)
-        rows, new = hash_index.find_or_insert(joined, described, self.tables, self.segment_tables)
+            return hash_index.find(segments, self._num_ids, self.device)
+        rows, new = hash_index.find_or_insert(
+            segments, self._num_ids, self.tables, self.segment_tables, self.device
+        )
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
-            row_init.init_rows_(joined, rows, new, described, self.embedding_dim, bfloat16)
+            row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
         return rows
 
     def _gather(

@@ -20,6 +20,7 @@ from recis_lightning.ops.table_header import (
     UNKNOWN,
 )
 
+CPU = torch.device("cpu")
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
 
@@ -33,20 +34,23 @@ class Feature(NamedTuple):
 
 
 def _described(features):
-    segments, start = torch.zeros(len(features), SEGMENT_SIZE, dtype=torch.int64), 0
-    for line, feature in zip(segments.numpy(), features, strict=True):
-        write_segment(line, start, feature.table, False, feature.padding)
+    segments = np.zeros((len(features), SEGMENT_SIZE), np.int64)
+    for line, feature in zip(segments, features, strict=True):
+        write_segment(line, feature.table, False, feature.padding)
         line[SEGMENT_FLAGS] |= INSERT * feature.insert
-        start += feature.ids.numel()
-    return torch.cat([feature.ids for feature in features]), segments
+    return segments, hash_index.describe(segments, [feature.ids for feature in features])
+
+
+def _find(*features):
+    return hash_index.find(*_described(features), CPU)
 
 
 def _find_or_insert(*features):
     """Return the rows of each feature, and the positions of the new ids."""
-    ids, segments = _described(features)
+    segments, num_ids = _described(features)
     tables = list(dict.fromkeys(feature.table for feature in features))
     owners = [tables.index(feature.table) for feature in features]
-    rows, new = hash_index.find_or_insert(ids, segments, tables, owners)
+    rows, new = hash_index.find_or_insert(segments, num_ids, tables, owners, CPU)
     assert new is None or new.numel()
     sizes = [feature.ids.numel() for feature in features]
     return list(rows.split(sizes)), [] if new is None else new.tolist()
@@ -93,7 +97,7 @@ def test_rows_come_in_the_order_of_first_appearance(backend, size):
         want = _expected([feature], {table: known})
         (rows,), new = _find_or_insert(feature)
         assert (want[0], want[1]) == ([rows.tolist()], new)
-        again = hash_index.find(*_described([feature]))
+        again = _find(feature)
         assert torch.equal(again, rows)
         assert _find_or_insert(feature)[1] == []
     assert len(table) == len(known)
@@ -104,12 +108,12 @@ def test_every_int64_is_an_id(backend):
     """The extremes, 0 and -1 are ids like any other, and so is the mark of an empty entry."""
     table = HashTable(1)
     ids = torch.tensor([HIGHEST, 0, LOWEST, -1, LOWEST, LOWEST + 1, HIGHEST - 1, 1])
-    assert hash_index.find(*_described([Feature(table, ids)])).tolist() == [UNKNOWN] * 8
+    assert _find(Feature(table, ids)).tolist() == [UNKNOWN] * 8
     (rows,), new = _find_or_insert(Feature(table, ids))
     assert rows.tolist() == [0, 1, 2, 3, 2, 4, 5, 6]
     assert new == [0, 1, 2, 3, 5, 6, 7]
     table.reserve_ids(10_000)
-    assert hash_index.find(*_described([Feature(table, ids)])).tolist() == rows.tolist()
+    assert _find(Feature(table, ids)).tolist() == rows.tolist()
     assert sorted(table.ids().tolist()) == sorted(set(ids.tolist()))
 
 
@@ -127,7 +131,7 @@ def test_padding_is_no_id_for_its_feature_only(backend):
     assert second.tolist() == [2, 0, 2, 1]
     assert third.tolist() == [PADDING, 0, PADDING]
     assert new == [1, 3, 4]
-    assert hash_index.find(*_described(features[:1])).tolist() == [PADDING, 0, PADDING, 1]
+    assert _find(*features[:1]).tolist() == [PADDING, 0, PADDING, 1]
 
 
 def test_read_only_features_insert_nothing(backend):
@@ -176,7 +180,7 @@ def test_growth_keeps_every_id_and_the_load_limit(backend):
         capacities.add(table.capacity)
         assert len(table) <= table.capacity * hash_index.max_load(table.capacity)
     assert len(capacities) >= 5
-    rows = hash_index.find(*_described([Feature(table, ids)]))
+    rows = _find(Feature(table, ids))
     assert torch.equal(rows, torch.arange(20_000))
 
 
@@ -195,7 +199,7 @@ def test_rebuild_leaves_evicted_rows_out(backend, count):
     assert removed == int(gone.sum()) == int(evicted.sum())
     assert torch.equal(evicted[: count + 2], gone)
     assert len(table) == count + 2 - removed
-    found = hash_index.find(*_described([Feature(table, ids)]))
+    found = _find(Feature(table, ids))
     assert torch.equal(found, torch.where(gone, UNKNOWN, torch.arange(count + 2)))
     found_ids, occupied = hash_index.id_of_row(table.header, count + 2)
     assert torch.equal(occupied, ~gone)
@@ -302,7 +306,7 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
         assert _contents(table) == content
         assert len(table) == 18
         assert table.header[[NEXT_ROW, NUM_FREE]].tolist() == field
-        assert hash_index.find(*_described([Feature(table, new)])).max() == UNKNOWN
+        assert _find(Feature(table, new)).max() == UNKNOWN
     rows, _ = _find_or_insert(*features)
     assert rows[0][-80:].tolist() == [11, 17, *range(20, 98)]
 
@@ -345,7 +349,7 @@ def test_stamps_follow_training_lookups(backend):
         Feature(table, torch.tensor([1, 77]), insert=False),
     )
     table.update_step(1)
-    hash_index.find(*_described([Feature(table, torch.arange(5))]))
+    _find(Feature(table, torch.arange(5)))
     ids = torch.tensor([0, 1, 2, 3, 4, 9, 77])
     assert table.last_seen(ids).tolist() == [3, 3, 0, 3, 0, 3, -1]
 

@@ -12,6 +12,7 @@ from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import hash_index, row_init
 from recis_lightning.ops.table_header import SEGMENT_SIZE
 
+CPU = torch.device("cpu")
 DIMS = [1, 2, 3, 7, 8, 10, 16, 24, 33, 64, 128]
 INITIALIZERS = [
     Constant(-0.75),
@@ -35,17 +36,16 @@ class Feature(NamedTuple):
 
 def _admit(*features):
     """Insert ids and initialise the new rows; return the rows of each feature."""
-    segments, start = torch.zeros(len(features), SEGMENT_SIZE, dtype=torch.int64), 0
-    for line, (table, ids, insert, padding) in zip(segments.numpy(), features, strict=True):
-        write_segment(line, start, table, insert, padding)
-        start += ids.numel()
-    ids = torch.cat([feature.ids for feature in features])
+    segments = np.zeros((len(features), SEGMENT_SIZE), np.int64)
+    for line, (table, _, insert, padding) in zip(segments, features, strict=True):
+        write_segment(line, table, insert, padding)
+    num_ids = hash_index.describe(segments, [feature.ids for feature in features])
     tables = list(dict.fromkeys(feature.table for feature in features))
     owners = [tables.index(feature.table) for feature in features]
-    rows, new = hash_index.find_or_insert(ids, segments, tables, owners)
+    rows, new = hash_index.find_or_insert(segments, num_ids, tables, owners, CPU)
     if new is not None:
         dim, bfloat16 = tables[0].embedding_dim, tables[0].dtype is torch.bfloat16
-        row_init.init_rows_(ids, rows, new, segments, dim, bfloat16)
+        row_init.init_rows_(rows, new, segments, dim, bfloat16)
     return rows.split([feature.ids.numel() for feature in features])
 
 
@@ -166,7 +166,7 @@ def test_features_of_several_tables_in_one_call(backend):
 def test_no_new_ids_write_nothing(backend):
     """An empty list of new positions is a legal call."""
     table, empty = HashTable(2), torch.empty(0, dtype=torch.int64)
-    row_init.init_rows_(empty, empty, empty, table.segments(insert=True), 2, False)
+    row_init.init_rows_(empty, empty, table.segments(empty, insert=True), 2, False)
     assert len(table) == 0
 
 

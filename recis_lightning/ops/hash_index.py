@@ -4,8 +4,8 @@ Open addressing with linear probing; entries ``(key, row)`` stand side by side, 
 memory transaction. A slot is the top bits of a mixed hash, so doubling the index maps old slots to
 new ones in order: growth streams through memory. No tombstones: removal rebuilds.
 
-Ops take a *group* of tables: the ids of all features one after the other, and one segment a
-feature that says where its ids start, which table they ask and what its padding id is.
+Ops take a *group* of tables: one segment a feature says where its ids lie, which table they ask and
+what its padding id is. Positions count the ids of all features, one feature after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,8 +26,12 @@ from recis_lightning.ops.table_header import (
     NO_ROW,
     NUM_IDS,
     PADDING,
+    SEGMENT_IDS,
+    SEGMENT_START,
     SHIFT,
 )
+
+Segments = npt.NDArray[np.int64]
 
 MIN_CAPACITY = 64
 # Entries an id may take at most, by size: small indices live in cache and can afford air, in
@@ -88,23 +94,48 @@ def empty_entries(header: Tensor, capacity: int) -> Tensor:
     return entries
 
 
-def find(ids: Tensor, segments: Tensor) -> Tensor:
+def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
+    """Enter into segments where their ids lie; return how many there are.
+
+    Args:
+        segments: int64 [num_segments, SEGMENT_SIZE]; start and address are overwritten.
+        ids: int64 [n_i] for each segment, contiguous; the caller keeps them as long as the
+            segments are used.
+    """
+    sizes = np.array([part.numel() for part in ids], np.int64)
+    segments[:, SEGMENT_START] = np.cumsum(sizes) - sizes
+    write_addresses(segments, ids)
+    return int(sizes.sum())
+
+
+def write_addresses(segments: Segments, ids: Sequence[Tensor]) -> None:
+    """Enter where ids lie into segments that know already where each of them starts."""
+    addresses = np.array([part.data_ptr() for part in ids], np.int64)
+    segments[:, SEGMENT_IDS] = addresses - 8 * segments[:, SEGMENT_START]
+
+
+def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
     """Look ids up and change nothing.
 
     Args:
-        ids: int64 [n], the features' ids one after the other; duplicates allowed.
-        segments: int64 [num_segments, SEGMENT_SIZE], on the CPU, by start.
+        segments: int64 [num_segments, SEGMENT_SIZE], by start; duplicate ids allowed.
+        num_ids: n, in all segments together.
+        device: Where the ids are.
 
     Returns:
         int64 [n], rows; ``UNKNOWN`` (-1) where there is none, ``PADDING`` (-2) for a padding id.
     """
     with backend.region("recis::find"):
-        rows: Tensor = backend.module("hash_index", ids.device).find(ids, segments)
+        rows: Tensor = backend.module("hash_index", device).find(segments, num_ids)
     return rows
 
 
 def find_or_insert(
-    ids: Tensor, segments: Tensor, tables: Sequence[Table], segment_tables: Sequence[int]
+    segments: Segments,
+    num_ids: int,
+    tables: Sequence[Table],
+    segment_tables: Sequence[int],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
     """Look ids up, give unknown ones a row, and stamp rows with their table's step.
 
@@ -115,10 +146,11 @@ def find_or_insert(
     not depend on how many threads ran. Rows of new ids are not initialised here.
 
     Args:
-        ids: int64 [n]; duplicates allowed.
         segments: As for ``find``.
+        num_ids: n.
         tables: The group's tables; each is asked for room as it is needed.
         segment_tables: For each segment, its table's position in ``tables``.
+        device: Where the ids are.
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
@@ -128,9 +160,9 @@ def find_or_insert(
     and the minimum over first positions are ours.
     """
     with backend.region("recis::find_or_insert"):
-        module = backend.module("hash_index", ids.device)
+        module = backend.module("hash_index", device)
         found: tuple[Tensor, Tensor | None]
-        found = module.find_or_insert(ids, segments, tables, segment_tables)
+        found = module.find_or_insert(segments, num_ids, tables, segment_tables)
     return found
 
 
@@ -176,13 +208,16 @@ __all__ = [
     "MIN_CAPACITY",
     "NO_ROW",
     "PADDING",
+    "Segments",
     "Table",
     "capacity_for",
+    "describe",
     "empty_entries",
     "find",
     "find_or_insert",
     "id_of_row",
     "max_load",
     "rebuild",
+    "write_addresses",
 ]
 assert torch.iinfo(torch.int64).min == EMPTY

@@ -50,6 +50,7 @@ from recis_lightning.ops.table_header import (
     PADDING,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
+    SEGMENT_IDS,
     SEGMENT_PADDING,
     SEGMENT_START,
     SHIFT,
@@ -65,9 +66,9 @@ _COUNTS = [NUM_IDS, NEXT_ROW, NUM_FREE]  # header fields that an insertion chang
 @parallel_cpu.kernel
 def _find_kernel(args):
     chunk_size, n = load_i64(args + 16), load_i64(args + 24)
-    ids, rows = load_i64(args + 32), load_i64(args + 40)
-    segments, num_segments = load_i64(args + 48), load_i64(args + 56)
-    miss_counts, training = load_i64(args + 64), load_i64(args + 72)
+    rows = load_i64(args + 32)
+    segments, num_segments = load_i64(args + 40), load_i64(args + 48)
+    miss_counts, training = load_i64(args + 56), load_i64(args + 64)
     chunks = load_i64(args + 8)
     while True:
         chunk = atomic_add(args, 1)
@@ -81,7 +82,7 @@ def _find_kernel(args):
             info = segments + segment * SEGMENT_BYTES
             segment += 1
             end = min(segment_start(segments, segment, num_segments, n), high)
-            header = load_i64(info + 8 * SEGMENT_HEADER)
+            header, ids = load_i64(info + 8 * SEGMENT_HEADER), load_i64(info + 8 * SEGMENT_IDS)
             flags = load_i64(info + 8 * SEGMENT_FLAGS)
             has_padding, unknown = flags & HAS_PADDING, UNKNOWN
             if training and flags & INSERT:
@@ -194,8 +195,7 @@ def allocate_entries(capacity, device):
     return torch.from_numpy(array)
 
 
-def _find(ids, segments, training):
-    n = ids.numel()
+def _find(segments, n, training):
     rows = torch.empty(n, dtype=torch.int64)
     chunks = num_chunks(n, CHUNK)
     counts = workspace.take("miss_counts", chunks, np.int64)[:chunks]
@@ -203,38 +203,37 @@ def _find(ids, segments, training):
         _find_kernel,
         n,
         CHUNK,
-        ids.data_ptr(),
         rows.data_ptr(),
-        segments.data_ptr(),
-        segments.shape[0],
+        address_of(segments),
+        len(segments),
         address_of(counts),
         training,
     )
     return rows, counts
 
 
-def find(ids, segments):
+def find(segments, num_ids):
     """See the contract."""
-    return _find(ids, segments, False)[0]
+    return _find(segments, num_ids, False)[0]
 
 
-def find_or_insert(ids, segments, tables, segment_tables):
+def find_or_insert(segments, num_ids, tables, segment_tables):
     """See the contract.
 
     Unknown ids are inserted in rounds, because a batch may hold an unknown id many times and room
     is needed for distinct ones only: the first round tells how many of them are distinct.
     """
-    rows, counts = _find(ids, segments, True)
+    rows, counts = _find(segments, num_ids, True)
     all_new, before = [], None
     distinct_share = 0.0
     while num_misses := int(counts.sum()):
         misses = list_misses(rows, counts, num_misses)
-        cuts = np.searchsorted(misses, segments.numpy()[:, SEGMENT_START])
+        cuts = np.searchsorted(misses, segments[:, SEGMENT_START])
         misses, complete = _round_of(misses, cuts, tables, segment_tables, distinct_share)
         if before is None and not complete:
             before = [table.header.numpy()[_COUNTS] for table in tables]
         try:
-            new = insert_misses(ids, segments, tables, segment_tables, misses, rows)
+            new = insert_misses(segments, tables, segment_tables, misses, rows)
         except BaseException:
             _take_back(tables, before)
             raise
@@ -242,7 +241,7 @@ def find_or_insert(ids, segments, tables, segment_tables):
         if complete:
             break
         distinct_share = len(new) / len(misses)
-        rows, counts = _find(ids, segments, True)
+        rows, counts = _find(segments, num_ids, True)
     if not all_new:
         return rows, None
     new = all_new[0] if len(all_new) == 1 else np.sort(np.concatenate(all_new))

@@ -42,6 +42,7 @@ from recis_lightning.ops.table_header import (
     NUM_FREE,
     NUM_IDS,
     SEGMENT_HEADER,
+    SEGMENT_IDS,
     SEGMENT_START,
     SHIFT,
     STEP,
@@ -67,11 +68,11 @@ def _list_misses_kernel(args):
 @parallel_cpu.kernel
 def _claim_kernel(args):
     chunk_size, n = load_i64(args + 16), load_i64(args + 24)  # n: number of misses
-    ids, misses, places = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
+    misses, places = load_i64(args + 32), load_i64(args + 40)
     segments, num_segments, num_ids = (
+        load_i64(args + 48),
         load_i64(args + 56),
         load_i64(args + 64),
-        load_i64(args + 72),
     )
     chunks = load_i64(args + 8)
     while True:
@@ -82,13 +83,14 @@ def _claim_kernel(args):
         high = min(low + chunk_size, n)
         segment = segment_at(segments, num_segments, load_i64(misses + 8 * low)) - 1
         end = np.int64(-1)
-        entries, shift, capacity = np.int64(0), np.int64(0), np.int64(0)
+        ids, entries, shift, capacity = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
         for i in range(low, high):
             position = load_i64(misses + 8 * i)
             while position >= end:
                 segment += 1
                 end = segment_start(segments, segment + 1, num_segments, num_ids)
-                header = load_i64(segments + segment * SEGMENT_BYTES + 8 * SEGMENT_HEADER)
+                info = segments + segment * SEGMENT_BYTES
+                header, ids = load_i64(info + 8 * SEGMENT_HEADER), load_i64(info + 8 * SEGMENT_IDS)
                 entries = load_i64(header + 8 * ENTRIES)
                 shift = load_i64(header + 8 * SHIFT)
                 capacity = load_i64(header + 8 * CAPACITY)
@@ -223,20 +225,20 @@ def list_misses(rows, counts, num_misses):
     return misses
 
 
-def insert_misses(ids, segments, tables, segment_tables, misses, rows):
+def insert_misses(segments, tables, segment_tables, misses, rows):
     """Insert the ids at ``misses`` and enter their rows into ``rows``.
 
     Returns:
         int64 [m], ascending: the position of each new id's first occurrence.
     """
-    starts = segments.numpy()[:, SEGMENT_START]
+    starts = segments[:, SEGMENT_START]
     for table, count in _per_table(misses, starts, segment_tables):
         tables[table].reserve_ids(int(count))
 
     places = np.empty(len(misses), np.int64)
-    where = (segments.data_ptr(), segments.shape[0], ids.numel())
+    where = (address_of(segments), len(segments), rows.numel())
     addresses = (address_of(misses), address_of(places))
-    launch(_claim_kernel, len(misses), CHUNK, ids.data_ptr(), *addresses, *where)
+    launch(_claim_kernel, len(misses), CHUNK, *addresses, *where)
 
     counts = np.empty(num_chunks(len(misses), CHUNK), np.int64)
     launch(_list_new_kernel, len(misses), CHUNK, *addresses, address_of(counts), 0, 0)

@@ -20,7 +20,7 @@ from recis_lightning.ops import embedding_bag as bags
 from recis_lightning.ops import row_init, row_update
 from recis_lightning.ops import table_header as fields
 from recis_lightning.ops.embedding_bag import Plan
-from recis_lightning.ops.hash_index import Table
+from recis_lightning.ops.hash_index import Segments, Table
 from recis_lightning.ops.reference_storage import (
     Rows,
     float_field,
@@ -107,22 +107,22 @@ class _Segment(NamedTuple):
     padding: int | None
 
 
-def _segments(ids: Tensor, segments: Tensor) -> Iterator[_Segment]:
+def _segments(segments: Segments, num_ids: int) -> Iterator[_Segment]:
     starts = segments[:, fields.SEGMENT_START].tolist()
-    for line, start, end in zip(segments.tolist(), starts, [*starts[1:], ids.numel()], strict=True):
+    for line, start, end in zip(segments.tolist(), starts, [*starts[1:], num_ids], strict=True):
         flags = line[fields.SEGMENT_FLAGS]
         yield _Segment(
             start,
-            ids[start:end],
+            memory(line[fields.SEGMENT_IDS] + 8 * start, end - start, torch.int64),
             header_at(line[fields.SEGMENT_HEADER]),
             bool(flags & fields.INSERT),
             line[fields.SEGMENT_PADDING] if flags & fields.HAS_PADDING else None,
         )
 
 
-def _look_up(ids: Tensor, segments: Tensor, missing: int) -> Tensor:
-    rows = torch.empty_like(ids)
-    for segment in _segments(ids, segments):
+def _look_up(segments: Segments, num_ids: int, missing: int) -> Tensor:
+    rows = torch.empty(num_ids, dtype=torch.int64)
+    for segment in _segments(segments, num_ids):
         found = _Index.of(segment.header).rows(segment.ids)
         found[found == NO_ROW] = missing if segment.inserts else UNKNOWN
         if segment.padding is not None:
@@ -131,17 +131,18 @@ def _look_up(ids: Tensor, segments: Tensor, missing: int) -> Tensor:
     return rows
 
 
-def find(ids: Tensor, segments: Tensor) -> Tensor:
+def find(segments: Segments, num_ids: int) -> Tensor:
     """See ``hash_index.find``."""
-    return _look_up(ids, segments, UNKNOWN)
+    return _look_up(segments, num_ids, UNKNOWN)
 
 
 def find_or_insert(
-    ids: Tensor, segments: Tensor, tables: Sequence[Table], segment_tables: Sequence[int]
+    segments: Segments, num_ids: int, tables: Sequence[Table], segment_tables: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """See ``hash_index.find_or_insert``; room is made for all tables before an id is added."""
-    rows = _look_up(ids, segments, MISSING)
-    owner = torch.tensor(segment_tables)[_segment_of(torch.arange(ids.numel()), segments)]
+    rows = _look_up(segments, num_ids, MISSING)
+    owner = torch.tensor(segment_tables)[_segment_of(torch.arange(num_ids), segments)]
+    ids = torch.cat([segment.ids for segment in _segments(segments, num_ids)])
     new = {}
     for number in range(len(tables)):
         misses = ((rows == MISSING) & (owner == number)).nonzero().squeeze(1)
@@ -154,9 +155,9 @@ def find_or_insert(
     for number, positions in new.items():
         header = tables[number].header
         _Index.of(header).add(ids[positions], _take_rows(header, positions.numel()))
-    found = _look_up(ids, segments, UNKNOWN)
+    found = _look_up(segments, num_ids, UNKNOWN)
     rows = torch.where(rows == MISSING, found, rows)
-    for segment in _segments(ids, segments):
+    for segment in _segments(segments, num_ids):
         if int(segment.header[fields.LAST_SEEN]):
             seen = rows[segment.start : segment.start + segment.ids.numel()]
             seen = seen[seen >= 0]
@@ -166,9 +167,9 @@ def find_or_insert(
     return rows, torch.cat(list(new.values())).sort().values if new else None
 
 
-def _segment_of(positions: Tensor, segments: Tensor) -> Tensor:
+def _segment_of(positions: Tensor, segments: Segments) -> Tensor:
     """Return the segment of each position; an empty segment has none."""
-    starts = segments[:, fields.SEGMENT_START].contiguous()
+    starts = torch.from_numpy(segments[:, fields.SEGMENT_START].copy())
     return torch.searchsorted(starts, positions, right=True) - 1
 
 
@@ -244,16 +245,16 @@ def _initial_weights(header: Tensor, ids: Tensor, embedding_dim: int) -> Tensor:
 
 
 def init_rows_(
-    ids: Tensor, rows: Tensor, new: Tensor, segments: Tensor, embedding_dim: int, bfloat16: bool
+    rows: Tensor, new: Tensor, segments: Segments, embedding_dim: int, bfloat16: bool
 ) -> None:
     """See ``row_init.init_rows_``."""
     owner = _segment_of(new, segments)
-    for number, line in enumerate(segments.tolist()):
+    for number, (start, ids, header, *_) in enumerate(_segments(segments, rows.numel())):
         positions = new[owner == number]
-        header, mine = header_at(line[fields.SEGMENT_HEADER]), rows[positions]
+        mine = rows[positions]
         store = Rows.of(header, mine)
         words = torch.zeros(mine.numel(), store.words)
-        initial = _initial_weights(header, ids[positions], embedding_dim)
+        initial = _initial_weights(header, ids[positions - start], embedding_dim)
         weights_of(words, embedding_dim, bfloat16).copy_(initial.float())
         state_of(words, embedding_dim, bfloat16).fill_(float_field(header, fields.STATE_FILL))
         store.write(mine, words)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.table_header import INIT_ARGS, INIT_KEY, INIT_KIND
 
 CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
@@ -46,18 +47,17 @@ def write_key(header: Tensor, seed: int, name: str) -> None:
 
 
 def init_rows_(
-    ids: Tensor, rows: Tensor, new: Tensor, segments: Tensor, embedding_dim: int, bfloat16: bool
+    rows: Tensor, new: Tensor, segments: Segments, embedding_dim: int, bfloat16: bool
 ) -> None:
     """Write initial weights and empty optimizer state into the rows of new ids.
 
     Args:
-        ids: int64 [n], as given to ``find_or_insert``.
-        rows: int64 [n], what it returned.
+        rows: int64 [n], what ``find_or_insert`` returned.
         new: int64 [m], positions of the new ids, ascending.
         segments: As given to ``find_or_insert``.
         embedding_dim: Weights in a row.
         bfloat16: Whether weights are bfloat16 (else float32).
     """
     with backend.region("recis::init_rows"):
-        module = backend.module("row_init", ids.device)
-        module.init_rows_(ids, rows, new, segments, embedding_dim, bfloat16)
+        module = backend.module("row_init", rows.device)
+        module.init_rows_(rows, new, segments, embedding_dim, bfloat16)

@@ -32,6 +32,7 @@ from recis_lightning.ops.table_header import (
     NUM_STATE,
     ROW_BYTES,
     SEGMENT_HEADER,
+    SEGMENT_IDS,
     SEGMENT_SIZE,
     STATE_FILL,
 )
@@ -126,13 +127,13 @@ def _fill(kind, args, base, target, embedding_dim):
 def _init_kernel(bfloat16):
     def init(args):
         chunk_size, n = load_i64(args + 16), load_i64(args + 24)
-        ids, rows, new = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
+        rows, new = load_i64(args + 32), load_i64(args + 40)
         segments, num_segments, num_ids = (
+            load_i64(args + 48),
             load_i64(args + 56),
             load_i64(args + 64),
-            load_i64(args + 72),
         )
-        embedding_dim, scratch = load_i64(args + 80), load_i64(args + 88)
+        embedding_dim, scratch = load_i64(args + 72), load_i64(args + 80)
         chunks = load_i64(args + 8)
         weight_bytes = 4 * embedding_dim
         if bfloat16:
@@ -144,13 +145,15 @@ def _init_kernel(bfloat16):
             low = chunk * chunk_size
             segment = segment_at(segments, num_segments, load_i64(new + 8 * low)) - 1
             end = np.int64(-1)
-            header = np.int64(0)
+            header, ids = np.int64(0), np.int64(0)
             for i in range(low, min(low + chunk_size, n)):
                 position = load_i64(new + 8 * i)
                 while position >= end:
                     segment += 1
                     end = segment_start(segments, segment + 1, num_segments, num_ids)
-                    header = load_i64(segments + segment * 8 * SEGMENT_SIZE + 8 * SEGMENT_HEADER)
+                    info = segments + segment * 8 * SEGMENT_SIZE
+                    header = load_i64(info + 8 * SEGMENT_HEADER)
+                    ids = load_i64(info + 8 * SEGMENT_IDS)
                 row = load_i64(rows + 8 * position)
                 shift = load_i64(header + 8 * BLOCK_SHIFT)
                 target = load_i64(load_i64(header + 8 * BLOCKS) + 8 * (row >> shift))
@@ -178,7 +181,7 @@ def _init_kernel(bfloat16):
     return parallel_cpu.kernel(init)
 
 
-def init_rows_(ids, rows, new, segments, embedding_dim, bfloat16):
+def init_rows_(rows, new, segments, embedding_dim, bfloat16):
     """See the contract."""
     n = new.numel()
     chunks = num_chunks(n, _CHUNK)
@@ -187,12 +190,11 @@ def init_rows_(ids, rows, new, segments, embedding_dim, bfloat16):
         chunks,
         _CHUNK,
         n,
-        ids.data_ptr(),
         rows.data_ptr(),
         new.data_ptr(),
-        segments.data_ptr(),
-        segments.shape[0],
-        ids.numel(),
+        address_of(segments),
+        len(segments),
+        rows.numel(),
         embedding_dim,
         address_of(scratch),
     )

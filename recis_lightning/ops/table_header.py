@@ -41,12 +41,14 @@ UNKNOWN = -1  # a lookup's row: the id has none (not known, not admitted)
 PADDING = -2  # a lookup's row: the id is the feature's padding_idx
 MISSING = -3  # within find_or_insert: the id is to be inserted
 
-# A segment of a lookup: the ids of one feature, int64 [num_segments, SEGMENT_SIZE].
-SEGMENT_SIZE = 4
+# A segment of a lookup: the ids of one feature, int64 [num_segments, SEGMENT_SIZE]. Positions count
+# all ids of the call, segment after segment; every segment's ids are read where they lie.
+SEGMENT_SIZE = 8
 SEGMENT_START = 0  # position of its first id
 SEGMENT_HEADER = 1  # its table's header address
 SEGMENT_FLAGS = 2
 SEGMENT_PADDING = 3  # its padding_idx, where it has one
+SEGMENT_IDS = 4  # address of its ids less 8 * start: the id at position p lies at this + 8 * p
 
 HAS_PADDING = 1  # flag: the feature has a padding_idx
 INSERT = 2  # flag: unknown ids of the feature get a row
