@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recis_lightning import table_state
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids
-from recis_lightning.eviction import Eviction, RowColumns
+from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
 from recis_lightning.ops.table_header import (
@@ -34,13 +34,13 @@ from recis_lightning.ops.table_header import (
     STEP,
 )
 from recis_lightning.pending_gradient import PendingGradient
-from recis_lightning.table_storage import TableStorage
+from recis_lightning.table_eviction import TableEviction
 
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
 
-class HashTable(TableStorage, nn.Module):
+class HashTable(TableEviction, nn.Module):
     """A table of rows by id.
 
     Args:
@@ -102,6 +102,7 @@ class HashTable(TableStorage, nn.Module):
     def _start(self) -> None:
         """Make the storage of an empty table."""
         self.start_storage()
+        self.start_counts()
         row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
@@ -143,11 +144,6 @@ class HashTable(TableStorage, nn.Module):
         return ", ".join([f"{self.embedding_dim}", f"name={self.name!r}", *shown])
 
     # ---- steps and stamps
-
-    @property
-    def step(self) -> int:
-        """What training lookups stamp rows with; ``HashTableFilterHook`` advances it."""
-        return int(self._header[STEP])
 
     def update_step(self, n: int = 1) -> None:
         """Advance ``step`` by ``n``."""
@@ -259,24 +255,11 @@ class HashTable(TableStorage, nn.Module):
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
             row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
+            if self.readmissions is not None:
+                self.readmissions.note_new(ids[new])
         return rows
 
-    # ---- removing rows
-
-    def evict(self) -> int:
-        """Throw out the rows that the eviction policy names; return how many went.
-
-        Weights, optimizer state and stamps of an evicted id are gone; when it returns it starts
-        from its initial row. Rows with a pending gradient stay until the optimizer has stepped.
-        """
-        if self.eviction is None or not len(self):
-            return 0
-        last_seen = self._last_seen[: self.rows.num_rows]
-        evicted = self.eviction.expired(RowColumns(self.step, last_seen))
-        for record in self.pending:
-            rows = record.rows_of(self)
-            evicted[rows[rows >= 0]] = False
-        return self.remove_rows(evicted) if bool(evicted.any()) else 0
+    # ---- removing rows: by policy in TableEviction
 
     def delete(self, ids: Tensor) -> int:
         """Remove ids, their rows and their pending gradients; return how many were known.
@@ -295,6 +278,7 @@ class HashTable(TableStorage, nn.Module):
         """Remove all ids and pending gradients; ``step`` and the optimizer stay."""
         self.drop_pending()
         self.generation += 1
+        self._num_removed += len(self)
         self.empty_storage(self.rows.slots, self.rows.state_fill)
 
     def drop_pending(self) -> None:
@@ -368,6 +352,7 @@ class HashTable(TableStorage, nn.Module):
         self._header[STEP] = state["step"]
         self._header[NUM_UPDATES] = state["num_updates"]
         rows = self._insert(state["ids"].to(self.device).contiguous())
+        self._num_loaded += len(self)
         self.rows.write(rows, state["weights"].to(self.dtype), state["slots"])
         if self.keeps_last_seen and "last_seen" in state:
             self._last_seen[rows] = state["last_seen"]
@@ -397,7 +382,7 @@ class HashTable(TableStorage, nn.Module):
 
 _NOT_COPIED = (
     *("header", "_header", "_entries", "rows", "_last_seen"),  # made anew, filled from the state
-    *("pending", "_optimizer", "_original"),
+    *("pending", "_optimizer", "_original", "readmissions"),
 )
 
 

@@ -91,6 +91,11 @@ class RowStore:
         blocks = sum(chunk.nbytes for chunk in self._chunks)
         return blocks + self.addresses.nbytes + self._free_rows.nbytes
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer state in all blocks."""
+        return 4 * sum(self.slots.values()) * self.capacity
+
     def reserve(self, num_new: int) -> None:
         """Make room for ``num_new`` rows more; freed rows count as room."""
         unused = self.capacity - self.num_rows + int(self._header[NUM_FREE])

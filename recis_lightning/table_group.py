@@ -172,7 +172,18 @@ class TableGroup:
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
             row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
+            self._note_new(ids, new)
         return rows
+
+    def _note_new(self, ids: list[Tensor], new: Tensor) -> None:
+        """Tell the tables that track readmissions which of their ids are new."""
+        if all(table.readmissions is None for table in self.tables):
+            return
+        cuts = [*np.searchsorted(new.numpy(), self._starts), new.numel()]
+        for number, feature in enumerate(self.features):
+            if feature.table.readmissions is not None:
+                mine = new[cuts[number] : cuts[number + 1]] - self._starts[number]
+                feature.table.readmissions.note_new(ids[number][mine])
 
     def _gather(
         self, bags: Sequence[Bags], rows: Tensor

@@ -88,7 +88,12 @@ class TableStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of index, rows (weights and optimizer state) and policy columns."""
-        return self._entries.nbytes + self.rows.nbytes + self._last_seen.nbytes
+        return self._entries.nbytes + self.rows.nbytes + self.column_bytes
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of policy columns."""
+        return self._last_seen.nbytes
 
     def reserve_ids(self, num_new: int) -> None:
         """Make room in the index for ``num_new`` ids more."""

@@ -47,6 +47,7 @@ from recis_lightning.ops.table_header import (
     NO_ROW,
     NUM_FREE,
     NUM_IDS,
+    NUM_REFUSED,
     PADDING,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
@@ -60,6 +61,7 @@ from recis_lightning.ops.table_header import (
 
 # Unknown ids inserted before the share of duplicates among them is known; see find_or_insert.
 _FIRST_ROUND = 1 << 16
+READ, FIRST_LOOK, LATER_LOOK = range(3)  # only the first look of training counts the refused
 _COUNTS = [NUM_IDS, NEXT_ROW, NUM_FREE]  # header fields that an insertion changes
 
 
@@ -84,7 +86,7 @@ def _find_kernel(args):
             end = min(segment_start(segments, segment, num_segments, n), high)
             header, ids = load_i64(info + 8 * SEGMENT_HEADER), load_i64(info + 8 * SEGMENT_IDS)
             flags = load_i64(info + 8 * SEGMENT_FLAGS)
-            has_padding, unknown = flags & HAS_PADDING, UNKNOWN
+            has_padding, unknown, num_unknown = flags & HAS_PADDING, UNKNOWN, np.int64(0)
             if training and flags & INSERT:
                 unknown = MISSING
             padding = load_i64(info + 8 * SEGMENT_PADDING)
@@ -117,11 +119,15 @@ def _find_kernel(args):
                         slot = (slot + 1) & (capacity - 1)
                 if row == NO_ROW:
                     store_i64(rows + 8 * j, unknown)
-                    misses += unknown == MISSING
+                    num_unknown += 1
                 else:
                     store_i64(rows + 8 * j, row)
                     if last_seen:
                         store_i64(last_seen + 8 * row, step)
+            if unknown == MISSING:
+                misses += num_unknown
+            elif training == FIRST_LOOK and num_unknown:
+                atomic_add(header + 8 * NUM_REFUSED, num_unknown)
             i = end
         store_i64(miss_counts + 8 * chunk, misses)
 
@@ -214,7 +220,7 @@ def _find(segments, n, training):
 
 def find(segments, num_ids):
     """See the contract."""
-    return _find(segments, num_ids, False)[0]
+    return _find(segments, num_ids, READ)[0]
 
 
 def find_or_insert(segments, num_ids, tables, segment_tables):
@@ -223,7 +229,7 @@ def find_or_insert(segments, num_ids, tables, segment_tables):
     Unknown ids are inserted in rounds, because a batch may hold an unknown id many times and room
     is needed for distinct ones only: the first round tells how many of them are distinct.
     """
-    rows, counts = _find(segments, num_ids, True)
+    rows, counts = _find(segments, num_ids, FIRST_LOOK)
     all_new, before = [], None
     distinct_share = 0.0
     while num_misses := int(counts.sum()):
@@ -241,7 +247,7 @@ def find_or_insert(segments, num_ids, tables, segment_tables):
         if complete:
             break
         distinct_share = len(new) / len(misses)
-        rows, counts = _find(segments, num_ids, True)
+        rows, counts = _find(segments, num_ids, LATER_LOOK)
     if not all_new:
         return rows, None
     new = all_new[0] if len(all_new) == 1 else np.sort(np.concatenate(all_new))

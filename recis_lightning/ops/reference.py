@@ -141,6 +141,9 @@ def find_or_insert(
 ) -> tuple[Tensor, Tensor | None]:
     """See ``hash_index.find_or_insert``; room is made for all tables before an id is added."""
     rows = _look_up(segments, num_ids, MISSING)
+    for segment in _segments(segments, num_ids):
+        refused = rows[segment.start : segment.start + segment.ids.numel()] == UNKNOWN
+        segment.header[fields.NUM_REFUSED] += refused.sum()
     owner = torch.tensor(segment_tables)[_segment_of(torch.arange(num_ids), segments)]
     ids = torch.cat([segment.ids for segment in _segments(segments, num_ids)])
     new = {}

@@ -32,6 +32,8 @@ INIT_ARGS = 14  # four float64 bit patterns: 14, 15, 16, 17
 NUM_STATE = 18  # float32 words of state in a row
 STATE_FILL = 19  # float64 bit pattern: what they start from
 NUM_UPDATES = 20  # optimizer steps that had a gradient for the table
+# Admission.
+NUM_REFUSED = 21  # occurrences in training lookups that were not admitted
 
 EMPTY = -(2**63)  # the key of an empty entry; this id itself lives in the extra entry at the end
 NO_ROW = 2**63 - 1  # the row of an empty entry
