@@ -1,4 +1,4 @@
-"""What a model reports by name (``add_metric``) and GAUC, the AUC within each user."""
+"""What a model reports by name (``add_metric``, ``add_to_ml_tracker``) and GAUC, AUC by user."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["GAUC", "add_metric", "clear_metrics", "get_metrics"]
+__all__ = [
+    "GAUC",
+    "add_metric",
+    "add_to_ml_tracker",
+    "clear_metrics",
+    "get_metrics",
+    "take_tracked",
+]
 
 _registry: dict[str, object] = {}
+_tracked: dict[str, float | Tensor] = {}
 _registry_lock = threading.Lock()
 
 
@@ -68,6 +77,53 @@ def clear_metrics() -> None:
     """
     with _registry_lock:
         _registry.clear()
+
+
+def add_to_ml_tracker(name: str, data: object) -> None:
+    """Hand a value to ``MLTrackerHook``, which writes it to the Trainer's loggers once.
+
+    Cheap enough for every training step: nothing is copied to the host here. Of a name that is
+    given twice before the hook writes, the last value counts.
+
+    Args:
+        name: The name in the loggers.
+        data: A number, or numbers as a tensor (detached from its graph), NumPy array or list.
+
+    Raises:
+        TypeError: ``name`` is not a ``str``, or ``data`` is none of these.
+
+    Example:
+        >>> add_to_ml_tracker("learning_rate", 0.01)
+        >>> take_tracked()
+        {'learning_rate': 0.01}
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__} ({name!r})")
+    value: float | Tensor
+    if isinstance(data, Tensor):
+        value = data.detach()
+    elif isinstance(data, bool | int | float):
+        value = data
+    elif isinstance(data, np.ndarray | np.generic | list | tuple):
+        array = np.asarray(data)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"data: expected numbers for {name!r}, got dtype {array.dtype}")
+        value = torch.tensor(array)
+    else:
+        raise TypeError(
+            f"data: expected a number, tensor, array or list for {name!r}, "
+            f"got {type(data).__name__}"
+        )
+    with _registry_lock:
+        _tracked[name] = value
+
+
+def take_tracked() -> dict[str, float | Tensor]:
+    """Return what ``add_to_ml_tracker`` was given since the last call, and forget it."""
+    global _tracked
+    with _registry_lock:
+        taken, _tracked = _tracked, {}
+    return taken
 
 
 class GAUC(Metric):

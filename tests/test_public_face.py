@@ -34,7 +34,17 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdamW, SparseDenseOptimizer
 
 ROOM_NAMES = [
-    (callbacks, ["HashTableFilterHook", "Hook", "LoggerHook", "ProfilerHook"]),
+    (
+        callbacks,
+        [
+            "HashTableFilterHook",
+            "Hook",
+            "LoggerHook",
+            "MLTrackerHook",
+            "ProfilerHook",
+            "TraceHook",
+        ],
+    ),
     (eviction, ["GlobalStepFilter"]),
     (admission, ["ReadOnly"]),
     (initializers, ["Constant", "Normal", "TruncatedNormal", "Uniform"]),

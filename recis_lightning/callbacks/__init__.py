@@ -7,8 +7,21 @@ from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import AboveTheBar as _AboveTheBar
 from recis_lightning.callbacks.logger import LoggerHook
 from recis_lightning.callbacks.profiler import ProfilerHook
+from recis_lightning.callbacks.trace import TraceHook
+from recis_lightning.callbacks.tracker import MLTrackerHook
+from recis_lightning.metrics import add_to_ml_tracker
+from recis_lightning.trace import add_to_trace
 
-__all__ = ["HashTableFilterHook", "Hook", "LoggerHook", "ProfilerHook"]
+__all__ = [
+    "HashTableFilterHook",
+    "Hook",
+    "LoggerHook",
+    "MLTrackerHook",
+    "ProfilerHook",
+    "TraceHook",
+    "add_to_ml_tracker",
+    "add_to_trace",
+]
 
 # The hooks report at INFO, which Python hides by default; Lightning shows its own likewise.
 _logger = _logging.getLogger("recis_lightning")

@@ -18,6 +18,7 @@ from torchmetrics import Metric, MetricCollection
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.publish import fetch, publish
 from recis_lightning.metrics import get_metrics
 
 __all__ = ["LoggerHook"]
@@ -121,7 +122,7 @@ class LoggerHook(Hook):
         reported = "loss" in values
         if not reported:
             values = {"loss": _loss(trainer, pl_module, outputs), **values}
-        fetched = _fetched({**values, _SAMPLES: samples}, trainer.strategy.root_device)
+        fetched = fetch({**values, _SAMPLES: samples}, trainer.strategy.root_device)
         samples = fetched.pop(_SAMPLES)
 
         seconds = self._clock.lap()
@@ -135,7 +136,8 @@ class LoggerHook(Hook):
             _log.info("%s", " ".join(line))
         if not reported and _module_logs(trainer, "loss"):
             values.pop("loss", None)
-        _publish(trainer, rates | {k: v for k, v in values.items() if _is_number(v)})
+        numbers = {k: v for k, v in values.items() if _is_number(v)}
+        publish(trainer, rates | numbers, prog_bar=True)
 
 
 class _TrainingClock:
@@ -299,24 +301,6 @@ def _compute(metric: Metric | MetricCollection, world_size: int) -> Any:
     return metric.compute()
 
 
-def _fetched(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Bring one-element tensors to the host as numbers: one synchronisation for all."""
-    scalars = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.numel() == 1}
-    away = [name for name, value in scalars.items() if value.device.type != "cpu"]
-    if away:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        together = torch.stack([scalars[name].detach().reshape(()).to(dtype) for name in away])
-        numbers: dict[str, Any] = dict(zip(away, together.tolist(), strict=True))
-    else:
-        numbers = {}
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    for name, value in scalars.items():
-        number = numbers[name] if name in numbers else value.item()
-        numbers[name] = number if value.is_floating_point() else int(number)
-    return {**values, **numbers}
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
@@ -327,23 +311,3 @@ def _shown(value: Any) -> str:
 
 def _module_logs(trainer: Trainer, name: str) -> bool:
     return f"training_step.{name}" in (trainer._results or ())
-
-
-def _publish(trainer: Trainer, values: dict[str, float]) -> None:
-    """Put values where ``self.log`` puts them, and write them to every logger, once.
-
-    ``self.log`` itself would have Lightning handle them after every batch (40 us, 1% of a step of
-    the demo, and on a GPU a synchronisation each), write them again at each of its own logging
-    steps until the epoch ends, and not at all where the two intervals do not meet.
-    """
-    if trainer.barebones:
-        return
-    trainer.progress_bar_metrics.update(values)
-    tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
-    trainer.callback_metrics.update(tensors)
-    trainer.logged_metrics.update(tensors)
-    if trainer.is_global_zero:
-        # Lightning's own x-axis: batches after which the optimizer stepped.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)

@@ -1,0 +1,255 @@
+"""The files of a trace: rows of steps as Parquet, and values as Arrow arrays."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_lightning.jagged import Jagged
+
+__all__ = [
+    "OWN_COLUMNS",
+    "TraceFiles",
+    "TraceStep",
+    "check_kind",
+    "import_pyarrow",
+    "num_rows_of",
+    "rewind_files",
+    "to_host",
+]
+
+_log = logging.getLogger(__name__)
+
+OWN_COLUMNS = ("step", "rank")
+_GROUP_BYTES = 8 << 20  # a row group: what is encoded at once, and read at least
+_FILE_BYTES = 256 << 20  # a file, before compression
+_FILE = re.compile(r"(\.?)rank-(\d+)-step-\d+\.parquet(?:\.part)?")
+
+
+class TraceStep(NamedTuple):
+    """Rows of a step on the host; a value is an array [B, ...], a list, ``_Ragged`` or a scalar."""
+
+    step: int
+    num_rows: int
+    values: dict[str, Any]
+    partition: dict[str, Any]
+
+
+class _Ragged(NamedTuple):
+    values: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
+
+
+class TraceFiles:
+    """The files of one writer: one at a time, in its thread."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank = path, rank
+        self.first_unsaved = 0
+        self._schema: Any = None
+        self._writer: Any = None
+        self._partition: dict[str, Any] = {}
+        self._waiting: list[Any] = []  # tables that do not fill a row group yet
+        self._waiting_bytes = self._file_bytes = 0
+
+    def append(self, step: TraceStep) -> None:
+        """Write the rows of a step, or keep them for the row group in progress."""
+        try:
+            table = self._table(step)
+        except BaseException:
+            self.finish()  # the steps before this one are good
+            self.first_unsaved = step.step
+            raise
+        if self._writer is not None and step.partition != self._partition:
+            self.finish()
+        if self._writer is None:
+            self._open(step)
+        self._waiting.append(table)
+        self._waiting_bytes += table.nbytes
+        if self._waiting_bytes >= _GROUP_BYTES:
+            self._write_group()
+            if self._file_bytes >= _FILE_BYTES:
+                self.finish()
+
+    def finish(self) -> None:
+        """Make the file in progress whole."""
+        if self._writer is None:
+            return
+        self._write_group()
+        self._writer.close()
+        self._unfinished.rename(self._final)
+        self._writer = None
+
+    def abandon(self) -> None:
+        """Give up the file in progress, which could not be written."""
+        if self._writer is None:
+            return
+        self._waiting.clear()
+        try:
+            self._writer.close()
+        except Exception:  # it is the one that failed
+            _log.debug("Could not close %s", self._unfinished, exc_info=True)
+        self._unfinished.unlink(missing_ok=True)
+
+    def _open(self, step: TraceStep) -> None:
+        pa = import_pyarrow()
+        self._partition, self.first_unsaved, self._file_bytes = step.partition, step.step, 0
+        folder = self.path.joinpath(*(f"{key}={value}" for key, value in step.partition.items()))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._final = folder / f"rank-{self.rank:05d}-step-{step.step:012d}.parquet"
+        self._unfinished = folder / f".{self._final.name}.part"
+        if self._final.exists():
+            raise FileExistsError(f"{self._final} exists: another run traced this step")
+        self._writer = pa.parquet.ParquetWriter(self._unfinished, self._schema)
+
+    def _write_group(self) -> None:
+        if self._waiting:
+            group = import_pyarrow().concat_tables(self._waiting)
+            self._waiting.clear()
+            self._file_bytes += self._waiting_bytes
+            self._waiting_bytes = 0
+            self._writer.write_table(group, row_group_size=max(1, group.num_rows))
+
+    def _table(self, step: TraceStep) -> Any:
+        pa = import_pyarrow()
+        n = step.num_rows
+        arrays = {
+            "step": pa.array(np.full(n, step.step, np.int64)),
+            "rank": pa.array(np.full(n, self.rank, np.int32)),
+        }
+        for name, value in step.values.items():
+            wanted = None if self._schema is None else self._schema.field(name).type
+            array = _arrow(value, n, wanted)
+            if wanted is not None and array.type != wanted:
+                raise TypeError(
+                    f"trace of step {step.step}: {name!r} was {wanted} before, is {array.type} now"
+                )
+            arrays[name] = array
+        table = pa.table(arrays)
+        if self._schema is None:
+            self._schema = table.schema
+        return table
+
+
+def import_pyarrow() -> Any:
+    """Return pyarrow, or raise an ImportError that says how to install it."""
+    try:
+        import pyarrow as pa
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "a trace is a Parquet data set, and writing one needs pyarrow: "
+            "pip install 'recis-lightning[trace]'"
+        ) from error
+    return pa
+
+
+def to_host(name: str, value: Any) -> Any:
+    """Copy a value to the host, as a ``TraceStep`` holds it."""
+    if isinstance(value, Tensor) and value.is_nested:
+        if value.layout is not torch.jagged:
+            raise TypeError(f"trace of {name!r}: expected a NestedTensor of layout torch.jagged")
+        if value.lengths() is not None:  # type: ignore[attr-defined]
+            value = value.contiguous()  # holes between the rows
+        value = Jagged(value.values(), value.offsets())
+    if isinstance(value, Jagged):
+        return _Ragged(_array(name, value.values), _array(name, value.offsets).astype(np.int32))
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return _array(name, value)
+    return list(value) if isinstance(value, list) else check_kind(name, value)
+
+
+def check_kind(name: str, value: Any) -> bool | int | float | str:
+    """Return a value that stands for all rows of its step, or raise."""
+    if not isinstance(value, bool | int | float | str):
+        raise TypeError(
+            f"trace of {name!r}: expected a tensor, array, Jagged, list, number or str, "
+            f"got {type(value).__name__}"
+        )
+    return value
+
+
+def _array(name: str, value: Any) -> np.ndarray[Any, Any]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    array = np.array(value)
+    if array.dtype.kind not in "biufU" or 0 in array.shape[1:]:
+        raise TypeError(
+            f"trace of {name!r}: expected numbers [B, ...] with no empty dimension behind B, "
+            f"got {array.dtype} {array.shape}"
+        )
+    return array
+
+
+def num_rows_of(value: Any) -> int:
+    """Return the rows of a value on the host; -1 for one that stands for all rows."""
+    if isinstance(value, _Ragged):
+        return len(value.offsets) - 1
+    if isinstance(value, np.ndarray):
+        return len(value) if value.ndim else -1
+    return len(value) if isinstance(value, list) else -1
+
+
+def _arrow(value: Any, num_rows: int, wanted: Any) -> Any:
+    """Return a value of the host as an Arrow array of ``num_rows``."""
+    pa = import_pyarrow()
+    if isinstance(value, _Ragged):
+        return pa.ListArray.from_arrays(pa.array(value.offsets), _fixed(value.values))
+    if isinstance(value, list):
+        return pa.array(value, type=wanted)
+    if isinstance(value, np.ndarray) and value.ndim:
+        return _fixed(value)
+    return _fixed(np.full(num_rows, value))
+
+
+def _fixed(values: np.ndarray[Any, Any]) -> Any:
+    pa = import_pyarrow()
+    array = pa.array(values.reshape(-1))
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array
+
+
+def rewind_files(path: Path, step: int, is_ours: Callable[[int], bool]) -> int:
+    """Remove rows after a step, and unfinished files, of the ranks that are ours.
+
+    Returns:
+        How many rows went.
+    """
+    removed = 0
+    for file in sorted(path.rglob("*rank-*-step-*.parquet*")):
+        found = _FILE.fullmatch(file.name)
+        if found is None or not is_ours(int(found[2])):
+            continue
+        if found[1]:
+            file.unlink()  # unfinished when its run was killed
+        else:
+            removed += _rewind_file(file, step)
+    return removed
+
+
+def _rewind_file(path: Path, step: int) -> int:
+    """Remove the rows of a file after a step, and the file if none are left."""
+    pa = import_pyarrow()
+    metadata = pa.parquet.read_metadata(path)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if not any(group.num_rows and group.column(0).statistics.max > step for group in groups):
+        return 0
+    table = pa.parquet.read_table(path, partitioning=None)
+    kept = table.filter(pa.compute.less_equal(table["step"], step))
+    if kept.num_rows:
+        unfinished = path.with_name(f".{path.name}.part")
+        pa.parquet.write_table(kept, unfinished)
+        unfinished.replace(path)
+    else:
+        path.unlink()
+    return int(table.num_rows - kept.num_rows)
