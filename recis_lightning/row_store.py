@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import embedding_bag
+from recis_lightning.ops import row_columns
+from recis_lightning.ops.row_columns import Column
 from recis_lightning.ops.table_header import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -170,12 +171,10 @@ class RowStore:
             weights: [n, embedding_dim] in the store's dtype.
             slots: name -> float32 [n, words].
         """
-        raw = embedding_bag.gather_rows(self.header, rows, self.row_words, torch.float32)
-        weights, *slots = raw.split([self.weight_words, *self.slots.values()], dim=1)
-        if self.dtype is not torch.float32:
-            weights = weights.contiguous().view(self.dtype)[:, : self.embedding_dim]
-        named = dict(zip(self.slots, slots, strict=True))
-        return weights.contiguous(), {name: slot.contiguous() for name, slot in named.items()}
+        weights = torch.empty(rows.numel(), self.embedding_dim, dtype=self.dtype)
+        slots = {name: torch.empty(rows.numel(), words) for name, words in self.slots.items()}
+        row_columns.read_columns(self.header, rows, self._columns(weights, slots))
+        return weights, slots
 
     def write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
         """Overwrite whole rows; slots that are not given start afresh.
@@ -185,12 +184,20 @@ class RowStore:
             weights: [n, embedding_dim] in the store's dtype.
             slots: name -> float32 [n, words].
         """
-        parts = [weights]
-        if self.dtype is not torch.float32:
-            odd = self.embedding_dim % 2
-            padded = torch.nn.functional.pad(weights, (0, odd)) if odd else weights.contiguous()
-            parts = [padded.view(torch.float32)]
-        for name, words in self.slots.items():
-            filled = weights.new_full((), self.state_fill, dtype=torch.float32)
-            parts.append(slots.get(name, filled.expand(rows.numel(), words)))
-        embedding_bag.write_rows_(self.header, rows, torch.cat(parts, dim=1))
+        filled = {
+            name: torch.full((1, words), self.state_fill) for name, words in self.slots.items()
+        }
+        given = {name: slots[name].contiguous() for name in self.slots if name in slots}
+        columns = self._columns(weights.contiguous(), {**filled, **given})
+        row_columns.write_columns_(self.header, rows, columns)
+
+    def _columns(self, weights: Tensor, slots: dict[str, Tensor]) -> list[Column]:
+        """Say where in a row weights and slots stand."""
+        columns, words = [Column(weights, 0)], self.weight_words
+        for name, width in self.slots.items():
+            columns.append(Column(slots[name], 4 * words))
+            words += width
+        return columns
+
+
+__all__ = ["RowStore"]

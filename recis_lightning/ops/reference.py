@@ -26,11 +26,15 @@ from recis_lightning.ops.reference_storage import (
     float_field,
     header_at,
     memory,
+    read_columns,
     state_of,
     weights_of,
+    write_columns_,
 )
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.ops.table_header import CLAIMED, EMPTY, MISSING, NO_ROW, PADDING, UNKNOWN
+
+__all__ = ["read_columns", "write_columns_"]  # those of a contract that other files hold
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from recis_lightning.ops import row_columns
 from recis_lightning.ops import table_header as fields
 
 
@@ -74,3 +75,29 @@ def weights_of(words: Tensor, embedding_dim: int, bfloat16: bool) -> Tensor:
 def state_of(words: Tensor, embedding_dim: int, bfloat16: bool) -> Tensor:
     """View the state behind the weights of whole rows, float32."""
     return words[:, (embedding_dim + 1) // 2 if bfloat16 else embedding_dim :]
+
+
+def read_columns(header: Tensor, rows: Tensor, plan: row_columns.Plan) -> None:
+    """See ``row_columns.read_columns``."""
+    words = Rows.of(header, rows).read(rows).view(torch.uint8)
+    for line in plan:
+        part, data = _part(words, line)
+        data.copy_(part)
+
+
+def write_columns_(header: Tensor, rows: Tensor, plan: row_columns.Plan) -> None:
+    """See ``row_columns.write_columns_``."""
+    store = Rows.of(header, rows)
+    words = store.read(rows)
+    for line in plan:
+        part, data = _part(words.view(torch.uint8), line)
+        part.copy_(data)
+    store.write(rows, words)
+
+
+def _part(words: Tensor, line: row_columns.Plan) -> tuple[Tensor, Tensor]:
+    """Return what a line of a plan names: a part of the rows and the tensor, uint8 [n, bytes]."""
+    address, stride, first, num_bytes = line.tolist()
+    count = len(words) if stride else 1
+    data = memory(address, count * num_bytes, torch.uint8).view(count, num_bytes)
+    return words[:, first : first + num_bytes], data.expand(len(words), -1)
