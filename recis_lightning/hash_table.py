@@ -7,7 +7,6 @@ parameters must not see them. They travel through ``state_dict`` as extra state.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recis_lightning import table_state
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids
 from recis_lightning.eviction import Eviction
@@ -34,13 +32,13 @@ from recis_lightning.ops.table_header import (
     STEP,
 )
 from recis_lightning.pending_gradient import PendingGradient
-from recis_lightning.table_eviction import TableEviction
+from recis_lightning.table_saving import TableSaving
 
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
 
-class HashTable(TableEviction, nn.Module):
+class HashTable(TableSaving, nn.Module):
     """A table of rows by id.
 
     Args:
@@ -292,98 +290,11 @@ class HashTable(TableEviction, nn.Module):
         backend.check_device(probe.device)
         if probe.dtype is not self.dtype:
             check_dtype(probe.dtype)
-            state = self.get_extra_state()
+            state = self._whole_state()
             self.set_dtype(probe.dtype)
             self._load(state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return everything the table holds, as tensors and primitives, ids by row.
-
-        Raises:
-            RuntimeError: Several ranks train; only rank 0's rows would be saved.
-        """
-        refuse_many_ranks("saving a table")
-        ids, rows = self.ids_map()
-        weights, slots = self.rows.read(rows)
-        state: dict[str, Any] = {
-            "schema": table_state.SCHEMA,
-            "name": self._name,
-            "embedding_dim": self.embedding_dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "seed": self.seed,
-            "step": self.step,
-            "num_updates": self.num_updates,
-            "state_fill": self.rows.state_fill,
-            "ids": ids,
-            "weights": weights,
-            "slots": slots,
-        }
-        if self.keeps_last_seen:
-            state["last_seen"] = self._last_seen[rows]
-        return state
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Replace everything the table holds.
-
-        Seed and step come from ``state``, the name too if the table has none, so that a resumed
-        run goes on exactly as the saved one would have. Weights are converted to the table's
-        dtype, as those of a parameter are.
-
-        Raises:
-            ValueError: ``state`` is of another kind of table; the table is as it was.
-        """
-        table_state.check_state(state, self.name, self.embedding_dim)
-        self._load(state)
-
-    def _load(self, state: dict[str, Any]) -> None:
-        optimizer = self._optimizer
-        slots = {name: slot.shape[1] for name, slot in state["slots"].items()}
-        layout = (self.rows.slots, self.rows.state_fill) if optimizer else None
-        self.drop_pending()
-        if self._name is None:
-            self._name = state["name"]
-        self.seed = state["seed"]
-        # The state's slots may not be those of this table's optimizer: take them, then adapt.
-        self.clear()
-        self.set_slots(slots, state["state_fill"])
-        row_init.write_key(self.header, self.seed, self.name)
-        self._header[STEP] = state["step"]
-        self._header[NUM_UPDATES] = state["num_updates"]
-        rows = self._insert(state["ids"].to(self.device).contiguous())
-        self._num_loaded += len(self)
-        self.rows.write(rows, state["weights"].to(self.dtype), state["slots"])
-        if self.keeps_last_seen and "last_seen" in state:
-            self._last_seen[rows] = state["last_seen"]
-        if layout is not None:
-            self.set_slots(*layout)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickling and deepcopy take: rows and state, but no pending gradients.
-
-        A pickled ``nn.Parameter`` leaves its ``grad`` behind in the same way.
-        """
-        state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
-        return {**state, "_saved": table_state.to_arrays(self.get_extra_state())}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied._original = weakref.ref(self)
-        return copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state.pop("_saved")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._start()
-        self._load(table_state.from_arrays(saved))
-
-
-_NOT_COPIED = (
-    *("header", "_header", "_entries", "rows", "_last_seen"),  # made anew, filled from the state
-    *("pending", "_optimizer", "_original", "readmissions"),
-)
 
 
 def write_segment(
@@ -397,18 +308,6 @@ def write_segment(
     admits = table.admission is None or table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
-
-
-def refuse_many_ranks(what: str) -> None:
-    """Raise if several ranks run: tables are not sharded in this version."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        world_size = distributed.get_world_size()
-        if world_size > 1:
-            raise RuntimeError(
-                f"{what} on {world_size} ranks: tables are not sharded over ranks in this "
-                "version; train on one process (devices=1)"
-            )
 
 
 def hash_tables(module: nn.Module) -> list[HashTable]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recis_lightning.hash_table import HashTable, refuse_many_ranks, write_segment
+from recis_lightning.hash_table import HashTable, write_segment
 from recis_lightning.jagged import Bags
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE
 from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.pending_gradient import PendingGradient
+from recis_lightning.table_saving import refuse_many_ranks
 from recis_lightning.table_storage import storage_epoch
 
 _ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
