@@ -25,6 +25,7 @@ from recis_lightning.ops.table_header import (
     HAS_PADDING,
     INSERT,
     NUM_UPDATES,
+    SCREEN,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_PADDING,
@@ -101,6 +102,7 @@ class HashTable(TableSaving, nn.Module):
         """Make the storage of an empty table."""
         self.start_storage()
         self.start_counts()
+        self.start_sightings(None if self.admission is None else self.admission.screening)
         row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
@@ -242,6 +244,8 @@ class HashTable(TableSaving, nn.Module):
                 f"got {tuple(embeddings.shape)}"
             )
         rows = self._insert(flat)
+        if self.sightings is not None:
+            self.sightings.forget(flat)
         values = embeddings.detach().to(self.dtype).reshape(-1, self.embedding_dim)
         last = torch.from_numpy(np.unique(rows.flip(0).numpy(), return_index=True)[1])
         chosen = rows.numel() - 1 - last
@@ -273,10 +277,12 @@ class HashTable(TableSaving, nn.Module):
         return self.remove_rows(gone)
 
     def clear(self) -> None:
-        """Remove all ids and pending gradients; ``step`` and the optimizer stay."""
+        """Remove all ids, sightings and pending gradients; ``step`` and the optimizer stay."""
         self.drop_pending()
         self.generation += 1
         self._num_removed += len(self)
+        if self.sightings is not None:
+            self.sightings.clear()
         self.empty_storage(self.rows.slots, self.rows.state_fill)
 
     def drop_pending(self) -> None:
@@ -307,6 +313,7 @@ def write_segment(
     line[SEGMENT_HEADER] = table.header.data_ptr()
     admits = table.admission is None or table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
+    line[SEGMENT_FLAGS] |= SCREEN * (insert and table.sightings is not None)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
 
 

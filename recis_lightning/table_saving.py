@@ -78,6 +78,8 @@ class TableSaving(TableEviction):
         }
         if self.keeps_last_seen:
             state["last_seen"] = self._last_seen[rows]
+        if self.sightings is not None:
+            state |= self.sightings.state()
         return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -141,6 +143,8 @@ class TableSaving(TableEviction):
         """Take up the policies' part of ``saved_fields``."""
         if self.keeps_last_seen and "last_seen" in state:
             self._last_seen[rows] = state["last_seen"]
+        if self.sightings is not None:
+            self.sightings.load_state(state, self.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and deepcopy take: rows and state, but no pending gradients.
@@ -165,7 +169,7 @@ class TableSaving(TableEviction):
 
 _NOT_COPIED = (
     *("header", "_header", "_entries", "rows", "_last_seen"),  # made anew, filled from the state
-    *("pending", "_optimizer", "_original", "readmissions", "reference"),
+    *("pending", "_optimizer", "_original", "readmissions", "reference", "sightings"),
 )
 
 

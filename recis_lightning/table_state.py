@@ -24,6 +24,14 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "weights": Tensor,
     "slots": dict,
 }
+# What only some policies keep. An int, or a tensor of a dtype as long as another field.
+_OPTIONAL_INTS = ("num_lookups", "num_sketched")
+_OPTIONAL_COLUMNS: dict[str, str] = {
+    "last_seen": "ids",
+    "pending_ids": "pending_ids",
+    "pending_counts": "pending_ids",
+    "pending_lookups": "pending_ids",
+}
 
 
 def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
@@ -53,8 +61,21 @@ def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
     wanted = {"ids": ((n,), torch.int64), "weights": ((n, dim), check_dtype(state["dtype"]))}
     wanted |= {key: ((n, *slot.shape[1:2]), torch.float32) for key, slot in tensors.items()}
     tensors |= {"ids": state["ids"], "weights": state["weights"]}
-    if "last_seen" in state:
-        tensors["last_seen"], wanted["last_seen"] = state["last_seen"], ((n,), torch.int64)
+    for key, along in _OPTIONAL_COLUMNS.items():
+        if key in state:
+            if not isinstance(state[key], Tensor) or not isinstance(state.get(along), Tensor):
+                raise ValueError(f"{where}: {key} or {along} is not what it should be")
+            tensors[key], wanted[key] = state[key], ((state[along].numel(),), torch.int64)
+    if "pending_ids" in state and not {"pending_counts", "pending_lookups"} <= state.keys():
+        raise ValueError(f"{where}: pending_counts or pending_lookups is missing")
+    if "sketch" in state:
+        sketch = state["sketch"]
+        if not isinstance(sketch, Tensor) or sketch.dim() != 2 or "num_sketched" not in state:
+            raise ValueError(f"{where}: sketch is not what it should be")
+        tensors["sketch"], wanted["sketch"] = sketch, (tuple(sketch.shape), torch.uint8)
+    for key in _OPTIONAL_INTS:
+        if key in state and (not isinstance(state[key], int) or isinstance(state[key], bool)):
+            raise ValueError(f"{where}: {key} is not what it should be")
     for key, tensor in tensors.items():
         shape, dtype = wanted[key]
         if tuple(tensor.shape) != shape or tensor.dtype is not dtype:

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_lightning.admission import Screening
 from recis_lightning.ops import hash_index
-from recis_lightning.ops.table_header import CAPACITY, HEADER_SIZE, LAST_SEEN, NUM_IDS
+from recis_lightning.ops.table_header import CAPACITY, HEADER_SIZE, LAST_SEEN, NUM_IDS, SIGHTINGS
 from recis_lightning.row_store import RowStore
+from recis_lightning.sightings import Sightings
 
 _NEVER_EXPIRES = 2**63 - 1  # the stamp of a free row, so that eviction passes it over
 
@@ -43,6 +45,7 @@ class TableStorage:
 
     embedding_dim: int
     dtype: torch.dtype
+    sightings: Sightings | None
     generation = 0
 
     @property
@@ -92,8 +95,8 @@ class TableStorage:
 
     @property
     def column_bytes(self) -> int:
-        """Bytes of policy columns."""
-        return self._last_seen.nbytes
+        """Bytes of what policies keep."""
+        return self._last_seen.nbytes + (0 if self.sightings is None else self.sightings.nbytes)
 
     def reserve_ids(self, num_new: int) -> None:
         """Make room in the index for ``num_new`` ids more."""
@@ -112,6 +115,24 @@ class TableStorage:
                 column[: self._last_seen.numel()] = self._last_seen
                 self._last_seen = column
                 self._header[LAST_SEEN] = column.data_ptr()
+
+    def start_sightings(self, screening: Screening | None) -> None:
+        """Remember sightings of ids without a row as an admission policy asks."""
+        self.sightings = None if screening is None else Sightings(screening)
+        self._header[SIGHTINGS] = 0
+        if self.sightings is not None:
+            self._header[SIGHTINGS] = self.sightings.header.data_ptr()
+
+    def begin_screening(self) -> None:
+        """Count one training lookup."""
+        assert self.sightings is not None
+        self.sightings.begin_lookup()
+
+    def reserve_sightings(self, num_new: int) -> None:
+        """Make room for sightings of ``num_new`` ids more."""
+        assert self.sightings is not None
+        with _Memory(self, f"sightings of {num_new} ids more"):
+            self.sightings.reserve(num_new)
 
     def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
         """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.

@@ -46,7 +46,7 @@ ROOM_NAMES = [
         ],
     ),
     (eviction, ["GlobalStepFilter"]),
-    (admission, ["ReadOnly"]),
+    (admission, ["BloomCount", "MinCount", "Probability", "ReadOnly"]),
     (initializers, ["Constant", "Normal", "TruncatedNormal", "Uniform"]),
     (
         optim,

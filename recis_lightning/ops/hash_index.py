@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import backend
+from recis_lightning.ops import admission, backend
 from recis_lightning.ops.table_header import (
     CAPACITY,
     EMPTY,
@@ -39,7 +39,7 @@ MIN_CAPACITY = 64
 _MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
 
 
-class Table(Protocol):
+class Table(admission.Screened, Protocol):
     """What an index op needs of a table: its header, and room when it asks for it."""
 
     header: Tensor
@@ -136,11 +136,13 @@ def find_or_insert(
     tables: Sequence[Table],
     segment_tables: Sequence[int],
     device: torch.device,
+    sightings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Look ids up, give unknown ones a row, and stamp rows with their table's step.
 
-    Only segments with the INSERT flag insert, and all segments of one table carry the same flag:
-    whether it inserts is the table's policy. Only tables with the column stamp.
+    Only segments with the INSERT flag insert, and all segments of one table carry the same flags:
+    whether it inserts is the table's policy. Those with the SCREEN flag insert what the table's
+    memory of sightings lets in (``ops.admission``). Only tables with the column stamp.
 
     Rows are handed out in the order in which ids first appear, freed rows first: the result does
     not depend on how many threads ran. Rows of new ids are not initialised here.
@@ -151,6 +153,8 @@ def find_or_insert(
         tables: The group's tables; each is asked for room as it is needed.
         segment_tables: For each segment, its table's position in ``tables``.
         device: Where the ids are.
+        sightings: int64 [n], how many occurrences each position stands for, for policies that
+            count; None means 1.
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
@@ -161,8 +165,9 @@ def find_or_insert(
     """
     with backend.region("recis::find_or_insert"):
         module = backend.module("hash_index", device)
+        screen = admission.screening(segments, num_ids, tables, segment_tables, device, sightings)
         found: tuple[Tensor, Tensor | None]
-        found = module.find_or_insert(segments, num_ids, tables, segment_tables)
+        found = module.find_or_insert(segments, num_ids, tables, segment_tables, screen)
     return found
 
 
@@ -185,6 +190,21 @@ def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tup
         removed = backend.module("hash_index", header.device).rebuild(old, header, evicted)
         header[NUM_IDS] = num_ids - removed
         return entries, removed
+
+
+def fill(header: Tensor, entries: Tensor) -> None:
+    """Add ids that are not in the index yet; there must be room for them.
+
+    Args:
+        header: int64 [HEADER_SIZE].
+        entries: int64 [m, 2], distinct ids, each with its row.
+    """
+    if len(entries):
+        old = entries.contiguous()
+        backend.module("hash_index", header.device).rebuild(
+            (old.data_ptr(), len(old) - 1), header, None
+        )
+        header[NUM_IDS] += len(old)
 
 
 def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -213,6 +233,7 @@ __all__ = [
     "capacity_for",
     "describe",
     "empty_entries",
+    "fill",
     "find",
     "find_or_insert",
     "id_of_row",

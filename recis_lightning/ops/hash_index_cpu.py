@@ -223,17 +223,20 @@ def find(segments, num_ids):
     return _find(segments, num_ids, READ)[0]
 
 
-def find_or_insert(segments, num_ids, tables, segment_tables):
+def find_or_insert(segments, num_ids, tables, segment_tables, screen):
     """See the contract.
 
     Unknown ids are inserted in rounds, because a batch may hold an unknown id many times and room
     is needed for distinct ones only: the first round tells how many of them are distinct.
     """
     rows, counts = _find(segments, num_ids, FIRST_LOOK)
+    misses, refused = _list_misses(rows, counts), None
+    if screen is not None and len(misses):
+        asked, misses = misses, screen(torch.from_numpy(misses), rows).numpy()
+        refused = np.setdiff1d(asked, misses, assume_unique=True)
     all_new, before = [], None
     distinct_share = 0.0
-    while num_misses := int(counts.sum()):
-        misses = list_misses(rows, counts, num_misses)
+    while len(misses):
         cuts = np.searchsorted(misses, segments[:, SEGMENT_START])
         misses, complete = _round_of(misses, cuts, tables, segment_tables, distinct_share)
         if before is None and not complete:
@@ -248,10 +251,19 @@ def find_or_insert(segments, num_ids, tables, segment_tables):
             break
         distinct_share = len(new) / len(misses)
         rows, counts = _find(segments, num_ids, LATER_LOOK)
+        misses = _list_misses(rows, counts)
+        if refused is not None:
+            rows.numpy()[refused] = UNKNOWN
+            misses = np.setdiff1d(misses, refused, assume_unique=True)
     if not all_new:
         return rows, None
     new = all_new[0] if len(all_new) == 1 else np.sort(np.concatenate(all_new))
     return rows, torch.from_numpy(new)
+
+
+def _list_misses(rows, counts):
+    num_misses = int(counts.sum())
+    return list_misses(rows, counts, num_misses) if num_misses else np.empty(0, np.int64)
 
 
 def _take_back(tables, before):

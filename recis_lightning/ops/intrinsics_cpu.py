@@ -94,6 +94,18 @@ def compare_and_swap(typingctx, address, expected, desired):
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def compare_and_swap_u8(typingctx, address, expected, desired):
+    """Do it for one byte."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        pair = builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 0)
+
+    return types.uint8(types.int64, types.uint8, types.uint8), codegen
+
+
 class FloatVector(types.Type):
     """``width`` float32 lanes."""
 

@@ -8,7 +8,7 @@ before fast; what a contract promises is said in the contract's file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,11 @@ from torch import Tensor
 from recis_lightning.ops import embedding_bag as bags
 from recis_lightning.ops import row_init, row_update
 from recis_lightning.ops import table_header as fields
+from recis_lightning.ops.admission import Screen
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments, Table
+from recis_lightning.ops.reference_admission import forget_, screen
+from recis_lightning.ops.reference_index import Index, mix, segments_of, shift_right, signed
 from recis_lightning.ops.reference_storage import (
     Rows,
     float_field,
@@ -34,22 +37,7 @@ from recis_lightning.ops.reference_storage import (
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.ops.table_header import CLAIMED, EMPTY, MISSING, NO_ROW, PADDING, UNKNOWN
 
-__all__ = ["read_columns", "write_columns_"]  # those of a contract that other files hold
-
-
-def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Shift int64 as if it were unsigned."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the bits of an unsigned constant."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-# ---- hash_index
-
-_SLOT_MIX_1, _SLOT_MIX_2 = _signed(0x9E3779B97F4A7C15), _signed(0xD6E8FEB86659FD93)
+# ---- hash_index (admission: reference_admission)
 
 
 def allocate_entries(capacity: int, device: torch.device) -> Tensor:
@@ -57,77 +45,10 @@ def allocate_entries(capacity: int, device: torch.device) -> Tensor:
     return torch.tensor([[EMPTY, NO_ROW]], device=device).repeat(capacity + 1, 1)
 
 
-class _Index:
-    """A table's entries, int64 [capacity + 1, 2], and where probing for an id starts."""
-
-    def __init__(self, address: int, capacity: int) -> None:
-        self.entries = memory(address, 2 * (capacity + 1), torch.int64).view(-1, 2)
-        self.capacity = capacity
-
-    @classmethod
-    def of(cls, header: Tensor) -> _Index:
-        return cls(int(header[fields.ENTRIES]), int(header[fields.CAPACITY]))
-
-    def _first_slots(self, ids: Tensor) -> Tensor:
-        mixed = ids * _SLOT_MIX_1
-        mixed = (mixed ^ _shift_right(mixed, 32)) * _SLOT_MIX_2
-        slots = _shift_right(mixed, 65 - self.capacity.bit_length())
-        return torch.where(ids == EMPTY, self.capacity, slots)
-
-    def _next_slots(self, slots: Tensor) -> Tensor:
-        return (slots + 1) & (self.capacity - 1)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return each id's row, ``NO_ROW`` where it has none."""
-        slots = self._first_slots(ids)
-        looking = torch.arange(ids.numel())
-        while looking.numel():
-            there = self.entries[slots[looking], 0]
-            looking = looking[(there != ids[looking]) & (there != EMPTY)]
-            slots[looking] = self._next_slots(slots[looking])
-        found = self.entries[slots, 0] == ids
-        return torch.where(found, self.entries[slots, 1], NO_ROW)
-
-    def add(self, ids: Tensor, rows: Tensor) -> None:
-        """Add distinct ids that are not there yet."""
-        slots = self._first_slots(ids)
-        homeless = torch.arange(ids.numel())
-        while homeless.numel():
-            wanted = slots[homeless]
-            free = self.entries[wanted, 0] == EMPTY
-            # Several may want one empty entry: one of them, whichever, is written last and has it.
-            self.entries[wanted[free], 0] = ids[homeless[free]]
-            housed = self.entries[wanted, 0] == ids[homeless]
-            self.entries[wanted[housed], 1] = rows[homeless[housed]]
-            homeless = homeless[~housed]
-            slots[homeless] = self._next_slots(slots[homeless])
-
-
-class _Segment(NamedTuple):
-    start: int
-    ids: Tensor
-    header: Tensor
-    inserts: bool
-    padding: int | None
-
-
-def _segments(segments: Segments, num_ids: int) -> Iterator[_Segment]:
-    starts = segments[:, fields.SEGMENT_START].tolist()
-    for line, start, end in zip(segments.tolist(), starts, [*starts[1:], num_ids], strict=True):
-        flags = line[fields.SEGMENT_FLAGS]
-        yield _Segment(
-            start,
-            memory(line[fields.SEGMENT_IDS] + 8 * start, end - start, torch.int64),
-            header_at(line[fields.SEGMENT_HEADER]),
-            bool(flags & fields.INSERT),
-            line[fields.SEGMENT_PADDING] if flags & fields.HAS_PADDING else None,
-        )
-
-
 def _look_up(segments: Segments, num_ids: int, missing: int) -> Tensor:
     rows = torch.empty(num_ids, dtype=torch.int64)
-    for segment in _segments(segments, num_ids):
-        found = _Index.of(segment.header).rows(segment.ids)
+    for segment in segments_of(segments, num_ids):
+        found = Index.of(segment.header).rows(segment.ids)
         found[found == NO_ROW] = missing if segment.inserts else UNKNOWN
         if segment.padding is not None:
             found[segment.ids == segment.padding] = PADDING
@@ -141,15 +62,21 @@ def find(segments: Segments, num_ids: int) -> Tensor:
 
 
 def find_or_insert(
-    segments: Segments, num_ids: int, tables: Sequence[Table], segment_tables: Sequence[int]
+    segments: Segments,
+    num_ids: int,
+    tables: Sequence[Table],
+    segment_tables: Sequence[int],
+    screen: Screen | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``hash_index.find_or_insert``; room is made for all tables before an id is added."""
     rows = _look_up(segments, num_ids, MISSING)
-    for segment in _segments(segments, num_ids):
+    for segment in segments_of(segments, num_ids):
         refused = rows[segment.start : segment.start + segment.ids.numel()] == UNKNOWN
         segment.header[fields.NUM_REFUSED] += refused.sum()
+    if screen is not None:
+        screen((rows == MISSING).nonzero().squeeze(1), rows)
     owner = torch.tensor(segment_tables)[_segment_of(torch.arange(num_ids), segments)]
-    ids = torch.cat([segment.ids for segment in _segments(segments, num_ids)])
+    ids = torch.cat([segment.ids for segment in segments_of(segments, num_ids)])
     new = {}
     for number in range(len(tables)):
         misses = ((rows == MISSING) & (owner == number)).nonzero().squeeze(1)
@@ -161,10 +88,10 @@ def find_or_insert(
         tables[number].reserve_rows(positions.numel())
     for number, positions in new.items():
         header = tables[number].header
-        _Index.of(header).add(ids[positions], _take_rows(header, positions.numel()))
+        Index.of(header).add(ids[positions], _take_rows(header, positions.numel()))
     found = _look_up(segments, num_ids, UNKNOWN)
     rows = torch.where(rows == MISSING, found, rows)
-    for segment in _segments(segments, num_ids):
+    for segment in segments_of(segments, num_ids):
         if int(segment.header[fields.LAST_SEEN]):
             seen = rows[segment.start : segment.start + segment.ids.numel()]
             seen = seen[seen >= 0]
@@ -194,20 +121,20 @@ def _take_rows(header: Tensor, count: int) -> Tensor:
 
 def rebuild(old: tuple[int, int], header: Tensor, evicted: Tensor | None) -> int:
     """See ``hash_index.rebuild``; ``old`` is (address, capacity) of the entries to move."""
-    entries = _Index(*old).entries
+    entries = Index(*old).entries
     entries = entries[entries[:, 1] < CLAIMED]
     leaving = torch.zeros(len(entries), dtype=torch.bool)
     if evicted is not None:
         leaving = evicted[entries[:, 1]]
         evicted.zero_()
         evicted[entries[leaving, 1]] = True
-    _Index.of(header).add(entries[~leaving, 0], entries[~leaving, 1])
+    Index.of(header).add(entries[~leaving, 0], entries[~leaving, 1])
     return int(leaving.sum())
 
 
 def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """See ``hash_index.id_of_row``."""
-    entries = _Index.of(header).entries
+    entries = Index.of(header).entries
     entries = entries[entries[:, 1] != NO_ROW]
     ids, occupied = (
         torch.zeros(num_rows, dtype=torch.int64),
@@ -219,22 +146,13 @@ def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 # ---- row_init
 
-_ID_MIX_1, _ID_MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-_COLUMN = _signed(0x9E3779B97F4A7C15)
-
-
-def _mix(values: Tensor) -> Tensor:
-    values = (values ^ _shift_right(values, 30)) * _ID_MIX_1
-    values = (values ^ _shift_right(values, 27)) * _ID_MIX_2
-    return values ^ _shift_right(values, 31)
+_COLUMN = signed(0x9E3779B97F4A7C15)
 
 
 def _initial_weights(header: Tensor, ids: Tensor, embedding_dim: int) -> Tensor:
     """Return the first weights of ids, float64 [n, embedding_dim]."""
-    bits = (
-        _mix(_mix(ids) ^ header[fields.INIT_KEY])[:, None] + torch.arange(embedding_dim) * _COLUMN
-    )
-    uniform = (2 * _shift_right(_mix(bits), 41) + 1).double() * 2.0**-24
+    bits = mix(mix(ids) ^ header[fields.INIT_KEY])[:, None] + torch.arange(embedding_dim) * _COLUMN
+    uniform = (2 * shift_right(mix(bits), 41) + 1).double() * 2.0**-24
     kind = int(header[fields.INIT_KIND])
     first, second, low, high = (float_field(header, fields.INIT_ARGS + i) for i in range(4))
     if kind == row_init.CONSTANT:
@@ -256,7 +174,7 @@ def init_rows_(
 ) -> None:
     """See ``row_init.init_rows_``."""
     owner = _segment_of(new, segments)
-    for number, (start, ids, header, *_) in enumerate(_segments(segments, rows.numel())):
+    for number, (start, ids, header, *_) in enumerate(segments_of(segments, rows.numel())):
         positions = new[owner == number]
         mine = rows[positions]
         store = Rows.of(header, mine)
@@ -405,3 +323,22 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
         w = w * decay - lr * m / (v.sqrt() * inv_sqrt_bias2 + eps)
     weights.copy_(w.float())
     store.write(rows, words)
+
+
+__all__ = [
+    "allocate_entries",
+    "find",
+    "find_or_insert",
+    "forget_",
+    "gather",
+    "id_of_row",
+    "init_rows_",
+    "read_columns",
+    "rebuild",
+    "screen",
+    "sort_gradients",
+    "squared_norm",
+    "update_rows_",
+    "write_columns_",
+    "write_rows_",
+]

@@ -46,8 +46,8 @@ _S27, _S30, _S31, _S41 = (np.uint64(n) for n in (27, 30, 31, 41))
 
 
 @njit
-def _mix(value):
-    # The finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+def mix(value):
+    """Hash uint64: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014)."""
     value = (value ^ (value >> _S30)) * _MIX_1
     value = (value ^ (value >> _S27)) * _MIX_2
     return value ^ (value >> _S31)
@@ -95,7 +95,7 @@ def _erfinv(x):
 @njit
 def _uniform(base, column):
     # 23 bits and a half: exact in float32, never 0 or 1.
-    bits = _mix(base + np.uint64(column) * _COLUMN) >> _S41
+    bits = mix(base + np.uint64(column) * _COLUMN) >> _S41
     return (_F(2) * _F(np.int32(bits)) + _F(1)) * _F(2.0**-24)
 
 
@@ -159,7 +159,7 @@ def _init_kernel(bfloat16):
                 target = load_i64(load_i64(header + 8 * BLOCKS) + 8 * (row >> shift))
                 target += (row & ((np.int64(1) << shift) - 1)) * load_i64(header + 8 * ROW_BYTES)
                 key = np.uint64(load_i64(header + 8 * INIT_KEY))
-                base = _mix(key ^ _mix(np.uint64(load_i64(ids + 8 * position))))
+                base = mix(key ^ mix(np.uint64(load_i64(ids + 8 * position))))
                 weights = target
                 if bfloat16:
                     weights = scratch + chunk * 4 * embedding_dim

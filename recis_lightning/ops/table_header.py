@@ -7,7 +7,7 @@ the tables changes.
 
 from __future__ import annotations
 
-HEADER_SIZE = 24
+HEADER_SIZE = 32
 
 # Index.
 ENTRIES = 0  # address of int64 [capacity + 1, 2]
@@ -34,6 +34,7 @@ STATE_FILL = 19  # float64 bit pattern: what they start from
 NUM_UPDATES = 20  # optimizer steps that had a gradient for the table
 # Admission.
 NUM_REFUSED = 21  # occurrences in training lookups that were not admitted
+SIGHTINGS = 22  # address of the header of what a screening policy remembers; see admission
 
 EMPTY = -(2**63)  # the key of an empty entry; this id itself lives in the extra entry at the end
 NO_ROW = 2**63 - 1  # the row of an empty entry
@@ -54,3 +55,4 @@ SEGMENT_IDS = 4  # address of its ids less 8 * start: the id at position p lies 
 
 HAS_PADDING = 1  # flag: the feature has a padding_idx
 INSERT = 2  # flag: unknown ids of the feature get a row
+SCREEN = 4  # flag: those that the table's admission policy lets in

@@ -1,0 +1,119 @@
+"""Which unknown ids of a lookup are let in: the contract, and the memory of sightings.
+
+A table whose policy *screens* remembers something of ids without a row, behind a header of its own
+(the *memory*), which the table's header points to. ``find_or_insert`` screens what it did not find,
+between finding and inserting: positions whose id may come in stay MISSING, others become UNKNOWN.
+So known ids cost nothing, and the index of rows holds none but admitted ids.
+
+The clock of a memory is the number of its table's training lookups. Three kinds of memory:
+
+- ``COUNT``: open addressing as in ``hash_index``, entries ``(id, lookup << 32 | count)``: how often
+  the id was sighted, and in which lookup last. An entry says nothing (it is as good as absent) if
+  its id was let in before, or was not sighted in the last FORGET_AFTER lookups. Such entries go
+  when the memory would otherwise grow.
+- ``SKETCH``: a count-min sketch of bytes, one row of it a hash function.
+- ``DRAW``: none; whether an id comes in is a hash of the table's key, the id and the lookup.
+
+Counts stop at THRESHOLD, so a sum does not depend on the order in which threads add to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import backend
+from recis_lightning.ops.table_header import SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
+
+# Fields of a memory's header; those of an index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) are an index's.
+KIND = 4
+THRESHOLD = 5  # sightings wanted (COUNT, SKETCH); probability * 2**53 (DRAW)
+NUM_LOOKUPS = 6  # training lookups so far, the present one included
+FORGET_AFTER = 7
+PER_BATCH = 8  # whether a lookup counts once, however often the id is in it
+COUNTERS = 9  # address of uint8 [num_hashes, width]
+WIDTH = 10
+NUM_HASHES = 11
+NUM_COUNTED = 12  # sightings since the sketch was last halved
+
+COUNT, SKETCH, DRAW = 1, 2, 3
+COUNT_MASK = (1 << 32) - 1
+MAX_LOOKUPS = 1 << 30  # lookups and count share an entry's second word, below CLAIMED
+MAX_COUNTER = 255
+
+Screen = Callable[[Tensor, Tensor], Tensor]
+
+
+class Screened(Protocol):
+    """What screening needs of a table."""
+
+    def begin_screening(self) -> None:
+        """Count one training lookup."""
+
+    def reserve_sightings(self, num_new: int) -> None:
+        """Make room for sightings of ``num_new`` more ids."""
+
+
+def screening(
+    segments: npt.NDArray[np.int64],
+    num_ids: int,
+    tables: Sequence[Screened],
+    segment_tables: Sequence[int],
+    device: torch.device,
+    sightings: Tensor | None,
+) -> Screen | None:
+    """Begin a training lookup; return what it asks about the ids that it does not find.
+
+    Args:
+        segments: As for ``find_or_insert``, like all that follow.
+        num_ids: n.
+        tables: The group's tables.
+        segment_tables: For each segment, its table's position in ``tables``.
+        device: Where the ids are.
+        sightings: int64 [n], occurrences that each position stands for; None means 1.
+
+    Returns:
+        None if no table screens. Else a function of misses (int64 [m], ascending positions) and
+        rows (int64 [n]) that marks in ``rows`` whose id may not come in, and returns the others.
+    """
+    screened = np.flatnonzero(segments[:, SEGMENT_FLAGS] & SCREEN).tolist()
+    if not screened:
+        return None
+    numbers = dict.fromkeys(segment_tables[segment] for segment in screened)
+    for number in numbers:
+        tables[number].begin_screening()
+    weights = None if sightings is None else sightings.contiguous()
+
+    def screen(misses: Tensor, rows: Tensor) -> Tensor:
+        with backend.region("recis::screen"):
+            cuts = np.searchsorted(misses.numpy(), segments[:, SEGMENT_START])
+            cuts = np.append(cuts, len(misses))
+            wanted = dict.fromkeys(numbers, 0)
+            for segment in screened:
+                wanted[segment_tables[segment]] += int(cuts[segment + 1] - cuts[segment])
+            for number, num_sighted in wanted.items():
+                if num_sighted:
+                    tables[number].reserve_sightings(num_sighted)
+            module = backend.module("admission", device)
+            module.screen(segments, num_ids, misses, rows, weights)
+            return misses[rows[misses] != UNKNOWN]
+
+    return screen
+
+
+def forget_(memory: Tensor, ids: Tensor) -> None:
+    """Make a COUNT memory say nothing of some ids.
+
+    Args:
+        memory: Its header.
+        ids: int64 [n].
+    """
+    backend.module("admission", ids.device).forget_(memory, ids)
+
+
+__all__ = ["Screen", "Screened", "forget_", "screening"]

@@ -1,0 +1,148 @@
+"""What a screening admission policy remembers of ids that have no row."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_lightning.admission import Screening
+from recis_lightning.ops import admission, hash_index
+from recis_lightning.ops.table_header import CAPACITY, HEADER_SIZE, NO_ROW, NUM_IDS
+
+_MAX_LOAD = 0.7
+
+
+class Sightings:
+    """The memory of one table, behind a header of its own; ``ops.admission`` says how it works.
+
+    Args:
+        screening: What the policy wants.
+    """
+
+    def __init__(self, screening: Screening) -> None:
+        self.screening = screening
+        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+        self._header = self.header.numpy()
+        for field, value in screening.fields().items():
+            self._header[field] = value
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all sightings; the number of lookups stays."""
+        kind = self.screening.kind
+        counts = kind == admission.COUNT
+        self._entries = torch.empty(0, dtype=torch.int64)
+        if counts:
+            self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
+        self._counters = torch.zeros(
+            self.screening.num_hashes, self.screening.width, dtype=torch.uint8
+        )
+        self._header[admission.COUNTERS] = self._counters.data_ptr()
+        self._header[admission.NUM_COUNTED] = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of entries and counters."""
+        return self._entries.nbytes + self._counters.nbytes
+
+    @property
+    def num_lookups(self) -> int:
+        """Training lookups so far."""
+        return int(self._header[admission.NUM_LOOKUPS])
+
+    def begin_lookup(self) -> None:
+        """Count a training lookup, and let a sketch fade when it is due.
+
+        Raises:
+            OverflowError: There were 2**30 lookups already.
+        """
+        if self.num_lookups >= admission.MAX_LOOKUPS - 1:
+            raise OverflowError("an admission policy counts 2**30 training lookups at most")
+        self._header[admission.NUM_LOOKUPS] += 1
+        window = self.screening.fade_after
+        if window and self._header[admission.NUM_COUNTED] >= window:
+            self._counters >>= 1
+            self._header[admission.NUM_COUNTED] = 0
+
+    def reserve(self, num_new: int) -> None:
+        """Make room for ``num_new`` ids more; what says nothing any more goes first."""
+        if self.screening.kind != admission.COUNT:
+            return
+        if int(self._header[NUM_IDS]) + num_new <= _MAX_LOAD * int(self._header[CAPACITY]):
+            return
+        self._rebuild(num_new)
+
+    def compact(self) -> None:
+        """Let go of what says nothing any more, and of the memory it took."""
+        if self.screening.kind == admission.COUNT:
+            self._rebuild(0)
+
+    def _rebuild(self, num_new: int) -> None:
+        live = self._live()
+        self._entries[:, 1].masked_fill_(~live, NO_ROW)
+        num_live = int(live.sum())
+        capacity = hash_index.MIN_CAPACITY
+        while capacity < 2 * (num_live + num_new):
+            capacity *= 2
+        self._entries, _ = hash_index.rebuild(self.header, capacity)
+        self._header[NUM_IDS] = num_live
+
+    def _live(self) -> Tensor:
+        """Return bool [entries], those whose id was sighted too seldom, and not too long ago."""
+        cells = self._entries[:, 1]
+        live = (cells != NO_ROW) & (cells & admission.COUNT_MASK < self.screening.threshold)
+        age = self.num_lookups - (cells >> 32)
+        return live & (age <= self.screening.forget_after)
+
+    def forget(self, ids: Tensor) -> None:
+        """Forget the sightings of ids, int64 [n]; a sketch cannot."""
+        if self.screening.kind == admission.COUNT:
+            admission.forget_(self.header, ids)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a saved table must know: tensors and primitives."""
+        found: dict[str, Any] = {"num_lookups": self.num_lookups}
+        if self.screening.kind == admission.COUNT:
+            kept = self._entries[self._live()]
+            kept = kept[kept[:, 0].argsort()]
+            found["pending_ids"] = kept[:, 0].clone()
+            found["pending_counts"] = kept[:, 1] & admission.COUNT_MASK
+            found["pending_lookups"] = kept[:, 1] >> 32
+        elif self.screening.kind == admission.SKETCH:
+            found["sketch"] = self._counters.clone()
+            found["num_sketched"] = int(self._header[admission.NUM_COUNTED])
+        return found
+
+    def load_state(self, state: dict[str, Any], table: str) -> None:
+        """Take up what a table saved; a state without sightings has none.
+
+        Args:
+            state: A table's state.
+            table: Whose, for warnings.
+        """
+        self.clear()
+        self._header[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
+        if self.screening.kind == admission.COUNT and "pending_ids" in state:
+            ids = state["pending_ids"]
+            self.reserve(ids.numel())
+            # Under a lower threshold than before, an id comes in when it is next sighted.
+            counts = state["pending_counts"].clamp(max=self.screening.threshold - 1)
+            values = (state["pending_lookups"] << 32) | counts
+            hash_index.fill(self.header, torch.stack([ids, values], dim=1))
+        if self.screening.kind == admission.SKETCH and "sketch" in state:
+            if state["sketch"].shape != self._counters.shape:
+                warnings.warn(
+                    f"table {table!r}: the saved sketch of sightings has shape "
+                    f"{tuple(state['sketch'].shape)}, this policy's has "
+                    f"{tuple(self._counters.shape)}; counting starts anew",
+                    stacklevel=2,
+                )
+                return
+            self._counters.copy_(state["sketch"])
+            self._header[admission.NUM_COUNTED] = state["num_sketched"]
+
+
+__all__ = ["Sightings"]
