@@ -60,6 +60,8 @@ class TableGroup:
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.segment_tables = [self.tables.index(feature.table) for feature in features]
         self._epoch = storage_epoch()
+        self._has_admission = any(table.admission is not None for table in self.tables)
+        self._all_known = False  # whether the last training lookup found nothing to insert
         self._shapes: list[
             tuple[int, int, int]
         ] = []  # of the last call: what its plan was made for
@@ -114,18 +116,19 @@ class TableGroup:
                 f"{feature.name}: its table is on {self.device}, its ids on {part.device}"
             )
         self._note_shapes(bags, ids)
-        rows = self._find_rows(ids, training)
+        outputs, plan = self._allocate(bags)
+        rows = self._fill(ids, plan, training)
         if not training or not torch.is_grad_enabled():
-            return self._gather(bags, rows)[0]
+            return outputs
         weighted = [
             index
             for index, bag in enumerate(bags)
             if bag.weights is not None and bag.weights.requires_grad
         ]
         if not weighted and not any(table.trainable for table in self.tables):
-            return self._gather(bags, rows)[0]
+            return outputs
         weights = [bags[index].weights for index in weighted]
-        return list(_Lookup.apply(_ANCHOR, self, bags, rows, weighted, *weights))  # type: ignore[no-untyped-call]
+        return list(_Lookup.apply(_ANCHOR, self, bags, rows, plan, outputs, weighted, *weights))  # type: ignore[no-untyped-call]
 
     def _note_shapes(self, bags: Sequence[Bags], ids: list[Tensor]) -> None:
         """Fill in what segments and plan say of sizes, if these are not those of the last call."""
@@ -162,14 +165,34 @@ class TableGroup:
                 "gradients of tables; use precision='bf16-mixed' or '32-true'"
             )
 
-    def _find_rows(self, ids: list[Tensor], training: bool) -> Tensor:
+    def _fill(self, ids: list[Tensor], plan: embedding_bag.Plan, training: bool) -> Tensor:
+        """Look ids up and fill the outputs; return the row of each id.
+
+        One pass does both wherever no id has to be inserted. In training that is seen only at its
+        end, so it is tried when the last lookup found every id known.
+        """
         segments = self._training if training else self._evaluation
         hash_index.write_addresses(segments, ids)
-        if not training:
-            return hash_index.find(segments, self._num_ids, self.device)
+        layout = (self.embedding_dim, self.dtype, self.device)
+        fuses = embedding_bag.fuses(self.device)
+        if fuses and (self._all_known if training else True):
+            rows = torch.empty(self._num_ids, dtype=torch.int64, device=self.device)
+            plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
+            if not embedding_bag.find_and_gather(plan, segments, training, *layout):
+                return rows
+        if training:
+            rows = self._find_or_insert(ids, segments)
+        else:
+            rows = hash_index.find(segments, self._num_ids, self.device)
+        plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
+        embedding_bag.gather(plan, *layout)
+        return rows
+
+    def _find_or_insert(self, ids: list[Tensor], segments: hash_index.Segments) -> Tensor:
         rows, new = hash_index.find_or_insert(
             segments, self._num_ids, self.tables, self.segment_tables, self.device
         )
+        self._all_known = new is None and not self._has_admission
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
             row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
@@ -186,20 +209,17 @@ class TableGroup:
                 mine = new[cuts[number] : cuts[number + 1]] - self._starts[number]
                 feature.table.readmissions.note_new(ids[number][mine])
 
-    def _gather(
-        self, bags: Sequence[Bags], rows: Tensor
-    ) -> tuple[list[Tensor], np.ndarray[Any, np.dtype[np.int64]]]:
+    def _allocate(self, bags: Sequence[Bags]) -> tuple[list[Tensor], embedding_bag.Plan]:
+        """Return uninitialised outputs, and the plan that fills them once it has rows."""
         plan, new_empty = self._plan.copy(), self._prototype.new_empty
         counts = plan[:, embedding_bag.NUM_BAGS].tolist()
         outputs = [new_empty(shape) for shape in zip(counts, self._widths, strict=True)]
         plan[:, embedding_bag.DATA] = [out.data_ptr() for out in outputs]
-        plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
         for line, bag in zip(plan, bags, strict=True):
             if bag.offsets is not None and line[embedding_bag.BAG_LENGTH] < 0:
                 line[embedding_bag.OFFSETS] = bag.offsets.data_ptr()
             if bag.weights is not None:
                 line[embedding_bag.WEIGHTS] = bag.weights.data_ptr()
-        embedding_bag.gather(plan, self.embedding_dim, self.dtype, self.device)
         return outputs, plan
 
     def weight_gradient(
@@ -243,7 +263,7 @@ class TableGroup:
 
 
 class _Lookup(torch.autograd.Function):
-    """Gather; backward leaves gradients with the tables."""
+    """The outputs of a lookup; backward leaves gradients with the tables."""
 
     @staticmethod
     def forward(
@@ -252,10 +272,11 @@ class _Lookup(torch.autograd.Function):
         group: TableGroup,
         bags: Sequence[Bags],
         rows: Tensor,
+        plan: embedding_bag.Plan,
+        outputs: list[Tensor],
         weighted: list[int],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs, plan = group._gather(bags, rows)
         ctx.set_materialize_grads(False)
         ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weighted = group, bags, rows, plan, weighted
         ctx.generations = [table.generation for table in group.tables]
@@ -301,7 +322,7 @@ class _Lookup(torch.autograd.Function):
             record = PendingGradient(tables, plan, ctx.rows, kept)
             for table in dict.fromkeys(tables):
                 table.pending.append(record)
-        return (None, None, None, None, None, *_weight_gradients(ctx, whole))
+        return (*[None] * 7, *_weight_gradients(ctx, whole))
 
 
 def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops.hash_index import Segments
 
 PLAN_SIZE = 16
 FIRST_ID = 0  # position of the feature's first id among all ids of the call
@@ -58,6 +59,49 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
     with backend.region("recis::gather"):
         module = backend.module("embedding_bag", device)
         bad = module.gather(plan, embedding_dim, dtype is torch.bfloat16)
+    _check_offsets(plan, bad)
+
+
+def fuses(device: torch.device) -> bool:
+    """Return whether the device's kernels have ``find_and_gather``."""
+    return hasattr(backend.module("embedding_bag", device), "find_and_gather")
+
+
+def find_and_gather(
+    plan: Plan,
+    segments: Segments,
+    training: bool,
+    embedding_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Do what ``hash_index.find`` and ``gather`` do, in one pass over the ids.
+
+    Where ids are to be inserted first, the outputs are not those of the lookup.
+
+    Args:
+        plan: As for ``gather``; what ROWS points to is written, not read.
+        segments: As for ``hash_index.find``, one for each line of the plan.
+        training: Stamp the rows that are found, and look for ids to insert.
+        embedding_dim: Weights in a row.
+        dtype: Of weights and outputs.
+        device: Where ids and outputs are.
+
+    Returns:
+        How many ids have no row and are to be inserted; 0 unless training.
+
+    Raises:
+        ValueError: As ``gather``.
+    """
+    with backend.region("recis::find_and_gather"):
+        module = backend.module("embedding_bag", device)
+        bfloat16 = dtype is torch.bfloat16
+        bad, misses = module.find_and_gather(plan, segments, training, embedding_dim, bfloat16)
+    _check_offsets(plan, bad)
+    return int(misses)
+
+
+def _check_offsets(plan: Plan, bad: int) -> None:
     if bad >= 0:
         raise ValueError(
             f"offsets: of the call's feature number {bad} must start at 0, never descend and end "

@@ -24,10 +24,10 @@ from recis_lightning.ops.embedding_bag import (
     PLAN_SIZE,
     ROWS,
     SUM,
-    TILE,
     TILE_LEN,
     WEIGHTS,
 )
+from recis_lightning.ops.hash_slot_cpu import AHEAD, SEGMENT_BYTES, find_row, slot_of
 from recis_lightning.ops.intrinsics_cpu import (
     add,
     atomic_add,
@@ -46,10 +46,31 @@ from recis_lightning.ops.intrinsics_cpu import (
     vector_width,
 )
 from recis_lightning.ops.parallel_cpu import address_of, num_chunks
-from recis_lightning.ops.table_header import BLOCK_SHIFT, BLOCKS, PADDING, ROW_BYTES
+from recis_lightning.ops.table_header import (
+    BLOCK_SHIFT,
+    BLOCKS,
+    CAPACITY,
+    ENTRIES,
+    HAS_PADDING,
+    INSERT,
+    LAST_SEEN,
+    MISSING,
+    NO_ROW,
+    PADDING,
+    ROW_BYTES,
+    SEGMENT_FLAGS,
+    SEGMENT_IDS,
+    SEGMENT_PADDING,
+    SEGMENT_START,
+    SHIFT,
+    STEP,
+    UNKNOWN,
+)
 
-_IDS_PER_CHUNK = 1024
+# Ids a ticket: fewer even out, more start a pipeline of prefetches less often.
+_IDS_PER_CHUNK, _MANY_IDS_PER_CHUNK, _MANY_IDS = 1024, 4096, 1 << 16
 _AHEAD = 10  # rows between prefetch and use
+_BEHIND = 16  # ids between finding a row, which asks for it, and using it
 _F = np.float32
 
 
@@ -57,7 +78,9 @@ def split_plan(plan):
     """Fill the plan's chunk columns; return the number of chunks."""
     bags = plan[:, NUM_BAGS]
     mean_length = plan[:, NUM_IDS] // np.maximum(bags, 1)
-    per_chunk = np.maximum(_IDS_PER_CHUNK // np.maximum(mean_length, 1), 1)
+    many = plan[:, NUM_IDS].sum() >= _MANY_IDS
+    ids = np.where(many & (plan[:, MODE] == NONE), _MANY_IDS_PER_CHUNK, _IDS_PER_CHUNK)
+    per_chunk = np.maximum(ids // np.maximum(mean_length, 1), 1)
     chunks = np.maximum(-(-bags // per_chunk), 1)  # without bags too: its offsets are checked
     ends = np.cumsum(chunks)
     plan[:, BAGS_PER_CHUNK] = per_chunk
@@ -106,14 +129,32 @@ def bag_divisor(mode, rows, weights, start, end):
     return divisor
 
 
+@njit
+def _find(ids, i, end, entries, shift, capacity, padding, unknown):
+    """Return the row of the i-th id as a lookup names it, and ask for the entry of a later id.
+
+    ``padding`` is the address of the padding id, or 0.
+    """
+    if i + AHEAD < end:
+        prefetch(entries + 16 * slot_of(load_i64(ids + 8 * (i + AHEAD)), shift))
+    key = load_i64(ids + 8 * i)
+    if padding and key == load_i64(padding):
+        return np.int64(PADDING)
+    row = find_row(key, entries, shift, capacity)
+    return unknown if row == NO_ROW else row
+
+
 @functools.cache
-def _gather_kernel(width, bfloat16):
+def _gather_kernel(width, bfloat16, finding):
+    """Compile the gather; where ``finding``, rows are not read but found first, chunk by chunk."""
     item = 2 if bfloat16 else 4
 
     def gather(args):
         plan, num_features = load_i64(args + 16), load_i64(args + 24)
         embedding_dim, bad = load_i64(args + 32), args + 40
+        segments, training, all_misses = load_i64(args + 48), load_i64(args + 56), args + 64
         chunks = load_i64(args + 8)
+        num_bytes = embedding_dim * item
         zero = splat(width, _F(0))
         while True:
             chunk = atomic_add(args, 1)
@@ -141,23 +182,67 @@ def _gather_kernel(width, bfloat16):
                 for bag in range(low, high):
                     if load_i64(offsets + 8 * bag) > load_i64(offsets + 8 * bag + 8):
                         store_i64(bad, feature)
-            first = bag_start(line, low)
-            for i in range(first, min(first + _AHEAD, num_ids)):
-                row = load_i64(rows + 8 * i)
-                if row >= 0:
+                        high = low  # such bags may hold ids that no chunk has found
+                        break
+            first, last = bag_start(line, low), bag_start(line, high)
+            ids, entries, slots, capacity = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+            padding, unknown, misses = np.int64(0), np.int64(UNKNOWN), np.int64(0)
+            last_seen, step = np.int64(0), np.int64(0)
+            if finding:
+                info = segments + feature * SEGMENT_BYTES
+                ids = load_i64(info + 8 * SEGMENT_IDS) + 8 * load_i64(info + 8 * SEGMENT_START)
+                entries, slots = load_i64(header + 8 * ENTRIES), load_i64(header + 8 * SHIFT)
+                capacity = load_i64(header + 8 * CAPACITY)
+                flags = load_i64(info + 8 * SEGMENT_FLAGS)
+                if flags & HAS_PADDING:
+                    padding = info + 8 * SEGMENT_PADDING
+                if training:
+                    last_seen, step = load_i64(header + 8 * LAST_SEEN), load_i64(header + 8 * STEP)
+                    if flags & INSERT:
+                        unknown = np.int64(MISSING)
+                for i in range(first, min(first + AHEAD, last)):
+                    prefetch(entries + 16 * slot_of(load_i64(ids + 8 * i), slots))
+            # Rows are found, and asked for, some ids before a bag uses them: where rows are copied
+            # one by one, by ``_BEHIND``; where they are pooled, by the rest of the chunk.
+            copied, behind = first, last - first
+            if mode == NONE:
+                behind = np.int64(_BEHIND)
+            for i in range(first, last + behind):
+                if i < last:
+                    if finding:
+                        row = _find(ids, i, last, entries, slots, capacity, padding, unknown)
+                        store_i64(rows + 8 * i, row)
+                        misses += row == MISSING
+                    else:
+                        row = load_i64(rows + 8 * i)
+                    if row >= 0:
+                        address = row_address(row, blocks, shift, mask, row_bytes)
+                        for byte in range(0, num_bytes, 64):
+                            prefetch(address + byte)
+                        if last_seen:
+                            store_i64(last_seen + 8 * row, step)
+                if mode != NONE or i < first + behind:
+                    continue
+                row, out = load_i64(rows + 8 * copied), data + copied * stride
+                if row < 0:
+                    for d in range(0, embedding_dim, width):
+                        store_weights(bfloat16, out + item * d, zero)
+                else:
                     address = row_address(row, blocks, shift, mask, row_bytes)
-                    for byte in range(0, embedding_dim * item, 64):
-                        prefetch(address + byte)
+                    for d in range(0, embedding_dim, width):
+                        value = load_weights(width, bfloat16, address + item * d)
+                        if weights:
+                            value = mul(value, splat(width, load_f32(weights + 4 * copied)))
+                        store_weights(bfloat16, out + item * d, value)
+                copied += 1
+            if misses:
+                atomic_add(all_misses, misses)
+            if mode == NONE:
+                continue
             for bag in range(low, high):
                 start = bag_start(line, bag)
                 end = max(bag_start(line, bag + 1), start)
                 out = data + bag * stride
-                for i in range(start + _AHEAD, min(end + _AHEAD, num_ids)):
-                    row = load_i64(rows + 8 * i)
-                    if row >= 0:
-                        address = row_address(row, blocks, shift, mask, row_bytes)
-                        for byte in range(0, embedding_dim * item, 64):
-                            prefetch(address + byte)
                 if mode in (SUM, MEAN):
                     divisor = bag_divisor(mode, rows, weights, start, end)
                     for d in range(0, embedding_dim, width):
@@ -179,8 +264,7 @@ def _gather_kernel(width, bfloat16):
                                 total = div(total, splat(width, divisor))
                         store_weights(bfloat16, out + item * d, total)
                     continue
-                if mode == TILE:
-                    end = min(end, start + tile_len)
+                end = min(end, start + tile_len)
                 for i in range(start, end):
                     row = load_i64(rows + 8 * i)
                     if row < 0:
@@ -194,20 +278,28 @@ def _gather_kernel(width, bfloat16):
                                 value = mul(value, splat(width, load_f32(weights + 4 * i)))
                             store_weights(bfloat16, out + item * d, value)
                     out += item * embedding_dim
-                if mode == TILE:
-                    for _ in range(end, start + tile_len):
-                        for d in range(0, embedding_dim, width):
-                            store_weights(bfloat16, out + item * d, zero)
-                        out += item * embedding_dim
+                for _ in range(end, start + tile_len):
+                    for d in range(0, embedding_dim, width):
+                        store_weights(bfloat16, out + item * d, zero)
+                    out += item * embedding_dim
 
     return parallel_cpu.kernel(gather)
 
 
 def gather(plan, embedding_dim, bfloat16):
     """See the contract; returns a feature with malformed offsets, or -1."""
-    kernel = _gather_kernel(vector_width(embedding_dim), int(bfloat16))
+    kernel = _gather_kernel(vector_width(embedding_dim), int(bfloat16), 0)
     chunks = split_plan(plan)
-    return kernel.launch(chunks, address_of(plan), len(plan), embedding_dim, -1)[5]
+    return kernel.launch(chunks, address_of(plan), len(plan), embedding_dim, -1, 0, 0, 0)[5]
+
+
+def find_and_gather(plan, segments, training, embedding_dim, bfloat16):
+    """See the contract; returns a feature with malformed offsets, or -1, and the misses."""
+    kernel = _gather_kernel(vector_width(embedding_dim), int(bfloat16), 1)
+    chunks = split_plan(plan)
+    where = (address_of(plan), len(plan), embedding_dim, -1)
+    done = kernel.launch(chunks, *where, address_of(segments), int(training), 0)
+    return done[5], done[8]
 
 
 @parallel_cpu.kernel
@@ -236,4 +328,13 @@ def write_rows_(header, rows, values):
     _write_kernel.launch(num_chunks(n, _IDS_PER_CHUNK), _IDS_PER_CHUNK, n, *where, num_bytes)
 
 
-__all__ = ["NONE", "bag_divisor", "bag_start", "feature_at", "gather", "row_address", "split_plan"]
+__all__ = [
+    "NONE",
+    "bag_divisor",
+    "bag_start",
+    "feature_at",
+    "find_and_gather",
+    "gather",
+    "row_address",
+    "split_plan",
+]

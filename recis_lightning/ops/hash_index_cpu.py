@@ -14,6 +14,7 @@ from recis_lightning.ops.hash_slot_cpu import (
     AHEAD,
     CHUNK,
     SEGMENT_BYTES,
+    find_row,
     launch,
     segment_at,
     segment_start,
@@ -104,19 +105,7 @@ def _find_kernel(args):
                 if has_padding and key == padding:
                     store_i64(rows + 8 * j, PADDING)
                     continue
-                row = NO_ROW
-                if key == EMPTY:
-                    row = load_i64(entries + 16 * capacity + 8)
-                else:
-                    slot = slot_of(key, shift)
-                    while True:
-                        there = load_i64(entries + 16 * slot)
-                        if there == key:
-                            row = load_i64(entries + 16 * slot + 8)
-                            break
-                        if there == EMPTY:
-                            break
-                        slot = (slot + 1) & (capacity - 1)
+                row = find_row(key, entries, shift, capacity)
                 if row == NO_ROW:
                     store_i64(rows + 8 * j, unknown)
                     num_unknown += 1

@@ -11,7 +11,7 @@ from numba import njit
 
 from recis_lightning.ops.intrinsics_cpu import load_i64
 from recis_lightning.ops.parallel_cpu import num_chunks
-from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.ops.table_header import EMPTY, NO_ROW, SEGMENT_SIZE, SEGMENT_START
 
 CHUNK = 4096  # ids a ticket: long enough to hide the ticket, short enough to even out
 AHEAD = 24  # ids between prefetch and use
@@ -28,6 +28,21 @@ def slot_of(key, shift):
     mixed ^= mixed >> _U32
     mixed *= _MIX_2
     return np.int64(mixed >> np.uint64(shift))
+
+
+@njit
+def find_row(key, entries, shift, capacity):
+    """Return the row of an id, ``NO_ROW`` where it has none."""
+    if key == EMPTY:
+        return load_i64(entries + 16 * capacity + 8)
+    slot = slot_of(key, shift)
+    while True:
+        there = load_i64(entries + 16 * slot)
+        if there == key:
+            return load_i64(entries + 16 * slot + 8)
+        if there == EMPTY:
+            return NO_ROW
+        slot = (slot + 1) & (capacity - 1)
 
 
 @njit
