@@ -30,6 +30,7 @@ from recis_lightning.ops.table_header import (
     SEGMENT_HEADER,
     SEGMENT_PADDING,
     SEGMENT_SIZE,
+    STAMP,
     STEP,
 )
 from recis_lightning.pending_gradient import PendingGradient
@@ -100,8 +101,8 @@ class HashTable(TableSaving, nn.Module):
 
     def _start(self) -> None:
         """Make the storage of an empty table."""
+        self.start_eviction()
         self.start_storage()
-        self.start_counts()
         self.start_sightings(None if self.admission is None else self.admission.screening)
         row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
@@ -159,11 +160,6 @@ class HashTable(TableSaving, nn.Module):
         self._header[NUM_UPDATES] += 1
         self.pending.clear()
 
-    @property
-    def keeps_last_seen(self) -> bool:
-        """Whether a policy asks for the step of each row's last training lookup."""
-        return self.eviction is not None and "last_seen" in self.eviction.columns
-
     def last_seen(self, ids: Tensor) -> Tensor:
         """Return the step of each id's last training lookup, -1 for an unknown id.
 
@@ -195,7 +191,7 @@ class HashTable(TableSaving, nn.Module):
         """
         segments = np.zeros((1, SEGMENT_SIZE), np.int64)
         write_segment(segments[0], self, False, None)
-        segments[0, SEGMENT_FLAGS] = INSERT * insert
+        segments[0, SEGMENT_FLAGS] = INSERT * insert | STAMP * (insert and self.stamps)
         hash_index.write_addresses(segments, [ids])
         return segments
 
@@ -314,6 +310,7 @@ def write_segment(
     admits = table.admission is None or table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
     line[SEGMENT_FLAGS] |= SCREEN * (insert and table.sightings is not None)
+    line[SEGMENT_FLAGS] |= STAMP * (insert and table.stamps)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
 
 

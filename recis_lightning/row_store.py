@@ -106,15 +106,64 @@ class RowStore:
         missing = -(-(num_new - unused) // block_rows)
         num_blocks = max(missing, len(self.addresses) // 8)
         words = num_blocks * block_rows * self.row_words
-        # NumPy, unlike torch, asks for huge pages; rows start on a cache line.
-        buffer = np.empty(4 * words + _LINE_BYTES, np.uint8)
-        skip = -buffer.ctypes.data % _LINE_BYTES
-        chunk = buffer[skip : skip + 4 * words].view(np.float32)
+        chunk = self._allocate(words)
         self._chunks.append(chunk)
         first, size = chunk.ctypes.data, 4 * self.row_words * block_rows
         new = first + size * np.arange(num_blocks, dtype=np.int64)
         self.addresses = np.concatenate([self.addresses, new])
         self._header[BLOCKS] = self.addresses.ctypes.data
+
+    def blocks_for(self, num_rows: int) -> int:
+        """Return how many blocks hold so many rows."""
+        return -(-num_rows >> self.block_shift)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole rows to other places.
+
+        Args:
+            source: int64 [n].
+            target: int64 [n], distinct, none of them in ``source``.
+        """
+        words = torch.empty(min(source.numel(), _PIECE_ROWS), self.row_words)
+        for start in range(0, source.numel(), _PIECE_ROWS):
+            piece = slice(start, min(start + _PIECE_ROWS, source.numel()))
+            columns = [Column(words[: piece.stop - piece.start], 0)]
+            row_columns.read_columns(self.header, source[piece], columns)
+            row_columns.write_columns_(self.header, target[piece], columns)
+
+    def shrink(self, num_rows: int) -> None:
+        """Keep the first ``num_rows`` rows, none of them freed, and the blocks that hold them.
+
+        The blocks of an allocation that is kept in part are copied to one of their size.
+        """
+        num_blocks = self.blocks_for(num_rows)
+        kept, first = [], 0
+        for chunk in self._chunks:
+            blocks = chunk.size // (self.row_words << self.block_shift)
+            wanted = min(blocks, num_blocks - first)
+            if wanted == blocks:
+                kept.append(chunk)
+            elif wanted > 0:
+                words = (wanted << self.block_shift) * self.row_words
+                smaller = self._allocate(words)
+                smaller[:] = chunk[:words]
+                kept.append(smaller)
+            first += blocks
+        self._chunks = kept
+        size = 4 * self.row_words << self.block_shift
+        starts = [
+            chunk.ctypes.data + np.arange(0, chunk.nbytes, size, dtype=np.int64) for chunk in kept
+        ]
+        self.addresses = np.concatenate([np.empty(0, np.int64), *starts])
+        self._header[BLOCKS] = self.addresses.ctypes.data
+        self._header[NEXT_ROW] = num_rows
+        self.set_free_rows(torch.empty(0, dtype=torch.int64))
+
+    def _allocate(self, words: int) -> npt.NDArray[np.float32]:
+        # NumPy, unlike torch, asks for huge pages; rows start on a cache line.
+        buffer = np.empty(4 * words + _LINE_BYTES, np.uint8)
+        skip = -buffer.ctypes.data % _LINE_BYTES
+        return buffer[skip : skip + 4 * words].view(np.float32)
 
     def set_free_rows(self, rows: Tensor) -> None:
         """Replace the stack of freed rows; the last one is reused first."""

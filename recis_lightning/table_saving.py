@@ -78,6 +78,12 @@ class TableSaving(TableEviction):
         }
         if self.keeps_last_seen:
             state["last_seen"] = self._last_seen[rows]
+        if "counts" in self.kept_columns:
+            state["counts"] = self._columns["counts"][rows]
+        if "last_time" in self.kept_columns:
+            state["ages_us"] = self.ages(rows)
+        if self._pinned is not None:
+            state["pinned_ids"] = self._pinned
         if self.sightings is not None:
             state |= self.sightings.state()
         return state
@@ -143,6 +149,12 @@ class TableSaving(TableEviction):
         """Take up the policies' part of ``saved_fields``."""
         if self.keeps_last_seen and "last_seen" in state:
             self._last_seen[rows] = state["last_seen"]
+        if "counts" in self.kept_columns and "counts" in state:
+            self._columns["counts"][rows] = state["counts"]
+        if "last_time" in self.kept_columns and "ages_us" in state:
+            self.set_ages(rows, state["ages_us"])
+        if "pinned_ids" in state:  # a state that knows of no pins leaves those there are
+            self._pinned = state["pinned_ids"].unique()
         if self.sightings is not None:
             self.sightings.load_state(state, self.name)
 
@@ -168,8 +180,9 @@ class TableSaving(TableEviction):
 
 
 _NOT_COPIED = (
-    *("header", "_header", "_entries", "rows", "_last_seen"),  # made anew, filled from the state
+    *("header", "_header", "_entries", "rows", "_columns"),  # made anew, filled from the state
     *("pending", "_optimizer", "_original", "readmissions", "reference", "sightings"),
+    *("_listeners", "_pinned"),
 )
 
 

@@ -28,6 +28,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 _OPTIONAL_INTS = ("num_lookups", "num_sketched")
 _OPTIONAL_COLUMNS: dict[str, str] = {
     "last_seen": "ids",
+    "counts": "ids",
+    "ages_us": "ids",
+    "pinned_ids": "pinned_ids",
     "pending_ids": "pending_ids",
     "pending_counts": "pending_ids",
     "pending_lookups": "pending_ids",

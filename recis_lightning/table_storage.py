@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from recis_lightning.admission import Screening
 from recis_lightning.ops import hash_index
-from recis_lightning.ops.table_header import CAPACITY, HEADER_SIZE, LAST_SEEN, NUM_IDS, SIGHTINGS
+from recis_lightning.ops.table_header import (
+    CAPACITY,
+    CLAIMED,
+    COUNTS,
+    HEADER_SIZE,
+    LAST_SEEN,
+    LAST_TIME,
+    NUM_IDS,
+    SIGHTINGS,
+)
 from recis_lightning.row_store import RowStore
 from recis_lightning.sightings import Sightings
 
-_NEVER_EXPIRES = 2**63 - 1  # the stamp of a free row, so that eviction passes it over
+_COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
 
 
 class _Epoch:
@@ -46,6 +58,7 @@ class TableStorage:
     embedding_dim: int
     dtype: torch.dtype
     sightings: Sightings | None
+    kept_columns: tuple[str, ...]
     generation = 0
 
     @property
@@ -56,7 +69,22 @@ class TableStorage:
     @property
     def keeps_last_seen(self) -> bool:
         """Whether a policy asks for the step of each row's last training lookup."""
-        raise NotImplementedError
+        return "last_seen" in self.kept_columns
+
+    @property
+    def stamps(self) -> bool:
+        """Whether a training lookup must note more of a row than its step."""
+        return "counts" in self.kept_columns or "last_time" in self.kept_columns
+
+    @property
+    def _last_seen(self) -> Tensor:
+        return self._columns["last_seen"]
+
+    def _set_columns(self, columns: dict[str, Tensor]) -> None:
+        self._columns = columns
+        for name, field in _COLUMN_FIELDS.items():
+            column = columns.get(name)
+            self._header[field] = 0 if column is None or not column.numel() else column.data_ptr()
 
     def start_storage(self) -> None:
         """Make a header and empty storage."""
@@ -69,8 +97,7 @@ class TableStorage:
         """Start anew with no ids, behind the same header; rows are laid out for ``slots``."""
         self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, state_fill)
-        self._last_seen = torch.empty(0, dtype=torch.int64)
-        self._header[LAST_SEEN] = 0
+        self._set_columns({name: torch.empty(0, dtype=torch.int64) for name in self.kept_columns})
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Give weights another dtype from the next ``empty_storage`` on."""
@@ -96,7 +123,8 @@ class TableStorage:
     @property
     def column_bytes(self) -> int:
         """Bytes of what policies keep."""
-        return self._last_seen.nbytes + (0 if self.sightings is None else self.sightings.nbytes)
+        sightings = 0 if self.sightings is None else self.sightings.nbytes
+        return sum(column.nbytes for column in self._columns.values()) + sightings
 
     def reserve_ids(self, num_new: int) -> None:
         """Make room in the index for ``num_new`` ids more."""
@@ -109,12 +137,20 @@ class TableStorage:
         """Make room for ``num_new`` rows more."""
         with _Memory(self, f"{num_new} rows more"):
             self.rows.reserve(num_new)
-            if self.keeps_last_seen and self._last_seen.numel() < self.rows.capacity:
-                # np.empty asks for huge pages; the old stamps are the front of the new.
-                column = torch.from_numpy(np.empty(self.rows.capacity, np.int64))
-                column[: self._last_seen.numel()] = self._last_seen
-                self._last_seen = column
-                self._header[LAST_SEEN] = column.data_ptr()
+            self._fit_columns()
+
+    def _fit_columns(self) -> None:
+        """Give columns as many items as there are rows, keeping what both have."""
+        capacity, fitting = self.rows.capacity, {}
+        for name, old in self._columns.items():
+            if old.numel() == capacity:
+                return
+            # np.empty asks for huge pages.
+            fitting[name] = new = torch.from_numpy(np.empty(capacity, np.int64))
+            kept = min(old.numel(), capacity)
+            new[:kept] = old[:kept]
+            new[kept:] = 0
+        self._set_columns(fitting)
 
     def start_sightings(self, screening: Screening | None) -> None:
         """Remember sightings of ids without a row as an admission policy asks."""
@@ -153,10 +189,53 @@ class TableStorage:
             return 0
         freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
         self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
-        if self.keeps_last_seen:
-            self._last_seen.numpy()[freed.numpy()] = _NEVER_EXPIRES
+        for column in self._columns.values():
+            column.numpy()[freed.numpy()] = 0
         self.generation += 1
         return removed
+
+    def compact(self) -> None:
+        """Give back the memory of rows and entries that are not needed for the ids there are.
+
+        Rows from the end move into the places of freed ones; so rows that a lookup noted before
+        are void, and there must be no pending gradient.
+        """
+        num_ids, live = len(self), self._live_rows()
+        capacity = hash_index.capacity_for(num_ids)
+        if capacity < self.capacity:
+            self._entries, _ = hash_index.rebuild(self.header, capacity)
+        source = live[num_ids:].nonzero().squeeze(1) + num_ids
+        target = (~live[:num_ids]).nonzero().squeeze(1)
+        if source.numel():
+            renumbered = torch.arange(live.numel())
+            renumbered[source] = target
+            rows = self._entries[:, 1]
+            known = rows < CLAIMED
+            rows[known] = renumbered[rows[known]]
+            self.rows.move(source, target)
+            for column in self._columns.values():
+                column[target] = column[source]
+        self.rows.shrink(num_ids)
+        self._fit_columns()
+        for column in self._columns.values():
+            column[num_ids:] = 0
+        if self.sightings is not None:
+            self.sightings.compact()
+        self.generation += 1
+        _return_to_system()
+
+    def _live_rows(self) -> Tensor:
+        """Return bool [rows], those that an id has."""
+        live = torch.ones(self.rows.num_rows, dtype=torch.bool)
+        live[self.rows.free_rows] = False
+        return live
+
+
+def _return_to_system() -> None:
+    """Let the allocator return what it holds free, where there is a way to ask (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 class _Memory:

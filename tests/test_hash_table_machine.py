@@ -1,4 +1,4 @@
-"""HashTable against a dict, over any sequence of what one can do to it."""
+"""HashTable against a dict, over any sequence of what one can do to it, under any policy."""
 
 import copy
 import io
@@ -10,29 +10,93 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from recis_lightning import DynamicEmbedding, hash_tables
-from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.admission import BloomCount, MinCount, Probability
+from recis_lightning.eviction import (
+    AllOf,
+    AnyOf,
+    GlobalStepFilter,
+    MaxRows,
+    MinNorm,
+    TimeToLive,
+)
 from recis_lightning.initializers import Uniform
+from recis_lightning.ops.admission import NUM_LOOKUPS
 from recis_lightning.optim import SparseAdagrad
 from tests.tables import EXTREMES
 
 DIM, KEEP, LR, EPS, PADDING = 3, 1, 0.5, 1e-10, 13
 some_id = st.sampled_from([*range(16), *EXTREMES.tolist()])
 some_ids = st.lists(some_id, max_size=12)
+NOW = [0]  # what the clock of all tables says
+
+
+def clock():
+    return NOW[0]
+
+
+# Evicts nothing, and so keeps all columns for what is passed to evict().
+KEEPS_ALL = AllOf([GlobalStepFilter(10**9), TimeToLive(10**9, clock), MaxRows(10**9, by="count")])
+ADMISSIONS = [
+    None,
+    MinCount(3, forget_after=2),
+    MinCount(2, per="batch"),
+    Probability(0.5),
+    BloomCount(3, num_counters=10**6),  # so many that no two ids collide and nothing fades
+]
+simple_policies = st.one_of(
+    st.just(GlobalStepFilter(KEEP)),
+    st.just(TimeToLive(5, clock)),
+    st.builds(MaxRows, st.integers(0, 20), st.sampled_from(["last_seen", "count"])),
+    st.just(MinNorm(0.73)),
+)
+some_policy = st.one_of(
+    simple_policies,
+    st.builds(AnyOf, st.lists(simple_policies, min_size=1, max_size=3)),
+    st.builds(AllOf, st.lists(simple_policies, min_size=1, max_size=3)),
+)
 
 
 class Entry:
     """What a table should hold of an id."""
 
-    def __init__(self, weights, step):
-        self.weights, self.sum, self.last_seen = weights, np.zeros(DIM), step
+    def __init__(self, weights):
+        self.weights, self.sum, self.count = weights, np.zeros(DIM), 0
+
+    def see(self, step):
+        self.last_seen, self.last_time, self.count = step, NOW[0], self.count + 1
+
+
+def named(policy, rows, evictable, step):
+    """Say which of ``evictable`` ids a policy evicts from ``rows``, id -> Entry."""
+    if isinstance(policy, AllOf):
+        return set.intersection(*(named(p, rows, evictable, step) for p in policy.policies))
+    if isinstance(policy, AnyOf):
+        gone = set()
+        for part in policy.policies:
+            left = {i: entry for i, entry in rows.items() if i not in gone}
+            gone |= named(part, left, evictable - gone, step)
+        return gone
+    if isinstance(policy, MaxRows):
+        by_count = policy.by == "count"
+        order = sorted((rows[i].count * by_count, rows[i].last_seen, i) for i in evictable)
+        return {i for _, _, i in order[: max(len(rows) - policy.n, 0)]}
+    tests = {
+        GlobalStepFilter: lambda entry: entry.last_seen < step - KEEP,
+        TimeToLive: lambda entry: NOW[0] - entry.last_time > 5,
+        MinNorm: lambda entry: np.linalg.norm(entry.weights) < 0.73,
+    }
+    return {i for i in evictable if tests[type(policy)](rows[i])}
 
 
 class TableAgainstDict(RuleBasedStateMachine):
-    @initialize(threads=st.sampled_from([1, 2]))
-    def start(self, threads):
+    @initialize(threads=st.sampled_from([1, 2]), admission=st.sampled_from(ADMISSIONS))
+    def start(self, threads, admission):
         torch.set_num_threads(threads)
         self.known, self.gradients, self.step, self.start_of = {}, {}, 0, {}
+        self.sighted, self.num_lookups, self.pinned = {}, 0, set()
+        self.admission = None
         self.fresh = self.new_module()  # never trained: tells initial rows
+        self.admission = admission
         self.module, self.optimizer = self.new_pair()
 
     def teardown(self):
@@ -42,7 +106,8 @@ class TableAgainstDict(RuleBasedStateMachine):
         return DynamicEmbedding(
             DIM,
             initializer=Uniform(-1.0, 1.0),
-            eviction=GlobalStepFilter(KEEP),
+            admission=self.admission,
+            eviction=KEEPS_ALL,
             padding_idx=PADDING,
             name="machine",
         )
@@ -67,10 +132,32 @@ class TableAgainstDict(RuleBasedStateMachine):
         entry = self.known.get(i)
         if entry is None:
             start = self.initial(i) if weights is None else weights
-            entry = self.known[i] = Entry(start, self.step)
+            entry = self.known[i] = Entry(start)
         elif weights is not None:
             entry.weights = weights
-        entry.last_seen = self.step
+        entry.see(self.step)
+
+    def admitted(self, ids):
+        """Sight unknown ids and say which of them come in."""
+        self.num_lookups += 1
+        policy, now = self.admission, self.num_lookups
+        if policy is None:
+            return set(ids)
+        if isinstance(policy, Probability):
+            probe = self.new_module()
+            probe.table.sightings._header[NUM_LOOKUPS] = now - 1
+            probe(torch.tensor(ids, dtype=torch.int64))
+            return set(probe.table.ids().tolist())
+        per_batch = getattr(policy, "per", "") == "batch"
+        forget_after = getattr(policy, "forget_after", 10**9)
+        for i in set(ids) if per_batch else ids:
+            count, last = self.sighted.get(i, (0, now))
+            self.sighted[i] = ((count if now - last <= forget_after else 0) + 1, now)
+        came = {i for i in ids if self.sighted[i][0] >= policy.k}
+        if isinstance(policy, MinCount):
+            for i in came:
+                del self.sighted[i]
+        return came
 
     # ---- what one can do
 
@@ -79,8 +166,9 @@ class TableAgainstDict(RuleBasedStateMachine):
     )
     def look_up_in_training(self, ids, scale, backward):
         out = self.module(torch.tensor(ids, dtype=torch.int64))
+        came = self.admitted([i for i in ids if i != PADDING and i not in self.known])
         for i in ids:
-            if i != PADDING:
+            if i != PADDING and (i in self.known or i in came):
                 self.add(i)
         torch.testing.assert_close(out, self.expected(ids))
         if not backward:
@@ -88,7 +176,7 @@ class TableAgainstDict(RuleBasedStateMachine):
         coefficients = scale + torch.arange(out.numel()).view_as(out) % 4
         (out * coefficients).sum().backward()
         for i, gradient in zip(ids, coefficients.double().numpy(), strict=True):
-            if i != PADDING:
+            if i != PADDING and i in self.known:
                 self.gradients[i] = self.gradients.get(i, 0) + gradient
 
     @rule(ids=some_ids)
@@ -107,18 +195,26 @@ class TableAgainstDict(RuleBasedStateMachine):
             entry.weights = entry.weights - LR * gradient / (np.sqrt(entry.sum) + EPS)
         self.gradients = {}
 
-    @rule(steps=st.integers(0, 4))
-    def let_time_pass_and_evict(self, steps):
-        self.module.table.update_step(steps)
+    @rule(steps=st.integers(0, 4), seconds=st.integers(0, 4), policy=some_policy)
+    def let_time_pass_and_evict(self, steps, seconds, policy):
+        table = self.module.table
+        table.update_step(steps)
         self.step += steps
-        gone = [
-            i
-            for i, entry in self.known.items()
-            if entry.last_seen < self.step - KEEP and i not in self.gradients
-        ]
-        assert self.module.table.evict() == len(gone)
+        NOW[0] += seconds
+        evictable = self.known.keys() - self.gradients.keys() - self.pinned
+        gone = named(policy, self.known, evictable, self.step)
+        wished = table.evict(policy, dry_run=True)
+        done = table.evict(policy)
+        assert wished == done == len(gone)
+        assert wished.by_policy == done.by_policy
         for i in gone:
             del self.known[i]
+
+    @rule(ids=some_ids, keep=st.booleans())
+    def pin_or_unpin(self, ids, keep):
+        change = self.module.table.pin if keep else self.module.table.unpin
+        change(torch.tensor(ids, dtype=torch.int64))
+        self.pinned = self.pinned | set(ids) if keep else self.pinned - set(ids)
 
     @rule(ids=some_ids)
     def delete(self, ids):
@@ -134,6 +230,8 @@ class TableAgainstDict(RuleBasedStateMachine):
         self.module.table.insert(torch.tensor(ids, dtype=torch.int64), values)
         for i, row in zip(ids, values.double().numpy(), strict=True):
             self.add(i, row)
+            if isinstance(self.admission, MinCount):
+                self.sighted.pop(i, None)
 
     @rule(start=st.integers(-(2**40), 2**40), count=st.integers(30, 200))
     def grow(self, start, count):
@@ -141,6 +239,8 @@ class TableAgainstDict(RuleBasedStateMachine):
         self.module.table.insert(ids, torch.ones(count, DIM))
         for i in ids.tolist():
             self.add(i, np.ones(DIM))
+            if isinstance(self.admission, MinCount):
+                self.sighted.pop(i, None)
 
     @rule(how=st.sampled_from(["zero_grad", "clear", "copy", "load", "load into new"]))
     def lose_gradients(self, how):
@@ -148,7 +248,7 @@ class TableAgainstDict(RuleBasedStateMachine):
             self.optimizer.zero_grad()
         elif how == "clear":
             self.module.table.clear()
-            self.known = {}
+            self.known, self.sighted = {}, {}
         elif how == "copy":
             self.module, self.optimizer = copy.deepcopy((self.module, self.optimizer))
         else:
@@ -173,6 +273,9 @@ class TableAgainstDict(RuleBasedStateMachine):
         torch.testing.assert_close(table.embeddings(asked), self.expected(ids, None))
         assert table.last_seen(asked).tolist() == [e.last_seen for e in self.known.values()]
         assert table.step == self.step
+        assert table.pinned.tolist() == sorted(self.pinned)
+        rows = table._find(asked)
+        assert table._columns["counts"][rows].tolist() == [e.count for e in self.known.values()]
         state = table.get_extra_state()
         sums = [self.known[i].sum for i in state["ids"].tolist()]
         expected = torch.tensor(np.array(sums).reshape(-1, DIM), dtype=torch.float32)
@@ -180,6 +283,6 @@ class TableAgainstDict(RuleBasedStateMachine):
 
 
 TableAgainstDict.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=16, deadline=None
+    max_examples=130, stateful_step_count=16, deadline=None
 )
 test_table_against_dict = TableAgainstDict.TestCase

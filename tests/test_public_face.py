@@ -45,7 +45,10 @@ ROOM_NAMES = [
             "TraceHook",
         ],
     ),
-    (eviction, ["GlobalStepFilter"]),
+    (
+        eviction,
+        ["AllOf", "AnyOf", "GlobalStepFilter", "MaxRows", "MinNorm", "RowColumns", "TimeToLive"],
+    ),
     (admission, ["BloomCount", "MinCount", "Probability", "ReadOnly"]),
     (initializers, ["Constant", "Normal", "TruncatedNormal", "Uniform"]),
     (

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import admission, backend
+from recis_lightning.ops import admission, backend, row_stamps
 from recis_lightning.ops.table_header import (
     CAPACITY,
     EMPTY,
@@ -26,9 +26,12 @@ from recis_lightning.ops.table_header import (
     NO_ROW,
     NUM_IDS,
     PADDING,
+    SCREEN,
+    SEGMENT_FLAGS,
     SEGMENT_IDS,
     SEGMENT_START,
     SHIFT,
+    STAMP,
 )
 
 Segments = npt.NDArray[np.int64]
@@ -49,6 +52,9 @@ class Table(admission.Screened, Protocol):
 
     def reserve_rows(self, num_new: int) -> None:
         """Make room in the row store for ``num_new`` more rows."""
+
+    def read_clock(self) -> None:
+        """Enter the time into the header, if the table keeps times."""
 
     def rebuild_index(self) -> None:
         """Drop entries that were claimed but got no row, after a failed insertion."""
@@ -142,7 +148,8 @@ def find_or_insert(
 
     Only segments with the INSERT flag insert, and all segments of one table carry the same flags:
     whether it inserts is the table's policy. Those with the SCREEN flag insert what the table's
-    memory of sightings lets in (``ops.admission``). Only tables with the column stamp.
+    memory of sightings lets in (``ops.admission``). Only tables with a column stamp; those with
+    the STAMP flag note more than the step (``ops.row_stamps``).
 
     Rows are handed out in the order in which ids first appear, freed rows first: the result does
     not depend on how many threads ran. Rows of new ids are not initialised here.
@@ -165,10 +172,33 @@ def find_or_insert(
     """
     with backend.region("recis::find_or_insert"):
         module = backend.module("hash_index", device)
-        screen = admission.screening(segments, num_ids, tables, segment_tables, device, sightings)
+        screen = None
+        asks = segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN  # as a rule no policy does
+        if asks:
+            screen = admission.screening(
+                segments, num_ids, tables, segment_tables, device, sightings
+            )
         found: tuple[Tensor, Tensor | None]
         found = module.find_or_insert(segments, num_ids, tables, segment_tables, screen)
+        if asks:
+            _stamp(segments, found[0], tables, segment_tables, sightings)
     return found
+
+
+def _stamp(
+    segments: Segments,
+    rows: Tensor,
+    tables: Sequence[Table],
+    segment_tables: Sequence[int],
+    sightings: Tensor | None,
+) -> None:
+    stamped = np.flatnonzero(segments[:, SEGMENT_FLAGS] & STAMP).tolist()
+    if not stamped:
+        return
+    for number in {segment_tables[segment] for segment in stamped}:
+        tables[number].read_clock()
+    weights = None if sightings is None else sightings.contiguous()
+    row_stamps.stamp_(segments, rows, weights, rows.device)
 
 
 def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:

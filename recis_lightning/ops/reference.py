@@ -22,7 +22,7 @@ from recis_lightning.ops import table_header as fields
 from recis_lightning.ops.admission import Screen
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments, Table
-from recis_lightning.ops.reference_admission import forget_, screen
+from recis_lightning.ops.reference_admission import forget_, screen, stamp_
 from recis_lightning.ops.reference_index import Index, mix, segments_of, shift_right, signed
 from recis_lightning.ops.reference_storage import (
     Rows,
@@ -338,6 +338,7 @@ __all__ = [
     "screen",
     "sort_gradients",
     "squared_norm",
+    "stamp_",
     "update_rows_",
     "write_columns_",
     "write_rows_",

@@ -1,4 +1,4 @@
-"""Admission in plain torch; see ``ops.admission``."""
+"""Admission and stamps in plain torch; see ``ops.admission`` and ``ops.row_stamps``."""
 
 from __future__ import annotations
 
@@ -58,6 +58,21 @@ def forget_(sighted: Tensor, ids: Tensor) -> None:
     index = Index.of(sighted)
     slots = index.slots(ids)
     index.entries[slots[index.entries[slots, 0] == ids], 1] = NO_ROW
+
+
+def stamp_(segments: Segments, rows: Tensor, sightings: Tensor | None) -> None:
+    """See ``row_stamps.stamp_``."""
+    given = torch.ones_like(rows) if sightings is None else sightings
+    for segment in segments_of(segments, rows.numel()):
+        part = slice(segment.start, segment.start + segment.ids.numel())
+        known = rows[part] >= 0
+        seen, header = rows[part][known], segment.header
+        reach = int(seen.max()) + 1 if segment.stamps and seen.numel() else 0
+        if reach and header[fields.COUNTS]:
+            counts = memory(int(header[fields.COUNTS]), reach, torch.int64)
+            counts.index_add_(0, seen, given[part][known])
+        if reach and header[fields.LAST_TIME]:
+            memory(int(header[fields.LAST_TIME]), reach, torch.int64)[seen] = header[fields.TIME]
 
 
 def _screened(segments: Segments, num_ids: int, misses: Tensor) -> Iterator[tuple[Segment, Tensor]]:

@@ -97,6 +97,7 @@ class Segment(NamedTuple):
     header: Tensor
     inserts: bool
     screens: bool
+    stamps: bool
     padding: int | None
 
 
@@ -111,5 +112,6 @@ def segments_of(segments: Segments, num_ids: int) -> Iterator[Segment]:
             header_at(line[fields.SEGMENT_HEADER]),
             bool(flags & fields.INSERT),
             bool(flags & fields.SCREEN),
+            bool(flags & fields.STAMP),
             line[fields.SEGMENT_PADDING] if flags & fields.HAS_PADDING else None,
         )

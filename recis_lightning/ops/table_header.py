@@ -35,6 +35,10 @@ NUM_UPDATES = 20  # optimizer steps that had a gradient for the table
 # Admission.
 NUM_REFUSED = 21  # occurrences in training lookups that were not admitted
 SIGHTINGS = 22  # address of the header of what a screening policy remembers; see admission
+# More policy columns, as LAST_SEEN.
+COUNTS = 23  # address of int64 [rows], occurrences in training lookups
+LAST_TIME = 24  # address of int64 [rows], when the last one was, in microseconds
+TIME = 25  # what a training lookup writes there
 
 EMPTY = -(2**63)  # the key of an empty entry; this id itself lives in the extra entry at the end
 NO_ROW = 2**63 - 1  # the row of an empty entry
@@ -56,3 +60,4 @@ SEGMENT_IDS = 4  # address of its ids less 8 * start: the id at position p lies 
 HAS_PADDING = 1  # flag: the feature has a padding_idx
 INSERT = 2  # flag: unknown ids of the feature get a row
 SCREEN = 4  # flag: those that the table's admission policy lets in
+STAMP = 8  # flag: training lookups write COUNTS or LAST_TIME

@@ -1,0 +1,436 @@
+"""Eviction policies by exact small vectors, alone and composed, and what evict() tells of them."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from recis_lightning import DynamicEmbedding, HashTable, hash_tables
+from recis_lightning.eviction import (
+    AllOf,
+    AnyOf,
+    Eviction,
+    GlobalStepFilter,
+    MaxRows,
+    MinNorm,
+    TimeToLive,
+)
+from recis_lightning.optim import SparseAdam, SparseSGD
+from tests.tables import HIGH, LOW
+
+
+def ids(*numbers):
+    return torch.tensor(numbers)
+
+
+def left(module):
+    return set(module.table.ids().tolist())
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, now=1e9):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def after_steps(eviction, *batches):
+    """Look batches up, one a step."""
+    module = DynamicEmbedding(2, eviction=eviction, name="t")
+    for batch in batches:
+        module(ids(*batch))
+        module.table.update_step()
+    return module
+
+
+# ---- MaxRows
+
+
+def test_the_least_recently_seen_go_first(backend):
+    """Down to n exactly; of rows seen in the same step the lower ids go."""
+    module = after_steps(MaxRows(3), [1, 2, LOW], [3, HIGH], [2, 4])
+    report = module.table.evict()
+    assert report == 3
+    assert left(module) == {2, 4, HIGH}
+    assert module.table.evict() == 0
+    assert module.table.evict(MaxRows(0)) == 3
+    assert left(module) == set()
+
+
+def test_the_least_frequently_seen_go_first(backend):
+    """Occurrences count; of equals the one seen longer ago goes, then the lower id."""
+    module = after_steps(MaxRows(2, by="count"), [1, 1, 1, 5], [2, 3, 3], [4, 6, 6, 6, 6])
+    assert module.table.evict(dry_run=True) == 4
+    assert left(module) == {1, 2, 3, 4, 5, 6}
+    assert module.table.evict(MaxRows(3, by="count")) == 3  # 5, 2 and 4 were seen once
+    assert left(module) == {1, 3, 6}
+    assert module.table.evict() == 1
+    assert left(module) == {1, 6}
+    module(ids(7, 3, 8))
+    module(ids(8))
+    assert module.table.evict() == 3
+    assert left(module) == {1, 6}  # a count begins anew with a row
+
+
+def test_one_of_equal_counts_is_chosen_by_step_then_by_id(backend):
+    """Any two rows differ by then."""
+    module = after_steps(MaxRows(1, by="count"), [9, 3], [5, 7])
+    assert module.table.evict(MaxRows(3, by="count")) == 1
+    assert left(module) == {5, 7, 9}
+    assert module.table.evict() == 2
+    assert left(module) == {7}
+
+
+def test_exactly_n_of_many_are_left_and_they_are_the_right_ones():
+    """Against sorting, with many ties, negative ids and every digit of the keys in use."""
+    generator = torch.Generator().manual_seed(3)
+    table = HashTable(1, eviction=MaxRows(0, by="count"), name="t")
+    many = torch.randint(LOW, HIGH, (5000,), generator=generator).unique()
+    table.insert(many, torch.zeros(len(many), 1))
+    rows = table._find(many)
+    counts = torch.randint(0, 40, (len(many),), generator=generator)
+    counts[::50] <<= 33
+    steps = torch.randint(0, 3, (len(many),), generator=generator)
+    table._columns["counts"][rows], table._columns["last_seen"][rows] = counts, steps
+    order = sorted(zip(counts.tolist(), steps.tolist(), many.tolist(), strict=True))
+    for n in (4321, 4320, 100, 1):
+        table.evict(MaxRows(n, by="count"))
+        assert len(table) == n
+        assert set(table.ids().tolist()) == {i for _, _, i in order[-n:]}
+
+
+# ---- TimeToLive
+
+
+def test_rows_live_for_seconds(backend):
+    """Since the last training lookup, by the policy's clock; evaluation does not refresh."""
+    clock = Clock()
+    module = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
+    module(ids(1, 2))
+    clock.now += 6
+    module(ids(2, 3))
+    module.eval()(ids(1))
+    module.train()
+    clock.now += 4
+    assert module.table.evict() == 0  # 1 is ten seconds old: not older
+    clock.now += 0.001
+    assert module.table.evict() == 1
+    assert left(module) == {2, 3}
+    module(ids(1))
+    clock.now += 8
+    assert module.table.evict() == 2
+    assert left(module) == {1}
+
+
+@pytest.mark.parametrize("how", ["file", "deepcopy"])
+def test_time_between_runs_does_not_age_rows(how):
+    """A saved table holds ages."""
+    clock = Clock()
+    module = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
+    module(ids(1))
+    clock.now += 7
+    module(ids(2))
+    if how == "file":
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        clock.now += 86_400
+        twin = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        twin = copy.deepcopy(module)
+        clock = twin.table.eviction.clock
+    clock.now += 5
+    assert twin.table.evict() == 1
+    assert left(twin) == {2}
+
+
+def test_the_usual_clock_is_that_on_the_wall():
+    """Without one of the user's own."""
+    module = DynamicEmbedding(2, eviction=TimeToLive(3600), name="t")
+    module(ids(1))
+    assert module.table.evict() == 0
+    module.table._columns["last_time"] -= 3601 * 10**6
+    assert module.table.evict() == 1
+
+
+# ---- MinNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_small_norm_go(backend, dtype):
+    """The L2 norm of the weights, not half its square; the threshold itself stays."""
+    module = DynamicEmbedding(2, eviction=MinNorm(5.0), name="t", dtype=dtype)
+    SparseAdam(hash_tables(module), lr=0.1)
+    weights = torch.tensor([[3.0, 4.0], [3.0, 3.875], [-5.0, 0.0], [0.0, 0.0], [torch.nan, 0]])
+    module.table.insert(ids(1, 2, 3, 4, 5), weights)
+    report = module.table.evict()
+    assert report == 2
+    assert left(module) == {1, 3, 5}
+    assert not module.table._columns
+
+
+# ---- composition
+
+
+def test_any_of_asks_each_of_what_is_left(backend):
+    """So a row counts once, and MaxRows evicts no more than what is still too many."""
+    policy = AnyOf([GlobalStepFilter(2), MaxRows(3), MinNorm(0.0)])
+    module = after_steps(policy, [1, 2], [3, 4], [5, 6])
+    report = module.table.evict(dry_run=True)
+    assert report == 3
+    assert report.by_policy == {
+        "GlobalStepFilter(filter_step=2)": 2,
+        "MaxRows(n=3, by='last_seen')": 1,
+        "MinNorm(threshold=0.0)": 0,
+    }
+    assert report.dry_run
+    assert module.table.evict() == 3
+    assert left(module) == {4, 5, 6}
+
+
+def test_all_of_evicts_what_each_would(backend):
+    """And says how many each named by itself."""
+    policy = AllOf([GlobalStepFilter(2), MaxRows(5)])
+    module = after_steps(policy, [1, 2], [3, 4], [5, 6])
+    report = module.table.evict()
+    assert report == 1
+    assert report.by_policy == {
+        "GlobalStepFilter(filter_step=2)": 2,
+        "MaxRows(n=5, by='last_seen')": 1,
+    }
+    assert left(module) == {2, 3, 4, 5, 6}
+
+
+def test_compositions_nest(backend):
+    """AnyOf in AllOf in AnyOf, with a clock deep inside."""
+    clock = Clock()
+    policy = AnyOf(
+        [
+            AllOf([AnyOf([TimeToLive(5, clock=clock), MinNorm(0.0)]), GlobalStepFilter(2)]),
+            MaxRows(4),
+        ]
+    )
+    assert policy.columns == {"last_time", "norms", "last_seen", "ids"}
+    module = after_steps(policy, [1, 2], [2, 3], [4])
+    clock.now += 6
+    module(ids(5, 6))
+    report = module.table.evict()
+    assert report == 2  # 1 is old and unseen for long, then 2 is one too many
+    assert left(module) == {3, 4, 5, 6}
+    assert report.by_policy == {
+        "TimeToLive(seconds=5)": 4,
+        "MinNorm(threshold=0.0)": 0,
+        "GlobalStepFilter(filter_step=2)": 1,
+        "MaxRows(n=4, by='last_seen')": 1,
+    }
+
+
+# ---- who stays whatever a policy says
+
+
+def test_pinned_ids_stay(backend):
+    """Known or not yet; they count among the rows there may be, and delete still removes them."""
+    module = after_steps(MaxRows(2), [1, 2, 3], [4], [5])
+    table = module.table
+    table.pin(ids(1, 2, 77))
+    assert table.pinned.tolist() == [1, 2, 77]
+    assert table.evict() == 3
+    assert left(module) == {1, 2}
+    module(ids(77, 78))
+    assert table.evict() == 1
+    assert left(module) == {1, 2, 77}
+    table.unpin(ids(1, 1000))
+    assert table.evict() == 1
+    assert left(module) == {2, 77}
+    assert table.delete(ids(2)) == 1
+    module(ids(2, 3))
+    assert table.evict() == 1
+    assert left(module) == {2, 77}
+    table.clear()
+    assert table.pinned.tolist() == [2, 77]
+
+
+@pytest.mark.parametrize("how", ["file", "deepcopy"])
+def test_pins_are_saved(how):
+    """A state that knows of no pins leaves those there are."""
+    module = after_steps(MaxRows(0), [1, 2, 3])
+    old = module.state_dict()
+    module.table.pin(ids(3, LOW))
+    twin = DynamicEmbedding(2, eviction=MaxRows(0), name="t")
+    if how == "file":
+        twin.load_state_dict(module.state_dict())
+    else:
+        twin = copy.deepcopy(module)
+    assert twin.table.pinned.tolist() == [LOW, 3]
+    twin.table.evict()
+    assert left(twin) == {3}
+    twin.load_state_dict(old)
+    assert twin.table.pinned.tolist() == [LOW, 3]
+
+
+def test_rows_that_wait_for_the_optimizer_stay(backend):
+    """MaxRows takes others in their place, as far as there are any."""
+    module = after_steps(MaxRows(1), [1], [2], [3])
+    sparse = SparseSGD(hash_tables(module), lr=1.0)
+    module.table.update_step()
+    module(ids(1)).sum().backward()
+    module.table._columns["last_seen"].zero_()
+    assert module.table.evict() == 2
+    assert left(module) == {1}
+    module(ids(4))
+    assert module.table.evict(MaxRows(0)) == 1
+    sparse.step()
+    assert module.table.evict(MaxRows(0)) == 1
+
+
+# ---- what evict tells
+
+
+def test_a_dry_run_says_what_would_go_and_changes_nothing():
+    """The same report, but for what was given back."""
+    module = after_steps(MaxRows(1), [1, 2, 3])
+    called = []
+    module.table.on_evict(called.append)
+    before = module.table.get_extra_state()
+    wished = module.table.evict(dry_run=True)
+    assert torch.equal(module.table.get_extra_state()["ids"], before["ids"])
+    assert not called
+    done = module.table.evict()
+    assert wished == done == 2
+    assert wished.by_policy == done.by_policy == {"MaxRows(n=1, by='last_seen')": 2}
+    assert wished.bytes_freed == done.bytes_freed == 2 * (4 * 2 + 8)
+    assert (wished.dry_run, done.dry_run) == (True, False)
+    assert "2 rows" in repr(done)
+    assert len(called) == 1
+
+
+def test_listeners_get_what_goes():
+    """Ids always, weights and optimizer state if asked; until they are removed."""
+    module = DynamicEmbedding(2, eviction=GlobalStepFilter(1), name="t")
+    sparse = SparseAdam(hash_tables(module), lr=0.1)
+    module(ids(1, LOW)).sum().backward()
+    sparse.step()
+    before = module.table.get_extra_state()
+    plain, rich = [], []
+    handle = module.table.on_evict(plain.append)
+    module.table.on_evict(rich.append, with_rows=True)
+    module.table.update_step(2)
+    module(ids(5))
+    module.table.evict()
+    assert plain[0].table == "t"
+    assert plain[0].ids.tolist() == [1, LOW]
+    assert plain[0].weights is None
+    assert torch.equal(rich[0].weights, before["weights"])
+    assert torch.equal(rich[0].slots["exp_avg"], before["slots"]["exp_avg"])
+    handle.remove()
+    module.table.update_step(2)
+    module.table.evict()
+    assert len(plain) == 1
+    assert rich[1].ids.tolist() == [5]
+    assert len(copy.deepcopy(module).table._listeners) == 0
+
+
+def test_a_listener_that_fails_keeps_the_rows():
+    """What could not be archived is not thrown away."""
+    module = after_steps(MaxRows(0), [1, 2])
+
+    def fail(evicted):
+        raise OSError("disk full")
+
+    handle = module.table.on_evict(fail)
+    with pytest.raises(OSError, match="disk full"):
+        module.table.evict()
+    assert left(module) == {1, 2}
+    assert module.table.statistics().evicted == 0
+    handle.remove()
+    module.table.on_evict(lambda evicted: module.table.delete(evicted.ids[:1]))
+    with pytest.raises(RuntimeError, match="an on_evict callback changed table 't'"):
+        module.table.evict()
+
+
+def test_a_policy_of_the_users_own(backend):
+    """Two lines: what it wants to know, and a mask."""
+
+    class Rare(Eviction):
+        columns = frozenset({"counts", "ids", "norms"})
+
+        def expired(self, rows):
+            assert rows.norms.shape == rows.ids.shape == rows.counts.shape
+            return (rows.counts < 2) & (rows.ids > 0)
+
+    module = after_steps(AnyOf([Rare(), MaxRows(10)]), [1, 2, 2, -3], [4])
+    assert module.table.evict() == 2
+    assert left(module) == {2, -3}
+
+
+# ---- what is refused
+
+
+def test_a_policy_may_ask_only_for_what_is_kept():
+    """The error names policy, column and table."""
+    table = HashTable(2, eviction=GlobalStepFilter(1), name="t")
+    with pytest.raises(
+        ValueError, match=r"policy: MaxRows.* asks for \['counts'\], which table 't'"
+    ):
+        table.evict(MaxRows(1, by="count"))
+    assert HashTable(2).evict(MinNorm(1.0)) == 0
+    with pytest.raises(TypeError, match="policy: expected an Eviction, got 3"):
+        table.evict(3)
+
+
+def test_a_policy_that_answers_nonsense_is_an_error():
+    """Its name, and what was expected."""
+
+    class Wrong(Eviction):
+        def expired(self, rows):
+            return torch.zeros(3)
+
+    class Asks(Wrong):
+        columns = frozenset({"weights"})
+
+    table = HashTable(2, eviction=Wrong())
+    table.insert(ids(1), torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"Wrong.expired: expected bool \[1\], got torch.float32"):
+        table.evict()
+    with pytest.raises(ValueError, match=r"eviction: columns are .* got \['weights'\]"):
+        HashTable(2, eviction=Asks())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: MaxRows(-1), ValueError, "n: expected an int >= 0, got -1"),
+        (lambda: MaxRows(2.5), TypeError, r"n: expected an int >= 0, got 2\.5"),
+        (
+            lambda: MaxRows(2, by="age"),
+            ValueError,
+            "by: expected 'last_seen' or 'count', got 'age'",
+        ),
+        (lambda: TimeToLive(0), ValueError, "seconds: expected a number > 0, got 0"),
+        (lambda: TimeToLive(float("nan")), ValueError, "seconds: expected a number"),
+        (lambda: MinNorm(-1.0), ValueError, r"threshold: expected a number >= 0.0, got -1\.0"),
+        (lambda: AnyOf([]), ValueError, "policies: expected at least one policy"),
+        (lambda: AllOf([MaxRows(1), 3]), TypeError, "policies: expected Eviction, got 3"),
+        (
+            lambda: AnyOf([TimeToLive(1, clock=Clock()), TimeToLive(1)]),
+            ValueError,
+            "policies: expected one clock",
+        ),
+    ],
+)
+def test_wrong_arguments(make, error, words):
+    """An error names the argument, the value got and what was expected."""
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_policies_are_values():
+    """Features that share a table compare them."""
+    assert AnyOf([MaxRows(2), GlobalStepFilter(1)]) == AnyOf((MaxRows(2), GlobalStepFilter(1)))
+    assert AnyOf([MaxRows(2)]) != AllOf([MaxRows(2)])
+    assert TimeToLive(5) == TimeToLive(5)
