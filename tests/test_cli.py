@@ -11,8 +11,16 @@ import yaml
 from examples.deepfm import train
 from recis_lightning import hash_tables
 from recis_lightning.__main__ import main
+from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, ProfilerHook
-from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.eviction import (
+    AllOf,
+    AnyOf,
+    GlobalStepFilter,
+    MaxRows,
+    MinNorm,
+    TimeToLive,
+)
 from recis_lightning.optim import SparseAdamW
 from tests.deepfm_data import write_criteo, write_movielens
 
@@ -36,7 +44,7 @@ def command_line(tmp_path, monkeypatch):
 def data_args(config: Path) -> list[str]:
     """Make small data for a configuration; return the arguments that name it."""
     root = Path("some data")
-    if config.stem == "movielens":
+    if config.stem != "criteo":
         write_movielens(root, num_rows=400)
         return ["--data.init_args.root", str(root), "--data.init_args.batch_size", "16"]
     for part in range(4):
@@ -45,7 +53,7 @@ def data_args(config: Path) -> list[str]:
 
 
 def test_there_are_configs():
-    assert {"movielens", "criteo"} <= {config.stem for config in CONFIGS}
+    assert {"movielens", "criteo", "policies"} <= {config.stem for config in CONFIGS}
 
 
 @each_config
@@ -71,9 +79,10 @@ def test_print_config_shows_everything(config, capsys):
     embeddings = model["embeddings"].values()
     assert {option["embedding_dim"] for option in embeddings} == {17}
     policies = [option["eviction"] for option in embeddings if option["eviction"]]
-    assert {policy["class_path"] for policy in policies} == {
-        "recis_lightning.eviction.GlobalStepFilter"
-    }
+    if config.stem != "policies":
+        assert {policy["class_path"] for policy in policies} == {
+            "recis_lightning.eviction.GlobalStepFilter"
+        }
     assert model["sparse_optimizer"]["class_path"] == "recis_lightning.optim.SparseAdamW"
 
 
@@ -91,6 +100,18 @@ def test_yaml_sets_policies_and_optimizers():
     assert tables["age"].eviction is None
     assert isinstance(tables["user"].optimizer, SparseAdamW)
     assert tables["user"].optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_yaml_composes_policies():
+    config = MOVIELENS.with_name("policies.yaml")
+    cli = main(["fit", "-c", str(config), *data_args(config), "--trainer.fast_dev_run=1"])
+    tables = {table.name: table for table in hash_tables(cli.model)}
+    assert tables["user"].admission == MinCount(2)
+    assert tables["user"].eviction == AnyOf([GlobalStepFilter(300), MaxRows(900, by="count")])
+    assert tables["item"].admission == BloomCount(2, num_counters=100_000)
+    assert tables["item"].eviction == AllOf([TimeToLive(60), MinNorm(0.05)])
+    assert tables["zip"].admission == Probability(0.5)
+    assert tables["zip"].eviction == MaxRows(500)
 
 
 def test_short_names_and_overrides_on_the_command_line():
