@@ -106,7 +106,7 @@ def _score(engine: EmbeddingEngine, ids: dict[str, Tensor]) -> Tensor:
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Return the area under the ROC curve; ties count half."""
-    values, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     ranks = (ends - (counts - 1) / 2)[inverse]
     positives, total = float(labels.sum()), len(labels)
@@ -129,9 +129,7 @@ def learn(
     ):
         logits = _score(engine, ids)
         scores.append(logits.detach())
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, labels, reduction="sum"
-        )
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         loss.backward()
         optimizer.step()
         began = time.perf_counter()
@@ -225,7 +223,9 @@ def picture(runs: dict[str, Any], batch: int, path: Path) -> None:
     right.set_ylim(best - 0.012, max(run["auc"] for run in runs.values()) + 0.004)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

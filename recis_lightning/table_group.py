@@ -20,7 +20,7 @@ from recis_lightning.hash_table import HashTable, write_segment
 from recis_lightning.jagged import Bags
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE
-from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START, UNKNOWN
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.table_saving import refuse_many_ranks
 from recis_lightning.table_storage import storage_epoch
@@ -60,7 +60,9 @@ class TableGroup:
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.segment_tables = [self.tables.index(feature.table) for feature in features]
         self._epoch = storage_epoch()
-        self._has_admission = any(table.admission is not None for table in self.tables)
+        admissions = [table.admission for table in self.tables if table.admission is not None]
+        self._refuses = bool(admissions)
+        self._is_frozen = not all(admission.admits for admission in admissions)
         self._all_known = False  # whether the last training lookup found nothing to insert
         self._shapes: list[
             tuple[int, int, int]
@@ -179,6 +181,8 @@ class TableGroup:
             rows = torch.empty(self._num_ids, dtype=torch.int64, device=self.device)
             plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
             if not embedding_bag.find_and_gather(plan, segments, training, *layout):
+                if training:
+                    hash_index.note_known(segments, rows, self.tables, self.segment_tables)
                 return rows
         if training:
             rows = self._find_or_insert(ids, segments)
@@ -192,7 +196,10 @@ class TableGroup:
         rows, new = hash_index.find_or_insert(
             segments, self._num_ids, self.tables, self.segment_tables, self.device
         )
-        self._all_known = new is None and not self._has_admission
+        # That a frozen table does not know an id is counted only here, not in the one pass.
+        self._all_known = new is None and not self._is_frozen
+        if self._all_known and self._refuses:
+            self._all_known = not bool((rows == UNKNOWN).any())
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
             row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)

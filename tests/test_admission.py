@@ -333,6 +333,18 @@ def test_torn_sightings_are_refused(spoil, words):
     assert pending(module) == {1: 1, 2: 1}
 
 
+def test_lookups_of_known_ids_count_as_lookups(backend):
+    """Whichever pass found them: time goes on for those that wait."""
+    module = table_of(MinCount(2, forget_after=3))
+    module(ids(1, 1, 2))
+    for number in range(3):
+        module(ids(1))
+        assert module.table.sightings.num_lookups == number + 2
+    module(ids(1))
+    module(ids(2))
+    assert pending(module) == {2: 1}
+
+
 def test_a_large_lookup_is_screened_before_it_is_inserted_in_rounds():
     """Insertion looks ids up again; who was refused stays out."""
     module = table_of(MinCount(2))

@@ -76,6 +76,15 @@ def test_the_least_frequently_seen_go_first(backend):
     assert left(module) == {1, 6}  # a count begins anew with a row
 
 
+def test_known_ids_are_counted_in_every_lookup(backend):
+    """Whichever pass found them, padding apart."""
+    module = DynamicEmbedding(2, eviction=MaxRows(1, by="count"), padding_idx=0, name="t")
+    for _ in range(4):
+        module(ids(3, 3, 0, 5))
+    rows = module.table._find(ids(3, 5))
+    assert module.table._columns["counts"][rows].tolist() == [8, 4]
+
+
 def test_one_of_equal_counts_is_chosen_by_step_then_by_id(backend):
     """Any two rows differ by then."""
     module = after_steps(MaxRows(1, by="count"), [9, 3], [5, 7])

@@ -16,6 +16,13 @@ def test_the_example_runs(tmp_path, monkeypatch, capfd):
     exec(compile(example[1], str(README), "exec"), {"__name__": "readme"})
 
 
+def test_the_examples_of_policies_run():
+    page = README.parent / "docs" / "policies.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 3
+    exec(compile("\n".join(examples), str(page), "exec"), {"__name__": "policies"})
+
+
 def test_files_that_it_names_are_there():
     text = README.read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http)([^)#]+)\)|(examples/[\w./]+\.\w+)", text):

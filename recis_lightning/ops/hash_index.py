@@ -185,6 +185,22 @@ def find_or_insert(
     return found
 
 
+def note_known(
+    segments: Segments, rows: Tensor, tables: Sequence[Table], segment_tables: Sequence[int]
+) -> None:
+    """Do for policies what ``find_or_insert`` does, after a training lookup without misses.
+
+    Args:
+        segments: As for ``find_or_insert``, like all but ``rows``.
+        rows: int64 [n], what was found.
+        tables: The group's tables.
+        segment_tables: For each segment, its table's position in ``tables``.
+    """
+    if segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN:
+        admission.screening(segments, rows.numel(), tables, segment_tables, rows.device, None)
+        _stamp(segments, rows, tables, segment_tables, None)
+
+
 def _stamp(
     segments: Segments,
     rows: Tensor,
@@ -268,6 +284,7 @@ __all__ = [
     "find_or_insert",
     "id_of_row",
     "max_load",
+    "note_known",
     "rebuild",
     "write_addresses",
 ]
