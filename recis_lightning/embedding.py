@@ -13,6 +13,7 @@ from recis_lightning.eviction import Eviction
 from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.jagged import Bags, Jagged, read_bags
+from recis_lightning.sharded_group import make_group
 from recis_lightning.table_group import Feature, TableGroup
 
 _BAG_MODES = ("sum", "mean")
@@ -37,9 +38,15 @@ class _Embedding(nn.Module):
     def _look_up(self, bags: Bags) -> Tensor:
         group = self._group
         if group is None or not group.is_current():
-            feature = Feature("ids", self.table, self.mode, self.padding_idx)
-            group = self._group = TableGroup([feature])
+            (group,) = self.current_groups()
         return group.look_up([bags], self.training)[0]
+
+    def current_groups(self) -> list[TableGroup]:
+        """Return the group of the one feature, as its table is now."""
+        if self._group is None or not self._group.is_current():
+            feature = Feature("ids", self.table, self.mode, self.padding_idx)
+            self._group = make_group([feature])
+        return [self._group]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}

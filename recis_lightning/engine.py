@@ -16,6 +16,7 @@ from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.jagged import Bags, Jagged, read_bags, read_keyed_jagged
 from recis_lightning.ops.embedding_bag import MODES
+from recis_lightning.sharded_group import look_up_groups, make_group
 from recis_lightning.table_group import Feature, TableGroup
 
 _DEFAULT_INITIALIZER = Normal(std=0.01)
@@ -167,11 +168,17 @@ class EmbeddingEngine(nn.Module):
             unknown = sorted(features.keys() - self.options.keys())
             raise ValueError(f"features: missing {missing}, unknown {unknown}")
         found: dict[str, Any] = dict.fromkeys(self.options)
-        for names, group in self._current_groups():
-            bags = [read_bags(features[name], name) for name in names]
-            for name, bag, out in zip(names, bags, group.look_up(bags, self.training), strict=True):
+        groups = self._current_groups()
+        bags = [[read_bags(features[name], name) for name in names] for names, _ in groups]
+        rows = look_up_groups([group for _, group in groups], bags, self.training)
+        for (names, _), parts, outputs in zip(groups, bags, rows, strict=True):
+            for name, bag, out in zip(names, parts, outputs, strict=True):
                 found[name] = _shape(out, bag, self.options[name].mode)
         return found
+
+    def current_groups(self) -> list[TableGroup]:
+        """Return the groups of the features, as their tables are now."""
+        return [group for _, group in self._current_groups()]
 
     def _current_groups(self) -> list[tuple[list[str], TableGroup]]:
         groups = self._groups
@@ -182,7 +189,7 @@ class EmbeddingEngine(nn.Module):
                 key = (table.device, table.dtype, table.embedding_dim)
                 members.setdefault(key, []).append(name)
             groups = self._groups = [
-                (names, TableGroup([self._feature(name) for name in names]))
+                (names, make_group([self._feature(name) for name in names]))
                 for names in members.values()
             ]
         return groups

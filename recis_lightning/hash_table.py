@@ -107,6 +107,7 @@ class HashTable(TableSaving, nn.Module):
         row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
         row_init.write_key(self.header, self.seed, self.name)
         self.pending: list[PendingGradient] = []
+        self.may_hold_foreign_rows = False
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._original: weakref.ref[HashTable] | None = None
         _live[next(_birth)] = self
@@ -240,6 +241,7 @@ class HashTable(TableSaving, nn.Module):
                 f"got {tuple(embeddings.shape)}"
             )
         rows = self._insert(flat)
+        self.may_hold_foreign_rows = True
         if self.sightings is not None:
             self.sightings.forget(flat)
         values = embeddings.detach().to(self.dtype).reshape(-1, self.embedding_dim)

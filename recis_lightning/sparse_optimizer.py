@@ -19,6 +19,7 @@ from recis_lightning.hash_table import HashTable
 from recis_lightning.ops import embedding_bag, row_update
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.pending_gradient import PendingGradient
+from recis_lightning.sharding import any_rank, sum_over_ranks
 
 
 class SparseOptimizer(Optimizer):
@@ -115,7 +116,11 @@ class SparseOptimizer(Optimizer):
                 loss = closure()
         calls = []
         pairs = zip(self.param_groups, self._tables, strict=True)
-        owned = {table: group for group, members in pairs for table in members if table.pending}
+        # A table's update is one of all its shards, also of those that got no gradient.
+        tables = self.tables
+        found = any_rank([bool(table.pending) for table in tables], tables[0].device)
+        waiting = {table for table, is_waiting in zip(tables, found, strict=True) if is_waiting}
+        owned = {table: group for group, members in pairs for table in members if table in waiting}
         for table in owned:
             if table.optimizer is not self:
                 raise RuntimeError(
@@ -158,6 +163,7 @@ class SparseOptimizer(Optimizer):
             gradients = self._gradients(members, hyper)
             if gradients is not None:
                 total += row_update.squared_norm(gradients)
+        total = sum_over_ranks(total, self.tables[0].device)
         return min(1.0, self.clip_grad_norm / (math.sqrt(total) + 1e-6))
 
     def _gradients(
@@ -182,6 +188,8 @@ class SparseOptimizer(Optimizer):
             else:
                 part[:, embedding_bag.FLAT_BASE] = [base_of[table] for table in record.tables]
             parts.append(part)
+        if not parts:
+            return None
         plan = np.concatenate(parts)
         sizes = plan[:, embedding_bag.NUM_IDS]
         if not sizes.sum():

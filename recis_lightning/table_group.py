@@ -18,11 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from recis_lightning.hash_table import HashTable, write_segment
 from recis_lightning.jagged import Bags
-from recis_lightning.ops import embedding_bag, hash_index, row_init
-from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE
+from recis_lightning.ops import embedding_bag, hash_index
+from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
 from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START, UNKNOWN
 from recis_lightning.pending_gradient import PendingGradient
-from recis_lightning.table_saving import refuse_many_ranks
+from recis_lightning.shard_exchange import ShardExchange
+from recis_lightning.sharding import num_ranks
+from recis_lightning.table_lookup import find_or_insert_rows
 from recis_lightning.table_storage import storage_epoch
 
 _ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
@@ -59,7 +61,7 @@ class TableGroup:
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.segment_tables = [self.tables.index(feature.table) for feature in features]
-        self._epoch = storage_epoch()
+        self._epoch, self._num_ranks = storage_epoch(), num_ranks()
         admissions = [table.admission for table in self.tables if table.admission is not None]
         self._refuses = bool(admissions)
         self._is_frozen = not all(admission.admits for admission in admissions)
@@ -91,8 +93,8 @@ class TableGroup:
         return segments
 
     def is_current(self) -> bool:
-        """Whether the tables' storage is still what the group has noted of it."""
-        return self._epoch == storage_epoch()
+        """Whether the tables' storage and the ranks are still what the group has noted."""
+        return self._epoch == storage_epoch() and self._num_ranks == num_ranks()
 
     def look_up(self, bags: Sequence[Bags], training: bool) -> list[Tensor]:
         """Return each feature's rows, pooled.
@@ -104,8 +106,14 @@ class TableGroup:
         Returns:
             For each feature [n, dim] ("none"), [B, dim] or [B, tile_len * dim] ("tile").
         """
+        ids = self._check(bags, training)
+        outputs, plan = self._allocate(bags)
+        rows = self._fill(ids, plan, training)
+        return self._recorded(bags, rows, plan, outputs, training)
+
+    def _check(self, bags: Sequence[Bags], training: bool) -> list[Tensor]:
+        """Return the ids of ``bags`` if they can be looked up, and note their shapes."""
         if training:
-            refuse_many_ranks("a training lookup")
             self._check_trained()
         ids = [bag.ids for bag in bags]
         if not all(map(self._on_device, ids)):
@@ -118,8 +126,27 @@ class TableGroup:
                 f"{feature.name}: its table is on {self.device}, its ids on {part.device}"
             )
         self._note_shapes(bags, ids)
-        outputs, plan = self._allocate(bags)
-        rows = self._fill(ids, plan, training)
+        return ids
+
+    def _recorded(
+        self,
+        bags: Sequence[Bags],
+        rows: Tensor,
+        plan: Plan,
+        outputs: list[Tensor],
+        training: bool,
+        way: ShardExchange | None = None,
+    ) -> list[Tensor]:
+        """Return outputs as autograd knows them.
+
+        Args:
+            bags: As for ``look_up``.
+            rows: int64 [n], rows of the tables, or places in what ``way`` brought.
+            plan: By which the outputs were filled.
+            outputs: One for each feature.
+            training: Leave gradients.
+            way: How rows came from other ranks; None if they are this rank's.
+        """
         if not training or not torch.is_grad_enabled():
             return outputs
         weighted = [
@@ -130,7 +157,8 @@ class TableGroup:
         if not weighted and not any(table.trainable for table in self.tables):
             return outputs
         weights = [bags[index].weights for index in weighted]
-        return list(_Lookup.apply(_ANCHOR, self, bags, rows, plan, outputs, weighted, *weights))  # type: ignore[no-untyped-call]
+        found = _Lookup.apply(_ANCHOR, self, bags, rows, way, plan, outputs, weighted, *weights)  # type: ignore[no-untyped-call]
+        return list(found)
 
     def _note_shapes(self, bags: Sequence[Bags], ids: list[Tensor]) -> None:
         """Fill in what segments and plan say of sizes, if these are not those of the last call."""
@@ -167,7 +195,7 @@ class TableGroup:
                 "gradients of tables; use precision='bf16-mixed' or '32-true'"
             )
 
-    def _fill(self, ids: list[Tensor], plan: embedding_bag.Plan, training: bool) -> Tensor:
+    def _fill(self, ids: list[Tensor], plan: Plan, training: bool) -> Tensor:
         """Look ids up and fill the outputs; return the row of each id.
 
         One pass does both wherever no id has to be inserted. In training that is seen only at its
@@ -185,38 +213,20 @@ class TableGroup:
                     hash_index.note_known(segments, rows, self.tables, self.segment_tables)
                 return rows
         if training:
-            rows = self._find_or_insert(ids, segments)
+            rows, new = find_or_insert_rows(
+                segments, ids, self._num_ids, self.tables, self.segment_tables
+            )
+            # That a frozen table does not know an id is counted only here, not in the one pass.
+            self._all_known = new is None and not self._is_frozen
+            if self._all_known and self._refuses:
+                self._all_known = not bool((rows == UNKNOWN).any())
         else:
             rows = hash_index.find(segments, self._num_ids, self.device)
         plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
         embedding_bag.gather(plan, *layout)
         return rows
 
-    def _find_or_insert(self, ids: list[Tensor], segments: hash_index.Segments) -> Tensor:
-        rows, new = hash_index.find_or_insert(
-            segments, self._num_ids, self.tables, self.segment_tables, self.device
-        )
-        # That a frozen table does not know an id is counted only here, not in the one pass.
-        self._all_known = new is None and not self._is_frozen
-        if self._all_known and self._refuses:
-            self._all_known = not bool((rows == UNKNOWN).any())
-        if new is not None:
-            bfloat16 = self.dtype is torch.bfloat16
-            row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
-            self._note_new(ids, new)
-        return rows
-
-    def _note_new(self, ids: list[Tensor], new: Tensor) -> None:
-        """Tell the tables that track readmissions which of their ids are new."""
-        if all(table.readmissions is None for table in self.tables):
-            return
-        cuts = [*np.searchsorted(new.numpy(), self._starts), new.numel()]
-        for number, feature in enumerate(self.features):
-            if feature.table.readmissions is not None:
-                mine = new[cuts[number] : cuts[number + 1]] - self._starts[number]
-                feature.table.readmissions.note_new(ids[number][mine])
-
-    def _allocate(self, bags: Sequence[Bags]) -> tuple[list[Tensor], embedding_bag.Plan]:
+    def _allocate(self, bags: Sequence[Bags]) -> tuple[list[Tensor], Plan]:
         """Return uninitialised outputs, and the plan that fills them once it has rows."""
         plan, new_empty = self._plan.copy(), self._prototype.new_empty
         counts = plan[:, embedding_bag.NUM_BAGS].tolist()
@@ -229,21 +239,55 @@ class TableGroup:
                 line[embedding_bag.WEIGHTS] = bag.weights.data_ptr()
         return outputs, plan
 
+    def _leave_gradients(
+        self,
+        plan: Plan,
+        used: Sequence[int],
+        bags: Sequence[Bags],
+        rows: Tensor,
+        kept: list[Tensor],
+        way: ShardExchange | None,
+    ) -> None:
+        """Leave gradients with the tables as pending.
+
+        Args:
+            plan: Of the features ``used``; DATA holds gradients.
+            used: Positions of the features that have a gradient and train.
+            bags: Of all features.
+            rows: int64 [n], as for ``_recorded``.
+            kept: The gradients.
+            way: As for ``_recorded``.
+        """
+        if not used:
+            return
+        kept += [part for bag in bags for part in (bag.offsets, bag.weights) if part is not None]
+        tables = [self.features[index].table for index in used]
+        record = PendingGradient(tables, plan, rows, kept)
+        for table in dict.fromkeys(tables):
+            table.pending.append(record)
+
     def weight_gradient(
-        self, index: int, bags: Bags, rows: Tensor, weights: Tensor, gradient: Tensor
+        self,
+        index: int,
+        bags: Bags,
+        header: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        gradient: Tensor,
     ) -> Tensor:
         """Return the gradient of per-sample weights, float32 [n] (rarely asked for: plain torch).
 
         Args:
             index: The feature's position.
             bags: Its ids.
+            header: Where ``rows`` are.
             rows: int64 [n].
             weights: float32 [n].
             gradient: Of the feature's output.
         """
         feature, dim = self.features[index], self.embedding_dim
         mode, count = MODES[feature.mode], bags.ids.numel()
-        values = embedding_bag.gather_rows(feature.table.header, rows, dim, self.dtype).float()
+        values = embedding_bag.gather_rows(header, rows, dim, self.dtype).float()
         if mode == NONE:
             return (values * gradient.float()).sum(1)
         if bags.offsets is None:
@@ -279,13 +323,15 @@ class _Lookup(torch.autograd.Function):
         group: TableGroup,
         bags: Sequence[Bags],
         rows: Tensor,
-        plan: embedding_bag.Plan,
+        way: ShardExchange | None,
+        plan: Plan,
         outputs: list[Tensor],
         weighted: list[int],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weighted = group, bags, rows, plan, weighted
+        ctx.way = way
         ctx.generations = [table.generation for table in group.tables]
         return tuple(outputs)
 
@@ -320,16 +366,11 @@ class _Lookup(torch.autograd.Function):
             kept.append(gradient)
             used.append(index)
             places.append((gradient.data_ptr(), 4 * stride))
+        plan = ctx.plan[used]
         if used:
-            plan = ctx.plan[used]
             plan[:, [embedding_bag.DATA, embedding_bag.DATA_STRIDE]] = places
-            for bags in ctx.bags:
-                kept += [part for part in (bags.offsets, bags.weights) if part is not None]
-            tables = [group.features[index].table for index in used]
-            record = PendingGradient(tables, plan, ctx.rows, kept)
-            for table in dict.fromkeys(tables):
-                table.pending.append(record)
-        return (*[None] * 7, *_weight_gradients(ctx, whole))
+        group._leave_gradients(plan, used, ctx.bags, ctx.rows, kept, ctx.way)
+        return (*[None] * 8, *_weight_gradients(ctx, whole))
 
 
 def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:
@@ -338,11 +379,13 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
     for index in ctx.weighted:
         bags, first = ctx.bags[index], int(ctx.plan[index, embedding_bag.FIRST_ID])
         rows = ctx.rows[first : first + bags.ids.numel()]
+        source = ctx.group.features[index].table if ctx.way is None else ctx.way
+        header = source.header
         gradient = gradients.get(index)
         found.append(
             None
             if gradient is None
-            else ctx.group.weight_gradient(index, bags, rows, bags.weights, gradient)
+            else ctx.group.weight_gradient(index, bags, header, rows, bags.weights, gradient)
         )
     return found
 

@@ -24,6 +24,8 @@ class TableSaving(TableEviction):
     _name: str | None
     _optimizer: weakref.ref[torch.optim.Optimizer] | None
     _original: weakref.ref[Any] | None
+    # Rows came that no lookup brought; of several ranks, others may own them.
+    may_hold_foreign_rows: bool
     # While a checkpoint is written whose rows are in files of their own: what names these files.
     reference: dict[str, Any] | None = None
 
@@ -132,6 +134,7 @@ class TableSaving(TableEviction):
             # No initial rows: all of each is written.
             rows, _ = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
             self._num_loaded += len(self)
+            self.may_hold_foreign_rows = True
             if len(self) != ids.numel():
                 raise ValueError(
                     f"state of table {self.name!r}: of {ids.numel()} ids, "
@@ -187,14 +190,14 @@ _NOT_COPIED = (
 
 
 def refuse_many_ranks(what: str) -> None:
-    """Raise if several ranks run: tables are not sharded in this version."""
+    """Raise if several ranks run, each with a shard of every table."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         world_size = distributed.get_world_size()
         if world_size > 1:
             raise RuntimeError(
-                f"{what} on {world_size} ranks: tables are not sharded over ranks in this "
-                "version; train on one process (devices=1)"
+                f"{what} on {world_size} ranks: each has a shard of the table, and this would "
+                "keep rank 0's alone"
             )
 
 

@@ -1,0 +1,73 @@
+"""What ranks run in the tests of sharded tables under Lightning."""
+
+import os
+import warnings
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import distributed
+from torch.utils.data import DistributedSampler
+
+from recis_lightning.callbacks import HashTableFilterHook, LoggerHook
+from recis_lightning.hash_table import hash_tables
+from recis_lightning.sharding import num_ranks
+from tests.clicks import Clicks, loader
+from tests.lightning_model import Model
+from tests.quiet_trainer import quiet_trainer
+from tests.sharded_training import shard
+
+
+@contextmanager
+def as_torchrun():
+    """Make Lightning see what torchrun tells a process, of a group that is there already."""
+    ranks = num_ranks()
+    rank = distributed.get_rank() if ranks > 1 else 0
+    told = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    with (
+        mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+
+
+def train_loader(batch_size, **kwargs):
+    """Return this rank's share of the clicks in order; left to itself Lightning shuffles."""
+    rank = distributed.get_rank() if num_ranks() > 1 else 0
+    sampler = DistributedSampler(Clicks(), num_ranks(), rank, shuffle=False)
+    return loader(batch_size=batch_size, sampler=sampler, **kwargs)
+
+
+class Predicting(Model):
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+
+
+def fit(path, batch_size, **kwargs):
+    """Fit with validation, test and predict; return what this rank has."""
+    model = Predicting()
+    hooks = [HashTableFilterHook(filter_interval=1), LoggerHook(log_step=2)]
+    with as_torchrun() as settings:
+        run = quiet_trainer(path, *hooks, max_epochs=2, **settings, **kwargs)
+        run.fit(model, train_loader(batch_size), loader(size=24, batch_size=batch_size))
+        val_loss = float(run.callback_metrics["val_loss"])
+        (tested,) = run.test(model, loader(size=24, batch_size=batch_size), verbose=False)
+        # One sample a batch: of two ranks one has a batch more than the other.
+        scores = run.predict(model, loader(size=9, batch_size=1))
+    return {
+        "tower": {name: value.detach().numpy() for name, value in model.tower.named_parameters()},
+        "tables": {table.name: shard(table) for table in hash_tables(model)},
+        "val_loss": val_loss,
+        "test_loss": tested["test_loss"],
+        "scores": torch.cat(scores).numpy(),
+    }

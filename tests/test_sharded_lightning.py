@@ -1,0 +1,29 @@
+"""Sharded tables under Lightning's ddp: real processes that train, validate, test and predict."""
+
+import numpy as np
+
+from tests import lightning_ranks as checks
+from tests.test_sharded_group import joined
+
+
+def test_ddp_is_one_process_with_the_batch_of_all(ranks, tmp_path):
+    """Weights, rows and scores; also where one rank has a batch more to predict."""
+    (whole,) = ranks.run(1, checks.fit, tmp_path, 16)
+    parts = ranks.run(2, checks.fit, tmp_path, 8)
+    for part in parts:
+        for name, value in whole["tower"].items():
+            np.testing.assert_allclose(part["tower"][name], value, rtol=1e-3, atol=1e-4)
+    for name in ("val_loss", "test_loss"):  # each rank logs that of its own share
+        mean = np.mean([part[name] for part in parts])
+        np.testing.assert_allclose(mean, whole[name], rtol=1e-3, err_msg=name)
+    for name, wanted in whole["tables"].items():
+        found = joined(parts, name)
+        assert np.array_equal(found["ids"], wanted["ids"])
+        np.testing.assert_allclose(found["weights"], wanted["weights"], rtol=1e-2, atol=1e-3)
+        assert found["step"] == wanted["step"]
+        assert found["num_updates"] == wanted["num_updates"]
+    scores = [part["scores"] for part in parts]
+    assert [len(part) for part in scores] == [5, 4]
+    whole_scores = [whole["scores"][::2], whole["scores"][1::2]]
+    for part, wanted in zip(scores, whole_scores, strict=True):
+        np.testing.assert_allclose(part, wanted, rtol=1e-3, atol=1e-4)
