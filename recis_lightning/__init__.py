@@ -6,6 +6,7 @@ from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
 from recis_lightning.hash_table import HashTable, hash_tables
 from recis_lightning.jagged import Jagged
 from recis_lightning.metrics import GAUC, add_metric
+from recis_lightning.table_report import TableReport, report
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,8 @@ __all__ = [
     "EmbeddingOption",
     "HashTable",
     "Jagged",
+    "TableReport",
     "add_metric",
     "hash_tables",
+    "report",
 ]

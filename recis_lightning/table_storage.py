@@ -23,6 +23,7 @@ from recis_lightning.ops.table_header import (
 )
 from recis_lightning.row_store import RowStore
 from recis_lightning.sightings import Sightings
+from recis_lightning.table_survey import TableSurvey
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
 
@@ -44,7 +45,7 @@ def storage_epoch() -> int:
     return _epoch.number
 
 
-class TableStorage:
+class TableStorage(TableSurvey):
     """The storage of a table, and the table that index ops know (``ops.hash_index.Table``).
 
     It grows when an op asks for room; kernels find everything through ``header``.

@@ -53,7 +53,7 @@ def data_args(config: Path) -> list[str]:
 
 
 def test_there_are_configs():
-    assert {"movielens", "criteo", "policies"} <= {config.stem for config in CONFIGS}
+    assert {"movielens", "criteo", "policies", "reports"} <= {config.stem for config in CONFIGS}
 
 
 @each_config

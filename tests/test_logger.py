@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
-from recis_lightning.callbacks import Hook, LoggerHook
+from recis_lightning.callbacks import Hook, LoggerHook, training_clock
 from recis_lightning.callbacks import logger as logger_module
 from recis_lightning.callbacks.logger import AboveTheBar, _batch_size
 from recis_lightning.metrics import GAUC, add_metric, clear_metrics
@@ -92,7 +92,7 @@ class Recorder(Logger):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(logger_module, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(training_clock, "time", SimpleNamespace(perf_counter=clock))
     return clock
 
 
@@ -368,7 +368,7 @@ def test_a_trainers_own_save_is_given_back(make_trainer, clock):
 
 
 def test_a_clock_that_stands_still(make_trainer, monkeypatch, lines):
-    monkeypatch.setattr(logger_module, "time", SimpleNamespace(perf_counter=lambda: 1.0))
+    monkeypatch.setattr(training_clock, "time", SimpleNamespace(perf_counter=lambda: 1.0))
     trainer = make_trainer(LoggerHook(4))
     trainer.fit(Model(Clock()))
     assert lines() == ["<gstep=4> <lstep=4> <qps=inf> <loss=4>"]

@@ -41,6 +41,7 @@ ROOM_NAMES = [
             "Hook",
             "LoggerHook",
             "MLTrackerHook",
+            "MetricReportHook",
             "ProfilerHook",
             "TraceHook",
         ],

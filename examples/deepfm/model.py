@@ -19,6 +19,7 @@ from examples.deepfm.batch import Batch
 from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, hash_tables
 from recis_lightning.metrics import GAUC
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseOptimizer
+from recis_lightning.trace import add_to_trace
 
 
 def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -88,8 +89,11 @@ class DeepFM(L.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss; LoggerHook shows it."""
-        return nn.functional.binary_cross_entropy_with_logits(self(batch), batch["label"])
+        """Return the loss; LoggerHook shows it, and TraceHook writes what it is made of."""
+        logits, label = self(batch), batch["label"]
+        add_to_trace("logit", logits)
+        add_to_trace("label", label)
+        return nn.functional.binary_cross_entropy_with_logits(logits, label)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the validation part's loss, AUC and GAUC."""

@@ -7,6 +7,7 @@ from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import AboveTheBar as _AboveTheBar
 from recis_lightning.callbacks.logger import LoggerHook
 from recis_lightning.callbacks.profiler import ProfilerHook
+from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.trace import TraceHook
 from recis_lightning.callbacks.tracker import MLTrackerHook
 from recis_lightning.metrics import add_to_ml_tracker
@@ -17,6 +18,7 @@ __all__ = [
     "Hook",
     "LoggerHook",
     "MLTrackerHook",
+    "MetricReportHook",
     "ProfilerHook",
     "TraceHook",
     "add_to_ml_tracker",

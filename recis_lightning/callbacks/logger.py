@@ -6,8 +6,7 @@ import dataclasses
 import logging
 import math
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from torchmetrics import Metric, MetricCollection
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.publish import fetch, publish
+from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
 from recis_lightning.metrics import get_metrics
 
-__all__ = ["LoggerHook"]
+__all__ = ["LoggerHook", "loss_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class LoggerHook(Hook):
     def __init__(self, log_step: int = 10) -> None:
         super().__init__()
         self.log_step = check_int("log_step", log_step, least=1)
-        self._clock = _TrainingClock()
+        self._clock = TrainingClock()
         self._lstep = 0
         self._num_batches = 0  # in this window, as is the next
         self._num_samples: int | None = 0  # None: a batch of unknown size
@@ -74,7 +74,7 @@ class LoggerHook(Hook):
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
         self._clock.start()
-        _TimedSave.attach(trainer, self._clock)
+        TimedSave.attach(trainer, self._clock)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,7 +111,7 @@ class LoggerHook(Hook):
 
     def _close(self, trainer: Trainer) -> None:
         self._clock.stop()
-        _TimedSave.detach(trainer, self._clock)
+        TimedSave.detach(trainer, self._clock)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         samples: Any = math.nan if self._num_samples is None else float(self._num_samples)
@@ -121,7 +121,7 @@ class LoggerHook(Hook):
         values = _computed(trainer.world_size)
         reported = "loss" in values
         if not reported:
-            values = {"loss": _loss(trainer, pl_module, outputs), **values}
+            values = {"loss": loss_of(trainer, pl_module, outputs), **values}
         fetched = fetch({**values, _SAMPLES: samples}, trainer.strategy.root_device)
         samples = fetched.pop(_SAMPLES)
 
@@ -138,87 +138,6 @@ class LoggerHook(Hook):
             values.pop("loss", None)
         numbers = {k: v for k, v in values.items() if _is_number(v)}
         publish(trainer, rates | numbers, prog_bar=True)
-
-
-class _TrainingClock:
-    """Seconds spent training: runs between ``start`` and ``stop``, except while paused."""
-
-    def __init__(self) -> None:
-        self._running = False
-
-    def start(self) -> None:
-        self._running, self._pauses, self._elapsed = True, 0, 0.0
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        self._running = False
-
-    def mark(self) -> None:
-        """Book the time so far, so that a pause may begin here in retrospect."""
-        if self._running and not self._pauses:
-            now = time.perf_counter()
-            self._elapsed += now - self._since
-            self._since = now
-
-    def pause(self, at_mark: bool = False) -> None:
-        if self._running:
-            if not at_mark:
-                self.mark()
-            self._pauses += 1
-
-    def resume(self) -> None:
-        if self._running and self._pauses:
-            self._pauses -= 1
-            if not self._pauses:
-                self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the last lap, and begin the next."""
-        self.mark()
-        elapsed, self._elapsed = self._elapsed, 0.0
-        return elapsed
-
-
-class _TimedSave:
-    """Stands in for ``trainer.save_checkpoint`` while training, and pauses clocks meanwhile.
-
-    Lightning calls no callback after it wrote a checkpoint, nor any at all when it saves
-    weights only.
-    """
-
-    def __init__(self, save: Callable[..., None], replaced: bool) -> None:
-        self._save = save
-        self._replaced = replaced  # the Trainer had one of its own before
-        self._clocks: list[_TrainingClock] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        clocks = list(self._clocks)
-        for clock in clocks:
-            clock.pause()
-        try:
-            self._save(*args, **kwargs)
-        finally:
-            for clock in clocks:
-                clock.resume()
-
-    @classmethod
-    def attach(cls, trainer: Trainer, clock: _TrainingClock) -> None:
-        own = vars(trainer).get("save_checkpoint")
-        if not isinstance(own, cls):
-            own = cls(trainer.save_checkpoint, replaced=own is not None)
-            vars(trainer)["save_checkpoint"] = own
-        own._clocks.append(clock)
-
-    @classmethod
-    def detach(cls, trainer: Trainer, clock: _TrainingClock) -> None:
-        own = vars(trainer).get("save_checkpoint")
-        if not isinstance(own, cls) or clock not in own._clocks:
-            return
-        own._clocks.remove(clock)
-        if not own._clocks and own._replaced:
-            vars(trainer)["save_checkpoint"] = own._save
-        elif not own._clocks:
-            del vars(trainer)["save_checkpoint"]
 
 
 class AboveTheBar(logging.Handler):
@@ -263,7 +182,7 @@ def _batch_size(batch: Any) -> int | None:
     return None
 
 
-def _loss(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
+def loss_of(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
     """Return the loss as ``training_step`` returned it."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if not isinstance(loss, Tensor) or loss.numel() != 1:
