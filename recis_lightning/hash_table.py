@@ -154,7 +154,8 @@ class HashTable(TableSaving, nn.Module):
     @property
     def num_updates(self) -> int:
         """Optimizer steps that found a gradient for this table; Adam's bias correction counts."""
-        return int(self._header[NUM_UPDATES])
+        count: int = self._header.item(NUM_UPDATES)
+        return count
 
     def finish_update(self) -> None:
         """Count an optimizer step and forget the gradients that it used."""

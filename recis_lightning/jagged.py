@@ -69,6 +69,9 @@ def read_bags(feature: Any, name: str) -> Bags:
     if isinstance(feature, Tensor):
         if feature.is_nested:
             return _read_nested(feature, name)
+        if feature.dim() == 1 and feature.dtype is torch.int64 and feature.is_contiguous():
+            size = feature.numel()  # what most features are, of which a model may have hundreds
+            return Bags(feature, size, 1, None, None, (size,))
         return _read_dense(feature, None, name)
     if isinstance(feature, Jagged):
         return _read_jagged(feature, name)

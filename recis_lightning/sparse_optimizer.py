@@ -7,6 +7,7 @@ that has one, once. All tables of an optimizer with the same row layout are upda
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from recis_lightning.ops import embedding_bag, row_update
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.sharding import any_rank, sum_over_ranks
+from recis_lightning.table_storage import storage_epoch
 
 
 class SparseOptimizer(Optimizer):
@@ -73,6 +75,8 @@ class SparseOptimizer(Optimizer):
             self._tables.append(members)
             name = self.group_name + (f"{number}" if len(given) > 1 else "")
             groups.append({"name": name, **group, "params": []})
+        self._epoch = -1  # of the tables' storage, for which the next is right
+        self._layouts: dict[HashTable, tuple[str, str, int]] = {}
         super().__init__(groups, defaults)
         for table in self.tables:
             table.optimizer = self
@@ -127,7 +131,7 @@ class SparseOptimizer(Optimizer):
                     f"table {table.name!r} was given to another optimizer since, "
                     f"{type(table.optimizer).__name__}; a table has one optimizer at a time"
                 )
-        for members in _by_layout(owned):
+        for members in self._by_layout(owned):
             calls.append((members, self._hyper(members, owned)))
         scale = self._norm_scale(calls) if self.clip_grad_norm is not None else 1.0
         for members, hyper in calls:
@@ -139,13 +143,26 @@ class SparseOptimizer(Optimizer):
             table.finish_update()
         return loss
 
+    def _by_layout(self, tables: Iterable[HashTable]) -> list[list[HashTable]]:
+        """Split tables into those whose rows look the same, so that one pass updates them."""
+        if self._epoch != storage_epoch():
+            self._epoch = storage_epoch()
+            self._layouts = {
+                table: (str(table.device), str(table.dtype), table.embedding_dim)
+                for table in self.tables
+            }
+        split: dict[tuple[str, str, int], list[HashTable]] = defaultdict(list)
+        for table in tables:
+            split[self._layouts[table]].append(table)
+        return list(split.values())
+
     def _hyper(
         self, members: list[HashTable], owned: dict[HashTable, dict[str, Any]]
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         hyper = np.ones((len(members), row_update.HYPER_SIZE), np.float32)
-        numbers: dict[tuple[int, int], list[int]] = {}
+        numbers: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, table in enumerate(members):
-            numbers.setdefault((id(owned[table]), table.num_updates), []).append(number)
+            numbers[id(owned[table]), table.num_updates].append(number)
         for (_, num_updates), alike in numbers.items():
             fields = self.hyperparameters(owned[members[alike[0]]], num_updates + 1)
             for field, value in fields.items():
@@ -171,11 +188,12 @@ class SparseOptimizer(Optimizer):
     ) -> Gradients | None:
         """Join the pending gradients of tables of one layout, and sort them by row."""
         rows = members[0].rows
-        records: dict[PendingGradient, set[HashTable]] = {}
+        records: dict[PendingGradient, set[HashTable]] = defaultdict(set)
         for table in members:
             for record in table.pending:
-                records.setdefault(record, set()).add(table)
-        counts = np.array([len(table.rows.addresses) for table in members])
+                records[record].add(table)
+        addresses = [table.rows.addresses for table in members]
+        counts = np.array([part.size for part in addresses])
         bases = ((np.cumsum(counts) - counts) << rows.block_shift).tolist()
         base_of: dict[object, int] = dict(zip(members, bases, strict=True))
         parts = []
@@ -196,7 +214,7 @@ class SparseOptimizer(Optimizer):
             return None
         plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
         blocks = np.empty((counts.sum(), 2), np.int64)
-        blocks[:, 0] = np.concatenate([table.rows.addresses for table in members])
+        blocks[:, 0] = np.concatenate(addresses)
         blocks[:, 1] = (
             hyper.ctypes.data + np.repeat(np.arange(len(members)), counts) * (hyper.strides[0])
         )
@@ -208,6 +226,7 @@ class SparseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._epoch, self._layouts = -1, {}
         if "_tables" in state:  # unpickled or copied: these are other tables
             for table in self.tables:
                 table.optimizer = self
@@ -228,14 +247,6 @@ def _check_tables(tables: Any, known: list[HashTable]) -> list[HashTable]:
         if table in known or members.count(table) > 1:
             raise ValueError(f"tables: table {table.name!r} is there twice")
     return members
-
-
-def _by_layout(tables: Iterable[HashTable]) -> list[list[HashTable]]:
-    """Split tables into those whose rows look the same, so that one pass updates them."""
-    split: dict[tuple[Any, ...], list[HashTable]] = {}
-    for table in tables:
-        split.setdefault((table.device, table.dtype, table.embedding_dim), []).append(table)
-    return list(split.values())
 
 
 __all__ = ["SparseOptimizer"]

@@ -21,6 +21,7 @@ from recis_lightning.jagged import Bags
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
 from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START, UNKNOWN
+from recis_lightning.output_memory import new_outputs
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.shard_exchange import ShardExchange
 from recis_lightning.sharding import num_ranks
@@ -228,15 +229,15 @@ class TableGroup:
 
     def _allocate(self, bags: Sequence[Bags]) -> tuple[list[Tensor], Plan]:
         """Return uninitialised outputs, and the plan that fills them once it has rows."""
-        plan, new_empty = self._plan.copy(), self._prototype.new_empty
+        plan = self._plan.copy()
         counts = plan[:, embedding_bag.NUM_BAGS].tolist()
-        outputs = [new_empty(shape) for shape in zip(counts, self._widths, strict=True)]
+        outputs = new_outputs(counts, self._widths, self._prototype)
         plan[:, embedding_bag.DATA] = [out.data_ptr() for out in outputs]
-        for line, bag in zip(plan, bags, strict=True):
-            if bag.offsets is not None and line[embedding_bag.BAG_LENGTH] < 0:
-                line[embedding_bag.OFFSETS] = bag.offsets.data_ptr()
+        for index, bag in enumerate(bags):
+            if bag.offsets is not None and plan[index, embedding_bag.BAG_LENGTH] < 0:
+                plan[index, embedding_bag.OFFSETS] = bag.offsets.data_ptr()
             if bag.weights is not None:
-                line[embedding_bag.WEIGHTS] = bag.weights.data_ptr()
+                plan[index, embedding_bag.WEIGHTS] = bag.weights.data_ptr()
         return outputs, plan
 
     def _leave_gradients(
@@ -260,7 +261,8 @@ class TableGroup:
         """
         if not used:
             return
-        kept += [part for bag in bags for part in (bag.offsets, bag.weights) if part is not None]
+        kept += [bag.offsets for bag in bags if bag.offsets is not None]
+        kept += [bag.weights for bag in bags if bag.weights is not None]
         tables = [self.features[index].table for index in used]
         record = PendingGradient(tables, plan, rows, kept)
         for table in dict.fromkeys(tables):
