@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 
 import numpy as np
 import torch
 
 from recis_lightning.ops import parallel_cpu
+from recis_lightning.ops.hash_bulk_cpu import insert_many
 from recis_lightning.ops.hash_insert_cpu import insert_misses, list_misses
 from recis_lightning.ops.hash_slot_cpu import (
     AHEAD,
@@ -31,6 +31,7 @@ from recis_lightning.ops.intrinsics_cpu import (
 )
 from recis_lightning.ops.parallel_cpu import (
     address_of,
+    as_array,
     num_chunks,
     workspace,
 )
@@ -62,6 +63,7 @@ from recis_lightning.ops.table_header import (
 
 # Unknown ids inserted before the share of duplicates among them is known; see find_or_insert.
 _FIRST_ROUND = 1 << 16
+_BULK = 1 << 18  # ids from which dealing them out by region pays
 READ, FIRST_LOOK, LATER_LOOK = range(3)  # only the first look of training counts the refused
 _COUNTS = [NUM_IDS, NEXT_ROW, NUM_FREE]  # header fields that an insertion changes
 
@@ -218,6 +220,34 @@ def find_or_insert(segments, num_ids, tables, segment_tables, screen):
     Unknown ids are inserted in rounds, because a batch may hold an unknown id many times and room
     is needed for distinct ones only: the first round tells how many of them are distinct.
     """
+    if len(segments) == 1 and num_ids >= _BULK and segments[0, SEGMENT_FLAGS] & INSERT:
+        if screen is None:
+            return _find_or_insert_many(segments, num_ids, tables[0])
+    return _in_rounds(segments, num_ids, tables, segment_tables, screen)
+
+
+def _find_or_insert_many(segments, num_ids, table):
+    """Look up very many ids of one feature; how many are new is guessed from the first of them."""
+    before = [table.header.numpy()[_COUNTS]]
+    start, new = _in_rounds(segments, _FIRST_ROUND, [table], [0], None)
+    if new is None or len(new) < _FIRST_ROUND // 2:
+        rows, rest = _in_rounds(segments, num_ids, [table], [0], None)
+    else:
+        rows = torch.empty(num_ids, dtype=torch.int64)
+        rows[:_FIRST_ROUND] = start
+        try:
+            rest = insert_many(segments, table, _FIRST_ROUND, rows)
+        except BaseException:
+            _take_back([table], before)
+            raise
+        if isinstance(rest, slice) and len(new) == rest.start:
+            return rows, torch.arange(num_ids)
+        rest = torch.arange(num_ids)[rest] if isinstance(rest, slice) else torch.from_numpy(rest)
+    parts = [part for part in (new, rest) if part is not None]
+    return rows, torch.cat(parts) if parts else None
+
+
+def _in_rounds(segments, num_ids, tables, segment_tables, screen):
     rows, counts = _find(segments, num_ids, FIRST_LOOK)
     misses, refused = _list_misses(rows, counts), None
     if screen is not None and len(misses):
@@ -264,16 +294,12 @@ def _take_back(tables, before):
         header = table.header.numpy()
         counts = header[_COUNTS] if before is None else before[number]
         next_row, num_free = counts[1:]
-        entries = _view(header[ENTRIES], 2 * (int(header[CAPACITY]) + 1)).reshape(-1, 2)
-        reused = _view(header[FREE_ROWS], num_free)[header[NUM_FREE] :]
+        entries = as_array(header[ENTRIES], 2 * (int(header[CAPACITY]) + 1)).reshape(-1, 2)
+        reused = as_array(header[FREE_ROWS], num_free)[header[NUM_FREE] :]
         entries[(entries[:, 1] >= next_row) | np.isin(entries[:, 1], reused), 1] = NO_ROW
         header[_COUNTS] = counts
         with contextlib.suppress(MemoryError):  # what the rebuild would drop is unknown already
             table.rebuild_index()
-
-
-def _view(address, count):
-    return np.ctypeslib.as_array((ctypes.c_int64 * int(count)).from_address(int(address)))
 
 
 def _round_of(misses, cuts, tables, segment_tables, distinct_share):

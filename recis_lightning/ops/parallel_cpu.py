@@ -136,6 +136,12 @@ def address_of(array: npt.NDArray[Any]) -> int:
     return address
 
 
+def as_array(address: int, count: int) -> npt.NDArray[np.int64]:
+    """View int64 at an address; whoever owns the memory keeps it alive."""
+    buffer = (ctypes.c_int64 * int(count)).from_address(int(address))
+    return np.ctypeslib.as_array(buffer)
+
+
 def num_chunks(num_items: int, items_per_chunk: int) -> int:
     """Return how many chunks of ``items_per_chunk`` cover ``num_items``."""
     return -(-num_items // items_per_chunk)
