@@ -241,24 +241,35 @@ class HashTable(TableSaving, nn.Module):
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
                 f"got {tuple(embeddings.shape)}"
             )
-        rows = self._insert(flat)
+        values = embeddings.detach().to(self.dtype).reshape(-1, self.embedding_dim)
+        rows, new = self._find_or_insert(flat, self.segments(flat, insert=True))
         self.may_hold_foreign_rows = True
         if self.sightings is not None:
             self.sightings.forget(flat)
-        values = embeddings.detach().to(self.dtype).reshape(-1, self.embedding_dim)
-        last = torch.from_numpy(np.unique(rows.flip(0).numpy(), return_index=True)[1])
-        chosen = rows.numel() - 1 - last
+        if new is not None and new.numel() == rows.numel():
+            self.rows.write(rows, values, {})
+            return
+        if new is not None:
+            self.rows.write(rows[new], values[new], {})
+        chosen = _last_sights(rows, self.rows.num_rows)
         embedding_bag.write_rows_(self.header, rows[chosen], values[chosen].contiguous())
 
     def _insert(self, ids: Tensor) -> Tensor:
         segments = self.segments(ids, insert=True)
-        rows, new = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
+        rows, new = self._find_or_insert(ids, segments)
         if new is not None:
             bfloat16 = self.dtype is torch.bfloat16
             row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
-            if self.readmissions is not None:
-                self.readmissions.note_new(ids[new])
         return rows
+
+    def _find_or_insert(
+        self, ids: Tensor, segments: hash_index.Segments
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return each id's row and the positions of new ids, whose rows hold nothing yet."""
+        rows, new = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
+        if new is not None and self.readmissions is not None:
+            self.readmissions.note_new(ids[new])
+        return rows, new
 
     # ---- removing rows: by policy in TableEviction
 
@@ -300,6 +311,17 @@ class HashTable(TableSaving, nn.Module):
             self._load(state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _last_sights(rows: Tensor, num_rows: int) -> Tensor:
+    """Return the last position of each row that occurs in ``rows``, int64 [m]."""
+    count = rows.numel()
+    if 8 * count < num_rows:
+        last = np.unique(rows.flip(0).numpy(), return_index=True)[1]
+        return torch.from_numpy(count - 1 - last)
+    last, positions = np.empty(num_rows, np.int64), np.arange(count)
+    last[rows.numpy()] = positions  # of equal indices NumPy keeps the last
+    return torch.from_numpy(np.flatnonzero(last[rows.numpy()] == positions))
 
 
 def write_segment(
