@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # What benchmarks compare with and need to build it; --no-deps: they must not move torch.
-PEERS := fbgemm-gpu-cpu==1.8.0 ninja
+PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
+	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help

@@ -31,12 +31,14 @@ from benchmarks.harness import (
     time_in_turn,
     zipf_ranks,
 )
+from benchmarks.managed_collision import ManagedCollision
 from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
 from recis_lightning.optim import SparseAdagrad, SparseAdam
 
 NUM_IDS, EXPONENT, NUM_BATCHES = 200_000, 1.05, 8
 SPREAD = 7_919_317  # ids as users have them: not 0 ... n - 1
 TRAIN_SHAPES = [(4096, 16), (4096, 64), (16384, 32)]  # batch, dim
+PARTS = ("train", "multi_hot", "evaluation", "features", "managed_collision")
 LR = 1e-3
 
 
@@ -98,6 +100,10 @@ class Ours:
         out = self.engine(self.batches[self.number % NUM_BATCHES])
         torch.autograd.backward([*out.values()], self.data.gradients)
         self.optimizer.step()
+        self.number += 1
+
+    def look_up(self) -> None:
+        self.engine(self.batches[self.number % NUM_BATCHES])
         self.number += 1
 
     def joined_step(self, gradient: Tensor) -> None:
@@ -282,11 +288,42 @@ def many_features(rounds: int) -> None:
     append_result("bench_embedding_bag", {"part": "features", "columns": columns, "rows": rows})
 
 
+def managed_collision(rounds: int) -> None:
+    """Time lookups against TorchRec's managed-collision collection, where it is installed."""
+    data = Data(26, 1024, 16, num_ids=2000)
+    batches = [[ranks * SPREAD for ranks in batch] for batch in data.ranks[:2]]
+    try:
+        peer = ManagedCollision(data.names, data.dim, data.num_ids, batches)
+    except ImportError as error:
+        print(f"managed_collision: left out, {error}")
+        return
+    ours = Ours(data, SparseAdam)
+    # Both are lookups of known ids: each has a row of its own, as each of theirs has a slot.
+    for ids, slots in zip(batches[0], peer.num_slots(batches[0]), strict=True):
+        if slots != ids.unique().numel():
+            raise RuntimeError(f"the peer has {slots} slots for {ids.unique().numel()} ids")
+    peer.module.train()
+    rows = []
+    for label, contenders in (
+        ("training", {"ours": ours.look_up, "torchrec": peer.look_up}),
+        ("evaluation", {"ours": ours.read, "torchrec": peer.reader()}),
+    ):
+        ours.engine.train(label == "training")
+        times = time_in_turn(contenders, min(rounds, 5))
+        ratio = times["torchrec"] / times["ours"]
+        rows.append([f"1024 x 26, dim 16, {label}", times["ours"], times["torchrec"], ratio])
+    columns = ["lookup", "ours ms", "TorchRec ms", "ratio"]
+    print_table("TorchRec's managed-collision EmbeddingBagCollection", columns, rows)
+    append_result(
+        "bench_embedding_bag", {"part": "managed_collision", "columns": columns, "rows": rows}
+    )
+
+
 def main() -> None:
     """Run all parts."""
     parser = argparse.ArgumentParser(description="Embedding steps against peers")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--part", choices=["train", "multi_hot", "evaluation", "features"])
+    parser.add_argument("--part", choices=list(PARTS))
     arguments = parser.parse_args()
     rate = copy_gb_per_s()
     print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads")
@@ -295,6 +332,7 @@ def main() -> None:
         "multi_hot": lambda: multi_hot(arguments.rounds),
         "evaluation": lambda: evaluation(arguments.rounds),
         "features": lambda: many_features(arguments.rounds),
+        "managed_collision": lambda: managed_collision(arguments.rounds),
     }
     for name, part in parts.items():
         if arguments.part in (None, name):

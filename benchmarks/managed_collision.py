@@ -1,0 +1,98 @@
+"""TorchRec's managed-collision ``EmbeddingBagCollection``, the peer with a table of bounded size.
+
+It remaps ids to slots of a table of fixed size, in Python over torch ops, before it looks them up.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EVICTION_INTERVAL = 2  # batches between its decisions which ids own a slot
+
+
+class ManagedCollision:
+    """Tables with a slot for every id and one to spare, warmed up on all batches.
+
+    Args:
+        names: Features, each with its own table.
+        embedding_dim: Size of a row.
+        num_ids: Ids a feature.
+        batches: For each batch, int64 [batch] a feature.
+
+    Raises:
+        ImportError: TorchRec or FBGEMM is not installed.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        embedding_dim: int,
+        num_ids: int,
+        batches: Sequence[Sequence[Tensor]],
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import fbgemm_gpu  # noqa: F401 - its ops must be there before TorchRec
+            import torchrec
+            from torchrec.modules import mc_modules
+            from torchrec.modules.mc_embedding_modules import (
+                ManagedCollisionEmbeddingBagCollection,
+            )
+        cpu, slots = torch.device("cpu"), num_ids + 1
+        configs = [
+            torchrec.EmbeddingBagConfig(
+                name=name,
+                embedding_dim=embedding_dim,
+                num_embeddings=slots,
+                feature_names=[name],
+            )
+            for name in names
+        ]
+        remap = {
+            name: mc_modules.MCHManagedCollisionModule(
+                zch_size=slots,
+                device=cpu,
+                eviction_policy=mc_modules.LFU_EvictionPolicy(),
+                eviction_interval=EVICTION_INTERVAL,
+            )
+            for name in names
+        }
+        self.module = ManagedCollisionEmbeddingBagCollection(
+            torchrec.EmbeddingBagCollection(tables=configs, device=cpu),
+            mc_modules.ManagedCollisionCollection(remap, configs),
+            return_remapped_features=True,
+        )
+        self.batches = [
+            torchrec.KeyedJaggedTensor.from_lengths_sync(
+                keys=list(names),
+                values=torch.cat(list(batch)),
+                lengths=torch.ones(sum(len(part) for part in batch), dtype=torch.int32),
+            )
+            for batch in batches
+        ]
+        self.number = 0
+        for _ in range(max(len(batches), EVICTION_INTERVAL)):
+            self.look_up()
+
+    def look_up(self) -> Any:
+        """Look one batch up in the module's mode; return its outputs and remapped features."""
+        batch = self.batches[self.number % len(self.batches)]
+        self.number += 1
+        return self.module(batch)
+
+    def reader(self) -> Callable[[], Any]:
+        """Return an evaluation lookup."""
+        self.module.eval()
+        return torch.no_grad()(self.look_up)
+
+    def num_slots(self, batch: Sequence[Tensor]) -> list[int]:
+        """Return how many slots the ids of a batch fill, by feature, evaluation mode."""
+        self.module.eval()
+        features = self.module(self.batches[0])[1]
+        assert len(batch) == len(features.keys())
+        return [features[name].values().unique().numel() for name in features.keys()]  # noqa: SIM118
