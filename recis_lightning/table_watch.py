@@ -45,7 +45,8 @@ class TableWatch:
 
     Figures of a table: ``rows``, ``capacity``, ``load``, ``index_bytes``, ``weight_bytes``,
     ``state_bytes``, ``column_bytes``; counts since the run began ``admitted``, ``refused``,
-    ``evicted``, ``readmitted``; ``unique_share`` of the ids of a batch; of the rows surveyed
+    ``evicted``, ``readmitted``; ``unique_share`` of the ids of a batch (on several ranks each
+    sends an id once, and it is the share of what was sent); of the rows surveyed
     ``norm_mean``, ``norm_max``, ``age_mean``, ``age_max`` (steps since seen) and
     ``nonfinite_rows``; on several ranks ``rank_skew``, the rows of the fullest rank over the mean.
 

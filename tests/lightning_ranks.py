@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
-from recis_lightning.callbacks import HashTableFilterHook, LoggerHook
+from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, MetricReportHook
 from recis_lightning.hash_table import hash_tables
 from recis_lightning.sharding import num_ranks
 from tests.clicks import Clicks, loader
@@ -70,4 +70,34 @@ def fit(path, batch_size, **kwargs):
         "val_loss": val_loss,
         "test_loss": tested["test_loss"],
         "scores": torch.cat(scores).numpy(),
+    }
+
+
+def report(path, on_nan, ruined_rank):
+    """Fit with a report after every batch; return the history, what stopped it, and the shards.
+
+    On one rank, a row of one table is ruined from the second batch on.
+    """
+
+    class Ruining(Model):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 1 and distributed.get_rank() == ruined_rank:
+                table = self.user.table
+                table.insert(table.ids()[:1], torch.full((1, 4), torch.nan))
+            return loss
+
+    model, error = Ruining(), ""
+    hook = MetricReportHook(1, on_nan=on_nan, report=path / "report.html", survey_rows=10**6)
+    with as_torchrun() as settings:
+        run = quiet_trainer(path, hook, limit_train_batches=4, **settings)
+        try:
+            run.fit(model, train_loader(8))
+        except RuntimeError as caught:
+            error = str(caught)
+    return {
+        "steps": hook.history.steps,
+        "columns": {name: hook.history.column(name) for name in hook.history.names},
+        "error": error,
+        "rows": {table.name: len(table) for table in hash_tables(model)},
     }

@@ -17,6 +17,7 @@ from recis_lightning.callbacks import HashTableFilterHook, MetricReportHook, tra
 from recis_lightning.callbacks import report as report_module
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
+from tests import lightning_ranks
 from tests.quiet_trainer import quiet_trainer
 
 
@@ -270,3 +271,22 @@ def test_it_reports_at_info(tmp_path, caplog):
     hook = MetricReportHook(3, report=tmp_path / "r.html")
     quiet_trainer(tmp_path, hook, limit_val_batches=0).fit(Model())
     assert warnings_of(caplog) == [f"Wrote the report {tmp_path / 'r.html'}"]
+
+
+def test_two_ranks_report_the_same_figures_of_all(ranks, tmp_path):
+    """Counts are those of both, skew is there, and a ruined row on one rank stops both."""
+    one, other = ranks.run(2, lightning_ranks.report, tmp_path, "warn", 1)
+    assert one["steps"] == other["steps"] == [1, 2, 3, 4]
+    assert one["columns"].keys() == other["columns"].keys()
+    for name in one["columns"]:
+        if name not in ("loss", "train_qps"):  # each rank's own
+            assert str(one["columns"][name]) == str(other["columns"][name]), name
+    for table, rows in one["rows"].items():
+        both = [rows, other["rows"][table]]
+        assert one["columns"][f"table/{table}/rows"][-1] == sum(both)
+        assert one["columns"][f"table/{table}/rank_skew"][-1] == max(both) * 2 / sum(both)
+    assert one["columns"]["table/user/nonfinite_rows"][-1] == 1
+    assert "Tables of" in (tmp_path / "report.html").read_text()
+    for rank in ranks.run(2, lightning_ranks.report, tmp_path, "raise", 1):
+        assert "table 'user' at step" in rank["error"]
+        assert "1 or more rows hold NaN or Inf" in rank["error"]

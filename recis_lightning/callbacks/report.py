@@ -8,9 +8,7 @@ import os
 import time
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
@@ -20,6 +18,7 @@ from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
 from recis_lightning.hash_table import HashTable, hash_tables
 from recis_lightning.row_survey import AGE_EDGES, NORM_EDGES
 from recis_lightning.run_history import RunHistory
+from recis_lightning.sharding import any_rank
 from recis_lightning.table_report import TableReport, check_path
 from recis_lightning.table_watch import TableFigures, TableWatch
 
@@ -211,7 +210,7 @@ class MetricReportHook(Hook):
         num_batches, self._window = self._num_batches - self._window, self._num_batches
         more = {"train_qps": num_batches / seconds} if seconds > 0 else {}
         ruined = loss is not None and not math.isfinite(loss)
-        full = _any_rank(ruined, device)
+        full = any_rank([ruined], device)[0]
         figures = self.watch.look(
             self._num_batches, more if loss is None else {**more, "loss": loss}, full
         )
@@ -252,12 +251,3 @@ class MetricReportHook(Hook):
             title = f"Tables of {type(trainer.lightning_module).__name__}"
             TableReport.of_watch(self.watch, title).write(self.report)
             _log.info("Wrote the report %s", self.report)
-
-
-def _any_rank(mine: bool, device: torch.device) -> bool:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return mine
-    flag: Tensor = torch.tensor(int(mine), device=device)
-    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-    return bool(flag)
