@@ -109,6 +109,15 @@ TARGETS = [
         False,
         "of",
     ),
+    Target(
+        "bench_hooks",
+        "",
+        "demo's step with MetricReportHook",
+        lambda line: line["ratio"].get("MetricReportHook"),
+        1.01,
+        False,
+        "of",
+    ),
 ]
 
 
