@@ -1,5 +1,6 @@
 """RecIS's training hooks and dynamic embedding tables for PyTorch Lightning."""
 
+from recis_lightning import checkpoint
 from recis_lightning.averaged_model import share_tables_with_averaged_models
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
@@ -22,6 +23,7 @@ __all__ = [
     "Jagged",
     "TableReport",
     "add_metric",
+    "checkpoint",
     "hash_tables",
     "report",
 ]

@@ -308,7 +308,7 @@ class HashTable(TableSaving, nn.Module):
             check_dtype(probe.dtype)
             state = self._whole_state()
             self.set_dtype(probe.dtype)
-            self._load(state)
+            self.load_state(state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class TableSaving(TableEviction):
     may_hold_foreign_rows: bool
     # While a checkpoint is written whose rows are in files of their own: what names these files.
     reference: dict[str, Any] | None = None
+    # Takes up a rank's part of a state, or what a state refers to; ``checkpoint_source`` sets it.
+    take_up: ClassVar[Callable[[TableSaving, dict[str, Any]], None]]
 
     def ids_map(self) -> tuple[Tensor, Tensor]:
         """Return all ids and their rows, int64 [len] each, by row."""
@@ -100,10 +102,14 @@ class TableSaving(TableEviction):
         Raises:
             ValueError: ``state`` is of another kind of table; the table is as it was.
         """
+        if isinstance(state, dict) and (table_state.REFERENCE in state or _many_ranks()):
+            TableSaving.take_up(self, state)
+            return
         table_state.check_state(state, self.name, self.embedding_dim)
-        self._load(state)
+        self.load_state(state)
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Replace everything the table holds by a whole state that was checked."""
         weights, slots = state["weights"].to(self.dtype), state["slots"]
         words = {name: slot.shape[1] for name, slot in slots.items()}
         self.restore(state, words, lambda rows: self.rows.write(rows, weights, slots))
@@ -161,6 +167,25 @@ class TableSaving(TableEviction):
         if self.sightings is not None:
             self.sightings.load_state(state, self.name)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what a load changes beside rows and what policies keep."""
+        return {
+            "name": self._name,
+            "seed": self.seed,
+            "step": self.step,
+            "num_updates": int(self._header[NUM_UPDATES]),
+            "slots": self.rows.slots,
+            "state_fill": self.rows.state_fill,
+        }
+
+    def reset(self, settings: dict[str, Any]) -> None:
+        """Empty the table and give it settings that it had."""
+        self.clear()
+        self._name, self.seed = settings["name"], settings["seed"]
+        self._header[STEP], self._header[NUM_UPDATES] = settings["step"], settings["num_updates"]
+        self.set_slots(settings["slots"], settings["state_fill"])
+        row_init.write_key(self.header, self.seed, self.name)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and deepcopy take: rows and state, but no pending gradients.
 
@@ -179,7 +204,7 @@ class TableSaving(TableEviction):
         saved = state.pop("_saved")
         super().__setstate__(state)  # type: ignore[misc]
         self._start()
-        self._load(table_state.from_arrays(saved))
+        self.load_state(table_state.from_arrays(saved))
 
 
 _NOT_COPIED = (
@@ -189,16 +214,23 @@ _NOT_COPIED = (
 )
 
 
+def _many_ranks() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 def refuse_many_ranks(what: str) -> None:
     """Raise if several ranks run, each with a shard of every table."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        world_size = distributed.get_world_size()
-        if world_size > 1:
-            raise RuntimeError(
-                f"{what} on {world_size} ranks: each has a shard of the table, and this would "
-                "keep rank 0's alone"
-            )
+    if _many_ranks():
+        raise RuntimeError(
+            f"{what} on {torch.distributed.get_world_size()} ranks: each has a shard of the table, "
+            "and this would keep rank 0's alone; Trainer(callbacks=[CheckpointHook()]) or "
+            "recis_lightning.checkpoint.save keeps all"
+        )
 
 
 __all__ = ["TableSaving", "refuse_many_ranks"]

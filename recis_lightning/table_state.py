@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from recis_lightning.arguments import check_dtype
 
 SCHEMA = 1
+REFERENCE = "shards"  # of a state whose rows are in files of their own: what names these
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": (str, type(None)),
     "embedding_dim": int,
@@ -24,9 +25,12 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "weights": Tensor,
     "slots": dict,
 }
-# What only some policies keep. An int, or a tensor of a dtype as long as another field.
+# What only some policies keep: ints, and tensors whose items belong to ids, with the field that
+# holds these ids. When a state is spread over another number of ranks, an id takes its items with
+# it; of ints the largest counts, and tensors that are not here are joined by their maximum.
 _OPTIONAL_INTS = ("num_lookups", "num_sketched")
-_OPTIONAL_COLUMNS: dict[str, str] = {
+KEYED_BY = {
+    "ids": "ids",
     "last_seen": "ids",
     "counts": "ids",
     "ages_us": "ids",
@@ -35,6 +39,11 @@ _OPTIONAL_COLUMNS: dict[str, str] = {
     "pending_counts": "pending_ids",
     "pending_lookups": "pending_ids",
 }
+
+
+def row_columns(names: Container[str]) -> list[str]:
+    """Pick the fields that hold one item a row, ``ids`` first, but not weights and slots."""
+    return [key for key in KEYED_BY if KEYED_BY[key] == "ids" and key in names]
 
 
 def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
@@ -64,8 +73,8 @@ def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
     wanted = {"ids": ((n,), torch.int64), "weights": ((n, dim), check_dtype(state["dtype"]))}
     wanted |= {key: ((n, *slot.shape[1:2]), torch.float32) for key, slot in tensors.items()}
     tensors |= {"ids": state["ids"], "weights": state["weights"]}
-    for key, along in _OPTIONAL_COLUMNS.items():
-        if key in state:
+    for key, along in KEYED_BY.items():
+        if key in state and key != "ids":
             if not isinstance(state[key], Tensor) or not isinstance(state.get(along), Tensor):
                 raise ValueError(f"{where}: {key} or {along} is not what it should be")
             tensors[key], wanted[key] = state[key], ((state[along].numel(),), torch.int64)
@@ -115,4 +124,12 @@ def _converted(state: dict[str, Any], kind: type, convert: Callable[[Any], Any])
     }
 
 
-__all__ = ["SCHEMA", "check_state", "from_arrays", "to_arrays"]
+__all__ = [
+    "KEYED_BY",
+    "REFERENCE",
+    "SCHEMA",
+    "check_state",
+    "from_arrays",
+    "row_columns",
+    "to_arrays",
+]

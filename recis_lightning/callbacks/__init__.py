@@ -2,6 +2,7 @@
 
 import logging as _logging
 
+from recis_lightning.callbacks.checkpoint import CheckpointHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import AboveTheBar as _AboveTheBar
@@ -14,6 +15,7 @@ from recis_lightning.metrics import add_to_ml_tracker
 from recis_lightning.trace import add_to_trace
 
 __all__ = [
+    "CheckpointHook",
     "HashTableFilterHook",
     "Hook",
     "LoggerHook",

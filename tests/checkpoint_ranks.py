@@ -1,0 +1,167 @@
+"""What ranks do in tests of checkpoints; each function runs in every process of a group."""
+
+import errno
+import os
+
+import numpy as np
+import torch
+from torch import distributed
+
+from recis_lightning import HashTable, checkpoint, shard_file
+from recis_lightning.admission import MinCount
+from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.optim import SparseAdagrad, SparseAdam
+from recis_lightning.ranks import rank_and_size
+from recis_lightning.sharding import owner_of
+
+
+def owned(ids):
+    rank, world_size = rank_and_size()
+    return ids[owner_of(ids, world_size) == rank]
+
+
+def tables():
+    """Return empty tables of two kinds, with their optimizers."""
+    adam = HashTable(5, name="adam", eviction=GlobalStepFilter(100))
+    adagrad = HashTable(3, name="bf16", dtype=torch.bfloat16, admission=MinCount(50), seed=4)
+    optimizers = SparseAdam([adam], lr=0.1), SparseAdagrad([adagrad], lr=0.1)
+    return [adam, adagrad], optimizers
+
+
+def filled(seed=0, count=20_000):
+    """Return tables with this rank's part of what all ranks draw alike."""
+    made, optimizers = tables()
+    for table in made:
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
+        for step, part in enumerate(draws.split(count // 3)):
+            ids = owned(part)
+            table.insert(ids, torch.randn(len(ids), table.embedding_dim))
+            rows = table.ids_map()[1]
+            weights, slots = table.rows.read(rows)
+            slots = {name: torch.rand_like(slot) for name, slot in slots.items()}
+            table.rows.write(rows, weights, slots)
+            table.update_step(step + 3)
+            table.finish_update()
+    waiting = owned(draws + 1)
+    table.sightings.load_state(
+        {
+            "num_lookups": 9,
+            "pending_ids": waiting,
+            "pending_counts": waiting % 49 + 1,
+            "pending_lookups": waiting % 9,
+        },
+        "bf16",
+    )
+    return made, optimizers
+
+
+def held(made):
+    """Return all that tables hold, in NumPy, by id."""
+    states = {}
+    for table in made:
+        ids, rows = table.ids_map()
+        weights, slots = table.rows.read(rows)
+        fields = table.saved_fields(rows)
+        state = {"ids": ids, "weights": weights.float(), **slots}
+        state |= {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}
+        order = {True: ids.argsort()}
+        if "pending_ids" in state:
+            order[False] = state["pending_ids"].argsort()
+        for key, value in state.items():
+            states[table.name, key] = value[order[not key.startswith("pending")]].numpy()
+        states[table.name, "settings"] = (table.settings(), fields.get("num_lookups"))
+    return states
+
+
+def joined(answers):
+    """Put the ranks' answers of ``held`` together."""
+    whole = {}
+    for key, first in answers[0].items():
+        if key[1] == "settings":
+            assert all(answer[key] == first for answer in answers)
+            whole[key] = first
+            continue
+        ids = "pending_ids" if key[1].startswith("pending") else "ids"
+        order = np.concatenate([answer[key[0], ids] for answer in answers]).argsort()
+        whole[key] = np.concatenate([answer[key] for answer in answers])[order]
+    return whole
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        np.testing.assert_equal(value, other[key], err_msg=str(key))
+    return True
+
+
+def make_and_save(folder):
+    torch.manual_seed(rank_and_size()[0])
+    made, _optimizers = filled()
+    checkpoint.save(folder, made)
+    return held(made)
+
+
+def load_and_save(folder, target=None):
+    made, _optimizers = tables()
+    checkpoint.load(folder, made)
+    for table in made:
+        assert len(owned(table.ids())) == len(table)
+    if target is not None:
+        checkpoint.save(target, made)
+    return held(made)
+
+
+def refused(folder, rank_with_tables=None):
+    """Load what cannot be loaded; return the error, after seeing that nothing changed."""
+    made, _optimizers = filled(seed=1, count=300)
+    before = held(made)
+    own = made[:1] if rank_and_size()[0] == rank_with_tables else made
+    try:
+        checkpoint.load(folder, own)
+    except (ValueError, RuntimeError) as error:
+        same(held(made), before)
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def save_with_full_disk(folder, full_rank):
+    """Save where one rank's disk is full; return the error and what files there are."""
+    made, _optimizers = filled(seed=1, count=300)
+    reserve = shard_file._reserve
+    if rank_and_size()[0] == full_rank:
+
+        def full(file, size):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        shard_file._reserve = full
+    try:
+        checkpoint.save(folder, made)
+    except (OSError, RuntimeError) as error:
+        distributed.barrier()
+        return f"{type(error).__name__}: {error}", sorted(os.listdir(folder))
+    finally:
+        shard_file._reserve = reserve
+    return "saved", []
+
+
+def save_other_tables(folder):
+    rank = rank_and_size()[0]
+    try:
+        checkpoint.save(folder, [HashTable(2, name=f"of {rank}")])
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+def load_state_dict(file):
+    """Load a one-process state_dict, as Lightning does without the hook."""
+    made, _optimizers = tables()
+    states = torch.load(file, weights_only=True)
+    for table in made:
+        table.set_extra_state(states[table.name])
+    return held(made)
+
+
+def state_dict_alone():
+    return filled(count=30)[0][0].get_extra_state()
