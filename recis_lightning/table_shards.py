@@ -115,6 +115,9 @@ def write_table(
 ) -> Shard:
     """Write this rank's rows of a table to a file of their own; see ``shard_file.write_shard``."""
     ids, rows = table.ids_map()
+    if world_size > 1 and table.may_hold_foreign_rows:
+        mine = owner_of(ids, world_size) == rank
+        ids, rows = ids[mine], rows[mine]
     fields = _flat(table.saved_fields(rows))
     tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
     metadata = {key: value for key, value in fields.items() if key not in tensors}

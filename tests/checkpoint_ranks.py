@@ -5,14 +5,19 @@ import os
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
-from recis_lightning import HashTable, checkpoint, shard_file
+from recis_lightning import HashTable, checkpoint, hash_tables, shard_file
 from recis_lightning.admission import MinCount
+from recis_lightning.callbacks import CheckpointHook
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdagrad, SparseAdam
 from recis_lightning.ranks import rank_and_size
-from recis_lightning.sharding import owner_of
+from recis_lightning.sharding import num_ranks, owner_of
+from tests.clicks import loader
+from tests.lightning_model import Model, trainer
+from tests.lightning_ranks import as_torchrun, train_loader
 
 
 def owned(ids):
@@ -165,3 +170,32 @@ def load_state_dict(file):
 
 def state_dict_alone():
     return filled(count=30)[0][0].get_extra_state()
+
+
+def fit(path, ckpt_path=None, max_epochs=1, **kept):
+    """Train an epoch under Lightning, saving every second step; return what this rank has."""
+    model = Model()
+    keep = ModelCheckpoint(
+        path, "{step}", every_n_train_steps=2, monitor="step", mode="max", **kept
+    )
+    with as_torchrun() as settings:
+        settings |= {"enable_checkpointing": True, "max_epochs": max_epochs}
+        run = trainer(path, keep, CheckpointHook(), **settings)
+        run.fit(model, train_loader(16 // num_ranks()), ckpt_path=ckpt_path)
+    return held(hash_tables(model)), run.global_step
+
+
+def load_in_trainer(path, hook=True):
+    """Let a Trainer load a checkpoint; return what this rank has of it."""
+    model = Model(seed=1)
+    with as_torchrun() as settings:
+        run = trainer(path.parent / "x", *([CheckpointHook()] if hook else []), **settings)
+        run.validate(model, loader(8), ckpt_path=path, verbose=False)
+    return held(hash_tables(model))
+
+
+def fit_without_hook(path):
+    with as_torchrun() as settings:
+        run = trainer(path, **settings)
+        run.fit(Model(), train_loader(8))
+        run.save_checkpoint(path / "a.ckpt")

@@ -5,13 +5,15 @@ import os
 import pytest
 import torch
 
+from recis_lightning import checkpoint
 from tests import checkpoint_ranks
 from tests.checkpoint_ranks import held, joined, same
 
 
 def test_any_number_of_ranks_loads(tmp_path, ranks):
     """Saved by 2, loaded and saved by 1, 2 and 3, loaded by 2: every bit, every count."""
-    first = ranks.run(2, checkpoint_ranks.make_and_save, tmp_path / "first")
+    # With an empty cache, kernels are compiled first.
+    first = ranks.run(2, checkpoint_ranks.make_and_save, tmp_path / "first", timeout_s=200)
     whole = joined(first)
     assert len(whole["adam", "ids"]) == 20_000 == len(whole["bf16", "pending_ids"])
     for world_size in (1, 2, 3):
@@ -66,3 +68,30 @@ def test_a_state_dict_of_many_ranks_is_refused(tmp_path, ranks, world_size):
     """Without the hook it would hold one rank's rows."""
     with pytest.raises(AssertionError, match="saving a table on 2 ranks"):
         ranks.run(world_size, checkpoint_ranks.state_dict_alone)
+
+
+def test_lightning_on_any_number_of_ranks(tmp_path, ranks):
+    """Saved under ddp by 2; loaded by 1, with the hook and without it, 2 and 3; trained on by 3."""
+    answers = ranks.run(2, checkpoint_ranks.fit, tmp_path, save_top_k=1, save_last="link")
+    first, whole = [state for state, _ in answers], joined([state for state, _ in answers])
+    assert {len(state["user", "ids"]) for state in first} != {0}
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=4.ckpt", "step=4.ckpt.tables"]
+    assert len(os.listdir(tmp_path / "step=4.ckpt.tables")) == 6
+    assert checkpoint.inspect(tmp_path / "last.ckpt")["user"].rows == [
+        len(state["user", "ids"]) for state in first
+    ]
+    file = tmp_path / "last.ckpt"
+    for world_size, hook in ((1, True), (1, False), (2, True), (2, False), (3, True)):
+        found = ranks.run(world_size, checkpoint_ranks.load_in_trainer, file, hook)
+        assert same(joined(found), whole)
+        assert world_size != 2 or all(map(same, found, first))
+    more = ranks.run(3, checkpoint_ranks.fit, tmp_path / "more", file, max_epochs=2)
+    found = joined([state for state, _ in more])
+    assert found["user", "settings"][0]["step"] > whole["user", "settings"][0]["step"]
+
+
+def test_lightning_without_the_hook(tmp_path, ranks):
+    """A save of several ranks would keep one rank's rows, and says so."""
+    with pytest.raises(AssertionError, match=r"saving a table on 2 ranks: .*CheckpointHook"):
+        ranks.run(2, checkpoint_ranks.fit_without_hook, tmp_path)
+    assert not list(tmp_path.glob("**/*.ckpt"))
