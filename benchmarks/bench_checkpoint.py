@@ -1,10 +1,14 @@
 """Saving and loading a table of dim 16 with Adam state against safetensors with the same bytes.
 
-Ours is what a Lightning checkpoint does with a table: ``torch.save`` of the module's
-``state_dict``, and ``torch.load(weights_only=True)`` with ``load_state_dict`` into a fresh module,
-whose index and rows are built again. The peer writes the same tensors, ready made, and reads them
-into memory; it builds nothing. Both use the same folder and no ``fsync``; files are read from the
-page cache.
+The peer writes the same tensors, ready made, in one file, and reads them into memory; it checks and
+builds nothing. Ours, part by part:
+
+- save, load: ``checkpoint.save``, with checksums, and ``checkpoint.load`` into a fresh module,
+  whose index and rows are built again. Both sync what they write, and read from the page cache.
+- cold: the same load, with the files dropped from the page cache before each run.
+- state_dict save, state_dict load: what a Lightning checkpoint of one process does with a table,
+  ``torch.save`` of the module's ``state_dict``, and ``torch.load(weights_only=True)`` with
+  ``load_state_dict``. Neither syncs.
 
     python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--dry]
 """
@@ -12,9 +16,10 @@ page cache.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import append_result, print_table, time_in_turn
+from benchmarks.harness import append_result, print_table, time_in_turn, time_prepared
 from benchmarks.targets import judge
-from recis_lightning import HashTable, hash_tables
+from recis_lightning import HashTable, checkpoint, hash_tables
 from recis_lightning.ops import hash_index
 from recis_lightning.optim import SparseAdam
+from recis_lightning.progress import no_progress
 
 DIM = 16
 
@@ -84,9 +90,38 @@ def check(num_ids: int = 5000) -> None:
         ours, peer = Path(name) / "table.ckpt", Path(name) / "table.safetensors"
         save(model, ours)
         safetensors.torch.save_file(wanted, peer)
-        for found in (tensors(load(ours)), load_peer(peer)):
+        checkpoint.save(Path(name) / "shards", model)
+        loaded = load(ours), load_shards(Path(name) / "shards")
+        for found in (*map(tensors, loaded), load_peer(peer)):
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def save_peer(ready: dict[str, Tensor], path: Path, sync: bool = True) -> None:
+    safetensors.torch.save_file(ready, path)
+    if sync:
+        file = os.open(path, os.O_RDWR)
+        os.fsync(file)
+        os.close(file)
+
+
+def load_shards(path: Path) -> Model:
+    model = Model()
+    checkpoint.load(path, model, progress=no_progress)
+    return model
+
+
+def dropped(paths: Iterable[Path], work: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
+    """Return what prepares a run by dropping files from the page cache."""
+
+    def prepare() -> Callable[[], Any]:
+        for path in paths:
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+        return work
+
+    return prepare
 
 
 def measure(num_ids: int, rounds: int) -> list[dict[str, Any]]:
@@ -95,25 +130,41 @@ def measure(num_ids: int, rounds: int) -> list[dict[str, Any]]:
     ready = tensors(model)
     num_bytes = sum(tensor.nbytes for tensor in ready.values())
     lines = []
+
+    def note(part: str, times: dict[str, float]) -> None:
+        ratio = times["safetensors"] / times["ours"]
+        row = [f"{num_ids:,} rows, dim {DIM}", times["ours"], times["safetensors"], ratio]
+        row.append(num_bytes / times["ours"] / 1e6)
+        columns = [part, "ours ms", "safetensors ms", "ratio", "ours GB/s"]
+        print_table(f"{part}, {num_bytes / 1e6:.0f} MB", columns, [row])
+        shape = {"num_ids": num_ids, "dim": DIM}
+        line = {"part": part, "shape": shape, "columns": columns, "rows": [row]}
+        lines.append({**line, "figures": {"ratio": ratio}})
+
     with tempfile.TemporaryDirectory() as name:
-        ours, peer = Path(name) / "table.ckpt", Path(name) / "table.safetensors"
+        folder = Path(name)
+        ours, peer, shards = folder / "ours.ckpt", folder / "peer.safetensors", folder / "shards"
         parts: dict[str, dict[str, Callable[[], Any]]] = {
             "save": {
-                "ours": lambda: save(model, ours),
-                "safetensors": lambda: safetensors.torch.save_file(ready, peer),
+                "ours": lambda: checkpoint.save(shards, model, progress=no_progress),
+                "safetensors": lambda: save_peer(ready, peer),
             },
-            "load": {"ours": lambda: load(ours), "safetensors": lambda: load_peer(peer)},
+            "load": {"ours": lambda: load_shards(shards), "safetensors": lambda: load_peer(peer)},
+            "state_dict save": {
+                "ours": lambda: save(model, ours),
+                "safetensors": lambda: save_peer(ready, peer, sync=False),
+            },
+            "state_dict load": {
+                "ours": lambda: load(ours),
+                "safetensors": lambda: load_peer(peer),
+            },
         }
         for part, contenders in parts.items():
-            times = time_in_turn(contenders, rounds, warmup=1)
-            ratio = times["safetensors"] / times["ours"]
-            row = [f"{num_ids:,} rows, dim {DIM}", times["ours"], times["safetensors"], ratio]
-            row.append(num_bytes / times["ours"] / 1e6)
-            columns = [part, "ours ms", "safetensors ms", "ratio", "ours GB/s"]
-            print_table(f"{part}, {num_bytes / 1e6:.0f} MB", columns, [row])
-            shape = {"num_ids": num_ids, "dim": DIM}
-            line = {"part": part, "shape": shape, "columns": columns, "rows": [row]}
-            lines.append({**line, "figures": {"ratio": ratio}})
+            note(part, time_in_turn(contenders, rounds, warmup=1))
+            if part == "load":
+                files = {"ours": [*shards.iterdir()], "safetensors": [peer]}
+                cold = {key: dropped(files[key], work) for key, work in contenders.items()}
+                note("cold", time_prepared(cold, rounds, warmup=0))
     return lines
 
 

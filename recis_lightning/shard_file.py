@@ -310,13 +310,25 @@ class ShardFile:
         """List the pieces that can be checked apart: tensor and number."""
         return [(name, number) for name in self.kinds for number in range(self.num_pieces(name))]
 
-    def piece(self, name: str, number: int) -> Tensor:
-        """Read a piece and raise ValueError unless it is what was written."""
-        kind, start = self.kinds[name], number * self.piece_rows[name]
-        count = min(self.piece_rows[name], kind.shape[0] - start)
-        tensor = torch.empty((count, *kind.shape[1:]), dtype=kind.dtype)
+    def piece(self, name: str, number: int, buffer: Tensor | None = None) -> Tensor:
+        """Read a piece and raise ValueError unless it is what was written.
+
+        Args:
+            name: Of the tensor.
+            number: Of the piece.
+            buffer: From ``piece_buffer``; the piece is put there, over what was there before.
+        """
+        start = number * self.piece_rows[name]
+        count = min(self.piece_rows[name], self.kinds[name].shape[0] - start)
+        tensor = (self.piece_buffer(name) if buffer is None else buffer)[:count]
         self._fill_piece(tensor, name, number)
         return tensor
+
+    def piece_buffer(self, name: str) -> Tensor:
+        """Return memory for a piece of a tensor."""
+        kind = self.kinds[name]
+        count = min(self.piece_rows[name], kind.shape[0])
+        return torch.empty((count, *kind.shape[1:]), dtype=kind.dtype)
 
     def _fill_piece(self, tensor: Tensor, name: str, number: int) -> None:
         data, start = _bytes(tensor), number * self.piece_rows[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -347,9 +348,15 @@ def _write_rows(
                 pieces.append((file, number, chosen, rows[first : first + count]))
             first += count
 
+    names = ["weights", *(_SLOTS + slot for slot in slots)]
+    # Memory that is used again costs no page faults.
+    buffers = threading.local()
+
     def write(index: int) -> int:
         file, number, chosen, targets = pieces[index]
-        parts = [file.piece(name, number) for name in ("weights", *(_SLOTS + s for s in slots))]
+        if getattr(buffers, "file", None) is not file:
+            buffers.file, buffers.parts = file, [file.piece_buffer(name) for name in names]
+        parts = [file.piece(name, number, buffers.parts[i]) for i, name in enumerate(names)]
         done = sum(part.nbytes for part in parts)
         if chosen is not None:
             parts = [part[chosen] for part in parts]
