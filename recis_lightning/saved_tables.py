@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recis_lightning.checkpoint import inspect
+from recis_lightning.checkpoint_source import KEY, Source
 from recis_lightning.ops.hash_index import capacity_for
 from recis_lightning.row_survey import Rows, RowSurvey, survey
 from recis_lightning.run_history import RunHistory
@@ -70,7 +72,9 @@ def read_saved(path: str | os.PathLike[str]) -> SavedTables:
         raise ValueError(f"source: {file} is no checkpoint that can be read: {error}") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"source: {file} is no checkpoint of Lightning")
-    tables = list(_tables(checkpoint["state_dict"]))
+    tables = list(
+        _tables_in_shards(file) if KEY in checkpoint else _tables(checkpoint["state_dict"])
+    )
     if not tables:
         raise ValueError(f"source: {file} holds no tables")
     return SavedTables(file, tables, _history(checkpoint, tables))
@@ -95,6 +99,41 @@ def _tables(state: Mapping[str, Any]) -> Iterator[SavedTable]:
         if name not in names:
             names.add(name)
             yield _table(name, value)
+
+
+def _tables_in_shards(file: Path) -> Iterator[SavedTable]:
+    """Read the tables that ``CheckpointHook`` wrote, whichever ranks had their rows."""
+    source = Source(file)
+    for name, told in inspect(file).items():
+        num_columns = 0
+
+        def pieces(name: str = name, step: int = told.step) -> Iterator[Rows]:
+            nonlocal num_columns
+            first = 0
+            for piece in source.pieces(name, _PIECE_ROWS):
+                count = piece.pop("ids").numel()
+                columns = {key: piece.pop(key) for key in _COLUMNS if key in piece}
+                weights, num_columns = piece.pop("weights"), len(columns)
+                ages = (
+                    (step - columns["last_seen"]).clamp_(min=0) if "last_seen" in columns else None
+                )
+                yield Rows(torch.arange(first, first + count), weights, [*piece.values()], ages)
+                first += count
+
+        found, num_rows = survey(pieces()), sum(told.rows)
+        capacity = capacity_for(num_rows)
+        figures: dict[str, float] = {
+            "rows": num_rows,
+            "capacity": capacity,
+            "load": num_rows / capacity,
+            "index_bytes": _ENTRY_BYTES * (capacity + 1),
+            "weight_bytes": num_rows * told.embedding_dim * told.dtype.itemsize,
+            "state_bytes": num_rows * 4 * sum(told.slots.values()),
+            "column_bytes": num_rows * 8 * num_columns,
+            "nonfinite_rows": found.nonfinite_rows.numel(),
+        }
+        dtype = str(told.dtype).removeprefix("torch.")
+        yield SavedTable(name, told.embedding_dim, dtype, figures, found)
 
 
 def _is_table(state: Any) -> bool:

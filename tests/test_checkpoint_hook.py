@@ -13,6 +13,7 @@ from torch import nn
 from recis_lightning import checkpoint, hash_tables
 from recis_lightning.callbacks import CheckpointHook, LoggerHook
 from recis_lightning.optim import SparseAdagrad, SparseDenseOptimizer
+from recis_lightning.saved_tables import read_saved
 from tests.clicks import ResumableLoader, loader
 from tests.lightning_model import Model, differences, everything, trainer
 from tests.test_shard_file import largest_file
@@ -88,6 +89,19 @@ def test_load_from_checkpoint(tmp_path):
     other = Model(seed=3)
     checkpoint.load(file, other)
     assert torch.equal(other.user.table.ids(), loaded.user.table.ids())
+
+
+def test_a_report_reads_it(tmp_path):
+    """What a report says of tables in shards is what it says of the same ones in one file."""
+    model = Model()
+    saving(tmp_path, every=16).fit(model, ResumableLoader())
+    plain = {"state_dict": model.state_dict(), "global_step": 16}
+    torch.save(plain, tmp_path / "plain.ckpt")
+    shards, whole = (read_saved(tmp_path / f"{name}.ckpt") for name in ("step=16", "plain"))
+    assert [table.name for table in shards.tables] == [table.name for table in whole.tables]
+    for one, other in zip(shards.tables, whole.tables, strict=True):
+        assert one._replace(survey=None) == other._replace(survey=None)
+        assert str(one.survey) == str(other.survey)
 
 
 def test_evaluation_from_a_checkpoint(tmp_path):
