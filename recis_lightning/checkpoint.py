@@ -72,6 +72,8 @@ def save(
         temporary.replace(folder / COMMIT_FILE)
         sync_folder(folder)
         remove_shards(folder, commit.files())
+        for unfinished in folder.glob(f"{COMMIT_FILE}.*"):
+            unfinished.unlink(missing_ok=True)
 
     together(finish if rank_and_size()[0] == 0 else lambda: None)
 

@@ -8,6 +8,7 @@ So no flipped bit passes, and pieces are checked apart, by several threads, as t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -189,7 +190,7 @@ def _reserve(file: int, size: int) -> None:
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
-        if error.errno not in (95, 22):  # EOPNOTSUPP, EINVAL: a file system that cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
             raise
         os.ftruncate(file, size)
 

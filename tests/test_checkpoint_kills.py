@@ -161,3 +161,4 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert os.path.exists(tmp_path / "last.ckpt")
+    assert not list(tmp_path.glob("**/*.part"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import time
@@ -179,6 +180,8 @@ class _ShardIO(CheckpointIO):
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(target.parent)
+        for unfinished in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+            unfinished.unlink(missing_ok=True)
         kept = self.saving.unfinished.pop(state["save_id"], set())
         remove_shards(_folder(target), kept.union(*self.saving.unfinished.values()))
 
