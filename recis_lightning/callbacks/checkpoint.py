@@ -280,9 +280,11 @@ class _RichTask:
                 task = display.add_task(f"{description} (MB)", total=total_bytes // 10**6)
             if task is not None:
                 display.update(task, completed=done // 10**6)
+                display.refresh()  # Lightning's display does not by itself
 
         try:
             yield advance
         finally:
             if task is not None:
                 display.remove_task(task)
+                display.refresh()
