@@ -97,7 +97,7 @@ class TableReport:
             )
         steps = self.history.steps
         span = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else "one look"
-        points = f"{len(steps):,} report{'s' if len(steps) != 1 else ''}"
+        points = f"{len(steps):,} point{'s' if len(steps) != 1 else ''}"
         return _PAGE.format(
             title=escape(self.title), about=f"{span}, {points}", body="\n".join(parts), style=_STYLE
         )

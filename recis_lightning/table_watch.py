@@ -152,9 +152,8 @@ class TableWatch:
 
     def nonfinite_ids(self, table: HashTable) -> Tensor:
         """Return this rank's ids of rows with NaN or Inf in a table, int64 [n]; a full survey."""
-        rows = table.survey().nonfinite_rows
         ids, places = table.ids_map()
-        return ids[torch.isin(places, rows)]
+        return ids[torch.isin(places, table.survey().nonfinite_rows.to(places.device))]
 
     def _next(self) -> list[int]:
         number = self._turn

@@ -55,7 +55,7 @@ def test_page_shows_every_table_and_needs_nothing_else():
     assert "<b>" not in re.sub(r"<b>[\d.]+ ?[kMGT]?B?</b>", "", page)
     assert "&lt;i&gt;M" in page
     assert not re.search(r"https?:|<script|<link|<img|@import|url\(", page)
-    assert "steps 10 to 300, 30 reports" in page
+    assert "steps 10 to 300, 30 points" in page
 
 
 def test_what_the_charts_say():
@@ -109,7 +109,7 @@ def test_report_of_everything_it_takes(tmp_path):
     page = report(module, tmp_path / "new folder" / "a.html")
     assert page == tmp_path / "new folder" / "a.html"
     assert "Tables of ModuleDict" in page.read_text()
-    assert "one look, 1 report" in page.read_text()
+    assert "one look, 1 point" in page.read_text()
     assert "user" in report([filled("user")], tmp_path / "b.html").read_text()
     assert [path.name for path in sorted((tmp_path / "new folder").iterdir())] == ["a.html"]
 
