@@ -139,6 +139,13 @@ class _SeenIds:
     def reserve_rows(self, num_new: int) -> None:
         """Rows are numbers only."""
 
+    def surely_fits(self, num_new: int) -> bool:
+        """``start`` has made room for all."""
+        return True
+
+    def reserve_ahead(self, num_new: int, num_ids: int) -> None:
+        """The next ``start`` makes room for all."""
+
     def read_clock(self) -> None:
         """No times are kept."""
 

@@ -49,7 +49,8 @@ class HashTable(TableSaving, nn.Module):
         admission: Which unknown ids get a row; None admits all.
         eviction: Which rows ``evict`` throws out; None none.
         dtype: torch.float32 or torch.bfloat16; optimizer state is float32.
-        device: Where the table lives; this version has kernels for the CPU.
+        device: Where the table lives: "cpu", and there it stays when its module moves to a GPU, or
+            "cuda". By default it is made on torch's default device and moves with its module.
         seed: With ``name`` and the id, what a new row's values depend on.
         name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
             place in the module, or "table" if it is used before.
@@ -96,7 +97,9 @@ class HashTable(TableSaving, nn.Module):
         self.device = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
         )
+        self._stays = device is not None and self.device.type == "cpu"
         self.seed, self._name, self.trainable = seed, name, trainable
+        self._check_admission(self.device)
         self._start()
 
     def _start(self) -> None:
@@ -104,13 +107,16 @@ class HashTable(TableSaving, nn.Module):
         self.start_eviction()
         self.start_storage()
         self.start_sightings(None if self.admission is None else self.admission.screening)
-        row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
-        row_init.write_key(self.header, self.seed, self.name)
+        self._write_initializer()
         self.pending: list[PendingGradient] = []
         self.may_hold_foreign_rows = False
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._original: weakref.ref[HashTable] | None = None
         _live[next(_birth)] = self
+
+    def _write_initializer(self) -> None:
+        row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
+        row_init.write_key(self.header, self.seed, self.name)
 
     # ---- what it is
 
@@ -199,7 +205,7 @@ class HashTable(TableSaving, nn.Module):
 
     def _find(self, ids: Tensor) -> Tensor:
         """Return int64 [n], the row of each id, negative where there is none."""
-        flat = check_ids(ids).reshape(-1).contiguous()
+        flat = check_ids(ids).reshape(-1).to(self.device).contiguous()
         return hash_index.find(self.segments(flat), flat.numel(), self.device)
 
     def ids_map(self) -> tuple[Tensor, Tensor]:
@@ -235,13 +241,13 @@ class HashTable(TableSaving, nn.Module):
             ids: int64 [*].
             embeddings: [*, embedding_dim], any floating dtype.
         """
-        flat = check_ids(ids).reshape(-1).contiguous()
+        flat = check_ids(ids).reshape(-1).to(self.device).contiguous()
         if tuple(embeddings.shape) != (*ids.shape, self.embedding_dim):
             raise ValueError(
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
                 f"got {tuple(embeddings.shape)}"
             )
-        values = embeddings.detach().to(self.dtype).reshape(-1, self.embedding_dim)
+        values = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
         rows, new = self._find_or_insert(flat, self.segments(flat, insert=True))
         self.may_hold_foreign_rows = True
         if self.sightings is not None:
@@ -267,8 +273,10 @@ class HashTable(TableSaving, nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return each id's row and the positions of new ids, whose rows hold nothing yet."""
         rows, new = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
-        if new is not None and self.readmissions is not None:
-            self.readmissions.note_new(ids[new])
+        if new is not None:
+            new = new[new >= 0]
+            if self.readmissions is not None:
+                self.readmissions.note_new(ids[new].cpu())
         return rows, new
 
     # ---- removing rows: by policy in TableEviction
@@ -280,7 +288,7 @@ class HashTable(TableSaving, nn.Module):
             ids: int64 [*]; unknown ids are passed over.
         """
         rows = self._find(ids)
-        gone = torch.zeros(self.rows.num_rows, dtype=torch.bool)
+        gone = torch.zeros(self.rows.num_rows, dtype=torch.bool, device=self.device)
         gone[rows[rows >= 0]] = True
         for record in self.pending:
             record.forget(self, gone)
@@ -299,13 +307,23 @@ class HashTable(TableSaving, nn.Module):
         """Forget the gradients that no optimizer step has used."""
         self.pending.clear()  # a record may still serve other tables, and a retained graph
 
-    # ---- moving, saving, loading
+    # ---- moving; saving and loading are in TableSaving
+
+    def _check_admission(self, device: torch.device) -> None:
+        if device.type != "cpu" and self.admission is not None and self.admission.screening:
+            raise ValueError(
+                f"admission: {type(self.admission).__name__} has kernels for the CPU only, got "
+                f"device={str(device)!r}; keep table {self.name!r} on device='cpu'"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        backend.check_device(probe.device)
+        device = self.device if self._stays else backend.check_device(probe.device)
+        check_dtype(probe.dtype)
+        if device != self.device:
+            self._check_admission(device)
+            self.move(device)
         if probe.dtype is not self.dtype:
-            check_dtype(probe.dtype)
             state = self._whole_state()
             self.set_dtype(probe.dtype)
             self.load_state(state)
@@ -315,13 +333,13 @@ class HashTable(TableSaving, nn.Module):
 
 def _last_sights(rows: Tensor, num_rows: int) -> Tensor:
     """Return the last position of each row that occurs in ``rows``, int64 [m]."""
-    count = rows.numel()
+    count, known = rows.numel(), rows.cpu().numpy()
     if 8 * count < num_rows:
-        last = np.unique(rows.flip(0).numpy(), return_index=True)[1]
-        return torch.from_numpy(count - 1 - last)
+        last = np.unique(known[::-1], return_index=True)[1]
+        return torch.from_numpy(count - 1 - last).to(rows.device)
     last, positions = np.empty(num_rows, np.int64), np.arange(count)
-    last[rows.numpy()] = positions  # of equal indices NumPy keeps the last
-    return torch.from_numpy(np.flatnonzero(last[rows.numpy()] == positions))
+    last[known] = positions  # of equal indices NumPy keeps the last
+    return torch.from_numpy(np.flatnonzero(last[known] == positions)).to(rows.device)
 
 
 def write_segment(

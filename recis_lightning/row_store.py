@@ -14,6 +14,14 @@ from torch import Tensor
 
 from recis_lightning.ops import row_columns
 from recis_lightning.ops.row_columns import Column
+from recis_lightning.ops.split_header import (
+    copy_header,
+    host_fields,
+    publish,
+    publish_counts,
+    read_counts,
+    unseen_insertions,
+)
 from recis_lightning.ops.table_header import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -26,6 +34,7 @@ from recis_lightning.ops.table_header import (
 )
 
 _BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
+_GPU_BLOCK_BYTES = 1 << 21  # on a GPU allocations are dear, and block addresses travel each step
 _LINE_BYTES = 64
 _PIECE_ROWS = 1 << 16  # rows read or written at once where all of them are copied
 
@@ -52,24 +61,35 @@ class RowStore:
         self.header = header
         self.embedding_dim = embedding_dim
         self.dtype = dtype
-        self._header = header.numpy()
-        self._header[NEXT_ROW] = self._header[NUM_FREE] = 0
-        self._chunks: list[npt.NDArray[np.float32]] = []
+        self._header = host_fields(header)
+        self._set_counts(0, 0)
+        self._chunks: list[npt.NDArray[np.float32] | Tensor] = []
         self._set_layout(dict(slots or {}), state_fill)
-        self.set_free_rows(torch.empty(0, dtype=torch.int64))
+        self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
+
+    def _set_counts(self, next_row: int, num_free: int) -> None:
+        fields = read_counts(self.header)
+        fields[NEXT_ROW], fields[NUM_FREE] = next_row, num_free
+        publish_counts(self.header)
+
+    def _set_addresses(self, addresses: npt.NDArray[np.int64]) -> None:
+        self.addresses = addresses
+        self._addresses = torch.from_numpy(addresses).to(self.header.device)
+        self._header[BLOCKS] = self._addresses.data_ptr()
+        publish(self.header)
 
     def _set_layout(self, slots: dict[str, int], state_fill: float) -> None:
         self.slots, self.state_fill = slots, state_fill
         self.row_words = self.weight_words + sum(slots.values())
         row_bytes = 4 * self.row_words
-        shift = max(3, (_BLOCK_BYTES // row_bytes).bit_length() - 1)
+        block_bytes = _BLOCK_BYTES if self.header.device.type == "cpu" else _GPU_BLOCK_BYTES
+        shift = max(3, (block_bytes // row_bytes).bit_length() - 1)
         self.block_shift = shift
-        self.addresses = np.empty(0, np.int64)
         header = self._header
         header[ROW_BYTES], header[BLOCK_SHIFT] = row_bytes, shift
         header[NUM_STATE] = sum(slots.values())
         header[STATE_FILL] = np.float64(state_fill).view(np.int64)
-        header[BLOCKS] = self.addresses.ctypes.data
+        self._set_addresses(np.empty(0, np.int64))
 
     @property
     def weight_words(self) -> int:
@@ -79,7 +99,7 @@ class RowStore:
     @property
     def num_rows(self) -> int:
         """Rows that were ever handed out, freed ones included."""
-        return int(self._header[NEXT_ROW])
+        return int(read_counts(self.header)[NEXT_ROW])
 
     @property
     def capacity(self) -> int:
@@ -97,21 +117,29 @@ class RowStore:
         """Bytes of the optimizer state in all blocks."""
         return 4 * sum(self.slots.values()) * self.capacity
 
+    def surely_fits(self, num_new: int) -> bool:
+        """Tell, without waiting for the device, whether there is room for ``num_new`` rows more."""
+        unseen = unseen_insertions(self.header)
+        return unseen + num_new <= self._unused()
+
+    def _unused(self) -> int:
+        return self.capacity - int(self._header[NEXT_ROW]) + int(self._header[NUM_FREE])
+
     def reserve(self, num_new: int) -> None:
         """Make room for ``num_new`` rows more; freed rows count as room."""
-        unused = self.capacity - self.num_rows + int(self._header[NUM_FREE])
+        read_counts(self.header)
+        unused = self._unused()
         if num_new <= unused:
             return
         block_rows = 1 << self.block_shift
         missing = -(-(num_new - unused) // block_rows)
         num_blocks = max(missing, len(self.addresses) // 8)
         words = num_blocks * block_rows * self.row_words
-        chunk = self._allocate(words)
+        chunk = _allocate(words, self.header.device)
         self._chunks.append(chunk)
-        first, size = chunk.ctypes.data, 4 * self.row_words * block_rows
-        new = first + size * np.arange(num_blocks, dtype=np.int64)
-        self.addresses = np.concatenate([self.addresses, new])
-        self._header[BLOCKS] = self.addresses.ctypes.data
+        size = 4 * self.row_words * block_rows
+        new = _address_of(chunk) + size * np.arange(num_blocks, dtype=np.int64)
+        self._set_addresses(np.concatenate([self.addresses, new]))
 
     def blocks_for(self, num_rows: int) -> int:
         """Return how many blocks hold so many rows."""
@@ -124,7 +152,8 @@ class RowStore:
             source: int64 [n].
             target: int64 [n], distinct, none of them in ``source``.
         """
-        words = torch.empty(min(source.numel(), _PIECE_ROWS), self.row_words)
+        count = min(source.numel(), _PIECE_ROWS)
+        words = torch.empty(count, self.row_words, device=self.header.device)
         for start in range(0, source.numel(), _PIECE_ROWS):
             piece = slice(start, min(start + _PIECE_ROWS, source.numel()))
             columns = [Column(words[: piece.stop - piece.start], 0)]
@@ -139,42 +168,36 @@ class RowStore:
         num_blocks = self.blocks_for(num_rows)
         kept, first = [], 0
         for chunk in self._chunks:
-            blocks = chunk.size // (self.row_words << self.block_shift)
+            blocks = chunk.nbytes // (4 * self.row_words << self.block_shift)
             wanted = min(blocks, num_blocks - first)
             if wanted == blocks:
                 kept.append(chunk)
             elif wanted > 0:
                 words = (wanted << self.block_shift) * self.row_words
-                smaller = self._allocate(words)
-                smaller[:] = chunk[:words]
+                smaller = _allocate(words, self.header.device)
+                smaller[:] = chunk[:words]  # type: ignore[assignment]  # both are of one kind
                 kept.append(smaller)
             first += blocks
         self._chunks = kept
         size = 4 * self.row_words << self.block_shift
         starts = [
-            chunk.ctypes.data + np.arange(0, chunk.nbytes, size, dtype=np.int64) for chunk in kept
+            _address_of(chunk) + np.arange(0, chunk.nbytes, size, dtype=np.int64) for chunk in kept
         ]
-        self.addresses = np.concatenate([np.empty(0, np.int64), *starts])
-        self._header[BLOCKS] = self.addresses.ctypes.data
-        self._header[NEXT_ROW] = num_rows
-        self.set_free_rows(torch.empty(0, dtype=torch.int64))
-
-    def _allocate(self, words: int) -> npt.NDArray[np.float32]:
-        # NumPy, unlike torch, asks for huge pages; rows start on a cache line.
-        buffer = np.empty(4 * words + _LINE_BYTES, np.uint8)
-        skip = -buffer.ctypes.data % _LINE_BYTES
-        return buffer[skip : skip + 4 * words].view(np.float32)
+        self._set_addresses(np.concatenate([np.empty(0, np.int64), *starts]))
+        self._set_counts(num_rows, 0)
+        self.set_free_rows(torch.empty(0, dtype=torch.int64, device=self.header.device))
 
     def set_free_rows(self, rows: Tensor) -> None:
         """Replace the stack of freed rows; the last one is reused first."""
         self._free_rows = rows.contiguous()
+        self._set_counts(self.num_rows, rows.numel())
         self._header[FREE_ROWS] = self._free_rows.data_ptr()
-        self._header[NUM_FREE] = rows.numel()
+        publish(self.header)
 
     @property
     def free_rows(self) -> Tensor:
         """int64 [n], the stack of freed rows."""
-        return self._free_rows[: int(self._header[NUM_FREE])]
+        return self._free_rows[: int(read_counts(self.header)[NUM_FREE])]
 
     def relayout(self, slots: dict[str, int], state_fill: float) -> None:
         """Change the optimizer state behind the weights, keeping weights and slots that stay.
@@ -185,30 +208,32 @@ class RowStore:
         if list(slots.items()) == list(self.slots.items()):
             self.state_fill = state_fill
             self._header[STATE_FILL] = np.float64(state_fill).view(np.int64)
+            publish(self.header)
             return
         old = RowStore.__new__(RowStore)
         old.__dict__.update(self.__dict__)
-        old.header = self.header.clone()
+        old.header = copy_header(self.header)
+        old._header = host_fields(old.header)
         self._chunks = []
         self._set_layout(dict(slots), state_fill)
-        free = int(self._header[NUM_FREE])
-        self._header[NUM_FREE] = 0
-        count = self.num_rows
-        self._header[NEXT_ROW] = 0
+        count, free = self.num_rows, int(self._header[NUM_FREE])
+        self._set_counts(0, 0)
         try:
             self.reserve(count)
         except MemoryError:
-            header = self.header
-            header.copy_(old.header)
+            header, fields = self.header, self._header
             self.__dict__.update(old.__dict__)
-            self.header = header
+            self.header, self._header = header, fields
+            fields[:] = old._header
+            publish(header)
+            publish_counts(header)
             raise
-        self._header[NEXT_ROW], self._header[NUM_FREE] = count, free
+        self._set_counts(count, free)
         for start in range(0, count, _PIECE_ROWS):
-            rows = torch.arange(start, min(start + _PIECE_ROWS, count))
-            weights, state = old.read(rows)
+            rows = torch.arange(start, min(start + _PIECE_ROWS, count), device=self.header.device)
+            weights, state = old._read(rows)
             kept = {name: state[name] for name in slots if old.slots.get(name) == slots[name]}
-            self.write(rows, weights, kept)
+            self._write(rows, weights, kept)
 
     def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Copy rows out.
@@ -217,11 +242,25 @@ class RowStore:
             rows: int64 [n], none negative.
 
         Returns:
-            weights: [n, embedding_dim] in the store's dtype.
+            weights: [n, embedding_dim] in the store's dtype; on the CPU, wherever the rows are.
             slots: name -> float32 [n, words].
         """
-        weights = torch.empty(rows.numel(), self.embedding_dim, dtype=self.dtype)
-        slots = {name: torch.empty(rows.numel(), words) for name, words in self.slots.items()}
+        if self.header.device.type == "cpu":
+            return self._read(rows)
+        n = rows.numel()
+        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype)
+        slots = {name: torch.empty(n, words) for name, words in self.slots.items()}
+        for start in range(0, n, _PIECE_ROWS):  # so that the device need not hold them twice
+            piece = slice(start, min(start + _PIECE_ROWS, n))
+            weights[piece], state = self._read(rows[piece])
+            for name, slot in state.items():
+                slots[name][piece] = slot
+        return weights, slots
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        n, device = rows.numel(), rows.device
+        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype, device=device)
+        slots = {name: torch.empty(n, words, device=device) for name, words in self.slots.items()}
         row_columns.read_columns(self.header, rows, self._columns(weights, slots))
         return weights, slots
 
@@ -230,11 +269,22 @@ class RowStore:
 
         Args:
             rows: int64 [n], distinct.
-            weights: [n, embedding_dim] in the store's dtype.
+            weights: [n, embedding_dim] in the store's dtype, on the CPU or where the rows are.
             slots: name -> float32 [n, words].
         """
+        device = self.header.device
+        if weights.device == device:
+            self._write(rows, weights, slots)
+            return
+        for start in range(0, rows.numel(), _PIECE_ROWS):
+            piece = slice(start, start + _PIECE_ROWS)
+            state = {name: slot[piece].to(device) for name, slot in slots.items()}
+            self._write(rows[piece], weights[piece].to(device), state)
+
+    def _write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
         filled = {
-            name: torch.full((1, words), self.state_fill) for name, words in self.slots.items()
+            name: torch.full((1, words), self.state_fill, device=weights.device)
+            for name, words in self.slots.items()
         }
         given = {name: slots[name].contiguous() for name in self.slots if name in slots}
         columns = self._columns(weights.contiguous(), {**filled, **given})
@@ -247,6 +297,23 @@ class RowStore:
             columns.append(Column(slots[name], 4 * words))
             words += width
         return columns
+
+
+def _allocate(words: int, device: torch.device) -> npt.NDArray[np.float32] | Tensor:
+    """Return uninitialised float32 words that start on a cache line."""
+    if device.type != "cpu":
+        try:
+            return torch.empty(words, dtype=torch.float32, device=device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{4 * words} bytes on {device}") from error
+    # NumPy, unlike torch, asks for huge pages.
+    buffer = np.empty(4 * words + _LINE_BYTES, np.uint8)
+    skip = -buffer.ctypes.data % _LINE_BYTES
+    return buffer[skip : skip + 4 * words].view(np.float32)
+
+
+def _address_of(chunk: npt.NDArray[np.float32] | Tensor) -> int:
+    return chunk.data_ptr() if isinstance(chunk, Tensor) else chunk.ctypes.data
 
 
 __all__ = ["RowStore"]

@@ -226,7 +226,9 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     hyper[[row_update.SCALE, row_update.CLIP]] = scale, np.inf
     blocks = np.array([[sums.data_ptr(), hyper.ctypes.data]], np.int64)
     size, width = sums.shape
-    layout = row_update.RowLayout(width - 1, torch.float32, 4 * width, size.bit_length())
+    layout = row_update.RowLayout(
+        width - 1, torch.float32, 4 * width, size.bit_length(), sums.device
+    )
     row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), row_update.SGD)
 
 

@@ -50,6 +50,12 @@ class ShardedGroup(TableGroup):
     def __init__(self, features: Sequence[Feature]) -> None:
         check_strategy()
         super().__init__(features)
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"device: tables on a GPU are not sharded over ranks in this version, got "
+                f"{self.tables[0].name!r} on {str(self.device)!r} and {num_ranks()} ranks; keep "
+                "tables on device='cpu'"
+            )
         for table in self.tables:
             table.may_hold_foreign_rows = True  # those of a time with another number of ranks
         self._distinct = DistinctIdFinder(

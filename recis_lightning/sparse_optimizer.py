@@ -215,10 +215,19 @@ class SparseOptimizer(Optimizer):
         plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
         blocks = np.empty((counts.sum(), 2), np.int64)
         blocks[:, 0] = np.concatenate(addresses)
-        blocks[:, 1] = (
-            hyper.ctypes.data + np.repeat(np.arange(len(members)), counts) * (hyper.strides[0])
+        device = members[0].device
+        if device.type != "cpu":
+            # Kept until the next step: by then the kernels that read it are in the stream.
+            self._hyper_on_device = (
+                torch.from_numpy(hyper).pin_memory().to(device, non_blocking=True)
+            )
+            address = self._hyper_on_device.data_ptr()
+        else:
+            address = hyper.ctypes.data
+        blocks[:, 1] = address + np.repeat(np.arange(len(members)), counts) * hyper.strides[0]
+        layout = RowLayout(
+            rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, device
         )
-        layout = RowLayout(rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift)
         return row_update.sort_gradients(plan, blocks, layout)
 
     def __getstate__(self) -> dict[str, Any]:

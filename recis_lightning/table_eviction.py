@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from recis_lightning.arguments import check_ids, check_int
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns
 from recis_lightning.ops import embedding_bag, hash_index
+from recis_lightning.ops.split_header import publish, read_counts
 from recis_lightning.ops.table_header import NUM_REFUSED, STEP, TIME
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.readmissions import Readmissions
@@ -112,6 +113,7 @@ class TableEviction(TableStorage):
         """Enter the time into the header, if the table keeps times."""
         if "last_time" in self.kept_columns:
             self._header[TIME] = round(self._now() * 1e6)
+            publish(self.header)
 
     def ages(self, rows: Tensor) -> Tensor:
         """Return for each row the microseconds since its last training lookup, int64 [n]."""
@@ -250,9 +252,9 @@ class TableEviction(TableStorage):
         raise NotImplementedError
 
     def _norms(self) -> Tensor:
-        norms = torch.empty(self.rows.num_rows)
+        norms = torch.empty(self.rows.num_rows, device=self.header.device)
         for start in range(0, len(norms), _PIECE_ROWS):
-            rows = torch.arange(start, min(start + _PIECE_ROWS, len(norms)))
+            rows = torch.arange(start, min(start + _PIECE_ROWS, len(norms)), device=norms.device)
             weights = embedding_bag.gather_rows(self.header, rows, self.embedding_dim, self.dtype)
             norms[rows] = torch.linalg.vector_norm(weights.float(), dim=1)
         return norms
@@ -273,7 +275,7 @@ class TableEviction(TableStorage):
             if (self.generation, len(self)) != before:
                 raise RuntimeError(f"an on_evict callback changed table {self.name!r}")
         if self.readmissions is not None:
-            self.readmissions.note_evicted(ids)
+            self.readmissions.note_evicted(ids.cpu())
 
     def remove_rows(self, gone: Tensor) -> int:
         """See ``TableStorage``."""
@@ -311,7 +313,7 @@ class TableEviction(TableStorage):
             state_bytes=state,
             column_bytes=self.column_bytes,
             admitted=len(self) + self._num_removed - self._num_loaded,
-            refused=int(self._header[NUM_REFUSED]),
+            refused=int(read_counts(self.header)[NUM_REFUSED]),
             evicted=self._num_evicted,
             readmitted=0 if readmissions is None else readmissions.count,
         )

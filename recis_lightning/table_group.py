@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recis_lightning import crossing
 from recis_lightning.hash_table import HashTable, write_segment
 from recis_lightning.jagged import Bags
 from recis_lightning.ops import embedding_bag, hash_index
@@ -107,6 +108,8 @@ class TableGroup:
         Returns:
             For each feature [n, dim] ("none"), [B, dim] or [B, tile_len * dim] ("tile").
         """
+        if self.device.type == "cpu" and bags[0].ids.is_cuda:
+            return self._look_up_from_device(bags, training)
         ids = self._check(bags, training)
         outputs, plan = self._allocate(bags)
         rows = self._fill(ids, plan, training)
@@ -118,14 +121,9 @@ class TableGroup:
             self._check_trained()
         ids = [bag.ids for bag in bags]
         if not all(map(self._on_device, ids)):
-            feature, part = next(
-                pair
-                for pair in zip(self.features, ids, strict=True)
-                if not self._on_device(pair[1])
-            )
-            raise ValueError(
-                f"{feature.name}: its table is on {self.device}, its ids on {part.device}"
-            )
+            self._refuse_devices(bags)
+        if self.device.type != "cpu":
+            self._refuse_devices(bags)  # kernels are given addresses: nothing else would tell
         self._note_shapes(bags, ids)
         return ids
 
@@ -160,6 +158,23 @@ class TableGroup:
         weights = [bags[index].weights for index in weighted]
         found = _Lookup.apply(_ANCHOR, self, bags, rows, way, plan, outputs, weighted, *weights)  # type: ignore[no-untyped-call]
         return list(found)
+
+    def _look_up_from_device(self, bags: Sequence[Bags], training: bool) -> list[Tensor]:
+        """Look up in tables on the CPU what a model on a GPU asks."""
+        device = bags[0].ids.device
+        outputs = self.look_up(crossing.bags_from_device(bags, device), training)
+        return crossing.outputs_to_device(outputs, device)
+
+    def _refuse_devices(self, bags: Sequence[Bags]) -> None:
+        """Raise if a feature is not where its table is."""
+        for feature, bag in zip(self.features, bags, strict=True):
+            for what in ("ids", "offsets", "weights"):
+                part = getattr(bag, what)
+                if part is not None and part.device != self.device:
+                    raise ValueError(
+                        f"{feature.name}: its table is on {self.device}, its {what} on "
+                        f"{part.device}"
+                    )
 
     def _note_shapes(self, bags: Sequence[Bags], ids: list[Tensor]) -> None:
         """Fill in what segments and plan say of sizes, if these are not those of the last call."""
@@ -293,13 +308,14 @@ class TableGroup:
         if mode == NONE:
             return (values * gradient.float()).sum(1)
         if bags.offsets is None:
-            bag = torch.arange(count) // max(bags.bag_length, 1)
+            bag = torch.arange(count, device=rows.device) // max(bags.bag_length, 1)
             start = bag * bags.bag_length
         else:
-            bag = torch.repeat_interleave(torch.arange(bags.num_bags), bags.offsets.diff())
+            bags_in_turn = torch.arange(bags.num_bags, device=rows.device)
+            bag = torch.repeat_interleave(bags_in_turn, bags.offsets.diff())
             start = bags.offsets[bag]
         if mode == TILE:
-            place = torch.arange(count) - start
+            place = torch.arange(count, device=rows.device) - start
             tiles = gradient.float().reshape(bags.num_bags, feature.tile_len, dim)
             inside = place < feature.tile_len
             picked = tiles[bag, place.clamp(max=feature.tile_len - 1)]
@@ -307,7 +323,7 @@ class TableGroup:
         dots = (values * gradient.float()[bag]).sum(1)
         if mode == MEAN:
             counted = weights * (rows != hash_index.PADDING)
-            zeros = torch.zeros(2, bags.num_bags, dtype=torch.float32)
+            zeros = torch.zeros(2, bags.num_bags, dtype=torch.float32, device=rows.device)
             total = zeros[0].index_add_(0, bag, counted)
             weighted = zeros[1].index_add_(0, bag, dots * weights)
             mean = (weighted / total)[bag]

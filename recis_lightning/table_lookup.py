@@ -51,12 +51,12 @@ def _note_new(
     segments: Segments, ids: Sequence[Tensor], new: Tensor, tables: Sequence[HashTable]
 ) -> None:
     """Tell the tables that track readmissions which of their ids are new."""
-    starts = segments[:, SEGMENT_START]
+    starts, new = segments[:, SEGMENT_START], new[new >= 0]
     cuts = [*np.searchsorted(new.cpu().numpy(), starts), new.numel()]
     for number, table in enumerate(tables):
         if table.readmissions is not None:
             mine = new[cuts[number] : cuts[number + 1]] - int(starts[number])
-            table.readmissions.note_new(ids[number][mine])
+            table.readmissions.note_new(ids[number][mine].cpu())
 
 
 __all__ = ["find_or_insert_rows"]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from recis_lightning import table_state
 from recis_lightning.ops import hash_index, row_init
-from recis_lightning.ops.table_header import NUM_UPDATES, STEP
+from recis_lightning.ops.split_header import publish_counts, read_counts
+from recis_lightning.ops.table_header import NUM_REFUSED, NUM_UPDATES, STEP
 from recis_lightning.table_eviction import TableEviction
 
 
@@ -62,7 +63,35 @@ class TableSaving(TableEviction):
         ids, rows = self.ids_map()
         weights, slots = self.rows.read(rows)
         fields = self.saved_fields(rows)
-        return {**fields, "ids": ids, "weights": weights, "slots": slots}
+        return {**fields, "ids": ids.cpu(), "weights": weights, "slots": slots}
+
+    def move(self, device: torch.device) -> None:
+        """Move ids, rows, state and stamps to another device; pending gradients are forgotten.
+
+        Raises:
+            MemoryError: No room there; the table is as it was.
+        """
+        before, moved = dict(self.__dict__), self._whole_state()
+        layout = (self.rows.slots, self.rows.state_fill)
+        num_refused = read_counts(self.header)[NUM_REFUSED]
+        self._num_removed += len(self)  # restoring counts them as loaded
+        try:
+            self.device = device
+            self.start_storage()
+            self._write_initializer()
+            self.empty_storage(*layout)
+            self.load_state(moved)
+            read_counts(self.header)[NUM_REFUSED] = num_refused
+            publish_counts(self.header)
+        except BaseException:
+            self.__dict__.update(before)
+            self.start_epoch()
+            raise
+        self.generation += 1
+
+    def _write_initializer(self) -> None:
+        """Enter into the header how new rows start."""
+        raise NotImplementedError
 
     def saved_fields(self, rows: Tensor) -> dict[str, Any]:
         """Return all of the state but ids, weights and slots.
@@ -81,11 +110,11 @@ class TableSaving(TableEviction):
             "state_fill": self.rows.state_fill,
         }
         if self.keeps_last_seen:
-            state["last_seen"] = self._last_seen[rows]
+            state["last_seen"] = self._last_seen[rows].cpu()
         if "counts" in self.kept_columns:
-            state["counts"] = self._columns["counts"][rows]
+            state["counts"] = self._columns["counts"][rows].cpu()
         if "last_time" in self.kept_columns:
-            state["ages_us"] = self.ages(rows)
+            state["ages_us"] = self.ages(rows).cpu()
         if self._pinned is not None:
             state["pinned_ids"] = self._pinned
         if self.sightings is not None:
@@ -157,11 +186,11 @@ class TableSaving(TableEviction):
     def _restore_fields(self, state: dict[str, Any], rows: Tensor) -> None:
         """Take up the policies' part of ``saved_fields``."""
         if self.keeps_last_seen and "last_seen" in state:
-            self._last_seen[rows] = state["last_seen"]
+            self._last_seen[rows] = state["last_seen"].to(self.device)
         if "counts" in self.kept_columns and "counts" in state:
-            self._columns["counts"][rows] = state["counts"]
+            self._columns["counts"][rows] = state["counts"].to(self.device)
         if "last_time" in self.kept_columns and "ages_us" in state:
-            self.set_ages(rows, state["ages_us"])
+            self.set_ages(rows, state["ages_us"].to(self.device))
         if "pinned_ids" in state:  # a state that knows of no pins leaves those there are
             self._pinned = state["pinned_ids"].unique()
         if self.sightings is not None:

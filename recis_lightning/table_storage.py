@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -10,12 +11,19 @@ import torch
 from torch import Tensor
 
 from recis_lightning.admission import Screening
-from recis_lightning.ops import hash_index
+from recis_lightning.ops import backend, hash_index
+from recis_lightning.ops.split_header import (
+    host_fields,
+    is_split,
+    new_header,
+    publish,
+    read_counts,
+    unseen_insertions,
+)
 from recis_lightning.ops.table_header import (
     CAPACITY,
     CLAIMED,
     COUNTS,
-    HEADER_SIZE,
     LAST_SEEN,
     LAST_TIME,
     NUM_IDS,
@@ -26,6 +34,7 @@ from recis_lightning.sightings import Sightings
 from recis_lightning.table_survey import TableSurvey
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
+_AHEAD_ROWS = 1 << 16  # beside a GPU, room ahead is for so many ids, or a quarter of the table
 
 
 class _Epoch:
@@ -58,6 +67,7 @@ class TableStorage(TableSurvey):
 
     embedding_dim: int
     dtype: torch.dtype
+    device: torch.device
     sightings: Sightings | None
     kept_columns: tuple[str, ...]
     generation = 0
@@ -86,19 +96,25 @@ class TableStorage(TableSurvey):
         for name, field in _COLUMN_FIELDS.items():
             column = columns.get(name)
             self._header[field] = 0 if column is None or not column.numel() else column.data_ptr()
+        publish(self.header)
 
     def start_storage(self) -> None:
         """Make a header and empty storage."""
-        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
-        self._header = self.header.numpy()
+        self.header = new_header(self.device, backend.runs_later(self.device))
+        self._header = host_fields(self.header)
         self.empty_storage({}, 0.0)
+        _epoch.advance()
+
+    def start_epoch(self) -> None:
+        """Tell who noted something of the storage that it may be out of date."""
         _epoch.advance()
 
     def empty_storage(self, slots: dict[str, int], state_fill: float) -> None:
         """Start anew with no ids, behind the same header; rows are laid out for ``slots``."""
         self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, state_fill)
-        self._set_columns({name: torch.empty(0, dtype=torch.int64) for name in self.kept_columns})
+        empty = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._set_columns(dict.fromkeys(self.kept_columns, empty))
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Give weights another dtype from the next ``empty_storage`` on."""
@@ -106,7 +122,7 @@ class TableStorage(TableSurvey):
         _epoch.advance()
 
     def __len__(self) -> int:
-        return int(self._header[NUM_IDS])
+        return int(read_counts(self.header)[NUM_IDS])
 
     def __bool__(self) -> bool:
         return True  # an empty table is still a table
@@ -146,12 +162,31 @@ class TableStorage(TableSurvey):
         for name, old in self._columns.items():
             if old.numel() == capacity:
                 return
-            # np.empty asks for huge pages.
-            fitting[name] = new = torch.from_numpy(np.empty(capacity, np.int64))
+            fitting[name] = new = _new_column(capacity, self.device)
             kept = min(old.numel(), capacity)
             new[:kept] = old[:kept]
             new[kept:] = 0
         self._set_columns(fitting)
+
+    def surely_fits(self, num_new: int) -> bool:
+        """Tell, without waiting for the device, whether there is room for ``num_new`` more ids."""
+        most = num_new + unseen_insertions(self.header) + int(self._header[NUM_IDS])
+        fits = most <= self.capacity * hash_index.max_load(self.capacity)
+        return fits and self.rows.surely_fits(num_new)
+
+    def reserve_ahead(self, num_new: int, num_ids: int) -> None:
+        """Make room, if there is memory, so that later lookups need not ask again.
+
+        Args:
+            num_new: Ids about to be inserted, for which there is room already.
+            num_ids: Ids of a lookup, known and unknown.
+        """
+        if is_split(self.header):
+            # Twice: the counts that tell how few were new come while the next lookup is launched.
+            ahead = num_new + min(2 * num_ids, max(_AHEAD_ROWS, len(self) // 4))
+            with contextlib.suppress(MemoryError):
+                self.reserve_ids(ahead)
+                self.reserve_rows(ahead)
 
     def start_sightings(self, screening: Screening | None) -> None:
         """Remember sightings of ids without a row as an admission policy asks."""
@@ -159,6 +194,7 @@ class TableStorage(TableSurvey):
         self._header[SIGHTINGS] = 0
         if self.sightings is not None:
             self._header[SIGHTINGS] = self.sightings.header.data_ptr()
+        publish(self.header)
 
     def begin_screening(self) -> None:
         """Count one training lookup."""
@@ -191,7 +227,7 @@ class TableStorage(TableSurvey):
         freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
         self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
         for column in self._columns.values():
-            column.numpy()[freed.numpy()] = 0
+            column[freed] = 0
         self.generation += 1
         return removed
 
@@ -208,7 +244,7 @@ class TableStorage(TableSurvey):
         source = live[num_ids:].nonzero().squeeze(1) + num_ids
         target = (~live[:num_ids]).nonzero().squeeze(1)
         if source.numel():
-            renumbered = torch.arange(live.numel())
+            renumbered = torch.arange(live.numel(), device=self.device)
             renumbered[source] = target
             rows = self._entries[:, 1]
             known = rows < CLAIMED
@@ -227,7 +263,7 @@ class TableStorage(TableSurvey):
 
     def _live_rows(self) -> Tensor:
         """Return bool [rows], those that an id has."""
-        live = torch.ones(self.rows.num_rows, dtype=torch.bool)
+        live = torch.ones(self.rows.num_rows, dtype=torch.bool, device=self.device)
         live[self.rows.free_rows] = False
         return live
 
@@ -237,6 +273,21 @@ def _return_to_system() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def _new_column(count: int, device: torch.device) -> Tensor:
+    """Return an uninitialised int64 [count]."""
+    with torch.inference_mode(False):  # what is made in inference mode nothing outside may change
+        return _allocate_column(count, device)
+
+
+def _allocate_column(count: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(count, np.int64))  # NumPy asks for huge pages
+    try:
+        return torch.empty(count, dtype=torch.int64, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{8 * count} bytes on {device}") from error
 
 
 class _Memory:

@@ -17,6 +17,13 @@ from recis_lightning.optim import SparseSGD
 from tests.tables import EXTREMES, HIGH, LOW
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Run the test once under each backend with kernels for policies that count or draw."""
+    with ops_backend.use(request.param):
+        yield request.param
+
+
 def ids(*numbers):
     return torch.tensor(numbers)
 

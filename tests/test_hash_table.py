@@ -137,7 +137,7 @@ def test_last_seen_needs_a_policy_that_keeps_it():
         ({"embedding_dim": True}, TypeError, "embedding_dim: expected an int >= 1, got True"),
         ({"dtype": torch.float64}, ValueError, "dtype: expected torch.float32 or.*got.*float64"),
         ({"dtype": "int8"}, ValueError, "dtype: expected torch.float32 or.*got 'int8'"),
-        ({"device": "cuda"}, ValueError, r"device: .*\['cpu'\].*got 'cuda'"),
+        ({"device": "meta"}, ValueError, r"device: .*\['cpu', 'cuda'\].*got 'meta'"),
         ({"initializer": 0.1}, TypeError, r"initializer: expected Initializer, got 0\.1"),
         ({"eviction": 5}, TypeError, "eviction: expected .*Eviction.*, got 5"),
         ({"admission": ReadOnly}, TypeError, "admission: expected .*Admission"),

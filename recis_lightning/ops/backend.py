@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -10,31 +11,45 @@ from typing import Any
 
 import torch
 
-_KERNELS = {"cpu": "cpu"}
+_KERNELS = {"cpu": "cpu", "cuda": "triton"}  # device -> backend
+_FILES = {"cpu": "{op}_cpu", "triton": "{op}_gpu", "reference": "reference"}
 _forced: str | None = None
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
 def check_device(device: torch.device) -> torch.device:
-    """Return ``device`` if tables can live there.
+    """Return ``device``, with its number if it is a GPU, if tables can live there.
 
     Raises:
-        ValueError: No kernels for the device.
+        ValueError: No kernels for the device, no such device here, or no Triton.
     """
     if device.type not in _KERNELS:
         raise ValueError(
-            f"device: tables have kernels for {sorted(_KERNELS)} in this version, got "
-            f"{str(device)!r}; keep the table on device='cpu'"
+            f"device: tables have kernels for {sorted(_KERNELS)}, got {str(device)!r}; keep the "
+            "table on device='cpu'"
         )
-    return device
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: torch finds no GPU here, got {str(device)!r}; expected 'cpu'")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"device: tables on a GPU need Triton, got {str(device)!r}; pip install triton"
+        )
+    return torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Run ops with backend ``name``, ``"cpu"`` or ``"reference"``, whatever the device."""
+    """Run ops with backend ``name``, ``"cpu"``, ``"triton"`` or ``"reference"``, on any device.
+
+    ``"triton"`` runs over the CPU's memory where kernels are interpreted; see ``launch_gpu``.
+    """
     global _forced
-    if name not in (*_KERNELS.values(), "reference"):
-        raise ValueError(f"name: expected one of 'cpu', 'reference', got {name!r}")
+    if name not in _FILES:
+        raise ValueError(f"name: expected one of {sorted(_FILES)}, got {name!r}")
     before, _forced = _forced, name
     try:
         yield
@@ -47,10 +62,14 @@ def module(op: str, device: torch.device) -> Any:
     name = _forced or _KERNELS[device.type]
     found = _loaded.get((op, name))
     if found is None:
-        path = "reference" if name == "reference" else f"{op}_{name}"
-        found = importlib.import_module(f"recis_lightning.ops.{path}")
+        found = importlib.import_module(f"recis_lightning.ops.{_FILES[name].format(op=op)}")
         _loaded[op, name] = found
     return found
+
+
+def runs_later(device: torch.device) -> bool:
+    """Whether kernels of tables on ``device`` run later than the host that launches them."""
+    return (_forced or _KERNELS[device.type]) == "triton"
 
 
 def region(name: str) -> AbstractContextManager[object]:

@@ -58,7 +58,7 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
     """
     with backend.region("recis::gather"):
         module = backend.module("embedding_bag", device)
-        bad = module.gather(plan, embedding_dim, dtype is torch.bfloat16)
+        bad = module.gather(plan, embedding_dim, dtype is torch.bfloat16, device)
     _check_offsets(plan, bad)
 
 

@@ -286,7 +286,7 @@ def _gather_kernel(width, bfloat16, finding):
     return parallel_cpu.kernel(gather)
 
 
-def gather(plan, embedding_dim, bfloat16):
+def gather(plan, embedding_dim, bfloat16, device):
     """See the contract; returns a feature with malformed offsets, or -1."""
     kernel = _gather_kernel(vector_width(embedding_dim), int(bfloat16), 0)
     chunks = split_plan(plan)

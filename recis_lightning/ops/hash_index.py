@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import admission, backend, row_stamps
+from recis_lightning.ops.split_header import host_fields, publish, publish_counts, read_counts
 from recis_lightning.ops.table_header import (
     CAPACITY,
     EMPTY,
@@ -56,6 +57,12 @@ class Table(admission.Screened, Protocol):
     def read_clock(self) -> None:
         """Enter the time into the header, if the table keeps times."""
 
+    def surely_fits(self, num_new: int) -> bool:
+        """Tell, without waiting for the device, whether there is room for ``num_new`` more ids."""
+
+    def reserve_ahead(self, num_new: int, num_ids: int) -> None:
+        """Make room for more than ``num_new`` ids, so that later lookups need not ask again."""
+
     def rebuild_index(self) -> None:
         """Drop entries that were claimed but got no row, after a failed insertion."""
 
@@ -92,11 +99,13 @@ def empty_entries(header: Tensor, capacity: int) -> Tensor:
     entries: Tensor = backend.module("hash_index", header.device).allocate_entries(
         capacity, header.device
     )
-    values = header.numpy()
+    values = read_counts(header)
     values[ENTRIES] = entries.data_ptr()
     values[SHIFT] = 64 - (capacity.bit_length() - 1)
     values[CAPACITY] = capacity
     values[NUM_IDS] = 0
+    publish(header)
+    publish_counts(header)
     return entries
 
 
@@ -132,7 +141,7 @@ def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
         int64 [n], rows; ``UNKNOWN`` (-1) where there is none, ``PADDING`` (-2) for a padding id.
     """
     with backend.region("recis::find"):
-        rows: Tensor = backend.module("hash_index", device).find(segments, num_ids)
+        rows: Tensor = backend.module("hash_index", device).find(segments, num_ids, device)
     return rows
 
 
@@ -165,7 +174,8 @@ def find_or_insert(
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
-        new: int64 [m], positions of the first sight of each new id, ascending; None if none.
+        new: int64 [m], positions of the first sight of each new id, ascending; None if none. A
+            backend that does not wait for the device fills it up with -1.
 
     Source: linear probing, Knuth, TAOCP vol. 3, 6.4, Algorithm L; the claim by compare-and-swap
     and the minimum over first positions are ours.
@@ -179,7 +189,7 @@ def find_or_insert(
                 segments, num_ids, tables, segment_tables, device, sightings
             )
         found: tuple[Tensor, Tensor | None]
-        found = module.find_or_insert(segments, num_ids, tables, segment_tables, screen)
+        found = module.find_or_insert(segments, num_ids, tables, segment_tables, screen, device)
         if asks:
             _stamp(segments, found[0], tables, segment_tables, sightings)
     return found
@@ -231,10 +241,11 @@ def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tup
     """
     with backend.region("recis::rebuild"):
         old = _entries(header)
-        num_ids = int(header[NUM_IDS])
+        num_ids = int(read_counts(header)[NUM_IDS])
         entries = empty_entries(header, capacity)
         removed = backend.module("hash_index", header.device).rebuild(old, header, evicted)
-        header[NUM_IDS] = num_ids - removed
+        host_fields(header)[NUM_IDS] = num_ids - removed
+        publish_counts(header)
         return entries, removed
 
 
@@ -250,7 +261,8 @@ def fill(header: Tensor, entries: Tensor) -> None:
         backend.module("hash_index", header.device).rebuild(
             (old.data_ptr(), len(old) - 1), header, None
         )
-        header[NUM_IDS] += len(old)
+        read_counts(header)[NUM_IDS] += len(old)
+        publish_counts(header)
 
 
 def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -266,7 +278,8 @@ def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _entries(header: Tensor) -> tuple[int, int]:
-    return int(header[ENTRIES]), int(header[CAPACITY])
+    values = host_fields(header)
+    return int(values[ENTRIES]), int(values[CAPACITY])
 
 
 __all__ = [

@@ -209,12 +209,12 @@ def _find(segments, n, training):
     return rows, counts
 
 
-def find(segments, num_ids):
+def find(segments, num_ids, device):
     """See the contract."""
     return _find(segments, num_ids, READ)[0]
 
 
-def find_or_insert(segments, num_ids, tables, segment_tables, screen):
+def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
     """See the contract.
 
     Unknown ids are inserted in rounds, because a batch may hold an unknown id many times and room

@@ -56,7 +56,7 @@ def _look_up(segments: Segments, num_ids: int, missing: int) -> Tensor:
     return rows
 
 
-def find(segments: Segments, num_ids: int) -> Tensor:
+def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
     """See ``hash_index.find``."""
     return _look_up(segments, num_ids, UNKNOWN)
 
@@ -67,6 +67,7 @@ def find_or_insert(
     tables: Sequence[Table],
     segment_tables: Sequence[int],
     screen: Screen | None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``hash_index.find_or_insert``; room is made for all tables before an id is added."""
     rows = _look_up(segments, num_ids, MISSING)
@@ -236,7 +237,7 @@ class _Feature:
         return self.place if self.mode == bags.TILE else torch.zeros_like(self.place)
 
 
-def gather(plan: Plan, embedding_dim: int, bfloat16: bool) -> int:
+def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device) -> int:
     """See ``embedding_bag.gather``; returns a feature with malformed offsets, or -1."""
     features = [_Feature(line) for line in plan]
     for number, feature in enumerate(features):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recis_lightning.ops import backend
 from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.split_header import host_fields, publish
 from recis_lightning.ops.table_header import INIT_ARGS, INIT_KEY, INIT_KIND
 
 CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
@@ -34,16 +35,18 @@ def write_distribution(header: Tensor, kind: int, args: tuple[float, ...]) -> No
             ``TRUNCATED_NORMAL`` (mean, std, low, high; bounds in standard deviations from mean).
         args: The values named above.
     """
-    values = header.numpy()
+    values = host_fields(header)
     values[INIT_KIND] = kind
     padded = np.zeros(4)
     padded[: len(args)] = args
     values[INIT_ARGS : INIT_ARGS + 4] = padded.view(np.int64)
+    publish(header)
 
 
 def write_key(header: Tensor, seed: int, name: str) -> None:
     """Enter the key of (seed, name) into a table's header."""
-    header.numpy()[INIT_KEY] = init_key(seed, name)
+    host_fields(header)[INIT_KEY] = init_key(seed, name)
+    publish(header)
 
 
 def init_rows_(
@@ -53,7 +56,7 @@ def init_rows_(
 
     Args:
         rows: int64 [n], what ``find_or_insert`` returned.
-        new: int64 [m], positions of the new ids, ascending.
+        new: int64 [m], positions of the new ids, ascending; then, perhaps, -1.
         segments: As given to ``find_or_insert``.
         embedding_dim: Weights in a row.
         bfloat16: Whether weights are bfloat16 (else float32).

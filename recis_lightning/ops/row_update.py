@@ -41,12 +41,14 @@ class RowLayout:
         dtype: float32 or bfloat16 weights; state is float32 and follows them.
         row_bytes: From one row to the next.
         block_shift: log2(rows in a block).
+        device: Where rows and gradients are.
     """
 
     embedding_dim: int
     dtype: torch.dtype
     row_bytes: int
     block_shift: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,15 @@ def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout)
     Source: least significant digit radix sort, Knuth, TAOCP vol. 3, 5.2.5.
     """
     with backend.region("recis::sort_gradients"):
-        module = backend.module("row_update", torch.device("cpu"))
+        module = backend.module("row_update", layout.device)
         return Gradients(plan, blocks, layout, module.sort_gradients(plan, blocks, layout))
 
 
 def squared_norm(gradients: Gradients) -> float:
     """Return the sum of squares of all rows' reduced gradients (float64, in a fixed order)."""
     with backend.region("recis::gradient_norm"):
-        return float(backend.module("row_update", torch.device("cpu")).squared_norm(gradients))
+        module = backend.module("row_update", gradients.layout.device)
+        return float(module.squared_norm(gradients))
 
 
 def update_rows_(gradients: Gradients, rule: int) -> None:
@@ -107,4 +110,4 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     FBGEMM.
     """
     with backend.region("recis::row_update"):
-        backend.module("row_update", torch.device("cpu")).update_rows_(gradients, rule)
+        backend.module("row_update", gradients.layout.device).update_rows_(gradients, rule)

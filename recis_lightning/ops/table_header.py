@@ -17,7 +17,8 @@ NUM_IDS = 3
 # Rows.
 NEXT_ROW = 4  # rows from here on were never used
 NUM_FREE = 5
-FREE_ROWS = 6  # address of int64 [n], a stack of freed rows
+NUM_REFUSED = 6  # occurrences in training lookups that were not admitted
+FREE_ROWS = 21  # address of int64 [n], a stack of freed rows
 BLOCKS = 7  # address of int64 [num_blocks], each a block's address
 BLOCK_SHIFT = 8  # log2(rows in a block)
 ROW_BYTES = 9
@@ -33,7 +34,6 @@ NUM_STATE = 18  # float32 words of state in a row
 STATE_FILL = 19  # float64 bit pattern: what they start from
 NUM_UPDATES = 20  # optimizer steps that had a gradient for the table
 # Admission.
-NUM_REFUSED = 21  # occurrences in training lookups that were not admitted
 SIGHTINGS = 22  # address of the header of what a screening policy remembers; see admission
 # More policy columns, as LAST_SEEN.
 COUNTS = 23  # address of int64 [rows], occurrences in training lookups

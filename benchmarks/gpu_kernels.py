@@ -1,0 +1,101 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and say what each one takes.
+
+    python -m benchmarks.gpu_kernels            # all targets, one line a kernel
+    python -m benchmarks.gpu_kernels sm_90
+
+Every kernel of ``recis_lightning/ops/*_gpu.py`` is compiled with its first constants for each
+target, and with all of them for sm_90. A line is JSON: kernel, constants, target, bytes of shared
+memory, and for NVIDIA's targets registers and bytes of stack (spilled registers) of a thread.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from recis_lightning import ops
+from recis_lightning.ops import launch_gpu
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+IN_FULL = "sm_90"
+
+
+def load_kernels() -> list[Any]:
+    """Import every kernel file; return the kernels that they declare."""
+    for path in sorted(Path(ops.__path__[0]).glob("*_gpu.py")):
+        importlib.import_module(f"recis_lightning.ops.{path.stem}")
+    return launch_gpu.KERNELS
+
+
+def compile_kernel(number: int, variant: int, target: str) -> dict[str, Any]:
+    """Compile one kernel; say what it takes."""
+    kernel = load_kernels()[number]
+    constants = kernel.variants[variant]
+    types = dict.fromkeys(kernel.numbers, "i64") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.jit.arg_names}
+    source = ASTSource(kernel.jit, signature, constexprs=constants)
+    compiled = triton.compile(source, target=TARGETS[target], options=kernel.options)
+    line = {"kernel": kernel.name, "constants": constants, "target": target}
+    return {**line, "shared_bytes": compiled.metadata.shared, **_resources(compiled)}
+
+
+def _resources(compiled: Any) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if "cubin" not in compiled.asm or not tool.exists():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sizes = {key: int(re.findall(rf"{key}:(\d+)", said)[-1]) for key in ("REG", "STACK", "LOCAL")}
+    return {"registers": sizes["REG"], "spilled_bytes": sizes["STACK"] + sizes["LOCAL"]}
+
+
+def jobs(targets: list[str]) -> list[tuple[int, int, str]]:
+    """List what is to be compiled: (kernel, variant, target)."""
+    return [
+        (number, variant, target)
+        for target in targets
+        for number, kernel in enumerate(load_kernels())
+        for variant in range(len(kernel.variants) if target == IN_FULL else 1)
+    ]
+
+
+def main() -> int:
+    """Compile, print, and exit 1 if a kernel does not compile."""
+    failed = 0
+    work = jobs(sys.argv[1:] or list(TARGETS))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        for job, future in [(job, pool.submit(compile_kernel, *job)) for job in work]:
+            try:
+                print(json.dumps(future.result()), flush=True)
+            except Exception as error:
+                failed = 1
+                kernel = load_kernels()[job[0]]
+                where = f"{kernel.name} {kernel.variants[job[1]]} {job[2]}"
+                print(f"{where}: {str(error)[-800:]}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A model on a GPU and its tables on the CPU: ids and rows cross by pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recis_lightning.jagged import Bags
+
+
+def bags_from_device(bags: Sequence[Bags], device: torch.device) -> list[Bags]:
+    """Copy bags to the CPU, all at once, and wait for them once."""
+    copies = [
+        bag._replace(
+            ids=_pinned(bag.ids),
+            offsets=None if bag.offsets is None else _pinned(bag.offsets),
+            weights=None if bag.weights is None else _weights(bag.weights),
+        )
+        for bag in bags
+    ]
+    _wait_for(device)
+    return copies
+
+
+def outputs_to_device(outputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Send outputs to the device without waiting; their gradients come back the same way."""
+    return list(_ToDevice.apply(device, *outputs))  # type: ignore[no-untyped-call]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _weights(weights: Tensor) -> Tensor:
+    return weights.cpu() if weights.requires_grad else _pinned(weights)
+
+
+class _ToDevice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.device = device
+        pins = device.type == "cuda"
+        return tuple(
+            (out.pin_memory() if pins else out).to(device, non_blocking=pins, copy=True)
+            for out in outputs
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        copies = [None if gradient is None else _pinned(gradient) for gradient in gradients]
+        _wait_for(ctx.device)
+        return (None, *copies)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+__all__ = ["bags_from_device", "outputs_to_device"]
