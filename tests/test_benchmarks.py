@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import (
     bench_checkpoint,
+    bench_cuda_step,
     bench_embedding_bag,
     bench_filter,
     bench_hash_index,
@@ -49,6 +50,12 @@ def test_training_times_every_step_after_the_warmup(few_ids, monkeypatch):
     for start in (0.0, 5.0, 5.5, 6.5):
         clock.starts.append(start)
     assert clock.step_ms() == [500.0, 1000.0]
+
+
+def test_cuda_step_agrees_with_the_cpu_and_needs_a_gpu(capsys):
+    bench_cuda_step.check(torch.device("cpu"), num_rows=50, lookups=40)
+    assert bench_cuda_step.main(["--device", "cpu"]) == 0
+    assert "no GPU" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (shutil.which("c++") and shutil.which("ninja")), reason="no C++ compiler")
