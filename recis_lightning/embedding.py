@@ -231,7 +231,8 @@ class DynamicEmbeddingBag(_Embedding):
             raise ValueError("offsets: 1-D ids need them, got None")
         check_ids(offsets, "offsets")
         if not self.include_last_offset:
-            offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
+            # Not torch.cat: a tensor of one number from the host would wait for a GPU.
+            offsets = torch.nn.functional.pad(offsets, (0, 1), value=ids.numel())
         return self._look_up(read_bags(Jagged(ids, offsets, per_sample_weights), "ids"))
 
     def extra_repr(self) -> str:

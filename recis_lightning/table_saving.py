@@ -71,7 +71,8 @@ class TableSaving(TableEviction):
         Raises:
             MemoryError: No room there; the table is as it was.
         """
-        before, moved = dict(self.__dict__), self._whole_state()
+        before = {**self.__dict__, "pending": list(self.pending)}
+        moved = self._whole_state()
         layout = (self.rows.slots, self.rows.state_fill)
         num_refused = read_counts(self.header)[NUM_REFUSED]
         self._num_removed += len(self)  # restoring counts them as loaded

@@ -223,6 +223,9 @@ def _make_room(lines, staged, num_programs, rows, tables):
     """Make room for all new ids, before any is inserted: what fails here has changed nothing.
 
     Where it is certain that all ids fit, were they all new, nobody waits for the device.
+
+    Returns:
+        How many ids may be inserted in each table.
     """
     at_most = ids_to_insert(lines, len(tables)).tolist()
     pairs = list(zip(tables, at_most, strict=True))
@@ -238,6 +241,7 @@ def _make_room(lines, staged, num_programs, rows, tables):
             at_most[number] = counts[number]
     for table, count in zip(tables, at_most, strict=True):
         note_insertion(table.header, count)
+    return at_most
 
 
 def insert_misses(lines, staged, num_programs, rows, tables):
@@ -247,7 +251,7 @@ def insert_misses(lines, staged, num_programs, rows, tables):
         int64 [n]: positions of the new ids' first occurrences, ascending, then -1.
     """
     device, n, num_segments = rows.device, rows.numel(), len(lines)
-    _make_room(lines, staged, num_programs, rows, tables)
+    at_most = _make_room(lines, staged, num_programs, rows, tables)
     places = torch.empty(n + LANES, dtype=torch.int64, device=device)
     firsts, new = torch.empty_like(rows), torch.full_like(rows, -1)
     counts = torch.empty(2, num_segments, dtype=torch.int64, device=device)
@@ -262,6 +266,7 @@ def insert_misses(lines, staged, num_programs, rows, tables):
     third = (firsts.data_ptr(), ranks.data_ptr(), before, new.data_ptr())
     _assign_kernel.launch(device, num_programs, *where, places.data_ptr(), *third, LANES=LANES)
     _fill_rows_kernel.launch(device, num_programs, *where, *first, totals, LANES=LANES)
-    for table in tables:
-        watch_counts(table.header)
+    for table, count in zip(tables, at_most, strict=True):
+        if not table.surely_fits(4 * count):  # soon it would have to wait
+            watch_counts(table.header)
     return new
