@@ -70,9 +70,10 @@ class Stream:
             generation = (np.arange(num_events) + births) // LIFETIME
             self.features[name] = torch.from_numpy(slots + SLOTS * generation)
         teacher = _factors({"user": (None, None), "item": (None, None)}, 0.6, "teacher")
-        logits = torch.cat([_score(teacher, part) for part in self.batches(20_000)])
+        with torch.no_grad():
+            self.logits = torch.cat([_score(teacher, part) for part in self.batches(20_000)])
         chance = torch.from_numpy(rng.random(num_events))
-        self.labels = (chance < torch.sigmoid(logits.double())).float()
+        self.labels = (chance < torch.sigmoid(self.logits.double())).float()
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Yield the ids of ``size`` events after the other."""
@@ -191,11 +192,15 @@ def measure(num_events: int, batch: int) -> tuple[dict[str, Any], dict[str, Any]
         )
     columns = ["policy", "rows", "peak MB", "growth", "AUC", "AUC lost", "ms a batch"]
     print_table(f"{num_events:,} events, {distinct:,} ids, batches of {batch}", columns, rows)
+    best = auc(stream.logits[second_half], stream.labels[second_half])
+    print(f"  the teacher itself: AUC {best:.4f}")
     bounded = [name for name in runs if name != "unbounded"]
     figures = {
         "growth": max(growth(runs[name]["sizes"]) for name in bounded),
         "auc_lost": max(runs["unbounded"]["auc"] - runs[name]["auc"] for name in bounded),
         "growth_unbounded": growth(runs["unbounded"]["sizes"]),
+        "auc_unbounded": runs["unbounded"]["auc"],
+        "auc_teacher": best,
     }
     shape = {"num_events": num_events, "batch": batch, "distinct": distinct}
     line = {"part": "drift", "shape": shape, "columns": columns, "rows": rows, "figures": figures}

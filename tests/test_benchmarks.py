@@ -8,7 +8,9 @@ import torch
 
 from benchmarks import (
     bench_checkpoint,
+    bench_compaction,
     bench_cuda_step,
+    bench_drift,
     bench_embedding_bag,
     bench_filter,
     bench_hash_index,
@@ -87,6 +89,22 @@ def test_checkpoint_loses_nothing():
 
 def test_memory_grows_as_torch_trains():
     bench_memory.check()
+
+
+def test_drift_learns_under_every_policy(tmp_path):
+    bench_drift.check()
+    line, runs = bench_drift.measure(num_events=8000, batch=1000)
+    assert [row[0] for row in line["rows"]] == [*bench_drift.POLICIES]
+    assert abs(line["figures"]["auc_lost"]) < 0.5
+    bench_drift.picture(runs, 1000, tmp_path / "drift.png")
+    assert (tmp_path / "drift.png").stat().st_size > 5000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", [*bench_compaction.POLICIES])
+def test_compaction_gives_back_and_keeps_the_rest(name):
+    shrunk = bench_compaction.shrink(300_000, name)
+    assert shrunk["counted"] > 0.8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -2,11 +2,13 @@
 
 import copy
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding, HashTable, hash_tables
+from recis_lightning import DynamicEmbedding, HashTable, hash_tables, table_eviction
 from recis_lightning.eviction import (
     AllOf,
     AnyOf,
@@ -110,6 +112,44 @@ def test_exactly_n_of_many_are_left_and_they_are_the_right_ones():
         table.evict(MaxRows(n, by="count"))
         assert len(table) == n
         assert set(table.ids().tolist()) == {i for _, _, i in order[-n:]}
+
+
+class Ranks:
+    """Threads that add tensors up as ranks do: each gets the sum once all have come."""
+
+    def __init__(self, count):
+        self.barrier, self.parts = threading.Barrier(count), []
+
+    def sum(self, tensor):
+        self.parts.append(tensor.clone())
+        self.barrier.wait(60)
+        total = torch.stack(self.parts).sum(0)
+        if self.barrier.wait(60) == 0:
+            self.parts.clear()
+        self.barrier.wait(60)
+        return total
+
+
+@pytest.mark.parametrize("by", ["last_seen", "count"])
+@pytest.mark.parametrize("n", [0, 40, 123])
+def test_n_rows_are_left_over_all_ranks(monkeypatch, by, n):
+    """Each of three ranks, one of them empty, evicts its part of what one table would evict."""
+    ranks = Ranks(3)
+    generator = torch.Generator().manual_seed(n)
+    batches = (torch.rand(6, 60, generator=generator) ** 2 * 400 - 100).long()
+    whole = DynamicEmbedding(2, eviction=MaxRows(n, by), name="t")
+    shards = [DynamicEmbedding(2, eviction=MaxRows(n, by), name="t") for _ in range(3)]
+    for module, part in [(whole, None), *zip(shards, range(3), strict=True)]:
+        for batch in batches:
+            module(batch if part is None else batch[batch % 2 == part])
+            module.table.update_step()
+    whole.table.evict()
+    assert len(whole.table) == n
+    monkeypatch.setattr(table_eviction, "_sum_over_ranks", ranks.sum)
+    with ThreadPoolExecutor(3) as pool:
+        reports = [*pool.map(lambda module: module.table.evict(), shards)]
+    assert set().union(*map(left, shards)) == left(whole)
+    assert sum(reports) == len(batches.unique()) - n
 
 
 # ---- TimeToLive
