@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class Eviction(ABC):
                 f"got {named.dtype} {list(named.shape)}"
             )
         named = named & rows.evictable
-        tally[repr(self)] = tally.get(repr(self), 0) + int(named.sum())
+        tally[repr(self)] = tally.get(repr(self), 0) + count_marked(named)
         return named
 
 
@@ -205,7 +206,7 @@ class MaxRows(Eviction):
 
     def expired(self, rows: RowColumns) -> Tensor:
         """See ``Eviction``."""
-        sizes = torch.stack([rows.occupied.sum(), rows.evictable.sum()])
+        sizes = torch.tensor([count_marked(rows.occupied), count_marked(rows.evictable)])
         num_rows, num_evictable = rows.sum_over_ranks(sizes).tolist()
         keys = [rows.last_seen, rows.ids]
         if self.by == "count":
@@ -314,6 +315,13 @@ class AllOf(_Composed):
         for policy in self.policies:
             gone &= policy.name_rows(rows, tally)
         return gone
+
+
+def count_marked(mask: Tensor) -> int:
+    """Return how many items of a bool tensor are true; NumPy is many times as fast as ``sum``."""
+    if mask.device.type == "cpu":
+        return int(np.count_nonzero(mask.numpy()))
+    return int(torch.count_nonzero(mask))
 
 
 _DIGIT_BITS = 16

@@ -12,7 +12,13 @@ from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 
 from recis_lightning.arguments import check_ids, check_int
-from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns
+from recis_lightning.eviction import (
+    COLUMNS,
+    KEPT_COLUMNS,
+    Eviction,
+    RowColumns,
+    count_marked,
+)
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.split_header import publish, read_counts
 from recis_lightning.ops.table_header import NUM_REFUSED, STEP, TIME
@@ -201,7 +207,7 @@ class TableEviction(TableStorage):
         if not isinstance(policy, Eviction):
             raise TypeError(f"policy: expected an Eviction, got {policy!r}")
         gone, by_policy = self._name_rows(policy)
-        num_gone = int(gone.sum())
+        num_gone = count_marked(gone)
         freed = num_gone * (4 * self.rows.row_words + 8 * len(self._columns))
         if dry_run or not num_gone:
             return EvictionReport.of(num_gone, by_policy, freed, 0, dry_run)

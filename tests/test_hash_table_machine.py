@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from recis_lightning import DynamicEmbedding, hash_tables
-from recis_lightning.admission import BloomCount, MinCount, Probability
+from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
 from recis_lightning.eviction import (
     AllOf,
     AnyOf,
@@ -38,6 +38,7 @@ def clock():
 KEEPS_ALL = AllOf([GlobalStepFilter(10**9), TimeToLive(10**9, clock), MaxRows(10**9, by="count")])
 ADMISSIONS = [
     None,
+    ReadOnly(),
     MinCount(3, forget_after=2),
     MinCount(2, per="batch"),
     Probability(0.5),
@@ -141,8 +142,8 @@ class TableAgainstDict(RuleBasedStateMachine):
         """Sight unknown ids and say which of them come in."""
         self.num_lookups += 1
         policy, now = self.admission, self.num_lookups
-        if policy is None:
-            return set(ids)
+        if policy is None or not policy.admits:
+            return set(ids) if policy is None else set()
         if isinstance(policy, Probability):
             probe = self.new_module()
             probe.table.sightings._header[NUM_LOOKUPS] = now - 1
