@@ -236,7 +236,12 @@ class TableEviction(TableStorage):
             rows = self._find(self._pinned)
             evictable[rows[rows >= 0]] = False
         columns = RowColumns(
-            self.step, occupied=occupied, evictable=evictable, sum_over_ranks=_sum_over_ranks
+            self.step,
+            occupied=occupied,
+            evictable=evictable,
+            sum_over_ranks=lambda part: _sum_over_ranks(part.to(self.header.device)).to(
+                part.device
+            ),
         )
         found: dict[str, Any] = {
             name: self._columns[name][: self.rows.num_rows]

@@ -169,3 +169,16 @@ def saved(optimizer, steps):
         for table in hash_tables(model):
             table.update_step()
     return model.state_dict()
+
+
+def evict(policy, steps):
+    """Look ids up for some steps and evict; return how many went here, and what is left here."""
+    module = DynamicEmbedding(2, eviction=policy, name="t")
+    module.table.pin(torch.tensor([0]))
+    for number in range(steps):
+        module(local_batch(number)["user"])
+        module.table.update_step()
+    wished = module.table.evict(dry_run=True)
+    report = module.table.evict()
+    assert wished == report
+    return int(report), module.table.ids().tolist()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from recis_lightning.admission import MinCount, Probability, ReadOnly
+from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows
 from recis_lightning.sharding import owner_of
 from tests import sharded_training as checks
 
@@ -88,3 +89,22 @@ def test_a_state_of_one_process_goes_on_on_many(ranks, admission):
     plan = {"optimizer": "SparseAdam", "steps": 6, "first": 6, "start": start}
     plan["model"] = {"admission": admission}
     assert_sharding_changes_nothing(ranks, 4, **plan)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        MaxRows(30),
+        MaxRows(7, by="count"),
+        AnyOf([GlobalStepFilter(4), MaxRows(20, by="count")]),
+        MaxRows(10**6),
+    ],
+    ids=repr,
+)
+def test_eviction_is_of_all_ranks_together(ranks, policy):
+    """MaxRows(n) leaves n rows in all shards together, and the same ones as a single table."""
+    [(num_gone, expected)] = ranks.run(1, checks.evict, policy, 8)
+    for world_size in (2, 4):
+        answers = ranks.run(world_size, checks.evict, policy, 8)
+        assert sorted(i for _, left in answers for i in left) == sorted(expected)
+        assert sum(gone for gone, _ in answers) == num_gone
