@@ -103,8 +103,8 @@ def test_a_state_of_one_process_goes_on_on_many(ranks, admission):
 )
 def test_eviction_is_of_all_ranks_together(ranks, policy):
     """MaxRows(n) leaves n rows in all shards together, and the same ones as a single table."""
-    [(num_gone, expected)] = ranks.run(1, checks.evict, policy, 8)
+    [(num_gone, expected)] = ranks.run(1, checks.evict, policy, 8, timeout_s=150)
     for world_size in (2, 4):
-        answers = ranks.run(world_size, checks.evict, policy, 8)
+        answers = ranks.run(world_size, checks.evict, policy, 8, timeout_s=150)
         assert sorted(i for _, left in answers for i in left) == sorted(expected)
         assert sum(gone for gone, _ in answers) == num_gone
