@@ -16,7 +16,6 @@ import torch
 from torch import distributed
 
 _SPAWN = multiprocessing.get_context("spawn")
-_GROUP_TIMEOUT_S = 20
 
 
 class Ranks:
@@ -29,17 +28,26 @@ class Ranks:
     def __init__(self, most=4):
         self._most, self._workers = most, []
 
-    def run(self, world_size, function, *args, timeout_s=60, **kwargs):
+    def run(self, world_size, function, *args, **kwargs):
         """Run a function of a module below ``tests`` in a group of ranks; return their answers.
 
         A check that fails or hangs ends the processes: nothing outlives its test.
         """
+        answers = self.try_to_run(world_size, function, *args, **kwargs)
+        if not all(good for good, _ in answers):
+            errors = [answer for good, answer in answers if not good]
+            raise AssertionError("\n".join(errors))
+        return [answer for _, answer in answers]
+
+    def try_to_run(self, world_size, function, *args, timeout_s=60, group_timeout_s=20, **kwargs):
+        """Return for each rank whether it answered, and its answer, or what went wrong."""
         self._start()
         workers = self._workers[:world_size]
         with tempfile.TemporaryDirectory() as folder:
             where = (function.__module__, function.__name__)
             for rank, (_, pipe) in enumerate(workers):
-                pipe.send((rank, world_size, f"file://{folder}/store", where, args, kwargs))
+                group = (world_size, f"file://{folder}/store", group_timeout_s)
+                pipe.send((rank, group, where, args, kwargs))
             end, answers = time.monotonic() + timeout_s, []
             for rank, (_, pipe) in enumerate(workers):
                 if not pipe.poll(max(end - time.monotonic(), 0)):
@@ -51,17 +59,19 @@ class Ranks:
                     answers.append((False, f"rank {rank} died"))
         if not all(good for good, _ in answers):
             self.stop()
-            errors = [answer for good, answer in answers if not good]
-            raise AssertionError("\n".join(errors))
-        return [answer for _, answer in answers]
+        return answers
 
     def _start(self):
+        known = len(self._workers)
         for _ in range(self._most - len(self._workers)):
             ours, theirs = _SPAWN.Pipe()
             process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for _, pipe in self._workers[known:]:
+            assert pipe.poll(120)
+            pipe.recv()  # it is ready: what follows is not the time to start
 
     def stop(self):
         """End all processes."""
@@ -74,9 +84,11 @@ class Ranks:
 
 def _work(pipe):
     torch.set_num_threads(1)
+    importlib.import_module("tests.sharded_training")
+    pipe.send("ready")
     while True:
         try:
-            rank, world_size, store, (module, name), args, kwargs = pipe.recv()
+            rank, (world_size, store, timeout_s), (module, name), args, kwargs = pipe.recv()
         except EOFError:
             return
         try:
@@ -86,7 +98,7 @@ def _work(pipe):
                     init_method=store,
                     rank=rank,
                     world_size=world_size,
-                    timeout=timedelta(seconds=_GROUP_TIMEOUT_S),
+                    timeout=timedelta(seconds=timeout_s),
                 )
             answer = getattr(importlib.import_module(module), name)(*args, **kwargs)
             pipe.send((True, answer))

@@ -12,7 +12,6 @@ from recis_lightning import (
     hash_tables,
     optim,
 )
-from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
 from recis_lightning.sharding import num_ranks
 
@@ -28,10 +27,9 @@ def rank():
 class Model(nn.Module):
     """Tables of two dims, features of every mode and layout, one shared table, a tower on top."""
 
-    def __init__(self, filter_step=None, admission=None):
+    def __init__(self, eviction=None, admission=None):
         super().__init__()
         torch.manual_seed(0)
-        eviction = None if filter_step is None else GlobalStepFilter(filter_step)
         shared = {"initializer": Normal(std=0.1), "eviction": eviction, "admission": admission}
         self.user = DynamicEmbedding(3, name="user", padding_idx=-1, **shared)
         self.engine = EmbeddingEngine(

@@ -60,7 +60,7 @@ def assert_sharding_changes_nothing(ranks, world_size, **plan):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_sharded_is_unsharded(ranks, optimizer, world_size):
     """50 steps of every optimizer, with uneven parts, an empty rank and evictions."""
-    plan = {"optimizer": optimizer, "steps": 50, "model": {"filter_step": 6}}
+    plan = {"optimizer": optimizer, "steps": 50, "model": {"eviction": GlobalStepFilter(6)}}
     ours = assert_sharding_changes_nothing(ranks, world_size, **plan)
     assert sum(evicted for *_, evicted in ours[0]["counts"]) > 20
 
@@ -72,7 +72,8 @@ def test_sharded_is_unsharded(ranks, optimizer, world_size):
         {"clip_grad_norm": 0.05},
         {"clip_grad_value": 0.01},
         {"model": {"admission": MinCount(3)}},
-        {"model": {"admission": MinCount(3, per="batch"), "filter_step": 3}},
+        {"model": {"admission": MinCount(3, per="batch"), "eviction": GlobalStepFilter(3)}},
+        {"model": {"eviction": MaxRows(20, by="count")}},
         {"model": {"admission": Probability(0.5)}},
     ],
     ids=repr,

@@ -1,7 +1,7 @@
 """Train DeepFM in Python: what the YAML files in ``configs`` say, said to a Trainer.
 
 From the root of the repository: ``python -m examples.deepfm.train movielens`` or
-``python -m examples.deepfm.train criteo --root FOLDER``.
+``python -m examples.deepfm.train criteo --root FOLDER``. ``--devices 2`` trains on two processes.
 """
 
 from __future__ import annotations
@@ -68,18 +68,20 @@ def _model(embeddings: dict[str, EmbeddingOption], lr: float, num_dense: int = 0
     )
 
 
-def movielens_data(root: str = "data/ml-100k", seed: int = 0) -> MovieLensDataModule:
-    """Return MovieLens-100k, its last 20% for the test."""
-    return MovieLensDataModule(root, batch_size=256, val_fraction=0.1, seed=seed)
+def movielens_data(
+    root: str = "data/ml-100k", seed: int = 0, ranks: int = 1
+) -> MovieLensDataModule:
+    """Return MovieLens-100k, its last 20% for the test; ``ranks`` share a batch of 256."""
+    return MovieLensDataModule(root, batch_size=256 // ranks, val_fraction=0.1, seed=seed)
 
 
-def criteo_data(root: str = "data/criteo", seed: int = 0) -> CriteoDataModule:
-    """Return four Criteo files: three to train on, one to test on."""
+def criteo_data(root: str = "data/criteo", seed: int = 0, ranks: int = 1) -> CriteoDataModule:
+    """Return four Criteo files: three to train on, one to test on; ``ranks`` share a batch."""
     return CriteoDataModule(
         root,
         train=["part-[0-2].*"],
         test=["part-3.*"],
-        batch_size=128,
+        batch_size=128 // ranks,
         shuffle_rows=30000,
         seed=seed,
     )
@@ -95,11 +97,21 @@ def hooks(timeline: Path) -> list[Callback]:
     ]
 
 
-def trainer(output_dir: Path, callbacks: Sequence[Callback], **options: Any) -> L.Trainer:
-    """Return a Trainer for one device that writes to ``output_dir``."""
+def trainer(
+    output_dir: Path,
+    callbacks: Sequence[Callback],
+    devices: int = 1,
+    num_nodes: int = 1,
+    **options: Any,
+) -> L.Trainer:
+    """Return a Trainer that writes to ``output_dir``; tables are sharded over all its devices."""
+    ranks = devices * num_nodes
     return L.Trainer(
         accelerator="auto",
-        devices=1,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy="ddp" if ranks > 1 else "auto",
+        enable_checkpointing=ranks == 1,  # of several shards Lightning would save one
         num_sanity_val_steps=0,
         logger=CSVLogger(output_dir.parent, name=output_dir.name),
         callbacks=list(callbacks),
@@ -123,6 +135,8 @@ def main(args: Sequence[str] | None = None) -> L.Trainer:
     parser.add_argument("--root", help="folder of the data (default: data/ml-100k, data/criteo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, help="default: outputs/movielens or .../criteo")
+    parser.add_argument("--devices", type=int, default=1, help="processes on each node")
+    parser.add_argument("--num-nodes", type=int, default=1, help="of torchrun")
     parser.add_argument("--fast-dev-run", type=int, default=0, help="so many batches, no files")
     given = parser.parse_args(args)
     one_thread()
@@ -130,19 +144,21 @@ def main(args: Sequence[str] | None = None) -> L.Trainer:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
     L.seed_everything(given.seed)
+    ranks = given.devices * given.num_nodes
     root = {"root": given.root} if given.root else {}
     model: L.LightningModule
     data: L.LightningDataModule
     if given.data == "movielens":
-        model, data = movielens_model(), movielens_data(**root, seed=given.seed)
+        model, data = movielens_model(), movielens_data(**root, seed=given.seed, ranks=ranks)
         options: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 0.25}
     else:
-        model, data = criteo_model(), criteo_data(**root, seed=given.seed)
+        model, data = criteo_model(), criteo_data(**root, seed=given.seed, ranks=ranks)
         options = {"max_epochs": 1}
     output_dir = given.output_dir or Path("outputs") / given.data
     if given.fast_dev_run:
         options["fast_dev_run"] = given.fast_dev_run
-    runner = trainer(output_dir, hooks(output_dir / "timeline"), **options)
+    processes = {"devices": given.devices, "num_nodes": given.num_nodes}
+    runner = trainer(output_dir, hooks(output_dir / "timeline"), **processes, **options)
     runner.fit(model, data)
     runner.test(model, data)
     return runner
