@@ -59,4 +59,4 @@ def test_the_others_fail_when_a_rank_goes_away(ranks, how):
     assert answers[1][0] == (how == "hangs")
     waited, message = answer
     assert waited < 6
-    assert "recv" in message or "closed" in message or "peer" in message, message
+    assert any(word in message for word in ("Timed out", "closed", "peer")), message
