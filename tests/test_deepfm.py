@@ -1,7 +1,12 @@
 """The DeepFM example: the model, the two ways to train it, and the demo."""
 
+import contextlib
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -173,6 +178,34 @@ def test_train_py_runs(data, tmp_path, monkeypatch, capsys):
     runner = train.main([data, "--root", str(root), "--fast-dev-run", "1"])
     assert runner.global_step == 1
     assert "test_auc" in runner.callback_metrics
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]]
+)
+def test_train_py_runs_on_two_processes(launcher, tmp_path):
+    """Launched by Lightning and by torchrun; hooks and tables find the process group."""
+    write_movielens(tmp_path / "data")
+    program = ["-m", "examples.deepfm.train", "movielens", "--devices", "2", "--fast-dev-run", "2"]
+    command = [sys.executable, *launcher, *program, "--root", str(tmp_path / "data")]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[2])},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            assert process.wait(timeout=240) == 0, log.read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what it started
+    said = log.read_text()
+    assert "MEMBER: 2/2" in said
+    assert "test_auc" in said
 
 
 def test_demo_shows_scores_tables_traces_and_a_picture(tmp_path, monkeypatch, capsys):

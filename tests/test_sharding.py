@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 
 from recis_lightning.ops.hash_slot_cpu import slot_of
-from recis_lightning.sharding import owner_of
+from recis_lightning.sharding import check_strategy, owner_of
 from tests.tables import EXTREMES
 
 PATTERNS = {
@@ -69,3 +75,35 @@ def test_bad_arguments_are_named():
         owner_of(torch.zeros(2, dtype=torch.int64), 0)
     with pytest.raises(TypeError, match="world_size"):
         owner_of(torch.zeros(2, dtype=torch.int64), 2.0)
+
+
+def _called_by(strategy, module):
+    """Run ``check_strategy`` as below a method of a strategy that ``module`` defines."""
+    names = {"__name__": module}
+    exec("def training_step(self, function):\n    return function()", names)
+    return names["training_step"](strategy, check_strategy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "message"),
+    [
+        (DeepSpeedStrategy, {}, "DeepSpeedStrategy: its engine owns.*strategy='ddp'"),
+        (FSDPStrategy, {}, "FSDPStrategy: .*strategy='ddp'"),
+        (ModelParallelStrategy, {}, "ModelParallelStrategy: .*strategy='ddp'"),
+        (DDPStrategy, {"_start_method": "spawn"}, "started by 'spawn' .ddp_spawn.*strategy='ddp'"),
+    ],
+)
+def test_strategies_that_cannot_train_tables_are_refused(kind, attributes, message):
+    """The error says what to use; nothing of ours need be a callback of the Trainer."""
+    strategy = kind.__new__(kind)
+    vars(strategy).update({"_root_device": None, "parallel_devices": [None], **attributes})
+    strategy.__class__ = type(kind.__name__, (kind,), {"root_device": None})
+    with pytest.raises(RuntimeError, match=message):
+        _called_by(strategy, kind.__module__)
+
+
+def test_ddp_is_accepted():
+    """As is a lookup outside Lightning."""
+    check_strategy()
+    strategy = type("DDPStrategy", (DDPStrategy,), {"root_device": None})()
+    _called_by(strategy, DDPStrategy.__module__)
