@@ -274,7 +274,10 @@ class HashTable(TableSaving, nn.Module):
         """Return each id's row and the positions of new ids, whose rows hold nothing yet."""
         rows, new = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
         if new is not None:
-            new = new[new >= 0]
+            if (
+                new.numel() and int(new[-1]) < 0
+            ):  # a device's backend fills up what it did not count
+                new = new[new >= 0]
             if self.readmissions is not None:
                 self.readmissions.note_new(ids[new].cpu())
         return rows, new
