@@ -99,7 +99,6 @@ class HashTable(TableSaving, nn.Module):
         )
         self._stays = device is not None and self.device.type == "cpu"
         self.seed, self._name, self.trainable = seed, name, trainable
-        self._check_admission(self.device)
         self._start()
 
     def _start(self) -> None:
@@ -312,19 +311,11 @@ class HashTable(TableSaving, nn.Module):
 
     # ---- moving; saving and loading are in TableSaving
 
-    def _check_admission(self, device: torch.device) -> None:
-        if device.type != "cpu" and self.admission is not None and self.admission.screening:
-            raise ValueError(
-                f"admission: {type(self.admission).__name__} has kernels for the CPU only, got "
-                f"device={str(device)!r}; keep table {self.name!r} on device='cpu'"
-            )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
         check_dtype(probe.dtype)
         if device != self.device:
-            self._check_admission(device)
             self.move(device)
         if probe.dtype is not self.dtype:
             state = self._whole_state()

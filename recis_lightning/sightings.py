@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from recis_lightning.admission import Screening
-from recis_lightning.ops import admission, hash_index
-from recis_lightning.ops.table_header import CAPACITY, HEADER_SIZE, NO_ROW, NUM_IDS
+from recis_lightning.ops import admission, backend, hash_index
+from recis_lightning.ops.split_header import (
+    host_fields,
+    new_header,
+    publish,
+    publish_counts,
+    read_counts,
+)
+from recis_lightning.ops.table_header import CAPACITY, NO_ROW, NUM_IDS
 
 _MAX_LOAD = 0.7
 
@@ -20,12 +27,13 @@ class Sightings:
 
     Args:
         screening: What the policy wants.
+        device: Where the table is.
     """
 
-    def __init__(self, screening: Screening) -> None:
+    def __init__(self, screening: Screening, device: torch.device) -> None:
         self.screening = screening
-        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
-        self._header = self.header.numpy()
+        self.header = new_header(device, backend.runs_later(device))
+        self._header = host_fields(self.header)
         for field, value in screening.fields().items():
             self._header[field] = value
         self.clear()
@@ -34,14 +42,20 @@ class Sightings:
         """Forget all sightings; the number of lookups stays."""
         kind = self.screening.kind
         counts = kind == admission.COUNT
-        self._entries = torch.empty(0, dtype=torch.int64)
+        self._entries = torch.empty(0, dtype=torch.int64, device=self.header.device)
         if counts:
             self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
-        self._counters = torch.zeros(
-            self.screening.num_hashes, self.screening.width, dtype=torch.uint8
-        )
-        self._header[admission.COUNTERS] = self._counters.data_ptr()
-        self._header[admission.NUM_COUNTED] = 0
+        size = self.screening.num_hashes * self.screening.width
+        # Whole words: kernels may have no compare-and-swap of bytes.
+        padded = _zeros(-(-size // 4) * 4, self.header.device)
+        self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
+        self._header[admission.COUNTERS] = padded.data_ptr()
+        publish(self.header)
+        self._set_count(admission.NUM_COUNTED, 0)
+
+    def _set_count(self, field: int, value: int) -> None:
+        read_counts(self.header)[field] = value
+        publish_counts(self.header)
 
     @property
     def nbytes(self) -> int:
@@ -62,18 +76,19 @@ class Sightings:
         if self.num_lookups >= admission.MAX_LOOKUPS - 1:
             raise OverflowError("an admission policy counts 2**30 training lookups at most")
         self._header[admission.NUM_LOOKUPS] += 1
+        publish(self.header)
         window = self.screening.fade_after
-        if window and self._header[admission.NUM_COUNTED] >= window:
+        if window and read_counts(self.header)[admission.NUM_COUNTED] >= window:
             self._counters >>= 1
-            self._header[admission.NUM_COUNTED] = 0
+            self._set_count(admission.NUM_COUNTED, 0)
 
     def reserve(self, num_new: int) -> None:
         """Make room for ``num_new`` ids more; what says nothing any more goes first."""
         if self.screening.kind != admission.COUNT:
             return
-        if int(self._header[NUM_IDS]) + num_new <= _MAX_LOAD * int(self._header[CAPACITY]):
-            return
-        self._rebuild(num_new)
+        num_ids = int(read_counts(self.header)[NUM_IDS])
+        if num_ids + num_new > _MAX_LOAD * int(self._header[CAPACITY]):
+            self._rebuild(num_new)
 
     def compact(self) -> None:
         """Let go of what says nothing any more, and of the memory it took."""
@@ -88,7 +103,7 @@ class Sightings:
         while capacity < 2 * (num_live + num_new):
             capacity *= 2
         self._entries, _ = hash_index.rebuild(self.header, capacity)
-        self._header[NUM_IDS] = num_live
+        self._set_count(NUM_IDS, num_live)
 
     def _live(self) -> Tensor:
         """Return bool [entries], those whose id was sighted too seldom, and not too long ago."""
@@ -100,20 +115,20 @@ class Sightings:
     def forget(self, ids: Tensor) -> None:
         """Forget the sightings of ids, int64 [n]; a sketch cannot."""
         if self.screening.kind == admission.COUNT:
-            admission.forget_(self.header, ids)
+            admission.forget_(self.header, ids.to(self.header.device))
 
     def state(self) -> dict[str, Any]:
-        """Return what a saved table must know: tensors and primitives."""
+        """Return what a saved table must know: tensors on the CPU and primitives."""
         found: dict[str, Any] = {"num_lookups": self.num_lookups}
         if self.screening.kind == admission.COUNT:
             kept = self._entries[self._live()]
-            kept = kept[kept[:, 0].argsort()]
+            kept = kept[kept[:, 0].argsort()].cpu()
             found["pending_ids"] = kept[:, 0].clone()
             found["pending_counts"] = kept[:, 1] & admission.COUNT_MASK
             found["pending_lookups"] = kept[:, 1] >> 32
         elif self.screening.kind == admission.SKETCH:
-            found["sketch"] = self._counters.clone()
-            found["num_sketched"] = int(self._header[admission.NUM_COUNTED])
+            found["sketch"] = self._counters.to("cpu", copy=True)
+            found["num_sketched"] = int(read_counts(self.header)[admission.NUM_COUNTED])
         return found
 
     def load_state(self, state: dict[str, Any], table: str) -> None:
@@ -125,13 +140,15 @@ class Sightings:
         """
         self.clear()
         self._header[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
+        publish(self.header)
         if self.screening.kind == admission.COUNT and "pending_ids" in state:
             ids = state["pending_ids"]
             self.reserve(ids.numel())
             # Under a lower threshold than before, an id comes in when it is next sighted.
             counts = state["pending_counts"].clamp(max=self.screening.threshold - 1)
             values = (state["pending_lookups"] << 32) | counts
-            hash_index.fill(self.header, torch.stack([ids, values], dim=1))
+            entries = torch.stack([ids, values], dim=1).to(self.header.device)
+            hash_index.fill(self.header, entries)
         if self.screening.kind == admission.SKETCH and "sketch" in state:
             if state["sketch"].shape != self._counters.shape:
                 warnings.warn(
@@ -142,7 +159,14 @@ class Sightings:
                 )
                 return
             self._counters.copy_(state["sketch"])
-            self._header[admission.NUM_COUNTED] = state["num_sketched"]
+            self._set_count(admission.NUM_COUNTED, state["num_sketched"])
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    try:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{size} bytes on {device}") from error
 
 
 __all__ = ["Sightings"]

@@ -79,6 +79,8 @@ class TableSaving(TableEviction):
         try:
             self.device = device
             self.start_storage()
+            if self.sightings is not None:
+                self.start_sightings(self.sightings.screening)
             self._write_initializer()
             self.empty_storage(*layout)
             self.load_state(moved)

@@ -190,9 +190,11 @@ class TableStorage(TableSurvey):
 
     def start_sightings(self, screening: Screening | None) -> None:
         """Remember sightings of ids without a row as an admission policy asks."""
-        self.sightings = None if screening is None else Sightings(screening)
+        self.sightings = None
         self._header[SIGHTINGS] = 0
-        if self.sightings is not None:
+        if screening is not None:
+            with _Memory(self, "sightings"):
+                self.sightings = Sightings(screening, self.device)
             self._header[SIGHTINGS] = self.sightings.header.data_ptr()
         publish(self.header)
 

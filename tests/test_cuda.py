@@ -14,13 +14,14 @@ from recis_lightning import (
     HashTable,
     hash_tables,
 )
+from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.callbacks import LoggerHook, ProfilerHook
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdam, SparseAdamW, SparseSGD
 from tests.clicks import loader
 from tests.lightning_model import Model, everything, trainer
-from tests.tables import EXTREMES, by_id, filled, trained
+from tests.tables import EXTREMES, by_id, filled, same, trained
 from tests.test_hash_table_machine import TableAgainstDict
 
 pytestmark = [
@@ -293,6 +294,26 @@ class OnGpu(torch.nn.Module):
 
     def forward(self, ids):
         return self.module(ids.cuda()).cpu()
+
+
+@pytest.mark.parametrize(
+    "admission", [MinCount(3), MinCount(2, per="batch"), BloomCount(3, 4096), Probability(0.3)]
+)
+def test_admission_on_the_gpu(admission):
+    """Many lanes count the same ids: the CPU admits the same ones and remembers the same."""
+    generator = torch.Generator().manual_seed(0)
+    batches = (torch.rand(10, 100_000, generator=generator) ** 6 * 200_000).long()
+    states = []
+    for device in ("cuda", "cpu"):
+        module = DynamicEmbedding(2, admission=admission, name="t").to(device)
+        for batch in batches:
+            module(torch.cat([batch, EXTREMES]).to(device))
+        table = module.table
+        ids = table.ids().cpu().sort().values
+        states.append({**table.sightings.state(), "ids": ids})
+        states[-1]["refused"] = table.statistics().refused
+        assert states[-1]["refused"] > 0
+    assert same(*states)
 
 
 def test_eviction_on_the_gpu():

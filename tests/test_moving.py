@@ -17,7 +17,7 @@ from recis_lightning import (
     crossing,
     hash_tables,
 )
-from recis_lightning.admission import MinCount
+from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.jagged import Jagged, read_bags
 from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import hash_index, hash_insert_gpu, split_header
@@ -93,12 +93,23 @@ def test_a_gpu_table_without_a_gpu_says_so(monkeypatch):
         HashTable(2, device="cuda:1")
 
 
-def test_policies_without_kernels_for_a_gpu_say_so():
-    """Counting admission runs on the CPU only."""
-    with ops_backend.use("triton"):
-        module = DynamicEmbedding(2, admission=MinCount(2))
-        with pytest.raises(ValueError, match=r"admission: .*CPU only"):
-            module(torch.tensor([1]))
+@pytest.mark.parametrize("admission", [MinCount(3), BloomCount(3, 201, 3), Probability(0.3)])
+def test_sightings_move_with_their_table(admission):
+    """There and back, admitting on either side as if the table had not moved."""
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(0, 60, (6, 40), generator=generator)
+    module, stayed = (DynamicEmbedding(2, admission=admission, name="t") for _ in range(2))
+    for start, there in enumerate(("cpu", "triton", "cpu")):
+        with ops_backend.use(there):
+            module.table.move(CPU)
+            assert split_header.is_split(module.table.sightings.header) == (there == "triton")
+            for batch in batches[2 * start : 2 * start + 2]:
+                module(batch)
+        for batch in batches[2 * start : 2 * start + 2]:
+            stayed(batch)
+    assert same(module.table.sightings.state(), stayed.table.sightings.state())
+    assert torch.equal(module.table.ids().sort().values, stayed.table.ids().sort().values)
+    assert module.table.statistics().refused == stayed.table.statistics().refused > 0
 
 
 def _crossing_group(trainable):

@@ -31,15 +31,15 @@ from recis_lightning.ops import backend
 from recis_lightning.ops.table_header import SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
 
 # Fields of a memory's header; those of an index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) are an index's.
-KIND = 4
-THRESHOLD = 5  # sightings wanted (COUNT, SKETCH); probability * 2**53 (DRAW)
-NUM_LOOKUPS = 6  # training lookups so far, the present one included
-FORGET_AFTER = 7
-PER_BATCH = 8  # whether a lookup counts once, however often the id is in it
-COUNTERS = 9  # address of uint8 [num_hashes, width]
-WIDTH = 10
-NUM_HASHES = 11
-NUM_COUNTED = 12  # sightings since the sketch was last halved
+NUM_COUNTED = 4  # sightings since the sketch was last halved; among what kernels count
+KIND = 8
+THRESHOLD = 9  # sightings wanted (COUNT, SKETCH); probability * 2**53 (DRAW)
+NUM_LOOKUPS = 10  # training lookups so far, the present one included
+FORGET_AFTER = 11
+PER_BATCH = 12  # whether a lookup counts once, however often the id is in it
+COUNTERS = 13  # address of uint8 [num_hashes * width]
+WIDTH = 14
+NUM_HASHES = 15
 
 COUNT, SKETCH, DRAW = 1, 2, 3
 COUNT_MASK = (1 << 32) - 1
@@ -91,7 +91,7 @@ def screening(
 
     def screen(misses: Tensor, rows: Tensor) -> Tensor:
         with backend.region("recis::screen"):
-            cuts = np.searchsorted(misses.numpy(), segments[:, SEGMENT_START])
+            cuts = np.searchsorted(misses.cpu().numpy(), segments[:, SEGMENT_START])
             cuts = np.append(cuts, len(misses))
             wanted = dict.fromkeys(numbers, 0)
             for segment in screened:

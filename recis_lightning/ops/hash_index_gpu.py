@@ -181,13 +181,13 @@ def find(segments, num_ids, device):
 
 def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
     """See the contract; ``new`` is as long as ``rows`` and ends in -1, as nobody waits for it."""
-    if screen is not None:
-        raise ValueError("admission: policies that count or draw have kernels for the CPU only")
     lines, num_programs = split_segments(segments, num_ids, tables, segment_tables)
     if not num_ids:
         return torch.empty(0, dtype=torch.int64, device=device), None
     staged = stage(lines, device)
     rows = _find(staged, num_programs, num_ids, True)
+    if screen is not None:  # waits for the device: a policy must know how much room it needs
+        screen((rows == fields.MISSING).nonzero().squeeze(1), rows)
     return rows, insert_misses(lines, staged, num_programs, rows, tables)
 
 

@@ -49,8 +49,8 @@ _COLUMNS = 64  # at a time
 
 
 @device_function
-def _mix(value):
-    # The finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+def mix(value):
+    """Hash uint64: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014)."""
     value = (value ^ (value >> 30)) * _MIX_1
     value = (value ^ (value >> 27)) * _MIX_2
     return value ^ (value >> 31)
@@ -150,12 +150,12 @@ def _init_kernel(
             low_bound = tl.where(truncated, low_bound, -_INFINITY)
             high_bound = tl.where(truncated, high_bound, _INFINITY)
             table_key = tl.load(int64_at(header + 8 * INIT_KEY), known, 0)
-            base = _mix(key.to(tl.uint64, bitcast=True))
-            base = _mix(table_key.to(tl.uint64, bitcast=True) ^ base)
+            base = mix(key.to(tl.uint64, bitcast=True))
+            base = mix(table_key.to(tl.uint64, bitcast=True) ^ base)
             for start in tl.static_range(0, DIM, COLUMNS):
                 column = start + tl.arange(0, COLUMNS)
                 bits = base[:, None] + column.to(tl.uint64)[None, :] * _COLUMN
-                bits = (_mix(bits) >> 41).to(tl.int32)
+                bits = (mix(bits) >> 41).to(tl.int32)
                 # 23 bits and a half: exact in float32, never 0 or 1.
                 uniform = (bits.to(tl.float32) * 2 + 1) * _STEP
                 x = begin[:, None] + span[:, None] * uniform
