@@ -1,7 +1,6 @@
 """Sharded tables under Lightning's ddp: real processes that train, validate, test and predict."""
 
 import numpy as np
-import pytest
 
 from tests import lightning_ranks as checks
 from tests.test_sharded_group import joined
@@ -28,16 +27,3 @@ def test_ddp_is_one_process_with_the_batch_of_all(ranks, tmp_path):
     whole_scores = [whole["scores"][::2], whole["scores"][1::2]]
     for part, wanted in zip(scores, whole_scores, strict=True):
         np.testing.assert_allclose(part, wanted, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("stays_s", [0, 5])
-def test_a_rank_that_ends_early_in_training(ranks, tmp_path, stays_s):
-    """It ends in peace; the other fails when that one is gone, or at the group's timeout."""
-    long, short = ranks.try_to_run(2, checks.unequal, tmp_path, (4, 2), stays_s, group_timeout_s=2)
-    assert long[0], long[1]
-    assert short[0], short[1]
-    assert (short[1][0], short[1][2]) == (2, "")
-    batches, waited, error = long[1]
-    assert batches == 2
-    assert waited < 5
-    assert ("Timed out" if stays_s else "closed by peer") in error
