@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -155,7 +155,7 @@ class _SeenIds:
     def begin_screening(self) -> None:
         """No segment asks for it."""
 
-    def reserve_sightings(self, num_new: int) -> None:
+    def reserve_sightings(self, at_most: int, count: Callable[[], int] | None = None) -> None:
         """No segment asks for it."""
 
 

@@ -68,13 +68,13 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in found.tolist()]
 
 
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """Return the sum of all ranks' values, the same on each; all ranks call it together."""
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of all ranks' tensors, the same on each; all ranks call it together."""
     if num_ranks() == 1:
-        return value
-    total = torch.tensor([value], dtype=torch.float64, device=device)
+        return values
+    total = values.clone()
     distributed.all_reduce(total)
-    return float(total)
+    return total
 
 
 def exchange(

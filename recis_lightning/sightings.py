@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from recis_lightning.ops import admission, backend, hash_index
 from recis_lightning.ops.split_header import (
     host_fields,
     new_header,
+    note_insertion,
     publish,
     publish_counts,
     read_counts,
+    unseen_insertions,
+    watch_counts,
 )
 from recis_lightning.ops.table_header import CAPACITY, NO_ROW, NUM_IDS
 
@@ -49,6 +53,7 @@ class Sightings:
         # Whole words: kernels may have no compare-and-swap of bytes.
         padded = _zeros(-(-size // 4) * 4, self.header.device)
         self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
+        self._padded_counters = padded
         self._header[admission.COUNTERS] = padded.data_ptr()
         publish(self.header)
         self._set_count(admission.NUM_COUNTED, 0)
@@ -77,18 +82,38 @@ class Sightings:
             raise OverflowError("an admission policy counts 2**30 training lookups at most")
         self._header[admission.NUM_LOOKUPS] += 1
         publish(self.header)
-        window = self.screening.fade_after
-        if window and read_counts(self.header)[admission.NUM_COUNTED] >= window:
-            self._counters >>= 1
-            self._set_count(admission.NUM_COUNTED, 0)
+        if self.screening.fade_after:
+            admission.fade_(self.header, self._padded_counters, self.screening.fade_after)
 
-    def reserve(self, num_new: int) -> None:
-        """Make room for ``num_new`` ids more; what says nothing any more goes first."""
+    def reserve(self, at_most: int, count: Callable[[], int] | None = None) -> None:
+        """Make room for ``at_most`` ids more; what says nothing any more goes first.
+
+        Args:
+            at_most: How many ids there may be.
+            count: See ``ops.admission.Screened``: it is asked where room might run out. Room is
+                then made for two more lookups as well, by which time counts have come.
+        """
         if self.screening.kind != admission.COUNT:
             return
-        num_ids = int(read_counts(self.header)[NUM_IDS])
-        if num_ids + num_new > _MAX_LOAD * int(self._header[CAPACITY]):
-            self._rebuild(num_new)
+        if not self._surely_fits(at_most):
+            num_new, ahead = at_most, 0
+            if count is not None:
+                num_new, ahead = count(), 2 * at_most
+            num_ids = int(read_counts(self.header)[NUM_IDS])
+            if num_ids + num_new + ahead > self._limit():
+                self._rebuild(num_new + ahead)
+            at_most = num_new
+        elif not self._surely_fits(4 * at_most):  # soon it would have to wait
+            watch_counts(self.header)
+        note_insertion(self.header, at_most)
+
+    def _surely_fits(self, num_new: int) -> bool:
+        """Tell, without waiting for the device, whether there is room for ``num_new`` ids more."""
+        num_ids = unseen_insertions(self.header) + int(self._header[NUM_IDS])
+        return num_ids + num_new <= self._limit()
+
+    def _limit(self) -> float:
+        return _MAX_LOAD * int(self._header[CAPACITY])
 
     def compact(self) -> None:
         """Let go of what says nothing any more, and of the memory it took."""

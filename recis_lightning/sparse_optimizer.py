@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from recis_lightning.arguments import check_bound
@@ -133,10 +134,9 @@ class SparseOptimizer(Optimizer):
                 )
         for members in self._by_layout(owned):
             calls.append((members, self._hyper(members, owned)))
-        scale = self._norm_scale(calls) if self.clip_grad_norm is not None else 1.0
+        scale = None if self.clip_grad_norm is None else self._norm_scale(calls)
         for members, hyper in calls:
-            hyper[:, row_update.SCALE] = scale
-            gradients = self._gradients(members, hyper)
+            gradients = self._gradients(members, hyper, scale)
             if gradients is not None:
                 row_update.update_rows_(gradients, self.rule)
         for table in owned:
@@ -172,19 +172,26 @@ class SparseOptimizer(Optimizer):
         )
         return hyper
 
-    def _norm_scale(self, calls: list[tuple[list[HashTable], Any]]) -> float:
-        """Return what gradients are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+    def _norm_scale(self, calls: list[tuple[list[HashTable], Any]]) -> Tensor:
+        """Return what gradients are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it.
+
+        Returns:
+            float64 [], on the first table's device: nobody waits for it.
+        """
         assert self.clip_grad_norm is not None
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.tables[0].device)
         for members, hyper in calls:
             gradients = self._gradients(members, hyper)
             if gradients is not None:
-                total += row_update.squared_norm(gradients)
-        total = sum_over_ranks(total, self.tables[0].device)
-        return min(1.0, self.clip_grad_norm / (math.sqrt(total) + 1e-6))
+                total += row_update.squared_norm(gradients).to(total.device)
+        scale = self.clip_grad_norm / (sum_over_ranks(total).sqrt() + 1e-6)
+        return torch.where(scale < 1, scale, 1.0)
 
     def _gradients(
-        self, members: list[HashTable], hyper: np.ndarray[Any, np.dtype[np.float32]]
+        self,
+        members: list[HashTable],
+        hyper: np.ndarray[Any, np.dtype[np.float32]],
+        scale: Tensor | None = None,
     ) -> Gradients | None:
         """Join the pending gradients of tables of one layout, and sort them by row."""
         rows = members[0].rows
@@ -215,15 +222,13 @@ class SparseOptimizer(Optimizer):
         plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
         blocks = np.empty((counts.sum(), 2), np.int64)
         blocks[:, 0] = np.concatenate(addresses)
-        device = members[0].device
+        device, values = members[0].device, torch.from_numpy(hyper)
         if device.type != "cpu":
             # Kept until the next step: by then the kernels that read it are in the stream.
-            self._hyper_on_device = (
-                torch.from_numpy(hyper).pin_memory().to(device, non_blocking=True)
-            )
-            address = self._hyper_on_device.data_ptr()
-        else:
-            address = hyper.ctypes.data
+            values = self._hyper_on_device = values.pin_memory().to(device, non_blocking=True)
+        if scale is not None:
+            values[:, row_update.SCALE] = scale.to(device)
+        address = values.data_ptr()
         blocks[:, 1] = address + np.repeat(np.arange(len(members)), counts) * hyper.strides[0]
         layout = RowLayout(
             rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, device

@@ -311,8 +311,10 @@ class TableGroup:
             bag = torch.arange(count, device=rows.device) // max(bags.bag_length, 1)
             start = bag * bags.bag_length
         else:
-            bags_in_turn = torch.arange(bags.num_bags, device=rows.device)
-            bag = torch.repeat_interleave(bags_in_turn, bags.offsets.diff())
+            # Not repeat_interleave: a GPU's would wait to know how long the result is.
+            bag = torch.searchsorted(
+                bags.offsets[1:], torch.arange(count, device=rows.device), right=True
+            ).clamp(max=max(bags.num_bags - 1, 0))
             start = bags.offsets[bag]
         if mode == TILE:
             place = torch.arange(count, device=rows.device) - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -203,11 +204,11 @@ class TableStorage(TableSurvey):
         assert self.sightings is not None
         self.sightings.begin_lookup()
 
-    def reserve_sightings(self, num_new: int) -> None:
-        """Make room for sightings of ``num_new`` ids more."""
+    def reserve_sightings(self, at_most: int, count: Callable[[], int] | None = None) -> None:
+        """Make room for sightings of ``at_most`` ids more; see ``ops.admission.Screened``."""
         assert self.sightings is not None
-        with _Memory(self, f"sightings of {num_new} ids more"):
-            self.sightings.reserve(num_new)
+        with _Memory(self, f"sightings of {at_most} ids more"):
+            self.sightings.reserve(at_most, count)
 
     def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
         """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.

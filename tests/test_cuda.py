@@ -92,19 +92,18 @@ def test_rows_are_reused_under_churn():
     assert ours.rows.num_rows == wanted.rows.num_rows < 10_500
 
 
-def _pair(optimizer, dtype=torch.float32):
-    engines = [
-        EmbeddingEngine(
-            {
-                "none": EmbeddingOption(16, table="a", device=device, dtype=dtype),
-                "sum": EmbeddingOption(16, table="a", mode="sum", device=device, dtype=dtype),
-                "mean": EmbeddingOption(16, mode="mean", padding_idx=0, device=device, dtype=dtype),
-                "tile": EmbeddingOption(7, mode="tile", tile_len=2, device=device, dtype=dtype),
-            }
-        )
-        for device in ("cuda", "cpu")
-    ]
-    return [(engine, optimizer(hash_tables(engine), lr=0.05)) for engine in engines]
+def _pair(optimizer, dtype=torch.float32, admission=None, **kwargs):
+    engines = []
+    for device in ("cuda", "cpu"):
+        same = {"device": device, "dtype": dtype, "admission": admission}
+        options = {
+            "none": EmbeddingOption(16, table="a", **same),
+            "sum": EmbeddingOption(16, table="a", mode="sum", **same),
+            "mean": EmbeddingOption(16, mode="mean", padding_idx=0, **same),
+            "tile": EmbeddingOption(7, mode="tile", tile_len=2, **same),
+        }
+        engines.append(EmbeddingEngine(options))
+    return [(engine, optimizer(hash_tables(engine), lr=0.05, **kwargs)) for engine in engines]
 
 
 def _batch(generator):
@@ -156,9 +155,11 @@ def test_two_runs_are_alike_bit_by_bit(dtype):
             assert torch.equal(slot, other["slots"][name])
 
 
-def test_a_steady_step_waits_for_nothing():
+@pytest.mark.parametrize("admission", [None, MinCount(2), BloomCount(2, 4096), Probability(0.5)])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_steady_step_waits_for_nothing(admission, clip):
     """Torch itself watches that nobody synchronises; ids that come are new among known ones."""
-    engine, optimizer = _pair(SparseAdam)[0]
+    engine, optimizer = _pair(SparseAdam, admission=admission, clip_grad_norm=clip)[0]
     generator = torch.Generator().manual_seed(0)
     batches = [{name: part.cuda() for name, part in _batch(generator).items()} for _ in range(40)]
     for batch in batches[:30]:

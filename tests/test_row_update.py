@@ -168,7 +168,7 @@ def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
                 ]
                 for _ in range(2):
                     gradients, keep = _gradients(features)
-                    norms[name] = row_update.squared_norm(gradients)
+                    norms[name] = row_update.squared_norm(gradients).item()
                     row_update.update_rows_(gradients, RULES[rule])
                 del keep
                 states[name] = _state(table)
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_autograd(backend, dim):
     before = _state(table)["weights"].double()
     gradients, keep = _gradients(features, {LR: 1.0, CLIP: math.inf})
     wanted_norm = wanted.square().sum().item()
-    assert row_update.squared_norm(gradients) == pytest.approx(wanted_norm, rel=1e-5)
+    assert row_update.squared_norm(gradients).item() == pytest.approx(wanted_norm, rel=1e-5)
     row_update.update_rows_(gradients, SGD)
     del keep
     moved = before - _state(table)["weights"].double()

@@ -20,6 +20,7 @@ Counts stop at THRESHOLD, so a sum does not depend on the order in which threads
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +29,14 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
-from recis_lightning.ops.table_header import SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
+from recis_lightning.ops.split_header import host_fields, is_split
+from recis_lightning.ops.table_header import (
+    MISSING,
+    SCREEN,
+    SEGMENT_FLAGS,
+    SEGMENT_START,
+    UNKNOWN,
+)
 
 # Fields of a memory's header; those of an index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) are an index's.
 NUM_COUNTED = 4  # sightings since the sketch was last halved; among what kernels count
@@ -46,7 +54,7 @@ COUNT_MASK = (1 << 32) - 1
 MAX_LOOKUPS = 1 << 30  # lookups and count share an entry's second word, below CLAIMED
 MAX_COUNTER = 255
 
-Screen = Callable[[Tensor, Tensor], Tensor]
+Screen = Callable[[Tensor | None, Tensor], Tensor | None]
 
 
 class Screened(Protocol):
@@ -55,8 +63,13 @@ class Screened(Protocol):
     def begin_screening(self) -> None:
         """Count one training lookup."""
 
-    def reserve_sightings(self, num_new: int) -> None:
-        """Make room for sightings of ``num_new`` more ids."""
+    def reserve_sightings(self, at_most: int, count: Callable[[], int] | None = None) -> None:
+        """Make room for sightings of ``at_most`` more ids.
+
+        Args:
+            at_most: How many there may be.
+            count: Waits for the device and tells of how many there are; None if ``at_most`` does.
+        """
 
 
 def screening(
@@ -80,6 +93,8 @@ def screening(
     Returns:
         None if no table screens. Else a function of misses (int64 [m], ascending positions) and
         rows (int64 [n]) that marks in ``rows`` whose id may not come in, and returns the others.
+        Where the host does not wait for the device, misses are None: those that ``rows`` has as
+        MISSING; and so is what is returned.
     """
     screened = np.flatnonzero(segments[:, SEGMENT_FLAGS] & SCREEN).tolist()
     if not screened:
@@ -89,21 +104,52 @@ def screening(
         tables[number].begin_screening()
     weights = None if sightings is None else sightings.contiguous()
 
-    def screen(misses: Tensor, rows: Tensor) -> Tensor:
+    starts = segments[:, SEGMENT_START]
+
+    def screen(misses: Tensor | None, rows: Tensor) -> Tensor | None:
         with backend.region("recis::screen"):
-            cuts = np.searchsorted(misses.cpu().numpy(), segments[:, SEGMENT_START])
-            cuts = np.append(cuts, len(misses))
-            wanted = dict.fromkeys(numbers, 0)
-            for segment in screened:
-                wanted[segment_tables[segment]] += int(cuts[segment + 1] - cuts[segment])
-            for number, num_sighted in wanted.items():
-                if num_sighted:
-                    tables[number].reserve_sightings(num_sighted)
             module = backend.module("admission", device)
+            if misses is None:
+                cuts = np.append(starts, num_ids)
+            else:
+                cuts = np.append(np.searchsorted(misses.cpu().numpy(), starts), len(misses))
+            at_most = dict.fromkeys(numbers, 0)
+            parts: dict[int, list[tuple[int, int]]] = {number: [] for number in numbers}
+            for segment in screened:
+                number = segment_tables[segment]
+                low, high = int(cuts[segment]), int(cuts[segment + 1])
+                at_most[number] += high - low
+                parts[number].append((low, high))
+            for number, num_sighted in at_most.items():
+                if num_sighted:
+                    count = None if misses is not None else partial(_count, rows, parts[number])
+                    tables[number].reserve_sightings(num_sighted, count)
             module.screen(segments, num_ids, misses, rows, weights)
-            return misses[rows[misses] != UNKNOWN]
+            return None if misses is None else misses[rows[misses] != UNKNOWN]
 
     return screen
+
+
+def _count(rows: Tensor, parts: list[tuple[int, int]]) -> int:
+    """Return how many positions of some stretches of ``rows`` are MISSING; waits for them."""
+    return int(torch.stack([(rows[low:high] == MISSING).sum() for low, high in parts]).sum())
+
+
+def fade_(memory: Tensor, counters: Tensor, window: int) -> None:
+    """Halve a sketch, rounding down, if ``window`` occurrences were added since the last time.
+
+    Args:
+        memory: Its header; NUM_COUNTED starts again from 0 then.
+        counters: uint8 [num_hashes * width], padded to whole words of 4 bytes.
+        window: Occurrences.
+    """
+    if is_split(memory):  # only the device knows whether it is due
+        backend.module("admission", memory.device).fade_(memory, counters, window)
+        return
+    values = host_fields(memory)
+    if values[NUM_COUNTED] >= window:
+        counters >>= 1
+        values[NUM_COUNTED] = 0
 
 
 def forget_(memory: Tensor, ids: Tensor) -> None:
@@ -116,4 +162,4 @@ def forget_(memory: Tensor, ids: Tensor) -> None:
     backend.module("admission", ids.device).forget_(memory, ids)
 
 
-__all__ = ["Screen", "Screened", "forget_", "screening"]
+__all__ = ["Screen", "Screened", "fade_", "forget_", "screening"]

@@ -31,6 +31,7 @@ from recis_lightning.ops.launch_gpu import (
     int64_at,
     kernel,
     line_of,
+    num_programs_at_once,
     stage,
     sum_over,
 )
@@ -264,6 +265,36 @@ def _forget_kernel(
     tl.store(int64_at(place + 8), position * 0 + NO_ROW, found)
 
 
+@kernel(VARIANT)
+def _fade_kernel(
+    memory: tl.int64, counters: tl.int64, num_words: tl.int64, window: tl.int64, LANES: tl.constexpr
+):
+    if field(memory, NUM_COUNTED) >= window:
+        stride = tl.num_programs(0).to(tl.int64) * LANES
+        first = tl.program_id(0).to(tl.int64) * LANES
+        while first < num_words:
+            place = first + tl.arange(0, LANES)
+            word = (counters + 4 * place).to(tl.pointer_type(tl.int32))
+            four = tl.load(word, place < num_words, 0)
+            tl.store(word, (four >> 1) & 0x7F7F7F7F, place < num_words)  # four bytes, each halved
+            first += stride
+
+
+@kernel({})
+def _restart_kernel(memory: tl.int64, window: tl.int64):
+    if field(memory, NUM_COUNTED) >= window:
+        tl.store(int64_at(memory + 8 * NUM_COUNTED), window * 0)
+
+
+def fade_(memory, counters, window):
+    """See the contract; whether it is due, the device decides."""
+    num_words = counters.numel() // 4
+    programs = min(-(-num_words // LANES), num_programs_at_once(memory.device))
+    where = (memory.data_ptr(), counters.data_ptr(), num_words, window)
+    _fade_kernel.launch(memory.device, programs, *where, LANES=LANES)
+    _restart_kernel.launch(memory.device, 1, memory.data_ptr(), window)  # when all have seen it
+
+
 def screen(segments, num_ids, misses, rows, weights):
     """See ``admission.screening``; a program looks for the misses among its positions itself."""
     lines, num_programs = split_segments(segments, num_ids)
@@ -284,4 +315,4 @@ def forget_(memory, ids):
     _forget_kernel.launch(ids.device, programs, *numbers, ids.data_ptr(), ids.numel(), LANES=LANES)
 
 
-__all__ = ["forget_", "screen"]
+__all__ = ["fade_", "forget_", "screen"]

@@ -232,9 +232,14 @@ def gather(plan, embedding_dim, bfloat16, device):
         BAGS=bags_in_program,
         COLUMNS=columns,
     )
+    return _feature_with_bad_offsets(plan, bad)
+
+
+def _feature_with_bad_offsets(plan, bad):
+    """Return the number of a feature whose offsets the kernel found malformed, if it is known."""
     if (plan[:, bags.BAG_LENGTH] >= 0).all():
         return -1
-    if device.type == "cpu":
+    if bad.device.type == "cpu":
         return int(bad)
     _malformed.check()
     _malformed.watch(bad, plan)

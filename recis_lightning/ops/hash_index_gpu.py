@@ -186,8 +186,8 @@ def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
         return torch.empty(0, dtype=torch.int64, device=device), None
     staged = stage(lines, device)
     rows = _find(staged, num_programs, num_ids, True)
-    if screen is not None:  # waits for the device: a policy must know how much room it needs
-        screen((rows == fields.MISSING).nonzero().squeeze(1), rows)
+    if screen is not None:
+        screen(None, rows)  # which positions miss, the device knows
     return rows, insert_misses(lines, staged, num_programs, rows, tables)
 
 

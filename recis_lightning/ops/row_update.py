@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from recis_lightning.ops import backend
 from recis_lightning.ops.embedding_bag import Plan
@@ -88,11 +89,15 @@ def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout)
         return Gradients(plan, blocks, layout, module.sort_gradients(plan, blocks, layout))
 
 
-def squared_norm(gradients: Gradients) -> float:
-    """Return the sum of squares of all rows' reduced gradients (float64, in a fixed order)."""
+def squared_norm(gradients: Gradients) -> Tensor:
+    """Add up the squares of all rows' reduced gradients, in a fixed order.
+
+    Returns:
+        float64 [], where the gradients are: nobody waits for a device.
+    """
     with backend.region("recis::gradient_norm"):
         module = backend.module("row_update", gradients.layout.device)
-        return float(module.squared_norm(gradients))
+        return torch.as_tensor(module.squared_norm(gradients), dtype=torch.float64)
 
 
 def update_rows_(gradients: Gradients, rule: int) -> None:

@@ -282,7 +282,7 @@ def _launch(gradients, rule):
 
 def squared_norm(gradients):
     """See the contract."""
-    return float(_launch(gradients, _NORM).sum(dtype=torch.float64))
+    return _launch(gradients, _NORM).sum(dtype=torch.float64)
 
 
 def update_rows_(gradients, rule):
