@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import append_result, print_table, zipf_ranks
-from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, hash_tables
+from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.optim import SparseAdam, SparseOptimizer, SparseSGD
 
 NUM_TABLES, NUM_ROWS, DIM, LOOKUPS, EXPONENT = 10, 1_677_721, 128, 104_857, 1.05
@@ -124,13 +124,13 @@ def time_steps(device: torch.device, rounds: int, scale: int) -> dict[str, float
 def keys_per_second(device: torch.device, rounds: int, scale: int) -> float:
     """Return how many keys of a half full index are found, and their rows gathered, a second."""
     num_keys, asked = NUM_KEYS // scale, KEYS_ASKED // scale
-    table = HashTable(KEY_DIM, device=device, name="keys")
-    table.reserve_ids(num_keys)
+    keys = DynamicEmbedding(KEY_DIM, device=device, name="keys").eval()
+    keys.table.reserve_ids(num_keys)
     for ids in torch.arange(num_keys, device=device).split(1 << 22):
-        table._insert(ids)
-    assert len(table) == num_keys
+        keys.table._insert(ids)
+    assert len(keys.table) == num_keys
     wanted = torch.randint(0, num_keys, (asked,), device=device)
-    return asked / event_ms(lambda: table.embeddings(wanted), rounds) * 1e3
+    return asked / event_ms(lambda: keys(wanted), rounds) * 1e3
 
 
 def main(arguments: list[str] | None = None) -> int:

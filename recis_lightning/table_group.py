@@ -220,7 +220,7 @@ class TableGroup:
         segments = self._training if training else self._evaluation
         hash_index.write_addresses(segments, ids)
         layout = (self.embedding_dim, self.dtype, self.device)
-        fuses = embedding_bag.fuses(self.device)
+        fuses = embedding_bag.fuses(self.device, training)
         if fuses and (self._all_known if training else True):
             rows = torch.empty(self._num_ids, dtype=torch.int64, device=self.device)
             plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
@@ -233,7 +233,7 @@ class TableGroup:
                 segments, ids, self._num_ids, self.tables, self.segment_tables
             )
             # That a frozen table does not know an id is counted only here, not in the one pass.
-            self._all_known = new is None and not self._is_frozen
+            self._all_known = fuses and new is None and not self._is_frozen
             if self._all_known and self._refuses:
                 self._all_known = not bool((rows == UNKNOWN).any())
         else:

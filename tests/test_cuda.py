@@ -139,6 +139,27 @@ def test_two_hundred_steps_agree_with_the_cpu(optimizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_agrees_with_the_cpu(dtype):
+    """One launch finds and gathers: bags of all kinds, padding, unknown ids, many programs."""
+    (ours, _), (wanted, _) = _pair(SparseSGD, dtype)
+    generator = torch.Generator().manual_seed(0)
+    batch = _batch(generator)
+    for engine, device in ((ours, "cuda"), (wanted, "cpu")):
+        engine({name: part.to(device) for name, part in batch.items()})
+        engine.eval()
+    ids = torch.randint(-5, 300, (4, 60_000), generator=generator)
+    batch = {
+        "none": ids[0],
+        "sum": ids[1].view(-1, 20),
+        "mean": ids[2].view(-1, 3),
+        "tile": ids[3:],
+    }
+    found = ours({name: part.cuda() for name, part in batch.items()})
+    for name, out in wanted(batch).items():
+        torch.testing.assert_close(found[name].cpu(), out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_alike_bit_by_bit(dtype):
     """Nothing depends on which block came first."""
     states = []

@@ -8,6 +8,7 @@ from recis_lightning import DynamicEmbedding, HashTable
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.hash_table import write_segment
 from recis_lightning.initializers import Normal
+from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.table_header import PADDING, SEGMENT_SIZE, UNKNOWN
 from tests.plans import Feature, mixed_features, ragged_offsets
@@ -57,6 +58,18 @@ def _in_one_pass(table, features, training):
 @pytest.mark.parametrize("num_bags", [0, 3, 700])
 def test_outputs_and_rows_are_those_of_the_two_ops(dim, dtype, num_bags):
     """All modes, layouts, weights and holes: bit by bit, and reading stamps nothing."""
+    _compare(dim, dtype, num_bags)
+
+
+@pytest.mark.parametrize(("dim", "num_bags"), [(1, 3), (7, 0), (33, 60), (300, 5), (16, 5000)])
+def test_triton_finds_and_gathers_in_one_launch(dim, num_bags):
+    """As above; the last case has several programs, and several tiles in each."""
+    dtype = torch.bfloat16 if dim == 33 else torch.float32
+    with ops_backend.use("triton"):
+        _compare(dim, dtype, num_bags)
+
+
+def _compare(dim, dtype, num_bags):
     table = _table(dim, dtype)
     both = []
     for _ in range(2):
@@ -97,15 +110,21 @@ def test_many_ids_in_one_feature():
 
 
 @pytest.mark.parametrize("bad", ["descends", "starts late", "ends early"])
-def test_malformed_offsets_are_refused(bad):
+def test_malformed_offsets_are_refused(bad, kernels):
     """No bag is pooled over ids that were not found."""
-    table, generator = _table(8), torch.Generator().manual_seed(0)
-    offsets = ragged_offsets(generator, 3000)
-    rows = torch.randint(0, 500, (int(offsets[-1]),), generator=generator)
-    place, value = {"descends": (1500, 0), "starts late": (0, 1), "ends early": (-1, 2)}[bad]
-    offsets[place] = value
-    with pytest.raises(ValueError, match="offsets: of the call's feature number 0"):
-        _in_one_pass(table, [Feature(table, rows, "sum", offsets=offsets)], False)
+    with ops_backend.use(kernels):
+        table, generator = _table(8), torch.Generator().manual_seed(0)
+        num_bags = 3000 if kernels == "cpu" else 60
+        offsets = ragged_offsets(generator, num_bags)
+        rows = torch.randint(0, 500, (int(offsets[-1]),), generator=generator)
+        place, value = {
+            "descends": (num_bags // 2, 0),
+            "starts late": (0, 1),
+            "ends early": (-1, 2),
+        }[bad]
+        offsets[place] = value
+        with pytest.raises(ValueError, match="offsets: of the call's feature number 0"):
+            _in_one_pass(table, [Feature(table, rows, "sum", offsets=offsets)], False)
 
 
 def test_a_lookup_tries_one_pass_once_all_ids_are_known():

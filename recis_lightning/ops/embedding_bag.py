@@ -62,8 +62,14 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
     _check_offsets(plan, bad)
 
 
-def fuses(device: torch.device) -> bool:
-    """Return whether the device's kernels have ``find_and_gather``."""
+def fuses(device: torch.device, training: bool) -> bool:
+    """Return whether the device's kernels have ``find_and_gather``.
+
+    In training the host must know at once whether there are ids to insert; it does not wait for a
+    device that runs later.
+    """
+    if training and backend.runs_later(device):
+        return False
     return hasattr(backend.module("embedding_bag", device), "find_and_gather")
 
 
@@ -96,7 +102,8 @@ def find_and_gather(
     with backend.region("recis::find_and_gather"):
         module = backend.module("embedding_bag", device)
         bfloat16 = dtype is torch.bfloat16
-        bad, misses = module.find_and_gather(plan, segments, training, embedding_dim, bfloat16)
+        layout = (embedding_dim, bfloat16, device)
+        bad, misses = module.find_and_gather(plan, segments, training, *layout)
     _check_offsets(plan, bad)
     return int(misses)
 

@@ -293,7 +293,7 @@ def gather(plan, embedding_dim, bfloat16, device):
     return kernel.launch(chunks, address_of(plan), len(plan), embedding_dim, -1, 0, 0, 0)[5]
 
 
-def find_and_gather(plan, segments, training, embedding_dim, bfloat16):
+def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
     """See the contract; returns a feature with malformed offsets, or -1, and the misses."""
     kernel = _gather_kernel(vector_width(embedding_dim), int(bfloat16), 1)
     chunks = split_plan(plan)

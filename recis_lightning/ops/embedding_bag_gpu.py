@@ -1,10 +1,24 @@
-"""Gather and pool in Triton: a program pools some bags of one feature and writes each once."""
+"""Gather and pool in Triton: a program pools some bags of one feature and writes each once.
+
+An evaluation lookup finds the rows in the same launch.
+"""
 
 import numpy as np
 import torch
 import triton.language as tl
 
 from recis_lightning.ops import embedding_bag as bags
+from recis_lightning.ops.hash_slot_gpu import (
+    FLAGS,
+    HAS_PADDING,
+    IDS,
+    NO_ROW,
+    PADDING,
+    PADDING_IDX,
+    START,
+    UNKNOWN,
+    row_of,
+)
 from recis_lightning.ops.launch_gpu import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -18,15 +32,17 @@ from recis_lightning.ops.launch_gpu import (
     lanes,
     largest,
     line_of,
+    num_programs_at_once,
     power_of_two,
     row_address,
     stage,
     to_bfloat16,
 )
 from recis_lightning.ops.row_columns_gpu import copy_parts
-from recis_lightning.ops.table_header import PADDING as PADDING_ROW
+from recis_lightning.ops.table_header import SEGMENT_SIZE
 
 LINE_BYTES = tl.constexpr(8 * bags.PLAN_SIZE)
+BOTH_BYTES = tl.constexpr(8 * (bags.PLAN_SIZE + SEGMENT_SIZE))  # a line, and behind it a segment
 HEADER = tl.constexpr(bags.HEADER)
 MODE = tl.constexpr(bags.MODE)
 NUM_BAGS = tl.constexpr(bags.NUM_BAGS)
@@ -42,10 +58,10 @@ NUM_IDS = tl.constexpr(bags.NUM_IDS)
 SUM = tl.constexpr(bags.SUM)
 MEAN = tl.constexpr(bags.MEAN)
 TILE = tl.constexpr(bags.TILE)
-PADDING = tl.constexpr(PADDING_ROW)
 
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
+_LANES = lanes(128, 4096)  # ids that a program looks up at a time
 
 
 @device_function
@@ -92,38 +108,32 @@ def store_weights(address, column, value, mask, BFLOAT16: tl.constexpr):
         tl.store(float_at(address)[:, None] + column[None, :], value, mask)
 
 
-@kernel(
-    {"DIM": 128, "BFLOAT16": False, "BAGS": 8, "COLUMNS": 128},
-    {"DIM": 8, "BFLOAT16": False, "BAGS": 128, "COLUMNS": 8},
-    {"DIM": 33, "BFLOAT16": True, "BAGS": 16, "COLUMNS": 64},
-)
-def _gather_kernel(
-    plan: tl.int64,
-    num_features: tl.int64,
-    bad: tl.int64,
+@device_function
+def _offsets_are_wrong(line, bag, inside):
+    """Tell whether the offsets of some bags, or the feature's first or last, are malformed."""
+    offsets, num_bags = field(line, OFFSETS), field(line, NUM_BAGS)
+    begin = tl.load(int64_at(offsets + 8 * bag), inside, 0)
+    wrong = begin > tl.load(int64_at(offsets + 8 * bag + 8), inside, 0)
+    wrong = wrong & inside
+    wrong = wrong | (field(offsets, 0) != 0) | (field(offsets, num_bags) != field(line, NUM_IDS))
+    return any_of(wrong)
+
+
+@device_function
+def _pool(
+    line,
+    bag,
     DIM: tl.constexpr,
     BFLOAT16: tl.constexpr,
     BAGS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    line = line_of(plan, num_features, LINE_BYTES, FIRST_CHUNK, chunk)
+    """Write the outputs of BAGS bags, from the row numbers of their ids."""
     header, mode = field(line, HEADER), field(line, MODE)
     blocks, shift = field(header, BLOCKS), field(header, BLOCK_SHIFT)
     row_bytes, rows = field(header, ROW_BYTES), field(line, ROWS)
-    weights, num_bags = field(line, WEIGHTS), field(line, NUM_BAGS)
-    bag = (chunk - field(line, FIRST_CHUNK)) * BAGS + tl.arange(0, BAGS)
-    inside = bag < num_bags
-    if field(line, BAG_LENGTH) < 0:
-        offsets = field(line, OFFSETS)
-        begin = tl.load(int64_at(offsets + 8 * bag), inside, 0)
-        wrong = begin > tl.load(int64_at(offsets + 8 * bag + 8), inside, 0)
-        wrong = wrong & inside
-        wrong = (
-            wrong | (field(offsets, 0) != 0) | (field(offsets, num_bags) != field(line, NUM_IDS))
-        )
-        if any_of(wrong):
-            tl.store(int64_at(bad), (line - plan) // LINE_BYTES)
+    weights = field(line, WEIGHTS)
+    inside = bag < field(line, NUM_BAGS)
     start, end = bag_ends(line, bag, inside)
     item = 4
     if BFLOAT16:
@@ -173,6 +183,80 @@ def _gather_kernel(
             tile += 1
 
 
+_VARIANTS = (
+    {"DIM": 128, "BFLOAT16": False, "BAGS": 8, "COLUMNS": 128},
+    {"DIM": 8, "BFLOAT16": False, "BAGS": 128, "COLUMNS": 8},
+    {"DIM": 33, "BFLOAT16": True, "BAGS": 16, "COLUMNS": 64},
+)
+
+
+@kernel(*_VARIANTS)
+def _gather_kernel(
+    plan: tl.int64,
+    num_features: tl.int64,
+    bad: tl.int64,
+    DIM: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    BAGS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    line = line_of(plan, num_features, LINE_BYTES, FIRST_CHUNK, chunk)
+    bag = (chunk - field(line, FIRST_CHUNK)) * BAGS + tl.arange(0, BAGS)
+    if field(line, BAG_LENGTH) < 0:
+        if _offsets_are_wrong(line, bag, bag < field(line, NUM_BAGS)):
+            tl.store(int64_at(bad), (line - plan) // LINE_BYTES)
+    _pool(line, bag, DIM, BFLOAT16, BAGS, COLUMNS)
+
+
+@kernel(*({**variant, "LANES": 128} for variant in _VARIANTS))
+def _find_and_gather_kernel(
+    lines: tl.int64,
+    num_features: tl.int64,
+    bad: tl.int64,
+    tiles: tl.int64,
+    DIM: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    BAGS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    # First a lane an id: all ids of the program's bags are on their way at once. Then, with their
+    # rows known, tiles of bags times columns.
+    chunk = tl.program_id(0).to(tl.int64)
+    line = line_of(lines, num_features, BOTH_BYTES, FIRST_CHUNK, chunk)
+    first_bag = (chunk - field(line, FIRST_CHUNK)) * BAGS * tiles
+    lane = tl.arange(0, LANES)
+    bag = first_bag + lane
+    inside = (lane < BAGS * tiles) & (bag < field(line, NUM_BAGS))
+    if field(line, BAG_LENGTH) < 0:
+        if _offsets_are_wrong(line, bag, inside):
+            tl.store(int64_at(bad), (line - lines) // BOTH_BYTES)
+    start, end = bag_ends(line, bag, inside)
+    # Malformed offsets too: no row is read below that is not written here.
+    end = largest(tl.where(inside, end, 0))
+    first = -largest(tl.where(inside, -start, -end))
+    segment = line + LINE_BYTES
+    header, rows = field(line, HEADER), field(line, ROWS)
+    ids = field(segment, IDS) + 8 * field(segment, START)
+    has_padding = (field(segment, FLAGS) & HAS_PADDING) != 0
+    while first < end:
+        i = first + lane
+        on = i < end
+        key = tl.load(int64_at(ids + 8 * i), on, 0)
+        is_padding = (key == field(segment, PADDING_IDX)) & has_padding
+        row = row_of(header, key, on & (is_padding == 0))
+        row = tl.where(row == NO_ROW, UNKNOWN, row)
+        tl.store(int64_at(rows + 8 * i), tl.where(is_padding, PADDING, row), on)
+        first += LANES
+    tl.debug_barrier()  # what one lane wrote others read
+    tile = tiles * 0
+    while tile < tiles:
+        its_bags = first_bag + tile * BAGS + tl.arange(0, BAGS)
+        _pool(line, its_bags, DIM, BFLOAT16, BAGS, COLUMNS)
+        tile += 1
+
+
 def split_plan(plan, bags_in_program):
     """Return the plan with its programs numbered, and how many there are."""
     plan = plan.copy()
@@ -216,8 +300,7 @@ def gather(plan, embedding_dim, bfloat16, device):
 
     Beside a GPU such a feature is reported by a later call.
     """
-    columns = min(power_of_two(embedding_dim), _COLUMNS)
-    bags_in_program = max(_CELLS // columns, 1)
+    columns, bags_in_program = _tile(embedding_dim)
     plan, num_programs = split_plan(plan, bags_in_program)
     staged = stage(plan, device)
     bad = torch.full((1,), -1, dtype=torch.int64, device=device)
@@ -246,10 +329,43 @@ def _feature_with_bad_offsets(plan, bad):
     return -1
 
 
+def _tile(embedding_dim):
+    """Return how many columns, and how many bags, a program handles at a time."""
+    columns = min(power_of_two(embedding_dim), _COLUMNS)
+    return columns, max(_CELLS // columns, 1)
+
+
+def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
+    """See the contract; for evaluation alone. Returns what ``gather`` returns, and no misses."""
+    assert not training  # what is missing the host would have to wait for
+    columns, tile = _tile(embedding_dim)
+    lanes = max(_LANES, tile)
+    # As many tiles as make a lane an id, but enough programs to keep the device busy.
+    busy = plan[:, bags.NUM_BAGS].sum() // (tile * num_programs_at_once(device))
+    tiles = max(1, min(lanes // tile, int(busy)))
+    plan, num_programs = split_plan(plan, tile * tiles)
+    staged = stage(np.concatenate([plan, segments], 1), device)
+    bad = torch.full((1,), -1, dtype=torch.int64, device=device)
+    _find_and_gather_kernel.launch(
+        device,
+        num_programs,
+        staged.data_ptr(),
+        len(plan),
+        bad.data_ptr(),
+        tiles,
+        DIM=embedding_dim,
+        BFLOAT16=bfloat16,
+        BAGS=tile,
+        COLUMNS=columns,
+        LANES=lanes,
+    )
+    return _feature_with_bad_offsets(plan, bad), 0
+
+
 def write_rows_(header, rows, values):
     """See the contract."""
     num_bytes = values.shape[1] * values.element_size()
     copy_parts(header, rows, (values.data_ptr(), num_bytes, 0, num_bytes), True)
 
 
-__all__ = ["gather", "write_rows_"]
+__all__ = ["find_and_gather", "gather", "write_rows_"]

@@ -17,7 +17,6 @@ from recis_lightning.ops.embedding_bag_gpu import (
     MEAN,
     MODE,
     NUM_BAGS,
-    PADDING,
     ROWS,
     TILE,
     TILE_LEN,
@@ -26,6 +25,7 @@ from recis_lightning.ops.embedding_bag_gpu import (
     scale_of,
     split_plan,
 )
+from recis_lightning.ops.hash_slot_gpu import PADDING
 from recis_lightning.ops.launch_gpu import (
     device_function,
     field,

@@ -24,13 +24,11 @@ from recis_lightning.ops.hash_slot_gpu import (
     UNKNOWN,
     VARIANT,
     positions_of,
+    row_of,
     slot_of,
     split_segments,
 )
 from recis_lightning.ops.launch_gpu import (
-    CAPACITY,
-    ENTRIES,
-    SHIFT,
     any_of,
     field,
     int64_at,
@@ -57,20 +55,9 @@ def _find_kernel(
     line = line_of(segments, num_segments, LINE_BYTES, FIRST_CHUNK, chunk)
     position, inside = positions_of(line, chunk, LANES)
     header, flags = field(line, HEADER), field(line, FLAGS)
-    entries, shift, capacity = field(header, ENTRIES), field(header, SHIFT), field(header, CAPACITY)
     key = tl.load(int64_at(field(line, IDS) + 8 * position), inside, 0)
     is_padding = (key == field(line, PADDING_IDX)) & ((flags & HAS_PADDING) != 0)
-    slot = tl.where(key == EMPTY, capacity, slot_of(key, shift))
-    row = tl.full((LANES,), NO_ROW, tl.int64)
-    looking = inside & (is_padding == 0)
-    while any_of(looking):
-        place = entries + 16 * slot
-        there = tl.load(int64_at(place), looking, EMPTY)
-        its_row = tl.load(int64_at(place + 8), looking, NO_ROW)  # together: one wait
-        hit = looking & (there == key)
-        row = tl.where(hit, its_row, row)
-        looking = looking & (hit == 0) & (there != EMPTY)
-        slot = (slot + 1) & (capacity - 1)
+    row = row_of(header, key, inside & (is_padding == 0))
     known = row != NO_ROW
     absent = inside & (is_padding == 0) & (known == 0)
     unknown = chunk * 0 + UNKNOWN

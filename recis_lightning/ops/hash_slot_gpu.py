@@ -8,7 +8,16 @@ import numpy as np
 import triton.language as tl
 
 from recis_lightning.ops import table_header as fields
-from recis_lightning.ops.launch_gpu import device_function, field, lanes
+from recis_lightning.ops.launch_gpu import (
+    CAPACITY,
+    ENTRIES,
+    SHIFT,
+    any_of,
+    device_function,
+    field,
+    int64_at,
+    lanes,
+)
 from recis_lightning.ops.split_header import host_fields
 
 # A segment on the device: the contract's fields, and how the work is split.
@@ -47,6 +56,23 @@ def slot_of(key, shift):
     mixed = key.to(tl.uint64, bitcast=True) * _MIX_1
     mixed = (mixed ^ (mixed >> 32)) * _MIX_2
     return (mixed >> shift.to(tl.uint64)).to(tl.int64)
+
+
+@device_function
+def row_of(header, key, looking):
+    """Return the row field of each id's entry; NO_ROW where there is none, or a lane is idle."""
+    entries, shift, capacity = field(header, ENTRIES), field(header, SHIFT), field(header, CAPACITY)
+    slot = tl.where(key == EMPTY, capacity, slot_of(key, shift))
+    row = key * 0 + NO_ROW
+    while any_of(looking):
+        place = entries + 16 * slot
+        there = tl.load(int64_at(place), looking, EMPTY)
+        its_row = tl.load(int64_at(place + 8), looking, NO_ROW)  # together: one wait
+        hit = looking & (there == key)
+        row = tl.where(hit, its_row, row)
+        looking = looking & (hit == 0) & (there != EMPTY)
+        slot = (slot + 1) & (capacity - 1)
+    return row
 
 
 @device_function
