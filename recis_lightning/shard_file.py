@@ -12,7 +12,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_lightning.mapped_file import MappedFile, bytes_of, fill_from
 from recis_lightning.pieces import Advance, in_pieces
 
 try:  # the same checksum, several times as fast
@@ -27,11 +28,14 @@ try:  # the same checksum, several times as fast
 except ImportError:
     from zlib import crc32
 
-_PIECE_BYTES, _PIECE_ROWS = 1 << 20, 1 << 14  # a piece of a tensor has at most that much
+# A piece of a tensor has at most that much: threads that work piece by piece take turns in Python
+# between them, and with fewer the pieces of a load take two thirds of the time.
+_PIECE_BYTES, _PIECE_ROWS = 1 << 22, 1 << 16
 _CHECKSUMS, _PIECE = "checksums", "piece_rows"
 _ALIGNMENT = 64
 _LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 _SYNC_BYTES = 1 << 28  # bytes written before the disk is told to begin
+_MOST_OPEN = 64  # files at once: a process may have 1024, and a piece can be read without
 _DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -142,7 +146,7 @@ def write_shard(
             part, start, stop = pieces[number]
             done = 0
             for name, tensor in part.read(start, stop).items():
-                data = _bytes(tensor)
+                data = bytes_of(tensor)
                 sums[name][start // rows[name]] = crc32(data)
                 _write(file, data, starts[name] + start * kinds[name].row_bytes)
                 done += len(data)
@@ -151,7 +155,7 @@ def write_shard(
         in_pieces(len(pieces), write, advance, lambda: os.fdatasync(file), _SYNC_BYTES)
         checksums = np.concatenate([sums[name] for name in starts if name in sums])
         _write(file, memoryview(header), 0)
-        _write(file, _bytes(torch.from_numpy(checksums)), starts[_CHECKSUMS])
+        _write(file, bytes_of(torch.from_numpy(checksums)), starts[_CHECKSUMS])
         os.fsync(file)
         os.replace(temporary, path)
     except BaseException as error:
@@ -195,13 +199,6 @@ def _reserve(file: int, size: int) -> None:
         os.ftruncate(file, size)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    if not tensor.numel():
-        return memoryview(b"")
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)  # type: ignore[arg-type]
-
-
 def _write(file: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(file, data, offset)
@@ -209,7 +206,7 @@ def _write(file: int, data: memoryview, offset: int) -> None:
 
 
 class ShardFile:
-    """A file that ``write_shard`` wrote; open only while something is read.
+    """A file that ``write_shard`` wrote; open only while something is read (``opened``).
 
     Attributes:
         metadata: What the writer gave.
@@ -221,6 +218,7 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._open: MappedFile | None = None
         try:
             self.size = os.stat(path).st_size
         except FileNotFoundError:
@@ -267,31 +265,44 @@ class ShardFile:
 
     def _bytes_at(self, offset: int, count: int) -> bytearray:
         data = bytearray(count)
-        self._fill(memoryview(data), offset)
+        self._read_at(offset, memoryview(data))
         return data
 
-    def _fill(self, data: memoryview, offset: int) -> None:
+    def _read_at(self, offset: int, data: memoryview) -> None:
         file = os.open(self.path, os.O_RDONLY)
         try:
-            while data:
-                done = os.preadv(file, [data], offset)
-                if not done:
-                    raise ValueError(f"{self.path}: ended while it was read")
-                data, offset = data[done:], offset + done
+            fill_from(file, data, offset, self.path)
         finally:
+            os.close(file)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep the file open, so that its pieces are read where the system has them in memory."""
+        if self._open is not None:
+            yield
+            return
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            self._open = MappedFile(file, self.path, self.size)
+            yield
+        finally:
+            self._open = None
             os.close(file)
 
     def read(self, name: str) -> Tensor:
         """Read a whole tensor, and raise ValueError unless it is what was written."""
         kind, rows = self.kinds[name], self.piece_rows[name]
-        tensor = torch.empty(kind.shape, dtype=kind.dtype)
+        # NumPy, unlike torch, asks for huge pages; of an empty array torch takes no other view.
+        memory = torch.from_numpy(np.empty(max(kind.nbytes, 8), np.uint8))[: kind.nbytes]
+        tensor = memory.view(kind.dtype).view(kind.shape)
 
         def fill(number: int) -> int:
-            piece = tensor[number * rows : (number + 1) * rows]
-            self._fill_piece(piece, name, number)
+            piece = self.piece(name, number)
+            tensor[number * rows : number * rows + len(piece)] = piece
             return piece.nbytes
 
-        in_pieces(self.num_pieces(name), fill, lambda done: None)
+        with self.opened():
+            in_pieces(self.num_pieces(name), fill, lambda done: None)
         return tensor
 
     def empty(self, name: str) -> Tensor:
@@ -311,34 +322,39 @@ class ShardFile:
         """List the pieces that can be checked apart: tensor and number."""
         return [(name, number) for name in self.kinds for number in range(self.num_pieces(name))]
 
-    def piece(self, name: str, number: int, buffer: Tensor | None = None) -> Tensor:
+    def piece(self, name: str, number: int) -> Tensor:
         """Read a piece and raise ValueError unless it is what was written.
 
         Args:
             name: Of the tensor.
             number: Of the piece.
-            buffer: From ``piece_buffer``; the piece is put there, over what was there before.
+
+        Returns:
+            The rows of the piece; not to be changed, and not to be kept: it may be the file.
         """
-        start = number * self.piece_rows[name]
-        count = min(self.piece_rows[name], self.kinds[name].shape[0] - start)
-        tensor = (self.piece_buffer(name) if buffer is None else buffer)[:count]
-        self._fill_piece(tensor, name, number)
-        return tensor
-
-    def piece_buffer(self, name: str) -> Tensor:
-        """Return memory for a piece of a tensor."""
-        kind = self.kinds[name]
-        count = min(self.piece_rows[name], kind.shape[0])
-        return torch.empty((count, *kind.shape[1:]), dtype=kind.dtype)
-
-    def _fill_piece(self, tensor: Tensor, name: str, number: int) -> None:
-        data, start = _bytes(tensor), number * self.piece_rows[name]
-        self._fill(data, self._starts[name] + start * self.kinds[name].row_bytes)
-        if crc32(data) != self._sums[name][number]:
+        kind, start = self.kinds[name], number * self.piece_rows[name]
+        count = min(self.piece_rows[name], kind.shape[0] - start)
+        offset, size = self._starts[name] + start * kind.row_bytes, count * kind.row_bytes
+        if self._open is None:
+            data = torch.empty(size, dtype=torch.uint8)
+            self._read_at(offset, bytes_of(data))
+        else:
+            data = self._open.bytes_at(offset, size)
+        if crc32(bytes_of(data)) != self._sums[name][number]:
             raise ValueError(
-                f"{self.path}: {name} is damaged between its rows {start} and "
-                f"{start + len(tensor)}: the checksum is another"
+                f"{self.path}: {name} is damaged between its rows {start} and {start + count}: "
+                "the checksum is another"
             )
+        return data.view(kind.dtype).view(count, *kind.shape[1:])
 
 
-__all__ = ["Kind", "Part", "ShardFile", "Written", "write_shard"]
+@contextlib.contextmanager
+def opened(files: Sequence[ShardFile]) -> Iterator[None]:
+    """Keep files open, but not too many; see ``ShardFile.opened``."""
+    with contextlib.ExitStack() as stack:
+        for file in files[:_MOST_OPEN]:
+            stack.enter_context(file.opened())
+        yield
+
+
+__all__ = ["Kind", "Part", "ShardFile", "Written", "opened", "write_shard"]

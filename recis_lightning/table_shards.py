@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from recis_lightning import table_state
 from recis_lightning.hash_table import HashTable
 from recis_lightning.pieces import Advance, in_pieces
-from recis_lightning.shard_file import Kind, Part, ShardFile, Written, write_shard
+from recis_lightning.shard_file import Kind, Part, ShardFile, Written, opened, write_shard
 from recis_lightning.sharding import owner_of
 
 FORMAT = 1
@@ -189,7 +188,8 @@ class TableShards:
     def check(self, advance: Advance) -> None:
         """Read this rank's share, and raise ValueError if a byte is not as it was written."""
         pieces = [partial(file.piece, *piece) for file in self.share() for piece in file.pieces()]
-        in_pieces(len(pieces), lambda number: pieces[number]().nbytes, advance)
+        with opened(self.share()):
+            in_pieces(len(pieces), lambda number: pieces[number]().nbytes, advance)
 
     def num_bytes(self) -> int:
         """Return the bytes of this rank's share."""
@@ -238,10 +238,12 @@ class TableShards:
             count, at_once = file.num_pieces("ids"), max(num_rows // file.piece_rows["ids"], 1)
             for first in range(0, max(count, 1), at_once):
                 numbers = range(first, min(first + at_once, count))
-                yield {
-                    shown: torch.cat([file.empty(key), *(file.piece(key, n) for n in numbers)])
-                    for shown, key in columns.items()
-                }
+                with file.opened():
+                    piece = {
+                        shown: torch.cat([file.empty(key), *(file.piece(key, n) for n in numbers)])
+                        for shown, key in columns.items()
+                    }
+                yield piece
 
     def restore(self, name: str, table: HashTable, advance: Advance) -> None:
         """Replace everything a table holds by the rows that this rank owns.
@@ -349,14 +351,10 @@ def _write_rows(
             first += count
 
     names = ["weights", *(_SLOTS + slot for slot in slots)]
-    # Memory that is used again costs no page faults.
-    buffers = threading.local()
 
     def write(index: int) -> int:
         file, number, chosen, targets = pieces[index]
-        if getattr(buffers, "file", None) is not file:
-            buffers.file, buffers.parts = file, [file.piece_buffer(name) for name in names]
-        parts = [file.piece(name, number, buffers.parts[i]) for i, name in enumerate(names)]
+        parts = [file.piece(name, number) for name in names]
         done = sum(part.nbytes for part in parts)
         if chosen is not None:
             parts = [part[chosen] for part in parts]
@@ -364,7 +362,8 @@ def _write_rows(
         table.rows.write(targets, weights.to(table.dtype), dict(zip(slots, states, strict=True)))
         return done
 
-    in_pieces(len(pieces), write, advance)
+    with opened(files):
+        in_pieces(len(pieces), write, advance)
 
 
 __all__ = ["Commit", "Shard", "TableShards", "file_name", "num_bytes", "write_table"]

@@ -10,8 +10,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from recis_lightning import shard_file
-from recis_lightning.shard_file import Kind, Part, ShardFile, write_shard
+from recis_lightning import mapped_file, shard_file
+from recis_lightning.shard_file import Kind, Part, ShardFile, opened, write_shard
 
 TENSORS = {
     "half": torch.randn(7, 3).bfloat16(),
@@ -119,3 +119,46 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
             written(tmp_path / "a")
         assert os.listdir(tmp_path) == ["a"]
         assert (tmp_path / "a").read_bytes() == b"before"
+
+
+def not_mapped(monkeypatch):
+    """Let the system not know the call that maps a file's pages and says what it cannot read."""
+
+    def unknown(address, count):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mapped_file, "_populate", unknown)
+
+
+def test_reads_what_it_cannot_map(tmp_path, monkeypatch):
+    """With the same checks."""
+    not_mapped(monkeypatch)
+    noted = written(tmp_path / "a")
+    found = content(tmp_path / "a", noted)
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    test_no_flipped_bit_passes(tmp_path)
+
+
+def test_keeps_no_more_files_open_than_it_may(tmp_path, monkeypatch):
+    """The pieces of the others are read all the same."""
+    files = []
+    for name in "abc":
+        written(tmp_path / name)
+        files.append(ShardFile(tmp_path / name))
+    monkeypatch.setattr(shard_file, "_MOST_OPEN", 2)
+    with opened(files):
+        assert [file._open is None for file in files] == [False, False, True]
+        assert all(torch.equal(file.piece("half", 0), TENSORS["half"]) for file in files)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch, mapped):
+    """An error, and no signal that ends the process."""
+    if not mapped:
+        not_mapped(monkeypatch)
+    written(tmp_path / "a")
+    file = ShardFile(tmp_path / "a")
+    with file.opened():
+        os.truncate(tmp_path / "a", 100_000)
+        with pytest.raises(ValueError, match=r"cannot be read|ended while it was read"):
+            file.piece("flags", 0)

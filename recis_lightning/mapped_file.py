@@ -1,0 +1,83 @@
+"""A file that is read where the system has it in memory: nothing is copied."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: map pages now, and say so if that fails
+
+
+class MappedFile:
+    """An open file, mapped into memory if the system tells what it cannot read."""
+
+    def __init__(self, file: int, path: Path, size: int) -> None:
+        self.file, self.path = file, path
+        self.mapped: Tensor | None = None
+        with contextlib.suppress(OSError, ValueError):  # a system or file system that cannot
+            # Nobody writes to it; but of memory that is not to be written torch warns.
+            memory = mmap.mmap(file, size, access=mmap.ACCESS_COPY)
+            mapped = torch.frombuffer(memory, dtype=torch.uint8)
+            _populate(mapped.data_ptr(), mmap.PAGESIZE)
+            self.mapped = mapped
+
+    def bytes_at(self, offset: int, count: int) -> Tensor:
+        """Return bytes of the file, uint8 [count]."""
+        if self.mapped is None or not count:
+            data = torch.empty(count, dtype=torch.uint8)
+            fill_from(self.file, bytes_of(data), offset, self.path)
+            return data
+        os.posix_fadvise(self.file, offset, count, os.POSIX_FADV_WILLNEED)
+        extra = offset % mmap.PAGESIZE
+        try:  # what cannot be read would end the process when it is touched
+            _populate(self.mapped.data_ptr() + offset - extra, extra + count)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read to its end ({error})") from None
+        return self.mapped[offset : offset + count]
+
+
+def _populate(address: int, count: int) -> None:
+    """Map pages now; OSError if one cannot be read, or if the system has no such call."""
+    # Not ``mmap.madvise``, in which no other thread gets its turn.
+    madvise = getattr(_system(), "madvise", None)
+    if madvise is None or madvise(address, count, _POPULATE_READ):
+        number = ctypes.get_errno() or errno.ENOSYS
+        raise OSError(number, os.strerror(number))
+
+
+@functools.cache
+def _system() -> Any:
+    if os.name != "posix":
+        return None
+    system = ctypes.CDLL(None, use_errno=True)
+    system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return system
+
+
+def fill_from(file: int, data: memoryview, offset: int, path: Path) -> None:
+    """Read bytes from ``offset`` on; ValueError if the file ends before."""
+    while data:
+        done = os.preadv(file, [data], offset)
+        if not done:
+            raise ValueError(f"{path}: ended while it was read")
+        data, offset = data[done:], offset + done
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """View a tensor's memory; a copy's if it is not contiguous."""
+    if not tensor.numel():
+        return memoryview(b"")
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)  # type: ignore[arg-type]
+
+
+__all__ = ["MappedFile", "bytes_of", "fill_from"]
