@@ -142,7 +142,7 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
         trainer(tmp_path, max_epochs=1).fit(model, OneEpoch())
         lives, resume = 0, None
         while resume is None or resume.stem != f"step={STEPS}":
-            words = killed_after(random.uniform(0.0, 0.5), [training(tmp_path, resume)])
+            words = killed_after(random.uniform(0.0, 0.2), [training(tmp_path, resume)])
             lives += 1
             mains = list(tmp_path.glob("step=*.ckpt"))
             for file in mains:  # no torn one is left
@@ -151,7 +151,7 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
             # A batch that began had the checkpoint of the step before it behind it.
             assert max(steps, default=0) >= max(words, default=0)
             resume = steps[max(steps)] if steps else None
-            assert lives < 60
+            assert lives < 200
         assert lives > 5
         found = Model.load_from_checkpoint(resume)
         assert differences(everything(found), everything(model)) == []
