@@ -10,7 +10,8 @@ builds nothing. Ours, part by part:
   ``torch.save`` of the module's ``state_dict``, and ``torch.load(weights_only=True)`` with
   ``load_state_dict``. Neither syncs.
 
-    python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--parts ...] [--dry]
+    python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--parts ...]
+        [--device D] [--dry]
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import append_result, print_table, time_in_turn, time_prepared
+from benchmarks.harness import (
+    add_device,
+    append_result,
+    device,
+    print_table,
+    time_in_turn,
+    time_prepared,
+    use_device,
+)
 from benchmarks.targets import judge
 from recis_lightning import HashTable, checkpoint, hash_tables
 from recis_lightning.ops import hash_index
@@ -45,7 +54,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = HashTable(DIM, name="saved")
+        self.table = HashTable(DIM, name="saved", device=device())
         self.optimizer = SparseAdam(hash_tables(self), lr=1e-3)
 
 
@@ -174,7 +183,7 @@ def measure(num_ids: int, rounds: int, wanted: Collection[str]) -> list[dict[str
     return lines
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Check, time and append; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Checkpoints against safetensors")
     parser.add_argument("--num-ids", type=int, default=2_000_000)
@@ -182,7 +191,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
-    given = parser.parse_args()
+    add_device(parser)
+    given = parser.parse_args(arguments)
+    use_device(given.device)
     check()
     good = True
     for line in measure(10_000_000 if given.full else given.num_ids, given.rounds, given.parts):

@@ -28,6 +28,7 @@ from recis_lightning.optim import SparseAdam, SparseOptimizer, SparseSGD
 
 NUM_TABLES, NUM_ROWS, DIM, LOOKUPS, EXPONENT = 10, 1_677_721, 128, 104_857, 1.05
 NUM_BATCHES = 4
+CALLS = 10  # between two events
 NUM_KEYS, KEY_DIM, KEYS_ASKED = 1 << 27, 8, 1 << 24
 # Milliseconds: what the issue asks for on an H100, and what NVIDIA publishes for dynamicemb there.
 WANTED = {"Adam": (1.20, 2.19), "SGD": (0.90, 1.92), "eval": (0.40, 0.64)}
@@ -77,17 +78,22 @@ def check(device: torch.device, num_rows: int = 500, lookups: int = 400) -> None
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
-def event_ms(timed: Callable[[], object], rounds: int, warmup: int = 5) -> float:
-    """Return the median milliseconds between CUDA events around ``timed``."""
+def event_ms(timed: Callable[[], object], rounds: int, warmup: int = 2) -> float:
+    """Return the median milliseconds of ``timed``, between CUDA events around 10 calls of it.
+
+    Nobody waits between the calls, as nobody does in training: what counts is whichever takes
+    longer, the device's work or the host's.
+    """
     times = []
-    for number in range(-warmup, rounds):
+    for number in range(-warmup, -(-rounds // CALLS)):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        timed()
+        for _ in range(CALLS):
+            timed()
         end.record()
         end.synchronize()
         if number >= 0:
-            times.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end) / CALLS)
     return median(times)
 
 

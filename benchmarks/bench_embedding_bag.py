@@ -5,7 +5,7 @@ tables; the peers are ``nn.Embedding(sparse=True)`` / ``nn.EmbeddingBag`` with t
 and, where it is installed, FBGEMM's static CPU tables, whose update runs in backward. Beside the
 times stands the limit: the bytes a step must move over the machine's copy rate.
 
-    python benchmarks/bench_embedding_bag.py [--rounds N] [--quick]
+    python benchmarks/bench_embedding_bag.py [--rounds N] [--part PART] [--device D]
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import (
+    add_device,
     append_result,
     copy_gb_per_s,
+    device,
     geometric_mean,
+    is_on_gpu,
     print_table,
     time_in_turn,
+    use_device,
     zipf_ranks,
 )
 from benchmarks.managed_collision import ManagedCollision
@@ -57,9 +61,8 @@ class Data:
         self.ranks: list[list[Tensor]] = []
         for _ in range(NUM_BATCHES):
             drawn = zipf_ranks(rng, EXPONENT, num_ids, (num_features, batch * bag))
-            self.ranks.append(
-                [place[torch.from_numpy(row)] for place, row in zip(places, drawn, strict=True)]
-            )
+            pairs = zip(places, torch.from_numpy(drawn).to(device()), strict=True)
+            self.ranks.append([place[row] for place, row in pairs])
         self.offsets = torch.arange(0, batch * bag + 1, bag)
         self.gradients = [torch.randn(batch, dim) for _ in self.names]
 
@@ -164,6 +167,8 @@ class Fused:
 
 def fbgemm(data: Data) -> Callable[[], None] | None:
     """Return a step of FBGEMM's static CPU tables with Adagrad, if it is installed."""
+    if is_on_gpu("FBGEMM"):
+        return None
     try:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -290,6 +295,8 @@ def many_features(rounds: int) -> None:
 
 def managed_collision(rounds: int) -> None:
     """Time lookups against TorchRec's managed-collision collection, where it is installed."""
+    if is_on_gpu("managed_collision"):
+        return
     data = Data(26, 1024, 16, num_ids=2000)
     batches = [[ranks * SPREAD for ranks in batch] for batch in data.ranks[:2]]
     try:
@@ -319,12 +326,14 @@ def managed_collision(rounds: int) -> None:
     )
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run all parts."""
     parser = argparse.ArgumentParser(description="Embedding steps against peers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--part", choices=list(PARTS))
-    arguments = parser.parse_args()
+    add_device(parser)
+    arguments = parser.parse_args(given)
+    use_device(arguments.device)
     rate = copy_gb_per_s()
     print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads")
     parts: dict[str, Callable[[], Any]] = {

@@ -4,7 +4,7 @@ What is timed is ``table.evict()`` with ``GlobalStepFilter``: it scans the rows'
 ids that stay into a new index and frees the rows. Beside it stand a scan that finds nothing to
 evict, and the limit: stamps read once, index read and written once, over the copy rate.
 
-    python benchmarks/bench_filter.py [--num-ids N] [--rounds N] [--dry]
+    python benchmarks/bench_filter.py [--num-ids N] [--rounds N] [--device D] [--dry]
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.harness import append_result, copy_gb_per_s, print_table, time_prepared
+from benchmarks.harness import (
+    add_device,
+    append_result,
+    copy_gb_per_s,
+    print_table,
+    time_prepared,
+    use_device,
+)
 from benchmarks.targets import judge
 from recis_lightning import HashTable, hash_tables
 from recis_lightning.eviction import GlobalStepFilter
@@ -95,13 +102,15 @@ def measure(num_ids: int, rounds: int) -> dict[str, Any]:
     return {"part": "evict", "shape": shape, "columns": columns, "rows": rows, "figures": figures}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Check, time and append; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Eviction of a tenth of a table")
     parser.add_argument("--num-ids", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
-    given = parser.parse_args()
+    add_device(parser)
+    given = parser.parse_args(arguments)
+    use_device(given.device)
     check()
     line = measure(given.num_ids, given.rounds)
     good = judge("bench_filter", line)

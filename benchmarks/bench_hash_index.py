@@ -6,9 +6,9 @@ also hand out rows) on all threads; the map filled by a plain loop on one thread
 inserts (after a first look at all ids that is left out here), and read by one thread and, as RecIS
 reads, by all of torch's. The map starts empty and grows; a figure with ``reserve`` stands beside
 it. Figures "with rows" have ours write initial rows of dim 8 and Adam state too, which the map
-does not.
+does not. On a GPU the map is left out; find and gather on 128M keys is in ``bench_cuda_step``.
 
-    python benchmarks/bench_hash_index.py [--num-ids N] [--rounds N] [--dry]
+    python benchmarks/bench_hash_index.py [--num-ids N] [--rounds N] [--device D] [--dry]
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.harness import append_result, print_table, time_in_turn, time_prepared
+from benchmarks.harness import (
+    add_device,
+    append_result,
+    is_on_gpu,
+    print_table,
+    time_in_turn,
+    time_prepared,
+    use_device,
+)
 from benchmarks.targets import judge
 from recis_lightning import HashTable, hash_tables
 from recis_lightning.ops import hash_index, row_init
 from recis_lightning.optim import SparseAdam
 
-CPU = torch.device("cpu")
 DIM = 8
 SOURCE = """
 #include <ATen/Parallel.h>
@@ -129,13 +136,13 @@ class Ours:
 
     def insert(self, ids: Tensor) -> Tensor:
         segments = self.table.segments(ids, insert=True)
-        rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], CPU)
+        rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], ids.device)
         if self.rows and new is not None:
             row_init.init_rows_(rows, new, segments, DIM, False)
         return rows
 
     def find(self, ids: Tensor) -> Tensor:
-        return hash_index.find(self.table.segments(ids), len(ids), CPU)
+        return hash_index.find(self.table.segments(ids), len(ids), ids.device)
 
 
 def make_ids(num_ids: int) -> Tensor:
@@ -242,14 +249,16 @@ def insert(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, 
     return {"part": "insert", "shape": shape, "columns": columns, "rows": rows, "figures": figures}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Check, time and append; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="The index against a C++ map")
     parser.add_argument("--num-ids", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
-    given = parser.parse_args()
-    library = build()
+    add_device(parser)
+    given = parser.parse_args(arguments)
+    use_device(given.device)
+    library = None if is_on_gpu("C++ map") else build()
     check(library)
     good = True
     for part in (find, insert):

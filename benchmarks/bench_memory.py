@@ -4,8 +4,9 @@ A child process trains batch after batch of new ids (lookup, backward, update). 
 is its id (8 bytes), weights and state. Peak memory is what the process holds resident at its
 highest, growth of the index included, less what it held before its first row; "on the way" is the
 highest ratio of a step's own peak to the payload after that step, from a tenth of the rows on.
+On a GPU memory is what torch's allocator has given out there.
 
-    python benchmarks/bench_memory.py [--full] [--num-ids N] [--batch N] [--dry]
+    python benchmarks/bench_memory.py [--full] [--num-ids N] [--batch N] [--device D] [--dry]
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.harness import append_result, print_table
+from benchmarks.harness import (
+    add_device,
+    append_result,
+    device,
+    is_on_gpu,
+    print_table,
+    stopwatch,
+    use_device,
+)
 from benchmarks.targets import judge
 from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.optim import SparseAdam
@@ -36,11 +44,17 @@ SPREAD = 7_919_317
 
 def _resident(field: str) -> int:
     """Return bytes of memory: VmRSS now, VmHWM at the highest since ``_forget_peak``."""
+    if is_on_gpu():
+        found = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
+        return int(found[field]())
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def _forget_peak() -> None:
+    if is_on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        return
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -54,7 +68,7 @@ class Growing:
         self.batch, self.gradient, self.number = batch, torch.ones(batch, DIM), 0
 
     def step(self) -> None:
-        ids = torch.arange(self.number, self.number + self.batch) * SPREAD
+        ids = torch.arange(self.number, self.number + self.batch, device=device()) * SPREAD
         self.number += self.batch
         self.embedding(ids).backward(self.gradient)
         self.optimizer.step()
@@ -68,9 +82,7 @@ def grow(num_ids: int, batch: int) -> dict[str, Any]:
     before, peaks, seconds = _resident("VmRSS"), [], []
     for _ in range(num_ids // batch):
         _forget_peak()
-        start = time.perf_counter()
-        growing.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(stopwatch(growing.step)[0] / 1e3)
         peaks.append(_resident("VmHWM") - before)
     assert len(growing.table) == num_ids // batch * batch
     sample = torch.arange(0, len(growing.table), 997) * SPREAD
@@ -88,7 +100,7 @@ def grow(num_ids: int, batch: int) -> dict[str, Any]:
 def run_child(num_ids: int, batch: int) -> dict[str, Any]:
     """Grow a table in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child"]
-    command += ["--num-ids", str(num_ids), "--batch", str(batch)]
+    command += ["--num-ids", str(num_ids), "--batch", str(batch), "--device", device().type]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout))
 
@@ -138,7 +150,7 @@ def measure(num_ids: int, batch: int) -> dict[str, Any]:
     return {"part": "grow", "shape": shape, "columns": columns, "rows": [row], "figures": figures}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Check, measure and append; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Memory and stalls of a growing table")
     parser.add_argument("--num-ids", type=int, default=5_000_000)
@@ -146,12 +158,14 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=100_000, help="new ids a step")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    add_device(parser)
+    given = parser.parse_args(arguments)
+    use_device(given.device)
     num_ids = 50_000_000 if given.full else given.num_ids
     if given.child:
         print(json.dumps(grow(num_ids, given.batch)))
         return 0
-    if not Path("/proc/self/clear_refs").exists():
+    if not is_on_gpu() and not Path("/proc/self/clear_refs").exists():
         print("left out: peak memory is read from Linux's /proc")
         return 0
     check()

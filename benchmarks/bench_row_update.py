@@ -5,7 +5,7 @@ Gradients are there when the clock starts: ours are left by backward as (row, wh
 of torch are the uncoalesced sparse gradients of ``nn.Embedding(sparse=True)``, which its optimizers
 coalesce. Beside the times stands the limit: the bytes that must move over the machine's copy rate.
 
-    python benchmarks/bench_row_update.py [--rounds N] [--dry]
+    python benchmarks/bench_row_update.py [--rounds N] [--device D] [--dry]
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import torch
 
 from benchmarks.bench_embedding_bag import LR, NUM_IDS, SPREAD, TRAIN_SHAPES, Data, Ours, Static
 from benchmarks.harness import (
+    add_device,
     append_result,
     copy_gb_per_s,
     geometric_mean,
     print_table,
     time_prepared,
+    use_device,
 )
 from benchmarks.targets import judge
 from recis_lightning import hash_tables
@@ -101,13 +103,15 @@ def measure(name: str, rounds: int, rate: float) -> dict[str, Any]:
     return {"part": name, "columns": columns, "rows": rows, "figures": figures}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Check, time and append; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Row updates against torch's sparse optimizers")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rule", choices=[*RULES])
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
-    given = parser.parse_args()
+    add_device(parser)
+    given = parser.parse_args(arguments)
+    use_device(given.device)
     check(Data(3, 512, 16))
     rate = copy_gb_per_s()
     print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads, lr {LR}")

@@ -5,9 +5,10 @@ Bottom perceptron 512-256-dim, dot interaction, top perceptron 512-256-1. Ours i
 the peer has ``nn.Embedding(sparse=True)`` tables and two optimizers by hand, which is what torch
 needs for them. A third model is given constant vectors in the place of embeddings: what ours takes
 longer than it is the embeddings' share of the step. In each round each model is fitted for a few
-steps, each round in another order; a step is from the start of a batch to the start of the next.
+steps, each round in another order; a step is from the start of a batch to the start of the next, on
+a GPU with all work of the batch before done.
 
-    python benchmarks/bench_training.py [--rounds N] [--dim D ...] [--dry]
+    python benchmarks/bench_training.py [--rounds N] [--dim D ...] [--device D] [--dry]
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.bench_embedding_bag import NUM_IDS, SPREAD, Data
-from benchmarks.harness import append_result, geometric_mean, print_table
+from benchmarks.harness import (
+    add_device,
+    append_result,
+    geometric_mean,
+    is_on_gpu,
+    no_default_device,
+    print_table,
+    use_device,
+)
 from benchmarks.targets import judge
 from recis_lightning import EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
@@ -81,7 +90,8 @@ class DLRM(L.LightningModule):
 
 def initial(dim: int) -> Tensor:
     """Return the rows that every table starts from."""
-    return 0.1 * torch.randn(NUM_IDS, dim, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    return 0.1 * torch.randn(NUM_IDS, dim, generator=generator, device="cpu")
 
 
 class Ours(DLRM):
@@ -154,6 +164,8 @@ class Clock(L.Callback):
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
+        if is_on_gpu():
+            torch.cuda.synchronize()
         self.starts.append(time.perf_counter())
 
     def step_ms(self) -> list[float]:
@@ -175,7 +187,7 @@ def fit(model: DLRM, batches: list[dict[str, Any]], num_steps: int) -> list[floa
     """Train for a few steps; return the milliseconds of each but the first ones."""
     clock = Clock()
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if is_on_gpu() else "cpu",
         devices=1,
         max_steps=-1,
         max_epochs=1,
@@ -186,7 +198,8 @@ def fit(model: DLRM, batches: list[dict[str, Any]], num_steps: int) -> list[floa
         enable_model_summary=False,
     )
     rounds = -(-num_steps // len(batches))
-    trainer.fit(model, DataLoader((batches * rounds)[:num_steps], batch_size=None))
+    with no_default_device():
+        trainer.fit(model, DataLoader((batches * rounds)[:num_steps], batch_size=None))
     return clock.step_ms()
 
 
@@ -207,6 +220,7 @@ def check(batch: int = 64, dim: int = 8) -> None:
     for table, static, ranks in zip(
         hash_tables(ours), peer.tables, batches[0]["ranks"], strict=True
     ):
+        ranks = ranks.cpu()  # where Lightning has left the models
         found = table.embeddings(ranks * SPREAD)
         torch.testing.assert_close(found, static.weight.data[ranks], rtol=1e-3, atol=1e-5)
 
@@ -242,13 +256,15 @@ def measure(dims: list[int], rounds: int) -> dict[str, Any]:
     return {**line, "figures": figures}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Check, time and append; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="A whole Lightning step")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
-    given = parser.parse_args()
+    add_device(parser)
+    given = parser.parse_args(arguments)
+    use_device(given.device)
     quiet()
     check()
     line = measure(given.dim, given.rounds)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +20,80 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+_device = torch.device("cpu")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Let the command line choose where tables, ids and peers are."""
+    where = "where tables, ids and peers are; times on 'cuda' are by CUDA events"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=where)
+
+
+def use_device(name: str) -> torch.device:
+    """Make and time everything on a device from now on.
+
+    Args:
+        name: "cpu" or "cuda".
+
+    Raises:
+        SystemExit: There is no such device here.
+    """
+    global _device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here")
+    _device = torch.device(name)
+    torch.set_default_device(None if name == "cpu" else _device)
+    return _device
+
+
+def device() -> torch.device:
+    """Return where everything is."""
+    return _device
+
+
+def is_on_gpu(peer: str = "") -> bool:
+    """Return whether everything is on a GPU; if so, say that a peer of the CPU is left out."""
+    if _device.type == "cuda" and peer:
+        print(f"{peer}: left out, it runs on the CPU alone")
+    return _device.type == "cuda"
+
+
+@contextmanager
+def no_default_device() -> Iterator[None]:
+    """Run torch as it is: a default device costs every call from Python a microsecond or two."""
+    chosen = torch.get_default_device() if _device.type == "cuda" else None
+    if chosen is not None:
+        torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        if chosen is not None:
+            torch.set_default_device(chosen)
+
+
+def stopwatch(timed: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the milliseconds that a call takes, on a GPU between CUDA events, and its result."""
+    with no_default_device():
+        if _device.type == "cpu":
+            start = time.perf_counter()
+            made = timed()
+            return 1e3 * (time.perf_counter() - start), made
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        made = timed()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end), made
+
+
+def _gpu() -> dict[str, Any]:
+    """Return what figures of a GPU belong to."""
+    import triton
+
+    name = torch.cuda.get_device_name()
+    return {"gpu": name, "cuda": torch.version.cuda, "triton": triton.__version__}
 
 
 def provenance() -> dict[str, Any]:
@@ -37,6 +113,8 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 2),
+        "device": _device.type,
+        **(_gpu() if _device.type == "cuda" else {}),
     }
 
 
@@ -71,11 +149,10 @@ def time_in_turn(
     for number in range(-warmup, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            contenders[name]()
-            elapsed = time.perf_counter() - start
+            elapsed_ms, made = stopwatch(contenders[name])
+            del made
             if number >= 0:
-                times[name].append(1e3 * elapsed)
+                times[name].append(elapsed_ms)
     return {name: median(values) for name, values in times.items()}
 
 
@@ -96,17 +173,15 @@ def time_prepared(
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             timed = contenders[name]()
-            start = time.perf_counter()
-            made = timed()
-            elapsed = time.perf_counter() - start
+            elapsed_ms, made = stopwatch(timed)
             del timed, made
             if number >= 0:
-                times[name].append(1e3 * elapsed)
+                times[name].append(elapsed_ms)
     return {name: median(values) for name, values in times.items()}
 
 
 def copy_gb_per_s(num_bytes: int = 1 << 28, rounds: int = 7) -> float:
-    """Measure the machine's copy rate: bytes read plus bytes written, by all of torch's threads."""
+    """Measure the device's copy rate: bytes read plus bytes written, by all of torch's threads."""
     source = torch.ones(num_bytes // 4)
     target = torch.empty_like(source)
     spent = time_in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"]

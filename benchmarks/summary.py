@@ -40,11 +40,13 @@ class Entry:
 
 
 def newest_lines(folder: Path) -> dict[tuple[str, str], Line]:
-    """Return the last line of each (benchmark, part) under ``folder``."""
+    """Return the last line of each (benchmark, part) under ``folder``, of those of a CPU."""
     newest: dict[tuple[str, str], Line] = {}
     for path in sorted(folder.glob("bench_*.jsonl")):
         for text in path.read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
+            if line.get("device", "cpu") != "cpu":
+                continue
             newest[path.stem, line.get("part", line.get("task", ""))] = line
     return newest
 

@@ -17,6 +17,7 @@ from benchmarks import (
     bench_memory,
     bench_row_update,
     bench_training,
+    harness,
     summary,
 )
 from benchmarks.harness import ROOT, time_prepared
@@ -130,6 +131,69 @@ def test_time_prepared_leaves_preparation_out(monkeypatch):
         return made
 
     assert time_prepared({"a": prepare(1), "b": prepare(2)}, 3) == {"a": 1e3, "b": 2e3}
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_a_gpu_is_timed_between_its_events(monkeypatch):
+    def take(ms):
+        FakeEvent.now += ms
+
+    monkeypatch.setattr(harness, "_device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch, "set_default_device", lambda device: None)
+    in_turn = harness.time_in_turn({"a": lambda: take(3), "b": lambda: take(5)}, 3)
+    assert in_turn == {"a": 3, "b": 5}
+    prepared = harness.time_prepared({"a": lambda: take(100) or (lambda: take(7))}, 3)
+    assert prepared == {"a": 7}
+    assert bench_cuda_step.event_ms(lambda: take(2), 20) == 2
+
+
+def test_a_gpu_is_not_judged_by_the_bounds_of_a_cpu(monkeypatch, capsys, tmp_path):
+    line = {"part": "evict", "figures": {"seconds": 100.0}}
+    assert not judge("bench_filter", line)
+    monkeypatch.setattr(harness, "_device", torch.device("cuda"))
+    assert judge("bench_filter", line)
+    lines = [{**line, "device": "cpu"}, {**line, "device": "cuda", "figures": {"seconds": 0.1}}]
+    text = "\n".join(json.dumps(one) for one in lines)
+    (tmp_path / "bench_filter.jsonl").write_text(text)
+    assert summary.newest_lines(tmp_path)["bench_filter", "evict"] == lines[0]
+    capsys.readouterr()
+    assert harness.is_on_gpu("FBGEMM")
+    assert capsys.readouterr().out == "FBGEMM: left out, it runs on the CPU alone\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "bench",
+    [
+        bench_checkpoint,
+        bench_embedding_bag,
+        bench_filter,
+        bench_hash_index,
+        bench_memory,
+        bench_row_update,
+        bench_training,
+    ],
+    ids=lambda bench: bench.__name__.removeprefix("benchmarks."),
+)
+def test_without_a_gpu_there_is_nothing_to_time_on_one(bench):
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no GPU here"):
+        bench.main(["--device", "cuda"])
 
 
 def test_targets_read_figures_and_tables():

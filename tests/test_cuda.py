@@ -7,6 +7,17 @@ import pytest
 import torch
 from hypothesis import settings
 
+from benchmarks import (
+    bench_checkpoint,
+    bench_cuda_step,
+    bench_embedding_bag,
+    bench_filter,
+    bench_hash_index,
+    bench_memory,
+    bench_row_update,
+    bench_training,
+    harness,
+)
 from recis_lightning import (
     DynamicEmbedding,
     EmbeddingEngine,
@@ -282,6 +293,34 @@ def test_a_trainer_on_the_gpu_with_all_hooks(tmp_path):
         if torch.is_tensor(value) and value.is_floating_point():
             torch.testing.assert_close(ours[name].cpu(), value, rtol=1e-2, atol=1e-3)
     assert list(tmp_path.glob("*timeline*.json"))
+
+
+@pytest.fixture
+def benchmarks_on_cuda(monkeypatch):
+    for module in (bench_embedding_bag, bench_row_update, bench_training):
+        monkeypatch.setattr(module, "NUM_IDS", 300)
+    harness.use_device("cuda")
+    yield
+    harness.use_device("cpu")
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice for long runs
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: bench_embedding_bag.check(bench_embedding_bag.Data(2, 32, 4, 3)),
+        lambda: bench_row_update.check(bench_embedding_bag.Data(2, 64, 4)),
+        lambda: bench_training.check(batch=8, dim=4),
+        lambda: bench_hash_index.check(None, 1000),
+        lambda: bench_filter.check(2000),
+        lambda: bench_checkpoint.check(500),
+        lambda: bench_memory.check(),
+        lambda: bench_cuda_step.check(torch.device("cuda"), 50, 40),
+    ],
+)
+def test_benchmarks_agree_with_their_peers_there(benchmarks_on_cuda, check):
+    """What they time on a GPU is right."""
+    check()
 
 
 class AnsweringOnCpu:
