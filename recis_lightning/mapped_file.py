@@ -36,13 +36,22 @@ class MappedFile:
             data = torch.empty(count, dtype=torch.uint8)
             fill_from(self.file, bytes_of(data), offset, self.path)
             return data
-        os.posix_fadvise(self.file, offset, count, os.POSIX_FADV_WILLNEED)
-        extra = offset % mmap.PAGESIZE
         try:  # what cannot be read would end the process when it is touched
-            _populate(self.mapped.data_ptr() + offset - extra, extra + count)
+            self._populate(offset, count)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read to its end ({error})") from None
         return self.mapped[offset : offset + count]
+
+    def read_ahead(self, offset: int, count: int) -> None:
+        """Bring bytes into memory, if they are mapped; what is wrong is said when they are used."""
+        if self.mapped is not None and count:
+            with contextlib.suppress(OSError):
+                self._populate(offset, count)
+
+    def _populate(self, offset: int, count: int) -> None:
+        assert self.mapped is not None
+        extra = offset % mmap.PAGESIZE
+        _populate(self.mapped.data_ptr() + offset - extra, extra + count)
 
 
 def _populate(address: int, count: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 
@@ -64,4 +65,24 @@ def in_pieces(
             stop.set()
 
 
-__all__ = ["Advance", "in_pieces"]
+@contextmanager
+def ahead(num_pieces: int, prepare: Callable[[int], None]) -> Iterator[None]:
+    """Prepare pieces, in order, on a thread of its own while something else is done."""
+    stop = threading.Event()
+
+    def run() -> None:
+        for number in range(num_pieces):
+            if stop.is_set():
+                return
+            prepare(number)
+
+    thread = threading.Thread(target=run, name="recis_lightning", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+__all__ = ["Advance", "ahead", "in_pieces"]

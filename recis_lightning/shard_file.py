@@ -322,6 +322,17 @@ class ShardFile:
         """List the pieces that can be checked apart: tensor and number."""
         return [(name, number) for name in self.kinds for number in range(self.num_pieces(name))]
 
+    def read_ahead(self, name: str, number: int) -> None:
+        """Bring a piece into memory, if the file is open; what is wrong ``piece`` says."""
+        if self._open is not None:
+            self._open.read_ahead(*self._place(name, number)[:2])
+
+    def _place(self, name: str, number: int) -> tuple[int, int, int]:
+        """Return where a piece begins in the file, its bytes, and its rows."""
+        kind, start = self.kinds[name], number * self.piece_rows[name]
+        count = min(self.piece_rows[name], kind.shape[0] - start)
+        return self._starts[name] + start * kind.row_bytes, count * kind.row_bytes, count
+
     def piece(self, name: str, number: int) -> Tensor:
         """Read a piece and raise ValueError unless it is what was written.
 
@@ -332,19 +343,19 @@ class ShardFile:
         Returns:
             The rows of the piece; not to be changed, and not to be kept: it may be the file.
         """
-        kind, start = self.kinds[name], number * self.piece_rows[name]
-        count = min(self.piece_rows[name], kind.shape[0] - start)
-        offset, size = self._starts[name] + start * kind.row_bytes, count * kind.row_bytes
+        offset, size, count = self._place(name, number)
         if self._open is None:
             data = torch.empty(size, dtype=torch.uint8)
             self._read_at(offset, bytes_of(data))
         else:
             data = self._open.bytes_at(offset, size)
         if crc32(bytes_of(data)) != self._sums[name][number]:
+            start = number * self.piece_rows[name]
             raise ValueError(
                 f"{self.path}: {name} is damaged between its rows {start} and {start + count}: "
                 "the checksum is another"
             )
+        kind = self.kinds[name]
         return data.view(kind.dtype).view(count, *kind.shape[1:])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from recis_lightning import table_state
 from recis_lightning.hash_table import HashTable
-from recis_lightning.pieces import Advance, in_pieces
+from recis_lightning.pieces import Advance, ahead, in_pieces
 from recis_lightning.shard_file import Kind, Part, ShardFile, Written, opened, write_shard
 from recis_lightning.sharding import owner_of
 
@@ -260,16 +261,19 @@ class TableShards:
         rank, ranks, writers = self.rank, self.world_size, self.commit.world_size
         same = ranks == writers
         files = [self.file(name, writer) for writer in ([rank] if same else range(writers))]
-        kept = [None if same or ranks == 1 else _owned(f, rank, ranks) for f in files]
-        state = _joined(files, kept, rank, ranks)
         dim, dtype, slots = self.layout(name)
-        count = state["ids"].numel()
-        row: dict[str, Any] = {"weights": torch.empty(count, dim, dtype=dtype, device="meta")}
-        row["slots"] = {key: torch.empty(count, n, device="meta") for key, n in slots.items()}
-        table_state.check_state({**state, **row}, table.name, table.embedding_dim)
-        table.restore(
-            state, slots, lambda rows: _write_rows(table, files, kept, rows, list(slots), advance)
-        )
+        with opened(files), _reading_ahead(files, list(slots)):
+            kept = [None if same or ranks == 1 else _owned(f, rank, ranks) for f in files]
+            state = _joined(files, kept, rank, ranks)
+            count = state["ids"].numel()
+            row: dict[str, Any] = {"weights": torch.empty(count, dim, dtype=dtype, device="meta")}
+            row["slots"] = {key: torch.empty(count, n, device="meta") for key, n in slots.items()}
+            table_state.check_state({**state, **row}, table.name, table.embedding_dim)
+            table.restore(
+                state,
+                slots,
+                lambda rows: _write_rows(table, files, kept, rows, list(slots), advance),
+            )
 
 
 def _open(folder: Path, commit: Commit, name: str, rank: int) -> ShardFile:
@@ -328,6 +332,26 @@ def _joined(
     }
 
 
+def _row_tensors(slots: Sequence[str]) -> list[str]:
+    """List the tensors of a file that hold rows, as a row has them."""
+    return ["weights", *(_SLOTS + slot for slot in slots)]
+
+
+def _reading_ahead(
+    files: Sequence[ShardFile], slots: Sequence[str]
+) -> AbstractContextManager[None]:
+    """Let the disk work on rows while their ids are read and numbered."""
+    names = _row_tensors(slots)
+    pieces = [(file, number) for file in files for number in range(file.num_pieces("weights"))]
+
+    def prepare(index: int) -> None:
+        file, number = pieces[index]
+        for name in names:
+            file.read_ahead(name, number)
+
+    return ahead(len(pieces), prepare)
+
+
 def _write_rows(
     table: HashTable,
     files: Sequence[ShardFile],
@@ -350,7 +374,7 @@ def _write_rows(
                 pieces.append((file, number, chosen, rows[first : first + count]))
             first += count
 
-    names = ["weights", *(_SLOTS + slot for slot in slots)]
+    names = _row_tensors(slots)
 
     def write(index: int) -> int:
         file, number, chosen, targets = pieces[index]
@@ -362,8 +386,7 @@ def _write_rows(
         table.rows.write(targets, weights.to(table.dtype), dict(zip(slots, states, strict=True)))
         return done
 
-    with opened(files):
-        in_pieces(len(pieces), write, advance)
+    in_pieces(len(pieces), write, advance)
 
 
 __all__ = ["Commit", "Shard", "TableShards", "file_name", "num_bytes", "write_table"]

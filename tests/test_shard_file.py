@@ -162,3 +162,4 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch, mapped):
         os.truncate(tmp_path / "a", 100_000)
         with pytest.raises(ValueError, match=r"cannot be read|ended while it was read"):
             file.piece("flags", 0)
+        file.read_ahead("flags", 0)  # nobody has asked for it yet
