@@ -10,13 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import hash_index
+from recis_lightning.ops import backend, hash_index
 from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.split_header import host_fields, new_header, publish_counts, sent
 from recis_lightning.ops.table_header import (
     HAS_PADDING,
-    HEADER_SIZE,
     INSERT,
     NEXT_ROW,
+    NUM_FREE,
     NUM_IDS,
     PADDING,
     SEGMENT_FLAGS,
@@ -42,7 +43,16 @@ class DistinctIds(NamedTuple):
 
     def num_sighted(self) -> Tensor:
         """Return int64 [u], how often each of ``ids`` occurs."""
-        return torch.bincount(self.places[self.places >= 0], minlength=len(self.ids))
+        size = len(self.ids)
+        if self.places.is_cpu:
+            return torch.bincount(self.places[self.places >= 0], minlength=size)
+        counts = self.places.new_zeros(size + 1)  # bincount would wait; padding goes to the last
+        counts.index_add_(
+            0,
+            self.places.remainder(size + 3).clamp(max=size),
+            counts.new_ones(1).expand_as(self.places),
+        )
+        return counts[:size]
 
 
 class DistinctIdFinder:
@@ -70,6 +80,7 @@ class DistinctIdFinder:
     ) -> None:
         self._segment_tables = list(segment_tables)
         self._num_ranks, self._device = num_ranks, device
+        self._owners = torch.tensor(self._segment_tables, device=device)
         self._seen = [_SeenIds(device) for _ in range(num_tables)]
         self._segments = segments.copy()
         self._segments[:, SEGMENT_FLAGS] = segments[:, SEGMENT_FLAGS] & HAS_PADDING | INSERT
@@ -92,22 +103,35 @@ class DistinctIdFinder:
         rows, new = hash_index.find_or_insert(
             self._segments, num_ids, self._seen, self._segment_tables, self._device
         )
-        counts = np.zeros(self._num_ranks * num_tables, np.int64)
+        num_keys = self._num_ranks * num_tables
         if new is None:
-            return DistinctIds(rows[:0], counts.reshape(-1, num_tables), rows)
+            return DistinctIds(rows[:0], np.zeros((self._num_ranks, num_tables), np.int64), rows)
+        is_new = None
+        if backend.runs_later(self._device):  # then -1 fills up what is not new
+            is_new, new = new >= 0, new.clamp(min=0)
         joined = ids[0] if len(ids) == 1 else torch.cat(list(ids))
         distinct = joined[new]
         keys = owner_of(distinct, self._num_ranks)
         if num_tables > 1:
-            bounds = torch.from_numpy(np.append(starts, num_ids)).to(self._device)
-            found = torch.searchsorted(new, bounds).diff()
-            owners = torch.tensor(self._segment_tables, device=self._device)
-            keys = keys * num_tables + torch.repeat_interleave(owners, found)
-        order = _stable_order(keys, len(counts))
-        counts += torch.bincount(keys, minlength=len(counts)).cpu().numpy()
+            if is_new is None:
+                bounds = torch.from_numpy(np.append(starts, num_ids))
+                found = torch.searchsorted(new, bounds).diff()
+                owners = torch.repeat_interleave(self._owners, found)
+            else:
+                segments = torch.searchsorted(sent(starts, self._device), new, right=True) - 1
+                owners = self._owners[segments]
+            keys = keys * num_tables + owners
+        if is_new is None:
+            order = _stable_order(keys, num_keys)
+            counts = torch.bincount(keys, minlength=num_keys).numpy()
+        else:
+            keys, order = torch.sort(torch.where(is_new, keys, num_keys), stable=True)
+            ends = torch.arange(num_keys + 1, device=self._device)
+            cuts = torch.searchsorted(keys, ends).cpu().numpy()  # waits: it must know what to send
+            counts, order = np.diff(cuts), order[: int(cuts[-1])]
         # -1 and -2, the rows of ids without one, index from the end.
         places = rows.new_empty(num_ids + 2)
-        places[num_ids:] = torch.tensor([PADDING, UNKNOWN])
+        places[num_ids], places[num_ids + 1] = PADDING, UNKNOWN
         places[rows[new[order]]] = torch.arange(len(order), device=self._device)
         return DistinctIds(distinct[order], counts.reshape(-1, num_tables), places[rows])
 
@@ -116,9 +140,9 @@ class _SeenIds:
     """The ids of one table that a lookup has met, as a table that index ops know."""
 
     def __init__(self, device: torch.device) -> None:
-        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
-        self._header, self._device = self.header.numpy(), device
-        self._entries = self._empty_entry = torch.empty(0, 2, dtype=torch.int64)
+        self.header = new_header(device, backend.runs_later(device))
+        self._header = host_fields(self.header)
+        self._entries = self._empty_entry = torch.empty(0, 2, dtype=torch.int64, device=device)
         self._capacity = 0
 
     def start(self, num_ids: int, first_number: int) -> None:
@@ -126,12 +150,12 @@ class _SeenIds:
         capacity = hash_index.capacity_for(num_ids)
         if capacity <= self._capacity <= 8 * capacity:
             self._entries.copy_(self._empty_entry)
-            self._header[NUM_IDS] = 0
         else:
             self._entries = hash_index.empty_entries(self.header, capacity)
             self._empty_entry = self._entries[-1].clone()
             self._capacity = capacity
-        self._header[NEXT_ROW] = first_number
+        self._header[[NUM_IDS, NUM_FREE, NEXT_ROW]] = 0, 0, first_number
+        publish_counts(self.header)
 
     def reserve_ids(self, num_new: int) -> None:
         """``start`` has made room for all."""
@@ -161,7 +185,7 @@ class _SeenIds:
 
 def _stable_order(keys: Tensor, num_keys: int) -> Tensor:
     """Return the positions of ``keys``, each in ``[0, num_keys)``, by key and then position."""
-    if keys.is_cpu and num_keys <= 1 << 15:
+    if num_keys <= 1 << 15:
         # NumPy sorts 16 bits by radix: ten times as fast as 64 bits by comparison.
         return torch.from_numpy(np.argsort(keys.numpy().astype(np.int16), kind="stable"))
     return torch.argsort(keys, stable=True)

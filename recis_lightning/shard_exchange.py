@@ -17,6 +17,7 @@ from recis_lightning.distinct_ids import DistinctIds
 from recis_lightning.hash_table import HashTable, write_segment
 from recis_lightning.ops import embedding_bag, hash_index, row_update
 from recis_lightning.ops.embedding_bag import PLAN_SIZE, Plan
+from recis_lightning.ops.split_header import sent
 from recis_lightning.ops.table_header import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -60,7 +61,7 @@ class ShardExchange:
         """Look up; pause while messages are under way, so that other groups can send theirs."""
         counts = self.distinct.counts
         told = np.append(counts, np.full((len(counts), 1), self.signature), 1)
-        message, ones = torch.from_numpy(told).to(self.device), [1] * len(counts)
+        message, ones = sent(told, self.device), [1] * len(counts)
         answer, work = exchange(message, ones, ones)
         yield
         work.wait()
@@ -68,13 +69,13 @@ class ShardExchange:
         self._check_signatures(heard[:, -1].tolist())
         counts = heard[:, :-1]
         self.num_received: list[int] = counts.sum(1).tolist()
-        sent = self.distinct.ids
+        ids = self.distinct.ids
         counting = self.training and any(
             table.admission is not None or table.stamps for table in self.tables
         )
         if counting:
-            sent = torch.stack([sent, self.distinct.num_sighted()], 1)
-        message, work = exchange(sent, self.num_received, self.num_sent)
+            ids = torch.stack([ids, self.distinct.num_sighted()], 1)
+        message, work = exchange(ids, self.num_received, self.num_sent)
         yield
         work.wait()
         self._note_parts(counts)
@@ -138,7 +139,7 @@ class ShardExchange:
         for number, part in enumerate(missed.split(self.part_sizes.tolist())):
             table = self.tables[number % len(self.tables)]
             if table.sightings is None:
-                table.header[NUM_REFUSED] += part.sum().cpu()
+                table.header[NUM_REFUSED] += part.sum()
 
     def _gather_rows(self) -> Tensor:
         rows, plan = self.owner_rows, self.plan
@@ -180,7 +181,7 @@ class ShardExchange:
         if bool(bare.any()):
             rows = rows.masked_fill(bare, UNKNOWN)
             parts = bare.split(plan[:, embedding_bag.NUM_IDS].tolist())
-            is_used &= [not bool(part.all()) for part in parts]
+            is_used &= ~torch.stack([part.all() for part in parts]).cpu().numpy()
         plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * plan[:, embedding_bag.FIRST_ID]
         _point_to(plan, received)
         used = np.flatnonzero(is_used)
@@ -201,12 +202,12 @@ def _point_to(plan: Plan, data: Tensor) -> None:
 
 def _header_over(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return a table's header for rows that lie one after the other, and what it points to."""
-    header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
-    blocks = torch.tensor([rows.data_ptr()], device=rows.device)
+    header = np.zeros(HEADER_SIZE, np.int64)
+    blocks = sent(np.array([rows.data_ptr()]), rows.device)
     header[BLOCKS] = blocks.data_ptr()
     header[BLOCK_SHIFT] = len(rows).bit_length()
     header[ROW_BYTES] = rows.stride(0) * rows.element_size()
-    return header, blocks
+    return sent(header, rows.device), blocks
 
 
 def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
@@ -224,7 +225,8 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     hyper = np.zeros(row_update.HYPER_SIZE, np.float32)
     hyper[[row_update.LR, row_update.DECAY]] = -1, 1
     hyper[[row_update.SCALE, row_update.CLIP]] = scale, np.inf
-    blocks = np.array([[sums.data_ptr(), hyper.ctypes.data]], np.int64)
+    values = sent(hyper, sums.device)
+    blocks = np.array([[sums.data_ptr(), values.data_ptr()]], np.int64)
     size, width = sums.shape
     layout = row_update.RowLayout(
         width - 1, torch.float32, 4 * width, size.bit_length(), sums.device

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from recis_lightning import crossing
 from recis_lightning.distinct_ids import DistinctIdFinder
 from recis_lightning.hash_table import HashTable
 from recis_lightning.jagged import Bags
@@ -21,6 +22,7 @@ from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.shard_exchange import ShardExchange
 from recis_lightning.sharding import (
+    check_backend,
     check_strategy,
     exchange,
     join_evaluation,
@@ -50,12 +52,7 @@ class ShardedGroup(TableGroup):
     def __init__(self, features: Sequence[Feature]) -> None:
         check_strategy()
         super().__init__(features)
-        if self.device.type != "cpu":
-            raise ValueError(
-                f"device: tables on a GPU are not sharded over ranks in this version, got "
-                f"{self.tables[0].name!r} on {str(self.device)!r} and {num_ranks()} ranks; keep "
-                "tables on device='cpu'"
-            )
+        check_backend(self.tables[0].name, self.device)
         for table in self.tables:
             table.may_hold_foreign_rows = True  # those of a time with another number of ranks
         self._distinct = DistinctIdFinder(
@@ -74,6 +71,10 @@ class ShardedGroup(TableGroup):
 
     def steps(self, bags: Sequence[Bags], training: bool, outputs: list[Tensor]) -> Iterator[None]:
         """Look up, pausing while messages are under way; at the end ``outputs`` is filled."""
+        asking = bags[0].ids.device
+        crosses = self.device.type == "cpu" and asking.type == "cuda"
+        if crosses:
+            bags = crossing.bags_from_device(bags, asking)
         ids = self._check(bags, training)
         for table in self.tables:
             if table.may_hold_foreign_rows:
@@ -87,7 +88,8 @@ class ShardedGroup(TableGroup):
         plan[:, embedding_bag.HEADER] = way.header.data_ptr()
         plan[:, embedding_bag.ROWS] = places.data_ptr() + 8 * self._starts
         embedding_bag.gather(plan, self.embedding_dim, self.dtype, self.device)
-        outputs += self._recorded(bags, places, plan, pooled, training, way)
+        found = self._recorded(bags, places, plan, pooled, training, way)
+        outputs += crossing.outputs_to_device(found, asking) if crosses else found
 
     def _leave_gradients(
         self,
@@ -114,7 +116,7 @@ class ShardedGroup(TableGroup):
         tiled = any(self.features[index].mode == "tile" for index in used)
         if len(used) == len(self.features) and not tiled:
             return None
-        found = torch.zeros(size, dtype=torch.bool, device=self.device)
+        found = torch.zeros(size + 1, dtype=torch.bool, device=self.device)
         for line, index in zip(plan, used, strict=True):
             first = int(line[embedding_bag.FIRST_ID])
             mine = places[first : first + int(line[embedding_bag.NUM_IDS])]
@@ -124,11 +126,11 @@ class ShardedGroup(TableGroup):
                 if bag.offsets is None:
                     within = within % max(bag.bag_length, 1)
                 else:
-                    starts = bag.offsets[:-1]
-                    within = within - torch.repeat_interleave(starts, bag.offsets.diff())
-                mine = mine[within < feature.tile_len]
-            found[mine[mine >= 0]] = True
-        return found
+                    bags_of = torch.searchsorted(bag.offsets[1:], within, right=True)
+                    within = within - bag.offsets[bags_of.clamp(max=max(bag.num_bags - 1, 0))]
+                mine = mine.masked_fill(within >= feature.tile_len, -1)
+            found[torch.where(mine < 0, size, mine)] = True  # no mask: a GPU's would wait
+        return found[:size]
 
 
 def keep_own_rows(table: HashTable) -> None:

@@ -134,6 +134,31 @@ def check_strategy() -> None:
         )
 
 
+def check_backend(table: str, device: torch.device) -> None:
+    """Raise if the process group cannot carry what a table's device holds.
+
+    Args:
+        table: Its name.
+        device: Where it is.
+
+    Raises:
+        ValueError: Names the table, its device and what to set up.
+    """
+    group = distributed.distributed_c10d._get_default_group()
+    try:
+        backend = group._get_backend(device).name()
+    except RuntimeError:
+        backend = "none"
+    wanted = "nccl" if device.type == "cuda" else "gloo"
+    # gloo says that it serves GPUs, and has no all-to-all for them.
+    if backend == "none" or (device.type == "cuda" and backend == "gloo"):
+        raise ValueError(
+            f"device: table {table!r} is on {str(device)!r}, for which the ranks' process group "
+            f"has backend {backend!r}; expected {wanted!r}, as in "
+            "DDPStrategy(process_group_backend='cpu:gloo,cuda:nccl')"
+        )
+
+
 def join_evaluation() -> None:
     """See to it that ranks whose evaluation ends early go on answering, if Lightning runs this.
 
@@ -163,6 +188,7 @@ def _lightning_strategy() -> Any:
 
 __all__ = [
     "any_rank",
+    "check_backend",
     "check_strategy",
     "exchange",
     "join_evaluation",

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -9,29 +10,33 @@ from tests.ranks import Ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, or where its kernels are interpreted."""
-    if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
+    """Skip what needs a GPU, or kernels that are interpreted, where there are none.
 
-
-def _skip_without_interpreter(backend: str) -> None:
-    """Skip where Triton's kernels cannot run over the CPU's memory.
-
-    A process interprets all of them or none: beside a GPU they are compiled, and tested with it,
+    A process interprets all kernels or none: beside a GPU they are compiled, and tested with it,
     unless TRITON_INTERPRET=1 says not to.
     """
-    if backend == "triton":
-        pytest.importorskip("triton")
-        if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("compiled in this process; TRITON_INTERPRET=1 interprets the kernels")
+    compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+    for item in items:
+        if not compiled and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
+        if item.get_closest_marker("interpreted"):
+            if compiled:
+                why = "compiled in this process; TRITON_INTERPRET=1 interprets the kernels"
+                item.add_marker(pytest.mark.skip(reason=why))
+            elif importlib.util.find_spec("triton") is None:
+                item.add_marker(pytest.mark.skip(reason="needs Triton"))
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+_BACKENDS = [
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.interpreted),
+]
+
+
+@pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once under each backend of the ops."""
-    _skip_without_interpreter(request.param)
     with ops_backend.use(request.param):
         yield request.param
 
@@ -44,12 +49,11 @@ def ranks() -> Iterator[Ranks]:
     pool.stop()
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=_BACKENDS[1:])
 def kernels(request: pytest.FixtureRequest) -> str:
     """Name each backend with kernels in turn, for a test that compares it with the reference.
 
     Interpreted, a program takes as long as thousands on a GPU: "triton" gets fewer and smaller
     cases, which reach every branch all the same.
     """
-    _skip_without_interpreter(request.param)
     return str(request.param)

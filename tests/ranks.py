@@ -39,14 +39,23 @@ class Ranks:
             raise AssertionError("\n".join(errors))
         return [answer for _, answer in answers]
 
-    def try_to_run(self, world_size, function, *args, timeout_s=60, group_timeout_s=20, **kwargs):
+    def try_to_run(
+        self,
+        world_size,
+        function,
+        *args,
+        timeout_s=60,
+        group_timeout_s=20,
+        group_backend="gloo",
+        **kwargs,
+    ):
         """Return for each rank whether it answered, and its answer, or what went wrong."""
         self._start()
         workers = self._workers[:world_size]
         with tempfile.TemporaryDirectory() as folder:
             where = (function.__module__, function.__name__)
             for rank, (_, pipe) in enumerate(workers):
-                group = (world_size, f"file://{folder}/store", group_timeout_s)
+                group = (world_size, f"file://{folder}/store", group_timeout_s, group_backend)
                 pipe.send((rank, group, where, args, kwargs))
             end, answers = time.monotonic() + timeout_s, []
             for rank, (_, pipe) in enumerate(workers):
@@ -88,13 +97,16 @@ def _work(pipe):
     pipe.send("ready")
     while True:
         try:
-            rank, (world_size, store, timeout_s), (module, name), args, kwargs = pipe.recv()
+            rank, group, (module, name), args, kwargs = pipe.recv()
         except EOFError:
             return
+        world_size, store, timeout_s, backend = group
         try:
+            if backend == "nccl":
+                torch.cuda.set_device(rank)
             if world_size > 1:
                 distributed.init_process_group(
-                    "gloo",
+                    backend,
                     init_method=store,
                     rank=rank,
                     world_size=world_size,

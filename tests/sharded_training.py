@@ -1,5 +1,9 @@
 """What ranks run in the tests of sharded tables: the same on any number of ranks."""
 
+import tempfile
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -9,10 +13,14 @@ from recis_lightning import (
     EmbeddingEngine,
     EmbeddingOption,
     Jagged,
+    embedding,
+    engine,
     hash_tables,
     optim,
 )
 from recis_lightning.initializers import Normal
+from recis_lightning.ops import backend
+from recis_lightning.sharded_group import ShardedGroup
 from recis_lightning.sharding import num_ranks
 
 GLOBAL_BATCH = 24
@@ -89,7 +97,23 @@ def _cut(value, low, high):
     return Jagged(value.values[start:end], offsets, weights)
 
 
-def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, **kwargs):
+def train_on(which, **kwargs):
+    """Train as ``train`` does, with the ops of one backend."""
+    with backend.use(which):
+        return train(**kwargs)
+
+
+def train_alone(group_backend, **kwargs):
+    """Train as ``train`` does, one rank that takes the way of many and owns all ids."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for module in (embedding, engine):
+            stack.enter_context(patch.object(module, "make_group", ShardedGroup))
+        where = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
+        distributed.init_process_group(group_backend, **where)
+        return train(**kwargs)
+
+
+def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, device="cpu", **kwargs):
     """Train; return what this rank holds.
 
     Args:
@@ -99,11 +123,13 @@ def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, **kwa
         model: Arguments of ``Model``.
         first: Number of the first batch.
         start: A state to start from.
+        device: Where the model is.
         kwargs: Arguments of the optimizer.
     """
     model = Model(**(model or {}))
     if start is not None:
         model.load_state_dict(start)
+    model.to(device)
     tables = hash_tables(model)
     sparse = getattr(optim, optimizer)(tables, lr=0.05, **kwargs)
     dense = torch.optim.SGD(model.tower.parameters(), lr=0.05)
@@ -112,7 +138,7 @@ def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, **kwa
     sizes = []
     for step in range(steps):
         for part in range(accumulate):
-            batch = local_batch(first + step * accumulate + part)
+            batch = _moved(local_batch(first + step * accumulate + part), device)
             # The mean over the global batch, of which DDP averages the ranks' parts.
             error = (wrapped(batch) - batch["label"]).pow(2).sum()
             (error * num_ranks() / GLOBAL_BATCH / accumulate).backward()
@@ -123,14 +149,27 @@ def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, **kwa
             table.evict()
         sizes.append([len(table) for table in tables])
     model.eval()
-    scores = wrapped(local_batch(10**6)).detach()
+    scores = wrapped(_moved(local_batch(10**6), device)).detach().cpu()
     return {
-        "tower": {name: value.detach().numpy() for name, value in model.tower.named_parameters()},
+        "tower": {
+            name: value.detach().cpu().numpy() for name, value in model.tower.named_parameters()
+        },
         "tables": {table.name: shard(table) for table in tables},
         "counts": [_counts(table) for table in tables],
         "sizes": sizes,
         "scores": scores.numpy(),
     }
+
+
+def _moved(batch, device):
+    """Return a batch on a device."""
+
+    def moved(value):
+        if isinstance(value, Jagged):
+            return Jagged(*(part if part is None else part.to(device) for part in value))
+        return value.to(device)
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def shard(table):

@@ -273,7 +273,7 @@ def _refuse(*_):
         ("cpu", 100, 0),
         ("cpu", 70_000, 0),
         ("cpu", 70_000, 1),
-        ("triton", 100, 0),
+        pytest.param("triton", 100, 0, marks=pytest.mark.interpreted),
     ],
 )
 def test_an_insertion_without_room_changes_nothing(name, size, successes, method, rebuilds):
@@ -360,6 +360,7 @@ def test_stamps_follow_training_lookups(backend):
     assert table.last_seen(ids).tolist() == [3, 3, 0, 3, 0, 3, -1]
 
 
+@pytest.mark.interpreted
 def test_backends_share_a_table():
     """What one backend inserted, evicted or grew, the other one finds."""
     table, known = HashTable(2, name="shared"), {}

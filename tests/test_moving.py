@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("there", ["cpu", "triton"])
+@pytest.mark.parametrize("there", ["cpu", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_a_table_moves_with_all_it_holds(there, dtype):
     """Rows, state, stamps and counts, there and back, and it trains on as if it had not moved."""
     module, optimizer = trained(dtype=dtype)
@@ -93,6 +93,7 @@ def test_a_gpu_table_without_a_gpu_says_so(monkeypatch):
         HashTable(2, device="cuda:1")
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("admission", [MinCount(3), BloomCount(3, 201, 3), Probability(0.3)])
 def test_sightings_move_with_their_table(admission):
     """There and back, admitting on either side as if the table had not moved."""
@@ -140,6 +141,7 @@ def _no_waiting(*_):
     raise AssertionError("the host waited for the device")
 
 
+@pytest.mark.interpreted
 def test_a_steady_training_step_waits_for_nothing(monkeypatch):
     """Once there is room for what lookups may bring, no count is read from the device."""
     with ops_backend.use("triton"):

@@ -65,6 +65,43 @@ def test_sharded_is_unsharded(ranks, optimizer, world_size):
     assert sum(evicted for *_, evicted in ours[0]["counts"]) > 20
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"optimizer": "SparseAdam", "model": {"eviction": GlobalStepFilter(1)}},
+        {"optimizer": "SparseSGD", "clip_grad_norm": 0.05, "model": {"admission": MinCount(2)}},
+    ],
+    ids=lambda kwargs: kwargs["optimizer"],
+)
+def test_sharded_is_unsharded_as_beside_a_gpu(ranks, kwargs):
+    """Triton's kernels over the CPU's memory, and tables as beside a GPU, their headers split."""
+    plan = {"steps": 3, **kwargs}
+    ours = ranks.run(2, checks.train_on, "triton", **plan)
+    assert_same_training(ours, ranks.run(1, checks.train, **plan))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.gpu)],
+)
+def test_one_rank_may_take_the_way_of_many(ranks, backend, device):
+    """It sends itself ids, rows and gradients: all there is to NCCL's way but a second GPU."""
+    plan = {"optimizer": "SparseAdam", "steps": 10, "model": {"admission": MinCount(2)}}
+    ours = ranks.run(1, checks.train_alone, backend, device=device, **plan)
+    assert_same_training(ours, ranks.run(1, checks.train, **plan))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sharded_over_gpus_is_unsharded(ranks, optimizer):
+    """Two GPUs by NCCL against one process on the CPU."""
+    plan = {"optimizer": optimizer, "steps": 20, "model": {"eviction": GlobalStepFilter(6)}}
+    ours = ranks.run(2, checks.train, group_backend="nccl", device="cuda", **plan)
+    assert_same_training(ours, ranks.run(1, checks.train, **plan))
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [

@@ -13,6 +13,8 @@ from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows, TimeToLiv
 from recis_lightning.ops import backend as ops_backend
 from tests.waiting import Waited, no_waiting
 
+pytestmark = pytest.mark.interpreted
+
 _OPTIMIZERS = {
     "SparseSGD": {"clip_grad_value": 0.5},
     "SparseAdagrad": {},

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from recis_lightning.ops import table_header as fields
+from recis_lightning.ops.split_header import sent
 
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -101,10 +102,7 @@ def num_programs_at_once(device):
 
 def stage(array, device):
     """Copy a NumPy array to the device in the order of its stream, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor.clone()
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return sent(np.ascontiguousarray(array), device)
 
 
 def power_of_two(number):

@@ -9,6 +9,7 @@ upper bound of what was inserted since, and waits for the device only when it mu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,10 +99,26 @@ def publish_counts(header: Tensor) -> None:
 
 
 def _send(header: Tensor, fields: npt.NDArray[np.int64], part: slice) -> None:
-    values = torch.from_numpy(fields[part].copy())
-    if header.device.type != "cpu":
-        values = values.pin_memory()  # else the host would wait for the copy
-    header[part].copy_(values, non_blocking=True)
+    header[part].copy_(_ready(fields[part].copy(), header.device), non_blocking=True)
+
+
+def sent(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device in the order of its stream, without waiting for it.
+
+    Args:
+        values: Read before this returns: the caller may change it then.
+        device: Where to; the CPU too.
+
+    Returns:
+        A tensor of its shape and dtype.
+    """
+    return _ready(values.copy(), device).to(device, non_blocking=True)
+
+
+def _ready(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return values as a tensor on the CPU that a device can take without the host waiting."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory()
 
 
 def read_counts(header: Tensor) -> npt.NDArray[np.int64]:
@@ -159,6 +176,7 @@ __all__ = [
     "publish",
     "publish_counts",
     "read_counts",
+    "sent",
     "unseen_insertions",
     "watch_counts",
 ]
