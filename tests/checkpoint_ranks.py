@@ -2,10 +2,12 @@
 
 import errno
 import os
+import time
 
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import distributed
 
 from recis_lightning import HashTable, checkpoint, hash_tables, shard_file
@@ -183,6 +185,30 @@ def fit(path, ckpt_path=None, max_epochs=1, **kept):
         run = trainer(path, keep, CheckpointHook(), **settings)
         run.fit(model, train_loader(16 // num_ranks()), ckpt_path=ckpt_path)
     return held(hash_tables(model)), run.global_step
+
+
+def save_where_the_main_file_fails(path):
+    """Save with no room for Lightning's file, and again; return the error and how long it took."""
+    write = TorchCheckpointIO.save_checkpoint
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with as_torchrun() as settings:
+        run = trainer(path, CheckpointHook(), **settings)
+        run.fit(Model(), train_loader(8))
+        run.save_checkpoint(path / "a.ckpt")
+        start, error = time.monotonic(), ""
+        TorchCheckpointIO.save_checkpoint = full
+        try:
+            run.save_checkpoint(path / "a.ckpt")
+        except (OSError, RuntimeError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        finally:
+            TorchCheckpointIO.save_checkpoint = write
+        waited = time.monotonic() - start
+        run.save_checkpoint(path / "b.ckpt")
+    return error, waited
 
 
 def load_in_trainer(path, hook=True):

@@ -95,3 +95,16 @@ def test_lightning_without_the_hook(tmp_path, ranks):
     with pytest.raises(AssertionError, match=r"saving a table on 2 ranks: .*CheckpointHook"):
         ranks.run(2, checkpoint_ranks.fit_without_hook, tmp_path)
     assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_ranks_are_told_that_the_main_file_was_not_written(tmp_path, ranks):
+    """None waits for rank 0; the checkpoint there was stays whole, and the next one is saved."""
+    answers = ranks.run(
+        2, checkpoint_ranks.save_where_the_main_file_fails, tmp_path, group_timeout_s=60
+    )
+    assert answers[0][0].startswith("OSError: [Errno 28]")
+    assert answers[1][0].startswith("RuntimeError: rank 0 failed: OSError: [Errno 28]")
+    assert max(waited for _, waited in answers) < 30
+    for name in ("a.ckpt", "b.ckpt"):
+        assert len(list((tmp_path / f"{name}.tables").iterdir())) == 2 * 3
+        checkpoint.read_table(tmp_path / name, "user")

@@ -25,6 +25,7 @@ from recis_lightning.checkpoint_source import FOLDER_SUFFIX, KEY, Source, note_l
 from recis_lightning.hash_table import HashTable, hash_tables
 from recis_lightning.pieces import Advance
 from recis_lightning.progress import SHOWN_AFTER_SECONDS, Progress, no_progress, progress_bar
+from recis_lightning.ranks import together
 
 __all__ = ["CheckpointHook"]
 
@@ -139,7 +140,8 @@ class _ShardedSave:
                 table_state.REFERENCE: state,
             }
         try:
-            self._save(filepath, *args, **kwargs)
+            with _failing_together(trainer.strategy):
+                self._save(filepath, *args, **kwargs)
         except BaseException:
             self.unfinished.pop(commit.save_id, None)
             if trainer.is_global_zero:
@@ -150,6 +152,21 @@ class _ShardedSave:
                 table.reference = None
         if not trainer.is_global_zero:
             del self.unfinished[commit.save_id]
+
+
+@contextmanager
+def _failing_together(strategy: Strategy) -> Iterator[None]:
+    """Tell all ranks if rank 0 could not write; they would wait for it until they time out."""
+    write = strategy.save_checkpoint
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        together(lambda: write(*args, **kwargs))
+
+    vars(strategy)["save_checkpoint"] = save_checkpoint
+    try:
+        yield
+    finally:
+        del vars(strategy)["save_checkpoint"]
 
 
 class _ShardIO(CheckpointIO):
