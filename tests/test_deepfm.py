@@ -20,7 +20,7 @@ from examples.deepfm.batch import Batch, as_is
 from examples.deepfm.criteo import to_batch
 from examples.deepfm.history import History
 from examples.deepfm.model import DeepFM
-from recis_lightning import EmbeddingOption, Jagged, hash_tables
+from recis_lightning import EmbeddingOption, Jagged, checkpoint, hash_tables
 from recis_lightning.callbacks import HashTableFilterHook
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
@@ -181,12 +181,19 @@ def test_train_py_runs(data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]]
+    ("launcher", "options"),
+    [
+        ([], []),
+        (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            ["--fast-dev-run", "2"],
+        ),
+    ],
 )
-def test_train_py_runs_on_two_processes(launcher, tmp_path):
-    """Launched by Lightning and by torchrun; hooks and tables find the process group."""
-    write_movielens(tmp_path / "data")
-    program = ["-m", "examples.deepfm.train", "movielens", "--devices", "2", "--fast-dev-run", "2"]
+def test_train_py_runs_on_two_processes(launcher, options, tmp_path):
+    """Launched by Lightning and by torchrun; each process saves its shard of the tables."""
+    write_movielens(tmp_path / "data", num_rows=2000)
+    program = ["-m", "examples.deepfm.train", "movielens", "--devices", "2", *options]
     command = [sys.executable, *launcher, *program, "--root", str(tmp_path / "data")]
     log = tmp_path / "log"
     with log.open("w") as output:
@@ -206,6 +213,11 @@ def test_train_py_runs_on_two_processes(launcher, tmp_path):
     said = log.read_text()
     assert "MEMBER: 2/2" in said
     assert "test_auc" in said
+    if not options:
+        (saved,) = tmp_path.glob("outputs/movielens/*/checkpoints/*.ckpt")
+        tables = checkpoint.inspect(saved)
+        assert len(tables) == 9
+        assert all(len(table.rows) == 2 and sum(table.rows) for table in tables.values())
 
 
 def test_demo_shows_scores_tables_traces_and_a_picture(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from examples.deepfm.criteo import CATEGORIES, CriteoDataModule
 from examples.deepfm.model import DeepFM
 from examples.deepfm.movielens import MovieLensDataModule
 from recis_lightning import EmbeddingOption, HashTable
-from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, ProfilerHook
+from recis_lightning.callbacks import CheckpointHook, HashTableFilterHook, LoggerHook, ProfilerHook
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdamW, SparseOptimizer
@@ -106,12 +106,13 @@ def trainer(
 ) -> L.Trainer:
     """Return a Trainer that writes to ``output_dir``; tables are sharded over all its devices."""
     ranks = devices * num_nodes
+    if ranks > 1:  # each saves its shard
+        callbacks = [*callbacks, CheckpointHook()]
     return L.Trainer(
         accelerator="auto",
         devices=devices,
         num_nodes=num_nodes,
         strategy="ddp" if ranks > 1 else "auto",
-        enable_checkpointing=ranks == 1,  # of several shards Lightning would save one
         num_sanity_val_steps=0,
         logger=CSVLogger(output_dir.parent, name=output_dir.name),
         callbacks=list(callbacks),
