@@ -1,13 +1,15 @@
 """What ranks run in the tests of sharded tables under Lightning."""
 
 import os
+import time
 import warnings
 from contextlib import contextmanager
 from unittest import mock
 
+import lightning as L
 import torch
 from torch import distributed
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, MetricReportHook
 from recis_lightning.hash_table import hash_tables
@@ -101,3 +103,28 @@ def report(path, on_nan, ruined_rank):
         "error": error,
         "rows": {table.name: len(table) for table in hash_tables(model)},
     }
+
+
+def unequal(path, batches, stays_s):
+    """Fit with so many batches on each rank; return the batches done, seconds waited and error.
+
+    A rank that ends without error stays in the process group for ``stays_s``.
+    """
+    model, ends = Predicting(), []
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, *args):
+            ends.append(time.monotonic())
+
+    error = ""
+    with as_torchrun() as settings:
+        few = batches[distributed.get_rank()]
+        given = DataLoader([*train_loader(8)][:few], batch_size=None)
+        run = quiet_trainer(path, Clock(), use_distributed_sampler=False, **settings)
+        try:
+            run.fit(model, given)
+        except RuntimeError as caught:
+            error = str(caught) or "no word"
+    waited = time.monotonic() - ends[-1]
+    time.sleep(0 if error else stays_s)
+    return len(ends), waited, error

@@ -1,6 +1,7 @@
 """Sharded tables under Lightning's ddp: real processes that train, validate, test and predict."""
 
 import numpy as np
+import pytest
 
 from tests import lightning_ranks as checks
 from tests.test_sharded_group import joined
@@ -27,3 +28,19 @@ def test_ddp_is_one_process_with_the_batch_of_all(ranks, tmp_path):
     whole_scores = [whole["scores"][::2], whole["scores"][1::2]]
     for part, wanted in zip(scores, whole_scores, strict=True):
         np.testing.assert_allclose(part, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_rank_that_ends_early_in_training(ranks, tmp_path, stays):
+    """It ends in peace; the other fails when that one is gone, or at the group's timeout."""
+    timeout_s = 4
+    long, short = ranks.try_to_run(
+        2, checks.unequal, tmp_path, (4, 2), 1.5 * timeout_s * stays, group_timeout_s=timeout_s
+    )
+    assert long[0], long[1]
+    assert short[0], short[1]
+    assert (short[1][0], short[1][2]) == (2, "")
+    batches, waited, error = long[1]
+    assert error  # which of gloo's many words it has depends on what it was about to do
+    assert batches < 4
+    assert waited < timeout_s + 5
