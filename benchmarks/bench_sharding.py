@@ -3,7 +3,8 @@
 Two processes with a thread each take Adam steps on batches of their own: 26 features, Zipf 1.05
 over 200,000 known ids each. First each has whole tables to itself and nothing is exchanged; then
 the tables are sharded over both, through gloo on this machine. The difference, by the ids of a
-rank's batch, is the price of the exchange: distinct ids, messages, and the owners' lookup.
+rank's batch, is the price of the exchange: distinct ids, messages, and the owners' lookup. Before,
+a few steps of sharded tables are checked against those of whole ones with the batches of both.
 
     python benchmarks/bench_sharding.py [--rounds N] [--dry]
 """
@@ -14,6 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,13 +48,14 @@ class Step:
             table.insert(ids, torch.zeros(known, dim))
         drawn = [zipf_ranks(rng, EXPONENT, known, (FEATURES, batch)) for _ in range(4)]
         self.batches = [dict(zip(names, ids[torch.from_numpy(d)], strict=True)) for d in drawn]
+        self.gradient = torch.from_numpy(rng.standard_normal((batch, dim), np.float32))
         self.taken = 0
 
     def __call__(self) -> None:
         """Take one step."""
         found = self.engine(self.batches[self.taken % len(self.batches)])
         self.taken += 1
-        torch.autograd.backward([*found.values()], [torch.ones_like(v) for v in found.values()])
+        torch.autograd.backward([*found.values()], [self.gradient] * len(found))
         self.sparse.step()
 
     def distinct(self) -> float:
@@ -72,20 +75,55 @@ def _time(step: Step, rounds: int, together: Any) -> float:
     return median(spent)
 
 
+def _whole(parts: Sequence[Step]) -> Step:
+    """Return the step of one process that has the batches of all; gradients are averaged."""
+    whole = parts[0]
+    for number, batch in enumerate(whole.batches):
+        for name in batch:
+            batch[name] = torch.cat([part.batches[number][name] for part in parts])
+    whole.gradient = torch.cat([part.gradient for part in parts]) / len(parts)
+    return whole
+
+
+def _join(rank: int, store: str) -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
+    )
+
+
+def check(rank: int, store: str) -> None:
+    """Refuse to time sharded tables whose rows are not those of whole ones."""
+    shape = (64, 8, 300)
+    whole, mine = _whole([Step(*shape, other) for other in range(RANKS)]), Step(*shape, rank)
+    for _ in mine.batches:
+        whole()
+    _join(rank, store)
+    for _ in mine.batches:
+        mine()
+    for table, wanted in zip(hash_tables(mine.engine), hash_tables(whole.engine), strict=True):
+        ids = table.ids()
+        assert 0 < len(ids) < len(wanted)
+        torch.testing.assert_close(
+            table.embeddings(ids), wanted.embeddings(ids), rtol=1e-4, atol=1e-6
+        )
+        count = torch.tensor(len(ids))
+        distributed.all_reduce(count)
+        assert int(count) == len(wanted)
+    distributed.destroy_process_group()
+
+
 def _measure(rank: int, folder: str, rounds: int, known: int, shapes: Any, together: Any) -> None:
     torch.set_num_threads(1)
+    check(rank, f"{folder}/check")
     rows = []
     for batch, dim in shapes:
         if distributed.is_initialized():
             distributed.destroy_process_group()
         step = Step(batch, dim, known, rank)
         alone = _time(step, rounds, together)
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{batch}x{dim}",
-            rank=rank,
-            world_size=RANKS,
-        )
+        _join(rank, f"{folder}/{batch}x{dim}")
         sharded = _time(step, rounds, together)
         ids, distinct = batch * FEATURES, step.distinct()
         travelling = distinct * (RANKS - 1) / RANKS  # the others are this rank's own
