@@ -17,6 +17,7 @@ from recis_lightning.ops.row_columns import Column
 from recis_lightning.ops.split_header import (
     copy_header,
     host_fields,
+    is_split,
     publish,
     publish_counts,
     read_counts,
@@ -80,7 +81,9 @@ class RowStore:
 
     def _set_layout(self, slots: dict[str, int], state_fill: float) -> None:
         self.slots, self.state_fill = slots, state_fill
-        self.row_words = self.weight_words + sum(slots.values())
+        words = self.weight_words + sum(slots.values())
+        # A GPU's lanes load four words at once, from where rows lie at multiples of 16 bytes.
+        self.row_words = -(-words // 4) * 4 if is_split(self.header) else words
         row_bytes = 4 * self.row_words
         block_bytes = _BLOCK_BYTES if self.header.device.type == "cpu" else _GPU_BLOCK_BYTES
         shift = max(3, (block_bytes // row_bytes).bit_length() - 1)

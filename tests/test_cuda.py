@@ -29,7 +29,7 @@ from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.callbacks import LoggerHook, ProfilerHook
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
-from recis_lightning.optim import SparseAdam, SparseAdamW, SparseSGD
+from recis_lightning.optim import SparseAdam, SparseAdamW, SparseRowwiseAdagrad, SparseSGD
 from tests.clicks import loader
 from tests.lightning_model import Model, everything, trainer
 from tests.tables import EXTREMES, by_id, filled, same, trained
@@ -147,6 +147,24 @@ def test_two_hundred_steps_agree_with_the_cpu(optimizer):
         for name, column in one_state["columns"].items():
             wanted_column = other_state["columns"][name]
             torch.testing.assert_close(column, wanted_column, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [1, 6, 33, 100, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_width_and_gradients_that_lie_askew(dim, dtype):
+    """Where rows, outputs or gradients lie at no multiple of 16 bytes, none is loaded as if."""
+    results = []
+    for device in ("cuda", "cpu"):
+        module = DynamicEmbedding(dim, device=device, dtype=dtype, name="t")
+        sparse = SparseRowwiseAdagrad(hash_tables(module), lr=0.1)
+        ids = torch.arange(500, device=device) % 90
+        for start in range(2):
+            out = module(ids)
+            wide = torch.ones(500, dim + 1, device=device)  # its part from a column on is askew
+            out.float().backward(wide[:, start : start + dim])
+            sparse.step()
+        results.append(module.eval()(ids).float().cpu())
+    torch.testing.assert_close(*results, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ waiting for kernels, over the CPU's memory.
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,15 @@ from recis_lightning import (
 from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.jagged import Jagged, read_bags
 from recis_lightning.ops import backend as ops_backend
-from recis_lightning.ops import hash_index, hash_insert_gpu, split_header
-from recis_lightning.optim import SparseAdam, SparseSGD
+from recis_lightning.ops import (
+    embedding_bag,
+    embedding_bag_gpu,
+    hash_index,
+    hash_insert_gpu,
+    split_header,
+    table_header,
+)
+from recis_lightning.optim import SparseAdam, SparseRowwiseAdagrad, SparseSGD
 from recis_lightning.table_group import Feature, TableGroup
 from tests.tables import EXTREMES, by_id, same, trained
 
@@ -139,6 +147,37 @@ def test_lookups_from_afar_are_those_from_near():
 
 def _no_waiting(*_):
     raise AssertionError("the host waited for the device")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("optimizer", [SparseSGD, SparseRowwiseAdagrad])
+@pytest.mark.parametrize("dim", [3, 8])
+def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
+    """Whatever the optimizer's state: kernels load four words at once."""
+    with ops_backend.use("triton"):
+        table = HashTable(dim)
+        optimizer([table], lr=0.1)
+        table.reserve_rows(5000)
+        fields = split_header.host_fields(table.header)
+        assert fields[table_header.ROW_BYTES] % 16 == 0
+        assert not (table.rows.addresses % 16).any()
+    assert HashTable(3).rows.row_words == 3
+
+
+@pytest.mark.parametrize(
+    ("addresses", "strides", "row_bytes", "aligned"),
+    [
+        ([64, 4096], [16, 32], 16, True),
+        ([64, 4100], [16, 32], 16, False),
+        ([64, 4096], [16, 36], 16, False),
+        ([64, 4096], [48, 48], 12, False),  # tiles: four rows of them would begin together again
+    ],
+)
+def test_lanes_load_four_words_only_where_all_of_them_can(addresses, strides, row_bytes, aligned):
+    """One output, or gradient, that lies askew is enough: a GPU refuses to load there."""
+    plan = np.zeros((2, embedding_bag.PLAN_SIZE), np.int64)
+    plan[:, embedding_bag.DATA], plan[:, embedding_bag.DATA_STRIDE] = addresses, strides
+    assert embedding_bag_gpu.lies_aligned(plan, row_bytes) == aligned
 
 
 @pytest.mark.interpreted

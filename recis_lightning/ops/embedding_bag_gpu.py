@@ -24,6 +24,7 @@ from recis_lightning.ops.launch_gpu import (
     BLOCKS,
     ROW_BYTES,
     any_of,
+    cells_at,
     device_function,
     field,
     float_at,
@@ -90,22 +91,22 @@ def scale_of(weights, i, on):
 
 
 @device_function
-def load_weights(address, column, mask, BFLOAT16: tl.constexpr):
+def load_weights(address, column, mask, BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr):
     """Load some columns of rows as float32, zeros where masked."""
     if BFLOAT16:
-        at = address.to(tl.pointer_type(tl.bfloat16))[:, None] + column[None, :]
+        at = cells_at(address.to(tl.pointer_type(tl.bfloat16)), column, ALIGNED)
         return tl.load(at, mask, 0).to(tl.float32)
-    return tl.load(float_at(address)[:, None] + column[None, :], mask, 0)
+    return tl.load(cells_at(float_at(address), column, ALIGNED), mask, 0)
 
 
 @device_function
-def store_weights(address, column, value, mask, BFLOAT16: tl.constexpr):
+def store_weights(address, column, value, mask, BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr):
     """Store some columns of rows in the rows' dtype, rounded to nearest."""
     if BFLOAT16:
-        at = address.to(tl.pointer_type(tl.bfloat16))[:, None] + column[None, :]
+        at = cells_at(address.to(tl.pointer_type(tl.bfloat16)), column, ALIGNED)
         tl.store(at, to_bfloat16(value), mask)
     else:
-        tl.store(float_at(address)[:, None] + column[None, :], value, mask)
+        tl.store(cells_at(float_at(address), column, ALIGNED), value, mask)
 
 
 @device_function
@@ -125,6 +126,7 @@ def _pool(
     bag,
     DIM: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BAGS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -154,7 +156,7 @@ def _pool(
                 known = row >= 0
                 address = row_address(blocks, shift, row_bytes, row, known)
                 mask = known[:, None] & (column < DIM)[None, :]
-                total += load_weights(address, column, mask, BFLOAT16) * scale[:, None]
+                total += load_weights(address, column, mask, BFLOAT16, ALIGNED) * scale[:, None]
                 divisor += tl.where(row != PADDING, scale, 0.0)
                 done += 1
             if mode == MEAN:
@@ -162,7 +164,7 @@ def _pool(
                 divisor = tl.where(empty, 1.0, divisor)
                 total = tl.where(empty[:, None], 0.0, total / divisor[:, None])
             mask = inside[:, None] & (column < DIM)[None, :]
-            store_weights(out, column, total, mask, BFLOAT16)
+            store_weights(out, column, total, mask, BFLOAT16, ALIGNED)
     else:
         tiles = tl.where(mode == TILE, field(line, TILE_LEN), 1)
         tile = tiles * 0
@@ -176,17 +178,17 @@ def _pool(
             for first_column in tl.static_range(0, DIM, COLUMNS):
                 column = first_column + tl.arange(0, COLUMNS)
                 mask = known[:, None] & (column < DIM)[None, :]
-                value = load_weights(address, column, mask, BFLOAT16) * scale[:, None]
+                value = load_weights(address, column, mask, BFLOAT16, ALIGNED) * scale[:, None]
                 value = tl.where(known[:, None], value, 0.0)
                 mask = inside[:, None] & (column < DIM)[None, :]
-                store_weights(out + tile * (item * DIM), column, value, mask, BFLOAT16)
+                store_weights(out + tile * (item * DIM), column, value, mask, BFLOAT16, ALIGNED)
             tile += 1
 
 
 _VARIANTS = (
-    {"DIM": 128, "BFLOAT16": False, "BAGS": 8, "COLUMNS": 128},
-    {"DIM": 8, "BFLOAT16": False, "BAGS": 128, "COLUMNS": 8},
-    {"DIM": 33, "BFLOAT16": True, "BAGS": 16, "COLUMNS": 64},
+    {"DIM": 128, "BFLOAT16": False, "ALIGNED": True, "BAGS": 8, "COLUMNS": 128},
+    {"DIM": 8, "BFLOAT16": False, "ALIGNED": True, "BAGS": 128, "COLUMNS": 8},
+    {"DIM": 33, "BFLOAT16": True, "ALIGNED": False, "BAGS": 16, "COLUMNS": 64},
 )
 
 
@@ -197,6 +199,7 @@ def _gather_kernel(
     bad: tl.int64,
     DIM: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BAGS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -206,7 +209,7 @@ def _gather_kernel(
     if field(line, BAG_LENGTH) < 0:
         if _offsets_are_wrong(line, bag, bag < field(line, NUM_BAGS)):
             tl.store(int64_at(bad), (line - plan) // LINE_BYTES)
-    _pool(line, bag, DIM, BFLOAT16, BAGS, COLUMNS)
+    _pool(line, bag, DIM, BFLOAT16, ALIGNED, BAGS, COLUMNS)
 
 
 @kernel(*({**variant, "LANES": 128} for variant in _VARIANTS))
@@ -217,6 +220,7 @@ def _find_and_gather_kernel(
     tiles: tl.int64,
     DIM: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BAGS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
@@ -253,7 +257,7 @@ def _find_and_gather_kernel(
     tile = tiles * 0
     while tile < tiles:
         its_bags = first_bag + tile * BAGS + tl.arange(0, BAGS)
-        _pool(line, its_bags, DIM, BFLOAT16, BAGS, COLUMNS)
+        _pool(line, its_bags, DIM, BFLOAT16, ALIGNED, BAGS, COLUMNS)
         tile += 1
 
 
@@ -312,6 +316,7 @@ def gather(plan, embedding_dim, bfloat16, device):
         bad.data_ptr(),
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
+        ALIGNED=lies_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
         BAGS=bags_in_program,
         COLUMNS=columns,
     )
@@ -327,6 +332,16 @@ def _feature_with_bad_offsets(plan, bad):
     _malformed.check()
     _malformed.watch(bad, plan)
     return -1
+
+
+def lies_aligned(plan, row_bytes):
+    """Tell whether all that DATA points to lies at multiples of 16 bytes, as rows of tables do.
+
+    Args:
+        plan: int64 [num_features, PLAN_SIZE].
+        row_bytes: Of one row of it.
+    """
+    return bool(row_bytes % 16 == 0 and not (plan[:, [bags.DATA, bags.DATA_STRIDE]] & 15).any())
 
 
 def _tile(embedding_dim):
@@ -355,6 +370,7 @@ def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
         tiles,
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
+        ALIGNED=lies_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
         BAGS=tile,
         COLUMNS=columns,
         LANES=lanes,

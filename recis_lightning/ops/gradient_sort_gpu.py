@@ -22,6 +22,7 @@ from recis_lightning.ops.embedding_bag_gpu import (
     TILE_LEN,
     WEIGHTS,
     bag_ends,
+    lies_aligned,
     scale_of,
     split_plan,
 )
@@ -164,6 +165,7 @@ class SortedGradients:
         pieces: int64 [num_pieces + 1], where pieces of one row start; longer than that.
         num_pieces: int64 [1].
         blocks: int64 [num_blocks, 2].
+        aligned: Whether all gradients lie at multiples of 16 bytes.
     """
 
     def __init__(self, plan, blocks, layout):
@@ -171,6 +173,7 @@ class SortedGradients:
         self.n = n = int(plan[:, bags.NUM_IDS].sum())
         self.num_rows = num_rows = len(blocks) << layout.block_shift
         self.device, self.blocks = device, stage(blocks, device)
+        self.aligned = lies_aligned(plan, 4 * layout.embedding_dim)
         self.wide = num_rows >= 2**31 - 1
         dtype = torch.int64 if self.wide else torch.int32
         keys = torch.empty(n, dtype=dtype, device=device)

@@ -145,6 +145,18 @@ def float_at(address):
 
 
 @device_function
+def cells_at(rows, column, ALIGNED: tl.constexpr):
+    """Turn pointers to rows into those to some of their columns.
+
+    ALIGNED says that rows lie at multiples of 16 bytes: then a lane loads four words at once.
+    """
+    at = rows[:, None] + column[None, :]
+    if ALIGNED:
+        at = tl.multiple_of(at, (16, 16))
+    return at
+
+
+@device_function
 def to_bfloat16(value):
     """Round float32 to bfloat16, to nearest even."""
     if _INTERPRETED:  # Triton's interpreter cuts bits off instead

@@ -12,6 +12,7 @@ from recis_lightning.ops import row_update
 from recis_lightning.ops.embedding_bag_gpu import load_weights, store_weights
 from recis_lightning.ops.gradient_sort_gpu import PIECE, SortedGradients, key_at
 from recis_lightning.ops.launch_gpu import (
+    cells_at,
     device_function,
     float_at,
     int64_at,
@@ -60,6 +61,7 @@ def _update(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Apply the reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` that ``mask`` has."""
     column = tl.arange(0, COLUMNS)
@@ -79,11 +81,11 @@ def _update(
         g = g * _hyper(hyper, SCALE, mask)
         g = tl.where(g > clip, clip, g)  # a comparison with NaN is false: NaN stays
         g = tl.where(g < -clip, -clip, g)
-        w = load_weights(row, column, cells, BFLOAT16)
+        w = load_weights(row, column, cells, BFLOAT16, ALIGNED)
         if RULE == SGD:
             w = w * _hyper(hyper, DECAY, mask) - lr * g
         if RULE == ADAGRAD:
-            at = float_at(state)[:, None] + column[None, :]
+            at = cells_at(float_at(state), column, ALIGNED)
             s = tl.load(at, cells, 0) + g * g
             tl.store(at, s, cells)
             w = w - lr * (g / (tl.sqrt(s) + _hyper(hyper, EPS, mask)))
@@ -92,8 +94,8 @@ def _update(
             tl.store(float_at(state), s, mask)
             w = w - lr * (g / (tl.sqrt(s)[:, None] + _hyper(hyper, EPS, mask)))
         if RULE == ADAM:
-            at1 = float_at(state)[:, None] + column[None, :]
-            at2 = at1 + DIM
+            at1 = cells_at(float_at(state), column, ALIGNED)
+            at2 = cells_at(float_at(state + 4 * DIM), column, ALIGNED)
             m, v = tl.load(at1, cells, 0), tl.load(at2, cells, 0)
             m = m + _hyper(hyper, NEW_SHARE1, mask) * (g - m)
             v = v + _hyper(hyper, NEW_SHARE2, mask) * (g * g - v)
@@ -101,16 +103,24 @@ def _update(
             tl.store(at2, v, cells)
             root = tl.sqrt(v) * _hyper(hyper, INV_SQRT_BIAS2, mask) + _hyper(hyper, EPS, mask)
             w = w * _hyper(hyper, DECAY, mask) - lr * (m / root)
-        store_weights(row, column, w, cells, BFLOAT16)
+        store_weights(row, column, w, cells, BFLOAT16, ALIGNED)
 
 
 _RULES = (_NORM, row_update.SGD, row_update.ADAGRAD, row_update.ROWWISE_ADAGRAD, row_update.ADAM)
-_WIDE = {"DIM": 128, "COLUMNS": 128, "BFLOAT16": False, "PIECE": PIECE, "WIDE": False}
-_ODD = {"DIM": 33, "COLUMNS": 64, "BFLOAT16": True, "PIECE": PIECE, "WIDE": True}
+_WIDE = {
+    "DIM": 128,
+    "COLUMNS": 128,
+    "BFLOAT16": False,
+    "ALIGNED": True,
+    "PIECE": PIECE,
+    "WIDE": False,
+}
+_ODD = {"DIM": 33, "COLUMNS": 64, "BFLOAT16": True, "ALIGNED": False, "PIECE": PIECE, "WIDE": True}
 
 
 @kernel(
     *({**_WIDE, "RULE": rule, "SCALED": False, "ROWS": 8} for rule in _RULES),
+    {**_WIDE, "BFLOAT16": True, "RULE": row_update.ADAM, "SCALED": True, "ROWS": 8},
     {**_ODD, "RULE": row_update.ADAM, "SCALED": True, "ROWS": 16},
 )
 def _update_kernel(
@@ -130,6 +140,7 @@ def _update_kernel(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
@@ -155,7 +166,7 @@ def _update_kernel(
             on = place < end
             position = tl.load(int64_at(order + 8 * place), on, 0)
             address = tl.load(int64_at(addresses + 8 * position), on, 0)
-            at = float_at(address)[:, None] + column[None, :]
+            at = cells_at(float_at(address), column, ALIGNED)
             value = tl.load(at, on[:, None] & (column < DIM)[None, :], 0)
             if SCALED:
                 value = value * tl.load(float_at(scales + 4 * position), on, 0)[:, None]
@@ -164,10 +175,23 @@ def _update_kernel(
         # The two sums that a stretch of PIECE places may leave: of the row that comes from before,
         # and of the one that goes on behind it.
         number = start // PIECE * 2 + tl.where(start % PIECE == 0, 0, 1)
-        at = float_at(partial_sums + 4 * number * DIM)[:, None] + column[None, :]
+        at = cells_at(float_at(partial_sums + 4 * number * DIM), column, ALIGNED)
         tl.store(at, g, (inside & (whole == 0))[:, None] & (column < DIM)[None, :])
         norm = norms + 4 * piece
-        _update(blocks, block_shift, row_bytes, flat, whole, g, norm, RULE, DIM, COLUMNS, BFLOAT16)
+        _update(
+            blocks,
+            block_shift,
+            row_bytes,
+            flat,
+            whole,
+            g,
+            norm,
+            RULE,
+            DIM,
+            COLUMNS,
+            BFLOAT16,
+            ALIGNED,
+        )
         first += tl.num_programs(0) * ROWS
 
 
@@ -188,6 +212,7 @@ def _update_long_kernel(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
     SUMS: tl.constexpr,
@@ -205,7 +230,7 @@ def _update_long_kernel(
         inside = (column < DIM)[None, :]
         from_start = key_at(keys, first + place, place == 0, WIDE) == flat
         number = 2 * stretch + tl.where(from_start, 0, 1)
-        at = float_at(partial_sums + 4 * number * DIM)[:, None] + column[None, :]
+        at = cells_at(float_at(partial_sums + 4 * number * DIM), column, ALIGNED)
         g = tl.load(at, inside, 0)
         key = largest(flat)
         other = stretch + 1
@@ -214,12 +239,25 @@ def _update_long_kernel(
             others = other + tl.arange(0, SUMS)
             on = others * PIECE < n
             on = on & (key_at(keys, others * PIECE, on, WIDE) == key)
-            sums = float_at(partial_sums + 8 * others * DIM)[:, None] + column[None, :]
+            sums = cells_at(float_at(partial_sums + 8 * others * DIM), column, ALIGNED)
             g += sum_over(tl.load(sums, on[:, None] & inside, 0), 0)[None, :]
             other += SUMS
             more = sum_over(on.to(tl.int32), 0) == SUMS
         norm = norms + 4 * stretch + 4 * place
-        _update(blocks, block_shift, row_bytes, flat, ours, g, norm, RULE, DIM, COLUMNS, BFLOAT16)
+        _update(
+            blocks,
+            block_shift,
+            row_bytes,
+            flat,
+            ours,
+            g,
+            norm,
+            RULE,
+            DIM,
+            COLUMNS,
+            BFLOAT16,
+            ALIGNED,
+        )
 
 
 def sort_gradients(plan, blocks, layout):
@@ -240,6 +278,9 @@ def _launch(gradients, rule):
         "DIM": dim,
         "COLUMNS": columns,
         "BFLOAT16": layout.dtype is torch.bfloat16,
+        "ALIGNED": work.aligned
+        and layout.row_bytes % 16 == 0
+        and dim * layout.dtype.itemsize % 16 == 0,
         "WIDE": work.wide,
         "PIECE": PIECE,
     }
