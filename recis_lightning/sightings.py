@@ -104,7 +104,7 @@ class Sightings:
                 self._rebuild(num_new + ahead)
             at_most = num_new
         elif not self._surely_fits(4 * at_most):  # soon it would have to wait
-            watch_counts(self.header)
+            watch_counts([self.header])
         note_insertion(self.header, at_most)
 
     def _surely_fits(self, num_new: int) -> bool:

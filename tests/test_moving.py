@@ -211,10 +211,13 @@ def test_a_steady_training_step_waits_for_nothing(monkeypatch):
 
 def test_the_host_knows_what_may_have_been_inserted():
     """It takes every id for new until it sees the counts, and never waits for them."""
-    header = split_header.new_header(CPU, split=True)
+    header, other, whole = (split_header.new_header(CPU, split) for split in (True, True, False))
     split_header.note_insertion(header, 10)
-    header[3] = 4  # what kernels counted
-    split_header.watch_counts(header)
+    header[3], other[3] = 4, 6  # what kernels counted
+    split_header.watch_counts([header, whole, other])
+    split_header.watch_counts([whole])
+    assert split_header.unseen_insertions(other) == 0
+    assert split_header.host_fields(other)[3] == 6
     split_header.note_insertion(header, 5)
     assert split_header.unseen_insertions(header) == 5
     assert split_header.host_fields(header)[3] == 4

@@ -266,7 +266,7 @@ def insert_misses(lines, staged, num_programs, rows, tables):
     third = (firsts.data_ptr(), ranks.data_ptr(), before, new.data_ptr())
     _assign_kernel.launch(device, num_programs, *where, places.data_ptr(), *third, LANES=LANES)
     _fill_rows_kernel.launch(device, num_programs, *where, *first, totals, LANES=LANES)
-    for table, count in zip(tables, at_most, strict=True):
-        if not table.surely_fits(4 * count):  # soon it would have to wait
-            watch_counts(table.header)
+    pairs = zip(tables, at_most, strict=True)
+    # Soon these would have to wait.
+    watch_counts([table.header for table, n in pairs if n and not table.surely_fits(4 * n)])
     return new

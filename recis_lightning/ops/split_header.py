@@ -8,6 +8,7 @@ upper bound of what was inserted since, and waits for the device only when it mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,19 +132,28 @@ def read_counts(header: Tensor) -> npt.NDArray[np.int64]:
     return copy.fields
 
 
-def watch_counts(header: Tensor) -> None:
-    """Ask for the counts as they will be after what was launched so far, and do not wait."""
-    copy = _copy_of(header)
-    if copy is None or copy.coming is not None:
+def watch_counts(headers: Sequence[Tensor]) -> None:
+    """Ask for counts as they will be after what was launched so far, and do not wait.
+
+    Args:
+        headers: On one device; all their counts come in one copy.
+    """
+    asked = []
+    for header in headers:
+        copy = _copy_of(header)
+        if copy is not None and copy.coming is None:
+            asked.append((header, copy))
+    if not asked:
         return
-    if header.device.type == "cpu":
-        copy.coming = header[_COUNTS].clone(), None, copy.unseen
-        return
-    values = torch.empty(_COUNTS.stop - _COUNTS.start, dtype=torch.int64, pin_memory=True)
-    values.copy_(header[_COUNTS], non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(header.device))
-    copy.coming = values, event, copy.unseen
+    device = asked[0][0].device
+    values, event = torch.stack([header[_COUNTS] for header, _ in asked]), None
+    if device.type != "cpu":
+        pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True)
+        values = pinned.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+    for (_, copy), counts in zip(asked, values.unbind(), strict=True):
+        copy.coming = counts, event, copy.unseen
 
 
 def note_insertion(header: Tensor, at_most: int) -> None:
