@@ -24,6 +24,7 @@ from recis_lightning.ops.embedding_bag import (
     PLAN_SIZE,
     ROWS,
     SUM,
+    TILE,
     TILE_LEN,
     WEIGHTS,
 )
@@ -74,18 +75,31 @@ _BEHIND = 16  # ids between finding a row, which asks for it, and using it
 _F = np.float32
 
 
+@parallel_cpu.kernel
+def _split_kernel(args):
+    plan, num_features = load_i64(args + 16), load_i64(args + 24)
+    num_ids = np.int64(0)
+    for feature in range(num_features):
+        num_ids += load_i64(plan + feature * 8 * PLAN_SIZE + 8 * NUM_IDS)
+    chunks = np.int64(0)
+    for feature in range(num_features):
+        line = plan + feature * 8 * PLAN_SIZE
+        bags = load_i64(line + 8 * NUM_BAGS)
+        mean_length = max(load_i64(line + 8 * NUM_IDS) // max(bags, 1), 1)
+        ids = np.int64(_IDS_PER_CHUNK)
+        if num_ids >= _MANY_IDS and load_i64(line + 8 * MODE) == NONE:
+            ids = np.int64(_MANY_IDS_PER_CHUNK)
+        per_chunk = max(ids // mean_length, 1)
+        store_i64(line + 8 * BAGS_PER_CHUNK, per_chunk)
+        store_i64(line + 8 * FIRST_CHUNK, chunks)
+        # One without bags too: its offsets are checked.
+        chunks += max((bags + per_chunk - 1) // per_chunk, 1)
+    store_i64(args + 32, chunks)
+
+
 def split_plan(plan):
     """Fill the plan's chunk columns; return the number of chunks."""
-    bags = plan[:, NUM_BAGS]
-    mean_length = plan[:, NUM_IDS] // np.maximum(bags, 1)
-    many = plan[:, NUM_IDS].sum() >= _MANY_IDS
-    ids = np.where(many & (plan[:, MODE] == NONE), _MANY_IDS_PER_CHUNK, _IDS_PER_CHUNK)
-    per_chunk = np.maximum(ids // np.maximum(mean_length, 1), 1)
-    chunks = np.maximum(-(-bags // per_chunk), 1)  # without bags too: its offsets are checked
-    ends = np.cumsum(chunks)
-    plan[:, BAGS_PER_CHUNK] = per_chunk
-    plan[:, FIRST_CHUNK] = ends - chunks
-    return int(ends[-1]) if len(ends) else 0
+    return _split_kernel.launch(1, address_of(plan), len(plan), 0)[4]
 
 
 @njit
@@ -168,7 +182,8 @@ def _gather_kernel(width, bfloat16, finding):
             rows, num_ids = load_i64(line + 8 * ROWS), load_i64(line + 8 * NUM_IDS)
             weights = load_i64(line + 8 * WEIGHTS)
             data, stride = load_i64(line + 8 * DATA), load_i64(line + 8 * DATA_STRIDE)
-            tile_len = load_i64(line + 8 * TILE_LEN)
+            # Weighted rows that are not pooled are tiles of one row.
+            tile_len = load_i64(line + 8 * TILE_LEN) if mode == TILE else np.int64(1)
             per_chunk = load_i64(line + 8 * BAGS_PER_CHUNK)
             low = (chunk - load_i64(line + 8 * FIRST_CHUNK)) * per_chunk
             high = min(low + per_chunk, load_i64(line + 8 * NUM_BAGS))
@@ -202,43 +217,51 @@ def _gather_kernel(width, bfloat16, finding):
                         unknown = np.int64(MISSING)
                 for i in range(first, min(first + AHEAD, last)):
                     prefetch(entries + 16 * slot_of(load_i64(ids + 8 * i), slots))
-            # Rows are found, and asked for, some ids before a bag uses them: where rows are copied
-            # one by one, by ``_BEHIND``; where they are pooled, by the rest of the chunk.
-            copied, behind = first, last - first
-            if mode == NONE:
-                behind = np.int64(_BEHIND)
-            for i in range(first, last + behind):
-                if i < last:
-                    if finding:
-                        row = _find(ids, i, last, entries, slots, capacity, padding, unknown)
-                        store_i64(rows + 8 * i, row)
-                        misses += row == MISSING
-                    else:
+            if mode == NONE and not weights:
+                # What most features are, in one loop: a row is copied some ids after it was found
+                # and asked for.
+                for i in range(first, last + _BEHIND):
+                    if i < last:
                         row = load_i64(rows + 8 * i)
+                        if finding:
+                            row = _find(ids, i, last, entries, slots, capacity, padding, unknown)
+                            store_i64(rows + 8 * i, row)
+                            misses += row == MISSING
+                        if row >= 0:
+                            address = row_address(row, blocks, shift, mask, row_bytes)
+                            for byte in range(0, num_bytes, 64):
+                                prefetch(address + byte)
+                            if last_seen:
+                                store_i64(last_seen + 8 * row, step)
+                    if i < first + _BEHIND:
+                        continue
+                    row, out = load_i64(rows + 8 * (i - _BEHIND)), data + (i - _BEHIND) * stride
                     if row >= 0:
                         address = row_address(row, blocks, shift, mask, row_bytes)
-                        for byte in range(0, num_bytes, 64):
-                            prefetch(address + byte)
-                        if last_seen:
-                            store_i64(last_seen + 8 * row, step)
-                if mode != NONE or i < first + behind:
-                    continue
-                row, out = load_i64(rows + 8 * copied), data + copied * stride
-                if row < 0:
-                    for d in range(0, embedding_dim, width):
-                        store_weights(bfloat16, out + item * d, zero)
-                else:
+                        for d in range(0, embedding_dim, width):
+                            value = load_weights(width, bfloat16, address + item * d)
+                            store_weights(bfloat16, out + item * d, value)
+                    else:
+                        for d in range(0, embedding_dim, width):
+                            store_weights(bfloat16, out + item * d, zero)
+                if misses:
+                    atomic_add(all_misses, misses)
+                continue
+            # The other modes find the rows of a whole chunk, and ask for them, before using any.
+            for i in range(first, last):
+                row = load_i64(rows + 8 * i)
+                if finding:
+                    row = _find(ids, i, last, entries, slots, capacity, padding, unknown)
+                    store_i64(rows + 8 * i, row)
+                    misses += row == MISSING
+                if row >= 0:
                     address = row_address(row, blocks, shift, mask, row_bytes)
-                    for d in range(0, embedding_dim, width):
-                        value = load_weights(width, bfloat16, address + item * d)
-                        if weights:
-                            value = mul(value, splat(width, load_f32(weights + 4 * copied)))
-                        store_weights(bfloat16, out + item * d, value)
-                copied += 1
+                    for byte in range(0, num_bytes, 64):
+                        prefetch(address + byte)
+                    if last_seen:
+                        store_i64(last_seen + 8 * row, step)
             if misses:
                 atomic_add(all_misses, misses)
-            if mode == NONE:
-                continue
             for bag in range(low, high):
                 start = bag_start(line, bag)
                 end = max(bag_start(line, bag + 1), start)

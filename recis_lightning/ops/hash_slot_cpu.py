@@ -33,16 +33,19 @@ def slot_of(key, shift):
 @njit
 def find_row(key, entries, shift, capacity):
     """Return the row of an id, ``NO_ROW`` where it has none."""
-    if key == EMPTY:
-        return load_i64(entries + 16 * capacity + 8)
     slot = slot_of(key, shift)
     while True:
         there = load_i64(entries + 16 * slot)
         if there == key:
-            return load_i64(entries + 16 * slot + 8)
+            row = load_i64(entries + 16 * slot + 8)
+            break
         if there == EMPTY:
-            return NO_ROW
+            row = np.int64(NO_ROW)
+            break
         slot = (slot + 1) & (capacity - 1)
+    if row == NO_ROW and key == EMPTY:  # it was sought, and found, among empty entries
+        row = load_i64(entries + 16 * capacity + 8)
+    return row
 
 
 @njit
