@@ -14,7 +14,13 @@ from recis_lightning.arguments import check_dtype, check_embedding_dim, check_pa
 from recis_lightning.eviction import Eviction
 from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
-from recis_lightning.jagged import Bags, Jagged, read_bags, read_keyed_jagged
+from recis_lightning.jagged import (
+    Bags,
+    Jagged,
+    PlainBags,
+    read_features,
+    read_keyed_jagged,
+)
 from recis_lightning.ops.embedding_bag import MODES
 from recis_lightning.sharded_group import look_up_groups, make_group
 from recis_lightning.table_group import Feature, TableGroup
@@ -169,9 +175,12 @@ class EmbeddingEngine(nn.Module):
             raise ValueError(f"features: missing {missing}, unknown {unknown}")
         found: dict[str, Any] = dict.fromkeys(self.options)
         groups = self._current_groups()
-        bags = [[read_bags(features[name], name) for name in names] for names, _ in groups]
+        bags = [read_features(features, names) for names, _ in groups]
         rows = look_up_groups([group for _, group in groups], bags, self.training)
         for (names, _), parts, outputs in zip(groups, bags, rows, strict=True):
+            if isinstance(parts, PlainBags):
+                found.update(zip(names, outputs, strict=True))
+                continue
             for name, bag, out in zip(names, parts, outputs, strict=True):
                 found[name] = _shape(out, bag, self.options[name].mode)
         return found

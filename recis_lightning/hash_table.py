@@ -138,6 +138,7 @@ class HashTable(TableSaving, nn.Module):
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self.start_epoch()
 
     @property
     def original(self) -> HashTable | None:
@@ -164,7 +165,7 @@ class HashTable(TableSaving, nn.Module):
 
     def finish_update(self) -> None:
         """Count an optimizer step and forget the gradients that it used."""
-        self._header[NUM_UPDATES] += 1
+        self._header[NUM_UPDATES] = self._header.item(NUM_UPDATES) + 1
         self.pending.clear()
 
     def last_seen(self, ids: Tensor) -> Tensor:

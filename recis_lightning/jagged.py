@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,53 @@ class Bags(NamedTuple):
     nested: bool = False
 
 
+class PlainBags(Sequence[Bags]):
+    """Features of one id a bag, as most of a model are: 1-D, contiguous, without weights.
+
+    A model may have hundreds, so what is so for all of them is noted once, not in a ``Bags`` each.
+
+    Args:
+        ids: int64 [n_i] for each feature, contiguous.
+
+    Attributes:
+        sizes: Their n_i.
+    """
+
+    def __init__(self, ids: list[Tensor]) -> None:
+        self.ids, self.sizes = ids, list(map(Tensor.numel, ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return PlainBags(self.ids[index])
+        size = self.sizes[index]
+        return Bags(self.ids[index], size, 1, None, None, (size,))
+
+
+_dtype, _is_nested = attrgetter("dtype"), attrgetter("is_nested")
+
+
+def read_features(features: Mapping[str, Any], names: Sequence[str]) -> Sequence[Bags]:
+    """Read several features, of the kinds that ``read_bags`` takes.
+
+    Args:
+        features: Feature -> what ``read_bags`` takes.
+        names: Which of them.
+    """
+    given = [features[name] for name in names]
+    if (
+        set(map(type, given)) == {Tensor}
+        and set(map(Tensor.dim, given)) == {1}
+        and set(map(_dtype, given)) == {torch.int64}
+        and all(map(Tensor.is_contiguous, given))
+        and not any(map(_is_nested, given))
+    ):
+        return PlainBags(given)
+    return list(map(read_bags, given, names))
+
+
 def read_bags(feature: Any, name: str) -> Bags:
     """Read one feature.
 
@@ -70,7 +119,7 @@ def read_bags(feature: Any, name: str) -> Bags:
         if feature.is_nested:
             return _read_nested(feature, name)
         if feature.dim() == 1 and feature.dtype is torch.int64 and feature.is_contiguous():
-            size = feature.numel()  # what most features are, of which a model may have hundreds
+            size = feature.numel()
             return Bags(feature, size, 1, None, None, (size,))
         return _read_dense(feature, None, name)
     if isinstance(feature, Jagged):

@@ -40,6 +40,17 @@ _LINE_BYTES = 64
 _PIECE_ROWS = 1 << 16  # rows read or written at once where all of them are copied
 
 
+class _Moves:
+    """Counts moments at which some store's blocks changed."""
+
+    number = 0
+
+
+def block_moves() -> int:
+    """Return a number that changes when the blocks of some store do."""
+    return _Moves.number
+
+
 class RowStore:
     """The rows of one table.
 
@@ -74,6 +85,7 @@ class RowStore:
         publish_counts(self.header)
 
     def _set_addresses(self, addresses: npt.NDArray[np.int64]) -> None:
+        _Moves.number += 1
         self.addresses = addresses
         self._addresses = torch.from_numpy(addresses).to(self.header.device)
         self._header[BLOCKS] = self._addresses.data_ptr()
@@ -319,4 +331,4 @@ def _address_of(chunk: npt.NDArray[np.float32] | Tensor) -> int:
     return chunk.data_ptr() if isinstance(chunk, Tensor) else chunk.ctypes.data
 
 
-__all__ = ["RowStore"]
+__all__ = ["RowStore", "block_moves"]

@@ -8,6 +8,7 @@ and only notes them with the tables as pending.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from recis_lightning import crossing
 from recis_lightning.hash_table import HashTable, write_segment
-from recis_lightning.jagged import Bags
+from recis_lightning.jagged import Bags, PlainBags
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
 from recis_lightning.ops.table_header import SEGMENT_SIZE, SEGMENT_START, UNKNOWN
@@ -29,6 +30,10 @@ from recis_lightning.sharding import num_ranks
 from recis_lightning.table_lookup import find_or_insert_rows
 from recis_lightning.table_storage import storage_epoch
 
+# For maps over hundreds of tables and tensors.
+_trains, _generation, _dtype = map(attrgetter, ("trainable", "generation", "dtype"))
+_numel: Any = Tensor.numel
+_stride: Any = Tensor.stride
 _ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
 
 
@@ -68,11 +73,10 @@ class TableGroup:
         self._refuses = bool(admissions)
         self._is_frozen = not all(admission.admits for admission in admissions)
         self._all_known = False  # whether the last training lookup found nothing to insert
-        self._shapes: list[
-            tuple[int, int, int]
-        ] = []  # of the last call: what its plan was made for
+        self._shapes: list[Any] = []  # of the last call: what its plan was made for
         self._starts, self._num_ids = np.zeros(len(self.features), np.int64), 0
         self._prototype = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._owners = [feature.table for feature in self.features]
         self._is_none = np.array([feature.mode == "none" for feature in self.features])
         self._widths = [
             self.embedding_dim * (feature.tile_len if feature.mode == "tile" else 1)
@@ -119,7 +123,7 @@ class TableGroup:
         """Return the ids of ``bags`` if they can be looked up, and note their shapes."""
         if training:
             self._check_trained()
-        ids = [bag.ids for bag in bags]
+        ids = bags.ids if isinstance(bags, PlainBags) else [bag.ids for bag in bags]
         if not all(map(self._on_device, ids)):
             self._refuse_devices(bags)
         if self.device.type != "cpu":
@@ -148,12 +152,14 @@ class TableGroup:
         """
         if not training or not torch.is_grad_enabled():
             return outputs
-        weighted = [
-            index
-            for index, bag in enumerate(bags)
-            if bag.weights is not None and bag.weights.requires_grad
-        ]
-        if not weighted and not any(table.trainable for table in self.tables):
+        weighted = []
+        if not isinstance(bags, PlainBags):
+            weighted = [
+                index
+                for index, bag in enumerate(bags)
+                if bag.weights is not None and bag.weights.requires_grad
+            ]
+        if not weighted and not any(map(_trains, self.tables)):
             return outputs
         weights = [bags[index].weights for index in weighted]
         found = _Lookup.apply(_ANCHOR, self, bags, rows, way, plan, outputs, weighted, *weights)  # type: ignore[no-untyped-call]
@@ -178,14 +184,22 @@ class TableGroup:
 
     def _note_shapes(self, bags: Sequence[Bags], ids: list[Tensor]) -> None:
         """Fill in what segments and plan say of sizes, if these are not those of the last call."""
-        shapes = [
-            (part.numel(), bag.num_bags, bag.bag_length)
-            for part, bag in zip(ids, bags, strict=True)
-        ]
+        shapes: list[Any]
+        if isinstance(bags, PlainBags):
+            shapes = bags.sizes
+        else:
+            shapes = [
+                (part.numel(), bag.num_bags, bag.bag_length)
+                for part, bag in zip(ids, bags, strict=True)
+            ]
         if shapes == self._shapes:
             return
         self._shapes = shapes
-        sizes, num_bags, lengths = np.array(shapes, np.int64).T
+        if isinstance(bags, PlainBags):
+            sizes = num_bags = np.array(shapes, np.int64)
+            lengths = np.ones_like(sizes)
+        else:
+            sizes, num_bags, lengths = np.array(shapes, np.int64).T
         self._starts, self._num_ids = np.cumsum(sizes) - sizes, int(sizes.sum())
         self._training[:, SEGMENT_START] = self._evaluation[:, SEGMENT_START] = self._starts
         plan = self._plan
@@ -247,7 +261,9 @@ class TableGroup:
         plan = self._plan.copy()
         counts = plan[:, embedding_bag.NUM_BAGS].tolist()
         outputs = new_outputs(counts, self._widths, self._prototype)
-        plan[:, embedding_bag.DATA] = [out.data_ptr() for out in outputs]
+        plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, outputs))
+        if isinstance(bags, PlainBags):
+            return outputs, plan
         for index, bag in enumerate(bags):
             if bag.offsets is not None and plan[index, embedding_bag.BAG_LENGTH] < 0:
                 plan[index, embedding_bag.OFFSETS] = bag.offsets.data_ptr()
@@ -276,11 +292,14 @@ class TableGroup:
         """
         if not used:
             return
-        kept += [bag.offsets for bag in bags if bag.offsets is not None]
-        kept += [bag.weights for bag in bags if bag.weights is not None]
-        tables = [self.features[index].table for index in used]
+        if not isinstance(bags, PlainBags):
+            kept += [bag.offsets for bag in bags if bag.offsets is not None]
+            kept += [bag.weights for bag in bags if bag.weights is not None]
+        tables = self._owners  # always the same list where that is right: the update knows it
+        if len(used) < len(tables):
+            tables = [tables[index] for index in used]
         record = PendingGradient(tables, plan, rows, kept)
-        for table in dict.fromkeys(tables):
+        for table in self.tables if tables is self._owners else dict.fromkeys(tables):
             table.pending.append(record)
 
     def weight_gradient(
@@ -352,45 +371,49 @@ class _Lookup(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weighted = group, bags, rows, plan, weighted
         ctx.way = way
-        ctx.generations = [table.generation for table in group.tables]
+        ctx.generations = list(map(_generation, group.tables))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         group: TableGroup = ctx.group
-        for table, generation in zip(group.tables, ctx.generations, strict=True):
-            if table.generation != generation:
-                raise RuntimeError(
-                    f"table {table.name!r} lost rows between a lookup and its backward pass "
-                    "(evict, delete, clear or load); run backward first, or look up again"
-                )
-        kept: list[Tensor] = []
-        used: list[int] = []
-        places: list[tuple[int, int]] = []
-        whole: dict[int, Tensor] = {}
-        frozen = not all(table.trainable for table in group.tables)
-        for index, gradient in enumerate(gradients):
-            if gradient is None or not gradient.numel():
-                continue
-            if gradient.dtype is not torch.float32:
-                gradient = gradient.float()
-            stride, inner = gradient.stride()
-            if inner != 1:
-                gradient = gradient.contiguous()
-                stride = gradient.shape[1]
-            if index in ctx.weighted:
-                whole[index] = gradient
-            if frozen and not group.features[index].table.trainable:
-                continue
-            kept.append(gradient)
-            used.append(index)
-            places.append((gradient.data_ptr(), 4 * stride))
-        plan = ctx.plan[used]
-        if used:
-            plan[:, [embedding_bag.DATA, embedding_bag.DATA_STRIDE]] = places
-        group._leave_gradients(plan, used, ctx.bags, ctx.rows, kept, ctx.way)
+        if ctx.generations != list(map(_generation, group.tables)):
+            _refuse_stale_rows(group.tables, ctx.generations)
+        places, given = _given(gradients)
+        whole = dict(zip(places, given, strict=True)) if ctx.weighted else {}
+        if not all(map(_trains, group.tables)):
+            trains = [group.features[index].table.trainable for index in places]
+            places, given = list(compress(places, trains)), list(compress(given, trains))
+        plan = ctx.plan[places] if len(places) < len(gradients) else ctx.plan.copy()
+        if places:
+            plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, given))
+            plan[:, embedding_bag.DATA_STRIDE] = [4 * stride for stride, _ in map(_stride, given)]
+        group._leave_gradients(plan, places, ctx.bags, ctx.rows, given, ctx.way)
         return (*[None] * 8, *_weight_gradients(ctx, whole))
+
+
+def _given(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor]]:
+    """Return which gradients there are, and them as float32 whose rows are contiguous."""
+    places: Sequence[int] = range(len(gradients))
+    given = list(gradients)
+    if set(map(type, given)) != {Tensor} or not all(map(_numel, given)):
+        places = [i for i, part in enumerate(given) if part is not None and part.numel()]
+        given = [given[place] for place in places]
+    if set(map(_dtype, given)) - {torch.float32}:
+        given = [part.float() for part in given]
+    if not all(inner == 1 for _, inner in map(_stride, given)):
+        given = [part if part.stride(1) == 1 else part.contiguous() for part in given]
+    return places, given
+
+
+def _refuse_stale_rows(tables: Sequence[HashTable], generations: Sequence[int]) -> None:
+    for table, generation in zip(tables, generations, strict=True):
+        if table.generation != generation:
+            raise RuntimeError(
+                f"table {table.name!r} lost rows between a lookup and its backward pass "
+                "(evict, delete, clear or load); run backward first, or look up again"
+            )
 
 
 def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:

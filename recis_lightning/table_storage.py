@@ -51,7 +51,7 @@ _epoch = _Epoch()
 
 
 def storage_epoch() -> int:
-    """Return a number that changes when some table has a new header or dtype."""
+    """Return a number that changes when some table has a new header, dtype or optimizer."""
     return _epoch.number
 
 
