@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SMALL_BYTES = 1 << 18  # an output up to here shares memory
-_PIECE_BYTES = 1 << 22
+_SMALL_BYTES = 1 << 16  # an output up to here shares memory
+_PIECE_BYTES = 1 << 20
 
 # Tensors that share memory are views, with restrictions, only where this key has its say.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)

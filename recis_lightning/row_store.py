@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import row_columns
+from recis_lightning.ops import host_memory, row_columns
 from recis_lightning.ops.row_columns import Column
 from recis_lightning.ops.split_header import (
     copy_header,
@@ -36,7 +36,6 @@ from recis_lightning.ops.table_header import (
 
 _BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
 _GPU_BLOCK_BYTES = 1 << 21  # on a GPU allocations are dear, and block addresses travel each step
-_LINE_BYTES = 64
 _PIECE_ROWS = 1 << 16  # rows read or written at once where all of them are copied
 
 
@@ -321,10 +320,7 @@ def _allocate(words: int, device: torch.device) -> npt.NDArray[np.float32] | Ten
             return torch.empty(words, dtype=torch.float32, device=device)
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"{4 * words} bytes on {device}") from error
-    # NumPy, unlike torch, asks for huge pages.
-    buffer = np.empty(4 * words + _LINE_BYTES, np.uint8)
-    skip = -buffer.ctypes.data % _LINE_BYTES
-    return buffer[skip : skip + 4 * words].view(np.float32)
+    return host_memory.empty(4 * words).view(np.float32)
 
 
 def _address_of(chunk: npt.NDArray[np.float32] | Tensor) -> int:

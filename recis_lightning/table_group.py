@@ -396,7 +396,7 @@ class _Lookup(torch.autograd.Function):
 def _given(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor]]:
     """Return which gradients there are, and them as float32 whose rows are contiguous."""
     places: Sequence[int] = range(len(gradients))
-    given = list(gradients)
+    given: list[Any] = list(gradients)
     if set(map(type, given)) != {Tensor} or not all(map(_numel, given)):
         places = [i for i, part in enumerate(given) if part is not None and part.numel()]
         given = [given[place] for place in places]

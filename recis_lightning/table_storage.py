@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.admission import Screening
-from recis_lightning.ops import backend, hash_index
+from recis_lightning.ops import backend, hash_index, host_memory
 from recis_lightning.ops.split_header import (
     host_fields,
     is_split,
@@ -286,7 +286,7 @@ def _new_column(count: int, device: torch.device) -> Tensor:
 
 def _allocate_column(count: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return torch.from_numpy(np.empty(count, np.int64))  # NumPy asks for huge pages
+        return torch.from_numpy(host_memory.empty(8 * count).view(np.int64))
     try:
         return torch.empty(count, dtype=torch.int64, device=device)
     except torch.OutOfMemoryError as error:

@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 import torch
 
-from recis_lightning.ops import parallel_cpu
+from recis_lightning.ops import host_memory, parallel_cpu
 from recis_lightning.ops.hash_bulk_cpu import insert_many
 from recis_lightning.ops.hash_insert_cpu import insert_misses, list_misses
 from recis_lightning.ops.hash_slot_cpu import (
@@ -186,8 +186,8 @@ def _id_of_row_kernel(args):
 
 
 def allocate_entries(capacity, device):
-    """Allocate and clear entries; NumPy asks for huge pages, which probes in a large index need."""
-    array = np.empty((capacity + 1, 2), np.int64)
+    """Allocate and clear entries."""
+    array = host_memory.empty(16 * (capacity + 1)).view(np.int64).reshape(-1, 2)
     launch(_clear_kernel, capacity + 1, 1 << 16, address_of(array))
     return torch.from_numpy(array)
 

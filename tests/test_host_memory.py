@@ -1,0 +1,152 @@
+"""Table memory: ranges never overlap, are reused, and go back to the system."""
+
+import gc
+import os
+import random
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from recis_lightning.ops import host_memory
+from recis_lightning.ops.host_memory import HUGE_PAGE, _Allocator, empty
+
+MEGABYTE = 1 << 20
+
+
+def _resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_arrays_start_on_a_cache_line_and_hold_what_is_written():
+    """Whatever their sizes, in turn made and dropped: none overlaps another that lives."""
+    generator = random.Random(0)
+    living = {}
+    for number in range(400):
+        if living and generator.random() < 0.45:
+            array = living.pop(generator.choice(list(living)))
+            assert (array == array[0]).all()
+            del array
+        size = generator.choice([1, 63, 4096, 50_000, 200_001, 3 * MEGABYTE + 5])
+        array = empty(size)
+        assert array.shape == (size,)
+        assert array.ctypes.data % 64 == 0
+        array[:] = number % 251
+        living[number] = array
+    for number, array in living.items():
+        assert (array == number % 251).all()
+
+
+def test_a_view_keeps_the_memory_that_it_shows():
+    """A tensor over a slice of a reshaped array is enough."""
+    tensor = torch.from_numpy(empty(8 * 100_000).view(np.int64).reshape(-1, 2))[10:20]
+    tensor.fill_(7)
+    others = [empty(800_000) for _ in range(8)]
+    for other in others:
+        other[:] = 1
+    assert (tensor == 7).all()
+
+
+def test_a_freed_range_is_used_again():
+    """What a table leaves behind, the next one of its size takes."""
+    allocator = _Allocator()
+    first = allocator.allocate(HUGE_PAGE // 2)
+    allocator.allocate(HUGE_PAGE // 2)
+    allocator.free(first, HUGE_PAGE // 2)
+    assert allocator.allocate(HUGE_PAGE // 4) == first
+    assert allocator.allocate(HUGE_PAGE // 4) == first + HUGE_PAGE // 4
+
+
+def test_an_allocator_whose_ranges_are_all_free_maps_nothing():
+    """In whatever order ranges come back, neighbours join until the mapping is closed."""
+    allocator = _Allocator()
+    generator = random.Random(1)
+    ranges = []
+    for _ in range(200):
+        size = 64 * generator.randint(1, 1 << 16)
+        ranges.append((allocator.allocate(size), size))
+    ends = sorted(ranges)
+    for (start, size), (following, _) in pairwise(ends):
+        assert start + size <= following
+    generator.shuffle(ranges)
+    for address, size in ranges:
+        allocator.free(address, size)
+    assert allocator._regions == []
+    assert allocator._mapped == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+def test_pages_of_a_freed_range_go_back_to_the_system():
+    """Also where the mapping stays because a small part of it is used."""
+    arrays = [empty(8 * MEGABYTE) for _ in range(8)]
+    for array in arrays:
+        array[:] = 1
+    kept, before = arrays[3], _resident()
+    del array, arrays
+    gc.collect()
+    assert before - _resident() > 48 * MEGABYTE
+    assert (kept == 1).all()
+
+
+def test_memory_freed_while_allocating_is_not_lost():
+    """A finalizer may run within an allocation, which holds the lock: it waits its turn."""
+    allocator = _Allocator()
+    first = allocator.allocate(1 << 16)
+    with allocator._lock:
+        allocator.free(first, 1 << 16)
+        assert allocator._regions
+    allocator.allocate(1 << 16)
+    assert len(allocator._regions) == 1
+    assert allocator._regions[0].free[-1][1] - allocator._regions[0].free[-1][0] < HUGE_PAGE
+
+
+def test_threads_share_the_allocator():
+    """Each sees its own values in all that it holds."""
+    wrong = []
+
+    def work(number):
+        held = []
+        for _ in range(60):
+            array = empty(100_000)
+            array[:] = number
+            held.append(array)
+            if len(held) > 5 and not (held.pop(0) == number).all():
+                wrong.append(number)
+        if not all((array == number).all() for array in held):
+            wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_can_allocate_although_the_lock_was_held():
+    """Nobody is left in the child who would release it."""
+    with host_memory._allocator._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (empty(100_000) >= 0).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_more_than_there_is_raises_memory_error():
+    """And the next request works."""
+    with pytest.raises(MemoryError):
+        empty(1 << 60)
+    assert empty(100_000).size == 100_000
+
+
+def test_without_huge_pages_numpy_allocates(monkeypatch):
+    """Where the system has none, sizes and alignment are the same."""
+    monkeypatch.setattr(host_memory, "_HAS_HUGE_PAGES", False)
+    array = empty(100_001)
+    assert array.size == 100_001
+    assert array.ctypes.data % 64 == 0
