@@ -54,10 +54,10 @@ def test_ids_of_one_owner_spread_over_its_index(pattern):
     """A shard's index has no more collisions than chance gives it."""
     ids = PATTERNS[pattern]
     mine = ids[owner_of(ids, 8) == 3].numpy()
-    slots = slot_of.py_func(mine, 64 - 15)
+    lines = slot_of.py_func(mine, 64 - 17) // 4
     load = len(mine) / 2**15
-    used = len(np.unique(slots)) / 2**15
-    # Of slots that chance fills, 1 - exp(-load) hold something; better than chance is welcome.
+    used = len(np.unique(lines)) / 2**15
+    # Of lines that chance fills, 1 - exp(-load) hold something; better than chance is welcome.
     assert used > 0.97 * (1 - np.exp(-load))
 
 

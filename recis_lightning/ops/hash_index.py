@@ -1,8 +1,9 @@
 """The hash index: id -> row. Contract of find, find_or_insert and rebuild.
 
-Open addressing with linear probing; entries ``(key, row)`` stand side by side, so a probe is one
-memory transaction. A slot is the top bits of a mixed hash, so doubling the index maps old slots to
-new ones in order: growth streams through memory. No tombstones: removal rebuilds.
+Open addressing with linear probing from the first entry of a cache line; entries ``(key, row)``
+stand side by side, so that nearly every search is one memory transaction. The line is named by the
+top bits of a mixed hash, so doubling the index maps old lines to new ones in order: growth streams
+through memory. No tombstones: removal rebuilds.
 
 Ops take a *group* of tables: one segment a feature says where its ids lie, which table they ask and
 what its padding id is. Positions count the ids of all features, one feature after the other.

@@ -13,12 +13,9 @@ from recis_lightning.ops.hash_insert_cpu import insert_misses, list_misses
 from recis_lightning.ops.hash_slot_cpu import (
     AHEAD,
     CHUNK,
-    ELSEWHERE,
-    LOOK,
     SEGMENT_BYTES,
     find_row,
     launch,
-    look_at_home,
     segment_at,
     segment_start,
     slot_of,
@@ -103,27 +100,21 @@ def _find_kernel(args):
             last_seen = load_i64(header + 8 * LAST_SEEN) if training else 0
             for j in range(i, min(i + AHEAD, end)):
                 prefetch(entries + 16 * slot_of(load_i64(ids + 8 * j), shift))
-            for later in range(i, end + LOOK):
-                if later < end:
-                    if later + AHEAD < end:
-                        prefetch(entries + 16 * slot_of(load_i64(ids + 8 * (later + AHEAD)), shift))
-                    key = load_i64(ids + 8 * later)
-                    row = look_at_home(key, entries, shift)
-                    if has_padding and key == padding:
-                        row = np.int64(PADDING)
-                    store_i64(rows + 8 * later, row)
-                j = later - LOOK
-                if j < i:
+            for j in range(i, end):
+                if j + AHEAD < end:
+                    prefetch(entries + 16 * slot_of(load_i64(ids + 8 * (j + AHEAD)), shift))
+                key = load_i64(ids + 8 * j)
+                if has_padding and key == padding:
+                    store_i64(rows + 8 * j, PADDING)
                     continue
-                row = load_i64(rows + 8 * j)
-                if row == ELSEWHERE:
-                    row = find_row(load_i64(ids + 8 * j), entries, shift, capacity)
-                    if row == NO_ROW:
-                        row = np.int64(unknown)
-                        num_unknown += 1
+                row = find_row(key, entries, shift, capacity)
+                if row == NO_ROW:
+                    store_i64(rows + 8 * j, unknown)
+                    num_unknown += 1
+                else:
                     store_i64(rows + 8 * j, row)
-                if last_seen and row >= 0:
-                    store_i64(last_seen + 8 * row, step)
+                    if last_seen:
+                        store_i64(last_seen + 8 * row, step)
             if unknown == MISSING:
                 misses += num_unknown
             elif training == FIRST_LOOK and num_unknown:

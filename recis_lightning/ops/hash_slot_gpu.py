@@ -35,6 +35,7 @@ TABLE = tl.constexpr(_TABLE)  # which of the call's tables it asks
 STEP = tl.constexpr(_STEP)  # what rows are stamped with
 IS_LAST = tl.constexpr(_IS_LAST)  # whether no later segment asks the table
 
+LINE_ENTRIES = tl.constexpr(fields.LINE_ENTRIES)
 EMPTY = tl.constexpr(fields.EMPTY)
 NO_ROW = tl.constexpr(fields.NO_ROW)
 CLAIMED = tl.constexpr(fields.CLAIMED)
@@ -55,7 +56,7 @@ def slot_of(key, shift):
     """Return the slot where the search for ``key`` starts."""
     mixed = key.to(tl.uint64, bitcast=True) * _MIX_1
     mixed = (mixed ^ (mixed >> 32)) * _MIX_2
-    return (mixed >> shift.to(tl.uint64)).to(tl.int64)
+    return (mixed >> shift.to(tl.uint64)).to(tl.int64) & -LINE_ENTRIES
 
 
 @device_function

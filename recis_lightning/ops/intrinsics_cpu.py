@@ -106,6 +106,32 @@ def compare_and_swap_u8(typingctx, address, expected, desired):
     return types.uint8(types.int64, types.uint8, types.uint8), codegen
 
 
+@intrinsic
+def equal_words(typingctx, address, value):
+    """Compare the eight int64 at ``address`` with ``value``; bit i of the result is word i's."""
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(_I64, 8)
+        line = builder.load(builder.inttoptr(args[0], words.as_pointer()), align=8)
+        first = builder.insert_element(ir.Constant(words, ir.Undefined), args[1], _I32(0))
+        all_lanes = ir.Constant(ir.VectorType(_I32, 8), None)
+        wanted = builder.shuffle_vector(first, first, all_lanes)
+        same = builder.icmp_signed("==", line, wanted)
+        return builder.zext(builder.bitcast(same, _I8), _I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, bits):
+    """Return the position of the lowest bit that is set; 64 if none is."""
+
+    def codegen(context, builder, sig, args):
+        return builder.cttz(args[0], ir.IntType(1)(0))
+
+    return types.int64(types.int64), codegen
+
+
 class FloatVector(types.Type):
     """``width`` float32 lanes."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from recis_lightning.ops import table_header as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.reference_storage import header_at, memory
-from recis_lightning.ops.table_header import EMPTY, NO_ROW
+from recis_lightning.ops.table_header import EMPTY, LINE_ENTRIES, NO_ROW
 
 
 def shift_right(values: Tensor, bits: int) -> Tensor:
@@ -52,7 +52,7 @@ class Index:
     def _first_slots(self, ids: Tensor) -> Tensor:
         mixed = ids * _SLOT_MIX_1
         mixed = (mixed ^ shift_right(mixed, 32)) * _SLOT_MIX_2
-        slots = shift_right(mixed, 65 - self.capacity.bit_length())
+        slots = shift_right(mixed, 65 - self.capacity.bit_length()) & -LINE_ENTRIES
         return torch.where(ids == EMPTY, self.capacity, slots)
 
     def _next_slots(self, slots: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ HEADER_SIZE = 32
 
 # Index.
 ENTRIES = 0  # address of int64 [capacity + 1, 2]
-SHIFT = 1  # 64 - log2(capacity): a slot is the top bits of the id's hash
+SHIFT = 1  # 64 - log2(capacity): a search starts at the line of the hash's top bits
 CAPACITY = 2
 NUM_IDS = 3
 # Rows.
@@ -40,6 +40,8 @@ COUNTS = 23  # address of int64 [rows], occurrences in training lookups
 LAST_TIME = 24  # address of int64 [rows], when the last one was, in microseconds
 TIME = 25  # what a training lookup writes there
 
+# Entries of a cache line, 64 bytes, at whose first one every search starts: nearly all end in it.
+LINE_ENTRIES = 4
 EMPTY = -(2**63)  # the key of an empty entry; this id itself lives in the extra entry at the end
 NO_ROW = 2**63 - 1  # the row of an empty entry
 CLAIMED = 2**62  # row field of an id being inserted: CLAIMED | its first position in the batch
