@@ -7,7 +7,6 @@ import ctypes
 import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -286,7 +285,7 @@ def _new_column(count: int, device: torch.device) -> Tensor:
 
 def _allocate_column(count: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return torch.from_numpy(host_memory.empty(8 * count).view(np.int64))
+        return host_memory.empty_int64(count)
     try:
         return torch.empty(count, dtype=torch.int64, device=device)
     except torch.OutOfMemoryError as error:

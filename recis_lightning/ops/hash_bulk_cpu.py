@@ -13,11 +13,13 @@ import torch
 from numba import njit
 
 from recis_lightning.ops import parallel_cpu
-from recis_lightning.ops.hash_slot_cpu import AHEAD, launch, slot_of
+from recis_lightning.ops.hash_slot_cpu import AHEAD, LINE_KEYS, launch, slot_of
 from recis_lightning.ops.intrinsics_cpu import (
     atomic_add,
+    equal_words,
     load_i64,
     load_u8,
+    lowest_bit,
     prefetch,
     store_i64,
     store_u8,
@@ -30,6 +32,7 @@ from recis_lightning.ops.table_header import (
     FREE_ROWS,
     HAS_PADDING,
     LAST_SEEN,
+    LINE_ENTRIES,
     NEXT_ROW,
     NO_ROW,
     NUM_FREE,
@@ -116,17 +119,20 @@ def _claim_kernel(args):
             if i + AHEAD < end:
                 prefetch(entries + 16 * slot_of(load_i64(dealt + 16 * (i + AHEAD)), shift))
             key, position = load_i64(dealt + 16 * i), load_i64(dealt + 16 * i + 8)
+            # The id's entry, or the first empty one: a line at a time, without guessing where.
             slot = slot_of(key, shift)
             if key == EMPTY:
                 slot = limit
             while slot < limit:
-                there = load_i64(entries + 16 * slot)
-                if there == EMPTY:
+                line = entries + 16 * slot
+                hits = equal_words(line, key) & LINE_KEYS
+                if not hits:
+                    hits = equal_words(line, EMPTY) & LINE_KEYS
+                if hits:
+                    slot += lowest_bit(hits) >> 1
                     store_i64(entries + 16 * slot, key)
                     break
-                if there == key:
-                    break
-                slot += 1
+                slot += LINE_ENTRIES
             if slot == limit:
                 store_i64(dealt + 16 * left, key)
                 store_i64(dealt + 16 * left + 8, position)

@@ -233,7 +233,7 @@ def _find_or_insert_many(segments, num_ids, table):
     if new is None or len(new) < _FIRST_ROUND // 2:
         rows, rest = _in_rounds(segments, num_ids, [table], [0], None)
     else:
-        rows = torch.empty(num_ids, dtype=torch.int64)
+        rows = host_memory.empty_int64(num_ids)
         rows[:_FIRST_ROUND] = start
         try:
             rest = insert_many(segments, table, _FIRST_ROUND, rows)
@@ -241,7 +241,7 @@ def _find_or_insert_many(segments, num_ids, table):
             _take_back([table], before)
             raise
         if isinstance(rest, slice) and len(new) == rest.start:
-            return rows, torch.arange(num_ids)
+            return rows, torch.arange(num_ids, out=host_memory.empty_int64(num_ids))
         rest = torch.arange(num_ids)[rest] if isinstance(rest, slice) else torch.from_numpy(rest)
     parts = [part for part in (new, rest) if part is not None]
     return rows, torch.cat(parts) if parts else None

@@ -21,7 +21,7 @@ from recis_lightning.ops.table_header import (
 
 CHUNK = 4096  # ids a ticket: long enough to hide the ticket, short enough to even out
 AHEAD = 24  # ids between prefetch and use
-_KEYS = 0b01010101  # of a line's words
+LINE_KEYS = 0b01010101  # which of a line's words are keys
 assert LINE_ENTRIES == 4
 SEGMENT_BYTES = 8 * SEGMENT_SIZE
 _MIX_1 = np.uint64(0x9E3779B97F4A7C15)
@@ -50,10 +50,10 @@ def find_row(key, entries, shift, capacity):
     slot = slot_of(key, shift)
     while True:
         line = entries + 16 * slot
-        hits = equal_words(line, key) & _KEYS
+        hits = equal_words(line, key) & LINE_KEYS
         if hits:
             return load_i64(line + 8 * lowest_bit(hits) + 8)
-        if equal_words(line, EMPTY) & _KEYS:
+        if equal_words(line, EMPTY) & LINE_KEYS:
             return np.int64(NO_ROW)
         slot = (slot + LINE_ENTRIES) & (capacity - 1)
 

@@ -19,6 +19,8 @@ from collections import deque
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 HUGE_PAGE = 1 << 21
 _LINE = 64
@@ -181,4 +183,9 @@ def empty(num_bytes: int) -> npt.NDArray[np.uint8]:
     return np.asarray(memory)
 
 
-__all__ = ["HUGE_PAGE", "empty"]
+def empty_int64(count: int) -> Tensor:
+    """Allocate an uninitialised int64 [count]; see ``empty``."""
+    return torch.from_numpy(empty(8 * count).view(np.int64))
+
+
+__all__ = ["HUGE_PAGE", "empty", "empty_int64"]
