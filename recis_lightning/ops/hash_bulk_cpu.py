@@ -45,9 +45,9 @@ from recis_lightning.ops.table_header import (
     STEP,
 )
 
-_REGION_SHIFT = 15  # log2(entries of a region): half a megabyte
+_REGION_SHIFT = 14  # log2(entries of a region): a quarter of a megabyte
 _MAX_REGIONS = 1 << 10  # as many streams as the deal can write to at once
-_PARTS = 16  # of the ids, each dealt out by one thread
+_PARTS = 32  # of the ids, each dealt out by one thread
 _CHUNK = 1 << 14
 
 

@@ -241,6 +241,8 @@ def _find_or_insert_many(segments, num_ids, table):
             _take_back([table], before)
             raise
         if isinstance(rest, slice) and len(new) == rest.start:
+            if before[0][1] == 0:  # the table had no rows: a position is a row
+                return rows, rows
             return rows, torch.arange(num_ids, out=host_memory.empty_int64(num_ids))
         rest = torch.arange(num_ids)[rest] if isinstance(rest, slice) else torch.from_numpy(rest)
     parts = [part for part in (new, rest) if part is not None]

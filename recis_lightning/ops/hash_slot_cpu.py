@@ -20,7 +20,7 @@ from recis_lightning.ops.table_header import (
 )
 
 CHUNK = 4096  # ids a ticket: long enough to hide the ticket, short enough to even out
-AHEAD = 24  # ids between prefetch and use
+AHEAD = 32  # ids between prefetch and use
 LINE_KEYS = 0b01010101  # which of a line's words are keys
 assert LINE_ENTRIES == 4
 SEGMENT_BYTES = 8 * SEGMENT_SIZE
