@@ -82,7 +82,7 @@ class PlainBags(Sequence[Bags]):
         return Bags(self.ids[index], size, 1, None, None, (size,))
 
 
-_dtype, _is_nested = attrgetter("dtype"), attrgetter("is_nested")
+_dtype = attrgetter("dtype")
 
 
 def read_features(features: Mapping[str, Any], names: Sequence[str]) -> Sequence[Bags]:
@@ -95,10 +95,9 @@ def read_features(features: Mapping[str, Any], names: Sequence[str]) -> Sequence
     given = [features[name] for name in names]
     if (
         set(map(type, given)) == {Tensor}
-        and set(map(Tensor.dim, given)) == {1}
+        and set(map(Tensor.dim, given)) == {1}  # a nested one has two at least
         and set(map(_dtype, given)) == {torch.int64}
         and all(map(Tensor.is_contiguous, given))
-        and not any(map(_is_nested, given))
     ):
         return PlainBags(given)
     return list(map(read_bags, given, names))

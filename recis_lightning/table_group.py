@@ -31,7 +31,9 @@ from recis_lightning.table_lookup import find_or_insert_rows
 from recis_lightning.table_storage import storage_epoch
 
 # For maps over hundreds of tables and tensors.
-_trains, _generation, _dtype = map(attrgetter, ("trainable", "generation", "dtype"))
+_trains, _generation, _pending, _dtype = map(
+    attrgetter, ("trainable", "generation", "pending", "dtype")
+)
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
 _ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
@@ -208,8 +210,8 @@ class TableGroup:
         plan[:, embedding_bag.BAG_LENGTH] = np.where(self._is_none, 1, lengths)
 
     def _check_trained(self) -> None:
-        for table in self.tables:
-            if table.pending and table.optimizer is None:
+        for table in compress(self.tables, map(_pending, self.tables)):
+            if table.optimizer is None:
                 raise RuntimeError(
                     f"table {table.name!r} has a gradient and no optimizer that would use it; add "
                     "SparseAdamW(hash_tables(self), lr=...) to configure_optimizers, as in "
