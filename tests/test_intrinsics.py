@@ -9,14 +9,17 @@ from recis_lightning.ops.intrinsics_cpu import (
     add,
     at_least,
     at_most,
+    equal_words,
     fma,
     lane_sum,
     load_f32,
     load_i64,
     load_vector,
     load_weights,
+    lowest_bit,
     splat,
     store_f64,
+    store_i64,
     store_vector,
     store_weights,
     vector_width,
@@ -100,3 +103,27 @@ def test_clamps_keep_nan_and_fma_rounds_once():
 def test_vector_width_divides_the_dim(dim, width):
     """Rows are whole vectors, so no lane reads a neighbour's row."""
     assert vector_width(dim) == width
+
+
+def test_equal_words_has_a_bit_for_each_word():
+    """Of eight words at any multiple of eight bytes; ``lowest_bit`` of none is 64."""
+
+    def kernel(args):
+        bits = equal_words(load_i64(args), load_i64(args + 8))
+        store_i64(load_i64(args + 16), bits)
+        store_i64(load_i64(args + 16) + 8, lowest_bit(bits))
+
+    words, found = np.zeros(17, np.int64), np.zeros(2, np.int64)
+    lowest = -(2**63)
+    for start, value, places in (
+        (0, 7, []),
+        (1, 7, [3]),
+        (2, lowest, [0, 7]),
+        (3, -1, [2, 4, 6]),
+    ):
+        words[:] = 5
+        words[[start + place for place in places]] = value
+        words[start + 8] = value  # the word behind does not count
+        _call(kernel, words.ctypes.data + 8 * start, value, found.ctypes.data)
+        assert found[0] == sum(1 << place for place in places)
+        assert found[1] == min(places, default=64)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from recis_lightning import Jagged
-from recis_lightning.jagged import read_bags
+from recis_lightning.jagged import PlainBags, read_bags, read_features
 
 VALUES, OFFSETS = torch.arange(7), torch.tensor([0, 2, 2, 7])
 
@@ -107,3 +107,40 @@ def test_other_nested_tensors_are_refused():
     deep = torch.nested.nested_tensor_from_jagged(VALUES.view(7, 1), OFFSETS)
     with pytest.raises(ValueError, match=r"f: expected a NestedTensor \[B, j\], got 3 dimensions"):
         read_bags(deep, "f")
+
+
+def test_many_plain_features_are_read_as_each_alone():
+    """One pass over all of them, also by position, from behind and in part."""
+    features = {"a": torch.arange(3), "b": torch.arange(0), "c": torch.arange(5)}
+    names = ["c", "a", "b"]
+    together = read_features(features, names)
+    apart = [read_bags(features[name], name) for name in names]
+    assert isinstance(together, PlainBags)
+    assert together.sizes == [5, 3, 0]
+    pairs = [*zip(together, apart, strict=True), (together[-1], apart[-1])]
+    for one, two in [*pairs, *zip(together[1:], apart[1:], strict=True)]:
+        assert one[1:] == two[1:]
+        assert one.ids is two.ids
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.arange(6).view(3, 2),
+        torch.arange(6)[::2],
+        Jagged(VALUES, OFFSETS),
+        (torch.arange(3), torch.ones(3)),
+    ],
+)
+def test_features_of_several_kinds_are_read_one_by_one(other):
+    """One that is not plain is enough."""
+    bags = read_features({"a": torch.arange(3), "b": other}, ["a", "b"])
+    assert not isinstance(bags, PlainBags)
+    assert bags[1].ids.is_contiguous()
+    assert bags[1][1:2] == read_bags(other, "b")[1:2]
+
+
+def test_a_plain_feature_of_another_dtype_is_named():
+    """It is refused by its name, as it is alone."""
+    with pytest.raises(TypeError, match=r"^b: expected a Tensor of dtype torch\.int64"):
+        read_features({"a": torch.arange(3), "b": torch.arange(3.0)}, ["a", "b"])
