@@ -208,12 +208,16 @@ def _table_ranges(plan, num_rows):
         bases = plan[:, FLAT_BASE]
     sizes = plan[:, NUM_IDS]
     plan[:, FIRST_ID] = np.cumsum(sizes) - sizes
-    starts = np.flatnonzero(np.diff(bases, prepend=-1))
+    is_first = np.ones(len(bases), bool)
+    np.not_equal(bases[1:], bases[:-1], out=is_first[1:])
+    starts = np.flatnonzero(is_first)
     ranges = np.empty((len(starts), 4), np.int64)
     ranges[:, 0] = plan[starts, FIRST_ID]
     ranges[:, 1] = np.add.reduceat(sizes, starts)
-    ranges[:, 2] = bases[starts]
-    ranges[:, 3] = np.diff(bases[starts], append=num_rows)
+    ranges[:, 2] = firsts = bases[starts]
+    ranges[:-1, 3] = firsts[1:]
+    ranges[-1, 3] = num_rows
+    ranges[:, 3] -= firsts
     return plan, ranges
 
 
