@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_memory_freed_while_allocating_is_not_lost():
     """A finalizer may run within an allocation, which holds the lock: it waits its turn."""
     allocator = _Allocator()
     first = allocator.allocate(1 << 16)
-    with allocator._lock:
+    with allocator.lock:
         allocator.free(first, 1 << 16)
         assert allocator._regions
     allocator.allocate(1 << 16)
@@ -128,13 +129,25 @@ def test_threads_share_the_allocator():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_can_allocate_although_the_lock_was_held():
-    """Nobody is left in the child who would release it."""
-    with host_memory._allocator._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if (empty(100_000) >= 0).all() else 1)
+def test_a_fork_waits_for_an_allocation_and_its_child_can_allocate():
+    """The child has one thread, and nobody who would release a lock that another held."""
+    held, released = threading.Event(), []
+
+    def hold():
+        with host_memory._allocator.lock:
+            held.set()
+            time.sleep(0.2)
+            released.append(True)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if released and (empty(100_000) >= 0).all() else 1)
+    thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert empty(100_000).size == 100_000
 
 
 def test_more_than_there_is_raises_memory_error():

@@ -91,16 +91,12 @@ class _Allocator:
     def __init__(self) -> None:
         self._regions: list[_Region] = []
         self._returned: deque[tuple[int, int]] = deque()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._mapped = 0
-
-    def unlock(self) -> None:
-        """Start with a new lock: after a fork nobody may be left who would release the old one."""
-        self._lock = threading.Lock()
 
     def allocate(self, size: int) -> int:
         """Return the address of ``size`` bytes, a multiple of a cache line."""
-        with self._lock:
+        with self.lock:
             address = self._take(size)
         self._take_back()
         return address
@@ -126,11 +122,11 @@ class _Allocator:
 
     def _take_back(self) -> None:
         # Whoever holds the lock will look again after releasing it.
-        while self._returned and self._lock.acquire(blocking=False):
+        while self._returned and self.lock.acquire(blocking=False):
             try:
                 self._give_back()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _give_back(self) -> None:
         while self._returned:
@@ -157,7 +153,12 @@ class _Range:
 
 
 _allocator = _Allocator()
-os.register_at_fork(after_in_child=_allocator.unlock)
+# A child must not start from the middle of another thread's change.
+os.register_at_fork(
+    before=_allocator.lock.acquire,
+    after_in_parent=_allocator.lock.release,
+    after_in_child=_allocator.lock.release,
+)
 
 
 def empty(num_bytes: int) -> npt.NDArray[np.uint8]:
