@@ -6,6 +6,7 @@ import contextlib
 
 import numpy as np
 import torch
+from numba import njit
 
 from recis_lightning.ops import host_memory, parallel_cpu
 from recis_lightning.ops.hash_bulk_cpu import insert_many
@@ -13,9 +14,11 @@ from recis_lightning.ops.hash_insert_cpu import insert_misses, list_misses
 from recis_lightning.ops.hash_slot_cpu import (
     AHEAD,
     CHUNK,
+    ELSEWHERE,
     SEGMENT_BYTES,
     find_row,
     launch,
+    look_at_home,
     segment_at,
     segment_start,
     slot_of,
@@ -64,8 +67,21 @@ from recis_lightning.ops.table_header import (
 # Unknown ids inserted before the share of duplicates among them is known; see find_or_insert.
 _FIRST_ROUND = 1 << 16
 _BULK = 1 << 18  # ids from which dealing them out by region pays
+_WAITING = 8  # ids whose search goes on in a second line that wait for it together
 READ, FIRST_LOOK, LATER_LOOK = range(3)  # only the first look of training counts the refused
 _COUNTS = [NUM_IDS, NEXT_ROW, NUM_FREE]  # header fields that an insertion changes
+
+
+@njit
+def _note(position, row, rows, unknown, last_seen, step):
+    """Write what was found for an id; return 1 if it was nothing."""
+    if row == NO_ROW:
+        store_i64(rows + 8 * position, unknown)
+        return 1
+    store_i64(rows + 8 * position, row)
+    if last_seen:
+        store_i64(last_seen + 8 * row, step)
+    return 0
 
 
 @parallel_cpu.kernel
@@ -74,6 +90,7 @@ def _find_kernel(args):
     rows = load_i64(args + 32)
     segments, num_segments = load_i64(args + 40), load_i64(args + 48)
     miss_counts, training = load_i64(args + 56), load_i64(args + 64)
+    all_waiting = load_i64(args + 72)
     chunks = load_i64(args + 8)
     while True:
         chunk = atomic_add(args, 1)
@@ -82,7 +99,7 @@ def _find_kernel(args):
         i = chunk * chunk_size
         high = min(i + chunk_size, n)
         segment = segment_at(segments, num_segments, i)
-        misses = 0
+        misses, waiting = 0, all_waiting + 8 * _WAITING * chunk
         while i < high:
             info = segments + segment * SEGMENT_BYTES
             segment += 1
@@ -98,6 +115,7 @@ def _find_kernel(args):
             capacity = load_i64(header + 8 * CAPACITY)
             step = load_i64(header + 8 * STEP)
             last_seen = load_i64(header + 8 * LAST_SEEN) if training else 0
+            num_waiting = 0
             for j in range(i, min(i + AHEAD, end)):
                 prefetch(entries + 16 * slot_of(load_i64(ids + 8 * j), shift))
             for j in range(i, end):
@@ -107,14 +125,22 @@ def _find_kernel(args):
                 if has_padding and key == padding:
                     store_i64(rows + 8 * j, PADDING)
                     continue
-                row = find_row(key, entries, shift, capacity)
-                if row == NO_ROW:
-                    store_i64(rows + 8 * j, unknown)
-                    num_unknown += 1
-                else:
-                    store_i64(rows + 8 * j, row)
-                    if last_seen:
-                        store_i64(last_seen + 8 * row, step)
+                row = look_at_home(key, entries, shift)
+                place = j
+                if row == ELSEWHERE:
+                    # It waits until some more do: by then the next line is there.
+                    waits = waiting + 8 * (num_waiting & (_WAITING - 1))
+                    place = load_i64(waits)
+                    store_i64(waits, j)
+                    num_waiting += 1
+                    if num_waiting <= _WAITING:
+                        continue
+                    row = find_row(load_i64(ids + 8 * place), entries, shift, capacity)
+                num_unknown += _note(place, row, rows, unknown, last_seen, step)
+            for number in range(max(num_waiting - _WAITING, 0), num_waiting):
+                place = load_i64(waiting + 8 * (number & (_WAITING - 1)))
+                row = find_row(load_i64(ids + 8 * place), entries, shift, capacity)
+                num_unknown += _note(place, row, rows, unknown, last_seen, step)
             if unknown == MISSING:
                 misses += num_unknown
             elif training == FIRST_LOOK and num_unknown:
@@ -196,6 +222,7 @@ def _find(segments, n, training):
     rows = torch.empty(n, dtype=torch.int64)
     chunks = num_chunks(n, CHUNK)
     counts = workspace.take("miss_counts", chunks, np.int64)[:chunks]
+    waiting = workspace.take("waiting_ids", chunks * _WAITING, np.int64)
     launch(
         _find_kernel,
         n,
@@ -205,6 +232,7 @@ def _find(segments, n, training):
         len(segments),
         address_of(counts),
         training,
+        address_of(waiting),
     )
     return rows, counts
 
