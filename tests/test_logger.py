@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import logging
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 from recis_lightning.callbacks import Hook, LoggerHook, training_clock
 from recis_lightning.callbacks import logger as logger_module
-from recis_lightning.callbacks.logger import AboveTheBar, _batch_size
+from recis_lightning.callbacks.logger import _batch_size
 from recis_lightning.metrics import GAUC, add_metric, clear_metrics
 from tests.quiet_trainer import quiet_trainer
 
@@ -438,33 +437,8 @@ def test_no_samples_per_sec_for_batches_of_unknown_size(make_trainer, clock):
     assert "samples_per_sec" not in trainer.callback_metrics
 
 
-def as_in_a_plain_script(monkeypatch):
-    """Take pytest's own logging handlers away."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-
-
-def test_lines_show_in_a_plain_script(monkeypatch, capsys):
-    as_in_a_plain_script(monkeypatch)
-    logging.getLogger("recis_lightning.callbacks.logger").info("<gstep=%d>", 1)
-    assert capsys.readouterr().err == "<gstep=1>\n"
-
-
-def test_lines_are_left_to_an_applications_own_handlers(monkeypatch, capsys):
-    as_in_a_plain_script(monkeypatch)
-    logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))
-    logging.getLogger("recis_lightning.callbacks.logger").info("once")
-    assert capsys.readouterr() == ("once\n", "")
-
-
-def test_one_handler_and_a_level_that_shows():
-    ours = logging.getLogger("recis_lightning")
-    assert [type(handler) for handler in ours.handlers] == [AboveTheBar]
-    assert ours.isEnabledFor(logging.INFO)
-    assert ours.propagate
-
-
 def test_lines_do_not_tear_a_live_bar(make_trainer, clock, monkeypatch, capsys):
-    as_in_a_plain_script(monkeypatch)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's own
     bar = TQDMProgressBar()
     make_trainer(LoggerHook(2), bar, enable_progress_bar=True).fit(Model(clock))
     captured = capsys.readouterr()
