@@ -163,11 +163,6 @@ class HashTable(TableSaving, nn.Module):
         count: int = self._header.item(NUM_UPDATES)
         return count
 
-    def finish_update(self) -> None:
-        """Count an optimizer step and forget the gradients that it used."""
-        self._header[NUM_UPDATES] = self._header.item(NUM_UPDATES) + 1
-        self.pending.clear()
-
     def last_seen(self, ids: Tensor) -> Tensor:
         """Return the step of each id's last training lookup, -1 for an unknown id.
 

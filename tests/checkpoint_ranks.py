@@ -14,6 +14,7 @@ from recis_lightning import HashTable, checkpoint, hash_tables, shard_file
 from recis_lightning.admission import MinCount
 from recis_lightning.callbacks import CheckpointHook
 from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.ops.table_header import NUM_UPDATES
 from recis_lightning.optim import SparseAdagrad, SparseAdam
 from recis_lightning.ranks import rank_and_size
 from recis_lightning.sharding import num_ranks, owner_of
@@ -49,7 +50,7 @@ def filled(seed=0, count=20_000):
             slots = {name: torch.rand_like(slot) for name, slot in slots.items()}
             table.rows.write(rows, weights, slots)
             table.update_step(step + 3)
-            table.finish_update()
+            table.header[NUM_UPDATES] += 1
     waiting = owned(draws + 1)
     table.sightings.load_state(
         {
