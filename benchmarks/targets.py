@@ -87,6 +87,9 @@ TARGETS = [
         _BAG, "evaluation", "evaluation lookup, cost / static table", worst(3), 1.3, False, "of"
     ),
     Target(_BAG, "features", "400 features, cost / 26", cell(0, 3), 1.5, False, "of"),
+    Target(
+        _BAG, "features", "400 features joined by torch, cost / 26", cell(1, 3), None, False, "of"
+    ),
     Target(_INDEX, "find", "find in 10M ids / C++ map, two threads", figure("ratio"), 2),
     Target(_INDEX, "find", "find in 10M ids / C++ map, one thread", figure("ratio_one"), 2),
     Target(_INDEX, "insert", "insert 10M ids / C++ map", figure("ratio"), 10),
