@@ -163,3 +163,12 @@ def test_without_huge_pages_numpy_allocates(monkeypatch):
     array = empty(100_001)
     assert array.size == 100_001
     assert array.ctypes.data % 64 == 0
+
+
+def test_a_kernel_that_knows_no_huge_pages_is_no_error(monkeypatch):
+    """It refuses the advice; the memory is as good."""
+    monkeypatch.setattr(host_memory.mmap, "MADV_HUGEPAGE", 12345)
+    allocator = _Allocator()
+    address = allocator.allocate(1 << 16)
+    allocator.free(address, 1 << 16)
+    assert allocator._regions == []

@@ -8,6 +8,7 @@ bit gets them as well as one that is made large. Freed ranges go back to the sys
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -43,7 +44,8 @@ class _Region:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
             raise MemoryError(f"{size} bytes") from error
-        self.mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel may be built without huge pages
+            self.mapping.madvise(mmap.MADV_HUGEPAGE)
         window = ctypes.c_char.from_buffer(self.mapping)
         address = ctypes.addressof(window)
         del window  # a mapping that something looks into cannot be closed
