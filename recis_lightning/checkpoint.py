@@ -22,7 +22,7 @@ from torch import nn
 
 from recis_lightning.checkpoint_source import COMMIT_FILE, Source, shown
 from recis_lightning.hash_table import HashTable, hash_tables
-from recis_lightning.progress import Progress, no_progress, progress_bar
+from recis_lightning.progress import Progress, progress_bar
 from recis_lightning.ranks import gather, rank_and_size, together
 from recis_lightning.table_shards import SUFFIX, Commit, Shard, num_bytes, write_table
 
@@ -60,7 +60,7 @@ def save(
         [7]
     """
     folder = Path(directory)
-    commit = write_shards(folder, tables, folder=".", progress=progress)
+    commit = write_shards(folder, tables, ".", progress, new_save_id())
 
     def finish() -> None:
         text = json.dumps(commit.to_state(), indent=1)
@@ -71,7 +71,7 @@ def save(
             os.fsync(file.fileno())
         temporary.replace(folder / COMMIT_FILE)
         sync_folder(folder)
-        remove_shards(folder, commit.files())
+        remove_shards(folder, kept=[commit.save_id])
         for unfinished in folder.glob(f"{COMMIT_FILE}.*"):
             unfinished.unlink(missing_ok=True)
 
@@ -252,11 +252,17 @@ def _pieces(
         }
 
 
+def new_save_id() -> str:
+    """Return what tells the files of one save from those of any other."""
+    return secrets.token_hex(8)
+
+
 def write_shards(
     directory: Path,
     tables: nn.Module | Iterable[HashTable],
     folder: str,
-    progress: Progress = no_progress,
+    progress: Progress,
+    save_id: str,
 ) -> Commit:
     """Write every rank's shards, without the commit that makes them a checkpoint.
 
@@ -265,13 +271,14 @@ def write_shards(
         tables: A module with tables, or tables of different names.
         folder: The same, as the commit will call it.
         progress: Shows how far rank 0 is.
+        save_id: New; that of rank 0 is taken.
 
     Raises:
         ValueError, OSError, RuntimeError: As for ``save``; the files written so far are removed.
     """
     rank, world_size = rank_and_size()
     own = together(lambda: _by_name(tables))
-    plans = gather((secrets.token_hex(8), {name: own[name].embedding_dim for name in own}))
+    plans = gather((save_id, {name: own[name].embedding_dim for name in own}))
     save_id = plans[0][0]
     for other, (_, found) in enumerate(plans):
         if found != plans[0][1]:
@@ -317,20 +324,18 @@ def _by_name(tables: nn.Module | Iterable[HashTable]) -> dict[str, HashTable]:
 # ---- files
 
 
-def remove_shards(
-    folder: Path, kept: Iterable[str] = (), only: Iterable[str] | None = None
-) -> None:
+def remove_shards(folder: Path, kept: Iterable[str] = (), only: str = "") -> None:
     """Remove the shard files of a folder, finished or not.
 
     Args:
         folder: Where they are.
-        kept: Names of files that stay.
-        only: Names of files to remove; None means all that are there.
+        kept: ``save_id`` of each save of which they stay.
+        only: ``save_id`` of the one save of which they go; "" means all others too.
     """
-    keep = set(kept)
-    files = folder.glob(f"*{SUFFIX}*") if only is None else (folder / name for name in only)
-    for file in files:
-        if file.name not in keep:
+    # A copy in one step: another thread may add a save.
+    stay = tuple(f".{save_id}{SUFFIX}" for save_id in tuple(kept))
+    for file in folder.glob(f"*.{only}{SUFFIX}*" if only else f"*{SUFFIX}*"):
+        if not any(part in file.name for part in stay):
             file.unlink(missing_ok=True)
 
 
@@ -347,6 +352,7 @@ __all__ = [
     "TableContents",
     "inspect",
     "load",
+    "new_save_id",
     "read_table",
     "remove_shards",
     "save",

@@ -87,10 +87,6 @@ class Commit:
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{where}: what it says of tables is damaged") from None
 
-    def files(self) -> set[str]:
-        """Return the names of all files."""
-        return {shard.file for shards in self.tables.values() for shard in shards}
-
 
 def file_name(table: str, rank: int, world_size: int, save_id: str) -> str:
     """Return the name of a shard's file.

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import threading
+import time
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
@@ -180,6 +182,50 @@ def test_async_checkpoints(tmp_path):
     for name in mains:
         again = resumed(tmp_path / "again", tmp_path / name)
         assert differences(everything(model), everything(again)) == []
+
+
+class HeldIO(TorchCheckpointIO):
+    """Writes files; from the second on, only once it is told to."""
+
+    def __init__(self):
+        self.files, self.go = 0, threading.Event()
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        self.files += 1
+        assert self.files == 1 or self.go.wait(60)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_an_async_checkpoint_ends_while_the_next_is_written(tmp_path, monkeypatch):
+    """What it clears away is of checkpoints before it, never of the one that is on its way."""
+    model, held = Model(), HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(model, ResumableLoader())
+    folder, replace = tmp_path / "end.ckpt.tables", os.replace
+
+    def replace_later(source, target):
+        # A shard of the third save is written, and has no name yet: now the second one ends.
+        if held.files == 2 and not held.go.is_set() and str(source).startswith(str(folder)):
+            held.go.set()
+            deadline = time.monotonic() + 60
+            while any(file.name in first for file in folder.iterdir()):
+                assert time.monotonic() < deadline, "the first save's shards stayed"
+                time.sleep(0.001)
+        replace(source, target)
+
+    io = run.strategy.checkpoint_io
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    first = {file.name for file in folder.iterdir()}
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    while held.files < 2:
+        time.sleep(0.001)
+    monkeypatch.setattr(os, "replace", replace_later)
+    model.user(torch.tensor([12345]))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    io.teardown()
+    assert held.go.is_set()
+    assert shards_of(tmp_path, "end.ckpt") == ALL
+    assert 12345 in Model.load_from_checkpoint(tmp_path / "end.ckpt").user.table.ids()
 
 
 @pytest.mark.filterwarnings("ignore:.*update_bn")

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import Strategy
 
 from recis_lightning import table_state
 from recis_lightning.callbacks.hook import Hook
-from recis_lightning.checkpoint import remove_shards, sync_folder, write_shards
+from recis_lightning.checkpoint import new_save_id, remove_shards, sync_folder, write_shards
 from recis_lightning.checkpoint_source import FOLDER_SUFFIX, KEY, Source, note_loaded
 from recis_lightning.hash_table import HashTable, hash_tables
 from recis_lightning.pieces import Advance
@@ -115,7 +115,9 @@ class _ShardedSave:
 
     def __init__(self, trainer: Trainer) -> None:
         self.hook: CheckpointHook
-        self.unfinished: dict[str, set[str]] = {}  # save_id -> files that no main file names yet
+        # Saves of whose shards no main file knows yet: those of another save, which a background
+        # thread may finish at any moment, leave them alone.
+        self.unfinished: set[str] = set()
         self._trainer, self._save = trainer, trainer.save_checkpoint
 
     def __call__(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -129,29 +131,41 @@ class _ShardedSave:
             return
         path = _local(filepath)
         folder = _folder(path)
-        commit = write_shards(folder, tables, folder.name, _progress(trainer))
-        self.unfinished[commit.save_id] = commit.files()
-        state = commit.to_state()
+        save_id = new_save_id()
+        self.unfinished.add(save_id)
+        try:
+            commit = write_shards(folder, tables, folder.name, _progress(trainer), save_id)
+            self._write_main(tables, commit.to_state(), filepath, *args, **kwargs)
+        except BaseException:
+            self.unfinished.discard(save_id)
+            if trainer.is_global_zero:
+                remove_shards(folder, only=save_id)
+            raise
+        if not trainer.is_global_zero:
+            self.unfinished.discard(save_id)
+
+    def _write_main(
+        self,
+        tables: list[HashTable],
+        commit: dict[str, Any],
+        filepath: str | Path,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Let Lightning write its file, with tables' states that refer to the shards."""
         for table in tables:
             table.reference = {
                 "schema": table_state.SCHEMA,
                 "name": table.name,
                 "embedding_dim": table.embedding_dim,
-                table_state.REFERENCE: state,
+                table_state.REFERENCE: commit,
             }
         try:
-            with _failing_together(trainer.strategy):
+            with _failing_together(self._trainer.strategy):
                 self._save(filepath, *args, **kwargs)
-        except BaseException:
-            self.unfinished.pop(commit.save_id, None)
-            if trainer.is_global_zero:
-                remove_shards(folder, only=commit.files())
-            raise
         finally:
             for table in tables:
                 table.reference = None
-        if not trainer.is_global_zero:
-            del self.unfinished[commit.save_id]
 
 
 @contextmanager
@@ -199,8 +213,8 @@ class _ShardIO(CheckpointIO):
         sync_folder(target.parent)
         for unfinished in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
             unfinished.unlink(missing_ok=True)
-        kept = self.saving.unfinished.pop(state["save_id"], set())
-        remove_shards(_folder(target), kept.union(*self.saving.unfinished.values()))
+        self.saving.unfinished.discard(state["save_id"])
+        remove_shards(_folder(target), kept=(state["save_id"], *self.saving.unfinished))
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the file, and let tables take up their rows."""
@@ -213,7 +227,7 @@ class _ShardIO(CheckpointIO):
         self.io.remove_checkpoint(path)
         folder = _folder(_local(path))
         if folder.is_dir():
-            remove_shards(folder, set().union(*self.saving.unfinished.values()))
+            remove_shards(folder, kept=self.saving.unfinished)
             if not any(folder.iterdir()):
                 folder.rmdir()
 
