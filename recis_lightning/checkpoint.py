@@ -332,8 +332,7 @@ def remove_shards(folder: Path, kept: Iterable[str] = (), only: str = "") -> Non
         kept: ``save_id`` of each save of which they stay.
         only: ``save_id`` of the one save of which they go; "" means all others too.
     """
-    # A copy in one step: another thread may add a save.
-    stay = tuple(f".{save_id}{SUFFIX}" for save_id in tuple(kept))
+    stay = [f".{save_id}{SUFFIX}" for save_id in kept]
     for file in folder.glob(f"*.{only}{SUFFIX}*" if only else f"*{SUFFIX}*"):
         if not any(part in file.name for part in stay):
             file.unlink(missing_ok=True)

@@ -3,14 +3,15 @@
 import errno
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import distributed
 
-from recis_lightning import HashTable, checkpoint, hash_tables, shard_file
+from recis_lightning import HashTable, checkpoint, checkpoint_source, hash_tables, shard_file
 from recis_lightning.admission import MinCount
 from recis_lightning.callbacks import CheckpointHook
 from recis_lightning.eviction import GlobalStepFilter
@@ -210,6 +211,50 @@ def save_where_the_main_file_fails(path):
         waited = time.monotonic() - start
         run.save_checkpoint(path / "b.ckpt")
     return error, waited
+
+
+def save_where_a_hook_fails(path, failing_rank, of_module):
+    """Save while what Lightning asks on one rank raises, and again; return as the one above."""
+
+    def on_save_checkpoint(*args):
+        raise KeyError("no state")
+
+    with as_torchrun() as settings:
+        model, callback = Model(), Callback()
+        run = trainer(path, CheckpointHook(), callback, **settings)
+        run.fit(model, train_loader(8))
+        run.save_checkpoint(path / "a.ckpt")
+        asked = model if of_module else callback
+        if rank_and_size()[0] == failing_rank:
+            asked.on_save_checkpoint = on_save_checkpoint
+        start, error = time.monotonic(), ""
+        try:
+            run.save_checkpoint(path / "a.ckpt")
+        except (KeyError, RuntimeError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        waited = time.monotonic() - start
+        vars(asked).pop("on_save_checkpoint", None)
+        run.save_checkpoint(path / "b.ckpt")
+    return error, waited
+
+
+def load_where_the_folder_is_missing(path, blind_rank):
+    """Load where one rank does not see the shards; return as those above."""
+    find_folder, error = checkpoint_source.find_folder, ""
+    if rank_and_size()[0] == blind_rank:
+
+        def find_none(commit, file):
+            return find_folder(replace(commit, folder="elsewhere", location="elsewhere"), file)
+
+        checkpoint_source.find_folder = find_none
+    start = time.monotonic()
+    try:
+        load_in_trainer(path)
+    except (ValueError, RuntimeError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    finally:
+        checkpoint_source.find_folder = find_folder
+    return error, time.monotonic() - start
 
 
 def load_in_trainer(path, hook=True):

@@ -185,14 +185,16 @@ def test_async_checkpoints(tmp_path):
 
 
 class HeldIO(TorchCheckpointIO):
-    """Writes files; from the second on, only once it is told to."""
+    """Writes files; from the second on, only once it is told to, or fails if it is told that."""
 
     def __init__(self):
-        self.files, self.go = 0, threading.Event()
+        self.files, self.go, self.error = 0, threading.Event(), None
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         self.files += 1
         assert self.files == 1 or self.go.wait(60)
+        if self.error is not None:
+            raise self.error
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -226,6 +228,43 @@ def test_an_async_checkpoint_ends_while_the_next_is_written(tmp_path, monkeypatc
     assert held.go.is_set()
     assert shards_of(tmp_path, "end.ckpt") == ALL
     assert 12345 in Model.load_from_checkpoint(tmp_path / "end.ckpt").user.table.ids()
+
+
+def test_a_checkpoint_removed_before_it_was_written(tmp_path):
+    """It does not come back when its turn comes, and its shards are gone."""
+    held = HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(Model(), ResumableLoader())
+    for name in ("a.ckpt", "b.ckpt", "c.ckpt"):
+        run.save_checkpoint(tmp_path / name)
+    run.strategy.remove_checkpoint(tmp_path / "b.ckpt")
+    held.go.set()
+    run.strategy.checkpoint_io.teardown()
+    names = {name.split("/")[0] for name in files_in(tmp_path)}
+    assert names == {"a.ckpt", "a.ckpt.tables", "c.ckpt", "c.ckpt.tables"}
+    assert shards_of(tmp_path, "a.ckpt") == shards_of(tmp_path, "c.ckpt") == ALL
+
+
+def test_an_async_checkpoint_that_fails(tmp_path):
+    """The save that tells of it is not made either; the checkpoint before both stays whole."""
+    held = HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(Model(), ResumableLoader())
+    io = run.strategy.checkpoint_io
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    held.error = OSError("the disk is gone")
+    held.go.set()
+    io._executor.submit(int).result()
+    held.error = None
+    held.go.clear()
+    with pytest.raises(OSError, match="the disk is gone"):
+        run.save_checkpoint(tmp_path / "end.ckpt")
+    held.go.set()
+    with pytest.raises(OSError, match="the disk is gone"):
+        io.teardown()
+    assert shards_of(tmp_path, "end.ckpt") == ALL
+    assert len(hash_tables(Model.load_from_checkpoint(tmp_path / "end.ckpt"))) == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*update_bn")

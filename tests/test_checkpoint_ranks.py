@@ -1,6 +1,7 @@
 """Checkpoints of tables that are sharded over real processes."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -108,3 +109,38 @@ def test_ranks_are_told_that_the_main_file_was_not_written(tmp_path, ranks):
     for name in ("a.ckpt", "b.ckpt"):
         assert len(list((tmp_path / f"{name}.tables").iterdir())) == 2 * 3
         checkpoint.read_table(tmp_path / name, "user")
+
+
+@pytest.mark.parametrize(("failing_rank", "of_module"), [(0, False), (1, True)])
+def test_ranks_are_told_that_one_has_no_state_to_save(tmp_path, ranks, failing_rank, of_module):
+    """Lightning asks callbacks and module on every rank, and one of them may raise there alone."""
+    answers = ranks.run(
+        2,
+        checkpoint_ranks.save_where_a_hook_fails,
+        tmp_path,
+        failing_rank,
+        of_module,
+        group_timeout_s=60,
+    )
+    assert answers[failing_rank][0] == "KeyError: 'no state'"
+    told = f"RuntimeError: rank {failing_rank} failed: KeyError: 'no state'"
+    assert answers[1 - failing_rank][0] == told
+    assert max(waited for _, waited in answers) < 30
+    for name in ("a.ckpt", "b.ckpt"):
+        assert len(list((tmp_path / f"{name}.tables").iterdir())) == 2 * 3
+        checkpoint.read_table(tmp_path / name, "user")
+
+
+def test_ranks_are_told_that_one_does_not_see_the_shards(tmp_path, ranks):
+    """As on a machine that does not share the folder: none waits for the one that fails."""
+    ranks.run(2, checkpoint_ranks.fit, tmp_path, save_top_k=1)
+    answers = ranks.run(
+        2,
+        checkpoint_ranks.load_where_the_folder_is_missing,
+        tmp_path / "step=4.ckpt",
+        1,
+        group_timeout_s=60,
+    )
+    assert re.match("ValueError: .*this folder .* is missing", answers[1][0])
+    assert answers[0][0].startswith("RuntimeError: rank 1 failed: ValueError: ")
+    assert max(waited for _, waited in answers) < 30

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,7 @@ class CheckpointHook(Hook):
         commit = checkpoint.get(KEY)
         if commit is None or self._module is None:
             return
-        source = Source.of_commit(path, commit)
+        source = together(lambda: Source.of_commit(path, commit))
         own = _named(self._module, source)
         source.load(own, strict=False, progress=_progress(self._module.trainer))
         note_loaded(commit, own.values())
@@ -115,9 +117,7 @@ class _ShardedSave:
 
     def __init__(self, trainer: Trainer) -> None:
         self.hook: CheckpointHook
-        # Saves of whose shards no main file knows yet: those of another save, which a background
-        # thread may finish at any moment, leave them alone.
-        self.unfinished: set[str] = set()
+        self.unfinished = _Unfinished()
         self._trainer, self._save = trainer, trainer.save_checkpoint
 
     def __call__(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -132,17 +132,14 @@ class _ShardedSave:
         path = _local(filepath)
         folder = _folder(path)
         save_id = new_save_id()
-        self.unfinished.add(save_id)
+        if trainer.is_global_zero:
+            self.unfinished.begin(save_id, path)
         try:
             commit = write_shards(folder, tables, folder.name, _progress(trainer), save_id)
             self._write_main(tables, commit.to_state(), filepath, *args, **kwargs)
         except BaseException:
-            self.unfinished.discard(save_id)
-            if trainer.is_global_zero:
-                remove_shards(folder, only=save_id)
+            self.unfinished.give_up(save_id)
             raise
-        if not trainer.is_global_zero:
-            self.unfinished.discard(save_id)
 
     def _write_main(
         self,
@@ -170,17 +167,78 @@ class _ShardedSave:
 
 @contextmanager
 def _failing_together(strategy: Strategy) -> Iterator[None]:
-    """Tell all ranks if rank 0 could not write; they would wait for it until they time out."""
-    write = strategy.save_checkpoint
+    """Tell all ranks if one could not save; they would wait for it until they time out.
+
+    What Lightning does first, asking callbacks and module what they have to save, may fail too.
+    """
+    write, told = strategy.save_checkpoint, False
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        nonlocal told
+        told = True
         together(lambda: write(*args, **kwargs))
 
     vars(strategy)["save_checkpoint"] = save_checkpoint
     try:
         yield
+    except Exception as error:
+        if not told:
+            together(partial(_raise, error))
+        raise
     finally:
         del vars(strategy)["save_checkpoint"]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+class _Unfinished:
+    """Saves of whose shards no main file knows yet; rank 0's, which writes these files.
+
+    The main file may be written on another thread, and later: until then other saves leave the
+    shards alone, and what was given up meanwhile is not written any more.
+    """
+
+    def __init__(self) -> None:
+        self._mains: dict[str, Path] = {}  # by save_id
+        self._given_up: set[str] = set()
+        self._lock = threading.Lock()
+
+    def begin(self, save_id: str, main: Path) -> None:
+        """Note a save that will write the file ``main``."""
+        with self._lock:
+            self._mains[save_id] = main
+
+    def finish(self, save_id: str, temporary: Path, main: Path) -> bool:
+        """Give a main file its name; return False if the save was given up, and the file goes."""
+        with self._lock:
+            if save_id in self._given_up:
+                temporary.unlink()
+                return False
+            temporary.replace(main)
+            self._mains.pop(save_id, None)
+            return True
+
+    def give_up(self, save_id: str) -> None:
+        """Remove the shards of a save, unless its main file is there: then it is a checkpoint."""
+        with self._lock:
+            main = self._mains.pop(save_id, None)
+            if main is not None:
+                self._given_up.add(save_id)
+                remove_shards(_folder(main), only=save_id)
+
+    def give_up_main(self, main: Path) -> None:
+        """Give up the saves that would still write the file ``main``."""
+        with self._lock:
+            late = [save_id for save_id, file in self._mains.items() if file == main]
+        for save_id in late:
+            self.give_up(save_id)
+
+    def remove_others(self, folder: Path, *kept: str) -> None:
+        """Remove a folder's shards, but for those of unfinished saves, and of saves to keep."""
+        with self._lock:  # no save begins meanwhile, of which there are files
+            remove_shards(folder, kept=(*kept, *self._mains))
 
 
 class _ShardIO(CheckpointIO):
@@ -197,37 +255,42 @@ class _ShardIO(CheckpointIO):
         if state is None:
             self.io.save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
-        target = _local(path)
+        target, save_id, saves = _local(path), state["save_id"], self.saving.unfinished
         # A file of its own first: Lightning's is copied here from elsewhere.
-        temporary = target.with_name(f"{target.name}.{state['save_id']}.part")
+        temporary = target.with_name(f"{target.name}.{save_id}.part")
         try:
             self.io.save_checkpoint(
                 {**checkpoint, KEY: state}, str(temporary), storage_options=storage_options
             )
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            if not saves.finish(save_id, temporary, target):
+                return
         except BaseException:
             temporary.unlink(missing_ok=True)
+            saves.give_up(save_id)
             raise
         sync_folder(target.parent)
         for unfinished in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
             unfinished.unlink(missing_ok=True)
-        self.saving.unfinished.discard(state["save_id"])
-        remove_shards(_folder(target), kept=(state["save_id"], *self.saving.unfinished))
+        saves.remove_others(_folder(target), save_id)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the file, and let tables take up their rows."""
-        checkpoint: dict[str, Any] = self.io.load_checkpoint(path, *args, **kwargs)
+        checkpoint: dict[str, Any] = together(
+            lambda: self.io.load_checkpoint(path, *args, **kwargs)
+        )
         self.hook.load(Path(path), checkpoint)
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the file, then its shards."""
+        """Remove the file, then its shards; what would be written there later is not."""
+        main, saves = _local(path), self.saving.unfinished
+        saves.give_up_main(main)
         self.io.remove_checkpoint(path)
-        folder = _folder(_local(path))
+        folder = _folder(main)
         if folder.is_dir():
-            remove_shards(folder, kept=self.saving.unfinished)
+            saves.remove_others(folder)
             if not any(folder.iterdir()):
                 folder.rmdir()
 
