@@ -289,6 +289,24 @@ class ShardFile:
             self._open = None
             os.close(file)
 
+    def view(self, name: str) -> Tensor:
+        """Return a whole tensor, and raise ValueError unless it is what was written.
+
+        Of an open file it is the file itself, if the system can map it: no memory is filled.
+
+        Returns:
+            Not to be changed, and not to be kept.
+        """
+        kind = self.kinds[name]
+        mapped = None if self._open is None else self._open.mapped
+        if mapped is None:
+            return self.read(name)
+        in_pieces(
+            self.num_pieces(name), lambda number: self.piece(name, number).nbytes, lambda done: None
+        )
+        start = self._starts[name]
+        return mapped[start : start + kind.nbytes].view(kind.dtype).view(kind.shape)
+
     def read(self, name: str) -> Tensor:
         """Read a whole tensor, and raise ValueError unless it is what was written."""
         kind, rows = self.kinds[name], self.piece_rows[name]
@@ -324,8 +342,9 @@ class ShardFile:
 
     def read_ahead(self, name: str, number: int) -> None:
         """Bring a piece into memory, if the file is open; what is wrong ``piece`` says."""
-        if self._open is not None:
-            self._open.read_ahead(*self._place(name, number)[:2])
+        there = self._open  # another thread may close it
+        if there is not None:
+            there.read_ahead(*self._place(name, number)[:2])
 
     def _place(self, name: str, number: int) -> tuple[int, int, int]:
         """Return where a piece begins in the file, its bytes, and its rows."""

@@ -290,7 +290,7 @@ def _open(folder: Path, commit: Commit, name: str, rank: int) -> ShardFile:
 
 def _owned(file: ShardFile, rank: int, world_size: int, ids: str = "ids") -> Tensor:
     """Return int64 [n], ascending: where in a file the ids are that a rank owns."""
-    return (owner_of(file.read(ids), world_size) == rank).nonzero().squeeze(1)
+    return (owner_of(file.view(ids), world_size) == rank).nonzero().squeeze(1)
 
 
 def _joined(
@@ -309,7 +309,8 @@ def _joined(
             if key == "weights" or key.startswith(_SLOTS):
                 continue
             along = table_state.KEYED_BY.get(key)
-            value = file.read(key)
+            # What belongs to rows goes into the table's own memory; other tensors it may keep.
+            value = file.view(key) if along == "ids" else file.read(key)
             if along is None:  # no item belongs to an id: each rank keeps what all know together
                 known = state.setdefault(key, value)
                 state[key] = torch.maximum(known, value)

@@ -139,6 +139,27 @@ def test_reads_what_it_cannot_map(tmp_path, monkeypatch):
     test_no_flipped_bit_passes(tmp_path)
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_views_what_it_can_map(tmp_path, monkeypatch, mapped):
+    """The file itself, after every piece was checked; otherwise memory of its own."""
+    if not mapped:
+        not_mapped(monkeypatch)
+    written(tmp_path / "a")
+    file = ShardFile(tmp_path / "a")
+    assert torch.equal(file.view("ids"), TENSORS["ids"])  # not open
+    with file.opened():
+        for name, tensor in TENSORS.items():
+            assert torch.equal(file.view(name), tensor)
+        one, other = file.view("ids"), file.view("ids")
+        assert (one.data_ptr() == other.data_ptr()) == mapped
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[-7] ^= 2
+    (tmp_path / "a").write_bytes(content)
+    last = next(reversed(file.kinds))
+    with file.opened(), pytest.raises(ValueError, match=f"{last} is damaged"):
+        file.view(last)
+
+
 def test_keeps_no_more_files_open_than_it_may(tmp_path, monkeypatch):
     """The pieces of the others are read all the same."""
     files = []
