@@ -160,6 +160,12 @@ class _SeenIds:
     def reserve_ids(self, num_new: int) -> None:
         """``start`` has made room for all."""
 
+    def larger_index(self, num_new: int) -> None:
+        """``start`` has made room for all."""
+
+    def take_index(self, entries: Tensor) -> None:
+        """There is no larger one."""
+
     def reserve_rows(self, num_new: int) -> None:
         """Rows are numbers only."""
 

@@ -150,6 +150,19 @@ class TableStorage(TableSurvey):
             with _Memory(self, f"an index of {capacity} entries"):
                 self._entries, _ = hash_index.rebuild(self.header, capacity)
 
+    def larger_index(self, num_new: int) -> Tensor | None:
+        """Allocate an index, not cleared, if ``num_new`` ids more need a larger one."""
+        capacity = hash_index.capacity_for(len(self) + num_new)
+        if capacity <= self.capacity:
+            return None
+        with _Memory(self, f"an index of {capacity} entries"):
+            return host_memory.empty_int64(2 * (capacity + 1)).view(-1, 2)
+
+    def take_index(self, entries: Tensor) -> None:
+        """Make an index, with all ids in it, the table's own."""
+        hash_index.enter_entries(self.header, entries)
+        self._entries = entries
+
     def reserve_rows(self, num_new: int) -> None:
         """Make room for ``num_new`` rows more."""
         with _Memory(self, f"{num_new} rows more"):

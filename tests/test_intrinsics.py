@@ -22,6 +22,7 @@ from recis_lightning.ops.intrinsics_cpu import (
     store_i64,
     store_vector,
     store_weights,
+    stream_line,
     vector_width,
 )
 
@@ -127,3 +128,18 @@ def test_equal_words_has_a_bit_for_each_word():
         _call(kernel, words.ctypes.data + 8 * start, value, found.ctypes.data)
         assert found[0] == sum(1 << place for place in places)
         assert found[1] == min(places, default=64)
+
+
+def test_a_line_goes_past_the_caches():
+    """Sixty-four bytes, no more."""
+
+    def kernel(args):
+        stream_line(load_i64(args), load_i64(args + 8))
+
+    memory = torch.arange(40)
+    start = -memory.data_ptr() % 64 // 8  # of its first line
+    target = memory.data_ptr() + 8 * (start + 16)
+    _call(kernel, target, memory.data_ptr() + 8 * start)
+    wanted = torch.arange(40)
+    wanted[start + 16 : start + 24] = wanted[start : start + 8]
+    assert torch.equal(memory, wanted)

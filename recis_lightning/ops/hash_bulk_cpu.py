@@ -1,6 +1,6 @@
 """Insertion of very many ids at once in Numba: every probe hits the cache.
 
-Ids are dealt out by the region of the index in which they belong, in order of position; then each
+Ids are dealt out by the region of the index in which they belong (``hash_deal_cpu``); then each
 region, small enough for a core's own cache, is filled by one thread, so nothing is locked or voted
 on: of an id's sights the one of the lowest position comes first. If all ids are new and distinct, a
 position is a row; otherwise a second pass over the index closes the gaps.
@@ -12,17 +12,20 @@ import numpy as np
 import torch
 from numba import njit
 
-from recis_lightning.ops import parallel_cpu
+from recis_lightning.ops import host_memory, parallel_cpu
+from recis_lightning.ops.hash_deal_cpu import Index, all_items, deal
 from recis_lightning.ops.hash_slot_cpu import AHEAD, LINE_KEYS, launch, slot_of
 from recis_lightning.ops.intrinsics_cpu import (
     atomic_add,
     equal_words,
     load_i64,
     load_u8,
+    load_vector,
     lowest_bit,
     prefetch,
     store_i64,
     store_u8,
+    store_vector,
 )
 from recis_lightning.ops.parallel_cpu import address_of, as_array, num_chunks
 from recis_lightning.ops.table_header import (
@@ -30,147 +33,148 @@ from recis_lightning.ops.table_header import (
     EMPTY,
     ENTRIES,
     FREE_ROWS,
-    HAS_PADDING,
     LAST_SEEN,
     LINE_ENTRIES,
     NEXT_ROW,
     NO_ROW,
     NUM_FREE,
     NUM_IDS,
-    PADDING,
-    SEGMENT_FLAGS,
-    SEGMENT_IDS,
-    SEGMENT_PADDING,
     SHIFT,
     STEP,
 )
 
-_REGION_SHIFT = 14  # log2(entries of a region): a quarter of a megabyte
-_MAX_REGIONS = 1 << 10  # as many streams as the deal can write to at once
-_PARTS = 32  # of the ids, each dealt out by one thread
+_LEFT_OVER = (
+    64  # ids that a region may leave over; one in hundreds of thousands of regions does more
+)
 _CHUNK = 1 << 14
 
 
-@parallel_cpu.kernel
-def _deal_kernel(args):
-    # Two passes share it: with no dealt yet it counts each part's ids by region, then it deals.
-    first, n = load_i64(args + 16), load_i64(args + 24)
-    segment, header = load_i64(args + 32), load_i64(args + 40)
-    region_shift, num_regions = load_i64(args + 48), load_i64(args + 56)
-    counts, dealt, rows = load_i64(args + 64), load_i64(args + 72), load_i64(args + 80)
-    parts = load_i64(args + 8)
-    ids, shift = load_i64(segment + 8 * SEGMENT_IDS), load_i64(header + 8 * SHIFT)
-    has_padding = load_i64(segment + 8 * SEGMENT_FLAGS) & HAS_PADDING
-    padding = load_i64(segment + 8 * SEGMENT_PADDING)
-    while True:
-        part = atomic_add(args, 1)
-        if part >= parts:
-            break
-        mine = counts + 8 * part * num_regions
-        for i in range(first + n * part // parts, first + n * (part + 1) // parts):
-            key = load_i64(ids + 8 * i)
-            if has_padding and key == padding:
-                store_i64(rows + 8 * i, PADDING)
-                continue
-            place = mine + 8 * (slot_of(key, shift) >> region_shift)
-            count = load_i64(place)
-            store_i64(place, count + 1)
-            if dealt:
-                store_i64(dealt + 16 * count, key)
-                store_i64(dealt + 16 * count + 8, i)
-
-
 @njit
-def _insert(key, position, place, base, first, rows, last_seen, step):
+def _insert(key, item, place, base, first, rows, last_seen, step):
     """Give the entry at ``place``, which is the id's, its row; return whether the id is new.
 
-    Of an id's sights the one of the lowest position comes first, and takes ``base + position``:
-    the id's row, if every id of the call is new and distinct. The rows of new ids are not written
-    to ``rows`` here, where they would be far apart.
+    An old entry brings its row. Of an id's sights the one of the lowest position comes first, and
+    takes ``base + position``: the id's row, if every id of the call is new and distinct. The rows
+    of new ids are not written to ``rows`` here, where they would be far apart.
     """
+    if item < 0:
+        store_i64(place + 8, ~item)
+        return False
     row = load_i64(place + 8)
     if row == NO_ROW:
-        store_i64(place + 8, base + position - first)
+        store_i64(place + 8, base + item - first)
         return True
-    store_i64(rows + 8 * position, row)
+    store_i64(rows + 8 * item, row)
     if last_seen and row < base:
         store_i64(last_seen + 8 * row, step)
     return False
 
 
+@njit
+def _take_up(region, num_lines, target):
+    for i in range(num_lines):
+        store_vector(target + 64 * i, load_vector(16, region + 64 * i))
+
+
+@njit
+def _clear(region, num_entries):
+    for i in range(LINE_ENTRIES):
+        store_i64(region + 16 * i, EMPTY)
+        store_i64(region + 16 * i + 8, NO_ROW)
+    line = load_vector(16, region)
+    for i in range(1, num_entries // LINE_ENTRIES):
+        store_vector(region + 64 * i, line)
+
+
 @parallel_cpu.kernel
 def _claim_kernel(args):
-    # A region's own thread fills it. Ids that find it full to its end are left over, at the front
-    # of the region's ids, for a pass that walks on into the next region.
-    header, dealt, bounds = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
-    base, first, rows = load_i64(args + 40), load_i64(args + 48), load_i64(args + 56)
-    left_over, region_shift, all_new = load_i64(args + 64), load_i64(args + 72), args + 80
-    entries, shift = load_i64(header + 8 * ENTRIES), load_i64(header + 8 * SHIFT)
-    last_seen, step = load_i64(header + 8 * LAST_SEEN), load_i64(header + 8 * STEP)
-    regions = load_i64(args + 8)
-    while True:
-        region = atomic_add(args, 1)
-        if region >= regions:
-            break
-        start, end = load_i64(bounds + 8 * region), load_i64(bounds + 8 * region + 8)
-        limit = (region + 1) << region_shift
-        left, num_new = start, np.int64(0)
-        for i in range(start, end):
-            if i + AHEAD < end:
-                prefetch(entries + 16 * slot_of(load_i64(dealt + 16 * (i + AHEAD)), shift))
-            key, position = load_i64(dealt + 16 * i), load_i64(dealt + 16 * i + 8)
-            # The id's entry, or the first empty one: a line at a time, without guessing where.
-            slot = slot_of(key, shift)
-            if key == EMPTY:
-                slot = limit
+    # A region's own thread fills it. Ids that find it full to its end are left over, for a pass
+    # that walks on into the next region; of more than there is room for, only the number is noted.
+    entries, shift, region_shift = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
+    is_fresh, dealt, starts = load_i64(args + 40), load_i64(args + 48), load_i64(args + 56)
+    ends, scratch = load_i64(args + 64), load_i64(args + 72)
+    base, first, rows = load_i64(args + 80), load_i64(args + 88), load_i64(args + 96)
+    last_seen, step = load_i64(args + 104), load_i64(args + 112)
+    left_over, left_size, left_counts = (
+        load_i64(args + 120),
+        load_i64(args + 128),
+        load_i64(args + 136),
+    )
+    next_scratch, all_new = args + 144, args + 152
+    regions, region_size = load_i64(args + 8), np.int64(1) << region_shift
+    if scratch:
+        scratch += 16 * region_size * atomic_add(next_scratch, 1)
+    region = atomic_add(args, 1)
+    while region < regions:
+        following = atomic_add(args, 1)
+        ahead = entries + 16 * (min(following, regions - 1) << region_shift)
+        low = region << region_shift
+        limit = low + region_size
+        start = load_i64(starts + 8 * region)
+        count = load_i64(ends + 8 * region) - start
+        items = dealt + 16 * start
+        if scratch:
+            _take_up(items, (count + LINE_ENTRIES - 1) // LINE_ENTRIES, scratch)
+            items = scratch
+        if is_fresh:
+            _clear(entries + 16 * low, region_size)
+        left, num_new = np.int64(0), np.int64(0)
+        for i in range(count):
+            # The region that this thread will most likely fill next, while this one is computed.
+            prefetch(ahead + (32 * i & (16 * region_size - 64)))
+            key, item = load_i64(items + 16 * i), load_i64(items + 16 * i + 8)
+            slot = slot_of(key, shift) if key != EMPTY else limit
             while slot < limit:
+                # The id's entry, or the first empty one: a line at a time, without guessing where.
                 line = entries + 16 * slot
                 hits = equal_words(line, key) & LINE_KEYS
-                if not hits:
-                    hits = equal_words(line, EMPTY) & LINE_KEYS
                 if hits:
-                    slot += lowest_bit(hits) >> 1
-                    store_i64(entries + 16 * slot, key)
+                    place = line + 8 * lowest_bit(hits)
+                    num_new += _insert(key, item, place, base, first, rows, last_seen, step)
+                    break
+                hits = equal_words(line, EMPTY) & LINE_KEYS
+                if hits:
+                    place = line + 8 * lowest_bit(hits)
+                    store_i64(place, key)
+                    store_i64(place + 8, ~item if item < 0 else base + item - first)
+                    num_new += item >= 0
                     break
                 slot += LINE_ENTRIES
             if slot == limit:
-                store_i64(dealt + 16 * left, key)
-                store_i64(dealt + 16 * left + 8, position)
+                if left < left_size:
+                    place = left_over + 16 * (left_size * region + left)
+                    store_i64(place, key)
+                    store_i64(place + 8, item)
                 left += 1
-                continue
-            place = entries + 16 * slot
-            num_new += _insert(key, position, place, base, first, rows, last_seen, step)
-        store_i64(left_over + 8 * region, left)
+        store_i64(left_counts + 8 * region, left)
         atomic_add(all_new, num_new)
+        region = following
 
 
 @parallel_cpu.kernel
 def _left_over_kernel(args):
     # One chunk, one thread: there are few such ids.
-    header, dealt, bounds = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
-    base, first, rows = load_i64(args + 40), load_i64(args + 48), load_i64(args + 56)
-    left_over, regions, all_new = load_i64(args + 64), load_i64(args + 72), args + 80
-    entries, shift = load_i64(header + 8 * ENTRIES), load_i64(header + 8 * SHIFT)
-    capacity = load_i64(header + 8 * CAPACITY)
-    last_seen, step = load_i64(header + 8 * LAST_SEEN), load_i64(header + 8 * STEP)
+    entries, shift, capacity = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
+    items, count = load_i64(args + 40), load_i64(args + 48)
+    base, first, rows = load_i64(args + 56), load_i64(args + 64), load_i64(args + 72)
+    last_seen, step, all_new = load_i64(args + 80), load_i64(args + 88), args + 96
     if atomic_add(args, 1) == 0:
         num_new = np.int64(0)
-        for region in range(regions):
-            for i in range(load_i64(bounds + 8 * region), load_i64(left_over + 8 * region)):
-                key, position = load_i64(dealt + 16 * i), load_i64(dealt + 16 * i + 8)
-                place = entries + 16 * capacity
-                if key != EMPTY:
-                    slot = slot_of(key, shift)
-                    while True:
-                        place = entries + 16 * slot
-                        there = load_i64(place)
-                        if there == EMPTY:
-                            store_i64(place, key)
-                            break
-                        if there == key:
-                            break
-                        slot = (slot + 1) & (capacity - 1)
-                num_new += _insert(key, position, place, base, first, rows, last_seen, step)
+        for i in range(count):
+            key, item = load_i64(items + 16 * i), load_i64(items + 16 * i + 8)
+            place = entries + 16 * capacity
+            if key != EMPTY:
+                slot = slot_of(key, shift)
+                while True:
+                    place = entries + 16 * slot
+                    there = load_i64(place)
+                    if there == EMPTY:
+                        store_i64(place, key)
+                        break
+                    if there == key:
+                        break
+                    slot = (slot + 1) & (capacity - 1)
+            num_new += _insert(key, item, place, base, first, rows, last_seen, step)
         atomic_add(all_new, num_new)
 
 
@@ -280,11 +284,12 @@ def insert_many(segments, table, first, rows):
     Returns:
         int64 [m], ascending: the position of each new id's first occurrence; a slice for all.
     """
-    header, count = table.header, rows.numel() - first
-    table.reserve_ids(count)
-    fields = header.numpy()
+    fields, count = table.header.numpy(), rows.numel() - first
     base = int(fields[NEXT_ROW])
-    num_new = _claim(segments, header, base, first, rows)
+    larger = table.larger_index(count)
+    num_new = _claim(segments, fields, larger, base, first, rows)
+    if larger is not None:
+        table.take_index(larger)
     table.reserve_rows(num_new)
     if num_new == count and not fields[NUM_FREE]:
         new = slice(first, rows.numel())
@@ -301,15 +306,49 @@ def insert_many(segments, table, first, rows):
     return new
 
 
-def _claim(segments, header, base, first, rows):
+def _claim(segments, fields, larger, base, first, rows):
     """Enter the ids, new ones with the row ``base + position``; return how many are new."""
-    dealt, bounds, region_shift = _deal(segments, header, first, rows)
-    regions = len(bounds) - 1
-    left_over = np.empty(regions, np.int64)
-    where = (header.data_ptr(), address_of(dealt), address_of(bounds), base, first, rows.data_ptr())
-    where = (*where, address_of(left_over))
-    num_new = _claim_kernel.launch(regions, *where, region_shift, 0)[10]
-    return num_new + _left_over_kernel.launch(1, *where, regions, 0)[10]
+    index = Index(int(fields[ENTRIES]), int(fields[CAPACITY]), int(fields[SHIFT]), False)
+    old = (index.entries, index.capacity)
+    if larger is not None:
+        capacity = len(larger) - 1
+        index = Index(larger.data_ptr(), capacity, 65 - capacity.bit_length(), True)
+        larger[capacity] = torch.from_numpy(_last_entry(*old))
+    dealt = deal(segments, old, index, first, rows)
+    regions, scratch = len(dealt.starts), 0
+    if dealt.items is None:
+        held = host_memory.empty(16 * torch.get_num_threads() << dealt.region_shift)
+        scratch = address_of(held)
+    left_over, left = np.empty((regions, _LEFT_OVER, 2), np.int64), np.empty(regions, np.int64)
+    what = (base, first, rows.data_ptr(), int(fields[LAST_SEEN]), int(fields[STEP]))
+    num_new = _claim_kernel.launch(
+        regions,
+        index.entries,
+        index.shift,
+        dealt.region_shift,
+        index.is_fresh,
+        index.entries if dealt.items is None else address_of(dealt.items),
+        address_of(dealt.starts),
+        address_of(dealt.ends),
+        scratch,
+        *what,
+        address_of(left_over),
+        _LEFT_OVER,
+        address_of(left),
+        0,
+        0,
+    )[19]
+    if left.max() > _LEFT_OVER:  # then all are entered once more: it does no harm
+        items = all_items(segments, old if index.is_fresh else None, first, rows)
+    else:
+        items = left_over[np.arange(_LEFT_OVER) < left[:, None]]
+    where = (index.entries, index.shift, index.capacity, address_of(items), len(items))
+    return num_new + _left_over_kernel.launch(1, *where, *what, 0)[12]
+
+
+def _last_entry(entries, capacity):
+    """Return the entry of the id ``EMPTY``, int64 [2]."""
+    return as_array(entries + 16 * capacity, 2)
 
 
 def _number(fields, base, first, rows, num_new):
@@ -331,20 +370,3 @@ def _number(fields, base, first, rows, num_new):
     where = (rows.data_ptr() + 8 * first, address_of(is_new), base, address_of(final))
     launch(_final_rows_kernel, count, _CHUNK, *where)
     return new
-
-
-def _deal(segments, header, first, rows):
-    """Return ids and their positions by region, int64 [n, 2], where each starts, its log2 size."""
-    capacity, count = int(header[CAPACITY]), rows.numel() - first
-    shift = max(_REGION_SHIFT, capacity.bit_length() - _MAX_REGIONS.bit_length())
-    regions = max(capacity >> shift, 1)
-    counts = np.zeros((_PARTS, regions), np.int64)
-    where = (first, count, address_of(segments), header.data_ptr(), shift, regions)
-    _deal_kernel.launch(_PARTS, *where, address_of(counts), 0, rows.data_ptr())
-    ends = np.cumsum(counts.T).reshape(regions, _PARTS)
-    bounds = np.concatenate([[0], ends[:, -1]])
-    starts = np.ascontiguousarray((ends - counts.T).T)
-    dealt = np.empty((int(bounds[-1]), 2), np.int64)
-    addresses = (address_of(starts), address_of(dealt), rows.data_ptr())
-    _deal_kernel.launch(_PARTS, *where, *addresses)
-    return dealt, bounds, shift

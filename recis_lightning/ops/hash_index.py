@@ -52,6 +52,12 @@ class Table(admission.Screened, Protocol):
     def reserve_ids(self, num_new: int) -> None:
         """Make room in the index for ``num_new`` more ids."""
 
+    def larger_index(self, num_new: int) -> Tensor | None:
+        """Allocate an index, not cleared, if ``num_new`` more ids need a larger one."""
+
+    def take_index(self, entries: Tensor) -> None:
+        """Make an index, with all ids in it, the table's own."""
+
     def reserve_rows(self, num_new: int) -> None:
         """Make room in the row store for ``num_new`` more rows."""
 
@@ -100,14 +106,19 @@ def empty_entries(header: Tensor, capacity: int) -> Tensor:
     entries: Tensor = backend.module("hash_index", header.device).allocate_entries(
         capacity, header.device
     )
-    values = read_counts(header)
+    read_counts(header)[NUM_IDS] = 0
+    enter_entries(header, entries)
+    publish_counts(header)
+    return entries
+
+
+def enter_entries(header: Tensor, entries: Tensor) -> None:
+    """Let a header point to an index, int64 [capacity + 1, 2]; the caller keeps that alive."""
+    values, capacity = host_fields(header), len(entries) - 1
     values[ENTRIES] = entries.data_ptr()
     values[SHIFT] = 64 - (capacity.bit_length() - 1)
     values[CAPACITY] = capacity
-    values[NUM_IDS] = 0
     publish(header)
-    publish_counts(header)
-    return entries
 
 
 def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
@@ -293,6 +304,7 @@ __all__ = [
     "capacity_for",
     "describe",
     "empty_entries",
+    "enter_entries",
     "fill",
     "find",
     "find_or_insert",

@@ -123,6 +123,23 @@ def equal_words(typingctx, address, value):
 
 
 @intrinsic
+def stream_line(typingctx, target, source):
+    """Copy 64 bytes past the caches; both addresses start a cache line.
+
+    Other threads see them after the next atomic operation of this one.
+    """
+
+    def codegen(context, builder, sig, args):
+        kind = ir.VectorType(_I64, 8).as_pointer()
+        target, source = (builder.inttoptr(address, kind) for address in args)
+        store = builder.store(builder.load(source, align=64), target, align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def lowest_bit(typingctx, bits):
     """Return the position of the lowest bit that is set; 64 if none is."""
 
