@@ -17,6 +17,7 @@ from recis_lightning.sharding import num_ranks
 from tests.clicks import Clicks, loader
 from tests.lightning_model import Model
 from tests.quiet_trainer import quiet_trainer
+from tests.ranks import set_timeout
 from tests.sharded_training import shard
 
 
@@ -105,16 +106,19 @@ def report(path, on_nan, ruined_rank):
     }
 
 
-def unequal(path, batches, stays_s):
+def unequal(path, batches, stays_s, timeout_s):
     """Fit with so many batches on each rank; return the batches done, seconds waited and error.
 
-    A rank that ends without error stays in the process group for ``stays_s``.
+    A rank that ends without error stays in the process group for ``stays_s``. The group's timeout
+    counts from the last batch that all ranks have.
     """
     model, ends = Predicting(), []
 
     class Clock(L.Callback):
         def on_train_batch_end(self, *args):
             ends.append(time.monotonic())
+            if len(ends) == min(batches):
+                set_timeout(timeout_s)
 
     error = ""
     with as_torchrun() as settings:

@@ -121,4 +121,9 @@ def _work(pipe):
                 distributed.destroy_process_group()
 
 
-__all__ = ["Ranks"]
+def set_timeout(seconds):
+    """Let this rank wait so long for others from now on: once all are level, it may be short."""
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+__all__ = ["Ranks", "set_timeout"]

@@ -14,6 +14,7 @@ from recis_lightning.ops import backend
 from recis_lightning.optim import SparseAdam, SparseSGD
 from recis_lightning.sharded_group import finish_evaluation
 from recis_lightning.sharding import num_ranks, owner_of
+from tests.ranks import set_timeout
 from tests.tables import EXTREMES
 
 IDS = torch.cat([EXTREMES, torch.arange(100, 131)])
@@ -147,14 +148,15 @@ def refused_copies():
     return ""
 
 
-def dying(how):
+def dying(how, timeout_s):
     """Rank 1 goes away in the middle of training; the others must not wait for ever."""
     module = DynamicEmbedding(2, name="t")
     module(IDS)
+    set_timeout(timeout_s)
     if rank() == 1:
         if how == "dies":
             os._exit(9)
-        time.sleep(6)
+        time.sleep(2 * timeout_s)
     start = time.monotonic()
     try:
         module(IDS)

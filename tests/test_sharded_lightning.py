@@ -35,7 +35,7 @@ def test_a_rank_that_ends_early_in_training(ranks, tmp_path, stays):
     """It ends in peace; the other fails when that one is gone, or at the group's timeout."""
     timeout_s = 4
     long, short = ranks.try_to_run(
-        2, checks.unequal, tmp_path, (4, 2), 1.5 * timeout_s * stays, group_timeout_s=timeout_s
+        2, checks.unequal, tmp_path, (4, 2), 1.5 * timeout_s * stays, timeout_s
     )
     assert long[0], long[1]
     assert short[0], short[1]

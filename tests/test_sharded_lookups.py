@@ -53,7 +53,7 @@ def test_a_state_dict_of_one_shard_is_refused(ranks):
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 def test_the_others_fail_when_a_rank_goes_away(ranks, how):
     """Within the group's timeout, with torch's message; they do not wait for ever."""
-    answers = ranks.try_to_run(2, checks.dying, how, group_timeout_s=3)
+    answers = ranks.try_to_run(2, checks.dying, how, 3)
     good, answer = answers[0]
     assert good, answer
     assert answers[1][0] == (how == "hangs")

@@ -193,7 +193,10 @@ def test_the_queue_is_bounded(tmp_path, monkeypatch):
 
     thread = threading.Thread(target=produce)
     thread.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + 60
+    while len(depth) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.1)
     assert depth[-1] == 3  # one being written, two waiting
     gate.release(8)
     thread.join()
