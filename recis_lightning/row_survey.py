@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 # Bins [edge, next edge). Ages in steps: 0, 1, 2-3, 4-7, ... Norms: two bins for each doubling.
 AGE_EDGES = (0.0, *(2.0**power for power in range(32)), math.inf)
 NORM_EDGES = (0.0, *(2.0 ** (half / 2) for half in range(-32, 33)), math.inf)
+_AGE_BOUNDARIES, _NORM_BOUNDARIES = np.array(AGE_EDGES[1:-1]), np.array(NORM_EDGES[1:-1])
+
+Counts = npt.NDArray[np.int64]
+Norms = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 class RowSurvey(NamedTuple):
@@ -54,8 +59,8 @@ class Rows(NamedTuple):
 
     Attributes:
         rows: int64 [n], where they are.
-        weights: [n, dim].
-        slots: Optimizer state, [n, words] each.
+        weights: [n, dim], on the CPU.
+        slots: Optimizer state, [n, words] each, on the CPU.
         ages: int64 [n], steps since they were seen, or None.
     """
 
@@ -76,64 +81,55 @@ def survey(pieces: Iterator[Rows]) -> RowSurvey:
     """
     num_rows, norm_sum, norm_max, age_sum, age_max = 0, 0.0, 0.0, 0, 0
     bad: list[Tensor] = []
-    norms = [0] * (len(NORM_EDGES) - 1)
-    ages: list[int] | None = None
+    norms = np.zeros(len(NORM_EDGES) - 1, np.int64)
+    ages: Counts | None = None
     for piece in pieces:
         num_rows += piece.rows.numel()
         norm, finite = _norms(piece.weights)
-        counted = norm[finite]
-        norms = _added(norms, _bin_counts(counted, NORM_EDGES))
-        if counted.numel():
-            norm_sum += float(counted.sum(dtype=torch.float64))
+        counted = norm if finite.all() else norm[finite]
+        norms += _bin_counts(counted, _NORM_BOUNDARIES)
+        if len(counted):
+            norm_sum += float(counted.sum(dtype=np.float64))
             norm_max = max(norm_max, float(counted.max()))
         for slot in piece.slots:
-            finite &= _finite(slot)
-        if not bool(finite.all()):
-            bad.append(piece.rows[~finite])
+            # As a rule one look at all of it tells.
+            words = np.isfinite(slot.numpy())
+            if not words.all():
+                finite &= words.all(1)
+        if not finite.all():
+            bad.append(piece.rows.cpu()[torch.from_numpy(~finite)])
         if piece.ages is not None:
-            ages = _added(ages, _bin_counts(piece.ages, AGE_EDGES))
-            if piece.ages.numel():
-                age_sum += int(piece.ages.sum())
-                age_max = max(age_max, int(piece.ages.max()))
-    nonfinite = torch.cat(bad).cpu() if bad else torch.empty(0, dtype=torch.int64)
-    return RowSurvey(num_rows, nonfinite, norms, norm_sum, norm_max, ages, age_sum, age_max)
+            age = piece.ages.cpu().numpy()
+            ages = np.zeros(len(AGE_EDGES) - 1, np.int64) if ages is None else ages
+            ages += _bin_counts(age, _AGE_BOUNDARIES)
+            if len(age):
+                age_sum += int(age.sum())
+                age_max = max(age_max, int(age.max()))
+    nonfinite = torch.cat(bad) if bad else torch.empty(0, dtype=torch.int64)
+    counts = None if ages is None else ages.tolist()
+    return RowSurvey(
+        num_rows, nonfinite, norms.tolist(), norm_sum, norm_max, counts, age_sum, age_max
+    )
 
 
-def _norms(weights: Tensor) -> tuple[Tensor, Tensor]:
+def _norms(weights: Tensor) -> tuple[Norms, npt.NDArray[np.bool_]]:
     """Return the rows' norms, and which rows are finite."""
-    norms = torch.linalg.vector_norm(weights.float(), dim=1)
-    finite = norms.isfinite()
+    words = weights.float().numpy()
+    norms: Norms = np.sqrt(np.einsum("ij,ij->i", words, words))
+    finite = np.isfinite(norms)
     # A large norm may overflow where no weight is infinite.
-    suspects = (~finite).nonzero().squeeze(1)
-    if suspects.numel():
-        exact = torch.linalg.vector_norm(weights[suspects].double(), dim=1)
-        norms = norms.double().index_copy_(0, suspects, exact)
-        finite = norms.isfinite()
+    if not finite.all():
+        suspects = np.flatnonzero(~finite)
+        exact = words[suspects].astype(np.float64)
+        norms = norms.astype(np.float64)
+        norms[suspects] = np.sqrt(np.einsum("ij,ij->i", exact, exact))
+        finite = np.isfinite(norms)
     return norms, finite
 
 
-def _finite(slot: Tensor) -> Tensor:
-    # One sum a row is cheaper than a look at each word; only what it cannot tell is looked at.
-    finite = slot.sum(1).isfinite()
-    suspects = (~finite).nonzero().squeeze(1)
-    if suspects.numel():
-        finite[suspects] = slot[suspects].isfinite().all(1)
-    return finite
-
-
-def _bin_counts(values: Tensor, edges: tuple[float, ...]) -> list[int]:
-    bins = torch.bucketize(values.double(), _boundaries(edges, values.device), right=True)
-    counts: list[int] = torch.bincount(bins, minlength=len(edges) - 1).tolist()
-    return counts
-
-
-@functools.cache
-def _boundaries(edges: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(edges[1:-1], dtype=torch.float64, device=device)
-
-
-def _added(counts: list[int] | None, more: list[int]) -> list[int]:
-    return more if counts is None else [a + b for a, b in zip(counts, more, strict=True)]
+def _bin_counts(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float64]) -> Counts:
+    bins = np.searchsorted(boundaries, values, side="right")
+    return np.bincount(bins, minlength=len(boundaries) + 1)
 
 
 __all__ = ["AGE_EDGES", "NORM_EDGES", "RowSurvey", "Rows", "survey"]

@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from recis_lightning.arguments import check_int
 
 __all__ = ["RunHistory"]
+
+Point = npt.NDArray[np.float64]
 
 
 class RunHistory:
@@ -41,7 +45,9 @@ class RunHistory:
         self.max_points = check_int("max_points", max_points, least=8)
         self.steps: list[int] = []
         self.distributions: dict[str, list[int]] = {}
-        self._columns: dict[str, list[float]] = {}
+        # Each point holds the columns known when it was made; those that came later are NaN.
+        self._places: dict[str, int] = {}
+        self._points: list[Point] = []
         self._num_appended = 0
         self._every = 1  # of the points appended, which are kept
 
@@ -51,16 +57,18 @@ class RunHistory:
     @property
     def names(self) -> list[str]:
         """Names of the columns, in the order of their first sight."""
-        return list(self._columns)
+        return list(self._places)
 
     def column(self, name: str) -> list[float]:
         """Return a number for each point, NaN where there was none; all NaN for an unknown name."""
-        return list(self._columns.get(name, [math.nan] * len(self.steps)))
+        place = self._places.get(name, len(self._places))
+        return [float(p[place]) if place < len(p) else math.nan for p in self._points]
 
     def last(self, name: str, default: float = math.nan) -> float:
         """Return the newest number of a column."""
-        found = (value for value in reversed(self.column(name)) if not math.isnan(value))
-        return next(found, default)
+        place = self._places.get(name, len(self._places))
+        known = (float(p[place]) for p in reversed(self._points) if place < len(p))
+        return next((value for value in known if not math.isnan(value)), default)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point.
@@ -69,15 +77,20 @@ class RunHistory:
             step: Not before the newest point's; one of the same step adds to it.
             values: Name -> number.
         """
+        places = self._places
+        if not places.keys() >= values.keys():
+            for name in values:
+                places.setdefault(name, len(places))
         if not self.steps or step != self.steps[-1]:
             self._drop_surplus()
             self.steps.append(int(step))
-            for column in self._columns.values():
-                column.append(math.nan)
+            self._points.append(np.full(len(places), math.nan))
             self._num_appended += 1
-        for name, value in values.items():
-            column = self._columns.setdefault(name, [math.nan] * len(self.steps))
-            column[-1] = float(value)
+        point = self._points[-1]
+        if len(point) < len(places):
+            more = np.full(len(places) - len(point), math.nan)
+            self._points[-1] = point = np.append(point, more)
+        point[[*map(places.__getitem__, values)]] = [*values.values()]
 
     def _drop_surplus(self) -> None:
         """Make room: the newest point stays only if its turn has come."""
@@ -89,8 +102,7 @@ class RunHistory:
 
     def _keep(self, points: range) -> None:
         self.steps = [self.steps[point] for point in points]
-        for name, column in self._columns.items():
-            self._columns[name] = [column[point] for point in points]
+        self._points = [self._points[point] for point in points]
 
     def truncate(self, step: int) -> None:
         """Forget the points after a step."""
@@ -98,11 +110,14 @@ class RunHistory:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, as tensors and primitives."""
+        table = np.full((len(self._points), len(self._places)), math.nan)
+        for line, point in zip(table, self._points, strict=True):
+            line[: len(point)] = point
         return {
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "columns": {
-                name: torch.tensor(column, dtype=torch.float64)
-                for name, column in self._columns.items()
+                name: torch.from_numpy(table[:, place].copy())
+                for name, place in self._places.items()
             },
             "distributions": {
                 name: torch.tensor(counts, dtype=torch.int64)
@@ -115,6 +130,11 @@ class RunHistory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what ``state_dict`` saved; ``max_points`` stays."""
         self.steps = state["steps"].tolist()
-        self._columns = {name: column.tolist() for name, column in state["columns"].items()}
+        columns = state["columns"]
+        self._places = {name: place for place, name in enumerate(columns)}
+        table = np.empty((len(self.steps), len(columns)))
+        for place, column in enumerate(columns.values()):
+            table[:, place] = column.numpy()
+        self._points = [*map(np.copy, table)]
         self.distributions = {name: part.tolist() for name, part in state["distributions"].items()}
         self._num_appended, self._every = state["num_appended"], state["every"]

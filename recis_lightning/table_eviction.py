@@ -21,7 +21,7 @@ from recis_lightning.eviction import (
 )
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.split_header import publish, read_counts
-from recis_lightning.ops.table_header import NUM_REFUSED, STEP, TIME
+from recis_lightning.ops.table_header import NUM_IDS, NUM_REFUSED, STEP, TIME
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.readmissions import Readmissions
 from recis_lightning.table_statistics import TableStatistics
@@ -300,7 +300,8 @@ class TableEviction(TableStorage):
     def column_bytes(self) -> int:
         """Bytes of what policies keep."""
         tracked = 0 if self.readmissions is None else self.readmissions.nbytes
-        return super().column_bytes + tracked + self.pinned.nbytes
+        pinned = 0 if self._pinned is None else self._pinned.nbytes
+        return super().column_bytes + tracked + pinned
 
     def statistics(self) -> TableStatistics:
         """Return sizes now, and counts since the table was made.
@@ -314,17 +315,19 @@ class TableEviction(TableStorage):
             >>> statistics.rows, statistics.capacity, statistics.admitted
             (3, 64, 3)
         """
+        counts = read_counts(self.header)
+        num_ids, capacity = int(counts[NUM_IDS]), self.capacity
         state, readmissions = self.rows.state_bytes, self.readmissions
         return TableStatistics(
-            rows=len(self),
-            capacity=self.capacity,
-            load=len(self) / self.capacity,
+            rows=num_ids,
+            capacity=capacity,
+            load=num_ids / capacity,
             index_bytes=self._entries.nbytes,
             weight_bytes=self.rows.nbytes - state,
             state_bytes=state,
             column_bytes=self.column_bytes,
-            admitted=len(self) + self._num_removed - self._num_loaded,
-            refused=int(read_counts(self.header)[NUM_REFUSED]),
+            admitted=num_ids + self._num_removed - self._num_loaded,
+            refused=int(counts[NUM_REFUSED]),
             evicted=self._num_evicted,
             readmitted=0 if readmissions is None else readmissions.count,
         )

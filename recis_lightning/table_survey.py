@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from recis_lightning import row_survey
+from recis_lightning.ops.split_header import host_fields
 from recis_lightning.ops.table_header import CAPACITY, NO_ROW, STEP
 from recis_lightning.row_store import RowStore
 from recis_lightning.row_survey import Rows, RowSurvey
@@ -62,15 +65,19 @@ class TableSurvey:
         return row_survey.survey(self._pieces(start, stop, rows))
 
     def _pieces(self, start: float, stop: float, rows: Tensor | None) -> Iterator[Rows]:
-        capacity, step = int(self.header[CAPACITY]), int(self.header[STEP])
+        header = host_fields(self.header)
+        capacity, step = int(header[CAPACITY]), int(header[STEP])
         # The entry behind the last slot is one id's own.
         end = capacity + 1 if stop == 1 else int(stop * capacity)
         first, end = (int(start * capacity), end) if rows is None else (0, rows.numel())
         column = self._last_seen if self.keeps_last_seen else None
         for place in range(first, max(end, first + 1), _PIECE_ENTRIES):
             part = slice(place, min(place + _PIECE_ENTRIES, end))
-            found = self._entries[part, 1] if rows is None else rows[part]
-            found = found[(found >= 0) & (found != NO_ROW)]
+            chosen = (self._entries[part, 1] if rows is None else rows[part]).cpu().numpy()
+            chosen = chosen[chosen.view(np.uint64) < NO_ROW]  # neither negative nor empty
+            found = torch.from_numpy(chosen).to(self.header.device)
             weights, slots = self.rows.read(found)
-            ages = None if column is None else (step - column[found]).clamp_(min=0)
+            ages = None
+            if column is not None:
+                ages = (step - column.index_select(0, found)).clamp_(min=0)
             yield Rows(found, weights, list(slots.values()), ages)

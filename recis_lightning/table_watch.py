@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import add, attrgetter
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
 from recis_lightning.arguments import check_int
 from recis_lightning.hash_table import HashTable
+from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.report_chart import COUNTERS, MEMORY
 from recis_lightning.row_survey import AGE_EDGES, NORM_EDGES, RowSurvey
 from recis_lightning.run_history import RunHistory
@@ -17,6 +22,9 @@ from recis_lightning.run_history import RunHistory
 __all__ = ["TableFigures", "TableWatch"]
 
 _SUMS = ("rows", "capacity", *MEMORY, *COUNTERS)
+_READ = (*_SUMS, "unique", "ids")  # of each table; the last two of a batch
+_ROW_BITS = 44  # of a row's number; above them stands its table's
+_of_statistics = attrgetter(*_SUMS)
 _NUM_SURVEYED = 6
 _SURVEY_SIZE = _NUM_SURVEYED + len(NORM_EDGES) + len(AGE_EDGES) - 2
 
@@ -39,9 +47,10 @@ class TableWatch:
     """Reads the figures of tables at moments of a run, and keeps them in a ``RunHistory``.
 
     Each look reads every table's ``statistics()`` and surveys about ``survey_rows`` rows of one
-    table, one after the other, so that its cost does not grow with the tables; a full look surveys
-    all rows of all tables. On several ranks figures are those of all, and every rank looks at the
-    same moments.
+    table, one after the other, so that its cost does not grow with the tables. The first look
+    surveys as many rows of every table, so that each figure is there from the start, as files with
+    a column a figure like it; a full look surveys all rows of all tables. On several ranks figures
+    are those of all, and every rank looks at the same moments.
 
     Figures of a table: ``rows``, ``capacity``, ``load``, ``index_bytes``, ``weight_bytes``,
     ``state_bytes``, ``column_bytes``; counts since the run began ``admitted``, ``refused``,
@@ -93,15 +102,19 @@ class TableWatch:
         if len(set(names)) < len(names):
             raise ValueError(f"tables: expected different names, got {names}")
         self.tables = list(tables)
-        self._turn = 0
+        self._turn: int | None = None  # all tables'
         self._positions = [0.0] * len(tables)
         self._batch: list[tuple[int, int]] = [(0, 0)] * len(tables)
         self._num_records = [0] * len(tables)
+        self._names = [_names(f"table/{name}") for name in names]
         for table in tables if resumed else ():
             now = table.statistics()._asdict()
             for counter in COUNTERS:
                 known = self.history.last(f"table/{table.name}/{counter}", 0.0)
                 self._before[f"table/{table.name}/{counter}"] = int(known) - now[counter]
+        self._earlier = [
+            self._before.get(f"table/{name}/{figure}", 0) for name in names for figure in _READ
+        ]
 
     def start_batch(self) -> None:
         """Prepare for ``note_batch``, before the batch's backward pass."""
@@ -113,12 +126,12 @@ class TableWatch:
         Looks at what it left for the optimizer since ``start_batch``; ids without a row, and
         padding, are not counted.
         """
-        self._batch = []
-        for table, first in zip(self.tables, self._num_records, strict=True):
-            parts = [record.rows_of(table) for record in table.pending[first:]]
-            rows = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-            rows = rows[rows >= 0]
-            self._batch.append((rows.unique().numel(), rows.numel()))
+        numbers: dict[PendingGradient, dict[object, int]] = defaultdict(dict)
+        for number, table in enumerate(self.tables):
+            for record in table.pending[self._num_records[number] :]:
+                numbers[record][table] = number
+        read = [record.numbered_rows(asked) for record, asked in numbers.items()]
+        self._batch = _num_ids(read, len(self.tables))
 
     def look(
         self, step: int, more: Mapping[str, float] | None = None, full: bool = False
@@ -155,10 +168,10 @@ class TableWatch:
         ids, places = table.ids_map()
         return ids[torch.isin(places, table.survey().nonfinite_rows.to(places.device))]
 
-    def _next(self) -> list[int]:
-        number = self._turn
-        self._turn = (number + 1) % max(len(self.tables), 1)
-        return [number] if self.tables else []
+    def _next(self) -> Sequence[int]:
+        number, every = self._turn, range(len(self.tables))
+        self._turn = 0 if number is None else (number + 1) % max(len(every), 1)
+        return every if number is None else every[number : number + 1]
 
     def _survey(self, number: int, full: bool) -> RowSurvey:
         table = self.tables[number]
@@ -172,32 +185,23 @@ class TableWatch:
     def _read(self, surveys: Mapping[int, RowSurvey]) -> _Reading:
         mine: list[float] = []
         for table, batch in zip(self.tables, self._batch, strict=True):
-            statistics = table.statistics()._asdict()
-            mine += [*(statistics[name] for name in _SUMS), *batch]
+            mine += _of_statistics(table.statistics())
+            mine += batch
         self._batch = [(0, 0)] * len(self.tables)
         for survey in surveys.values():
             mine += _numbers(survey)
-        ranks = _gathered(mine)
-        width = len(_SUMS) + 2
+        ranks, width = _gathered(mine), len(_READ)
+        sums = [*map(sum, zip(*ranks, strict=True))] if len(ranks) > 1 else mine
+        sums = [*map(add, sums, self._earlier)]  # and no more than these: surveys have their own
         values: dict[str, float] = {}
-        totals = dict.fromkeys((*_SUMS, "unique", "ids"), 0)
-        for number, table in enumerate(self.tables):
-            parts = [rank[number * width : (number + 1) * width] for rank in ranks]
-            named = dict(
-                zip((*_SUMS, "unique", "ids"), map(sum, zip(*parts, strict=True)), strict=True)
-            )
-            for counter in COUNTERS:
-                named[counter] += self._before.get(f"table/{table.name}/{counter}", 0)
-            for name, value in named.items():
-                totals[name] += value
-            values |= _derived(f"table/{table.name}", named)
-            if len(ranks) > 1:
-                values[f"table/{table.name}/rank_skew"] = _skew([part[0] for part in parts])
-        values |= _derived("tables", totals)
+        for number, names in enumerate(self._names):
+            _derive(values, names, sums[number * width : (number + 1) * width])
+        _derive(values, _names("tables"), [sum(sums[place::width]) for place in range(width)])
         if len(ranks) > 1:
-            values["tables/rank_skew"] = _skew(
-                [sum(rank[: width * len(self.tables) : width]) for rank in ranks]
-            )
+            rows = [rank[: len(sums) : width] for rank in ranks]
+            for table, parts in zip(self.tables, zip(*rows, strict=True), strict=True):
+                values[f"table/{table.name}/rank_skew"] = _skew(parts)
+            values["tables/rank_skew"] = _skew([*map(sum, rows)])
         distributions, first = {}, width * len(self.tables)
         for place, number in enumerate(surveys):
             start = first + place * _SURVEY_SIZE
@@ -234,12 +238,33 @@ class _Reading(NamedTuple):
     distributions: dict[int, _Merged]
 
 
-def _derived(prefix: str, sums: Mapping[str, int]) -> dict[str, float]:
-    values: dict[str, float] = {f"{prefix}/{name}": sums[name] for name in _SUMS}
-    values[f"{prefix}/load"] = sums["rows"] / max(sums["capacity"], 1)
-    if sums["ids"]:
-        values[f"{prefix}/unique_share"] = sums["unique"] / sums["ids"]
-    return values
+def _names(prefix: str) -> list[str]:
+    return [f"{prefix}/{name}" for name in (*_SUMS, "load", "unique_share")]
+
+
+def _derive(values: dict[str, float], names: Sequence[str], read: Sequence[float]) -> None:
+    """Enter figures under ``_names``, from those of ``_READ``."""
+    *known, unique, ids = read
+    values.update(zip(names, known, strict=False))
+    values[names[-2]] = known[0] / max(known[1], 1)
+    if ids:
+        values[names[-1]] = unique / ids
+
+
+def _num_ids(
+    read: Sequence[tuple[Tensor, npt.NDArray[np.int64]]], num_tables: int
+) -> list[tuple[int, int]]:
+    """Count each table's distinct rows and all its rows, without negative ones."""
+    if not read:
+        return [(0, 0)] * num_tables
+    rows = torch.cat([part for part, _ in read])
+    owners = torch.from_numpy(np.concatenate([part for _, part in read]) << _ROW_BITS)
+    keys = rows | owners.to(rows.device)  # negative where rows are
+    known = keys[keys >= 0]
+    # On the CPU NumPy sorts two times as fast.
+    distinct = torch.from_numpy(np.unique(known.numpy())) if known.is_cpu else known.unique()
+    counts = [torch.bincount(p >> _ROW_BITS, minlength=num_tables) for p in (distinct, known)]
+    return [*zip(*(part.tolist() for part in counts), strict=True)]
 
 
 def _skew(rows: Sequence[float]) -> float:
@@ -258,7 +283,7 @@ def _numbers(survey: RowSurvey) -> list[float]:
 
 
 def _merged(ranks: Sequence[Sequence[float]]) -> _Merged:
-    sums = [sum(column) for column in zip(*ranks, strict=True)]
+    sums = [*map(sum, zip(*ranks, strict=True))] if len(ranks) > 1 else ranks[0]
     norms, ages = (
         sums[_NUM_SURVEYED:][: len(NORM_EDGES) - 1],
         sums[_SURVEY_SIZE - len(AGE_EDGES) + 1 :],

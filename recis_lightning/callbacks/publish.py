@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -36,7 +37,7 @@ def publish(
     if prog_bar:
         trainer.progress_bar_metrics.update(values)
     dtype = torch.float64 if exact else torch.float32
-    together = torch.tensor([float(value) for value in values.values()], dtype=dtype)
+    together = torch.from_numpy(np.array([*values.values()], np.float64)).to(dtype)
     tensors = dict(zip(values, together.unbind(), strict=True))
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
