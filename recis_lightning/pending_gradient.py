@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import embedding_bag
+from recis_lightning.ops import distinct_rows, embedding_bag
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.table_header import UNKNOWN
 
@@ -36,26 +35,17 @@ class PendingGradient:
         parts = list(self._parts(table))
         return torch.cat(parts) if parts else self.rows[:0]
 
-    def numbered_rows(self, numbers: Mapping[object, int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Return the rows of several tables at once, and whose they are.
+    def lines_of(self, numbers: Mapping[object, int]) -> distinct_rows.Lines:
+        """Say where the rows of several tables stand, for ``ops.distinct_rows``.
 
         Args:
             numbers: Of each table that is asked for, at least 0.
-
-        Returns:
-            rows: int64 [m], negative ones among them.
-            owners: int64 [m], for each row the number of its table.
         """
-        owners = np.array([numbers.get(table, -1) for table in self.tables], np.int64)
-        asked = owners >= 0
-        lines, owners = self.plan[asked], owners[asked]
-        sizes = lines[:, embedding_bag.NUM_IDS]
-        ends = np.cumsum(sizes)
-        firsts = (lines[:, embedding_bag.ROWS] - self.rows.data_ptr()) // 8
-        places = np.repeat(firsts - ends + sizes, sizes)
-        places += np.arange(len(places))
-        chosen = torch.from_numpy(places).to(self.rows.device)
-        return self.rows.index_select(0, chosen), np.repeat(owners, sizes)
+        lines = np.empty((len(self.tables), distinct_rows.LINE_SIZE), np.int64)
+        lines[:, distinct_rows.TABLE] = [numbers.get(table, -1) for table in self.tables]
+        lines[:, distinct_rows.ADDRESS] = self.plan[:, embedding_bag.ROWS]
+        lines[:, distinct_rows.NUM_ROWS] = self.plan[:, embedding_bag.NUM_IDS]
+        return lines[lines[:, distinct_rows.TABLE] >= 0]
 
     def forget(self, table: object, gone: Tensor) -> None:
         """Drop the gradients of ``table``'s rows that ``gone`` (bool [rows]) marks."""

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from operator import add, attrgetter
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
 from recis_lightning.arguments import check_int
 from recis_lightning.hash_table import HashTable
+from recis_lightning.ops import distinct_rows
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.report_chart import COUNTERS, MEMORY
 from recis_lightning.row_survey import AGE_EDGES, NORM_EDGES, RowSurvey
@@ -23,7 +22,6 @@ __all__ = ["TableFigures", "TableWatch"]
 
 _SUMS = ("rows", "capacity", *MEMORY, *COUNTERS)
 _READ = (*_SUMS, "unique", "ids")  # of each table; the last two of a batch
-_ROW_BITS = 44  # of a row's number; above them stands its table's
 _of_statistics = attrgetter(*_SUMS)
 _NUM_SURVEYED = 6
 _SURVEY_SIZE = _NUM_SURVEYED + len(NORM_EDGES) + len(AGE_EDGES) - 2
@@ -104,7 +102,7 @@ class TableWatch:
         self.tables = list(tables)
         self._turn: int | None = None  # all tables'
         self._positions = [0.0] * len(tables)
-        self._batch: list[tuple[int, int]] = [(0, 0)] * len(tables)
+        self._batch: list[list[int]] = [[0, 0]] * len(tables)  # distinct ids, and all
         self._num_records = [0] * len(tables)
         self._names = [_names(f"table/{name}") for name in names]
         for table in tables if resumed else ():
@@ -130,8 +128,8 @@ class TableWatch:
         for number, table in enumerate(self.tables):
             for record in table.pending[self._num_records[number] :]:
                 numbers[record][table] = number
-        read = [record.numbered_rows(asked) for record, asked in numbers.items()]
-        self._batch = _num_ids(read, len(self.tables))
+        lookups = [(record.rows, record.lines_of(asked)) for record, asked in numbers.items()]
+        self._batch = distinct_rows.count_distinct(lookups, len(self.tables)).tolist()
 
     def look(
         self, step: int, more: Mapping[str, float] | None = None, full: bool = False
@@ -187,7 +185,7 @@ class TableWatch:
         for table, batch in zip(self.tables, self._batch, strict=True):
             mine += _of_statistics(table.statistics())
             mine += batch
-        self._batch = [(0, 0)] * len(self.tables)
+        self._batch = [[0, 0]] * len(self.tables)
         for survey in surveys.values():
             mine += _numbers(survey)
         ranks, width = _gathered(mine), len(_READ)
@@ -249,22 +247,6 @@ def _derive(values: dict[str, float], names: Sequence[str], read: Sequence[float
     values[names[-2]] = known[0] / max(known[1], 1)
     if ids:
         values[names[-1]] = unique / ids
-
-
-def _num_ids(
-    read: Sequence[tuple[Tensor, npt.NDArray[np.int64]]], num_tables: int
-) -> list[tuple[int, int]]:
-    """Count each table's distinct rows and all its rows, without negative ones."""
-    if not read:
-        return [(0, 0)] * num_tables
-    rows = torch.cat([part for part, _ in read])
-    owners = torch.from_numpy(np.concatenate([part for _, part in read]) << _ROW_BITS)
-    keys = rows | owners.to(rows.device)  # negative where rows are
-    known = keys[keys >= 0]
-    # On the CPU NumPy sorts two times as fast.
-    distinct = torch.from_numpy(np.unique(known.numpy())) if known.is_cpu else known.unique()
-    counts = [torch.bincount(p >> _ROW_BITS, minlength=num_tables) for p in (distinct, known)]
-    return [*zip(*(part.tolist() for part in counts), strict=True)]
 
 
 def _skew(rows: Sequence[float]) -> float:

@@ -26,6 +26,7 @@ from recis_lightning.ops.reference_admission import forget_, screen, stamp_
 from recis_lightning.ops.reference_index import Index, mix, segments_of, shift_right, signed
 from recis_lightning.ops.reference_storage import (
     Rows,
+    count_distinct,
     float_field,
     header_at,
     memory,
@@ -328,6 +329,7 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
 
 __all__ = [
     "allocate_entries",
+    "count_distinct",
     "find",
     "find_or_insert",
     "forget_",

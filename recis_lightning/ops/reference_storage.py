@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import row_columns
+from recis_lightning.ops import distinct_rows, row_columns
 from recis_lightning.ops import table_header as fields
 
 
@@ -75,6 +75,20 @@ def weights_of(words: Tensor, embedding_dim: int, bfloat16: bool) -> Tensor:
 def state_of(words: Tensor, embedding_dim: int, bfloat16: bool) -> Tensor:
     """View the state behind the weights of whole rows, float32."""
     return words[:, (embedding_dim + 1) // 2 if bfloat16 else embedding_dim :]
+
+
+def count_distinct(
+    lookups: Sequence[tuple[Tensor, distinct_rows.Lines]], counts: distinct_rows.Lines
+) -> None:
+    """See ``distinct_rows.count_distinct``."""
+    for table, count in enumerate(counts):
+        rows: list[int] = []
+        for line in (line for _, lines in lookups for line in lines.tolist()):
+            if line[distinct_rows.TABLE] == table:
+                size = line[distinct_rows.NUM_ROWS]
+                rows += memory(line[distinct_rows.ADDRESS], size, torch.int64).tolist()
+        known = [row for row in rows if row >= 0]
+        count[:] = len(set(known)), len(known)
 
 
 def read_columns(header: Tensor, rows: Tensor, plan: row_columns.Plan) -> None:
