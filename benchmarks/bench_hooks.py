@@ -158,10 +158,11 @@ class Timed(MetricReportHook):
         self.noted.append(1e6 * (time.perf_counter() - start))
 
     def on_train_batch_end(self, *args: Any) -> None:
-        start, before = time.perf_counter(), len(self.history)
+        before = len(self.history)
+        start = time.perf_counter()
         super().on_train_batch_end(*args)
-        kind = self.others if len(self.history) == before else self.reports
-        kind.append(1e6 * (time.perf_counter() - start))
+        took = 1e6 * (time.perf_counter() - start)
+        (self.others if len(self.history) == before else self.reports).append(took)
 
 
 class Nothing(L.Callback):

@@ -31,9 +31,10 @@ def watched(num_points=30):
     """Return a watch over a run that grows, evicts and evaluates."""
     user, item = filled("user <b>", 10, eviction=GlobalStepFilter(3)), filled("item", 5)
     user.track_readmissions()
-    watch = TableWatch([user, item])
+    watch, generator = TableWatch([user, item]), torch.Generator().manual_seed(4)
     for step in range(1, num_points + 1):
-        user.insert(torch.arange(step, step + 10), torch.randn(10, 2))
+        rows = torch.randn(10, 2, generator=generator)  # how wide bars are depends on them
+        user.insert(torch.arange(step, step + 10), rows)
         user.update_step()
         user.evict()
         more = {"train_qps": 50.0 + step, "loss": 1 / step}

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ __all__ = ["LoggerHook", "loss_of"]
 _log = logging.getLogger(__name__)
 
 _OWN_NAMES = frozenset({"gstep", "lstep", "qps", "samples_per_sec"})
+_FIRST: dict[type, Callable[[Any], Any]] = {
+    dict: lambda batch: next(iter(batch.values())),
+    tuple: itemgetter(0),
+    list: itemgetter(0),
+}
 _SAMPLES = "samples of this window"
 
 
@@ -162,6 +168,11 @@ class AboveTheBar(logging.Handler):
 
 def _batch_size(batch: Any) -> int | None:
     """Return the number of samples of a batch: that of its first member that tells."""
+    first = batch  # as a rule the first of the first is a tensor, and tells at a third of the cost
+    while type(first) in _FIRST and first:
+        first = _FIRST[type(first)](first)
+    if isinstance(first, Tensor) and first.dim():
+        return first.size(0)
     if isinstance(batch, Tensor):
         return batch.size(0) if batch.dim() else None
     members: Any = ()

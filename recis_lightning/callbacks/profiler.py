@@ -122,6 +122,8 @@ class ProfilerHook(Hook):
             return
         self._step += 1
         self._position += 1
+        if self._position < self.wait + self.warmup and self._position != self.wait:
+            return
         if self._running and self._position >= self.wait + self.warmup:
             assert self.prof is not None
             self.prof.step()  # opens the window, or writes the trace when it closes

@@ -115,8 +115,11 @@ class MetricReportHook(Hook):
     ) -> None:
         """Count the batch; report when the window is full."""
         self._num_batches += 1
-        if self._num_batches % self.interval:
+        since = self._num_batches % self.interval
+        if since:
             self._clock.mark()
+            if since + 1 < self.interval:
+                return
         else:
             self._report(trainer, pl_module, outputs)
         self._arm()
