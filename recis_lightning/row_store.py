@@ -123,8 +123,7 @@ class RowStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks, the addresses and the list of freed rows."""
-        blocks = sum(chunk.nbytes for chunk in self._chunks)
-        return blocks + self.addresses.nbytes + self._free_rows.nbytes
+        return 4 * self.row_words * self.capacity + self.addresses.nbytes + self._free_rows.nbytes
 
     @property
     def state_bytes(self) -> int:
@@ -270,6 +269,24 @@ class RowStore:
             for name, slot in state.items():
                 slots[name][piece] = slot
         return weights, slots
+
+    def read_whole(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy rows to the CPU, with all their optimizer state together.
+
+        Args:
+            rows: int64 [n], none negative; all are held at once on their device too.
+
+        Returns:
+            weights: [n, embedding_dim] in the store's dtype, a view.
+            state: float32 [n, words], a view.
+        """
+        first = self.weight_words
+        size = first + sum(self.slots.values())
+        words = torch.empty(rows.numel(), size, device=rows.device)
+        row_columns.read_columns(self.header, rows, [Column(words, 0)])
+        words = words.cpu()
+        weights = words if self.dtype is torch.float32 else words.view(self.dtype)
+        return weights[:, : self.embedding_dim], words[:, first:]
 
     def _read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         n, device = rows.numel(), rows.device

@@ -76,8 +76,8 @@ class TableSurvey:
             chosen = (self._entries[part, 1] if rows is None else rows[part]).cpu().numpy()
             chosen = chosen[chosen.view(np.uint64) < NO_ROW]  # neither negative nor empty
             found = torch.from_numpy(chosen).to(self.header.device)
-            weights, slots = self.rows.read(found)
+            weights, state = self.rows.read_whole(found)
             ages = None
             if column is not None:
                 ages = (step - column.index_select(0, found)).clamp_(min=0)
-            yield Rows(found, weights, list(slots.values()), ages)
+            yield Rows(found, weights, [state], ages)

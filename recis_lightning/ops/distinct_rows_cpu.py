@@ -55,7 +55,7 @@ def _count_kernel(args):
 
 def count_distinct(lookups, counts):
     """See the contract."""
-    lines = np.concatenate([part for _, part in lookups])
+    lines = lookups[0][1] if len(lookups) == 1 else np.concatenate([part for _, part in lookups])
     lines = lines[np.argsort(lines[:, TABLE], kind="stable")]
     cells = np.empty(_SPARE * int(lines[:, NUM_ROWS].sum()) + (1 << _LEAST_BITS), np.int64)
     where = (address_of(lines), len(lines), address_of(cells), address_of(counts))
