@@ -141,7 +141,7 @@ class TableStorage(TableSurvey):
     def column_bytes(self) -> int:
         """Bytes of what policies keep."""
         sightings = 0 if self.sightings is None else self.sightings.nbytes
-        return sum(column.nbytes for column in self._columns.values()) + sightings
+        return 8 * sum(map(Tensor.numel, self._columns.values())) + sightings
 
     def reserve_ids(self, num_new: int) -> None:
         """Make room in the index for ``num_new`` ids more."""

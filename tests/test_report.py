@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from recis_lightning import DynamicEmbedding, hash_tables, report
 from recis_lightning.callbacks import HashTableFilterHook, MetricReportHook, training_clock
 from recis_lightning.callbacks import report as report_module
+from recis_lightning.callbacks.publish import publish
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 from tests import lightning_ranks
@@ -98,6 +99,42 @@ def test_loggers_get_every_figure_once_for_each_report(tmp_path, clock):
     metrics = trainer.callback_metrics
     assert metrics["table/t/rows"].dtype is torch.float64
     assert float(metrics["table/t/capacity"]) == 64
+
+
+def test_the_first_report_has_every_figure_of_every_table(tmp_path):
+    """A file with a column a figure is then never written anew."""
+
+    class Other(Model):
+        def __init__(self):
+            super().__init__()
+            self.more = DynamicEmbedding(2, name="more")
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * self.more(batch).sum()
+
+    logger = CSVLogger(tmp_path)
+    quiet_trainer(tmp_path, MetricReportHook(2), logger=logger, limit_val_batches=0).fit(Other())
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        first, *others = csv.DictReader(file)
+    assert all(first.values())
+    assert len(others) == 3
+    for figure in ("norm_mean", "norm_max", "nonfinite_rows", "unique_share"):
+        assert first[f"table/more/{figure}"]
+
+
+def test_a_number_that_stays_keeps_its_tensor(tmp_path):
+    """What is published is exact all the same, and there after others have emptied it."""
+    trainer, made = quiet_trainer(tmp_path), {}
+    nan = math.nan
+    for values in ({"a": 1, "b": 2.5, "c": nan}, {"a": 1, "b": 2**53 - 1, "c": nan}, {"b": 3.0}):
+        before = dict(trainer.callback_metrics)
+        trainer.callback_metrics.clear()
+        publish(trainer, values, exact=True, made=made)
+        found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        assert found == pytest.approx(values, rel=0, abs=0, nan_ok=True)
+        if "a" in before and "a" in found:
+            assert trainer.callback_metrics["a"] is before["a"]
+            assert before["b"].item() == 2.5
 
 
 def test_train_and_eval_qps_apart(tmp_path, clock):

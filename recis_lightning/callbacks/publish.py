@@ -15,8 +15,15 @@ from torch import Tensor
 __all__ = ["fetch", "logging_step", "publish", "publish_histogram", "publish_values"]
 
 
+Made = dict[str, tuple[float, Tensor]]
+
+
 def publish(
-    trainer: Trainer, values: Mapping[str, float], prog_bar: bool = False, exact: bool = False
+    trainer: Trainer,
+    values: Mapping[str, float],
+    prog_bar: bool = False,
+    exact: bool = False,
+    made: Made | None = None,
 ) -> None:
     """Put values where ``self.log`` puts them, and write them to every logger, once.
 
@@ -31,14 +38,16 @@ def publish(
         prog_bar: Whether the progress bar shows them.
         exact: Whether metrics, and TensorBoard's scalars, have 64 bits; other loggers always get
             the numbers as they are.
+        made: Each name's last number and its tensor, which serves until the number changes; kept by
+            a caller with many names. A tensor costs more than the look whether it is needed.
     """
     if trainer.barebones:
         return
     if prog_bar:
         trainer.progress_bar_metrics.update(values)
-    dtype = torch.float64 if exact else torch.float32
-    together = torch.from_numpy(np.array([*values.values()], np.float64)).to(dtype)
-    tensors = dict(zip(values, together.unbind(), strict=True))
+    tensors = _tensors(
+        values, torch.float64 if exact else torch.float32, {} if made is None else made
+    )
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
     if not trainer.is_global_zero:
@@ -55,6 +64,13 @@ def publish(
                 )
         else:
             logger.log_metrics(dict(values), step=logging_step(trainer))
+
+
+def _tensors(values: Mapping[str, float], dtype: torch.dtype, made: Made) -> dict[str, Tensor]:
+    changed = {name: v for name, v in values.items() if name not in made or made[name][0] != v}
+    together = torch.from_numpy(np.array([*changed.values()], np.float64)).to(dtype)
+    made.update(zip(changed, zip(changed.values(), together.unbind(), strict=True), strict=True))
+    return {name: made[name][1] for name in values}
 
 
 def publish_histogram(

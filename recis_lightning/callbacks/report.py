@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.logger import loss_of
-from recis_lightning.callbacks.publish import fetch, publish, publish_histogram
+from recis_lightning.callbacks.publish import Made, fetch, publish, publish_histogram
 from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
 from recis_lightning.hash_table import HashTable, hash_tables
 from recis_lightning.row_survey import AGE_EDGES, NORM_EDGES
@@ -41,7 +41,7 @@ class MetricReportHook(Hook):
     or test a second, at the end of each.
 
     A report reads all counters and surveys about ``survey_rows`` rows of one table, in turn, so
-    that it costs the same however large tables are. If the loss is NaN or Inf, and when training
+    that it costs the same however large tables are; the first surveys as many of every table. If the loss is NaN or Inf, and when training
     ends, all rows are surveyed. Rows with NaN or Inf among weights or optimizer state are named in
     a warning (logger ``recis_lightning.callbacks.report``), stop training, or are removed, as
     ``on_nan`` says; a removed id starts from its initial row when it comes again.
@@ -87,6 +87,7 @@ class MetricReportHook(Hook):
         self._resumed = False
         self._num_batches = self._first = self._window = 0
         self._eval_batches, self._eval_start = 0, 0.0
+        self._made: Made = {}
         self._listen(False)
 
     @property
@@ -222,7 +223,7 @@ class MetricReportHook(Hook):
     def _publish(
         self, trainer: Trainer, figures: TableFigures, more: dict[str, float] | None = None
     ) -> None:
-        publish(trainer, {**figures.values, **(more or {})}, exact=True)
+        publish(trainer, {**figures.values, **(more or {})}, exact=True, made=self._made)
         for surveyed in figures.surveyed:
             for kind, edges in (("norms", NORM_EDGES), ("ages", AGE_EDGES)):
                 name = f"table/{surveyed}/{kind}"
