@@ -41,10 +41,11 @@ class MetricReportHook(Hook):
     or test a second, at the end of each.
 
     A report reads all counters and surveys about ``survey_rows`` rows of one table, in turn, so
-    that it costs the same however large tables are; the first surveys as many of every table. If the loss is NaN or Inf, and when training
-    ends, all rows are surveyed. Rows with NaN or Inf among weights or optimizer state are named in
-    a warning (logger ``recis_lightning.callbacks.report``), stop training, or are removed, as
-    ``on_nan`` says; a removed id starts from its initial row when it comes again.
+    that it costs the same however large tables are; the first report surveys as many of every
+    table. If the loss is NaN or Inf, and when training ends, all rows are surveyed. Rows with NaN
+    or Inf among weights or optimizer state are named in a warning (logger
+    ``recis_lightning.callbacks.report``), stop training, or are removed, as ``on_nan`` says; a
+    removed id starts from its initial row when it comes again.
 
     The history of all figures is part of Lightning's checkpoints, so that a report drawn after a
     resume shows the whole run. Tables with an eviction policy are made to track ids that come back
