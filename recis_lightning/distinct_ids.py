@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -169,9 +170,9 @@ class _SeenIds:
     def reserve_rows(self, num_new: int) -> None:
         """Rows are numbers only."""
 
-    def surely_fits(self, num_new: int) -> bool:
+    def sure_room(self) -> int:
         """``start`` has made room for all."""
-        return True
+        return sys.maxsize
 
     def reserve_ahead(self, num_new: int, num_ids: int) -> None:
         """The next ``start`` makes room for all."""

@@ -21,7 +21,6 @@ from recis_lightning.ops.split_header import (
     publish,
     publish_counts,
     read_counts,
-    unseen_insertions,
 )
 from recis_lightning.ops.table_header import (
     BLOCK_SHIFT,
@@ -130,18 +129,15 @@ class RowStore:
         """Bytes of the optimizer state in all blocks."""
         return 4 * sum(self.slots.values()) * self.capacity
 
-    def surely_fits(self, num_new: int) -> bool:
-        """Tell, without waiting for the device, whether there is room for ``num_new`` rows more."""
-        unseen = unseen_insertions(self.header)
-        return unseen + num_new <= self._unused()
-
-    def _unused(self) -> int:
-        return self.capacity - int(self._header[NEXT_ROW]) + int(self._header[NUM_FREE])
+    @property
+    def unused(self) -> int:
+        """Rows there is memory for and no id has, by the counts that the host has seen."""
+        return self.capacity - self._header.item(NEXT_ROW) + self._header.item(NUM_FREE)
 
     def reserve(self, num_new: int) -> None:
         """Make room for ``num_new`` rows more; freed rows count as room."""
         read_counts(self.header)
-        unused = self._unused()
+        unused = self.unused
         if num_new <= unused:
             return
         block_rows = 1 << self.block_shift

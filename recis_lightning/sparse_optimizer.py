@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from recis_lightning.arguments import check_bound
 from recis_lightning.hash_table import HashTable
 from recis_lightning.ops import row_update
+from recis_lightning.ops.row_update import Gradients
 from recis_lightning.sharding import any_rank, sum_over_ranks
 from recis_lightning.table_storage import storage_epoch
 from recis_lightning.update_pass import UpdatePass
@@ -75,6 +76,8 @@ class SparseOptimizer(Optimizer):
             name = self.group_name + (f"{number}" if len(given) > 1 else "")
             groups.append({"name": name, **group, "params": []})
         self._epoch = -1  # of the tables' storage, for which the passes are right
+        self._last_found: list[bool] = []  # which tables had gradients, when not all had
+        self._last_passes: list[UpdatePass] = []
         super().__init__(groups, defaults)
         for table in self.tables:
             table.optimizer = self
@@ -120,10 +123,13 @@ class SparseOptimizer(Optimizer):
         passes = self._passes()
         for tables in passes:
             tables.set_hyperparameters(self._hyperparameters_of, clip)
-        scale = None if self.clip_grad_norm is None else self._norm_scale(passes)
-        for tables in passes:
-            gradients = tables.gradients(scale)
+        scale, ready = None, dict[UpdatePass, Gradients]()
+        if self.clip_grad_norm is not None:
+            scale, ready = self._norm_scale(passes)
+        for tables in reversed(passes):  # what is ready comes before what is sorted now
+            gradients = ready.pop(tables, None) or tables.gradients()
             if gradients is not None:
+                tables.send_hyperparameters(scale)
                 row_update.update_rows_(gradients, self.rule)
         for tables in passes:
             tables.finish()
@@ -138,11 +144,14 @@ class SparseOptimizer(Optimizer):
             self._epoch, self._all_tables = storage_epoch(), self.tables
             self._given_away = {table for table in self._all_tables if table.optimizer is not self}
             self._all_passes = self._split(self._all_tables)
+            self._last_found = []
         # A table's update is one of all its shards, also of those that got no gradient.
         tables = self._all_tables
         found = any_rank([bool(table.pending) for table in tables], tables[0].device)
         if all(found) and not self._given_away:
             return self._all_passes
+        if found == self._last_found:
+            return self._last_passes
         waiting = [table for table, is_waiting in zip(tables, found, strict=True) if is_waiting]
         for table in waiting:
             if table in self._given_away:
@@ -150,7 +159,8 @@ class SparseOptimizer(Optimizer):
                     f"table {table.name!r} was given to another optimizer since, "
                     f"{type(table.optimizer).__name__}; a table has one optimizer at a time"
                 )
-        return self._split(waiting)
+        self._last_found, self._last_passes = found, self._split(waiting)
+        return self._last_passes
 
     def _split(self, tables: list[HashTable]) -> list[UpdatePass]:
         group_of = {table: group for group, members in enumerate(self._tables) for table in members}
@@ -162,20 +172,25 @@ class SparseOptimizer(Optimizer):
             for members in alike.values()
         ]
 
-    def _norm_scale(self, passes: list[UpdatePass]) -> Tensor:
+    def _norm_scale(self, passes: list[UpdatePass]) -> tuple[Tensor, dict[UpdatePass, Gradients]]:
         """Return what gradients are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it.
 
         Returns:
-            float64 [], on the first table's device: nobody waits for it.
+            float64 [], on the first table's device: nobody waits for it. And the gradients that
+            were sorted for it and need not be sorted again.
         """
         assert self.clip_grad_norm is not None
         total = torch.zeros((), dtype=torch.float64, device=self.tables[0].device)
+        ready: dict[UpdatePass, Gradients] = {}
         for tables in passes:
             gradients = tables.gradients()
             if gradients is not None:
                 total += row_update.squared_norm(gradients).to(total.device)
+                if not row_update.outlive_next_sort(tables.device):
+                    ready = {one: its for one, its in ready.items() if one.device != tables.device}
+                ready[tables] = gradients
         scale = self.clip_grad_norm / (sum_over_ranks(total).sqrt() + 1e-6)
-        return torch.where(scale < 1, scale, 1.0)
+        return torch.where(scale < 1, scale, 1.0), ready
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: vars(self)[key] for key in _KEPT}}

@@ -31,8 +31,8 @@ from recis_lightning.table_lookup import find_or_insert_rows
 from recis_lightning.table_storage import storage_epoch
 
 # For maps over hundreds of tables and tensors.
-_trains, _generation, _pending, _dtype = map(
-    attrgetter, ("trainable", "generation", "pending", "dtype")
+_trains, _generation, _pending, _dtype, _device, _is_cpu = map(
+    attrgetter, ("trainable", "generation", "pending", "dtype", "device", "is_cpu")
 )
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
@@ -84,7 +84,6 @@ class TableGroup:
             self.embedding_dim * (feature.tile_len if feature.mode == "tile" else 1)
             for feature in self.features
         ]
-        self._on_device = attrgetter(f"is_{self.device.type}")
         self._training = self._template(insert=True)
         self._evaluation = self._template(insert=False)
         self._plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
@@ -126,10 +125,12 @@ class TableGroup:
         if training:
             self._check_trained()
         ids = bags.ids if isinstance(bags, PlainBags) else [bag.ids for bag in bags]
-        if not all(map(self._on_device, ids)):
+        if self.device.type == "cpu":
+            are_here = all(map(_is_cpu, ids))
+        else:  # kernels are given addresses: nothing else would tell
+            are_here = isinstance(bags, PlainBags) and set(map(_device, ids)) == {self.device}
+        if not are_here:
             self._refuse_devices(bags)
-        if self.device.type != "cpu":
-            self._refuse_devices(bags)  # kernels are given addresses: nothing else would tell
         self._note_shapes(bags, ids)
         return ids
 

@@ -16,6 +16,8 @@ from recis_lightning.ops.split_header import (
     host_fields,
     is_split,
     new_header,
+    note_room,
+    noted_room,
     publish,
     read_counts,
     unseen_insertions,
@@ -181,11 +183,19 @@ class TableStorage(TableSurvey):
             new[kept:] = 0
         self._set_columns(fitting)
 
-    def surely_fits(self, num_new: int) -> bool:
-        """Tell, without waiting for the device, whether there is room for ``num_new`` more ids."""
-        most = num_new + unseen_insertions(self.header) + int(self._header[NUM_IDS])
-        fits = most <= self.capacity * hash_index.max_load(self.capacity)
-        return fits and self.rows.surely_fits(num_new)
+    def sure_room(self) -> int:
+        """Return how many more ids there is room for, surely, without waiting for the device.
+
+        Below 0 where more ids than the host has seen may have filled it already.
+        """
+        room = noted_room(self.header)
+        if room is None:
+            unseen, fields = unseen_insertions(self.header), self._header
+            capacity = fields.item(CAPACITY)
+            entries = int(capacity * hash_index.max_load(capacity)) - fields.item(NUM_IDS)
+            room = min(entries, self.rows.unused) - unseen
+            note_room(self.header, room)
+        return room
 
     def reserve_ahead(self, num_new: int, num_ids: int) -> None:
         """Make room, if there is memory, so that later lookups need not ask again.

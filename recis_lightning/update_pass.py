@@ -16,7 +16,7 @@ from torch import Tensor
 from recis_lightning.hash_table import HashTable
 from recis_lightning.ops import embedding_bag, row_update
 from recis_lightning.ops.row_update import Gradients, RowLayout
-from recis_lightning.ops.split_header import host_fields
+from recis_lightning.ops.split_header import host_fields, is_split, refresh_, sent
 from recis_lightning.ops.table_header import NUM_UPDATES
 from recis_lightning.pending_gradient import PendingGradient
 from recis_lightning.row_store import block_moves
@@ -36,8 +36,14 @@ class UpdatePass:
 
     def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
         self.tables, self.groups = list(tables), list(groups)
+        self.device = self.tables[0].device
         self._fields = [host_fields(table.header) for table in self.tables]
         self._hyper = np.ones((len(self.tables), row_update.HYPER_SIZE), np.float32)
+        # Where the update reads them: beside a GPU that is a copy, always at the same place.
+        self._is_copied = is_split(self.tables[0].header)
+        self._values = torch.from_numpy(self._hyper)
+        if self._is_copied:
+            self._values = sent(self._hyper, self.device)
         self._moves = -1  # of blocks, for which their addresses are right
         self._owners: Sequence[object] = ()  # of the features for which the next is right
         self._owner_bases: list[int] = []
@@ -67,47 +73,50 @@ class UpdatePass:
             for field, value in hyperparameters(group, number + 1).items():
                 hyper[places, field] = value
 
-    def gradients(self, scale: Tensor | None = None) -> Gradients | None:
-        """Join the pending gradients of the tables, and sort them by row.
+    def gradients(self) -> Gradients | None:
+        """Join the pending gradients of the tables, and sort them by row."""
+        self._note_blocks()
+        parts = self._plans()
+        if not parts:
+            return None
+        plan = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        sizes = plan[:, embedding_bag.NUM_IDS]
+        ends = np.cumsum(sizes)
+        if not len(ends) or not ends[-1]:
+            return None
+        plan[:, embedding_bag.FIRST_ID] = ends - sizes
+        return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
+
+    def send_hyperparameters(self, scale: Tensor | None) -> None:
+        """Make known to the device what was set.
 
         Args:
             scale: float64 [], what gradients are multiplied by; None means 1.
         """
-        self._note_blocks()
-        parts = self._plans()
-        plan = np.concatenate(parts) if parts else None
-        if plan is None or not plan[:, embedding_bag.NUM_IDS].sum():
-            return None
-        sizes = plan[:, embedding_bag.NUM_IDS]
-        plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
-        rows, device = self.tables[0].rows, self.tables[0].device
-        values = torch.from_numpy(self._hyper)
-        if device.type != "cpu":
-            # Kept until the next step: by then the kernels that read it are in the stream.
-            values = self._hyper_on_device = values.pin_memory().to(device, non_blocking=True)
+        if self._is_copied:
+            refresh_(self._values, self._hyper)
         if scale is not None:
-            values[:, row_update.SCALE] = scale.to(device)
-        blocks = self._blocks
-        blocks[:, 1] = self._hyper_places + values.data_ptr()
-        layout = RowLayout(
-            rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, device
-        )
-        return row_update.sort_gradients(plan, blocks, layout)
+            self._values[:, row_update.SCALE] = scale.to(self._values.device)
 
     def _note_blocks(self) -> None:
         """Note where the rows are and how they are numbered, unless that is known."""
         if self._moves == block_moves():
             return
         self._moves = block_moves()
+        rows = self.tables[0].rows
         addresses = [table.rows.addresses for table in self.tables]
         counts = np.array([part.size for part in addresses])
-        bases = (np.cumsum(counts) - counts) << self.tables[0].rows.block_shift
+        bases = (np.cumsum(counts) - counts) << rows.block_shift
         self._base_of: dict[object, int] = dict(zip(self.tables, bases.tolist(), strict=True))
         self._owners = ()
         self._blocks = np.empty((counts.sum(), 2), np.int64)
         self._blocks[:, 0] = np.concatenate(addresses)
-        places = np.arange(len(self.tables)) * self._hyper.strides[0]
-        self._hyper_places = np.repeat(places, counts)
+        places = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()
+        self._blocks[:, 1] = np.repeat(places, counts)
+        self._blocks_on_device = sent(self._blocks, self.device) if self._is_copied else None
+        self._layout = RowLayout(
+            rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, self.device
+        )
 
     def _plans(self) -> list[embedding_bag.Plan]:
         """Return the plans of the pending gradients, with the features of these tables only."""

@@ -19,7 +19,7 @@ from recis_lightning.ops.hash_slot_gpu import (
     VARIANT,
     positions_of,
     slot_of,
-    split_segments,
+    staged_segments,
 )
 from recis_lightning.ops.launch_gpu import (
     CAPACITY,
@@ -32,7 +32,6 @@ from recis_lightning.ops.launch_gpu import (
     kernel,
     line_of,
     num_programs_at_once,
-    stage,
     sum_over,
 )
 from recis_lightning.ops.row_init_gpu import mix
@@ -297,14 +296,13 @@ def fade_(memory, counters, window):
 
 def screen(segments, num_ids, misses, rows, weights):
     """See ``admission.screening``; a program looks for the misses among its positions itself."""
-    lines, num_programs = split_segments(segments, num_ids)
-    staged = stage(lines, rows.device)
+    staged = staged_segments(segments, num_ids, rows.device)
     places = torch.zeros(num_ids + LANES, dtype=torch.int64, device=rows.device)
-    where = (staged.data_ptr(), len(lines), rows.data_ptr(), places.data_ptr())
+    where = (*staged.where, rows.data_ptr(), places.data_ptr())
     where += (0 if weights is None else weights.data_ptr(),)
     constants = {"WEIGHTED": weights is not None, "LANES": LANES}
-    _sight_kernel.launch(rows.device, num_programs, *where, **constants)
-    _judge_kernel.launch(rows.device, num_programs, *where, **constants)
+    _sight_kernel.launch(rows.device, staged.num_programs, *where, **constants)
+    _judge_kernel.launch(rows.device, staged.num_programs, *where, **constants)
 
 
 def forget_(memory, ids):

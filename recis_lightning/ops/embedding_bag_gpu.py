@@ -3,6 +3,8 @@
 An evaluation lookup finds the rows in the same launch.
 """
 
+import functools
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -261,13 +263,23 @@ def _find_and_gather_kernel(
         tile += 1
 
 
-def split_plan(plan, bags_in_program):
-    """Return the plan with its programs numbered, and how many there are."""
-    plan = plan.copy()
+@functools.lru_cache(64)
+def _split(num_bags, bags_in_program):
     # Without bags too: a feature's offsets are checked.
-    chunks = np.maximum(-(-plan[:, bags.NUM_BAGS] // bags_in_program), 1)
-    plan[:, bags.FIRST_CHUNK] = np.cumsum(chunks) - chunks
-    return plan, int(chunks.sum())
+    chunks = np.maximum(-(-np.frombuffer(num_bags, np.int64) // bags_in_program), 1)
+    return np.cumsum(chunks) - chunks, int(chunks.sum())
+
+
+def split_plan(plan, bags_in_program):
+    """Number the programs that a plan's features take; return how many there are.
+
+    Args:
+        plan: int64 [num_features, PLAN_SIZE or more]; FIRST_CHUNK is overwritten.
+        bags_in_program: How many bags a program pools.
+    """
+    first_chunks, num_programs = _split(plan[:, bags.NUM_BAGS].tobytes(), bags_in_program)
+    plan[:, bags.FIRST_CHUNK] = first_chunks
+    return num_programs
 
 
 class _MalformedOffsets:
@@ -305,15 +317,14 @@ def gather(plan, embedding_dim, bfloat16, device):
     Beside a GPU such a feature is reported by a later call.
     """
     columns, bags_in_program = _tile(embedding_dim)
-    plan, num_programs = split_plan(plan, bags_in_program)
-    staged = stage(plan, device)
-    bad = torch.full((1,), -1, dtype=torch.int64, device=device)
+    num_programs = split_plan(plan, bags_in_program)
+    staged, bad = stage(plan, device), _room_for_malformed(plan, device)
     _gather_kernel.launch(
         device,
         num_programs,
         staged.data_ptr(),
         len(plan),
-        bad.data_ptr(),
+        0 if bad is None else bad.data_ptr(),
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
         ALIGNED=lies_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
@@ -323,14 +334,21 @@ def gather(plan, embedding_dim, bfloat16, device):
     return _feature_with_bad_offsets(plan, bad)
 
 
+def _room_for_malformed(plan, device):
+    """Return where a kernel notes a feature with malformed offsets; None if none has offsets."""
+    if min(plan[:, bags.BAG_LENGTH].tolist(), default=0) >= 0:
+        return None
+    return torch.full((1,), -1, dtype=torch.int64, device=device)
+
+
 def _feature_with_bad_offsets(plan, bad):
     """Return the number of a feature whose offsets the kernel found malformed, if it is known."""
-    if (plan[:, bags.BAG_LENGTH] >= 0).all():
+    if bad is None:
         return -1
     if bad.device.type == "cpu":
         return int(bad)
     _malformed.check()
-    _malformed.watch(bad, plan)
+    _malformed.watch(bad, plan.copy())
     return -1
 
 
@@ -341,7 +359,8 @@ def lies_aligned(plan, row_bytes):
         plan: int64 [num_features, PLAN_SIZE].
         row_bytes: Of one row of it.
     """
-    return bool(row_bytes % 16 == 0 and not (plan[:, [bags.DATA, bags.DATA_STRIDE]] & 15).any())
+    bits = np.bitwise_or.reduce(plan[:, bags.DATA : bags.DATA_STRIDE + 1], axis=None)
+    return row_bytes % 16 == 0 and int(bits) % 16 == 0
 
 
 def _tile(embedding_dim):
@@ -356,17 +375,17 @@ def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
     columns, tile = _tile(embedding_dim)
     lanes = max(_LANES, tile)
     # As many tiles as make a lane an id, but enough programs to keep the device busy.
-    busy = plan[:, bags.NUM_BAGS].sum() // (tile * num_programs_at_once(device))
-    tiles = max(1, min(lanes // tile, int(busy)))
-    plan, num_programs = split_plan(plan, tile * tiles)
+    busy = sum(plan[:, bags.NUM_BAGS].tolist()) // (tile * num_programs_at_once(device))
+    tiles = max(1, min(lanes // tile, busy))
+    num_programs = split_plan(plan, tile * tiles)
     staged = stage(np.concatenate([plan, segments], 1), device)
-    bad = torch.full((1,), -1, dtype=torch.int64, device=device)
+    bad = _room_for_malformed(plan, device)
     _find_and_gather_kernel.launch(
         device,
         num_programs,
         staged.data_ptr(),
         len(plan),
-        bad.data_ptr(),
+        0 if bad is None else bad.data_ptr(),
         tiles,
         DIM=embedding_dim,
         BFLOAT16=bfloat16,

@@ -238,7 +238,7 @@ def _radix_sort(keys, spare, n, low_bit, num_bits):
     return keys
 
 
-def sort_gradients(plan, blocks, layout):
+def sort_gradients(plan, blocks, layout, blocks_on_device):
     """See the contract."""
     n = int(plan[:, NUM_IDS].sum())
     num_rows = len(blocks) << layout.block_shift

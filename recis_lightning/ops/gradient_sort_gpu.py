@@ -37,7 +37,10 @@ from recis_lightning.ops.launch_gpu import (
     largest,
     line_of,
     stage,
+    sum_over,
+    sums_up_to,
 )
+from recis_lightning.ops.prefix_sum_gpu import add_up_
 
 FIRST_ID = tl.constexpr(bags.FIRST_ID)
 FLAT_BASE = tl.constexpr(bags.FLAT_BASE)
@@ -113,44 +116,52 @@ def _key_kernel(
         done += 1
 
 
-@kernel(*({"WIDE": wide, "PIECE": PIECE, "LANES": 256} for wide in (True, False)))
-def _mark_pieces_kernel(
+@device_function
+def _starts_piece(keys, place, n, num_rows, WIDE: tl.constexpr, PIECE: tl.constexpr):
+    inside = place < n
+    key = key_at(keys, place, inside, WIDE)
+    before = key_at(keys, place - 1, inside & (place > 0), WIDE)
+    return inside & ((key != before) | (place % PIECE == 0)) & (key < num_rows)
+
+
+_PIECE_VARIANTS = [{"WIDE": wide, "PIECE": PIECE, "LANES": 256} for wide in (True, False)]
+
+
+@kernel(*_PIECE_VARIANTS)
+def _count_pieces_kernel(
     keys: tl.int64,
-    starts: tl.int64,
+    counts: tl.int64,
     n: tl.int64,
     num_rows: tl.int64,
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    inside = place < n
-    key = key_at(keys, place, inside, WIDE)
-    before = key_at(keys, place - 1, inside & (place > 0), WIDE)
-    starts_piece = ((key != before) | (place % PIECE == 0)) & (key < num_rows)
-    tl.store(int64_at(starts + 8 * place), starts_piece.to(tl.int64), inside)
+    chunk = tl.program_id(0).to(tl.int64)
+    starts = _starts_piece(keys, chunk * LANES + tl.arange(0, LANES), n, num_rows, WIDE, PIECE)
+    tl.store(int64_at(counts + 8 * chunk), sum_over(starts.to(tl.int64), 0))
 
 
-@kernel(*({"WIDE": wide, "LANES": 256} for wide in (True, False)))
+@kernel(*_PIECE_VARIANTS)
 def _list_pieces_kernel(
     keys: tl.int64,
-    starts: tl.int64,
-    numbers: tl.int64,
-    pieces: tl.int64,
+    counts: tl.int64,
     n: tl.int64,
     num_rows: tl.int64,
+    pieces: tl.int64,
     WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    inside = place < n
-    number = tl.load(int64_at(numbers + 8 * place), inside, 0)
-    is_start = tl.load(int64_at(starts + 8 * place), inside, 0) != 0
-    tl.store(int64_at(pieces + 8 * (number - 1)), place, is_start)
+    chunk = tl.program_id(0).to(tl.int64)
+    place = chunk * LANES + tl.arange(0, LANES)
+    starts = _starts_piece(keys, place, n, num_rows, WIDE, PIECE)
+    number = field(counts, chunk) + sums_up_to(starts.to(tl.int64))
+    tl.store(int64_at(pieces + 8 * (number - 1)), place, starts)
     # Behind the last piece stands where it ends: at the first id without a row, or at the end.
-    key = key_at(keys, place, inside, WIDE)
+    key = key_at(keys, place, place < n, WIDE)
     following = key_at(keys, place + 1, place + 1 < n, WIDE)
-    is_last = inside & (key < num_rows) & ((place + 1 == n) | (following >= num_rows))
+    is_last = (place < n) & (key < num_rows) & ((place + 1 == n) | (following >= num_rows))
     tl.store(int64_at(pieces + 8 * number), place + 1, is_last)
 
 
@@ -163,25 +174,26 @@ class SortedGradients:
         addresses: int64 [n], where the gradient of a position lies.
         scales: float32 [n], what a position's gradient is multiplied by, or None.
         pieces: int64 [num_pieces + 1], where pieces of one row start; longer than that.
-        num_pieces: int64 [1].
+        num_pieces: Address of int64 [1].
         blocks: int64 [num_blocks, 2].
         aligned: Whether all gradients lie at multiples of 16 bytes.
     """
 
-    def __init__(self, plan, blocks, layout):
+    def __init__(self, plan, blocks, layout, blocks_on_device):
         device = layout.device
-        self.n = n = int(plan[:, bags.NUM_IDS].sum())
+        self.n = n = sum(plan[:, bags.NUM_IDS].tolist())
         self.num_rows = num_rows = len(blocks) << layout.block_shift
-        self.device, self.blocks = device, stage(blocks, device)
+        self.device = device
+        self.blocks = stage(blocks, device) if blocks_on_device is None else blocks_on_device
         self.aligned = lies_aligned(plan, 4 * layout.embedding_dim)
         self.wide = num_rows >= 2**31 - 1
         dtype = torch.int64 if self.wide else torch.int32
         keys = torch.empty(n, dtype=dtype, device=device)
         self.addresses = torch.empty(n, dtype=torch.int64, device=device)
         self.scales = None
-        if plan[:, bags.WEIGHTS].any() or (plan[:, bags.MODE] == bags.MEAN).any():
+        if any(plan[:, bags.WEIGHTS].tolist()) or bags.MEAN in plan[:, bags.MODE].tolist():
             self.scales = torch.empty(n, dtype=torch.float32, device=device)
-        plan, num_programs = split_plan(plan, _BAGS)
+        num_programs = split_plan(plan, _BAGS)
         staged = stage(plan, device)
         _key_kernel.launch(
             device,
@@ -201,17 +213,14 @@ class SortedGradients:
         self._split()
 
     def _split(self):
-        starts = torch.empty(self.n, dtype=torch.int64, device=self.device)
         programs = -(-self.n // _LANES)
-        where = (self.keys.data_ptr(), starts.data_ptr())
-        sizes = (self.n, self.num_rows)
-        _mark_pieces_kernel.launch(
-            self.device, programs, *where, *sizes, WIDE=self.wide, PIECE=PIECE, LANES=_LANES
-        )
-        numbers = starts.cumsum(0)
-        self.num_pieces = numbers[-1:] if self.n else torch.zeros_like(starts[:1])
-        self.pieces = torch.empty(self.n + 1, dtype=torch.int64, device=self.device)
-        where = (*where, numbers.data_ptr(), self.pieces.data_ptr())
-        _list_pieces_kernel.launch(
-            self.device, programs, *where, *sizes, WIDE=self.wide, LANES=_LANES
-        )
+        # First the pieces, then, while they are numbered, how many of them each program finds.
+        numbers = torch.empty(self.n + programs + 2, dtype=torch.int64, device=self.device)
+        self.pieces, counts = numbers, numbers.data_ptr() + 8 * (self.n + 1)
+        self.num_pieces = counts + 8 * programs
+        where = (self.keys.data_ptr(), counts, self.n, self.num_rows)
+        constants = {"WIDE": self.wide, "PIECE": PIECE, "LANES": _LANES}
+        _count_pieces_kernel.launch(self.device, programs, *where, **constants)
+        add_up_(self.device, counts, programs)
+        pieces = self.pieces.data_ptr()
+        _list_pieces_kernel.launch(self.device, programs, *where, pieces, **constants)

@@ -64,8 +64,8 @@ class Table(admission.Screened, Protocol):
     def read_clock(self) -> None:
         """Enter the time into the header, if the table keeps times."""
 
-    def surely_fits(self, num_new: int) -> bool:
-        """Tell, without waiting for the device, whether there is room for ``num_new`` more ids."""
+    def sure_room(self) -> int:
+        """Return how many more ids there is room for, surely, without waiting for the device."""
 
     def reserve_ahead(self, num_new: int, num_ids: int) -> None:
         """Make room for more than ``num_new`` ids, so that later lookups need not ask again."""

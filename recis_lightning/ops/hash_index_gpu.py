@@ -4,7 +4,13 @@ import torch
 import triton.language as tl
 
 from recis_lightning.ops import table_header as fields
-from recis_lightning.ops.hash_insert_gpu import insert_misses
+from recis_lightning.ops.hash_insert_gpu import (
+    claim,
+    insert_misses,
+    make_room,
+    note_insertions,
+    tables_without_room,
+)
 from recis_lightning.ops.hash_slot_gpu import (
     CLAIMED,
     EMPTY,
@@ -23,10 +29,11 @@ from recis_lightning.ops.hash_slot_gpu import (
     STEP,
     UNKNOWN,
     VARIANT,
+    StagedSegments,
     positions_of,
     row_of,
     slot_of,
-    split_segments,
+    stage_lookup,
 )
 from recis_lightning.ops.launch_gpu import (
     any_of,
@@ -34,7 +41,6 @@ from recis_lightning.ops.launch_gpu import (
     int64_at,
     kernel,
     line_of,
-    stage,
     sum_over,
 )
 from recis_lightning.ops.split_header import host_fields
@@ -43,12 +49,18 @@ LAST_SEEN = tl.constexpr(fields.LAST_SEEN)
 NUM_REFUSED = tl.constexpr(fields.NUM_REFUSED)
 
 
-@kernel({**VARIANT, "TRAINING": True}, {**VARIANT, "TRAINING": False})
+@kernel(
+    {**VARIANT, "TRAINING": True, "CLAIMS": True},
+    {**VARIANT, "TRAINING": True, "CLAIMS": False},
+    {**VARIANT, "TRAINING": False, "CLAIMS": False},
+)
 def _find_kernel(
     segments: tl.int64,
     num_segments: tl.int64,
     rows: tl.int64,
+    places: tl.int64,
     TRAINING: tl.constexpr,
+    CLAIMS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
@@ -58,7 +70,7 @@ def _find_kernel(
     key = tl.load(int64_at(field(line, IDS) + 8 * position), inside, 0)
     is_padding = (key == field(line, PADDING_IDX)) & ((flags & HAS_PADDING) != 0)
     row = row_of(header, key, inside & (is_padding == 0))
-    known = row != NO_ROW
+    known = row < CLAIMED  # what other programs claim meanwhile is unknown here too
     absent = inside & (is_padding == 0) & (known == 0)
     unknown = chunk * 0 + UNKNOWN
     if TRAINING:
@@ -71,6 +83,9 @@ def _find_kernel(
         if last_seen != 0:
             stamp = row * 0 + field(line, STEP)
             tl.store(int64_at(last_seen + 8 * row), stamp, inside & known)
+        if CLAIMS:
+            if ((flags & INSERT) != 0) & any_of(absent):
+                claim(line, header, rows, places, position, absent)
     row = tl.where(is_padding, PADDING, tl.where(known, row, unknown))
     tl.store(int64_at(rows + 8 * position), row, inside)
 
@@ -153,29 +168,40 @@ def allocate_entries(capacity, device):
     return entries
 
 
-def _find(staged, num_programs, num_ids, training):
-    rows = torch.empty(num_ids, dtype=torch.int64, device=staged.device)
-    where = (staged.data_ptr(), len(staged), rows.data_ptr())
-    _find_kernel.launch(rows.device, num_programs, *where, TRAINING=training, LANES=LANES)
-    return rows
+def _find(staged, rows, places, training):
+    where = (*staged.where, rows.data_ptr(), 0 if places is None else places.data_ptr())
+    constants = {"TRAINING": training, "CLAIMS": places is not None, "LANES": LANES}
+    _find_kernel.launch(rows.device, staged.num_programs, *where, **constants)
 
 
 def find(segments, num_ids, device):
     """See the contract."""
-    lines, num_programs = split_segments(segments, num_ids)
-    return _find(stage(lines, device), num_programs, num_ids, False)
+    rows = torch.empty(num_ids, dtype=torch.int64, device=device)
+    _find(StagedSegments(segments, num_ids, device), rows, None, False)
+    return rows
 
 
 def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
-    """See the contract; ``new`` is as long as ``rows`` and ends in -1, as nobody waits for it."""
-    lines, num_programs = split_segments(segments, num_ids, tables, segment_tables)
+    """See the contract; ``new`` is as long as ``rows`` and ends in -1, as nobody waits for it.
+
+    What is unknown is claimed in the same pass, where it is certain that all ids fit, were they all
+    new. Else the host learns first what is missing, or the policy does.
+    """
+    rows = torch.empty(num_ids, dtype=torch.int64, device=device)
     if not num_ids:
-        return torch.empty(0, dtype=torch.int64, device=device), None
-    staged = stage(lines, device)
-    rows = _find(staged, num_programs, num_ids, True)
+        return rows, None
+    staged = stage_lookup(segments, num_ids, device, tables, segment_tables)
+    rooms, short = tables_without_room(staged, tables)
+    places = torch.empty(num_ids + LANES, dtype=torch.int64, device=device)
+    claims, counted = not short and screen is None, {}
+    _find(staged, rows, places if claims else None, True)
     if screen is not None:
         screen(None, rows)  # which positions miss, the device knows
-    return rows, insert_misses(lines, staged, num_programs, rows, tables)
+    if short:
+        counted = make_room(staged, rows, tables, short)
+    new = insert_misses(staged, rows, places, claims)
+    note_insertions(staged, tables, rooms, counted)
+    return rows, new
 
 
 def rebuild(old, header, evicted):

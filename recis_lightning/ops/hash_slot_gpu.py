@@ -4,6 +4,10 @@ A program handles some ids of one segment, one a lane, so the table's header is 
 and lanes differ only in how far they probe.
 """
 
+import functools
+import threading
+from typing import NamedTuple
+
 import numpy as np
 import triton.language as tl
 
@@ -17,6 +21,7 @@ from recis_lightning.ops.launch_gpu import (
     field,
     int64_at,
     lanes,
+    stage,
 )
 from recis_lightning.ops.split_header import host_fields
 
@@ -28,9 +33,10 @@ HEADER = tl.constexpr(fields.SEGMENT_HEADER)
 FLAGS = tl.constexpr(fields.SEGMENT_FLAGS)
 PADDING_IDX = tl.constexpr(fields.SEGMENT_PADDING)
 IDS = tl.constexpr(fields.SEGMENT_IDS)
-_END, _FIRST_CHUNK, _TABLE, _STEP, _IS_LAST = 8, 9, 10, 11, 12
+_END, _FIRST_CHUNK, _END_CHUNK, _TABLE, _STEP, _IS_LAST = range(8, 14)
 END = tl.constexpr(_END)  # position behind its last id
 FIRST_CHUNK = tl.constexpr(_FIRST_CHUNK)  # its first program
+END_CHUNK = tl.constexpr(_END_CHUNK)  # behind its last program
 TABLE = tl.constexpr(_TABLE)  # which of the call's tables it asks
 STEP = tl.constexpr(_STEP)  # what rows are stamped with
 IS_LAST = tl.constexpr(_IS_LAST)  # whether no later segment asks the table
@@ -84,25 +90,80 @@ def positions_of(line, chunk, LANES: tl.constexpr):
     return position, position < field(line, END)
 
 
-def split_segments(segments, num_ids, tables=(), segment_tables=()):
-    """Return lines for the kernels, int64 [num_segments, 16], and the number of programs."""
-    lines = np.zeros((len(segments), _LINE_SIZE), np.int64)
-    lines[:, : segments.shape[1]] = segments
-    starts = segments[:, fields.SEGMENT_START]
+class _Split(NamedTuple):
+    """How segments of some sizes are split, whatever ids and tables they have."""
+
+    lines: np.ndarray  # int64 [num_segments, 16], the contract's fields empty
+    num_programs: int
+    sizes: np.ndarray  # int64 [num_segments]
+    per_table: list  # ids that each table is asked for
+
+
+@functools.lru_cache(64)
+def _split(starts, num_ids, segment_tables, num_tables):
+    starts = np.frombuffer(starts, np.int64)
+    lines = np.zeros((len(starts), _LINE_SIZE), np.int64)
     lines[:, _END] = np.append(starts[1:], num_ids)
-    chunks = np.maximum(-(-(lines[:, _END] - starts) // LANES), 1)
-    lines[:, _FIRST_CHUNK] = np.cumsum(chunks) - chunks
-    if tables:
-        lines[:, _TABLE] = segment_tables
-        steps = [host_fields(table.header)[fields.STEP] for table in tables]
-        lines[:, _STEP] = np.array(steps)[segment_tables]
-        last = {table: number for number, table in enumerate(segment_tables)}
-        lines[list(last.values()), _IS_LAST] = 1
-    return lines, int(chunks.sum())
+    sizes = lines[:, _END] - starts
+    chunks = np.maximum(-(-sizes // LANES), 1)
+    lines[:, _END_CHUNK] = np.cumsum(chunks)
+    lines[:, _FIRST_CHUNK] = lines[:, _END_CHUNK] - chunks
+    lines[:, _TABLE] = segment_tables
+    last = {table: number for number, table in enumerate(segment_tables)}
+    lines[list(last.values()), _IS_LAST] = 1
+    return _Split(lines, int(chunks.sum()), sizes, _add_up(sizes, segment_tables, num_tables))
 
 
-def ids_to_insert(lines, num_tables):
-    """Return how many ids, known and unknown, each table may have to insert."""
-    sizes = lines[:, _END] - lines[:, fields.SEGMENT_START]
-    sizes = np.where(lines[:, fields.SEGMENT_FLAGS] & fields.INSERT, sizes, 0)
-    return np.bincount(lines[:, _TABLE], sizes, num_tables).astype(np.int64)
+def _add_up(sizes, segment_tables, num_tables):
+    owners = np.array(segment_tables, np.int64)
+    return np.bincount(owners, sizes, num_tables).astype(np.int64).tolist()
+
+
+class StagedSegments:
+    """The segments of a lookup as kernels read them.
+
+    Attributes:
+        where: Address of int64 [num_segments, 16] on the device, and num_segments.
+        num_programs: How many programs have a part of them.
+        ids_to_insert: How many ids, known and unknown, each table may have to insert.
+    """
+
+    def __init__(self, segments, num_ids, device, tables=(), segment_tables=()):
+        starts = np.ascontiguousarray(segments[:, fields.SEGMENT_START]).tobytes()
+        segment_tables = tuple(segment_tables) or (0,) * len(segments)
+        split = _split(starts, num_ids, segment_tables, len(tables))
+        lines = split.lines.copy()
+        lines[:, : segments.shape[1]] = segments
+        if tables:
+            steps = [host_fields(table.header).item(fields.STEP) for table in tables]
+            lines[:, _STEP] = [steps[table] for table in segment_tables]
+        inserts = segments[:, fields.SEGMENT_FLAGS] & fields.INSERT
+        self.num_programs, self.ids_to_insert = split.num_programs, split.per_table
+        if not inserts.all():
+            sizes = np.where(inserts, split.sizes, 0)
+            self.ids_to_insert = _add_up(sizes, segment_tables, len(tables))
+        self._lines = stage(lines, device)
+        self.where = (self._lines.data_ptr(), len(lines))
+
+
+class _LookupUnderWay(threading.local):
+    """What ``find_or_insert`` has staged last, for the ops that follow it in the same lookup."""
+
+    key = staged = None
+
+
+_under_way = _LookupUnderWay()
+
+
+def stage_lookup(segments, num_ids, device, tables, segment_tables):
+    """Stage the segments of a lookup that other ops on the same segments follow."""
+    staged = StagedSegments(segments, num_ids, device, tables, segment_tables)
+    _under_way.key, _under_way.staged = (segments.tobytes(), num_ids, device), staged
+    return staged
+
+
+def staged_segments(segments, num_ids, device):
+    """Return segments staged: those of the lookup under way, if they say the same."""
+    if _under_way.key == (segments.tobytes(), num_ids, device):
+        return _under_way.staged
+    return StagedSegments(segments, num_ids, device)

@@ -275,7 +275,12 @@ class _Reduced(NamedTuple):
     gradients: Tensor
 
 
-def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout) -> _Reduced:
+def sort_gradients(
+    plan: Plan,
+    blocks: npt.NDArray[np.int64],
+    layout: RowLayout,
+    blocks_on_device: Tensor | None,
+) -> _Reduced:
     """See ``row_update.sort_gradients``; here the gradients are reduced at once."""
     rows, gradients = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, layout.embedding_dim)]
     for feature in (_Feature(line) for line in plan):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from recis_lightning.ops import row_init
 from recis_lightning.ops import table_header as fields
-from recis_lightning.ops.hash_slot_gpu import HEADER, IDS, LINE_BYTES, START, split_segments
+from recis_lightning.ops.hash_slot_gpu import HEADER, IDS, LINE_BYTES, START, staged_segments
 from recis_lightning.ops.launch_gpu import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -21,7 +21,6 @@ from recis_lightning.ops.launch_gpu import (
     num_programs_at_once,
     power_of_two,
     row_address,
-    stage,
     to_bfloat16,
 )
 
@@ -191,17 +190,15 @@ def _init_kernel(
 def init_rows_(rows, new, segments, embedding_dim, bfloat16):
     """See the contract."""
     device, num_new = rows.device, new.numel()
-    lines, _ = split_segments(segments, rows.numel())
+    staged = staged_segments(segments, rows.numel(), device)
     programs = min(-(-num_new // _ROWS), num_programs_at_once(device))
-    staged = stage(lines, device)
     _init_kernel.launch(
         device,
         programs,
         rows.data_ptr(),
         new.data_ptr(),
         num_new,
-        staged.data_ptr(),
-        len(lines),
+        *staged.where,
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
         ROWS=_ROWS,

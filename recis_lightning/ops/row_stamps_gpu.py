@@ -11,9 +11,9 @@ from recis_lightning.ops.hash_slot_gpu import (
     LINE_BYTES,
     VARIANT,
     positions_of,
-    split_segments,
+    staged_segments,
 )
-from recis_lightning.ops.launch_gpu import field, int64_at, kernel, line_of, stage
+from recis_lightning.ops.launch_gpu import field, int64_at, kernel, line_of
 
 COUNTS = tl.constexpr(fields.COUNTS)
 LAST_TIME = tl.constexpr(fields.LAST_TIME)
@@ -49,13 +49,11 @@ def _stamp_kernel(
 
 def stamp_(segments, rows, sightings):
     """See the contract."""
-    lines, num_programs = split_segments(segments, rows.numel())
-    staged = stage(lines, rows.device)
+    staged = staged_segments(segments, rows.numel(), rows.device)
     _stamp_kernel.launch(
         rows.device,
-        num_programs,
-        staged.data_ptr(),
-        len(lines),
+        staged.num_programs,
+        *staged.where,
         rows.data_ptr(),
         0 if sightings is None else sightings.data_ptr(),
         WEIGHTED=sightings is not None,

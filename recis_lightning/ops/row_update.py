@@ -60,8 +60,9 @@ class Gradients:
         plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
         blocks: int64 [num_blocks, 2]: address of each block, and of its table's hyperparameters.
         layout: Of the rows.
-        work: What the backend keeps between sorting and updating. It lies in scratch memory that
-            the thread's next sort writes over: use it before, on the thread that sorted.
+        work: What the backend keeps between sorting and updating. Unless ``outlive_next_sort``
+            says otherwise, it lies in scratch memory that the thread's next sort writes over: use
+            it before, on the thread that sorted.
     """
 
     plan: Plan
@@ -70,7 +71,17 @@ class Gradients:
     work: object
 
 
-def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout) -> Gradients:
+def outlive_next_sort(device: torch.device) -> bool:
+    """Whether sorted gradients on ``device`` are good also after others were sorted."""
+    return backend.runs_later(device)
+
+
+def sort_gradients(
+    plan: Plan,
+    blocks: npt.NDArray[np.int64],
+    layout: RowLayout,
+    blocks_on_device: Tensor | None = None,
+) -> Gradients:
     """Sort the positions of ``plan`` by row, stably.
 
     Args:
@@ -78,15 +89,17 @@ def sort_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout)
             through, DATA and DATA_STRIDE describe float32 gradients.
         blocks: int64 [num_blocks, 2].
         layout: Of the rows.
+        blocks_on_device: ``blocks`` as a tensor on the device, if the caller has one there.
 
     Returns:
-        The sorted gradients, valid until the next call on the same thread.
+        The sorted gradients; hyperparameters are not read before the update.
 
     Source: least significant digit radix sort, Knuth, TAOCP vol. 3, 5.2.5.
     """
     with backend.region("recis::sort_gradients"):
         module = backend.module("row_update", layout.device)
-        return Gradients(plan, blocks, layout, module.sort_gradients(plan, blocks, layout))
+        work = module.sort_gradients(plan, blocks, layout, blocks_on_device)
+        return Gradients(plan, blocks, layout, work)
 
 
 def squared_norm(gradients: Gradients) -> Tensor:

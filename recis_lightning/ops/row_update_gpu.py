@@ -260,9 +260,9 @@ def _update_long_kernel(
         )
 
 
-def sort_gradients(plan, blocks, layout):
+def sort_gradients(plan, blocks, layout, blocks_on_device):
     """See the contract."""
-    return SortedGradients(plan, blocks, layout)
+    return SortedGradients(plan, blocks, layout, blocks_on_device)
 
 
 def _launch(gradients, rule):
@@ -272,7 +272,10 @@ def _launch(gradients, rule):
     stretches = -(-n // PIECE)
     partial_sums = torch.empty(2 * stretches * dim, dtype=torch.float32, device=device)
     is_norm = rule == _NORM
-    norms = torch.zeros(n + stretches if is_norm else 0, dtype=torch.float32, device=device)
+    norms, at = None, 0
+    if is_norm:
+        norms = torch.zeros(n + stretches, dtype=torch.float32, device=device)
+        at = norms.data_ptr()
     constants = {
         "RULE": rule,
         "DIM": dim,
@@ -293,10 +296,10 @@ def _launch(gradients, rule):
         work.addresses.data_ptr(),
         0 if work.scales is None else work.scales.data_ptr(),
         work.pieces.data_ptr(),
-        work.num_pieces.data_ptr(),
+        work.num_pieces,
         work.blocks.data_ptr(),
         partial_sums.data_ptr(),
-        norms.data_ptr(),
+        at,
         n,
         layout.block_shift,
         layout.row_bytes,
@@ -310,7 +313,7 @@ def _launch(gradients, rule):
         work.keys.data_ptr(),
         work.blocks.data_ptr(),
         partial_sums.data_ptr(),
-        norms.data_ptr() + 4 * n if is_norm else 0,
+        at + 4 * n,
         n,
         work.num_rows,
         layout.block_shift,

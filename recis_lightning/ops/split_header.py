@@ -37,11 +37,14 @@ class _HostCopy:
         fields: int64 [HEADER_SIZE]; counts are those last seen.
         unseen: How many ids may have been inserted since then.
         coming: Counts on their way here, when they will have come, and ``unseen`` at that moment.
+        room: What the table last said of its room, less what was inserted since; None when that is
+            out of date.
     """
 
     fields: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(HEADER_SIZE, np.int64))
     unseen: int = 0
     coming: tuple[Tensor, torch.cuda.Event | None, int] | None = None
+    room: int | None = None
 
 
 def new_header(device: torch.device, split: bool) -> Tensor:
@@ -87,6 +90,7 @@ def publish(header: Tensor) -> None:
     """Send what the host wrote, but for counts, to the device."""
     copy = _copy_of(header)
     if copy is not None:
+        copy.room = None
         for part in (slice(0, _COUNTS.start), slice(_COUNTS.stop, HEADER_SIZE)):
             _send(header, copy.fields, part)
 
@@ -96,11 +100,11 @@ def publish_counts(header: Tensor) -> None:
     copy = _copy_of(header)
     if copy is not None:
         _send(header, copy.fields, _COUNTS)
-        copy.unseen, copy.coming = 0, None
+        copy.unseen, copy.coming, copy.room = 0, None, None
 
 
 def _send(header: Tensor, fields: npt.NDArray[np.int64], part: slice) -> None:
-    header[part].copy_(_ready(fields[part].copy(), header.device), non_blocking=True)
+    refresh_(header[part], fields[part])
 
 
 def sent(values: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -113,13 +117,19 @@ def sent(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     Returns:
         A tensor of its shape and dtype.
     """
-    return _ready(values.copy(), device).to(device, non_blocking=True)
+    return _ready(values, device).to(device, non_blocking=True)
+
+
+def refresh_(target: Tensor, values: npt.NDArray[Any]) -> None:
+    """Overwrite a tensor on a device with an array as ``sent`` copies one."""
+    target.copy_(_ready(values, target.device), non_blocking=True)
 
 
 def _ready(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Return values as a tensor on the CPU that a device can take without the host waiting."""
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory()
+    """Return values copied to where a device can take them without the host waiting."""
+    if device.type == "cpu":
+        return torch.from_numpy(values.copy())
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
 
 
 def read_counts(header: Tensor) -> npt.NDArray[np.int64]:
@@ -128,7 +138,7 @@ def read_counts(header: Tensor) -> npt.NDArray[np.int64]:
     if copy is None:
         return header.numpy()
     copy.fields[_COUNTS] = header[_COUNTS].cpu().numpy()
-    copy.unseen, copy.coming = 0, None
+    copy.unseen, copy.coming, copy.room = 0, None, None
     return copy.fields
 
 
@@ -161,6 +171,8 @@ def note_insertion(header: Tensor, at_most: int) -> None:
     copy = _copy_of(header)
     if copy is not None:
         copy.unseen += at_most
+        if copy.room is not None:
+            copy.room -= at_most
 
 
 def unseen_insertions(header: Tensor) -> int:
@@ -173,8 +185,25 @@ def unseen_insertions(header: Tensor) -> int:
         if event is None or event.query():
             copy.fields[_COUNTS] = values.numpy()
             copy.unseen -= unseen
-            copy.coming = None
+            copy.coming = copy.room = None
     return copy.unseen
+
+
+def noted_room(header: Tensor) -> int | None:
+    """Return the room that ``note_room`` noted, less insertions since; None if it has changed."""
+    copy = _copy_of(header)
+    if copy is None:
+        return None
+    if copy.coming is not None:
+        unseen_insertions(header)
+    return copy.room
+
+
+def note_room(header: Tensor, room: int) -> None:
+    """Note for how many more ids there is room, as the host knows: each lookup asks."""
+    copy = _copy_of(header)
+    if copy is not None:
+        copy.room = room
 
 
 __all__ = [
@@ -183,9 +212,12 @@ __all__ = [
     "is_split",
     "new_header",
     "note_insertion",
+    "note_room",
+    "noted_room",
     "publish",
     "publish_counts",
     "read_counts",
+    "refresh_",
     "sent",
     "unseen_insertions",
     "watch_counts",
