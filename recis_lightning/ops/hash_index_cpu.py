@@ -14,11 +14,10 @@ from recis_lightning.ops.hash_insert_cpu import insert_misses, list_misses
 from recis_lightning.ops.hash_slot_cpu import (
     AHEAD,
     CHUNK,
-    ELSEWHERE,
+    LINE_KEYS,
     SEGMENT_BYTES,
     find_row,
     launch,
-    look_at_home,
     segment_at,
     segment_start,
     slot_of,
@@ -26,8 +25,10 @@ from recis_lightning.ops.hash_slot_cpu import (
 from recis_lightning.ops.intrinsics_cpu import (
     atomic_add,
     compare_and_swap,
+    equal_words,
     load_i64,
     load_u8,
+    lowest_bit,
     prefetch,
     store_i64,
     store_u8,
@@ -90,7 +91,7 @@ def _find_kernel(args):
     rows = load_i64(args + 32)
     segments, num_segments = load_i64(args + 40), load_i64(args + 48)
     miss_counts, training = load_i64(args + 56), load_i64(args + 64)
-    all_waiting = load_i64(args + 72)
+    all_noted = load_i64(args + 72)
     chunks = load_i64(args + 8)
     while True:
         chunk = atomic_add(args, 1)
@@ -99,7 +100,8 @@ def _find_kernel(args):
         i = chunk * chunk_size
         high = min(i + chunk_size, n)
         segment = segment_at(segments, num_segments, i)
-        misses, waiting = 0, all_waiting + 8 * _WAITING * chunk
+        misses, lines = 0, all_noted + 8 * (AHEAD + _WAITING) * chunk
+        waiting = lines + 8 * AHEAD
         while i < high:
             info = segments + segment * SEGMENT_BYTES
             segment += 1
@@ -110,6 +112,7 @@ def _find_kernel(args):
             if training and flags & INSERT:
                 unknown = MISSING
             padding = load_i64(info + 8 * SEGMENT_PADDING)
+            special = padding if has_padding else np.int64(EMPTY)
             entries = load_i64(header + 8 * ENTRIES)
             shift = load_i64(header + 8 * SHIFT)
             capacity = load_i64(header + 8 * CAPACITY)
@@ -117,18 +120,31 @@ def _find_kernel(args):
             last_seen = load_i64(header + 8 * LAST_SEEN) if training else 0
             num_waiting = 0
             for j in range(i, min(i + AHEAD, end)):
-                prefetch(entries + 16 * slot_of(load_i64(ids + 8 * j), shift))
+                line = entries + 16 * slot_of(load_i64(ids + 8 * j), shift)
+                prefetch(line)
+                store_i64(lines + 8 * (j & (AHEAD - 1)), line)
             for j in range(i, end):
+                line = load_i64(lines + 8 * (j & (AHEAD - 1)))
                 if j + AHEAD < end:
-                    prefetch(entries + 16 * slot_of(load_i64(ids + 8 * (j + AHEAD)), shift))
+                    later = entries + 16 * slot_of(load_i64(ids + 8 * (j + AHEAD)), shift)
+                    prefetch(later)
+                    store_i64(lines + 8 * (j & (AHEAD - 1)), later)
                 key = load_i64(ids + 8 * j)
+                hits = equal_words(line, key) & LINE_KEYS
+                if hits and key != special:  # as nearly all: with the fewest instructions
+                    row = load_i64(line + 8 * lowest_bit(hits) + 8)
+                    if row != NO_ROW:
+                        store_i64(rows + 8 * j, row)
+                        if last_seen:
+                            store_i64(last_seen + 8 * row, step)
+                        continue
                 if has_padding and key == padding:
                     store_i64(rows + 8 * j, PADDING)
                     continue
-                row = look_at_home(key, entries, shift)
-                place = j
-                if row == ELSEWHERE:
+                row, place = np.int64(NO_ROW), j
+                if key == EMPTY or not hits | (equal_words(line, EMPTY) & LINE_KEYS):
                     # It waits until some more do: by then the next line is there.
+                    prefetch(line + 64)
                     waits = waiting + 8 * (num_waiting & (_WAITING - 1))
                     place = load_i64(waits)
                     store_i64(waits, j)
@@ -222,7 +238,7 @@ def _find(segments, n, training):
     rows = torch.empty(n, dtype=torch.int64)
     chunks = num_chunks(n, CHUNK)
     counts = workspace.take("miss_counts", chunks, np.int64)[:chunks]
-    waiting = workspace.take("waiting_ids", chunks * _WAITING, np.int64)
+    noted = workspace.take("noted_ids", chunks * (AHEAD + _WAITING), np.int64)
     launch(
         _find_kernel,
         n,
@@ -232,7 +248,7 @@ def _find(segments, n, training):
         len(segments),
         address_of(counts),
         training,
-        address_of(waiting),
+        address_of(noted),
     )
     return rows, counts
 

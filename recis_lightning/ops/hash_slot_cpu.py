@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from recis_lightning.ops.intrinsics_cpu import equal_words, load_i64, lowest_bit, prefetch
+from recis_lightning.ops.intrinsics_cpu import equal_words, load_i64, lowest_bit
 from recis_lightning.ops.parallel_cpu import num_chunks
 from recis_lightning.ops.table_header import (
     EMPTY,
@@ -20,8 +20,7 @@ from recis_lightning.ops.table_header import (
 )
 
 CHUNK = 4096  # ids a ticket: long enough to hide the ticket, short enough to even out
-AHEAD = 32  # ids between prefetch and use
-ELSEWHERE = -4  # what a look at one line finds where the search goes on
+AHEAD = 32  # ids between prefetch and use, a power of two
 LINE_KEYS = 0b01010101  # which of a line's words are keys
 assert LINE_ENTRIES == 4
 SEGMENT_BYTES = 8 * SEGMENT_SIZE
@@ -57,21 +56,6 @@ def find_row(key, entries, shift, capacity):
         if equal_words(line, EMPTY) & LINE_KEYS:
             return np.int64(NO_ROW)
         slot = (slot + LINE_ENTRIES) & (capacity - 1)
-
-
-@njit
-def look_at_home(key, entries, shift):
-    """Do what ``find_row`` does if the line where the search starts tells, as nearly all do.
-
-    ``ELSEWHERE`` if it does not; the next line is asked for.
-    """
-    line = entries + 16 * slot_of(key, shift)
-    hits = equal_words(line, key) & LINE_KEYS
-    # The id that marks empty entries has its row elsewhere.
-    if key == EMPTY or not hits | (equal_words(line, EMPTY) & LINE_KEYS):
-        prefetch(line + 64)
-        return np.int64(ELSEWHERE)
-    return load_i64(line + 8 * lowest_bit(hits) + 8) if hits else np.int64(NO_ROW)
 
 
 @njit
