@@ -383,21 +383,25 @@ class _Lookup(torch.autograd.Function):
         group: TableGroup = ctx.group
         if ctx.generations != list(map(_generation, group.tables)):
             _refuse_stale_rows(group.tables, ctx.generations)
-        places, given = _given(gradients)
+        places, given, strides = _given(gradients)
         whole = dict(zip(places, given, strict=True)) if ctx.weighted else {}
         if not all(map(_trains, group.tables)):
             trains = [group.features[index].table.trainable for index in places]
             places, given = list(compress(places, trains)), list(compress(given, trains))
+            strides = list(compress(strides, trains))
         plan = ctx.plan[places] if len(places) < len(gradients) else ctx.plan.copy()
         if places:
             plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, given))
-            plan[:, embedding_bag.DATA_STRIDE] = [4 * stride for stride, _ in map(_stride, given)]
+            plan[:, embedding_bag.DATA_STRIDE] = strides
         group._leave_gradients(plan, places, ctx.bags, ctx.rows, given, ctx.way)
         return (*[None] * 8, *_weight_gradients(ctx, whole))
 
 
-def _given(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor]]:
-    """Return which gradients there are, and them as float32 whose rows are contiguous."""
+def _given(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:
+    """Return which gradients there are, they as float32 with contiguous rows, and row strides.
+
+    The strides are in bytes.
+    """
     places: Sequence[int] = range(len(gradients))
     given: list[Any] = list(gradients)
     if set(map(type, given)) != {Tensor} or not all(map(_numel, given)):
@@ -405,9 +409,11 @@ def _given(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tens
         given = [given[place] for place in places]
     if set(map(_dtype, given)) - {torch.float32}:
         given = [part.float() for part in given]
-    if not all(inner == 1 for _, inner in map(_stride, given)):
+    strides = list(map(_stride, given))
+    if not all(inner == 1 for _, inner in strides):
         given = [part if part.stride(1) == 1 else part.contiguous() for part in given]
-    return places, given
+        strides = list(map(_stride, given))
+    return places, given, [4 * outer for outer, _ in strides]
 
 
 def _refuse_stale_rows(tables: Sequence[HashTable], generations: Sequence[int]) -> None:
