@@ -36,6 +36,7 @@ from benchmarks.harness import (
     zipf_ranks,
 )
 from benchmarks.managed_collision import ManagedCollision
+from benchmarks.targets import judge
 from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
 from recis_lightning.optim import SparseAdagrad, SparseAdam
 
@@ -226,7 +227,14 @@ def check(data: Data) -> None:
         torch.testing.assert_close(table.embeddings(known * SPREAD), peer.weight.data)
 
 
-def train(rounds: int, rate: float) -> list[float]:
+def finish(part: str, columns: list[str], rows: list[list[Any]]) -> bool:
+    """Append a line of results; return whether it meets its targets."""
+    line = {"part": part, "columns": columns, "rows": rows}
+    append_result("bench_embedding_bag", line)
+    return judge("bench_embedding_bag", line)
+
+
+def train(rounds: int, rate: float) -> bool:
     """Time training steps with one id a feature."""
     rows, ratios = [], []
     for batch, dim in TRAIN_SHAPES:
@@ -254,11 +262,10 @@ def train(rounds: int, rate: float) -> list[float]:
     print_table("One id a feature, Zipf 1.05, 200,000 ids a feature", columns, rows)
     adagrad_mean = geometric_mean([row[-1] for row in rows])
     print(f"  geometric means: torch {geometric_mean(ratios):.2f}, FBGEMM {adagrad_mean:.2f}")
-    append_result("bench_embedding_bag", {"part": "train", "columns": columns, "rows": rows})
-    return ratios
+    return finish("train", columns, rows)
 
 
-def multi_hot(rounds: int) -> None:
+def multi_hot(rounds: int) -> bool:
     """Time training steps with 20 ids a feature, summed."""
     data = Data(26, 1024, 32, bag=20)
     check(Data(3, 128, 32, bag=20))
@@ -272,10 +279,10 @@ def multi_hot(rounds: int) -> None:
     row = ["1024 x 26 x 20, dim 32", times["ours"], times["torch"], times["torch"] / times["ours"]]
     columns = ["training step", "ours ms", "torch ms", "ratio"]
     print_table("20 ids a feature, summed", columns, [row])
-    append_result("bench_embedding_bag", {"part": "multi_hot", "columns": columns, "rows": [row]})
+    return finish("multi_hot", columns, [row])
 
 
-def evaluation(rounds: int) -> None:
+def evaluation(rounds: int) -> bool:
     """Time a lookup in evaluation mode."""
     rows = []
     for batch, dim in TRAIN_SHAPES:
@@ -287,10 +294,10 @@ def evaluation(rounds: int) -> None:
         rows.append([f"{batch} x 26, dim {dim}", times["ours"], times["static"], cost])
     columns = ["evaluation lookup", "ours ms", "static ms", "cost"]
     print_table("Engine against one fused nn.Embedding", columns, rows)
-    append_result("bench_embedding_bag", {"part": "evaluation", "columns": columns, "rows": rows})
+    return finish("evaluation", columns, rows)
 
 
-def many_features(rounds: int) -> None:
+def many_features(rounds: int) -> bool:
     """Time 400 features against 26, with as many ids in a batch and rows in all.
 
     Three times: with no model (lookup, backward and update alone); with outputs joined to one
@@ -311,20 +318,20 @@ def many_features(rounds: int) -> None:
         rows.append([f"104,000 ids, dim 16, {label}", times["26"], times["400"], cost])
     columns = ["training step", "26 features ms", "400 features ms", "cost"]
     print_table("Many features", columns, rows)
-    append_result("bench_embedding_bag", {"part": "features", "columns": columns, "rows": rows})
+    return finish("features", columns, rows)
 
 
-def managed_collision(rounds: int) -> None:
+def managed_collision(rounds: int) -> bool:
     """Time lookups against TorchRec's managed-collision collection, where it is installed."""
     if is_on_gpu("managed_collision"):
-        return
+        return True
     data = Data(26, 1024, 16, num_ids=2000)
     batches = [[ranks * SPREAD for ranks in batch] for batch in data.ranks[:2]]
     try:
         peer = ManagedCollision(data.names, data.dim, data.num_ids, batches)
     except ImportError as error:
         print(f"managed_collision: left out, {error}")
-        return
+        return True
     ours = Ours(data, SparseAdam)
     # Both are lookups of known ids: each has a row of its own, as each of theirs has a slot.
     for ids, slots in zip(batches[0], peer.num_slots(batches[0]), strict=True):
@@ -342,13 +349,11 @@ def managed_collision(rounds: int) -> None:
         rows.append([f"1024 x 26, dim 16, {label}", times["ours"], times["torchrec"], ratio])
     columns = ["lookup", "ours ms", "TorchRec ms", "ratio"]
     print_table("TorchRec's managed-collision EmbeddingBagCollection", columns, rows)
-    append_result(
-        "bench_embedding_bag", {"part": "managed_collision", "columns": columns, "rows": rows}
-    )
+    return finish("managed_collision", columns, rows)
 
 
-def main(given: list[str] | None = None) -> None:
-    """Run all parts."""
+def main(given: list[str] | None = None) -> int:
+    """Run all parts, or one; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Embedding steps against peers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--part", choices=list(PARTS))
@@ -357,17 +362,16 @@ def main(given: list[str] | None = None) -> None:
     use_device(arguments.device)
     rate = copy_gb_per_s()
     print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads")
-    parts: dict[str, Callable[[], Any]] = {
+    parts: dict[str, Callable[[], bool]] = {
         "train": lambda: train(arguments.rounds, rate),
         "multi_hot": lambda: multi_hot(arguments.rounds),
         "evaluation": lambda: evaluation(arguments.rounds),
         "features": lambda: many_features(arguments.rounds),
         "managed_collision": lambda: managed_collision(arguments.rounds),
     }
-    for name, part in parts.items():
-        if arguments.part in (None, name):
-            part()
+    met = [part() for name, part in parts.items() if arguments.part in (None, name)]
+    return 0 if all(met) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
