@@ -38,6 +38,12 @@ class Entry:
             return ""
         return "met" if self.target.is_met(self.value) else "MISSED"
 
+    @property
+    def share(self) -> float:
+        """How much of what is allowed it takes: above 1 a bound is missed, whichever way it is."""
+        bound = self.target.bound or 1
+        return bound / self.value if self.target.least else self.value / bound
+
 
 def newest_lines(folder: Path) -> dict[tuple[str, str], Line]:
     """Return the last line of each (benchmark, part) under ``folder``, of those of a CPU."""
@@ -120,13 +126,13 @@ def picture(found: list[Entry], path: Path) -> None:
     top.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     top.minorticks_off()
     top.set_title("Times as fast as the peer (black mark: target)", loc="left")
-    shares = [entry.value / (entry.target.bound or 1) for entry in bounded]
+    shares = [entry.share for entry in bounded]
     _bars(bottom, bounded, shares, "{:.0%}")
-    bottom.axvline(1, color="black", lw=2)
+    bottom.axvline(1, color="black", lw=2, zorder=0)
     bottom.set_xlim(0, max([1.15, *(1.15 * share for share in shares)]))
     bottom.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     bottom.set_title("Share of the bound (100%: as much as allowed)", loc="left")
-    line = found[-1].line
+    line = found[0].line
     figure.supxlabel(f"{line['cpu']}, {line['threads']} threads, torch {line['torch']}", size=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -147,7 +153,8 @@ def _bars(axes: Any, drawn: list[Entry], lengths: list[float], form: str) -> Non
         height=0.7,
     )
     labels = [form.format(length) for length in lengths]
-    axes.bar_label(bars, labels, padding=6, size=9)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(bars, labels, padding=6, size=9, bbox=paper)
     axes.margins(x=0.12, y=0.02)
     axes.spines[["top", "right"]].set_visible(False)
 
