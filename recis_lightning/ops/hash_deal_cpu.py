@@ -166,7 +166,7 @@ def deal(segments, old, index, first, rows):
 
 
 def all_items(segments, old, first, rows):
-    """Return what ``_deal`` deals out, in no order of regions."""
+    """Return what ``deal`` deals out, in no order of regions."""
     count = rows.numel() - first
     ids = as_array(segments[0, SEGMENT_IDS] + 8 * first, count)
     items = np.column_stack([ids, np.arange(first, first + count)])
