@@ -3,8 +3,8 @@
     python -m benchmarks.summary [--results FOLDER]
 
 The picture, ``benchmarks.png`` beside the results, has two halves: how many times as fast as the
-peer ours is, with what was promised as a mark; and what share of its bound each figure takes that
-is to stay under one.
+peer ours is, with what was promised as a mark; and what share of its bound each other figure takes:
+more than all of it is too much, also where the figure is to be at least the bound.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class TableStorage(TableSurvey):
                 self._entries, _ = hash_index.rebuild(self.header, capacity)
 
     def larger_index(self, num_new: int) -> Tensor | None:
-        """Allocate an index, not cleared, if ``num_new`` ids more need a larger one."""
+        """Allocate an index on the CPU, not cleared, if ``num_new`` more ids need a larger one."""
         capacity = hash_index.capacity_for(len(self) + num_new)
         if capacity <= self.capacity:
             return None

@@ -53,7 +53,7 @@ class Table(admission.Screened, Protocol):
         """Make room in the index for ``num_new`` more ids."""
 
     def larger_index(self, num_new: int) -> Tensor | None:
-        """Allocate an index, not cleared, if ``num_new`` more ids need a larger one."""
+        """Allocate an index on the CPU, not cleared, if ``num_new`` more ids need a larger one."""
 
     def take_index(self, entries: Tensor) -> None:
         """Make an index, with all ids in it, the table's own."""
