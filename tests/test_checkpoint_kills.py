@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import time
 import warnings
 
@@ -158,4 +159,7 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert os.path.exists(tmp_path / "last.ckpt")
-    assert not list(tmp_path.glob("**/*.part"))
+    # Of saves that were cut short the next one to their path cleared the files; none came after the
+    # last kill.
+    unfinished = [file.name for file in tmp_path.glob("**/*.part")]
+    assert len({re.search(r"\.([0-9a-f]{16})\.", name)[1] for name in unfinished}) <= 1
