@@ -47,9 +47,9 @@ from benchmarks.harness import (
 )
 from benchmarks.targets import judge
 from recis_lightning import HashTable, checkpoint, hash_tables
+from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.ops import hash_index, host_memory
 from recis_lightning.optim import SparseAdam
-from recis_lightning.progress import no_progress
 
 DIM = 16
 PARTS = ("save", "load", "cold", "state_dict save", "state_dict load")

@@ -50,7 +50,9 @@ def activate() -> None:
 
 def launches() -> list[tuple[object, tuple[int, ...], dict[str, object]]]:
     """Return kernels of ours, few and many arguments: (kernel, numbers, constants)."""
-    from recis_lightning.ops import gradient_sort_gpu, hash_index_gpu, row_columns_gpu
+    from recis_lightning.ops.gpu import gradient_sort as gradient_sort_gpu
+    from recis_lightning.ops.gpu import hash_index as hash_index_gpu
+    from recis_lightning.ops.gpu import row_io as row_columns_gpu
 
     big = [2**62 + 1, -(2**63), 2**31, 0, 1, 16, -1, 2**40]
     kernels = (

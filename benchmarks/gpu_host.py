@@ -44,11 +44,12 @@ def measure(stubbed: bool, steps: int) -> None:
 
     from benchmarks import bench_cuda_step as shape
     from recis_lightning import EmbeddingEngine, EmbeddingOption, hash_tables
-    from recis_lightning.ops import backend, launch_gpu
+    from recis_lightning.ops import backend
+    from recis_lightning.ops.gpu import runtime
 
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     if stubbed:
-        launch_gpu.Kernel.launch = lambda *numbers, **constants: None
+        runtime.Kernel.launch = lambda *numbers, **constants: None
     batches = shape.batches(shape.NUM_TABLES, ROWS, LOOKUPS, torch.device("cpu"))
     gradients = [torch.zeros(LOOKUPS, shape.DIM) for _ in range(shape.NUM_TABLES)]
     with backend.use("triton"):

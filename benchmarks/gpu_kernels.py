@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_kernels            # all targets, one line a kernel
     python -m benchmarks.gpu_kernels sm_90
 
-Every kernel of ``recis_lightning/ops/*_gpu.py`` is compiled with its first constants for each
+Every kernel of ``recis_lightning/ops/gpu/`` is compiled with its first constants for each
 target, and with all of them for sm_90. A line is JSON: kernel, constants, target, bytes of shared
 memory, and for NVIDIA's targets registers and bytes of stack (spilled registers) of a thread.
 """
@@ -27,8 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from recis_lightning import ops
-from recis_lightning.ops import launch_gpu
+from recis_lightning.ops import gpu
+from recis_lightning.ops.gpu import runtime
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,9 +41,9 @@ IN_FULL = "sm_90"
 
 def load_kernels() -> list[Any]:
     """Import every kernel file; return the kernels that they declare."""
-    for path in sorted(Path(ops.__path__[0]).glob("*_gpu.py")):
-        importlib.import_module(f"recis_lightning.ops.{path.stem}")
-    return launch_gpu.KERNELS
+    for path in sorted(Path(gpu.__path__[0]).glob("[!_]*.py")):
+        importlib.import_module(f"recis_lightning.ops.gpu.{path.stem}")
+    return runtime.KERNELS
 
 
 def compile_kernel(number: int, variant: int, target: str) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """RecIS's training hooks and dynamic embedding tables for PyTorch Lightning."""
 
-from recis_lightning import checkpoint
-from recis_lightning.averaged_model import share_tables_with_averaged_models
+from recis_lightning import checkpoint, trainer_bridge
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
-from recis_lightning.hash_table import HashTable, hash_tables
 from recis_lightning.jagged import Jagged
 from recis_lightning.metrics import GAUC, add_metric
-from recis_lightning.table_report import TableReport, report
+from recis_lightning.monitoring.report import TableReport, report
+from recis_lightning.table.averaged_model import share_tables_with_averaged_models
+from recis_lightning.table.hash_table import HashTable, hash_tables
 
 __version__ = "0.1.0"
 
 share_tables_with_averaged_models()
+trainer_bridge.register()
 
 __all__ = [
     "GAUC",

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_ids, check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.jagged import Bags, Jagged, read_bags
-from recis_lightning.sharded_group import make_group
-from recis_lightning.table_group import Feature, TableGroup
+from recis_lightning.lookup.group import Feature, TableGroup
+from recis_lightning.lookup.sharded import make_group
+from recis_lightning.table.hash_table import HashTable
 
 _BAG_MODES = ("sum", "mean")
 _DEFAULT_INITIALIZER = Normal(std=0.01)

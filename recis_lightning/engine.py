@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.hash_table import HashTable
 from recis_lightning.initializers import Initializer, Normal
-from recis_lightning.jagged import (
-    Bags,
-    Jagged,
-    PlainBags,
-    read_features,
-    read_keyed_jagged,
-)
+from recis_lightning.jagged import Bags, Jagged, PlainBags, read_features, read_keyed_jagged
+from recis_lightning.lookup.group import Feature, TableGroup
+from recis_lightning.lookup.sharded import look_up_groups, make_group
 from recis_lightning.ops.embedding_bag import MODES
-from recis_lightning.sharded_group import look_up_groups, make_group
-from recis_lightning.table_group import Feature, TableGroup
+from recis_lightning.table.hash_table import HashTable
 
 _DEFAULT_INITIALIZER = Normal(std=0.01)
 _FEATURE_FIELDS = ("table", "mode", "padding_idx", "tile_len")  # the rest belongs to the table

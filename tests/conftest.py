@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recis_lightning.ops import backend as ops_backend
-from tests.ranks import Ranks
+from tests.helpers.rank_pool import Ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,9 +12,9 @@ from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnl
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import hash_index
-from recis_lightning.ops.table_header import SCREEN, SEGMENT_FLAGS
+from recis_lightning.ops.layout import SCREEN, SEGMENT_FLAGS
 from recis_lightning.optim import SparseSGD
-from tests.tables import EXTREMES, HIGH, LOW, same
+from tests.helpers.sample_tables import EXTREMES, HIGH, LOW, same
 
 
 def ids(*numbers):

@@ -13,16 +13,9 @@ from recis_lightning import hash_tables
 from recis_lightning.__main__ import main
 from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, ProfilerHook
-from recis_lightning.eviction import (
-    AllOf,
-    AnyOf,
-    GlobalStepFilter,
-    MaxRows,
-    MinNorm,
-    TimeToLive,
-)
+from recis_lightning.eviction import AllOf, AnyOf, GlobalStepFilter, MaxRows, MinNorm, TimeToLive
 from recis_lightning.optim import SparseAdamW
-from tests.deepfm_data import write_criteo, write_movielens
+from tests.helpers.deepfm_data import write_criteo, write_movielens
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples").rglob("configs/*.yaml"))

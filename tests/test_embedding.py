@@ -9,7 +9,7 @@ from recis_lightning.admission import ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Constant, Normal
 from recis_lightning.optim import SparseSGD
-from tests.tables import EXTREMES, LOW
+from tests.helpers.sample_tables import EXTREMES, LOW
 
 IDS = torch.cat([EXTREMES, torch.arange(100, 131)])  # 40 ids
 

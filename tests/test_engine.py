@@ -12,7 +12,7 @@ from recis_lightning.admission import ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Constant, Uniform
 from recis_lightning.optim import SparseSGD
-from tests.tables import EXTREMES
+from tests.helpers.sample_tables import EXTREMES
 
 IDS = torch.cat([EXTREMES, torch.arange(100, 131)])  # 40 ids
 OFFSETS = torch.tensor([0, 3, 3, 4, 9, 12])  # five bags, one empty

@@ -1,153 +1,350 @@
-"""GlobalStepFilter: RecIS's schedule, driven by HashTableFilterHook or by hand."""
+"""Eviction policies by exact small vectors, alone and composed, and what evict() tells of them."""
+
+import copy
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding, hash_tables
-from recis_lightning.callbacks import HashTableFilterHook
-from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.initializers import Uniform
-from recis_lightning.optim import SparseAdam, SparseSGD
+from recis_lightning import DynamicEmbedding, HashTable, hash_tables
+from recis_lightning.distributed import collectives
+from recis_lightning.eviction import (
+    AllOf,
+    AnyOf,
+    Eviction,
+    GlobalStepFilter,
+    MaxRows,
+    MinNorm,
+    TimeToLive,
+)
+from recis_lightning.optim import SparseAdam
+from tests.helpers.eviction_tables import after_steps, ids, left
+from tests.helpers.sample_tables import HIGH, LOW
 
 
-def ids(*numbers):
-    return torch.tensor(numbers)
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, now=1e9):
+        self.now = now
+
+    def __call__(self):
+        return self.now
 
 
-class Loop:
-    """A training loop by hand: a batch is a lookup, a step, and the hook."""
-
-    def __init__(self, filter_step, filter_interval):
-        self.module = DynamicEmbedding(
-            3, eviction=GlobalStepFilter(filter_step), initializer=Uniform(-1, 1), name="loop"
-        )
-        self.table = self.module.table
-        self.optimizer = SparseAdam(hash_tables(self.module), lr=0.1)
-        self.hook = HashTableFilterHook(filter_interval)
-        self.batch = 0
-
-    def train(self, *numbers):
-        self.module(ids(*numbers)).pow(2).sum().backward()
-        self.optimizer.step()
-        self.batch += 1
-        self.hook.after_step(None, self.batch)
-        return set(self.table.ids().tolist())
+# ---- MaxRows
 
 
-@pytest.mark.parametrize("filter_step", [1, 2, 5])
-def test_an_id_goes_after_the_kth_batch_that_missed_it(filter_step):
-    """With an eviction after every batch, and not a batch earlier."""
-    loop = Loop(filter_step, 1)
-    assert loop.train(7, 8) == {7, 8}
-    for missed in range(1, filter_step + 1):
-        assert loop.train(8) == ({7, 8} if missed < filter_step else {8})
-    loop.train(7)
-    for _ in range(filter_step - 1):
-        loop.train(8)
-    assert loop.train(7, 8) == {7, 8}  # seen in time
-
-
-@pytest.mark.parametrize("interval", [1, 2, 5])
-def test_filtering_keeps_its_distance_from_the_anchor(interval):
-    """The first batch anchors; tables act at anchor + n, + 2n and so on."""
-    loop = Loop(1, interval)
-    expected = 0
-    for number in range(1, 18):
-        filters = number > 1 and (number - 1) % interval == 0
-        expected = 1 if filters else expected + 1
-        assert len(loop.train(number)) == expected
-    assert loop.hook.last_filter_step == 1 + interval * (16 // interval)
-
-
-def test_an_evicted_id_that_returns_starts_anew():
-    """From its initial row and with empty optimizer state, in the row that was freed first."""
-    loop = Loop(1, 1)
-    initial = DynamicEmbedding(3, initializer=Uniform(-1, 1), name="loop")(ids(7)).detach()
-    loop.train(7)
-    (row,) = loop.table.ids_map()[1].tolist()
-    assert not torch.equal(loop.table.embeddings(ids(7)), initial)
-    loop.train(8)
-    assert loop.train(8) == {8}
-    with torch.no_grad():
-        assert torch.equal(loop.module(ids(7)), initial)
-    state = loop.table.get_extra_state()
-    place = state["ids"].tolist().index(7)
-    assert not state["slots"]["exp_avg"][place].any()
-    assert not state["slots"]["exp_avg_sq"][place].any()
-    assert loop.table.ids_map()[1][place] == row
-
-
-def test_rows_freed_are_reused_first():
-    """A stream of new ids with a window of old ones needs no more rows than the window."""
-    loop = Loop(2, 1)
-    for number in range(40):
-        loop.train(number, 1000 + number)
-    assert loop.table.rows.num_rows <= 8
-    assert len(loop.table) <= 6
-
-
-def test_pending_gradients_keep_their_rows():
-    """Gradient accumulation: what waits for a step survives, and goes afterwards."""
-    module = DynamicEmbedding(2, eviction=GlobalStepFilter(1), name="pending")
-    optimizer = SparseSGD(hash_tables(module), lr=1.0)
-    before = module(ids(1, 2, 3)).detach()
-    module(ids(1)).sum().backward()
-    module.table.update_step(5)
-    assert module.table.evict() == 2
-    assert module.table.ids().tolist() == [1]
-    optimizer.step()
-    torch.testing.assert_close(module.table.embeddings(ids(1)), before[:1] - 1)
-    assert module.table.evict() == 1
-    assert len(module.table) == 0
-
-
-def test_looking_without_training_stamps_only_in_training_mode():
-    """Evaluation ages nothing and keeps nothing alive."""
-    module = DynamicEmbedding(2, eviction=GlobalStepFilter(1), name="stamps")
-    module(ids(1, 2))
-    module.table.update_step(2)
-    module.eval()(ids(1))
-    with torch.no_grad():
-        module.train()(ids(2))
-    assert module.table.evict() == 1
-    assert module.table.ids().tolist() == [2]
-
-
-def test_deleting_takes_pending_gradients_along():
-    """The row may be another id's when the step comes."""
-    module = DynamicEmbedding(2, name="delete")
-    optimizer = SparseSGD(hash_tables(module), lr=1.0)
-    module(ids(1, 2)).sum().backward()
-    assert module.table.delete(ids(1, 9)) == 1
-    module.table.insert(ids(5), torch.zeros(1, 2))
-    optimizer.step()
-    assert module.table.embeddings(ids(5)).tolist() == [[0.0, 0.0]]
-
-
-def test_a_table_without_a_policy_evicts_nothing():
-    """Evict is always there."""
-    module = DynamicEmbedding(2)
-    module(ids(1))
-    module.table.update_step(10**6)
+def test_the_least_recently_seen_go_first(backend):
+    """Down to n exactly; of rows seen in the same step the lower ids go."""
+    module = after_steps(MaxRows(3), [1, 2, LOW], [3, HIGH], [2, 4])
+    report = module.table.evict()
+    assert report == 3
+    assert left(module) == {2, 4, HIGH}
     assert module.table.evict() == 0
+    assert module.table.evict(MaxRows(0)) == 3
+    assert left(module) == set()
 
 
-def test_nothing_is_rebuilt_for_rows_that_are_free():
-    """A freed row does not expire again and again."""
-    loop = Loop(1, 1)
-    loop.train(1, 2, 3)
-    loop.train(4)
-    loop.train(4)
-    entries = loop.table._entries
-    loop.train(4)
-    assert loop.table._entries is entries
+def test_the_least_frequently_seen_go_first(backend):
+    """Occurrences count; of equals the one seen longer ago goes, then the lower id."""
+    module = after_steps(MaxRows(2, by="count"), [1, 1, 1, 5], [2, 3, 3], [4, 6, 6, 6, 6])
+    assert module.table.evict(dry_run=True) == 4
+    assert left(module) == {1, 2, 3, 4, 5, 6}
+    assert module.table.evict(MaxRows(3, by="count")) == 3  # 5, 2 and 4 were seen once
+    assert left(module) == {1, 3, 6}
+    assert module.table.evict() == 1
+    assert left(module) == {1, 6}
+    module(ids(7, 3, 8))
+    module(ids(8))
+    assert module.table.evict() == 3
+    assert left(module) == {1, 6}  # a count begins anew with a row
+
+
+def test_known_ids_are_counted_in_every_lookup(backend):
+    """Whichever pass found them, padding apart."""
+    module = DynamicEmbedding(2, eviction=MaxRows(1, by="count"), padding_idx=0, name="t")
+    for _ in range(4):
+        module(ids(3, 3, 0, 5))
+    rows = module.table._find(ids(3, 5))
+    assert module.table._columns["counts"][rows].tolist() == [8, 4]
+
+
+def test_one_of_equal_counts_is_chosen_by_step_then_by_id(backend):
+    """Any two rows differ by then."""
+    module = after_steps(MaxRows(1, by="count"), [9, 3], [5, 7])
+    assert module.table.evict(MaxRows(3, by="count")) == 1
+    assert left(module) == {5, 7, 9}
+    assert module.table.evict() == 2
+    assert left(module) == {7}
+
+
+def test_exactly_n_of_many_are_left_and_they_are_the_right_ones():
+    """Against sorting, with many ties, negative ids and every digit of the keys in use."""
+    generator = torch.Generator().manual_seed(3)
+    table = HashTable(1, eviction=MaxRows(0, by="count"), name="t")
+    many = torch.randint(LOW, HIGH, (5000,), generator=generator).unique()
+    table.insert(many, torch.zeros(len(many), 1))
+    rows = table._find(many)
+    counts = torch.randint(0, 40, (len(many),), generator=generator)
+    counts[::50] <<= 33
+    steps = torch.randint(0, 3, (len(many),), generator=generator)
+    table._columns["counts"][rows], table._columns["last_seen"][rows] = counts, steps
+    order = sorted(zip(counts.tolist(), steps.tolist(), many.tolist(), strict=True))
+    for n in (4321, 4320, 100, 1):
+        table.evict(MaxRows(n, by="count"))
+        assert len(table) == n
+        assert set(table.ids().tolist()) == {i for _, _, i in order[-n:]}
+
+
+class Ranks:
+    """Threads that add tensors up as ranks do: each gets the sum once all have come."""
+
+    def __init__(self, count):
+        self.barrier, self.parts = threading.Barrier(count), []
+
+    def sum(self, tensor):
+        self.parts.append(tensor.clone())
+        self.barrier.wait(60)
+        total = torch.stack(self.parts).sum(0)
+        if self.barrier.wait(60) == 0:
+            self.parts.clear()
+        self.barrier.wait(60)
+        return total
+
+
+@pytest.mark.parametrize("by", ["last_seen", "count"])
+@pytest.mark.parametrize("n", [0, 40, 123])
+def test_n_rows_are_left_over_all_ranks(monkeypatch, by, n):
+    """Each of three ranks, one of them empty, evicts its part of what one table would evict."""
+    ranks = Ranks(3)
+    generator = torch.Generator().manual_seed(n)
+    batches = (torch.rand(6, 60, generator=generator) ** 2 * 400 - 100).long()
+    whole = DynamicEmbedding(2, eviction=MaxRows(n, by), name="t")
+    shards = [DynamicEmbedding(2, eviction=MaxRows(n, by), name="t") for _ in range(3)]
+    for module, part in [(whole, None), *zip(shards, range(3), strict=True)]:
+        for batch in batches:
+            module(batch if part is None else batch[batch % 2 == part])
+            module.table.update_step()
+    whole.table.evict()
+    assert len(whole.table) == n
+    monkeypatch.setattr(collectives, "sum_over_ranks", ranks.sum)
+    with ThreadPoolExecutor(3) as pool:
+        reports = [*pool.map(lambda module: module.table.evict(), shards)]
+    assert set().union(*map(left, shards)) == left(whole)
+    assert sum(reports) == len(batches.unique()) - n
+
+
+# ---- TimeToLive
+
+
+def test_rows_live_for_seconds(backend):
+    """Since the last training lookup, by the policy's clock; evaluation does not refresh."""
+    clock = Clock()
+    module = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
+    module(ids(1, 2))
+    clock.now += 6
+    module(ids(2, 3))
+    module.eval()(ids(1))
+    module.train()
+    clock.now += 4
+    assert module.table.evict() == 0  # 1 is ten seconds old: not older
+    clock.now += 0.001
+    assert module.table.evict() == 1
+    assert left(module) == {2, 3}
+    module(ids(1))
+    clock.now += 8
+    assert module.table.evict() == 2
+    assert left(module) == {1}
+
+
+@pytest.mark.parametrize("how", ["file", "deepcopy"])
+def test_time_between_runs_does_not_age_rows(how):
+    """A saved table holds ages."""
+    clock = Clock()
+    module = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
+    module(ids(1))
+    clock.now += 7
+    module(ids(2))
+    if how == "file":
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        clock.now += 86_400
+        twin = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        twin = copy.deepcopy(module)
+        clock = twin.table.eviction.clock
+    clock.now += 5
+    assert twin.table.evict() == 1
+    assert left(twin) == {2}
+
+
+def test_the_usual_clock_is_that_on_the_wall():
+    """Without one of the user's own."""
+    module = DynamicEmbedding(2, eviction=TimeToLive(3600), name="t")
+    module(ids(1))
+    assert module.table.evict() == 0
+    module.table._columns["last_time"] -= 3601 * 10**6
+    assert module.table.evict() == 1
+
+
+# ---- MinNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_small_norm_go(backend, dtype):
+    """The L2 norm of the weights, not half its square; the threshold itself stays."""
+    module = DynamicEmbedding(2, eviction=MinNorm(5.0), name="t", dtype=dtype)
+    SparseAdam(hash_tables(module), lr=0.1)
+    weights = torch.tensor([[3.0, 4.0], [3.0, 3.875], [-5.0, 0.0], [0.0, 0.0], [torch.nan, 0]])
+    module.table.insert(ids(1, 2, 3, 4, 5), weights)
+    report = module.table.evict()
+    assert report == 2
+    assert left(module) == {1, 3, 5}
+    assert not module.table._columns
+
+
+# ---- composition
+
+
+def test_any_of_asks_each_of_what_is_left(backend):
+    """So a row counts once, and MaxRows evicts no more than what is still too many."""
+    policy = AnyOf([GlobalStepFilter(2), MaxRows(3), MinNorm(0.0)])
+    module = after_steps(policy, [1, 2], [3, 4], [5, 6])
+    report = module.table.evict(dry_run=True)
+    assert report == 3
+    assert report.by_policy == {
+        "GlobalStepFilter(filter_step=2)": 2,
+        "MaxRows(n=3, by='last_seen')": 1,
+        "MinNorm(threshold=0.0)": 0,
+    }
+    assert report.dry_run
+    assert module.table.evict() == 3
+    assert left(module) == {4, 5, 6}
+
+
+def test_all_of_evicts_what_each_would(backend):
+    """And says how many each named by itself."""
+    policy = AllOf([GlobalStepFilter(2), MaxRows(5)])
+    module = after_steps(policy, [1, 2], [3, 4], [5, 6])
+    report = module.table.evict()
+    assert report == 1
+    assert report.by_policy == {
+        "GlobalStepFilter(filter_step=2)": 2,
+        "MaxRows(n=5, by='last_seen')": 1,
+    }
+    assert left(module) == {2, 3, 4, 5, 6}
+
+
+def test_compositions_nest(backend):
+    """AnyOf in AllOf in AnyOf, with a clock deep inside."""
+    clock = Clock()
+    policy = AnyOf(
+        [
+            AllOf([AnyOf([TimeToLive(5, clock=clock), MinNorm(0.0)]), GlobalStepFilter(2)]),
+            MaxRows(4),
+        ]
+    )
+    assert policy.columns == {"last_time", "norms", "last_seen", "ids"}
+    module = after_steps(policy, [1, 2], [2, 3], [4])
+    clock.now += 6
+    module(ids(5, 6))
+    report = module.table.evict()
+    assert report == 2  # 1 is old and unseen for long, then 2 is one too many
+    assert left(module) == {3, 4, 5, 6}
+    assert report.by_policy == {
+        "TimeToLive(seconds=5)": 4,
+        "MinNorm(threshold=0.0)": 0,
+        "GlobalStepFilter(filter_step=2)": 1,
+        "MaxRows(n=4, by='last_seen')": 1,
+    }
+
+
+# ---- policies of the user's own
+
+
+def test_a_policy_of_the_users_own(backend):
+    """Two lines: what it wants to know, and a mask."""
+
+    class Rare(Eviction):
+        columns = frozenset({"counts", "ids", "norms"})
+
+        def expired(self, rows):
+            assert rows.norms.shape == rows.ids.shape == rows.counts.shape
+            return (rows.counts < 2) & (rows.ids > 0)
+
+    module = after_steps(AnyOf([Rare(), MaxRows(10)]), [1, 2, 2, -3], [4])
+    assert module.table.evict() == 2
+    assert left(module) == {2, -3}
+
+
+# ---- what is refused
+
+
+def test_a_policy_may_ask_only_for_what_is_kept():
+    """The error names policy, column and table."""
+    table = HashTable(2, eviction=GlobalStepFilter(1), name="t")
+    with pytest.raises(
+        ValueError, match=r"policy: MaxRows.* asks for \['counts'\], which table 't'"
+    ):
+        table.evict(MaxRows(1, by="count"))
+    assert HashTable(2).evict(MinNorm(1.0)) == 0
+    with pytest.raises(TypeError, match="policy: expected an Eviction, got 3"):
+        table.evict(3)
+
+
+def test_a_policy_that_answers_nonsense_is_an_error():
+    """Its name, and what was expected."""
+
+    class Wrong(Eviction):
+        def expired(self, rows):
+            return torch.zeros(3)
+
+    class Asks(Wrong):
+        columns = frozenset({"weights"})
+
+    table = HashTable(2, eviction=Wrong())
+    table.insert(ids(1), torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"Wrong.expired: expected bool \[1\], got torch.float32"):
+        table.evict()
+    with pytest.raises(ValueError, match=r"eviction: columns are .* got \['weights'\]"):
+        HashTable(2, eviction=Asks())
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(0, ValueError), (-3, ValueError), (1.5, TypeError), (True, TypeError)]
+    ("make", "error", "words"),
+    [
+        (lambda: MaxRows(-1), ValueError, "n: expected an int >= 0, got -1"),
+        (lambda: MaxRows(2.5), TypeError, r"n: expected an int >= 0, got 2\.5"),
+        (
+            lambda: MaxRows(2, by="age"),
+            ValueError,
+            "by: expected 'last_seen' or 'count', got 'age'",
+        ),
+        (lambda: TimeToLive(0), ValueError, "seconds: expected a number > 0, got 0"),
+        (lambda: TimeToLive(float("nan")), ValueError, "seconds: expected a number"),
+        (lambda: MinNorm(-1.0), ValueError, r"threshold: expected a number >= 0.0, got -1\.0"),
+        (lambda: AnyOf([]), ValueError, "policies: expected at least one policy"),
+        (lambda: AllOf([MaxRows(1), 3]), TypeError, "policies: expected Eviction, got 3"),
+        (
+            lambda: AnyOf([TimeToLive(1, clock=Clock()), TimeToLive(1)]),
+            ValueError,
+            "policies: expected one clock",
+        ),
+    ],
 )
-def test_filter_step_is_a_positive_int(value, error):
-    """The error names the argument and the value."""
-    with pytest.raises(error, match=f"filter_step: expected an int >= 1, got {value}"):
-        GlobalStepFilter(filter_step=value)
-    assert GlobalStepFilter(filter_step=1).filter_step == 1
+def test_wrong_arguments(make, error, words):
+    """An error names the argument, the value got and what was expected."""
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_policies_are_values():
+    """Features that share a table compare them."""
+    assert AnyOf([MaxRows(2), GlobalStepFilter(1)]) == AnyOf((MaxRows(2), GlobalStepFilter(1)))
+    assert AnyOf([MaxRows(2)]) != AllOf([MaxRows(2)])
+    assert TimeToLive(5) == TimeToLive(5)

@@ -20,14 +20,19 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from recis_lightning import table_state
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.checkpoint import new_save_id, remove_shards, sync_folder, write_shards
-from recis_lightning.checkpoint_source import FOLDER_SUFFIX, KEY, Source, note_loaded
-from recis_lightning.hash_table import HashTable, hash_tables
-from recis_lightning.pieces import Advance
-from recis_lightning.progress import SHOWN_AFTER_SECONDS, Progress, no_progress, progress_bar
-from recis_lightning.ranks import together
+from recis_lightning.checkpoint.chunks import Advance
+from recis_lightning.checkpoint.progress import (
+    SHOWN_AFTER_SECONDS,
+    Progress,
+    no_progress,
+    progress_bar,
+)
+from recis_lightning.checkpoint.reader import FOLDER_SUFFIX, KEY, Source, note_loaded
+from recis_lightning.distributed import collectives
+from recis_lightning.table import state as table_state
+from recis_lightning.table.hash_table import HashTable, hash_tables
 
 __all__ = ["CheckpointHook"]
 
@@ -99,7 +104,7 @@ class CheckpointHook(Hook):
         commit = checkpoint.get(KEY)
         if commit is None or self._module is None:
             return
-        source = together(lambda: Source.of_commit(path, commit))
+        source = collectives.run_on_all_ranks(lambda: Source.of_commit(path, commit))
         own = _named(self._module, source)
         source.load(own, strict=False, progress=_progress(self._module.trainer))
         note_loaded(commit, own.values())
@@ -176,14 +181,14 @@ def _failing_together(strategy: Strategy) -> Iterator[None]:
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
         nonlocal told
         told = True
-        together(lambda: write(*args, **kwargs))
+        collectives.run_on_all_ranks(lambda: write(*args, **kwargs))
 
     vars(strategy)["save_checkpoint"] = save_checkpoint
     try:
         yield
     except Exception as error:
         if not told:
-            together(partial(_raise, error))
+            collectives.run_on_all_ranks(partial(_raise, error))
         raise
     finally:
         del vars(strategy)["save_checkpoint"]
@@ -277,7 +282,7 @@ class _ShardIO(CheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the file, and let tables take up their rows."""
-        checkpoint: dict[str, Any] = together(
+        checkpoint: dict[str, Any] = collectives.run_on_all_ranks(
             lambda: self.io.load_checkpoint(path, *args, **kwargs)
         )
         self.hook.load(Path(path), checkpoint)

@@ -6,11 +6,12 @@ import logging
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook
-from recis_lightning.hash_table import HashTable, hash_tables, live_hash_tables
+from recis_lightning.distributed import collectives
+from recis_lightning.table.hash_table import HashTable, hash_tables, live_hash_tables
 
 __all__ = ["HashTableFilterHook"]
 
@@ -142,7 +143,7 @@ def _checked(argument: str, interval: int | None) -> int | None:
 
 
 def _evict(table: HashTable, step: int) -> None:
-    if not _speaks():
+    if collectives.rank() > 0 or not _log.isEnabledFor(logging.INFO):
         table.evict()
         return
     before = len(table)
@@ -155,10 +156,3 @@ def _evict(table: HashTable, step: int) -> None:
         len(table),
         num_evicted,
     )
-
-
-def _speaks() -> bool:
-    first = not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )
-    return first and _log.isEnabledFor(logging.INFO)

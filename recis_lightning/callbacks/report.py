@@ -15,12 +15,12 @@ from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.logger import loss_of
 from recis_lightning.callbacks.publish import Made, fetch, publish, publish_histogram
 from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
-from recis_lightning.hash_table import HashTable, hash_tables
-from recis_lightning.row_survey import AGE_EDGES, NORM_EDGES
-from recis_lightning.run_history import RunHistory
-from recis_lightning.sharding import any_rank
-from recis_lightning.table_report import TableReport, check_path
-from recis_lightning.table_watch import TableFigures, TableWatch
+from recis_lightning.distributed import collectives
+from recis_lightning.monitoring.history import RunHistory
+from recis_lightning.monitoring.report import TableReport, check_path
+from recis_lightning.monitoring.watch import TableFigures, TableWatch
+from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
 
 __all__ = ["MetricReportHook"]
 
@@ -215,7 +215,7 @@ class MetricReportHook(Hook):
         num_batches, self._window = self._num_batches - self._window, self._num_batches
         more = {"train_qps": num_batches / seconds} if seconds > 0 else {}
         ruined = loss is not None and not math.isfinite(loss)
-        full = any_rank([ruined], device)[0]
+        full = collectives.any_rank([ruined], device)[0]
         figures = self.watch.look(
             self._num_batches, more if loss is None else {**more, "loss": loss}, full
         )

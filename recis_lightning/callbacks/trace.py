@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
-from recis_lightning.trace import TraceCollection, TraceWriter, check_names
+from recis_lightning.trace.collect import TraceCollection
+from recis_lightning.trace.writer import TraceWriter, check_names
 
 __all__ = ["TraceHook"]
 

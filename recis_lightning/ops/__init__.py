@@ -1,1 +1,1 @@
-"""The operations under the tables: contracts, kernels and the plain-torch reference."""
+"""Ops on tables: a contract a file, with kernels by backend in the folders below."""

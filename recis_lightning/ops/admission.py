@@ -29,14 +29,8 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
-from recis_lightning.ops.split_header import host_fields, is_split
-from recis_lightning.ops.table_header import (
-    MISSING,
-    SCREEN,
-    SEGMENT_FLAGS,
-    SEGMENT_START,
-    UNKNOWN,
-)
+from recis_lightning.ops.header import host_fields, is_split
+from recis_lightning.ops.layout import MISSING, SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
 
 # Fields of a memory's header; those of an index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) are an index's.
 NUM_COUNTED = 4  # sightings since the sketch was last halved; among what kernels count

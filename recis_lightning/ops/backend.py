@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _KERNELS = {"cpu": "cpu", "cuda": "triton"}  # device -> backend
-_FILES = {"cpu": "{op}_cpu", "triton": "{op}_gpu", "reference": "reference"}
+_FOLDERS = {"cpu": "cpu", "triton": "gpu", "reference": "reference"}
 _forced: str | None = None
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
@@ -48,8 +48,8 @@ def use(name: str) -> Iterator[None]:
     ``"triton"`` runs over the CPU's memory where kernels are interpreted; see ``launch_gpu``.
     """
     global _forced
-    if name not in _FILES:
-        raise ValueError(f"name: expected one of {sorted(_FILES)}, got {name!r}")
+    if name not in _FOLDERS:
+        raise ValueError(f"name: expected one of {sorted(_FOLDERS)}, got {name!r}")
     before, _forced = _forced, name
     try:
         yield
@@ -62,7 +62,7 @@ def module(op: str, device: torch.device) -> Any:
     name = _forced or _KERNELS[device.type]
     found = _loaded.get((op, name))
     if found is None:
-        found = importlib.import_module(f"recis_lightning.ops.{_FILES[name].format(op=op)}")
+        found = importlib.import_module(f"recis_lightning.ops.{_FOLDERS[name]}.{op}")
         _loaded[op, name] = found
     return found
 

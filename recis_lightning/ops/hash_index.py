@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import admission, backend, row_stamps
-from recis_lightning.ops.split_header import host_fields, publish, publish_counts, read_counts
-from recis_lightning.ops.table_header import (
+from recis_lightning.ops import admission, backend, row_access
+from recis_lightning.ops.header import host_fields, publish, publish_counts, read_counts
+from recis_lightning.ops.layout import (
     CAPACITY,
     EMPTY,
     ENTRIES,
@@ -170,7 +170,7 @@ def find_or_insert(
     Only segments with the INSERT flag insert, and all segments of one table carry the same flags:
     whether it inserts is the table's policy. Those with the SCREEN flag insert what the table's
     memory of sightings lets in (``ops.admission``). Only tables with a column stamp; those with
-    the STAMP flag note more than the step (``ops.row_stamps``).
+    the STAMP flag note more than the step (``ops.row_access``).
 
     Rows are handed out in the order in which ids first appear, freed rows first: the result does
     not depend on how many threads ran. Rows of new ids are not initialised here.
@@ -236,7 +236,7 @@ def _stamp(
     for number in {segment_tables[segment] for segment in stamped}:
         tables[number].read_clock()
     weights = None if sightings is None else sightings.contiguous()
-    row_stamps.stamp_(segments, rows, weights, rows.device)
+    row_access.stamp_(segments, rows, weights, rows.device)
 
 
 def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:

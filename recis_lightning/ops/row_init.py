@@ -14,8 +14,8 @@ from torch import Tensor
 
 from recis_lightning.ops import backend
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.split_header import host_fields, publish
-from recis_lightning.ops.table_header import INIT_ARGS, INIT_KEY, INIT_KIND
+from recis_lightning.ops.header import host_fields, publish
+from recis_lightning.ops.layout import INIT_ARGS, INIT_KEY, INIT_KIND
 
 CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
 

@@ -1,0 +1,1 @@
+"""Ranks: collectives, and which rank owns an id."""

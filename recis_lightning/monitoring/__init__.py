@@ -1,0 +1,1 @@
+"""Tables and metrics of a run, as records, charts and a page."""

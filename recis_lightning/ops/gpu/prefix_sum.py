@@ -1,0 +1,37 @@
+"""Numbering what programs find: each counts its own, one program adds the counts up."""
+
+import triton.language as tl
+
+from recis_lightning.ops.gpu.runtime import int64_at, kernel, lanes, sum_over, sums_up_to
+
+_LANES = lanes(1024, 4096)
+
+
+@kernel({"LANES": 1024})
+def _add_up_kernel(counts: tl.int64, num_counts: tl.int64, LANES: tl.constexpr):
+    first = num_counts * 0
+    before = num_counts * 0
+    while first < num_counts:
+        place = first + tl.arange(0, LANES)
+        count = tl.load(int64_at(counts + 8 * place), place < num_counts, 0)
+        up_to = before + sums_up_to(count)
+        tl.store(int64_at(counts + 8 * place), up_to - count, place < num_counts)
+        before += sum_over(count, 0)
+        first += LANES
+    tl.store(int64_at(counts + 8 * num_counts), before)
+
+
+def add_up_(device, counts, num_counts):
+    """Turn counts into sums of the counts before each.
+
+    One program does it, in one launch: the counts of a lookup of a million ids are four thousand.
+
+    Args:
+        device: Where they are.
+        counts: Address of int64 [num_counts + 1]; the last is overwritten with the sum of all.
+        num_counts: How many there are.
+    """
+    _add_up_kernel.launch(device, 1, counts, num_counts, LANES=_LANES)
+
+
+__all__ = ["add_up_"]

@@ -1,0 +1,337 @@
+"""Reduce and update in Triton: a row's gradients are added up and its row is written, in one pass.
+
+A row with few gradients is one piece: its program adds them up and updates the row at once. Of a
+row with many, each program adds up one piece, and one more program the pieces' sums, in their
+order. So no row keeps one program busy for long, and every sum is taken in the same order always.
+"""
+
+import torch
+import triton.language as tl
+
+from recis_lightning.ops import row_update
+from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
+from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
+from recis_lightning.ops.gpu.runtime import (
+    cells_at,
+    device_function,
+    float_at,
+    int64_at,
+    kernel,
+    lanes,
+    largest,
+    num_programs_at_once,
+    power_of_two,
+    sum_over,
+)
+
+SGD = tl.constexpr(row_update.SGD)
+ADAGRAD = tl.constexpr(row_update.ADAGRAD)
+ROWWISE_ADAGRAD = tl.constexpr(row_update.ROWWISE_ADAGRAD)
+ADAM = tl.constexpr(row_update.ADAM)
+_NORM = -1  # a rule that updates nothing
+NORM = tl.constexpr(_NORM)
+LR = tl.constexpr(row_update.LR)
+EPS = tl.constexpr(row_update.EPS)
+NEW_SHARE1 = tl.constexpr(row_update.NEW_SHARE1)
+NEW_SHARE2 = tl.constexpr(row_update.NEW_SHARE2)
+INV_SQRT_BIAS2 = tl.constexpr(row_update.INV_SQRT_BIAS2)
+DECAY = tl.constexpr(row_update.DECAY)
+SCALE = tl.constexpr(row_update.SCALE)
+CLIP = tl.constexpr(row_update.CLIP)
+
+_CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
+_SUMS = lanes(16, 64)  # of pieces, at once
+
+
+@device_function
+def _hyper(address, number: tl.constexpr, mask):
+    return tl.load(float_at(address + 4 * number), mask, 1)[:, None]
+
+
+@device_function
+def _update(
+    blocks,
+    block_shift,
+    row_bytes,
+    flat,
+    mask,
+    g,
+    norms,
+    RULE: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Apply the reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` that ``mask`` has."""
+    column = tl.arange(0, COLUMNS)
+    cells = mask[:, None] & (column < DIM)[None, :]
+    if RULE == NORM:
+        tl.store(float_at(norms), sum_over(g * g, 1), mask)
+    else:
+        line = blocks + 16 * (flat >> block_shift)
+        one = flat * 0 + 1
+        row = tl.load(int64_at(line), mask, 0) + (flat & ((one << block_shift) - 1)) * row_bytes
+        hyper = tl.load(int64_at(line + 8), mask, 0)
+        state = row + 4 * DIM
+        if BFLOAT16:
+            state = row + 4 * ((DIM + 1) // 2)
+        lr = _hyper(hyper, LR, mask)
+        clip = _hyper(hyper, CLIP, mask)
+        g = g * _hyper(hyper, SCALE, mask)
+        g = tl.where(g > clip, clip, g)  # a comparison with NaN is false: NaN stays
+        g = tl.where(g < -clip, -clip, g)
+        w = load_weights(row, column, cells, BFLOAT16, ALIGNED)
+        if RULE == SGD:
+            w = w * _hyper(hyper, DECAY, mask) - lr * g
+        if RULE == ADAGRAD:
+            at = cells_at(float_at(state), column, ALIGNED)
+            s = tl.load(at, cells, 0) + g * g
+            tl.store(at, s, cells)
+            w = w - lr * (g / (tl.sqrt(s) + _hyper(hyper, EPS, mask)))
+        if RULE == ROWWISE_ADAGRAD:
+            s = tl.load(float_at(state), mask, 0) + sum_over(g * g, 1) / DIM
+            tl.store(float_at(state), s, mask)
+            w = w - lr * (g / (tl.sqrt(s)[:, None] + _hyper(hyper, EPS, mask)))
+        if RULE == ADAM:
+            at1 = cells_at(float_at(state), column, ALIGNED)
+            at2 = cells_at(float_at(state + 4 * DIM), column, ALIGNED)
+            m, v = tl.load(at1, cells, 0), tl.load(at2, cells, 0)
+            m = m + _hyper(hyper, NEW_SHARE1, mask) * (g - m)
+            v = v + _hyper(hyper, NEW_SHARE2, mask) * (g * g - v)
+            tl.store(at1, m, cells)
+            tl.store(at2, v, cells)
+            root = tl.sqrt(v) * _hyper(hyper, INV_SQRT_BIAS2, mask) + _hyper(hyper, EPS, mask)
+            w = w * _hyper(hyper, DECAY, mask) - lr * (m / root)
+        store_weights(row, column, w, cells, BFLOAT16, ALIGNED)
+
+
+_RULES = (_NORM, row_update.SGD, row_update.ADAGRAD, row_update.ROWWISE_ADAGRAD, row_update.ADAM)
+_WIDE = {
+    "DIM": 128,
+    "COLUMNS": 128,
+    "BFLOAT16": False,
+    "ALIGNED": True,
+    "PIECE": PIECE,
+    "WIDE": False,
+}
+_ODD = {"DIM": 33, "COLUMNS": 64, "BFLOAT16": True, "ALIGNED": False, "PIECE": PIECE, "WIDE": True}
+
+
+@kernel(
+    *({**_WIDE, "RULE": rule, "SCALED": False, "ROWS": 8} for rule in _RULES),
+    {**_WIDE, "BFLOAT16": True, "RULE": row_update.ADAM, "SCALED": True, "ROWS": 8},
+    {**_ODD, "RULE": row_update.ADAM, "SCALED": True, "ROWS": 16},
+)
+def _update_kernel(
+    keys: tl.int64,
+    order: tl.int64,
+    addresses: tl.int64,
+    scales: tl.int64,
+    pieces: tl.int64,
+    num_pieces: tl.int64,
+    blocks: tl.int64,
+    partial_sums: tl.int64,
+    norms: tl.int64,
+    n: tl.int64,
+    block_shift: tl.int64,
+    row_bytes: tl.int64,
+    RULE: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    column = tl.arange(0, COLUMNS)
+    count = tl.load(int64_at(num_pieces))
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    while first < count:
+        piece = first + tl.arange(0, ROWS)
+        inside = piece < count
+        start = tl.load(int64_at(pieces + 8 * piece), inside, 0)
+        end = tl.load(int64_at(pieces + 8 * piece + 8), inside, 0)
+        flat = key_at(keys, start, inside, WIDE)
+        before = key_at(keys, start - 1, inside & (start > 0), WIDE)
+        behind = key_at(keys, end, inside & (end < n), WIDE)
+        whole = inside & (before != flat) & (behind != flat)
+        g = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+        most = largest(end - start)
+        done = most * 0
+        while done < most:
+            place = start + done
+            on = place < end
+            position = tl.load(int64_at(order + 8 * place), on, 0)
+            address = tl.load(int64_at(addresses + 8 * position), on, 0)
+            at = cells_at(float_at(address), column, ALIGNED)
+            value = tl.load(at, on[:, None] & (column < DIM)[None, :], 0)
+            if SCALED:
+                value = value * tl.load(float_at(scales + 4 * position), on, 0)[:, None]
+            g += value
+            done += 1
+        # The two sums that a stretch of PIECE places may leave: of the row that comes from before,
+        # and of the one that goes on behind it.
+        number = start // PIECE * 2 + tl.where(start % PIECE == 0, 0, 1)
+        at = cells_at(float_at(partial_sums + 4 * number * DIM), column, ALIGNED)
+        tl.store(at, g, (inside & (whole == 0))[:, None] & (column < DIM)[None, :])
+        norm = norms + 4 * piece
+        _update(
+            blocks,
+            block_shift,
+            row_bytes,
+            flat,
+            whole,
+            g,
+            norm,
+            RULE,
+            DIM,
+            COLUMNS,
+            BFLOAT16,
+            ALIGNED,
+        )
+        first += tl.num_programs(0) * ROWS
+
+
+@kernel(
+    *({**_WIDE, "RULE": rule, "SUMS": 16} for rule in _RULES),
+    {**_ODD, "RULE": row_update.ADAM, "SUMS": 16},
+)
+def _update_long_kernel(
+    keys: tl.int64,
+    blocks: tl.int64,
+    partial_sums: tl.int64,
+    norms: tl.int64,
+    n: tl.int64,
+    num_rows: tl.int64,
+    block_shift: tl.int64,
+    row_bytes: tl.int64,
+    RULE: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    # One program a stretch of PIECE places: it updates the row that begins in it and goes on
+    # behind it, if there is one.
+    stretch = tl.program_id(0).to(tl.int64)
+    first, behind = stretch * PIECE, (stretch + 1) * PIECE
+    place = tl.arange(0, 1)
+    flat = key_at(keys, behind - 1 + place, place == 0, WIDE)
+    ours = (flat < num_rows) & (key_at(keys, behind + place, place == 0, WIDE) == flat)
+    ours = ours & (key_at(keys, first - 1 + place, place + first > 0, WIDE) != flat)
+    if largest(ours.to(tl.int32)) != 0:
+        column = tl.arange(0, COLUMNS)
+        inside = (column < DIM)[None, :]
+        from_start = key_at(keys, first + place, place == 0, WIDE) == flat
+        number = 2 * stretch + tl.where(from_start, 0, 1)
+        at = cells_at(float_at(partial_sums + 4 * number * DIM), column, ALIGNED)
+        g = tl.load(at, inside, 0)
+        key = largest(flat)
+        other = stretch + 1
+        more = other > stretch
+        while more:
+            others = other + tl.arange(0, SUMS)
+            on = others * PIECE < n
+            on = on & (key_at(keys, others * PIECE, on, WIDE) == key)
+            sums = cells_at(float_at(partial_sums + 8 * others * DIM), column, ALIGNED)
+            g += sum_over(tl.load(sums, on[:, None] & inside, 0), 0)[None, :]
+            other += SUMS
+            more = sum_over(on.to(tl.int32), 0) == SUMS
+        norm = norms + 4 * stretch + 4 * place
+        _update(
+            blocks,
+            block_shift,
+            row_bytes,
+            flat,
+            ours,
+            g,
+            norm,
+            RULE,
+            DIM,
+            COLUMNS,
+            BFLOAT16,
+            ALIGNED,
+        )
+
+
+def sort_gradients(plan, blocks, layout, blocks_on_device):
+    """See the contract."""
+    return SortedGradients(plan, blocks, layout, blocks_on_device)
+
+
+def _launch(gradients, rule):
+    layout, work = gradients.layout, gradients.work
+    n, device = work.n, work.device
+    dim, columns = layout.embedding_dim, power_of_two(layout.embedding_dim)
+    stretches = -(-n // PIECE)
+    partial_sums = torch.empty(2 * stretches * dim, dtype=torch.float32, device=device)
+    is_norm = rule == _NORM
+    norms, at = None, 0
+    if is_norm:
+        norms = torch.zeros(n + stretches, dtype=torch.float32, device=device)
+        at = norms.data_ptr()
+    constants = {
+        "RULE": rule,
+        "DIM": dim,
+        "COLUMNS": columns,
+        "BFLOAT16": layout.dtype is torch.bfloat16,
+        "ALIGNED": work.aligned
+        and layout.row_bytes % 16 == 0
+        and dim * layout.dtype.itemsize % 16 == 0,
+        "WIDE": work.wide,
+        "PIECE": PIECE,
+    }
+    rows = max(_CELLS // columns, 1)
+    _update_kernel.launch(
+        device,
+        min(-(-n // rows), num_programs_at_once(device)),
+        work.keys.data_ptr(),
+        work.order.data_ptr(),
+        work.addresses.data_ptr(),
+        0 if work.scales is None else work.scales.data_ptr(),
+        work.pieces.data_ptr(),
+        work.num_pieces,
+        work.blocks.data_ptr(),
+        partial_sums.data_ptr(),
+        at,
+        n,
+        layout.block_shift,
+        layout.row_bytes,
+        SCALED=work.scales is not None,
+        ROWS=rows,
+        **constants,
+    )
+    _update_long_kernel.launch(
+        device,
+        (n - 1) // PIECE,  # no row goes on behind the last place
+        work.keys.data_ptr(),
+        work.blocks.data_ptr(),
+        partial_sums.data_ptr(),
+        at + 4 * n,
+        n,
+        work.num_rows,
+        layout.block_shift,
+        layout.row_bytes,
+        SUMS=_SUMS,
+        **constants,
+    )
+    return norms
+
+
+def squared_norm(gradients):
+    """See the contract."""
+    return _launch(gradients, _NORM).sum(dtype=torch.float64)
+
+
+def update_rows_(gradients, rule):
+    """See the contract."""
+    _launch(gradients, rule)
+
+
+__all__ = ["sort_gradients", "squared_norm", "update_rows_"]

@@ -1,0 +1,17 @@
+"""Optimizers of tables, and one for Lightning that joins a dense and sparse ones."""
+
+from recis_lightning.optim.adagrad import SparseAdagrad, SparseRowwiseAdagrad
+from recis_lightning.optim.adam import SparseAdam, SparseAdamW
+from recis_lightning.optim.sgd import SparseSGD
+from recis_lightning.optim.sparse_dense import SparseDenseOptimizer
+from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+
+__all__ = [
+    "SparseAdagrad",
+    "SparseAdam",
+    "SparseAdamW",
+    "SparseDenseOptimizer",
+    "SparseOptimizer",
+    "SparseRowwiseAdagrad",
+    "SparseSGD",
+]

@@ -1,0 +1,116 @@
+"""Adam and AdamW of tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from recis_lightning.arguments import check_bound
+from recis_lightning.ops import row_update
+from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.table.hash_table import HashTable
+
+
+class SparseAdam(SparseOptimizer):
+    """Adam on the rows with a gradient, as ``torch.optim.SparseAdam``.
+
+    Rows without a gradient keep weights and moments. The bias correction counts the table's
+    updates, and ``eps`` is added before it, as torch has it.
+
+    Args:
+        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        clip_grad_norm: See ``SparseOptimizer``.
+        clip_grad_value: See ``SparseOptimizer``.
+
+    Source: Kingma and Ba, 2015.
+    """
+
+    rule = row_update.ADAM
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        defaults = _adam_defaults(lr, betas, eps)
+        super().__init__(tables, defaults, clip_grad_norm, clip_grad_value)
+
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        """See ``SparseOptimizer``."""
+        return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim}
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """See ``SparseOptimizer``."""
+        bias1, root = _bias_corrections(group, num_updates)
+        return {
+            row_update.LR: group["lr"] / bias1,
+            row_update.EPS: group["eps"] / root,
+            row_update.NEW_SHARE1: 1 - group["betas"][0],
+            row_update.NEW_SHARE2: 1 - group["betas"][1],
+            row_update.INV_SQRT_BIAS2: 1 / root,
+        }
+
+
+class SparseAdamW(SparseAdam):
+    """AdamW on the rows with a gradient, as ``torch.optim.AdamW`` where every row has one.
+
+    Weight decay touches the rows of the step only; ``eps`` is added after the bias correction.
+
+    Args:
+        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Weights are multiplied by ``1 - lr * weight_decay`` first.
+        clip_grad_norm: See ``SparseOptimizer``.
+        clip_grad_value: See ``SparseOptimizer``.
+
+    Source: Loshchilov and Hutter, 2019.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        check_bound("weight_decay", weight_decay)
+        defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
+        SparseOptimizer.__init__(self, tables, defaults, clip_grad_norm, clip_grad_value)
+
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        """See ``SparseOptimizer``."""
+        fields = super().hyperparameters(group, num_updates)
+        fields[row_update.EPS] = group["eps"]
+        fields[row_update.DECAY] = 1 - group["lr"] * group["weight_decay"]
+        return fields
+
+
+def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
+    check_bound("betas[0]", betas[0], high=1.0)
+    check_bound("betas[1]", betas[1], high=1.0)
+    check_bound("eps", eps)
+    return {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
+
+
+def _bias_corrections(group: dict[str, Any], num_updates: int) -> tuple[float, float]:
+    """Return ``1 - beta1 ** n`` and the root of ``1 - beta2 ** n``."""
+    beta1, beta2 = group["betas"]
+    return 1 - beta1**num_updates, math.sqrt(1 - beta2**num_updates)
+
+
+__all__ = ["SparseAdam", "SparseAdamW"]

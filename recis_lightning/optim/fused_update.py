@@ -1,0 +1,154 @@
+"""Tables that one pass updates, and what of it stays the same from step to step.
+
+A model may have hundreds of tables: what a step does in Python for each of them is what it costs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import embedding_bag, row_update
+from recis_lightning.ops.header import host_fields, is_split, refresh_, sent
+from recis_lightning.ops.layout import NUM_UPDATES
+from recis_lightning.ops.row_update import Gradients, RowLayout
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.pending_gradient import PendingGradient
+from recis_lightning.table.row_store import block_moves
+
+_pending = attrgetter("pending")
+
+
+class UpdatePass:
+    """Tables of one optimizer whose rows look the same.
+
+    It is good as long as the storage epoch lasts.
+
+    Args:
+        tables: At least one.
+        groups: For each table, its optimizer's parameter group that it belongs to.
+    """
+
+    def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
+        self.tables, self.groups = list(tables), list(groups)
+        self.device = self.tables[0].device
+        self._fields = [host_fields(table.header) for table in self.tables]
+        self._hyper = np.ones((len(self.tables), row_update.HYPER_SIZE), np.float32)
+        # Where the update reads them: beside a GPU that is a copy, always at the same place.
+        self._is_copied = is_split(self.tables[0].header)
+        self._values = torch.from_numpy(self._hyper)
+        if self._is_copied:
+            self._values = sent(self._hyper, self.device)
+        self._moves = -1  # of blocks, for which their addresses are right
+        self._owners: Sequence[object] = ()  # of the features for which the next is right
+        self._owner_bases: list[int] = []
+
+    def set_hyperparameters(
+        self, hyperparameters: Callable[[int, int], dict[int, float]], clip: float
+    ) -> None:
+        """Enter what the update rule needs.
+
+        Args:
+            hyperparameters: (parameter group, number of the update from 1) -> values by field.
+            clip: Bound of every element of a gradient.
+        """
+        numbers = self._numbers = [fields.item(NUM_UPDATES) for fields in self._fields]
+        kinds = set(zip(self.groups, numbers, strict=True))
+        alike: dict[tuple[int, int], slice | list[int]] = {}
+        if len(kinds) == 1:
+            alike[kinds.pop()] = slice(None)
+        else:
+            members: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for place, kind in enumerate(zip(self.groups, numbers, strict=True)):
+                members[kind].append(place)
+            alike.update(members)
+        hyper = self._hyper
+        hyper[:, row_update.SCALE], hyper[:, row_update.CLIP] = 1, clip
+        for (group, number), places in alike.items():
+            for field, value in hyperparameters(group, number + 1).items():
+                hyper[places, field] = value
+
+    def gradients(self) -> Gradients | None:
+        """Join the pending gradients of the tables, and sort them by row."""
+        self._note_blocks()
+        parts = self._plans()
+        if not parts:
+            return None
+        plan = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        sizes = plan[:, embedding_bag.NUM_IDS]
+        ends = np.cumsum(sizes)
+        if not len(ends) or not ends[-1]:
+            return None
+        plan[:, embedding_bag.FIRST_ID] = ends - sizes
+        return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
+
+    def send_hyperparameters(self, scale: Tensor | None) -> None:
+        """Make known to the device what was set.
+
+        Args:
+            scale: float64 [], what gradients are multiplied by; None means 1.
+        """
+        if self._is_copied:
+            refresh_(self._values, self._hyper)
+        if scale is not None:
+            self._values[:, row_update.SCALE] = scale.to(self._values.device)
+
+    def _note_blocks(self) -> None:
+        """Note where the rows are and how they are numbered, unless that is known."""
+        if self._moves == block_moves():
+            return
+        self._moves = block_moves()
+        rows = self.tables[0].rows
+        addresses = [table.rows.addresses for table in self.tables]
+        counts = np.array([part.size for part in addresses])
+        bases = (np.cumsum(counts) - counts) << rows.block_shift
+        self._base_of: dict[object, int] = dict(zip(self.tables, bases.tolist(), strict=True))
+        self._owners = ()
+        self._blocks = np.empty((counts.sum(), 2), np.int64)
+        self._blocks[:, 0] = np.concatenate(addresses)
+        places = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()
+        self._blocks[:, 1] = np.repeat(places, counts)
+        self._blocks_on_device = sent(self._blocks, self.device) if self._is_copied else None
+        self._layout = RowLayout(
+            rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, self.device
+        )
+
+    def _plans(self) -> list[embedding_bag.Plan]:
+        """Return the plans of the pending gradients, with the features of these tables only."""
+        pending = list(map(_pending, self.tables))
+        first = pending[0]
+        if len(first) == 1 and len(first[0].tables) == len(pending):
+            record = first[0]
+            if pending == [first] * len(pending):  # one lookup, each table once: the usual case
+                if record.tables is not self._owners:
+                    self._owners = record.tables
+                    self._owner_bases = [self._base_of[table] for table in record.tables]
+                record.plan[:, embedding_bag.FLAT_BASE] = self._owner_bases
+                return [record.plan]
+        waiting: dict[PendingGradient, set[object]] = defaultdict(set)
+        for table, records in zip(self.tables, pending, strict=True):
+            for record in records:
+                waiting[record].add(table)
+        return [self._plan_of(record, tables) for record, tables in waiting.items()]
+
+    def _plan_of(self, record: PendingGradient, tables: set[object]) -> embedding_bag.Plan:
+        # A table may stand there twice, and one of another optimizer too.
+        mine = [place for place, table in enumerate(record.tables) if table in tables]
+        plan = record.plan if len(mine) == len(record.tables) else record.plan[mine]
+        plan[:, embedding_bag.FLAT_BASE] = [self._base_of[record.tables[place]] for place in mine]
+        return plan
+
+    def finish(self) -> None:
+        """Count the update and forget the gradients that it used."""
+        for fields, number in zip(self._fields, self._numbers, strict=True):
+            fields[NUM_UPDATES] = number + 1
+        for pending in map(_pending, self.tables):
+            pending.clear()
+
+
+__all__ = ["UpdatePass"]

@@ -1,0 +1,1 @@
+"""A table and what it keeps: index, rows, policy columns, state."""

@@ -1,0 +1,197 @@
+"""What a screening admission policy remembers of ids that have no row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_lightning.admission import Screening
+from recis_lightning.ops import admission, backend, hash_index
+from recis_lightning.ops.header import (
+    host_fields,
+    new_header,
+    note_insertion,
+    publish,
+    publish_counts,
+    read_counts,
+    unseen_insertions,
+    watch_counts,
+)
+from recis_lightning.ops.layout import CAPACITY, NO_ROW, NUM_IDS
+
+_MAX_LOAD = 0.7
+
+
+class Sightings:
+    """The memory of one table, behind a header of its own; ``ops.admission`` says how it works.
+
+    Args:
+        screening: What the policy wants.
+        device: Where the table is.
+    """
+
+    def __init__(self, screening: Screening, device: torch.device) -> None:
+        self.screening = screening
+        self.header = new_header(device, backend.runs_later(device))
+        self._header = host_fields(self.header)
+        for field, value in screening.fields().items():
+            self._header[field] = value
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all sightings; the number of lookups stays."""
+        kind = self.screening.kind
+        counts = kind == admission.COUNT
+        self._entries = torch.empty(0, dtype=torch.int64, device=self.header.device)
+        if counts:
+            self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
+        size = self.screening.num_hashes * self.screening.width
+        # Whole words: kernels may have no compare-and-swap of bytes.
+        padded = _zeros(-(-size // 4) * 4, self.header.device)
+        self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
+        self._padded_counters = padded
+        self._header[admission.COUNTERS] = padded.data_ptr()
+        publish(self.header)
+        self._set_count(admission.NUM_COUNTED, 0)
+
+    def _set_count(self, field: int, value: int) -> None:
+        read_counts(self.header)[field] = value
+        publish_counts(self.header)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of entries and counters."""
+        return self._entries.nbytes + self._counters.nbytes
+
+    @property
+    def num_lookups(self) -> int:
+        """Training lookups so far."""
+        return int(self._header[admission.NUM_LOOKUPS])
+
+    def begin_lookup(self) -> None:
+        """Count a training lookup, and let a sketch fade when it is due.
+
+        Raises:
+            OverflowError: There were 2**30 lookups already.
+        """
+        if self.num_lookups >= admission.MAX_LOOKUPS - 1:
+            raise OverflowError("an admission policy counts 2**30 training lookups at most")
+        self._header[admission.NUM_LOOKUPS] += 1
+        publish(self.header)
+        if self.screening.fade_after:
+            admission.fade_(self.header, self._padded_counters, self.screening.fade_after)
+
+    def reserve(self, at_most: int, count: Callable[[], int] | None = None) -> None:
+        """Make room for ``at_most`` ids more; what says nothing any more goes first.
+
+        Args:
+            at_most: How many ids there may be.
+            count: See ``ops.admission.Screened``: it is asked where room might run out. Room is
+                then made for two more lookups as well, by which time counts have come.
+        """
+        if self.screening.kind != admission.COUNT:
+            return
+        if not self._surely_fits(at_most):
+            num_new, ahead = at_most, 0
+            if count is not None:
+                num_new, ahead = count(), 2 * at_most
+            num_ids = int(read_counts(self.header)[NUM_IDS])
+            if num_ids + num_new + ahead > self._limit():
+                self._rebuild(num_new + ahead)
+            at_most = num_new
+        elif not self._surely_fits(4 * at_most):  # soon it would have to wait
+            watch_counts([self.header])
+        note_insertion(self.header, at_most)
+
+    def _surely_fits(self, num_new: int) -> bool:
+        """Tell, without waiting for the device, whether there is room for ``num_new`` ids more."""
+        num_ids = unseen_insertions(self.header) + int(self._header[NUM_IDS])
+        return num_ids + num_new <= self._limit()
+
+    def _limit(self) -> float:
+        return _MAX_LOAD * int(self._header[CAPACITY])
+
+    def compact(self) -> None:
+        """Let go of what says nothing any more, and of the memory it took."""
+        if self.screening.kind == admission.COUNT:
+            self._rebuild(0)
+
+    def _rebuild(self, num_new: int) -> None:
+        live = self._live()
+        self._entries[:, 1].masked_fill_(~live, NO_ROW)
+        num_live = int(live.sum())
+        capacity = hash_index.MIN_CAPACITY
+        while capacity < 2 * (num_live + num_new):
+            capacity *= 2
+        self._entries, _ = hash_index.rebuild(self.header, capacity)
+        self._set_count(NUM_IDS, num_live)
+
+    def _live(self) -> Tensor:
+        """Return bool [entries], those whose id was sighted too seldom, and not too long ago."""
+        cells = self._entries[:, 1]
+        live = (cells != NO_ROW) & (cells & admission.COUNT_MASK < self.screening.threshold)
+        age = self.num_lookups - (cells >> 32)
+        return live & (age <= self.screening.forget_after)
+
+    def forget(self, ids: Tensor) -> None:
+        """Forget the sightings of ids, int64 [n]; a sketch cannot."""
+        if self.screening.kind == admission.COUNT:
+            admission.forget_(self.header, ids.to(self.header.device))
+
+    def state(self) -> dict[str, Any]:
+        """Return what a saved table must know: tensors on the CPU and primitives."""
+        found: dict[str, Any] = {"num_lookups": self.num_lookups}
+        if self.screening.kind == admission.COUNT:
+            kept = self._entries[self._live()]
+            kept = kept[kept[:, 0].argsort()].cpu()
+            found["pending_ids"] = kept[:, 0].clone()
+            found["pending_counts"] = kept[:, 1] & admission.COUNT_MASK
+            found["pending_lookups"] = kept[:, 1] >> 32
+        elif self.screening.kind == admission.SKETCH:
+            found["sketch"] = self._counters.to("cpu", copy=True)
+            found["num_sketched"] = int(read_counts(self.header)[admission.NUM_COUNTED])
+        return found
+
+    def load_state(self, state: dict[str, Any], table: str) -> None:
+        """Take up what a table saved; a state without sightings has none.
+
+        Args:
+            state: A table's state.
+            table: Whose, for warnings.
+        """
+        self.clear()
+        self._header[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
+        publish(self.header)
+        if self.screening.kind == admission.COUNT and "pending_ids" in state:
+            ids = state["pending_ids"]
+            self.reserve(ids.numel())
+            # Under a lower threshold than before, an id comes in when it is next sighted.
+            counts = state["pending_counts"].clamp(max=self.screening.threshold - 1)
+            values = (state["pending_lookups"] << 32) | counts
+            entries = torch.stack([ids, values], dim=1).to(self.header.device)
+            hash_index.fill(self.header, entries)
+        if self.screening.kind == admission.SKETCH and "sketch" in state:
+            if state["sketch"].shape != self._counters.shape:
+                warnings.warn(
+                    f"table {table!r}: the saved sketch of sightings has shape "
+                    f"{tuple(state['sketch'].shape)}, this policy's has "
+                    f"{tuple(self._counters.shape)}; counting starts anew",
+                    stacklevel=2,
+                )
+                return
+            self._counters.copy_(state["sketch"])
+            self._set_count(admission.NUM_COUNTED, state["num_sketched"])
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    try:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{size} bytes on {device}") from error
+
+
+__all__ = ["Sightings"]

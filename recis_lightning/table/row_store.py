@@ -1,0 +1,343 @@
+"""Rows in fixed-size blocks: growth copies nothing.
+
+A row is a table's weights for one id and the optimizer's state behind them, so that one update is
+one contiguous read and write. Blocks never move; kernels find them through a table of their
+addresses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import host_memory, row_io
+from recis_lightning.ops.header import (
+    copy_header,
+    host_fields,
+    is_split,
+    publish,
+    publish_counts,
+    read_counts,
+)
+from recis_lightning.ops.layout import (
+    BLOCK_SHIFT,
+    BLOCKS,
+    FREE_ROWS,
+    NEXT_ROW,
+    NUM_FREE,
+    NUM_STATE,
+    ROW_BYTES,
+    STATE_FILL,
+)
+from recis_lightning.ops.row_io import Column
+
+_BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
+_GPU_BLOCK_BYTES = 1 << 21  # on a GPU allocations are dear, and block addresses travel each step
+_PIECE_ROWS = 1 << 16  # rows read or written at once where all of them are copied
+
+
+class _Moves:
+    """Counts moments at which some store's blocks changed."""
+
+    number = 0
+
+
+def block_moves() -> int:
+    """Return a number that changes when the blocks of some store do."""
+    return _Moves.number
+
+
+class RowStore:
+    """The rows of one table.
+
+    Args:
+        header: The table's header; the store owns its row fields.
+        embedding_dim: Weights in a row.
+        dtype: float32 or bfloat16 weights; state is float32.
+        slots: Optimizer state: name -> float32 words a row.
+        state_fill: What state starts from.
+    """
+
+    def __init__(
+        self,
+        header: Tensor,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        slots: dict[str, int] | None = None,
+        state_fill: float = 0.0,
+    ) -> None:
+        self.header = header
+        self.embedding_dim = embedding_dim
+        self.dtype = dtype
+        self._header = host_fields(header)
+        self._set_counts(0, 0)
+        self._chunks: list[npt.NDArray[np.float32] | Tensor] = []
+        self._set_layout(dict(slots or {}), state_fill)
+        self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
+
+    def _set_counts(self, next_row: int, num_free: int) -> None:
+        fields = read_counts(self.header)
+        fields[NEXT_ROW], fields[NUM_FREE] = next_row, num_free
+        publish_counts(self.header)
+
+    def _set_addresses(self, addresses: npt.NDArray[np.int64]) -> None:
+        _Moves.number += 1
+        self.addresses = addresses
+        self._addresses = torch.from_numpy(addresses).to(self.header.device)
+        self._header[BLOCKS] = self._addresses.data_ptr()
+        publish(self.header)
+
+    def _set_layout(self, slots: dict[str, int], state_fill: float) -> None:
+        self.slots, self.state_fill = slots, state_fill
+        words = self.weight_words + sum(slots.values())
+        # A GPU's lanes load four words at once, from where rows lie at multiples of 16 bytes.
+        self.row_words = -(-words // 4) * 4 if is_split(self.header) else words
+        row_bytes = 4 * self.row_words
+        block_bytes = _BLOCK_BYTES if self.header.device.type == "cpu" else _GPU_BLOCK_BYTES
+        shift = max(3, (block_bytes // row_bytes).bit_length() - 1)
+        self.block_shift = shift
+        header = self._header
+        header[ROW_BYTES], header[BLOCK_SHIFT] = row_bytes, shift
+        header[NUM_STATE] = sum(slots.values())
+        header[STATE_FILL] = np.float64(state_fill).view(np.int64)
+        self._set_addresses(np.empty(0, np.int64))
+
+    @property
+    def weight_words(self) -> int:
+        """Float32 words that the weights of a row take."""
+        return self.embedding_dim if self.dtype is torch.float32 else (self.embedding_dim + 1) // 2
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were ever handed out, freed ones included."""
+        return int(read_counts(self.header)[NEXT_ROW])
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is memory for."""
+        return len(self.addresses) << self.block_shift
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, the addresses and the list of freed rows."""
+        return 4 * self.row_words * self.capacity + self.addresses.nbytes + self._free_rows.nbytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer state in all blocks."""
+        return 4 * sum(self.slots.values()) * self.capacity
+
+    @property
+    def unused(self) -> int:
+        """Rows there is memory for and no id has, by the counts that the host has seen."""
+        return self.capacity - self._header.item(NEXT_ROW) + self._header.item(NUM_FREE)
+
+    def reserve(self, num_new: int) -> None:
+        """Make room for ``num_new`` rows more; freed rows count as room."""
+        read_counts(self.header)
+        unused = self.unused
+        if num_new <= unused:
+            return
+        block_rows = 1 << self.block_shift
+        missing = -(-(num_new - unused) // block_rows)
+        num_blocks = max(missing, len(self.addresses) // 8)
+        words = num_blocks * block_rows * self.row_words
+        chunk = _allocate(words, self.header.device)
+        self._chunks.append(chunk)
+        size = 4 * self.row_words * block_rows
+        new = _address_of(chunk) + size * np.arange(num_blocks, dtype=np.int64)
+        self._set_addresses(np.concatenate([self.addresses, new]))
+
+    def blocks_for(self, num_rows: int) -> int:
+        """Return how many blocks hold so many rows."""
+        return -(-num_rows >> self.block_shift)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole rows to other places.
+
+        Args:
+            source: int64 [n].
+            target: int64 [n], distinct, none of them in ``source``.
+        """
+        count = min(source.numel(), _PIECE_ROWS)
+        words = torch.empty(count, self.row_words, device=self.header.device)
+        for start in range(0, source.numel(), _PIECE_ROWS):
+            piece = slice(start, min(start + _PIECE_ROWS, source.numel()))
+            columns = [Column(words[: piece.stop - piece.start], 0)]
+            row_io.read_columns(self.header, source[piece], columns)
+            row_io.write_columns_(self.header, target[piece], columns)
+
+    def shrink(self, num_rows: int) -> None:
+        """Keep the first ``num_rows`` rows, none of them freed, and the blocks that hold them.
+
+        The blocks of an allocation that is kept in part are copied to one of their size.
+        """
+        num_blocks = self.blocks_for(num_rows)
+        kept, first = [], 0
+        for chunk in self._chunks:
+            blocks = chunk.nbytes // (4 * self.row_words << self.block_shift)
+            wanted = min(blocks, num_blocks - first)
+            if wanted == blocks:
+                kept.append(chunk)
+            elif wanted > 0:
+                words = (wanted << self.block_shift) * self.row_words
+                smaller = _allocate(words, self.header.device)
+                smaller[:] = chunk[:words]  # type: ignore[assignment]  # both are of one kind
+                kept.append(smaller)
+            first += blocks
+        self._chunks = kept
+        size = 4 * self.row_words << self.block_shift
+        starts = [
+            _address_of(chunk) + np.arange(0, chunk.nbytes, size, dtype=np.int64) for chunk in kept
+        ]
+        self._set_addresses(np.concatenate([np.empty(0, np.int64), *starts]))
+        self._set_counts(num_rows, 0)
+        self.set_free_rows(torch.empty(0, dtype=torch.int64, device=self.header.device))
+
+    def set_free_rows(self, rows: Tensor) -> None:
+        """Replace the stack of freed rows; the last one is reused first."""
+        self._free_rows = rows.contiguous()
+        self._set_counts(self.num_rows, rows.numel())
+        self._header[FREE_ROWS] = self._free_rows.data_ptr()
+        publish(self.header)
+
+    @property
+    def free_rows(self) -> Tensor:
+        """int64 [n], the stack of freed rows."""
+        return self._free_rows[: int(read_counts(self.header)[NUM_FREE])]
+
+    def relayout(self, slots: dict[str, int], state_fill: float) -> None:
+        """Change the optimizer state behind the weights, keeping weights and slots that stay.
+
+        Raises:
+            MemoryError: No room for both layouts at once; the store is as it was.
+        """
+        if list(slots.items()) == list(self.slots.items()):
+            self.state_fill = state_fill
+            self._header[STATE_FILL] = np.float64(state_fill).view(np.int64)
+            publish(self.header)
+            return
+        old = RowStore.__new__(RowStore)
+        old.__dict__.update(self.__dict__)
+        old.header = copy_header(self.header)
+        old._header = host_fields(old.header)
+        self._chunks = []
+        self._set_layout(dict(slots), state_fill)
+        count, free = self.num_rows, int(self._header[NUM_FREE])
+        self._set_counts(0, 0)
+        try:
+            self.reserve(count)
+        except MemoryError:
+            header, fields = self.header, self._header
+            self.__dict__.update(old.__dict__)
+            self.header, self._header = header, fields
+            fields[:] = old._header
+            publish(header)
+            publish_counts(header)
+            raise
+        self._set_counts(count, free)
+        for start in range(0, count, _PIECE_ROWS):
+            rows = torch.arange(start, min(start + _PIECE_ROWS, count), device=self.header.device)
+            weights, state = old._read(rows)
+            kept = {name: state[name] for name in slots if old.slots.get(name) == slots[name]}
+            self._write(rows, weights, kept)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Copy rows out.
+
+        Args:
+            rows: int64 [n], none negative.
+
+        Returns:
+            weights: [n, embedding_dim] in the store's dtype; on the CPU, wherever the rows are.
+            slots: name -> float32 [n, words].
+        """
+        if self.header.device.type == "cpu":
+            return self._read(rows)
+        n = rows.numel()
+        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype)
+        slots = {name: torch.empty(n, words) for name, words in self.slots.items()}
+        for start in range(0, n, _PIECE_ROWS):  # so that the device need not hold them twice
+            piece = slice(start, min(start + _PIECE_ROWS, n))
+            weights[piece], state = self._read(rows[piece])
+            for name, slot in state.items():
+                slots[name][piece] = slot
+        return weights, slots
+
+    def read_whole(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy rows to the CPU, with all their optimizer state together.
+
+        Args:
+            rows: int64 [n], none negative; all are held at once on their device too.
+
+        Returns:
+            weights: [n, embedding_dim] in the store's dtype, a view.
+            state: float32 [n, words], a view.
+        """
+        first = self.weight_words
+        size = first + sum(self.slots.values())
+        words = torch.empty(rows.numel(), size, device=rows.device)
+        row_io.read_columns(self.header, rows, [Column(words, 0)])
+        words = words.cpu()
+        weights = words if self.dtype is torch.float32 else words.view(self.dtype)
+        return weights[:, : self.embedding_dim], words[:, first:]
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        n, device = rows.numel(), rows.device
+        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype, device=device)
+        slots = {name: torch.empty(n, words, device=device) for name, words in self.slots.items()}
+        row_io.read_columns(self.header, rows, self._columns(weights, slots))
+        return weights, slots
+
+    def write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
+        """Overwrite whole rows; slots that are not given start afresh.
+
+        Args:
+            rows: int64 [n], distinct.
+            weights: [n, embedding_dim] in the store's dtype, on the CPU or where the rows are.
+            slots: name -> float32 [n, words].
+        """
+        device = self.header.device
+        if weights.device == device:
+            self._write(rows, weights, slots)
+            return
+        for start in range(0, rows.numel(), _PIECE_ROWS):
+            piece = slice(start, start + _PIECE_ROWS)
+            state = {name: slot[piece].to(device) for name, slot in slots.items()}
+            self._write(rows[piece], weights[piece].to(device), state)
+
+    def _write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
+        filled = {
+            name: torch.full((1, words), self.state_fill, device=weights.device)
+            for name, words in self.slots.items()
+        }
+        given = {name: slots[name].contiguous() for name in self.slots if name in slots}
+        columns = self._columns(weights.contiguous(), {**filled, **given})
+        row_io.write_columns_(self.header, rows, columns)
+
+    def _columns(self, weights: Tensor, slots: dict[str, Tensor]) -> list[Column]:
+        """Say where in a row weights and slots stand."""
+        columns, words = [Column(weights, 0)], self.weight_words
+        for name, width in self.slots.items():
+            columns.append(Column(slots[name], 4 * words))
+            words += width
+        return columns
+
+
+def _allocate(words: int, device: torch.device) -> npt.NDArray[np.float32] | Tensor:
+    """Return uninitialised float32 words that start on a cache line."""
+    if device.type != "cpu":
+        try:
+            return torch.empty(words, dtype=torch.float32, device=device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{4 * words} bytes on {device}") from error
+    return host_memory.empty(4 * words).view(np.float32)
+
+
+def _address_of(chunk: npt.NDArray[np.float32] | Tensor) -> int:
+    return chunk.data_ptr() if isinstance(chunk, Tensor) else chunk.ctypes.data
+
+
+__all__ = ["RowStore", "block_moves"]

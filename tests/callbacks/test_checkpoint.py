@@ -1,0 +1,393 @@
+"""``CheckpointHook`` under a Trainer, on one process; many ranks are in another file."""
+
+import os
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from recis_lightning import checkpoint, hash_tables
+from recis_lightning.callbacks import CheckpointHook, LoggerHook
+from recis_lightning.monitoring.saved import read_saved
+from recis_lightning.optim import SparseAdagrad, SparseDenseOptimizer
+from tests.checkpoint.test_shard_file import largest_file
+from tests.helpers.click_data import ResumableLoader, loader
+from tests.helpers.lightning_model import Model, differences, everything, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
+
+
+def saving(path, *callbacks, every=5, hook=True, settings=None, **kept):
+    """Return a Trainer of two epochs of eight batches that saves every few steps."""
+    kept = {"save_top_k": -1, **kept}
+    keep = ModelCheckpoint(path, "{step}", every_n_train_steps=every, **kept)
+    hooks = [CheckpointHook()] if hook else []
+    settings = {"enable_checkpointing": True, "max_epochs": 2, **(settings or {})}
+    return trainer(path, keep, *hooks, *callbacks, **settings)
+
+
+def resumed(path, file, hook=True, model=None, **settings):
+    """Return a model that went on from a checkpoint to the end."""
+    model = Model(seed=1) if model is None else model
+    run = saving(path, hook=hook, every=100, settings=settings)
+    run.fit(model, ResumableLoader(), ckpt_path=file)
+    return model
+
+
+def files_in(path):
+    return sorted(
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
+
+
+def shards_of(path, main):
+    """List the tables that a checkpoint has files of."""
+    folder = path / f"{main}.tables"
+    return sorted(file.name.split(".")[0] for file in folder.iterdir()) if folder.exists() else []
+
+
+ALL = ["item", "tags", "user"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-true"}]
+)
+def test_resuming_is_as_if_nothing_had_happened(tmp_path, settings):
+    """With the hook and without it: dense weights, rows, slots, stamps and steps."""
+    model = Model()
+    saving(tmp_path, LoggerHook(3), settings=settings).fit(model, ResumableLoader())
+    assert shards_of(tmp_path, "step=5.ckpt") == ALL
+    states = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]
+    assert "ids" not in states["user.table._extra_state"]
+    for hook in (True, False):
+        again = resumed(tmp_path / f"{hook}", tmp_path / "step=5.ckpt", hook, **settings)
+        assert differences(everything(model), everything(again)) == []
+
+
+def test_load_from_checkpoint(tmp_path):
+    """No Trainer, no hook; and the functions that need neither."""
+    model = Model()
+    saving(tmp_path, every=16).fit(model, ResumableLoader())
+    file = tmp_path / "step=16.ckpt"
+    loaded = Model.load_from_checkpoint(file, weights_only=True)
+    assert differences(everything(model), everything(loaded)) == []
+    assert checkpoint.inspect(file)["user"].rows == [len(model.user.table)]
+    assert set(checkpoint.inspect(tmp_path / "step=16.ckpt.tables")) == set(ALL)
+    assert len(checkpoint.read_table(file, "tags")["ids"]) == len(hash_tables(model)[2])
+    other = Model(seed=3)
+    checkpoint.load(file, other)
+    assert torch.equal(other.user.table.ids(), loaded.user.table.ids())
+
+
+def test_a_report_reads_it(tmp_path):
+    """What a report says of tables in shards is what it says of the same ones in one file."""
+    model = Model()
+    saving(tmp_path, every=16).fit(model, ResumableLoader())
+    plain = {"state_dict": model.state_dict(), "global_step": 16}
+    torch.save(plain, tmp_path / "plain.ckpt")
+    shards, whole = (read_saved(tmp_path / f"{name}.ckpt") for name in ("step=16", "plain"))
+    assert [table.name for table in shards.tables] == [table.name for table in whole.tables]
+    for one, other in zip(shards.tables, whole.tables, strict=True):
+        assert one._replace(survey=None) == other._replace(survey=None)
+        assert str(one.survey) == str(other.survey)
+
+
+def test_evaluation_from_a_checkpoint(tmp_path):
+    """Validate and test read rows; an optimizer is not asked for."""
+    model, run = Model(), saving(tmp_path, every=16)
+    run.fit(model, ResumableLoader())
+    (expected,) = run.test(model, loader(200), verbose=False)
+    (got,) = trainer(tmp_path, CheckpointHook()).test(
+        Model(seed=1), loader(200), ckpt_path=tmp_path / "step=16.ckpt", verbose=False
+    )
+    assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("top", "last"),
+    [(0, True), (1, None), (1, True), (1, "link"), (2, None), (2, True), (2, "link")],
+)
+def test_removed_checkpoints_take_their_shards_along(tmp_path, last, top):
+    """save_top_k and save_last in all forms; every file left belongs to a checkpoint that loads."""
+    model = Model()
+    run = saving(tmp_path, every=3, save_top_k=top, save_last=last, monitor="step", mode="max")
+    run.fit(model, ResumableLoader())
+    mains = sorted(file.name for file in tmp_path.glob("*.ckpt"))
+    best = [f"step={step}.ckpt" for step in (15, 12)[:top]]
+    assert mains == sorted([*best, *(["last.ckpt"] if last else [])])
+    linked = os.path.islink(tmp_path / "last.ckpt")
+    assert linked == (last == "link")
+    folders = sorted(file.name for file in tmp_path.glob("*.tables"))
+    assert folders == [f"{name}.tables" for name in mains if not (linked and name == "last.ckpt")]
+    assert all(shards_of(tmp_path, name.removesuffix(".tables")) == ALL for name in folders)
+    for name in mains:
+        again = resumed(tmp_path / "again", tmp_path / name)
+        assert differences(everything(model), everything(again)) == []
+
+
+def test_saving_to_one_path_again(tmp_path):
+    """The rows of the checkpoint before go once the new one is whole, after training too."""
+    model, run = Model(), saving(tmp_path, hook=True, save_top_k=0)
+    run.fit(model, ResumableLoader())
+    for _ in range(2):
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        model.user(torch.tensor([12345]))
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        assert shards_of(tmp_path, "end.ckpt") == ALL
+    loaded = Model.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert 12345 in loaded.user.table.ids()
+
+
+def test_weights_only(tmp_path):
+    """Rows are weights; what resumes without Lightning's optimizer states is up to Lightning."""
+    model = Model()
+    saving(tmp_path, every=16, save_weights_only=True).fit(model, ResumableLoader())
+    assert "optimizer_states" not in torch.load(tmp_path / "step=16.ckpt", weights_only=True)
+    assert shards_of(tmp_path, "step=16.ckpt") == ALL
+    loaded = Model.load_from_checkpoint(tmp_path / "step=16.ckpt", weights_only=True)
+    assert differences(everything(model), everything(loaded)) == []
+
+
+def test_async_checkpoints(tmp_path):
+    """Rows as they were when the save was asked for; old shards go when the new file is whole."""
+    model = Model()
+    run = saving(
+        tmp_path,
+        every=1,
+        save_top_k=2,
+        monitor="step",
+        mode="max",
+        save_last=True,
+        settings={"plugins": [AsyncCheckpointIO()]},
+    )
+    run.fit(model, ResumableLoader())
+    run.strategy.checkpoint_io.teardown()
+    mains = sorted(file.name for file in tmp_path.glob("*.ckpt"))
+    assert mains == ["last.ckpt", "step=15.ckpt", "step=16.ckpt"]
+    assert all(shards_of(tmp_path, name) == ALL for name in mains)
+    for name in mains:
+        again = resumed(tmp_path / "again", tmp_path / name)
+        assert differences(everything(model), everything(again)) == []
+
+
+class HeldIO(TorchCheckpointIO):
+    """Writes files; from the second on, only once it is told to, or fails if it is told that."""
+
+    def __init__(self):
+        self.files, self.go, self.error = 0, threading.Event(), None
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        self.files += 1
+        assert self.files == 1 or self.go.wait(60)
+        if self.error is not None:
+            raise self.error
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_an_async_checkpoint_ends_while_the_next_is_written(tmp_path, monkeypatch):
+    """What it clears away is of checkpoints before it, never of the one that is on its way."""
+    model, held = Model(), HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(model, ResumableLoader())
+    folder, replace = tmp_path / "end.ckpt.tables", os.replace
+
+    def replace_later(source, target):
+        # A shard of the third save is written, and has no name yet: now the second one ends.
+        if held.files == 2 and not held.go.is_set() and str(source).startswith(str(folder)):
+            held.go.set()
+            deadline = time.monotonic() + 60
+            while any(file.name in first for file in folder.iterdir()):
+                assert time.monotonic() < deadline, "the first save's shards stayed"
+                time.sleep(0.001)
+        replace(source, target)
+
+    io = run.strategy.checkpoint_io
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    first = {file.name for file in folder.iterdir()}
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    while held.files < 2:
+        time.sleep(0.001)
+    monkeypatch.setattr(os, "replace", replace_later)
+    model.user(torch.tensor([12345]))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    io.teardown()
+    assert held.go.is_set()
+    assert shards_of(tmp_path, "end.ckpt") == ALL
+    assert 12345 in Model.load_from_checkpoint(tmp_path / "end.ckpt").user.table.ids()
+
+
+def test_a_checkpoint_removed_before_it_was_written(tmp_path):
+    """It does not come back when its turn comes, and its shards are gone."""
+    held = HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(Model(), ResumableLoader())
+    for name in ("a.ckpt", "b.ckpt", "c.ckpt"):
+        run.save_checkpoint(tmp_path / name)
+    run.strategy.remove_checkpoint(tmp_path / "b.ckpt")
+    held.go.set()
+    run.strategy.checkpoint_io.teardown()
+    names = {name.split("/")[0] for name in files_in(tmp_path)}
+    assert names == {"a.ckpt", "a.ckpt.tables", "c.ckpt", "c.ckpt.tables"}
+    assert shards_of(tmp_path, "a.ckpt") == shards_of(tmp_path, "c.ckpt") == ALL
+
+
+def test_an_async_checkpoint_that_fails(tmp_path):
+    """The save that tells of it is not made either; the checkpoint before both stays whole."""
+    held = HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(Model(), ResumableLoader())
+    io = run.strategy.checkpoint_io
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    held.error = OSError("the disk is gone")
+    held.go.set()
+    io._executor.submit(int).result()
+    held.error = None
+    held.go.clear()
+    with pytest.raises(OSError, match="the disk is gone"):
+        run.save_checkpoint(tmp_path / "end.ckpt")
+    held.go.set()
+    with pytest.raises(OSError, match="the disk is gone"):
+        io.teardown()
+    assert shards_of(tmp_path, "end.ckpt") == ALL
+    assert len(hash_tables(Model.load_from_checkpoint(tmp_path / "end.ckpt"))) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*update_bn")
+def test_weight_averaging(tmp_path):
+    """The averaged model shares the tables: both refer to one set of shards."""
+    model = Model()
+    saving(tmp_path, WeightAveraging(), every=16).fit(model, ResumableLoader())
+    loaded = Model.load_from_checkpoint(tmp_path / "step=16.ckpt")
+    assert torch.equal(loaded.user.table.ids(), model.user.table.ids())
+
+
+def test_a_moved_checkpoint(tmp_path):
+    """Where it was moved with its folder the hook finds it; without the hook an error says how."""
+    model = Model()
+    saving(tmp_path / "a", every=5).fit(model, ResumableLoader())
+    (tmp_path / "a").rename(tmp_path / "b")
+    file = tmp_path / "b" / "step=5.ckpt"
+    again = resumed(tmp_path / "again", file)
+    assert differences(everything(model), everything(again)) == []
+    with pytest.raises(ValueError, match=r"a/step=5.ckpt.tables: this folder .* is missing; if it"):
+        Model.load_from_checkpoint(file)
+    shutil.rmtree(f"{file}.tables")
+    with pytest.raises(ValueError, match=r"b/step=5.ckpt.tables: this folder .* is missing"):
+        resumed(tmp_path / "again", file)
+
+
+def harm(file, table):
+    shard = next(file.with_name(file.name + ".tables").glob(f"{table}.*"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 64
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("table", ALL)
+@pytest.mark.parametrize("hook", [True, False])
+def test_a_damaged_shard_changes_nothing(tmp_path, table, hook):
+    """Whichever table's it is: no other one is loaded before it is found."""
+    saving(tmp_path).fit(Model(), ResumableLoader())
+    harm(tmp_path / "step=5.ckpt", table)
+    model = Model(seed=1)
+    with pytest.raises(ValueError, match=f"{table}.*(damaged|of another save)"):
+        resumed(tmp_path / "again", tmp_path / "step=5.ckpt", hook, model)
+    assert [len(held) for held in hash_tables(model)] == [0, 0, 0]
+    assert model.user.table.step == 0
+
+
+class OtherOptimizer(Model):
+    def configure_optimizers(self):
+        dense = torch.optim.AdamW(self.parameters(), lr=0.05)
+        return SparseDenseOptimizer(dense, SparseAdagrad(hash_tables(self), 0.05))
+
+
+class OtherDim(Model):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+        self.user.table.embedding_dim = 5
+        self.user.table.clear()
+
+
+class OtherTables(Model):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+        self.more = nn.ModuleList([type(self.user)(2, name="more")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (OtherOptimizer, "exp_avg_sq.*SparseAdagrad keeps .*resume with the optimizer"),
+        (OtherDim, "table 'user': .* has embedding_dim=4, the model's 5"),
+        (OtherTables, r"\['more'\] would get no rows"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, kind, message):
+    """Before a step is taken."""
+    saving(tmp_path).fit(Model(), ResumableLoader())
+    model = kind(seed=1)
+    model.on_train_batch_start = lambda *_: pytest.fail("it trains")
+    with pytest.raises(ValueError, match=message):
+        resumed(tmp_path / "again", tmp_path / "step=5.ckpt", model=model)
+
+
+def test_another_precision_is_refused(tmp_path):
+    """Rows of float32 would lose bits; those of bfloat16 stay such."""
+    saving(tmp_path).fit(Model(), ResumableLoader())
+    with pytest.raises(ValueError, match=r"has dtype torch.float32, the model's torch.bfloat16"):
+        resumed(tmp_path / "again", tmp_path / "step=5.ckpt", precision="bf16-true")
+
+
+def test_a_full_disk(tmp_path):
+    """The save is an error; the checkpoint before it is whole, and nothing else is left."""
+    model, run = Model(), saving(tmp_path, save_top_k=0)
+    run.fit(model, ResumableLoader())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    files, before = files_in(tmp_path), everything(model)
+    model.user(torch.arange(500))
+    for room in (1000, 9000):  # not for the rows, not for Lightning's file
+        with largest_file(room), pytest.raises(OSError, match="Errno 27"):
+            run.save_checkpoint(tmp_path / "end.ckpt")
+        assert files_in(tmp_path) == files
+    assert differences(everything(Model.load_from_checkpoint(tmp_path / "end.ckpt")), before) == []
+
+
+def test_what_the_hook_refuses(tmp_path):
+    """Strategies that bypass Lightning's file, and files that are not local."""
+
+    class Sharded(SingleDeviceStrategy):
+        def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+            pass
+
+    with pytest.raises(Exception, match="CheckpointHook: Sharded writes checkpoints in its own"):
+        saving(tmp_path, settings={"strategy": Sharded("cpu")}).fit(Model(), ResumableLoader())
+    run = saving(tmp_path, save_top_k=0)
+    run.fit(Model(), ResumableLoader())
+    with pytest.raises(ValueError, match=r"expected a local file, got 's3://bucket/a.ckpt'"):
+        run.save_checkpoint("s3://bucket/a.ckpt")
+
+
+def test_a_model_without_tables(tmp_path):
+    """Has nothing to do with us."""
+    run = saving(tmp_path, every=5)
+    run.fit(Model(tables=False, separate=True), ResumableLoader())
+    assert not list(tmp_path.glob("*.tables"))
+    saving(tmp_path / "again").fit(
+        Model(tables=False, separate=True), ResumableLoader(), ckpt_path=tmp_path / "step=5.ckpt"
+    )

@@ -1,0 +1,323 @@
+"""Hook: RecIS's nine points on Lightning's methods."""
+
+import copy
+import pickle
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from recis_lightning.callbacks import Hook
+from tests.helpers.quiet_trainer import quiet_trainer
+
+POINTS = (
+    "before_train",
+    "after_train",
+    "before_evaluate",
+    "after_evaluate",
+    "before_epoch",
+    "after_epoch",
+    "before_step",
+    "after_step",
+    "end",
+)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    limits = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
+    return partial(quiet_trainer, tmp_path, **limits)
+
+
+class Everything(Hook):
+    """Notes each point, through a signature without parameters."""
+
+    def __init__(self):
+        self.calls = []  # no super().__init__(), as in RecIS's example
+
+
+def _noting(point):
+    def method(self):
+        self.calls.append(point)
+
+    return method
+
+
+Everything = type("Everything", (Everything,), {point: _noting(point) for point in POINTS})
+
+
+def test_order_of_the_points(make_trainer):
+    hook = Everything()
+    make_trainer(hook, max_epochs=2).fit(BoringModel())
+    step = ["before_step", "after_step"]
+    epoch = ["before_epoch", *step, *step, "before_evaluate", "after_evaluate", "after_epoch"]
+    assert hook.calls == ["before_train", *epoch, *epoch, "after_train", "end"]
+
+
+def test_test_and_validate_are_evaluations_and_predict_is_none(make_trainer):
+    hook = Everything()
+    trainer = make_trainer(hook, limit_predict_batches=1)
+    trainer.validate(BoringModel(), verbose=False)
+    trainer.test(BoringModel(), verbose=False)
+    trainer.predict(BoringModel())
+    assert hook.calls == ["before_evaluate", "after_evaluate", "end"] * 2 + ["end"]
+
+
+def test_the_sanity_check_is_no_evaluation(make_trainer):
+    hook = Everything()
+    make_trainer(hook, num_sanity_val_steps=1, check_val_every_n_epoch=9).fit(BoringModel())
+    assert "before_evaluate" not in hook.calls
+    assert "after_evaluate" not in hook.calls
+
+
+def test_end_runs_once_when_training_fails(make_trainer):
+    class Failing(Everything):
+        def after_step(self):
+            raise RuntimeError("no more")
+
+    hook = Failing()
+    with pytest.raises(RuntimeError, match="no more"):
+        make_trainer(hook).fit(BoringModel())
+    assert hook.calls == ["before_train", "before_epoch", "before_step", "end"]
+
+
+def test_end_runs_once_when_end_fails(make_trainer):
+    class Failing(Hook):
+        count = 0
+
+        def end(self):
+            self.count += 1
+            raise RuntimeError("at the end")
+
+    hook = Failing()
+    with pytest.raises(RuntimeError, match="at the end"):
+        make_trainer(hook).fit(BoringModel())
+    assert hook.count == 1
+
+
+def test_a_method_is_given_what_it_names(make_trainer):
+    class Greedy(Hook):
+        def __init__(self):
+            self.seen = []
+
+        def before_step(self, batch_idx, batch, outputs):
+            self.seen.append(("before", batch_idx, tuple(batch.shape), outputs))
+
+        def after_step(self, global_step, metrics, outputs, batch, batch_idx, pl_module, trainer):
+            assert trainer.lightning_module is pl_module
+            assert isinstance(metrics, dict)
+            assert outputs["loss"].shape == ()
+            self.seen.append(("after", batch_idx, tuple(batch.shape), global_step))
+
+        def before_train(self, batch, trainer):
+            assert batch is None
+            assert isinstance(trainer, pl.Trainer)
+
+    hook = Greedy()
+    make_trainer(hook).fit(BoringModel())
+    assert hook.seen == [
+        ("before", 0, (1, 32), None),
+        ("after", 0, (1, 32), 1),
+        ("before", 1, (1, 32), None),
+        ("after", 1, (1, 32), 2),
+    ]
+
+
+def test_metrics_are_a_copy_with_the_values_of_the_evaluation(make_trainer):
+    class Model(BoringModel):
+        def validation_step(self, batch, batch_idx):
+            self.log("auc", 0.75)
+
+    class Reading(Hook):
+        def after_evaluate(self, metrics):
+            self.auc = metrics.pop("auc").item()
+
+    hook = Reading()
+    trainer = make_trainer(hook)
+    trainer.fit(Model())
+    assert hook.auc == 0.75
+    assert trainer.callback_metrics["auc"] == 0.75
+
+
+def test_every_kind_of_parameter(make_trainer):
+    class Kinds(Hook):
+        def before_train(self, *args, **kwargs):
+            self.train = (args, sorted(kwargs))
+
+        def before_epoch(self, trainer, /, pl_module, *, global_step, note="kept"):
+            self.epoch = (type(trainer), type(pl_module), global_step, note)
+
+        @staticmethod
+        def before_step(trainer, **rest):
+            Kinds.step = (type(trainer), sorted(rest))
+
+        @classmethod
+        def after_step(cls, _, gstep):
+            cls.recis = (_, gstep)
+
+        def after_epoch(self, unknown=1, trainer=None, /):
+            self.skipped = (unknown, trainer)
+
+    hook = Kinds()
+    make_trainer(hook, limit_train_batches=1).fit(BoringModel())
+    offered = ["batch", "batch_idx", "global_step", "metrics", "outputs", "pl_module", "trainer"]
+    assert hook.train == ((), offered)
+    assert hook.epoch == (pl.Trainer, BoringModel, 0, "kept")
+    assert Kinds.step == (pl.Trainer, [name for name in offered if name != "trainer"])
+    assert Kinds.recis == (None, 1)
+    assert hook.skipped == (1, None)
+
+
+def test_an_unknown_parameter_is_refused_when_the_class_is_defined():
+    with pytest.raises(
+        TypeError, match=r"Wrong\.after_step: nothing to give parameter 'model'; expected any of"
+    ):
+
+        class Wrong(Hook):
+            def after_step(self, trainer, model):
+                pass
+
+
+class Parent(Hook):
+    """Overrides both faces of a moment, without super()."""
+
+    def __init__(self):
+        self.calls = []
+
+    def before_train(self):
+        self.calls.append("before_train")
+
+    def on_train_start(self, trainer, pl_module):
+        self.calls.append("Parent.on_train_start")
+
+    def after_step(self):
+        self.calls.append("after_step")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.calls.append("Parent.on_train_batch_end")
+
+    def end(self):
+        self.calls.append("end")
+
+    def setup(self, trainer, pl_module, stage):
+        self.calls.append("setup")
+
+    def teardown(self, trainer, pl_module, stage):
+        self.calls.append("teardown")
+
+
+class Silent(Parent):
+    """Hides the parent's Lightning methods."""
+
+    def on_train_batch_end(self, *args):
+        self.calls.append("Silent.on_train_batch_end")
+
+
+class Polite(Silent):
+    """Calls super() everywhere."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.calls.append("Polite.on_train_start")
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.calls.append("Polite.on_train_batch_end")
+
+    def after_step(self, trainer):
+        super().after_step()
+        self.calls.append("Polite.after_step")
+
+
+BOTH_FACES = {
+    Parent: """
+        setup
+        before_train Parent.on_train_start
+        Parent.on_train_batch_end after_step
+        teardown end
+    """,
+    Silent: """
+        setup
+        before_train Parent.on_train_start
+        Silent.on_train_batch_end after_step
+        teardown end
+    """,
+    Polite: """
+        setup
+        before_train Parent.on_train_start Polite.on_train_start
+        Silent.on_train_batch_end Polite.on_train_batch_end after_step Polite.after_step
+        teardown end
+    """,
+}
+
+
+@pytest.mark.parametrize(("cls", "expected"), BOTH_FACES.items())
+def test_both_faces_run_once_through_any_inheritance(make_trainer, cls, expected):
+    hook = cls()
+    make_trainer(hook, limit_train_batches=1, limit_val_batches=0).fit(BoringModel())
+    assert hook.calls == expected.split()
+
+
+class Mixin(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.calls = [*getattr(self, "calls", []), "mixin"]
+
+
+class Before(Mixin, Hook):
+    def before_train(self):
+        self.calls = [*getattr(self, "calls", []), "before_train"]
+
+
+class After(Hook, Mixin):
+    def before_train(self):
+        self.calls = [*getattr(self, "calls", []), "before_train"]
+
+
+@pytest.mark.parametrize("cls", [Before, After])
+def test_a_mixin_that_is_no_hook(make_trainer, cls):
+    hook = cls()
+    make_trainer(hook, limit_train_batches=1).fit(BoringModel())
+    assert hook.calls == ["before_train", "mixin"]
+
+
+def test_a_hook_may_log_and_save_state_like_any_callback(make_trainer):
+    class Logging(Hook):
+        def after_step(self, global_step):
+            self.log("twice", 2.0 * global_step)
+
+        def state_dict(self):
+            return {"kept": 1}
+
+    trainer = make_trainer(Logging())
+    trainer.fit(BoringModel())
+    assert trainer.callback_metrics["twice"] == 4.0
+
+
+def test_a_hook_can_be_copied_and_pickled_after_a_run(make_trainer):
+    hook = Parent()
+    make_trainer(hook).fit(BoringModel())
+    assert copy.deepcopy(hook).calls == hook.calls
+    assert pickle.loads(pickle.dumps(hook)).calls == hook.calls
+
+
+def test_a_hook_without_overrides_does_nothing(make_trainer):
+    trainer = make_trainer(Hook())
+    trainer.fit(BoringModel())
+    assert trainer.global_step == 2
+    assert torch.is_grad_enabled()
+
+
+def test_lightning_passes_over_what_a_hook_does_not_override():
+    """An empty method costs a region of the profiler each batch, so it is not callable."""
+
+    class Mine(Hook):
+        def on_before_backward(self, trainer, pl_module, loss):
+            super().on_before_backward(trainer, pl_module, loss)
+            self.seen = loss
+
+    hook = Mine()
+    assert not callable(hook.on_after_backward)
+    hook.on_before_backward(None, None, 3)
+    assert hook.seen == 3

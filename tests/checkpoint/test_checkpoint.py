@@ -1,0 +1,321 @@
+"""Checkpoints of tables without a Trainer, in one process."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from recis_lightning import DynamicEmbedding, HashTable, checkpoint, hash_tables
+from recis_lightning.admission import BloomCount, MinCount
+from recis_lightning.checkpoint.progress import no_progress
+from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.optim import SparseAdagrad, SparseAdam, SparseRowwiseAdagrad, SparseSGD
+from tests.checkpoint.test_shard_file import largest_file
+from tests.helpers.sample_tables import EXTREMES, by_id, same, trained
+
+
+def model(dim=3, dtype=torch.float32, optimizer=SparseAdam, names=("user", "item/ä")):
+    """Return untrained tables, and an optimizer for them."""
+    tables = [
+        DynamicEmbedding(dim, name=name, dtype=dtype, eviction=GlobalStepFilter(9))
+        for name in names
+    ]
+    module = nn.ModuleList(tables)
+    module.optimizer = None if optimizer is None else optimizer(hash_tables(module), lr=0.1)
+    return module
+
+
+def train(module, steps=4, size=500):
+    """Train on the ends of int64 and on some more ids."""
+    for step in range(steps):
+        loss = 0.0
+        for number, part in enumerate(module):
+            ids = torch.arange(step, size // (number + 1), 2)
+            loss = loss + part(torch.cat([EXTREMES[step:], ids])).float().pow(2).sum()
+            part.table.update_step(number + 1)
+        loss.backward()
+        if module.optimizer is not None:
+            module.optimizer.step()
+            module.optimizer.zero_grad()
+    return module
+
+
+def held(module):
+    """Return all that the tables of a module hold."""
+    return {
+        table.name: by_id(table) | table.settings() | {"dtype": table.dtype}
+        for table in hash_tables(module)
+    }
+
+
+@pytest.mark.parametrize("optimizer", [SparseAdam, SparseAdagrad, SparseRowwiseAdagrad, SparseSGD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loads_as_saved(tmp_path, optimizer, dtype):
+    """Every id, weight, slot, stamp and count; training goes on alike."""
+    # More rows than one piece of a file has.
+    module = train(model(dtype=dtype, optimizer=optimizer), size=35_000)
+    checkpoint.save(tmp_path / "new" / "folder", module)
+    other = model(dtype=dtype, optimizer=optimizer)
+    checkpoint.load(tmp_path / "new" / "folder", other)
+    assert same(held(module), held(other))
+    train(module)
+    train(other)
+    assert same(held(module), held(other))
+
+
+@pytest.mark.parametrize("admission", [MinCount(3), BloomCount(3, 2**21)])
+def test_counts_of_ids_without_a_row(tmp_path, admission):
+    """What admission policies know is part of a checkpoint."""
+    first, other = (DynamicEmbedding(2, name="t", admission=admission) for _ in range(2))
+    first(torch.tensor([5, 5, -7, 9]))
+    checkpoint.save(tmp_path, first)
+    checkpoint.load(tmp_path, other)
+    for part in (first, other):
+        part(torch.tensor([5, -7]))
+        assert part.table.ids().tolist() == [5]
+        part(torch.tensor([-7, 9]))
+        assert sorted(part.table.ids().tolist()) == [-7, 5]
+
+
+def test_no_optimizer_takes_the_state_along(tmp_path):
+    """A table for evaluation holds on to what training needs."""
+    module = train(model())
+    checkpoint.save(tmp_path, module)
+    other = model(optimizer=None)
+    checkpoint.load(tmp_path, hash_tables(other))
+    assert same(held(module), held(other))
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+    """Files of the first go once the second is whole; what is not ours stays."""
+    module = train(model())
+    checkpoint.save(tmp_path, module)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {file.name for file in tmp_path.iterdir()}
+    train(module)
+    checkpoint.save(tmp_path, module)
+    after = {file.name for file in tmp_path.iterdir()}
+    assert before & after == {"notes.txt", "checkpoint.json"}
+    assert len(after) == 4
+    other = model()
+    checkpoint.load(tmp_path, other)
+    assert same(held(module), held(other))
+
+
+def saved(folder, **kwargs):
+    """Save a trained module and return it."""
+    module = train(model(**kwargs))
+    checkpoint.save(folder, module)
+    return module
+
+
+def a_file(folder, table="user"):
+    return next(folder.glob(f"{table}*.safetensors"))
+
+
+def flip(folder):
+    file = a_file(folder)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+
+
+def cut(folder):
+    file = a_file(folder, "item")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def swap(folder):
+    """Put the file of another save, of the same tables, in the place of ours."""
+    saved(folder / "other")
+    shutil.copy(a_file(folder / "other"), a_file(folder))
+
+
+def mix(folder):
+    """Let the commit of another save name our files."""
+    saved(folder / "other")
+    text = (folder / "other" / "checkpoint.json").read_text()
+    ours, theirs = (a_file(place).name.split(".")[2] for place in (folder, folder / "other"))
+    commit = json.loads(text.replace(theirs, ours))
+    commit["save_id"] = theirs
+    (folder / "checkpoint.json").write_text(json.dumps(commit))
+
+
+def garble(folder):
+    file = folder / "checkpoint.json"
+    file.write_text(file.read_text()[:-20])
+
+
+def age(folder):
+    file = folder / "checkpoint.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (flip, r"slots.exp_avg_sq is damaged between its rows \d+ and \d+|of another save"),
+        (cut, r"expected \d+ bytes, found \d+: the file is torn"),
+        (lambda folder: a_file(folder).unlink(), "user.0-of-1.*: this file .* is missing"),
+        (swap, "not of this save: expected"),
+        (mix, "not of this save: expected"),
+        (garble, r"checkpoint.json: damaged"),
+        (age, "expected format 1 of tables, got 99"),
+        (lambda folder: (folder / "checkpoint.json").unlink(), "it has no checkpoint.json"),
+        (shutil.rmtree, "no such checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_is_damaged_changes_nothing(tmp_path, harm, message, fresh):
+    """Not even a table whose own file is well; and the model trains on."""
+    saved(tmp_path / "a")
+    harm(tmp_path / "a")
+    module = model() if fresh else train(model(), steps=2)
+    before, undisturbed = held(module), model() if fresh else train(model(), steps=2)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "a", module)
+    assert same(held(module), before)
+    assert same(held(train(module)), held(train(undisturbed)))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"dim": 4}, r"table 'user': the checkpoint's .* has embedding_dim=3, the model's 4"),
+        ({"dtype": torch.bfloat16}, "has dtype torch.float32, the model's torch.bfloat16"),
+        ({"optimizer": SparseAdagrad}, "exp_avg_sq.*SparseAdagrad keeps {'sum': 3}: resume with"),
+        ({"optimizer": SparseSGD}, "SparseSGD keeps none"),
+        ({"names": ["user"]}, r"\[\] would get no rows, \['item/ä'\] have no place"),
+        ({"names": ["user", "x"]}, r"\['x'\] would get no rows"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, other, message):
+    """By dim, dtype, optimizer and tables; the model is as it was."""
+    saved(tmp_path)
+    module = train(model(**other), steps=1)
+    before = held(module)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path, module)
+    assert same(held(module), before)
+
+
+def test_arguments(tmp_path):
+    """What cannot be saved is named."""
+    with pytest.raises(ValueError, match="two have the name 'a'"):
+        checkpoint.save(tmp_path, [HashTable(2, name="a"), HashTable(3, name="a")])
+    with pytest.raises(TypeError, match="expected HashTable, got Linear"):
+        checkpoint.save(tmp_path, [nn.Linear(1, 1)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    """The error is the disk's own, nothing is left of the save, and the older one loads."""
+    module = saved(tmp_path)
+    files, before = sorted(tmp_path.iterdir()), held(module)
+    train(module)
+    with largest_file(10_000), pytest.raises(OSError, match="user"):
+        checkpoint.save(tmp_path, module)
+    assert sorted(tmp_path.iterdir()) == files
+    other = model()
+    checkpoint.load(tmp_path, other)
+    assert same(held(other), before)
+
+
+def test_inspect(tmp_path):
+    """What is in a checkpoint, without its rows."""
+    module = saved(tmp_path)
+    found = checkpoint.inspect(tmp_path)
+    assert set(found) == {"user", "item/ä"}
+    user = found["user"]
+    assert user.rows == [len(module[0].table)]
+    assert (user.embedding_dim, user.dtype, user.step) == (3, torch.float32, 4)
+    assert user.slots == {"exp_avg": 3, "exp_avg_sq": 3}
+    assert user.num_updates == module[0].table.num_updates
+    assert user.num_bytes == a_file(tmp_path).stat().st_size
+
+
+def same_arrays(found, table):
+    state = by_id(table)
+    order = found["ids"].argsort()
+    assert set(found) == set(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(
+            found[key][order], value.float() if value.is_floating_point() else value
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_read_a_table(tmp_path, dtype):
+    """Into NumPy and pandas, and to Parquet."""
+    module = saved(tmp_path, dtype=dtype)
+    found = checkpoint.read_table(tmp_path, "user")
+    same_arrays(found, module[0].table)
+    pandas = pytest.importorskip("pandas")
+    frame = checkpoint.read_table(tmp_path, "user", "pandas")
+    assert list(frame.columns[:2]) == ["last_seen", "weights_0"]
+    np.testing.assert_array_equal(
+        frame.loc[-1, ["weights_0", "weights_2"]], found["weights"][found["ids"] == -1][0, [0, 2]]
+    )
+    checkpoint.write_parquet(tmp_path, "user", tmp_path / "user.parquet")
+    table = pandas.read_parquet(tmp_path / "user.parquet")
+    np.testing.assert_array_equal(np.stack(table["exp_avg"]), found["exp_avg"])
+    np.testing.assert_array_equal(table["ids"], found["ids"])
+
+
+def test_read_an_empty_table(tmp_path):
+    """It has columns all the same."""
+    checkpoint.save(tmp_path, model())
+    found = checkpoint.read_table(tmp_path, "user")
+    assert {key: value.shape for key, value in found.items()} == {
+        "ids": (0,),
+        "last_seen": (0,),
+        "weights": (0, 3),
+        "exp_avg": (0, 3),
+        "exp_avg_sq": (0, 3),
+    }
+
+
+def test_reading_checks_too(tmp_path):
+    """A damaged table is no array, and no Parquet file."""
+    saved(tmp_path)
+    flip(tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.read_table(tmp_path, "user")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.write_parquet(tmp_path, "user", tmp_path / "user.parquet")
+    assert not list(tmp_path.glob("*parquet*"))
+    with pytest.raises(ValueError, match=r"name: .* has the tables \['user', 'item/ä'\], got 'x'"):
+        checkpoint.read_table(tmp_path, "x")
+    with pytest.raises(ValueError, match="kind: expected"):
+        checkpoint.read_table(tmp_path, "user", "polars")
+
+
+def test_a_state_dict_is_a_checkpoint_too(tmp_path):
+    """Tables within torch.save's file, as one process without the hook writes them."""
+    module, _ = trained()
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "a.ckpt")
+    assert checkpoint.inspect(tmp_path / "a.ckpt")["t"].rows == [len(module.table)]
+    same_arrays(checkpoint.read_table(tmp_path / "a.ckpt", "t"), module.table)
+    other = DynamicEmbedding(3, name="t", eviction=GlobalStepFilter(50))
+    checkpoint.load(tmp_path / "a.ckpt", other, progress=no_progress)
+    assert same(by_id(module.table), by_id(other.table))
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    """Files that hold something else."""
+    (tmp_path / "text").write_text("hello")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, tmp_path / "dense")
+    torch.save({"model": nn.Linear(1, 1)}, tmp_path / "pickled")
+    for name, message in {
+        "text": "damaged, or no checkpoint|not read with weights_only",
+        "list": "it holds a list",
+        "dense": "it holds no tables",
+        "pickled": "give weights_only=False",
+        "none": "no such checkpoint",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            checkpoint.inspect(tmp_path / name)

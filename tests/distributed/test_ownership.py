@@ -1,0 +1,171 @@
+"""Who owns an id."""
+
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+
+from recis_lightning import DynamicEmbedding, hash_tables
+from recis_lightning.callbacks.sharded_evaluation import ShardedEvaluation
+from recis_lightning.distributed import collectives
+from recis_lightning.distributed.ownership import owner_of
+from recis_lightning.ops.cpu.probe import slot_of
+from recis_lightning.trainer_bridge import TrainerBridge
+from tests.helpers.sample_tables import EXTREMES
+
+PATTERNS = {
+    "counting": torch.arange(100_000),
+    "negative": -torch.arange(1, 100_001),
+    "even": torch.arange(100_000) * 2,
+    "powers": torch.arange(100_000) << 32,
+    "high": torch.arange(100_000) << 47,
+    "field": (torch.arange(100_000) % 100 << 52) | (torch.arange(100_000) // 100),
+}
+
+
+def _mixed(value):
+    """Return MurmurHash3's finalizer of an int64, in Python's whole numbers."""
+    value %= 2**64
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        value = (value ^ value >> 33) * factor % 2**64
+    return value ^ value >> 33
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1000])
+def test_owner_is_the_hash_modulo_the_ranks(world_size):
+    """All of int64 is legal, and no step depends on a device's rounding."""
+    ids = torch.cat([EXTREMES, torch.randint(-(2**63), 2**63 - 1, (100,))])
+    # The upper half of the hash is what the last shift leaves as it was.
+    wanted = [(_mixed(value) >> 33) % world_size for value in ids.tolist()]
+    assert owner_of(ids, world_size).tolist() == wanted
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_patterned_ids_spread_over_ranks(pattern, world_size):
+    """No rank gets 3% more or less than its share."""
+    counts = owner_of(PATTERNS[pattern], world_size).bincount(minlength=world_size)
+    assert ((counts * world_size / 100_000 - 1).abs() < 0.03).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ids_of_one_owner_spread_over_its_index(pattern):
+    """A shard's index has no more collisions than chance gives it."""
+    ids = PATTERNS[pattern]
+    mine = ids[owner_of(ids, 8) == 3].numpy()
+    lines = slot_of.py_func(mine, 64 - 17) // 4
+    load = len(mine) / 2**15
+    used = len(np.unique(lines)) / 2**15
+    # Of lines that chance fills, 1 - exp(-load) hold something; better than chance is welcome.
+    assert used > 0.97 * (1 - np.exp(-load))
+
+
+def test_owner_keeps_the_shape_of_ids():
+    """Empty and many-dimensional ids too."""
+    assert owner_of(torch.empty(0, 3, dtype=torch.int64), 2).shape == (0, 3)
+    assert owner_of(torch.arange(6).view(2, 3), 2).shape == (2, 3)
+
+
+def test_bad_arguments_are_named():
+    """Errors say what was wanted."""
+    with pytest.raises(TypeError, match="int64"):
+        owner_of(torch.zeros(2), 2)
+    with pytest.raises(ValueError, match="world_size"):
+        owner_of(torch.zeros(2, dtype=torch.int64), 0)
+    with pytest.raises(TypeError, match="world_size"):
+        owner_of(torch.zeros(2, dtype=torch.int64), 2.0)
+
+
+class Model(L.LightningModule):
+    """A model of one table, below a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = torch.nn.Sequential(DynamicEmbedding(2))
+
+
+def runner_under(strategy):
+    """Return what runs the lookups of a model whose Trainer has ``strategy``."""
+    model = Model()
+    model._trainer = SimpleNamespace(strategy=strategy, callbacks=[])
+    return model, TrainerBridge().runner_of(hash_tables(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "message"),
+    [
+        (DeepSpeedStrategy, {}, "DeepSpeedStrategy: its engine owns.*strategy='ddp'"),
+        (FSDPStrategy, {}, "FSDPStrategy: .*strategy='ddp'"),
+        (ModelParallelStrategy, {}, "ModelParallelStrategy: .*strategy='ddp'"),
+        (DDPStrategy, {"_start_method": "spawn"}, "started by 'spawn' .ddp_spawn.*strategy='ddp'"),
+    ],
+)
+def test_strategies_that_cannot_train_tables_are_refused(kind, attributes, message):
+    """The error says what to use; nothing of ours need be a callback of the Trainer."""
+    strategy = kind.__new__(kind)
+    vars(strategy).update({"_root_device": None, "parallel_devices": [None], **attributes})
+    strategy.__class__ = type(kind.__name__, (kind,), {"root_device": None})
+    with pytest.raises(RuntimeError, match=message):
+        runner_under(strategy)
+
+
+def test_ddp_is_accepted():
+    """As is a lookup outside Lightning."""
+    TrainerBridge().runner_of(hash_tables(DynamicEmbedding(2))).join_evaluation()
+    strategy = type("DDPStrategy", (DDPStrategy,), {"root_device": None})()
+    runner_under(strategy)
+
+
+def test_a_trainer_gets_the_callback_that_serves_other_ranks():
+    """Once, however often it evaluates; the next Trainer of the model gets its own."""
+    model, runner = runner_under(SimpleNamespace())
+    first = model._trainer
+    for trainer in (first, first, SimpleNamespace(strategy=None, callbacks=[])):
+        model._trainer = trainer
+        runner.join_evaluation()
+        assert [type(callback) for callback in trainer.callbacks] == [ShardedEvaluation]
+    model._trainer = None
+    runner.join_evaluation()
+
+
+class Group:
+    """A process group with a backend for some devices."""
+
+    def __init__(self, backends):
+        self.backends = backends
+
+    def _get_backend(self, device):
+        if device.type not in self.backends:
+            raise RuntimeError("No backend type associated with device type")
+        return self
+
+    def name(self):
+        return next(iter(self.backends.values()))
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "says"),
+    [
+        ({"cpu": "gloo", "cuda": "gloo"}, "cuda:1", "'cuda:1'.*backend 'gloo'; expected 'nccl'"),
+        ({"cpu": "gloo"}, "cuda", "'cuda'.*backend 'none'; expected 'nccl'"),
+        ({"cuda": "nccl"}, "cpu", "'cpu'.*backend 'none'; expected 'gloo'.*cpu:gloo,cuda:nccl"),
+        ({"cuda": "nccl"}, "cuda", None),
+        ({"cpu": "gloo"}, "cpu", None),
+    ],
+)
+def test_a_process_group_that_cannot_carry_a_table_is_refused(monkeypatch, backends, device, says):
+    c10d = torch.distributed.distributed_c10d
+    monkeypatch.setattr(c10d, "_get_default_group", lambda: Group(backends))
+    if says is None:
+        collectives.check_backend("user", torch.device(device))
+        return
+    with pytest.raises(ValueError, match=f"device: table 'user' is on {says}"):
+        collectives.check_backend("user", torch.device(device))

@@ -1,0 +1,82 @@
+"""Catch a host that would wait for a GPU, on a machine that has none."""
+
+import sys
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Ops whose result's size or value the host must see.
+_READS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
+}
+_METHODS = ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
+# Where what is read lies on the host already: counts that have come, and what only the interpreter
+# reads at once.
+_ALLOWED = {
+    ("header.py", "unseen_insertions"),
+    ("embedding_bag.py", "_feature_with_bad_offsets"),
+}
+
+
+class Waited(AssertionError):
+    """The host would have waited for the device."""
+
+
+def _check(what):
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if (code.co_filename.rsplit("/", 1)[-1], code.co_name) in _ALLOWED:
+            return
+        frame = frame.f_back
+    raise Waited(f"the host would wait for a GPU: {what}")
+
+
+def _checked(name):
+    """Return a method of tensors that checks first; a function mode would not see backward."""
+    method = getattr(torch.Tensor, name)
+
+    def checked(self, *args, **kwargs):
+        _check(name)
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+class _NoOps(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in _READS:
+            _check(name)
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if masks:
+                _check(f"{name} with a mask")
+        return function(*args, **(kwargs or {}))
+
+
+def no_waiting():
+    """Return a context in which whatever would make the host wait for a GPU raises ``Waited``.
+
+    It runs over the CPU's memory, so a copy from pageable memory looks like any other: those are
+    left to ``torch.cuda.set_sync_debug_mode`` in the tests that need a GPU.
+    """
+    stack = ExitStack()
+    stack.enter_context(_NoOps())
+    for name in _METHODS:
+        stack.enter_context(patch.object(torch.Tensor, name, _checked(name)))
+    return stack
+
+
+__all__ = ["Waited", "no_waiting"]

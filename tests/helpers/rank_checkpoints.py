@@ -1,0 +1,275 @@
+"""What ranks do in tests of checkpoints; each function runs in every process of a group."""
+
+import errno
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import distributed
+
+from recis_lightning import HashTable, checkpoint, hash_tables
+from recis_lightning.admission import MinCount
+from recis_lightning.callbacks import CheckpointHook
+from recis_lightning.checkpoint import reader as checkpoint_source
+from recis_lightning.checkpoint import shard_file
+from recis_lightning.distributed import collectives
+from recis_lightning.distributed.ownership import owner_of
+from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.ops.layout import NUM_UPDATES
+from recis_lightning.optim import SparseAdagrad, SparseAdam
+from tests.helpers.click_data import loader
+from tests.helpers.lightning_model import Model, trainer
+from tests.helpers.rank_trainers import as_torchrun, train_loader
+
+
+def owned(ids):
+    rank, world_size = collectives.rank(), collectives.world_size()
+    return ids[owner_of(ids, world_size) == rank]
+
+
+def tables():
+    """Return empty tables of two kinds, with their optimizers."""
+    adam = HashTable(5, name="adam", eviction=GlobalStepFilter(100))
+    adagrad = HashTable(3, name="bf16", dtype=torch.bfloat16, admission=MinCount(50), seed=4)
+    optimizers = SparseAdam([adam], lr=0.1), SparseAdagrad([adagrad], lr=0.1)
+    return [adam, adagrad], optimizers
+
+
+def filled(seed=0, count=20_000):
+    """Return tables with this rank's part of what all ranks draw alike."""
+    made, optimizers = tables()
+    for table in made:
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
+        for step, part in enumerate(draws.split(count // 3)):
+            ids = owned(part)
+            table.insert(ids, torch.randn(len(ids), table.embedding_dim))
+            rows = table.ids_map()[1]
+            weights, slots = table.rows.read(rows)
+            slots = {name: torch.rand_like(slot) for name, slot in slots.items()}
+            table.rows.write(rows, weights, slots)
+            table.update_step(step + 3)
+            table.header[NUM_UPDATES] += 1
+    waiting = owned(draws + 1)
+    table.sightings.load_state(
+        {
+            "num_lookups": 9,
+            "pending_ids": waiting,
+            "pending_counts": waiting % 49 + 1,
+            "pending_lookups": waiting % 9,
+        },
+        "bf16",
+    )
+    return made, optimizers
+
+
+def held(made):
+    """Return all that tables hold, in NumPy, by id."""
+    states = {}
+    for table in made:
+        ids, rows = table.ids_map()
+        weights, slots = table.rows.read(rows)
+        fields = table.saved_fields(rows)
+        state = {"ids": ids, "weights": weights.float(), **slots}
+        state |= {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}
+        order = {True: ids.argsort()}
+        if "pending_ids" in state:
+            order[False] = state["pending_ids"].argsort()
+        for key, value in state.items():
+            states[table.name, key] = value[order[not key.startswith("pending")]].numpy()
+        states[table.name, "settings"] = (table.settings(), fields.get("num_lookups"))
+    return states
+
+
+def joined(answers):
+    """Put the ranks' answers of ``held`` together."""
+    whole = {}
+    for key, first in answers[0].items():
+        if key[1] == "settings":
+            assert all(answer[key] == first for answer in answers)
+            whole[key] = first
+            continue
+        ids = "pending_ids" if key[1].startswith("pending") else "ids"
+        order = np.concatenate([answer[key[0], ids] for answer in answers]).argsort()
+        whole[key] = np.concatenate([answer[key] for answer in answers])[order]
+    return whole
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        np.testing.assert_equal(value, other[key], err_msg=str(key))
+    return True
+
+
+def make_and_save(folder):
+    torch.manual_seed(collectives.rank())
+    made, _optimizers = filled()
+    checkpoint.save(folder, made)
+    return held(made)
+
+
+def load_and_save(folder, target=None):
+    made, _optimizers = tables()
+    checkpoint.load(folder, made)
+    for table in made:
+        assert len(owned(table.ids())) == len(table)
+    if target is not None:
+        checkpoint.save(target, made)
+    return held(made)
+
+
+def refused(folder, rank_with_tables=None):
+    """Load what cannot be loaded; return the error, after seeing that nothing changed."""
+    made, _optimizers = filled(seed=1, count=300)
+    before = held(made)
+    own = made[:1] if collectives.rank() == rank_with_tables else made
+    try:
+        checkpoint.load(folder, own)
+    except (ValueError, RuntimeError) as error:
+        same(held(made), before)
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def save_with_full_disk(folder, full_rank):
+    """Save where one rank's disk is full; return the error and what files there are."""
+    made, _optimizers = filled(seed=1, count=300)
+    reserve = shard_file._reserve
+    if collectives.rank() == full_rank:
+
+        def full(file, size):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        shard_file._reserve = full
+    try:
+        checkpoint.save(folder, made)
+    except (OSError, RuntimeError) as error:
+        distributed.barrier()
+        return f"{type(error).__name__}: {error}", sorted(os.listdir(folder))
+    finally:
+        shard_file._reserve = reserve
+    return "saved", []
+
+
+def save_other_tables(folder):
+    rank = collectives.rank()
+    try:
+        checkpoint.save(folder, [HashTable(2, name=f"of {rank}")])
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+def load_state_dict(file):
+    """Load a one-process state_dict, as Lightning does without the hook."""
+    made, _optimizers = tables()
+    states = torch.load(file, weights_only=True)
+    for table in made:
+        table.set_extra_state(states[table.name])
+    return held(made)
+
+
+def state_dict_alone():
+    return filled(count=30)[0][0].get_extra_state()
+
+
+def fit(path, ckpt_path=None, max_epochs=1, **kept):
+    """Train an epoch under Lightning, saving every second step; return what this rank has."""
+    model = Model()
+    keep = ModelCheckpoint(
+        path, "{step}", every_n_train_steps=2, monitor="step", mode="max", **kept
+    )
+    with as_torchrun() as settings:
+        settings |= {"enable_checkpointing": True, "max_epochs": max_epochs}
+        run = trainer(path, keep, CheckpointHook(), **settings)
+        run.fit(model, train_loader(16 // collectives.world_size()), ckpt_path=ckpt_path)
+    return held(hash_tables(model)), run.global_step
+
+
+def save_where_the_main_file_fails(path):
+    """Save with no room for Lightning's file, and again; return the error and how long it took."""
+    write = TorchCheckpointIO.save_checkpoint
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with as_torchrun() as settings:
+        run = trainer(path, CheckpointHook(), **settings)
+        run.fit(Model(), train_loader(8))
+        run.save_checkpoint(path / "a.ckpt")
+        start, error = time.monotonic(), ""
+        TorchCheckpointIO.save_checkpoint = full
+        try:
+            run.save_checkpoint(path / "a.ckpt")
+        except (OSError, RuntimeError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        finally:
+            TorchCheckpointIO.save_checkpoint = write
+        waited = time.monotonic() - start
+        run.save_checkpoint(path / "b.ckpt")
+    return error, waited
+
+
+def save_where_a_hook_fails(path, failing_rank, of_module):
+    """Save while what Lightning asks on one rank raises, and again; return as the one above."""
+
+    def on_save_checkpoint(*args):
+        raise KeyError("no state")
+
+    with as_torchrun() as settings:
+        model, callback = Model(), Callback()
+        run = trainer(path, CheckpointHook(), callback, **settings)
+        run.fit(model, train_loader(8))
+        run.save_checkpoint(path / "a.ckpt")
+        asked = model if of_module else callback
+        if collectives.rank() == failing_rank:
+            asked.on_save_checkpoint = on_save_checkpoint
+        start, error = time.monotonic(), ""
+        try:
+            run.save_checkpoint(path / "a.ckpt")
+        except (KeyError, RuntimeError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        waited = time.monotonic() - start
+        vars(asked).pop("on_save_checkpoint", None)
+        run.save_checkpoint(path / "b.ckpt")
+    return error, waited
+
+
+def load_where_the_folder_is_missing(path, blind_rank):
+    """Load where one rank does not see the shards; return as those above."""
+    find_folder, error = checkpoint_source.find_folder, ""
+    if collectives.rank() == blind_rank:
+
+        def find_none(commit, file):
+            return find_folder(replace(commit, folder="elsewhere", location="elsewhere"), file)
+
+        checkpoint_source.find_folder = find_none
+    start = time.monotonic()
+    try:
+        load_in_trainer(path)
+    except (ValueError, RuntimeError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    finally:
+        checkpoint_source.find_folder = find_folder
+    return error, time.monotonic() - start
+
+
+def load_in_trainer(path, hook=True):
+    """Let a Trainer load a checkpoint; return what this rank has of it."""
+    model = Model(seed=1)
+    with as_torchrun() as settings:
+        run = trainer(path.parent / "x", *([CheckpointHook()] if hook else []), **settings)
+        run.validate(model, loader(8), ckpt_path=path, verbose=False)
+    return held(hash_tables(model))
+
+
+def fit_without_hook(path):
+    with as_torchrun() as settings:
+        run = trainer(path, **settings)
+        run.fit(Model(), train_loader(8))
+        run.save_checkpoint(path / "a.ckpt")

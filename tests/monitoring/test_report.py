@@ -1,0 +1,246 @@
+"""TableReport: a page that stands alone, from a run, a module or a checkpoint; and how it looks."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recis_lightning import DynamicEmbedding, HashTable, TableReport, report
+from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.monitoring.charts import Chart, Series, number, ticks
+from recis_lightning.monitoring.history import RunHistory
+from recis_lightning.monitoring.svg import chart_svg
+from recis_lightning.monitoring.watch import TableWatch
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+def filled(name="t", count=40, **kwargs):
+    table = HashTable(2, name=name, **kwargs)
+    table.insert(torch.arange(count), torch.randn(count, 2, generator=torch.Generator()))
+    return table
+
+
+def watched(num_points=30):
+    """Return a watch over a run that grows, evicts and evaluates."""
+    user, item = filled("user <b>", 10, eviction=GlobalStepFilter(3)), filled("item", 5)
+    user.track_readmissions()
+    watch, generator = TableWatch([user, item]), torch.Generator().manual_seed(4)
+    for step in range(1, num_points + 1):
+        rows = torch.randn(10, 2, generator=generator)  # how wide bars are depends on them
+        user.insert(torch.arange(step, step + 10), rows)
+        user.update_step()
+        user.evict()
+        more = {"train_qps": 50.0 + step, "loss": 1 / step}
+        watch.look(10 * step, more | ({"eval_qps": 99.0} if step % 7 == 0 else {}))
+    watch.look(10 * num_points, full=True)
+    return watch
+
+
+def test_page_shows_every_table_and_needs_nothing_else():
+    page = TableReport.of_watch(watched(), "Tables of <i>M</i>").html()
+    for title in (
+        *("Training batches a second", "Evaluation batches a second", "Loss", "Rows"),
+        *("Came and went between reports", "Memory by kind", "Steps since a row was seen"),
+        *("L2 norm of a row",),
+    ):
+        assert f"<figcaption>{title}" in page
+    assert page.count("<section>") == 2
+    assert "user &lt;b&gt;" in page
+    assert "<b>" not in re.sub(r"<b>[\d.]+ ?[kMGT]?B?</b>", "", page)
+    assert "&lt;i&gt;M" in page
+    assert not re.search(r"https?:|<script|<link|<img|@import|url\(", page)
+    assert "steps 10 to 300, 30 points" in page
+
+
+def test_what_the_charts_say():
+    svg = chart_svg(Chart("Rows", "lines", [0.0, 10.0], [Series("rows", [5.0, 10.0])]))
+    assert 'aria-label="Rows: rows 10"' in svg
+    left, right = re.search(r'<polyline class="c0" points="([\d.]+),[\d.]+ ([\d.]+),', svg).groups()
+    assert (float(left), float(right)) == (46, 350)
+    values = [math.nan, 2.0, math.nan]
+    single = chart_svg(Chart("Rows", "lines", [0.0, 10.0, 20.0], [Series("rows", values)]))
+    assert single.count("<circle") == 1
+    nothing = chart_svg(Chart("Loss", "lines", [0.0], [Series("loss", [math.nan])]))
+    assert "nothing to show" in nothing
+    assert "loss not known" in nothing
+    bars = Chart("Ages", "bars", [0.0, 1.0], [Series("rows", [25.0, 75.0])], "%", ["0", "1"])
+    assert re.findall(r"from (\d): (\d+)%", chart_svg(bars)) == [("0", "25"), ("1", "75")]
+    layers = [Series("a", [1.0, 1.0]), Series("b", [2.0, math.nan])]
+    assert chart_svg(Chart("Memory", "layers", [0.0, 1.0], layers, "B")).count("<polygon") == 2
+
+
+@pytest.mark.parametrize("low", [0, -3, 7, 1e6])
+@pytest.mark.parametrize("span", [1e-6, 0.3, 1, 99, 12345, 3e12])
+def test_ticks_hold_all_values_and_are_few(low, span):
+    marks = ticks(low, low + span)
+    assert marks[0] <= low + 1e-9 * span
+    assert marks[-1] >= low + span - 1e-8 * max(abs(low), span)
+    assert 2 <= len(marks) <= 7
+
+
+def test_numbers():
+    shown = [number(v) for v in (0, 5, 999, 999.7, 1000, 1.5e9, -2500, 1e-5)]
+    assert shown == ["0", "5", "999", "1k", "1k", "1.5G", "-2.5k", "1e-05"]
+    assert number(12.0, "%") == "12%"
+
+
+def test_start_of_a_run_does_not_hide_the_rest():
+    """The first report admits 1000 rows, the others 10: the scale is theirs, and it is said."""
+    history = RunHistory()
+    for step in range(20):
+        history.append(step, {"tables/admitted": 1000 + 10 * step, "tables/evicted": 9 * step})
+    page = TableReport(history, []).html()
+    assert "Came and went between reports, the start off the scale" in page
+    figure = page[page.index("Came and went") :]
+    assert float(
+        re.search(r'class="end">(\d+)</text></svg>|class="end">15</text>', figure)[0][-9:-7]
+    )
+
+
+def test_report_of_everything_it_takes(tmp_path):
+    module = torch.nn.ModuleDict({"user": DynamicEmbedding(2), "item": DynamicEmbedding(2)})
+    module["user"](torch.arange(5))
+    page = report(module, tmp_path / "new folder" / "a.html")
+    assert page == tmp_path / "new folder" / "a.html"
+    assert "Tables of ModuleDict" in page.read_text()
+    assert "one look, 1 point" in page.read_text()
+    assert "user" in report([filled("user")], tmp_path / "b.html").read_text()
+    assert [path.name for path in sorted((tmp_path / "new folder").iterdir())] == ["a.html"]
+
+
+def test_report_of_a_checkpoint(tmp_path):
+    table = filled("t", 50, eviction=GlobalStepFilter(9))
+    table.insert(torch.tensor([3]), torch.full((1, 2), math.nan))
+    table.update_step(4)
+    state = {"state_dict": {"embedding.table._extra_state": table.get_extra_state()}}
+    old, new = tmp_path / "old.ckpt", tmp_path / "deep" / "new.ckpt"
+    torch.save({"state_dict": {}}, old)
+    new.parent.mkdir()
+    torch.save({**state, "global_step": 70}, new)
+    saved = TableReport.of_checkpoint(tmp_path)
+    assert saved.title == "Tables of new.ckpt"
+    assert saved.history.steps == [70]
+    assert saved.history.last("table/t/rows") == 50
+    assert saved.history.last("tables/weight_bytes") == 50 * 2 * 4
+    assert saved.history.last("tables/column_bytes") == 50 * 8
+    assert saved.history.last("table/t/nonfinite_rows") == 1
+    assert sum(saved.history.distributions["table/t/norms"]) == 49
+    assert saved.history.distributions["table/t/ages"][3] == 50
+    page = saved.html()
+    assert "class=bad" in page
+    assert "float32" in page
+
+    watch = watched(5)
+    callbacks = {"MetricReportHook": {"history": watch.history.state_dict()}}
+    torch.save({**state, "callbacks": callbacks}, new)
+    assert TableReport.of_checkpoint(new).history.steps == [10, 20, 30, 40, 50]
+
+
+def test_sources_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source: no checkpoint"):
+        report(tmp_path, tmp_path / "r.html")
+    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ValueError, match=r"torn.ckpt is no checkpoint that can be read"):
+        report(tmp_path, tmp_path / "r.html")
+    torch.save({"weights": 1}, tmp_path / "torn.ckpt")
+    with pytest.raises(ValueError, match="is no checkpoint of Lightning"):
+        report(tmp_path, tmp_path / "r.html")
+    torch.save({"state_dict": {}}, tmp_path / "torn.ckpt")
+    with pytest.raises(ValueError, match="holds no tables"):
+        report(tmp_path, tmp_path / "r.html")
+    with pytest.raises(TypeError, match=r"source: expected a Trainer, a module, .* got int"):
+        report(3, tmp_path / "r.html")
+    with pytest.raises(ValueError, match=r"path: expected .* got 'x'"):
+        report([filled()], "x")
+
+
+def test_picture(tmp_path, monkeypatch):
+    path = TableReport.of_watch(watched()).write(tmp_path / "r.png")
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = r"needs matplotlib: pip install 'recis-lightning\[report\]'"
+    with pytest.raises(ImportError, match=words):
+        report([filled()], tmp_path / "s.png")
+
+
+# What a page measures of itself, once it is laid out.
+MEASURE = """
+<script>
+const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.width, r.height]; };
+const marks = [...document.querySelectorAll("svg")].map(svg => {
+  const drawn = [...svg.querySelectorAll("polyline, polygon, rect, circle")];
+  return [...box(svg), drawn.length, Math.max(0, ...drawn.map(e => box(e)[1])),
+          drawn.length ? getComputedStyle(drawn[0]).fill + getComputedStyle(drawn[0]).stroke : ""];
+});
+const text = [...document.querySelectorAll("svg text")].map(e => box(e)[2]);
+parent.document.body.dataset.found = JSON.stringify({marks, width: innerWidth,
+  scroll: document.documentElement.scrollWidth, text: Math.min(...text)});
+</script>
+"""
+
+
+def run_chromium(tmp_path, *args):
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+            *("--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"),
+            *args,
+        ],
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
+    return done.stdout.decode()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_plots_are_there_in_chromium(tmp_path):
+    """On a phone, on a desk and on paper: each plot is drawn, in colour, and none overflows."""
+    from PIL import Image
+
+    watch = watched()
+    page = TableReport.of_watch(watch).write(tmp_path / "report.html")
+    inner = html.escape(page.read_text().replace("</body>", f"{MEASURE}</body>"), quote=True)
+    frame = tmp_path / "frame.html"
+    for width, columns in ((360, 1), (1200, 3)):
+        # A window of Chromium is at least 500 pixels wide; a frame is as wide as it is told.
+        frame.write_text(f'<body><iframe width="{width}" style="border:0" srcdoc="{inner}">')
+        dom = run_chromium(tmp_path, "--window-size=1300,900", "--dump-dom", frame.as_uri())
+        found = re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"')
+        found = json.loads(found)
+        assert found["width"] == width
+        assert found["scroll"] <= width
+        assert len(found["marks"]) == page.read_text().count("<svg")
+        for left, svg_width, height, num_drawn, drawn_width, colour in found["marks"]:
+            assert left >= 0
+            assert left + svg_width <= width
+            assert 0.8 * width / columns - 40 < svg_width <= width / columns
+            assert height > 100
+            assert num_drawn
+            assert drawn_width > 20
+            assert "rgb(42, 120, 214)" in colour
+        assert found["text"] > 9  # pixels: it can be read
+
+    shot = tmp_path / "shot.png"
+    run_chromium(tmp_path, "--window-size=360,1600", f"--screenshot={shot}", page.as_uri())
+    with Image.open(shot) as picture:
+        colours = dict((c, n) for n, c in picture.convert("RGB").getcolors(1 << 20))
+    for colour in ((42, 120, 214), (235, 104, 52), (27, 175, 122)):
+        assert colours.get(colour, 0) > 50, colour
+
+    paper = tmp_path / "paper.pdf"
+    run_chromium(tmp_path, f"--print-to-pdf={paper}", page.as_uri())
+    pages = len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
+    assert 1 < pages < 8

@@ -1,0 +1,67 @@
+"""Every Triton kernel compiles for every GPU that we name, without one of them."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted((ROOT / "recis_lightning" / "ops" / "gpu").glob("[!_]*.py"))
+TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile all kernels in a process of their own: this one interprets them."""
+    pytest.importorskip("triton")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_kernels"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _declared_kernels():
+    """Find the functions that the decorator ``kernel`` makes kernels, without importing them."""
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                calls = [d.func for d in node.decorator_list if isinstance(d, ast.Call)]
+                if any(isinstance(call, ast.Name) and call.id == "kernel" for call in calls):
+                    yield node.name
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    """None is left out, and a kernel file's every kernel is found."""
+    names = list(_declared_kernels())
+    assert len(names) >= 14
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert {line["target"] for line in compiled if line["kernel"] == name} == TARGETS
+
+
+def test_no_kernel_bypasses_the_decorator():
+    """``triton.jit`` is written in one file only: what it wraps elsewhere nobody would compile."""
+    users = [path.name for path in FILES if "triton.jit" in path.read_text()]
+    assert users == ["runtime.py"]
+
+
+def test_kernels_keep_to_registers(compiled):
+    """Spilling to memory costs more than any launch parameter gains; a word or two may be."""
+    spilling = {
+        (line["kernel"], str(line["constants"]), line["target"]): line["spilled_bytes"]
+        for line in compiled
+        if line.get("spilled_bytes", 0) > 16
+    }
+    assert not spilling
+    assert any("registers" in line for line in compiled)

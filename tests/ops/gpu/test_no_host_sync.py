@@ -1,0 +1,148 @@
+"""A steady step never makes the host wait for a GPU; shown without one.
+
+``backend.use("triton")`` keeps tables as beside a GPU, over the CPU's memory. With one, torch
+itself watches such steps: ``test_cuda.test_a_steady_step_waits_for_nothing``.
+"""
+
+import pytest
+import torch
+
+from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables, optim
+from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
+from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows, TimeToLive
+from recis_lightning.ops import backend as ops_backend
+from tests.helpers.no_host_sync import Waited, no_waiting
+
+pytestmark = pytest.mark.interpreted
+
+_OPTIMIZERS = {
+    "SparseSGD": {"clip_grad_value": 0.5},
+    "SparseAdagrad": {},
+    "SparseRowwiseAdagrad": {"clip_grad_norm": 0.5},
+    "SparseAdam": {},
+    "SparseAdamW": {},
+}
+
+
+def _small_engine(**policies):
+    return EmbeddingEngine({"one": EmbeddingOption(4, mode="mean", **policies)})
+
+
+def _engine():
+    return EmbeddingEngine(
+        {
+            "one": EmbeddingOption(4, table="one"),
+            "shared": EmbeddingOption(4, table="one", mode="sum"),
+            "mean": EmbeddingOption(4, mode="mean", padding_idx=0),
+            "weighted": EmbeddingOption(4, mode="mean"),
+            "tile": EmbeddingOption(7, mode="tile", tile_len=2, dtype=torch.bfloat16),
+            "nested": EmbeddingOption(7),
+            "frozen": EmbeddingOption(4, trainable=False),
+        }
+    )
+
+
+def _batch(generator):
+    def ids(*shape):
+        return torch.randint(0, 40, shape, generator=generator)
+
+    offsets = torch.tensor([0, 3, 3, 9])
+    weights = torch.rand(9, generator=generator, requires_grad=True)
+    return {
+        "one": ids(20),
+        "shared": ids(4, 3),
+        "mean": Jagged(ids(9), offsets),
+        "weighted": Jagged(ids(9), offsets, weights),
+        "tile": Jagged(ids(9), offsets),
+        "nested": torch.nested.nested_tensor_from_jagged(ids(9), offsets),
+        "frozen": ids(5),
+    }
+
+
+def _step(engine, optimizer, batch):
+    found = engine({name: batch[name] for name in engine.options})
+    if "nested" in found:
+        found["nested"] = found["nested"].values()
+    sum(part.float().square().sum() for part in found.values()).backward()
+    optimizer.step()
+    for table in hash_tables(engine):
+        table.update_step()
+
+
+def _steps(engine, name, first=1, **kwargs):
+    """Take ``first`` steps that make room, then two without waiting; return what these inserted."""
+    optimizer = getattr(optim, name)(hash_tables(engine), lr=0.1, **kwargs)
+    generator = torch.Generator().manual_seed(0)
+    batches = [_batch(generator) for _ in range(first + 2)]
+    for batch in batches[:first]:
+        _step(engine, optimizer, batch)
+    before = [len(table) for table in hash_tables(engine)]
+    with no_waiting():
+        for batch in batches[first:]:
+            _step(engine, optimizer, batch)
+        engine.eval()
+        engine({name: batches[0][name] for name in engine.options})
+        engine.train()
+    return sum(len(table) for table in hash_tables(engine)) - sum(before)
+
+
+def test_a_steady_step_waits_for_nothing():
+    """All layouts and modes, shared, frozen and weighted, clipped; ids come all the while."""
+    with ops_backend.use("triton"):
+        assert _steps(_engine(), "SparseAdam", clip_grad_norm=0.5) > 0
+
+
+@pytest.mark.parametrize("name", _OPTIMIZERS)
+def test_a_steady_step_of_any_optimizer_waits_for_nothing(name):
+    """Clipped or not."""
+    with ops_backend.use("triton"):
+        assert _steps(_small_engine(), name, **_OPTIMIZERS[name]) > 0
+
+
+@pytest.mark.parametrize(
+    "admission", [MinCount(2), MinCount(2, per="batch"), BloomCount(3, 64), Probability(0.3)]
+)
+def test_a_steady_step_that_admits_waits_for_nothing(admission):
+    """Sightings have room before it runs out, and the device lets a sketch fade by itself."""
+    with ops_backend.use("triton"):
+        eviction = AnyOf([GlobalStepFilter(50), TimeToLive(3600), MaxRows(100, by="count")])
+        _steps(_small_engine(admission=admission, eviction=eviction), "SparseSGD", first=3)
+
+
+def test_a_read_only_table_waits_for_nothing():
+    """Refused ids are counted on the device."""
+    with ops_backend.use("triton"):
+        _steps(_small_engine(admission=ReadOnly()), "SparseSGD")
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool(x.any()),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        lambda x: x.unique(),
+    ],
+)
+def test_the_guard_sees_a_wait(waits):
+    """In a forward pass and in a backward one."""
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            waits(gradient)
+            return gradient
+
+    x = torch.ones(3, requires_grad=True)
+    with no_waiting(), pytest.raises(Waited):
+        waits(x.detach())
+    loss = Both.apply(x).sum()
+    with no_waiting(), pytest.raises(Waited):
+        loss.backward()

@@ -1,0 +1,168 @@
+"""How kernels are launched: as Triton would, and as seldom for ten tables as for one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, hash_tables
+from recis_lightning.ops import backend, header, row_update
+from recis_lightning.optim import SparseAdam
+
+ROOT = Path(__file__).parents[3]
+
+_LOOKUP = [
+    "_find_kernel",
+    "_count_first_kernel",
+    "_add_up_kernel",
+    "_assign_kernel",
+    "_fill_rows_kernel",
+    "_init_kernel",
+    "_gather_kernel",
+]
+_SORT = ["_key_kernel", "_count_pieces_kernel", "_add_up_kernel", "_list_pieces_kernel"]
+_UPDATE = ["_update_kernel", "_update_long_kernel"]
+
+
+needs_cc = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="builds a driver that launches nothing"
+)
+
+
+def _run(module, *arguments):
+    """Return the lines that a module prints in a process whose kernels are compiled."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@needs_cc
+def test_the_host_can_be_timed_without_a_gpu():
+    lines = _run("benchmarks.gpu_host", "--stubbed", "--steps", "3")
+    assert [line.split(":")[0] for line in lines] == [
+        "training, Adam",
+        "evaluation",
+        "training, SGD",
+        "evaluation",
+    ]
+
+
+@needs_cc
+def test_a_launch_is_what_triton_would_have_launched(tmp_path):
+    """Same function, grid, stream and arguments, whatever order constants are given in."""
+    lines = [json.loads(line) for line in _run("benchmarks.fake_cuda", tmp_path)]
+    assert len({line["triton"]["function"] for line in lines}) == len(lines) >= 7
+    for line in lines:
+        wanted = line["triton"]
+        assert wanted["args"] == line["numbers"]
+        for number, way in enumerate(("first", "again", "turned", "turned again"), 1):
+            assert line[way] == {**wanted, "launches": wanted["launches"] + number}
+        assert line["heard"] == [line["kernel"]]
+
+
+def _launched(num_tables, do_step, **options):
+    """Return the kernels that a steady step launches, and how often arrays are sent."""
+    from recis_lightning.ops.gpu.runtime import Kernel
+
+    launches, sent = [], []
+    launch, ready = Kernel.launch, header._ready
+
+    def noted(kernel, device, num_programs, *numbers, **constants):
+        if num_programs > 0:
+            launches.append(kernel.name)
+        launch(kernel, device, num_programs, *numbers, **constants)
+
+    with backend.use("triton"):
+        names = [f"t{number}" for number in range(num_tables)]
+        engine = EmbeddingEngine({name: EmbeddingOption(4) for name in names})
+        optimizer = SparseAdam(hash_tables(engine), lr=0.1, **options)
+        batch = {name: torch.arange(40) for name in names}
+        for _ in range(2):
+            do_step(engine, optimizer, batch)
+        with (
+            patch.object(Kernel, "launch", noted),
+            patch.object(header, "_ready", lambda *a: sent.append(a) or ready(*a)),
+        ):
+            do_step(engine, optimizer, batch)
+    return launches, len(sent)
+
+
+def _train(engine, optimizer, batch):
+    sum(out.sum() for out in engine(batch).values()).backward()
+    optimizer.step()
+
+
+def _evaluate(engine, optimizer, batch):
+    engine.train(len(hash_tables(engine)[0]) == 0)
+    engine(batch)
+
+
+@pytest.mark.interpreted
+def test_ten_tables_are_launched_as_one():
+    """A training step is 13 launches and sends four arrays, however many tables there are."""
+    ten = _launched(10, _train)
+    assert ten == _launched(1, _train)
+    assert ten == (_LOOKUP + _SORT + _UPDATE, 4)
+
+
+@pytest.mark.interpreted
+def test_an_evaluation_is_one_launch():
+    """Whatever the number of tables."""
+    ten = _launched(10, _evaluate)
+    assert ten == _launched(1, _evaluate)
+    assert ten == (["_find_and_gather_kernel"], 1)
+
+
+@pytest.mark.interpreted
+def test_norm_clipping_sorts_once():
+    """Its norm needs the gradients reduced, as the update does, and sorted once for both."""
+    launches, num_sent = _launched(10, _train, clip_grad_norm=0.5)
+    assert launches == _LOOKUP + _SORT + 2 * _UPDATE
+    assert num_sent == 4
+
+
+@pytest.mark.interpreted
+def test_room_is_counted_anew_after_a_table_lost_it():
+    """The host notes what room there is; a note that outlived the room would fill a full index."""
+    with backend.use("triton"):
+        table = HashTable(2)
+        table.insert(torch.arange(1000), torch.ones(1000, 2))
+        table.insert(torch.arange(3), torch.ones(3, 2))
+        assert table.sure_room() > 900
+        table.clear()
+        assert table.sure_room() < 64
+        table.insert(torch.arange(1000), torch.ones(1000, 2))
+        table.delete(torch.arange(10, 1000))
+        table.compact()
+        room = table.sure_room()
+        assert 10 + room <= table.capacity * 0.5
+        table.insert(torch.arange(100), torch.ones(100, 2))
+        assert len(table) == 100
+        assert table.sure_room() >= 0
+
+
+@pytest.mark.parametrize("dims", [(4, 4), (4, 8)])
+def test_norm_clipping_on_the_cpu_sorts_again_only_what_another_sort_wrote_over(dims):
+    names = ["one", "two"]
+    options = {name: EmbeddingOption(dim) for name, dim in zip(names, dims, strict=True)}
+    engine = EmbeddingEngine(options)
+    optimizer = SparseAdam(hash_tables(engine), lr=0.1, clip_grad_norm=0.5)
+    calls = []
+    sort = row_update.sort_gradients
+    with patch.object(row_update, "sort_gradients", lambda *a: calls.append(a) or sort(*a)):
+        _train(engine, optimizer, {name: torch.arange(40) for name in names})
+    assert len(calls) == (1 if dims == (4, 4) else 3)

@@ -1,0 +1,45 @@
+"""Parts of rows, copied out and in; whole rows are in test_row_store.py."""
+
+import pytest
+import torch
+
+from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW
+from recis_lightning.ops.row_io import Column, read_columns, write_columns_
+from recis_lightning.table.row_store import RowStore
+
+
+def store_of(num_rows, words):
+    header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+    store = RowStore(header, words, torch.float32)
+    store.reserve(num_rows)
+    header[NEXT_ROW] = num_rows
+    rows = torch.arange(num_rows)
+    store.write(rows, torch.arange(float(num_rows * words)).view(num_rows, words), {})
+    return store, rows
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5000])
+@pytest.mark.parametrize("num_bytes", [1, 2, 4, 64, 67, 140])
+def test_parts_are_copied_byte_by_byte(backend, num_rows, num_bytes):
+    """Each part reads as its bytes of the row, and writing it touches no others."""
+    store, rows = store_of(num_rows, 37)
+    whole = store.read(rows)[0].view(torch.uint8)
+    first = 148 - num_bytes
+    part, front = (torch.full((num_rows, n), 99, dtype=torch.uint8) for n in (num_bytes, 4))
+    read_columns(store.header, rows, [Column(part, first), Column(front, 0)])
+    assert torch.equal(part, whole[:, first:])
+    assert torch.equal(front, whole[:, :4])
+    back = rows.flip(0)
+    write_columns_(store.header, back, [Column(part, first)])
+    assert torch.equal(store.read(back)[0].view(torch.uint8)[:, first:], part)
+    assert torch.equal(store.read(rows)[0].view(torch.uint8)[:, :first], whole[:, :first])
+
+
+def test_one_part_for_all_rows(backend):
+    """A tensor of one row is written to every row."""
+    store, rows = store_of(300, 5)
+    write_columns_(store.header, rows[::2].contiguous(), [Column(torch.full((1, 2), -1.0), 4)])
+    values = store.read(rows)[0]
+    assert (values[::2, 1:3] == -1).all()
+    assert (values[1::2] >= 0).all()
+    assert (values[::2, 3] > 0).all()
