@@ -29,6 +29,7 @@ def owner_of(ids: Tensor, world_size: int) -> Tensor:
         TypeError, ValueError: ``ids`` is not int64, or ``world_size`` no int of 1 or more.
 
     Example:
+        >>> import torch
         >>> owner_of(torch.tensor([0, 1, 2, -1]), 4).tolist()
         [0, 2, 0, 1]
 

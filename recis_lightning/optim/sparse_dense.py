@@ -28,6 +28,7 @@ class SparseDenseOptimizer(Optimizer):
 
     Example:
         >>> from recis_lightning import DynamicEmbedding, hash_tables
+        >>> from recis_lightning.optim import SparseAdamW
         >>> user, tower = DynamicEmbedding(4, name="user"), torch.nn.Linear(4, 1)
         >>> optimizer = SparseDenseOptimizer(
         ...     torch.optim.AdamW(tower.parameters(), lr=1e-3),

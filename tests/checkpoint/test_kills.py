@@ -103,7 +103,7 @@ def test_ranks_killed_while_they_save(tmp_path):
         steps = {table.step for table in made}
         assert len(steps) == 1
         assert steps.pop() >= max(words)
-    assert collectives.rank(), collectives.world_size() == (0, 1)
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
 
 
 class OneEpoch(ResumableLoader):

@@ -168,7 +168,7 @@ def _report_cache():
 def test_a_second_process_compiles_nothing():
     """All kernels of a training step come from the cache that an earlier process left."""
     _train()
-    script = "from tests import test_parallel; test_parallel._report_cache()"
+    script = "from tests.ops.cpu import test_runtime; test_runtime._report_cache()"
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
