@@ -13,8 +13,9 @@ from torch import Tensor
 
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.ops import backend, hash_index
+from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.header import host_fields, new_header, publish_counts, sent
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     HAS_PADDING,
     INSERT,
@@ -85,7 +86,7 @@ class DistinctIdFinder:
         self._seen = [_SeenIds(device) for _ in range(num_tables)]
         self._segments = segments.copy()
         self._segments[:, SEGMENT_FLAGS] = segments[:, SEGMENT_FLAGS] & HAS_PADDING | INSERT
-        headers = [self._seen[table].header.data_ptr() for table in segment_tables]
+        headers = [self._seen[table].header.address for table in segment_tables]
         self._segments[:, SEGMENT_HEADER] = headers
 
     def find(self, ids: Sequence[Tensor]) -> DistinctIds:
@@ -119,7 +120,9 @@ class DistinctIdFinder:
                 found = torch.searchsorted(new, bounds).diff()
                 owners = torch.repeat_interleave(self._owners, found)
             else:
-                segments = torch.searchsorted(sent(starts, self._device), new, right=True) - 1
+                segments = (
+                    torch.searchsorted(to_device_async(starts, self._device), new, right=True) - 1
+                )
                 owners = self._owners[segments]
             keys = keys * num_tables + owners
         if is_new is None:
@@ -141,8 +144,7 @@ class _SeenIds:
     """The ids of one table that a lookup has met, as a table that index ops know."""
 
     def __init__(self, device: torch.device) -> None:
-        self.header = new_header(device, backend.runs_later(device))
-        self._header = host_fields(self.header)
+        self.header = Header(device, backend.runs_later(device))
         self._entries = self._empty_entry = torch.empty(0, 2, dtype=torch.int64, device=device)
         self._capacity = 0
 
@@ -155,8 +157,8 @@ class _SeenIds:
             self._entries = hash_index.empty_entries(self.header, capacity)
             self._empty_entry = self._entries[-1].clone()
             self._capacity = capacity
-        self._header[[NUM_IDS, NUM_FREE, NEXT_ROW]] = 0, 0, first_number
-        publish_counts(self.header)
+        self.header.fields[[NUM_IDS, NUM_FREE, NEXT_ROW]] = 0, 0, first_number
+        self.header.publish_counts()
 
     def reserve_ids(self, num_new: int) -> None:
         """``start`` has made room for all."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from recis_lightning.distributed import collectives
 from recis_lightning.lookup.dedup import DistinctIds
 from recis_lightning.lookup.local import find_or_insert_rows
-from recis_lightning.ops import embedding_bag, hash_index, row_update
+from recis_lightning.ops import backend, embedding_bag, hash_index, row_update
+from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.embedding_bag import PLAN_SIZE, Plan
-from recis_lightning.ops.header import sent
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
     BLOCKS,
-    HEADER_SIZE,
     NUM_REFUSED,
     ROW_BYTES,
     SEGMENT_IDS,
@@ -61,7 +61,7 @@ class ShardExchange:
         """Look up; pause while messages are under way, so that other groups can send theirs."""
         counts = self.distinct.counts
         told = np.append(counts, np.full((len(counts), 1), self.signature), 1)
-        message, ones = sent(told, self.device), [1] * len(counts)
+        message, ones = to_device_async(told, self.device), [1] * len(counts)
         answer, work = collectives.all_to_all(message, ones, ones)
         yield
         work.wait()
@@ -106,7 +106,7 @@ class ShardExchange:
         self.part_sizes = sizes
         self.part_tables = (used % len(self.tables)).tolist()
         plan = np.zeros((len(used), PLAN_SIZE), np.int64)
-        headers = np.array([table.header.data_ptr() for table in self.tables], np.int64)
+        headers = np.array([table.header.address for table in self.tables], np.int64)
         plan[:, embedding_bag.HEADER] = headers[self.part_tables]
         plan[:, embedding_bag.MODE] = embedding_bag.NONE
         plan[:, embedding_bag.FIRST_ID] = starts[used]
@@ -139,7 +139,7 @@ class ShardExchange:
         for number, part in enumerate(missed.split(self.part_sizes.tolist())):
             table = self.tables[number % len(self.tables)]
             if table.sightings is None:
-                table.header[NUM_REFUSED] += part.sum()
+                table.header.tensor[NUM_REFUSED] += part.sum()
 
     def _gather_rows(self) -> Tensor:
         rows, plan = self.owner_rows, self.plan
@@ -200,14 +200,15 @@ def _point_to(plan: Plan, data: Tensor) -> None:
     plan[:, embedding_bag.DATA_STRIDE] = stride
 
 
-def _header_over(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
     """Return a table's header for rows that lie one after the other, and what it points to."""
-    header = np.zeros(HEADER_SIZE, np.int64)
-    blocks = sent(np.array([rows.data_ptr()]), rows.device)
-    header[BLOCKS] = blocks.data_ptr()
-    header[BLOCK_SHIFT] = len(rows).bit_length()
-    header[ROW_BYTES] = rows.stride(0) * rows.element_size()
-    return sent(header, rows.device), blocks
+    header = Header(rows.device, backend.runs_later(rows.device))
+    blocks = to_device_async(np.array([rows.data_ptr()]), rows.device)
+    header.fields[BLOCKS] = blocks.data_ptr()
+    header.fields[BLOCK_SHIFT] = len(rows).bit_length()
+    header.fields[ROW_BYTES] = rows.stride(0) * rows.element_size()
+    header.publish()
+    return header, blocks
 
 
 def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
@@ -225,7 +226,7 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     hyper = np.zeros(row_update.HYPER_SIZE, np.float32)
     hyper[[row_update.LR, row_update.DECAY]] = -1, 1
     hyper[[row_update.SCALE, row_update.CLIP]] = scale, np.inf
-    values = sent(hyper, sums.device)
+    values = to_device_async(hyper, sums.device)
     blocks = np.array([[sums.data_ptr(), values.data_ptr()]], np.int64)
     size, width = sums.shape
     layout = row_update.RowLayout(

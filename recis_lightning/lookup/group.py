@@ -25,6 +25,7 @@ from recis_lightning.lookup.exchange import ShardExchange
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START, UNKNOWN
 from recis_lightning.table.hash_table import HashTable, write_segment
 from recis_lightning.table.pending_gradient import PendingGradient
@@ -88,7 +89,7 @@ class TableGroup:
         self._evaluation = self._template(insert=False)
         self._plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
         for line, feature in zip(self._plan, self.features, strict=True):
-            line[embedding_bag.HEADER] = feature.table.header.data_ptr()
+            line[embedding_bag.HEADER] = feature.table.header.address
             line[embedding_bag.MODE] = MODES[feature.mode]
             line[embedding_bag.TILE_LEN] = feature.tile_len
         self._plan[:, embedding_bag.DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
@@ -309,7 +310,7 @@ class TableGroup:
         self,
         index: int,
         bags: Bags,
-        header: Tensor,
+        header: Header,
         rows: Tensor,
         weights: Tensor,
         gradient: Tensor,

@@ -84,7 +84,7 @@ class ShardedGroup(TableGroup):
         yield from way.steps()
         pooled, plan = self._allocate(bags)
         places = distinct.places
-        plan[:, embedding_bag.HEADER] = way.header.data_ptr()
+        plan[:, embedding_bag.HEADER] = way.header.address
         plan[:, embedding_bag.ROWS] = places.data_ptr() + 8 * self._starts
         embedding_bag.gather(plan, self.embedding_dim, self.dtype, self.device)
         found = self._recorded(bags, places, plan, pooled, training, way)

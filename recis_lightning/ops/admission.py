@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
-from recis_lightning.ops.header import host_fields, is_split
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MISSING, SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
 
 # Fields of a memory's header; those of an index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) are an index's.
@@ -129,7 +129,7 @@ def _count(rows: Tensor, parts: list[tuple[int, int]]) -> int:
     return int(torch.stack([(rows[low:high] == MISSING).sum() for low, high in parts]).sum())
 
 
-def fade_(memory: Tensor, counters: Tensor, window: int) -> None:
+def fade_(memory: Header, counters: Tensor, window: int) -> None:
     """Halve a sketch, rounding down, if ``window`` occurrences were added since the last time.
 
     Args:
@@ -137,16 +137,16 @@ def fade_(memory: Tensor, counters: Tensor, window: int) -> None:
         counters: uint8 [num_hashes * width], padded to whole words of 4 bytes.
         window: Occurrences.
     """
-    if is_split(memory):  # only the device knows whether it is due
+    if memory.is_mirrored:  # only the device knows whether it is due
         backend.module("admission", memory.device).fade_(memory, counters, window)
         return
-    values = host_fields(memory)
+    values = memory.fields
     if values[NUM_COUNTED] >= window:
         counters >>= 1
         values[NUM_COUNTED] = 0
 
 
-def forget_(memory: Tensor, ids: Tensor) -> None:
+def forget_(memory: Header, ids: Tensor) -> None:
     """Make a COUNT memory say nothing of some ids.
 
     Args:

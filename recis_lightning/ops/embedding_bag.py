@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recis_lightning.ops import backend
 from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.header import Header
 
 PLAN_SIZE = 16
 FIRST_ID = 0  # position of the feature's first id among all ids of the call
@@ -116,7 +117,7 @@ def _check_offsets(plan: Plan, bad: int) -> None:
         )
 
 
-def gather_rows(header: Tensor, rows: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
+def gather_rows(header: Header, rows: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
     """Copy rows of one table.
 
     Args:
@@ -130,14 +131,14 @@ def gather_rows(header: Tensor, rows: Tensor, embedding_dim: int, dtype: torch.d
     """
     out = torch.empty(rows.numel(), embedding_dim, dtype=dtype, device=rows.device)
     plan = np.zeros((1, PLAN_SIZE), np.int64)
-    plan[0, [HEADER, MODE, NUM_BAGS, BAG_LENGTH]] = header.data_ptr(), NONE, rows.numel(), 1
+    plan[0, [HEADER, MODE, NUM_BAGS, BAG_LENGTH]] = header.address, NONE, rows.numel(), 1
     plan[0, [DATA, DATA_STRIDE]] = out.data_ptr(), embedding_dim * out.element_size()
     plan[0, [ROWS, NUM_IDS]] = rows.data_ptr(), rows.numel()
     gather(plan, embedding_dim, dtype, rows.device)
     return out
 
 
-def write_rows_(header: Tensor, rows: Tensor, values: Tensor) -> None:
+def write_rows_(header: Header, rows: Tensor, values: Tensor) -> None:
     """Overwrite the front of rows of one table.
 
     Args:

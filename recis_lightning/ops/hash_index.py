@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import admission, backend, row_access
-from recis_lightning.ops.header import host_fields, publish, publish_counts, read_counts
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     CAPACITY,
     EMPTY,
@@ -47,7 +47,7 @@ _MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
 class Table(admission.Screened, Protocol):
     """What an index op needs of a table: its header, and room when it asks for it."""
 
-    header: Tensor
+    header: Header
 
     def reserve_ids(self, num_new: int) -> None:
         """Make room in the index for ``num_new`` more ids."""
@@ -92,7 +92,7 @@ def capacity_for(num_ids: int) -> int:
     return capacity
 
 
-def empty_entries(header: Tensor, capacity: int) -> Tensor:
+def empty_entries(header: Header, capacity: int) -> Tensor:
     """Allocate an index with no id in it and enter it into ``header``.
 
     Args:
@@ -106,19 +106,19 @@ def empty_entries(header: Tensor, capacity: int) -> Tensor:
     entries: Tensor = backend.module("hash_index", header.device).allocate_entries(
         capacity, header.device
     )
-    read_counts(header)[NUM_IDS] = 0
+    header.read_counts()[NUM_IDS] = 0
     enter_entries(header, entries)
-    publish_counts(header)
+    header.publish_counts()
     return entries
 
 
-def enter_entries(header: Tensor, entries: Tensor) -> None:
+def enter_entries(header: Header, entries: Tensor) -> None:
     """Let a header point to an index, int64 [capacity + 1, 2]; the caller keeps that alive."""
-    values, capacity = host_fields(header), len(entries) - 1
+    values, capacity = header.fields, len(entries) - 1
     values[ENTRIES] = entries.data_ptr()
     values[SHIFT] = 64 - (capacity.bit_length() - 1)
     values[CAPACITY] = capacity
-    publish(header)
+    header.publish()
 
 
 def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
@@ -239,7 +239,7 @@ def _stamp(
     row_access.stamp_(segments, rows, weights, rows.device)
 
 
-def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:
+def rebuild(header: Header, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:
     """Move the ids of a table into a new index, leaving out those of evicted rows.
 
     Args:
@@ -253,15 +253,15 @@ def rebuild(header: Tensor, capacity: int, evicted: Tensor | None = None) -> tup
     """
     with backend.region("recis::rebuild"):
         old = _entries(header)
-        num_ids = int(read_counts(header)[NUM_IDS])
+        num_ids = int(header.read_counts()[NUM_IDS])
         entries = empty_entries(header, capacity)
         removed = backend.module("hash_index", header.device).rebuild(old, header, evicted)
-        host_fields(header)[NUM_IDS] = num_ids - removed
-        publish_counts(header)
+        header.fields[NUM_IDS] = num_ids - removed
+        header.publish_counts()
         return entries, removed
 
 
-def fill(header: Tensor, entries: Tensor) -> None:
+def fill(header: Header, entries: Tensor) -> None:
     """Add ids that are not in the index yet; there must be room for them.
 
     Args:
@@ -273,11 +273,11 @@ def fill(header: Tensor, entries: Tensor) -> None:
         backend.module("hash_index", header.device).rebuild(
             (old.data_ptr(), len(old) - 1), header, None
         )
-        read_counts(header)[NUM_IDS] += len(old)
-        publish_counts(header)
+        header.read_counts()[NUM_IDS] += len(old)
+        header.publish_counts()
 
 
-def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
     """Turn the index around.
 
     Returns:
@@ -289,8 +289,8 @@ def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return turned
 
 
-def _entries(header: Tensor) -> tuple[int, int]:
-    values = host_fields(header)
+def _entries(header: Header) -> tuple[int, int]:
+    values = header.fields
     return int(values[ENTRIES]), int(values[CAPACITY])
 
 

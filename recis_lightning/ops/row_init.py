@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recis_lightning.ops import backend
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.header import host_fields, publish
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import INIT_ARGS, INIT_KEY, INIT_KIND
 
 CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
@@ -26,7 +26,7 @@ def init_key(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def write_distribution(header: Tensor, kind: int, args: tuple[float, ...]) -> None:
+def write_distribution(header: Header, kind: int, args: tuple[float, ...]) -> None:
     """Enter a distribution into a table's header.
 
     Args:
@@ -35,18 +35,18 @@ def write_distribution(header: Tensor, kind: int, args: tuple[float, ...]) -> No
             ``TRUNCATED_NORMAL`` (mean, std, low, high; bounds in standard deviations from mean).
         args: The values named above.
     """
-    values = host_fields(header)
+    values = header.fields
     values[INIT_KIND] = kind
     padded = np.zeros(4)
     padded[: len(args)] = args
     values[INIT_ARGS : INIT_ARGS + 4] = padded.view(np.int64)
-    publish(header)
+    header.publish()
 
 
-def write_key(header: Tensor, seed: int, name: str) -> None:
+def write_key(header: Header, seed: int, name: str) -> None:
     """Enter the key of (seed, name) into a table's header."""
-    host_fields(header)[INIT_KEY] = init_key(seed, name)
-    publish(header)
+    header.fields[INIT_KEY] = init_key(seed, name)
+    header.publish()
 
 
 def init_rows_(

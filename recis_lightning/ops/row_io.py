@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops.header import Header
 
 PLAN_SIZE = 4
 DATA = 0  # address of the part of the first row
@@ -35,7 +36,7 @@ class Column(NamedTuple):
     first_byte: int
 
 
-def read_columns(header: Tensor, rows: Tensor, columns: list[Column]) -> None:
+def read_columns(header: Header, rows: Tensor, columns: list[Column]) -> None:
     """Copy parts of rows to tensors.
 
     Args:
@@ -48,7 +49,7 @@ def read_columns(header: Tensor, rows: Tensor, columns: list[Column]) -> None:
         module.read_columns(header, rows, plan_of(columns, rows.numel()))
 
 
-def write_columns_(header: Tensor, rows: Tensor, columns: list[Column]) -> None:
+def write_columns_(header: Header, rows: Tensor, columns: list[Column]) -> None:
     """Overwrite parts of rows.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import embedding_bag, row_update
-from recis_lightning.ops.header import host_fields, is_split, refresh_, sent
+from recis_lightning.ops.async_copy import copy_async_, to_device_async
 from recis_lightning.ops.layout import NUM_UPDATES
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.table.hash_table import HashTable
@@ -37,13 +37,13 @@ class UpdatePass:
     def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
         self.tables, self.groups = list(tables), list(groups)
         self.device = self.tables[0].device
-        self._fields = [host_fields(table.header) for table in self.tables]
+        self._fields = [table.header.fields for table in self.tables]
         self._hyper = np.ones((len(self.tables), row_update.HYPER_SIZE), np.float32)
         # Where the update reads them: beside a GPU that is a copy, always at the same place.
-        self._is_copied = is_split(self.tables[0].header)
+        self._is_copied = self.tables[0].header.is_mirrored
         self._values = torch.from_numpy(self._hyper)
         if self._is_copied:
-            self._values = sent(self._hyper, self.device)
+            self._values = to_device_async(self._hyper, self.device)
         self._moves = -1  # of blocks, for which their addresses are right
         self._owners: Sequence[object] = ()  # of the features for which the next is right
         self._owner_bases: list[int] = []
@@ -94,7 +94,7 @@ class UpdatePass:
             scale: float64 [], what gradients are multiplied by; None means 1.
         """
         if self._is_copied:
-            refresh_(self._values, self._hyper)
+            copy_async_(self._values, self._hyper)
         if scale is not None:
             self._values[:, row_update.SCALE] = scale.to(self._values.device)
 
@@ -113,7 +113,9 @@ class UpdatePass:
         self._blocks[:, 0] = np.concatenate(addresses)
         places = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()
         self._blocks[:, 1] = np.repeat(places, counts)
-        self._blocks_on_device = sent(self._blocks, self.device) if self._is_copied else None
+        self._blocks_on_device = (
+            to_device_async(self._blocks, self.device) if self._is_copied else None
+        )
         self._layout = RowLayout(
             rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, self.device
         )

@@ -11,16 +11,7 @@ from torch import Tensor
 
 from recis_lightning.admission import Screening
 from recis_lightning.ops import admission, backend, hash_index
-from recis_lightning.ops.header import (
-    host_fields,
-    new_header,
-    note_insertion,
-    publish,
-    publish_counts,
-    read_counts,
-    unseen_insertions,
-    watch_counts,
-)
+from recis_lightning.ops.header import Header, watch_counts
 from recis_lightning.ops.layout import CAPACITY, NO_ROW, NUM_IDS
 
 _MAX_LOAD = 0.7
@@ -36,10 +27,9 @@ class Sightings:
 
     def __init__(self, screening: Screening, device: torch.device) -> None:
         self.screening = screening
-        self.header = new_header(device, backend.runs_later(device))
-        self._header = host_fields(self.header)
+        self.header = Header(device, backend.runs_later(device))
         for field, value in screening.fields().items():
-            self._header[field] = value
+            self.header.fields[field] = value
         self.clear()
 
     def clear(self) -> None:
@@ -54,13 +44,13 @@ class Sightings:
         padded = _zeros(-(-size // 4) * 4, self.header.device)
         self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
         self._padded_counters = padded
-        self._header[admission.COUNTERS] = padded.data_ptr()
-        publish(self.header)
+        self.header.fields[admission.COUNTERS] = padded.data_ptr()
+        self.header.publish()
         self._set_count(admission.NUM_COUNTED, 0)
 
     def _set_count(self, field: int, value: int) -> None:
-        read_counts(self.header)[field] = value
-        publish_counts(self.header)
+        self.header.read_counts()[field] = value
+        self.header.publish_counts()
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +60,7 @@ class Sightings:
     @property
     def num_lookups(self) -> int:
         """Training lookups so far."""
-        return int(self._header[admission.NUM_LOOKUPS])
+        return int(self.header.fields[admission.NUM_LOOKUPS])
 
     def begin_lookup(self) -> None:
         """Count a training lookup, and let a sketch fade when it is due.
@@ -80,8 +70,8 @@ class Sightings:
         """
         if self.num_lookups >= admission.MAX_LOOKUPS - 1:
             raise OverflowError("an admission policy counts 2**30 training lookups at most")
-        self._header[admission.NUM_LOOKUPS] += 1
-        publish(self.header)
+        self.header.fields[admission.NUM_LOOKUPS] += 1
+        self.header.publish()
         if self.screening.fade_after:
             admission.fade_(self.header, self._padded_counters, self.screening.fade_after)
 
@@ -99,21 +89,21 @@ class Sightings:
             num_new, ahead = at_most, 0
             if count is not None:
                 num_new, ahead = count(), 2 * at_most
-            num_ids = int(read_counts(self.header)[NUM_IDS])
+            num_ids = int(self.header.read_counts()[NUM_IDS])
             if num_ids + num_new + ahead > self._limit():
                 self._rebuild(num_new + ahead)
             at_most = num_new
         elif not self._surely_fits(4 * at_most):  # soon it would have to wait
             watch_counts([self.header])
-        note_insertion(self.header, at_most)
+        self.header.note_insertion(at_most)
 
     def _surely_fits(self, num_new: int) -> bool:
         """Tell, without waiting for the device, whether there is room for ``num_new`` ids more."""
-        num_ids = unseen_insertions(self.header) + int(self._header[NUM_IDS])
+        num_ids = self.header.unacknowledged() + int(self.header.fields[NUM_IDS])
         return num_ids + num_new <= self._limit()
 
     def _limit(self) -> float:
-        return _MAX_LOAD * int(self._header[CAPACITY])
+        return _MAX_LOAD * int(self.header.fields[CAPACITY])
 
     def compact(self) -> None:
         """Let go of what says nothing any more, and of the memory it took."""
@@ -153,7 +143,7 @@ class Sightings:
             found["pending_lookups"] = kept[:, 1] >> 32
         elif self.screening.kind == admission.SKETCH:
             found["sketch"] = self._counters.to("cpu", copy=True)
-            found["num_sketched"] = int(read_counts(self.header)[admission.NUM_COUNTED])
+            found["num_sketched"] = int(self.header.read_counts()[admission.NUM_COUNTED])
         return found
 
     def load_state(self, state: dict[str, Any], table: str) -> None:
@@ -164,8 +154,8 @@ class Sightings:
             table: Whose, for warnings.
         """
         self.clear()
-        self._header[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
-        publish(self.header)
+        self.header.fields[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
+        self.header.publish()
         if self.screening.kind == admission.COUNT and "pending_ids" in state:
             ids = state["pending_ids"]
             self.reserve(ids.numel())

@@ -15,7 +15,6 @@ from recis_lightning.arguments import check_ids, check_int
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
-from recis_lightning.ops.header import publish, read_counts
 from recis_lightning.ops.layout import NUM_IDS, NUM_REFUSED, STEP, TIME
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.readmissions import Readmissions
@@ -102,7 +101,7 @@ class TableEviction(TableStorage):
     @property
     def step(self) -> int:
         """What training lookups stamp rows with; ``HashTableFilterHook`` advances it."""
-        return int(self._header[STEP])
+        return int(self.header.fields[STEP])
 
     # ---- the time, for policies that ask for it
 
@@ -113,8 +112,8 @@ class TableEviction(TableStorage):
     def read_clock(self) -> None:
         """Enter the time into the header, if the table keeps times."""
         if "last_time" in self.kept_columns:
-            self._header[TIME] = round(self._now() * 1e6)
-            publish(self.header)
+            self.header.fields[TIME] = round(self._now() * 1e6)
+            self.header.publish()
 
     def ages(self, rows: Tensor) -> Tensor:
         """Return for each row the microseconds since its last training lookup, int64 [n]."""
@@ -310,7 +309,7 @@ class TableEviction(TableStorage):
             >>> statistics.rows, statistics.capacity, statistics.admitted
             (3, 64, 3)
         """
-        counts = read_counts(self.header)
+        counts = self.header.read_counts()
         num_ids, capacity = int(counts[NUM_IDS]), self.capacity
         state, readmissions = self.rows.state_bytes, self.readmissions
         return TableStatistics(

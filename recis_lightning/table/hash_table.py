@@ -155,13 +155,13 @@ class HashTable(TableSaving, nn.Module):
 
     def update_step(self, n: int = 1) -> None:
         """Advance ``step`` by ``n``."""
-        header = self._header
+        header = self.header.fields
         header[STEP] = header.item(STEP) + int(n)  # two times as fast as +=
 
     @property
     def num_updates(self) -> int:
         """Optimizer steps that found a gradient for this table; Adam's bias correction counts."""
-        count: int = self._header.item(NUM_UPDATES)
+        count: int = self.header.fields.item(NUM_UPDATES)
         return count
 
     def last_seen(self, ids: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ def write_segment(
     padding_idx: int | None,
 ) -> None:
     """Describe what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids lie."""
-    line[SEGMENT_HEADER] = table.header.data_ptr()
+    line[SEGMENT_HEADER] = table.header.address
     admits = table.admission is None or table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
     line[SEGMENT_FLAGS] |= SCREEN * (insert and table.sightings is not None)

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import host_memory, row_io
-from recis_lightning.ops.header import (
-    copy_header,
-    host_fields,
-    is_split,
-    publish,
-    publish_counts,
-    read_counts,
-)
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -62,7 +55,7 @@ class RowStore:
 
     def __init__(
         self,
-        header: Tensor,
+        header: Header,
         embedding_dim: int,
         dtype: torch.dtype,
         slots: dict[str, int] | None = None,
@@ -71,34 +64,33 @@ class RowStore:
         self.header = header
         self.embedding_dim = embedding_dim
         self.dtype = dtype
-        self._header = host_fields(header)
         self._set_counts(0, 0)
         self._chunks: list[npt.NDArray[np.float32] | Tensor] = []
         self._set_layout(dict(slots or {}), state_fill)
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
 
     def _set_counts(self, next_row: int, num_free: int) -> None:
-        fields = read_counts(self.header)
+        fields = self.header.read_counts()
         fields[NEXT_ROW], fields[NUM_FREE] = next_row, num_free
-        publish_counts(self.header)
+        self.header.publish_counts()
 
     def _set_addresses(self, addresses: npt.NDArray[np.int64]) -> None:
         _Moves.number += 1
         self.addresses = addresses
         self._addresses = torch.from_numpy(addresses).to(self.header.device)
-        self._header[BLOCKS] = self._addresses.data_ptr()
-        publish(self.header)
+        self.header.fields[BLOCKS] = self._addresses.data_ptr()
+        self.header.publish()
 
     def _set_layout(self, slots: dict[str, int], state_fill: float) -> None:
         self.slots, self.state_fill = slots, state_fill
         words = self.weight_words + sum(slots.values())
         # A GPU's lanes load four words at once, from where rows lie at multiples of 16 bytes.
-        self.row_words = -(-words // 4) * 4 if is_split(self.header) else words
+        self.row_words = -(-words // 4) * 4 if self.header.is_mirrored else words
         row_bytes = 4 * self.row_words
         block_bytes = _BLOCK_BYTES if self.header.device.type == "cpu" else _GPU_BLOCK_BYTES
         shift = max(3, (block_bytes // row_bytes).bit_length() - 1)
         self.block_shift = shift
-        header = self._header
+        header = self.header.fields
         header[ROW_BYTES], header[BLOCK_SHIFT] = row_bytes, shift
         header[NUM_STATE] = sum(slots.values())
         header[STATE_FILL] = np.float64(state_fill).view(np.int64)
@@ -112,7 +104,7 @@ class RowStore:
     @property
     def num_rows(self) -> int:
         """Rows that were ever handed out, freed ones included."""
-        return int(read_counts(self.header)[NEXT_ROW])
+        return int(self.header.read_counts()[NEXT_ROW])
 
     @property
     def capacity(self) -> int:
@@ -132,11 +124,11 @@ class RowStore:
     @property
     def unused(self) -> int:
         """Rows there is memory for and no id has, by the counts that the host has seen."""
-        return self.capacity - self._header.item(NEXT_ROW) + self._header.item(NUM_FREE)
+        return self.capacity - self.header.fields.item(NEXT_ROW) + self.header.fields.item(NUM_FREE)
 
     def reserve(self, num_new: int) -> None:
         """Make room for ``num_new`` rows more; freed rows count as room."""
-        read_counts(self.header)
+        self.header.read_counts()
         unused = self.unused
         if num_new <= unused:
             return
@@ -200,13 +192,13 @@ class RowStore:
         """Replace the stack of freed rows; the last one is reused first."""
         self._free_rows = rows.contiguous()
         self._set_counts(self.num_rows, rows.numel())
-        self._header[FREE_ROWS] = self._free_rows.data_ptr()
-        publish(self.header)
+        self.header.fields[FREE_ROWS] = self._free_rows.data_ptr()
+        self.header.publish()
 
     @property
     def free_rows(self) -> Tensor:
         """int64 [n], the stack of freed rows."""
-        return self._free_rows[: int(read_counts(self.header)[NUM_FREE])]
+        return self._free_rows[: int(self.header.read_counts()[NUM_FREE])]
 
     def relayout(self, slots: dict[str, int], state_fill: float) -> None:
         """Change the optimizer state behind the weights, keeping weights and slots that stay.
@@ -216,26 +208,25 @@ class RowStore:
         """
         if list(slots.items()) == list(self.slots.items()):
             self.state_fill = state_fill
-            self._header[STATE_FILL] = np.float64(state_fill).view(np.int64)
-            publish(self.header)
+            self.header.fields[STATE_FILL] = np.float64(state_fill).view(np.int64)
+            self.header.publish()
             return
         old = RowStore.__new__(RowStore)
         old.__dict__.update(self.__dict__)
-        old.header = copy_header(self.header)
-        old._header = host_fields(old.header)
+        old.header = self.header.copy()
         self._chunks = []
         self._set_layout(dict(slots), state_fill)
-        count, free = self.num_rows, int(self._header[NUM_FREE])
+        count, free = self.num_rows, int(self.header.fields[NUM_FREE])
         self._set_counts(0, 0)
         try:
             self.reserve(count)
         except MemoryError:
-            header, fields = self.header, self._header
+            header = self.header
             self.__dict__.update(old.__dict__)
-            self.header, self._header = header, fields
-            fields[:] = old._header
-            publish(header)
-            publish_counts(header)
+            self.header = header
+            header.fields[:] = old.header.fields
+            header.publish()
+            header.publish_counts()
             raise
         self._set_counts(count, free)
         for start in range(0, count, _PIECE_ROWS):

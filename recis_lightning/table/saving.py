@@ -12,7 +12,6 @@ from torch import Tensor
 
 from recis_lightning.distributed import collectives
 from recis_lightning.ops import hash_index, row_init
-from recis_lightning.ops.header import publish_counts, read_counts
 from recis_lightning.ops.layout import NUM_REFUSED, NUM_UPDATES, STEP
 from recis_lightning.table import state as table_state
 from recis_lightning.table.evictor import TableEviction
@@ -75,7 +74,7 @@ class TableSaving(TableEviction):
         before = {**self.__dict__, "pending": list(self.pending)}
         moved = self._whole_state()
         layout = (self.rows.slots, self.rows.state_fill)
-        num_refused = read_counts(self.header)[NUM_REFUSED]
+        num_refused = self.header.read_counts()[NUM_REFUSED]
         self._num_removed += len(self)  # restoring counts them as loaded
         try:
             self.device = device
@@ -85,8 +84,8 @@ class TableSaving(TableEviction):
             self._write_initializer()
             self.empty_storage(*layout)
             self.load_state(moved)
-            read_counts(self.header)[NUM_REFUSED] = num_refused
-            publish_counts(self.header)
+            self.header.read_counts()[NUM_REFUSED] = num_refused
+            self.header.publish_counts()
         except BaseException:
             self.__dict__.update(before)
             self.start_epoch()
@@ -110,7 +109,7 @@ class TableSaving(TableEviction):
             "dtype": str(self.dtype).removeprefix("torch."),
             "seed": self.seed,
             "step": self.step,
-            "num_updates": int(self._header[NUM_UPDATES]),
+            "num_updates": int(self.header.fields[NUM_UPDATES]),
             "state_fill": self.rows.state_fill,
         }
         if self.keeps_last_seen:
@@ -168,8 +167,8 @@ class TableSaving(TableEviction):
         self.set_slots(slots, state["state_fill"])
         row_init.write_key(self.header, self.seed, self.name)
         try:
-            self._header[STEP] = state["step"]
-            self._header[NUM_UPDATES] = state["num_updates"]
+            self.header.fields[STEP] = state["step"]
+            self.header.fields[NUM_UPDATES] = state["num_updates"]
             ids = state["ids"].to(self.device).contiguous()
             segments = self.segments(ids, insert=True)
             # No initial rows: all of each is written.
@@ -208,7 +207,7 @@ class TableSaving(TableEviction):
             "name": self._name,
             "seed": self.seed,
             "step": self.step,
-            "num_updates": int(self._header[NUM_UPDATES]),
+            "num_updates": int(self.header.fields[NUM_UPDATES]),
             "slots": self.rows.slots,
             "state_fill": self.rows.state_fill,
         }
@@ -217,7 +216,10 @@ class TableSaving(TableEviction):
         """Empty the table and give it settings that it had."""
         self.clear()
         self._name, self.seed = settings["name"], settings["seed"]
-        self._header[STEP], self._header[NUM_UPDATES] = settings["step"], settings["num_updates"]
+        self.header.fields[STEP], self.header.fields[NUM_UPDATES] = (
+            settings["step"],
+            settings["num_updates"],
+        )
         self.set_slots(settings["slots"], settings["state_fill"])
         row_init.write_key(self.header, self.seed, self.name)
 
@@ -243,7 +245,7 @@ class TableSaving(TableEviction):
 
 
 _NOT_COPIED = (
-    *("header", "_header", "_entries", "rows", "_columns"),  # made anew, filled from the state
+    *("header", "_entries", "rows", "_columns"),  # made anew, filled from the state
     *("pending", "_optimizer", "_original", "readmissions", "reference", "sightings"),
     *("_listeners", "_pinned"),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_lightning.ops.header import host_fields
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import CAPACITY, NO_ROW, STEP
 from recis_lightning.table import scan
 from recis_lightning.table.row_store import RowStore
@@ -23,7 +23,7 @@ class TableSurvey:
     """The part of a table that looks at its rows."""
 
     rows: RowStore
-    header: Tensor
+    header: Header
     _entries: Tensor
 
     @property
@@ -65,7 +65,7 @@ class TableSurvey:
         return scan.survey(self._pieces(start, stop, rows))
 
     def _pieces(self, start: float, stop: float, rows: Tensor | None) -> Iterator[Rows]:
-        header = host_fields(self.header)
+        header = self.header.fields
         capacity, step = int(header[CAPACITY]), int(header[STEP])
         # The entry behind the last slot is one id's own.
         end = capacity + 1 if stop == 1 else int(stop * capacity)

@@ -12,16 +12,7 @@ from torch import Tensor
 
 from recis_lightning.admission import Screening
 from recis_lightning.ops import backend, hash_index, host_memory
-from recis_lightning.ops.header import (
-    host_fields,
-    is_split,
-    new_header,
-    note_room,
-    noted_room,
-    publish,
-    read_counts,
-    unseen_insertions,
-)
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     CAPACITY,
     CLAIMED,
@@ -97,13 +88,14 @@ class TableStorage(TableSurvey):
         self._columns = columns
         for name, field in _COLUMN_FIELDS.items():
             column = columns.get(name)
-            self._header[field] = 0 if column is None or not column.numel() else column.data_ptr()
-        publish(self.header)
+            self.header.fields[field] = (
+                0 if column is None or not column.numel() else column.data_ptr()
+            )
+        self.header.publish()
 
     def start_storage(self) -> None:
         """Make a header and empty storage."""
-        self.header = new_header(self.device, backend.runs_later(self.device))
-        self._header = host_fields(self.header)
+        self.header = Header(self.device, backend.runs_later(self.device))
         self.empty_storage({}, 0.0)
         _epoch.advance()
 
@@ -124,7 +116,7 @@ class TableStorage(TableSurvey):
         _epoch.advance()
 
     def __len__(self) -> int:
-        return int(read_counts(self.header)[NUM_IDS])
+        return int(self.header.read_counts()[NUM_IDS])
 
     def __bool__(self) -> bool:
         return True  # an empty table is still a table
@@ -132,7 +124,7 @@ class TableStorage(TableSurvey):
     @property
     def capacity(self) -> int:
         """Entries of the index; it grows before they are full."""
-        return int(self._header[CAPACITY])
+        return int(self.header.fields[CAPACITY])
 
     @property
     def nbytes(self) -> int:
@@ -188,13 +180,13 @@ class TableStorage(TableSurvey):
 
         Below 0 where more ids than the host has seen may have filled it already.
         """
-        room = noted_room(self.header)
+        room = self.header.cached_free()
         if room is None:
-            unseen, fields = unseen_insertions(self.header), self._header
+            unseen, fields = self.header.unacknowledged(), self.header.fields
             capacity = fields.item(CAPACITY)
             entries = int(capacity * hash_index.max_load(capacity)) - fields.item(NUM_IDS)
             room = min(entries, self.rows.unused) - unseen
-            note_room(self.header, room)
+            self.header.cache_free(room)
         return room
 
     def reserve_ahead(self, num_new: int, num_ids: int) -> None:
@@ -204,7 +196,7 @@ class TableStorage(TableSurvey):
             num_new: Ids about to be inserted, for which there is room already.
             num_ids: Ids of a lookup, known and unknown.
         """
-        if is_split(self.header):
+        if self.header.is_mirrored:
             # Twice: the counts that tell how few were new come while the next lookup is launched.
             ahead = num_new + min(2 * num_ids, max(_AHEAD_ROWS, len(self) // 4))
             with contextlib.suppress(MemoryError):
@@ -214,12 +206,12 @@ class TableStorage(TableSurvey):
     def start_sightings(self, screening: Screening | None) -> None:
         """Remember sightings of ids without a row as an admission policy asks."""
         self.sightings = None
-        self._header[SIGHTINGS] = 0
+        self.header.fields[SIGHTINGS] = 0
         if screening is not None:
             with _Memory(self, "sightings"):
                 self.sightings = Sightings(screening, self.device)
-            self._header[SIGHTINGS] = self.sightings.header.data_ptr()
-        publish(self.header)
+            self.header.fields[SIGHTINGS] = self.sightings.header.address
+        self.header.publish()
 
     def begin_screening(self) -> None:
         """Count one training lookup."""

@@ -24,7 +24,7 @@ _METHODS = ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "num
 # Where what is read lies on the host already: counts that have come, and what only the interpreter
 # reads at once.
 _ALLOWED = {
-    ("header.py", "unseen_insertions"),
+    ("header.py", "unacknowledged"),
     ("embedding_bag.py", "_feature_with_bad_offsets"),
 }
 

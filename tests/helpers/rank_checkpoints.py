@@ -53,7 +53,7 @@ def filled(seed=0, count=20_000):
             slots = {name: torch.rand_like(slot) for name, slot in slots.items()}
             table.rows.write(rows, weights, slots)
             table.update_step(step + 3)
-            table.header[NUM_UPDATES] += 1
+            table.header.fields[NUM_UPDATES] += 1
     waiting = owned(draws + 1)
     table.sightings.load_state(
         {

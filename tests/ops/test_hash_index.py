@@ -292,7 +292,7 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
         _find_or_insert(Feature(table, before))
         table.delete(torch.tensor([-3, -9]))
     contents = [_contents(table) for table in tables]
-    fields = [table.header[[NEXT_ROW, NUM_FREE]].tolist() for table in tables]
+    fields = [table.header.fields[[NEXT_ROW, NUM_FREE]].tolist() for table in tables]
     # Many duplicates first: the kernel then inserts a batch of this size in rounds.
     new = torch.cat([torch.zeros(size - 80, dtype=torch.int64), torch.arange(80)])
     features = [Feature(tables[0], new), Feature(tables[1], new + 1)]
@@ -311,7 +311,7 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
     for table, content, field in zip(tables, contents, fields, strict=True):
         assert _contents(table) == content
         assert len(table) == 18
-        assert table.header[[NEXT_ROW, NUM_FREE]].tolist() == field
+        assert table.header.fields[[NEXT_ROW, NUM_FREE]].tolist() == field
         assert _find(Feature(table, new)).max() == UNKNOWN
     rows, _ = _find_or_insert(*features)
     assert rows[0][-80:].tolist() == [11, 17, *range(20, 98)]

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW
+from recis_lightning.ops.header import Header
+from recis_lightning.ops.layout import NEXT_ROW
 from recis_lightning.ops.row_io import Column, read_columns, write_columns_
 from recis_lightning.table.row_store import RowStore
 
 
 def store_of(num_rows, words):
-    header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+    header = Header(torch.device("cpu"), False)
     store = RowStore(header, words, torch.float32)
     store.reserve(num_rows)
-    header[NEXT_ROW] = num_rows
+    header.fields[NEXT_ROW] = num_rows
     rows = torch.arange(num_rows)
     store.write(rows, torch.arange(float(num_rows * words)).view(num_rows, words), {})
     return store, rows

@@ -139,7 +139,7 @@ class TableAgainstDict(RuleBasedStateMachine):
             return set(ids) if policy is None else set()
         if isinstance(policy, Probability):
             probe = self.new_module()
-            probe.table.sightings._header[NUM_LOOKUPS] = now - 1
+            probe.table.sightings.header.fields[NUM_LOOKUPS] = now - 1
             probe(torch.tensor(ids, dtype=torch.int64))
             return set(probe.table.ids().tolist())
         per_batch = getattr(policy, "per", "") == "batch"

@@ -22,10 +22,10 @@ from recis_lightning.jagged import Jagged, read_bags
 from recis_lightning.lookup import transfer
 from recis_lightning.lookup.group import Feature, TableGroup
 from recis_lightning.ops import backend as ops_backend
-from recis_lightning.ops import embedding_bag, hash_index, layout
-from recis_lightning.ops import header as split_header
+from recis_lightning.ops import embedding_bag, layout
 from recis_lightning.ops.gpu import embedding_bag as embedding_bag_gpu
 from recis_lightning.ops.gpu import hash_insert as hash_insert_gpu
+from recis_lightning.ops.header import Header, watch_counts
 from recis_lightning.optim import SparseAdam, SparseRowwiseAdagrad, SparseSGD
 from tests.helpers.sample_tables import EXTREMES, by_id, same, trained
 
@@ -42,13 +42,13 @@ def test_a_table_moves_with_all_it_holds(there, dtype):
     held, statistics, header = by_id(table), table.statistics(), table.header
     with ops_backend.use(there):
         table.move(CPU)
-        assert split_header.is_split(table.header) == (there == "triton")
+        assert table.header.is_mirrored == (there == "triton")
         assert same(by_id(table), held)
         module(EXTREMES).float().sum().backward()
         optimizer.step()
     table.move(CPU)
     assert table.header is not header
-    assert not split_header.is_split(table.header)
+    assert not table.header.is_mirrored
     stayed(EXTREMES).float().sum().backward()
     its_optimizer.step()
     ours, wanted = by_id(table), by_id(stayed.table)
@@ -107,7 +107,7 @@ def test_sightings_move_with_their_table(admission):
     for start, there in enumerate(("cpu", "triton", "cpu")):
         with ops_backend.use(there):
             module.table.move(CPU)
-            assert split_header.is_split(module.table.sightings.header) == (there == "triton")
+            assert module.table.sightings.header.is_mirrored == (there == "triton")
             for batch in batches[2 * start : 2 * start + 2]:
                 module(batch)
         for batch in batches[2 * start : 2 * start + 2]:
@@ -154,7 +154,7 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
         table = HashTable(dim)
         optimizer([table], lr=0.1)
         table.reserve_rows(5000)
-        fields = split_header.host_fields(table.header)
+        fields = table.header.fields
         assert fields[layout.ROW_BYTES] % 16 == 0
         assert not (table.rows.addresses % 16).any()
     assert HashTable(3).rows.row_words == 3
@@ -196,10 +196,7 @@ def test_a_steady_training_step_waits_for_nothing(monkeypatch):
         before = len(engine.tables["one"])
         with monkeypatch.context() as patched:
             patched.setattr(hash_insert_gpu, "_count_distinct", _no_waiting)
-            for module in (hash_index, split_header):
-                patched.setattr(module, "read_counts", _no_waiting)
-            for storage in ("recis_lightning.table.storage", "recis_lightning.table.row_store"):
-                patched.setattr(f"{storage}.read_counts", _no_waiting)
+            patched.setattr(Header, "read_counts", _no_waiting)
             for _ in range(6):
                 step()
         assert len(engine.tables["one"]) > before  # ids came all the while
@@ -207,17 +204,17 @@ def test_a_steady_training_step_waits_for_nothing(monkeypatch):
 
 def test_the_host_knows_what_may_have_been_inserted():
     """It takes every id for new until it sees the counts, and never waits for them."""
-    header, other, whole = (split_header.new_header(CPU, split) for split in (True, True, False))
-    split_header.note_insertion(header, 10)
-    header[3], other[3] = 4, 6  # what kernels counted
-    split_header.watch_counts([header, whole, other])
-    split_header.watch_counts([whole])
-    assert split_header.unseen_insertions(other) == 0
-    assert split_header.host_fields(other)[3] == 6
-    split_header.note_insertion(header, 5)
-    assert split_header.unseen_insertions(header) == 5
-    assert split_header.host_fields(header)[3] == 4
-    header[3] = 9
-    assert split_header.unseen_insertions(header) == 5  # nobody has asked since
-    assert split_header.read_counts(header)[3] == 9
-    assert split_header.unseen_insertions(header) == 0
+    header, other, whole = (Header(CPU, is_mirrored) for is_mirrored in (True, True, False))
+    header.note_insertion(10)
+    header.tensor[3], other.tensor[3] = 4, 6  # what kernels counted
+    watch_counts([header, whole, other])
+    watch_counts([whole])
+    assert other.unacknowledged() == 0
+    assert other.fields[3] == 6
+    header.note_insertion(5)
+    assert header.unacknowledged() == 5
+    assert header.fields[3] == 4
+    header.tensor[3] = 9
+    assert header.unacknowledged() == 5  # nobody has asked since
+    assert header.read_counts()[3] == 9
+    assert header.unacknowledged() == 0

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from recis_lightning.ops.layout import BLOCKS, HEADER_SIZE, NEXT_ROW, NUM_FREE
+from recis_lightning.ops.header import Header
+from recis_lightning.ops.layout import BLOCKS, NEXT_ROW, NUM_FREE
 from recis_lightning.table.row_store import RowStore
 
 LAYOUTS = [
@@ -17,7 +18,7 @@ LAYOUTS = [
 
 
 def _store(dim=4, dtype=torch.float32, slots=None, fill=0.0, num_rows=0):
-    store = RowStore(torch.zeros(HEADER_SIZE, dtype=torch.int64), dim, dtype, slots, fill)
+    store = RowStore(Header(torch.device("cpu"), False), dim, dtype, slots, fill)
     _hand_out(store, num_rows)
     return store
 
@@ -25,9 +26,9 @@ def _store(dim=4, dtype=torch.float32, slots=None, fill=0.0, num_rows=0):
 def _hand_out(store, num_rows):
     """Do what an insertion does: reserve, take freed rows, then rows never used."""
     store.reserve(num_rows)
-    reused = min(num_rows, int(store.header[NUM_FREE]))
-    store.header[NUM_FREE] -= reused
-    store.header[NEXT_ROW] += num_rows - reused
+    reused = min(num_rows, int(store.header.fields[NUM_FREE]))
+    store.header.fields[NUM_FREE] -= reused
+    store.header.fields[NEXT_ROW] += num_rows - reused
 
 
 def _fill(store, seed=0):
@@ -88,7 +89,7 @@ def test_growth_moves_nothing(dim, dtype, slots):
         assert store.capacity >= store.num_rows
         assert len(store.addresses) > len(before)
         assert (store.addresses[: len(before)] == before).all()
-        assert store.header[BLOCKS] == store.addresses.ctypes.data
+        assert store.header.fields[BLOCKS] == store.addresses.ctypes.data
     assert len(set(store.addresses.tolist())) == len(store.addresses)
     _assert_reads(store, torch.arange(5), weights, state)
 

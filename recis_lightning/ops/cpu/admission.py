@@ -290,4 +290,4 @@ def screen(segments, num_ids, misses, rows, weights):
 
 def forget_(memory, ids):
     """See the contract."""
-    launch(_forget_kernel, ids.numel(), CHUNK, ids.data_ptr(), memory.data_ptr())
+    launch(_forget_kernel, ids.numel(), CHUNK, ids.data_ptr(), memory.address)

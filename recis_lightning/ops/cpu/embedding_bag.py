@@ -347,7 +347,7 @@ def write_rows_(header, rows, values):
     """See the contract."""
     n = rows.numel()
     num_bytes = values.shape[1] * values.element_size()
-    where = (header.data_ptr(), rows.data_ptr(), values.data_ptr())
+    where = (header.address, rows.data_ptr(), values.data_ptr())
     _write_kernel.launch(num_chunks(n, _IDS_PER_CHUNK), _IDS_PER_CHUNK, n, *where, num_bytes)
 
 

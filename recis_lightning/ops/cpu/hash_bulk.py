@@ -285,7 +285,7 @@ def insert_many(segments, table, first, rows):
     Returns:
         int64 [m], ascending: the position of each new id's first occurrence; a slice for all.
     """
-    fields, count = table.header.numpy(), rows.numel() - first
+    fields, count = table.header.fields, rows.numel() - first
     base = int(fields[NEXT_ROW])
     larger = table.larger_index(count)
     num_new = _claim(segments, fields, larger, base, first, rows)

@@ -268,7 +268,7 @@ def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
 
 def _find_or_insert_many(segments, num_ids, table):
     """Look up very many ids of one feature; how many are new is guessed from the first of them."""
-    before = [table.header.numpy()[_COUNTS]]
+    before = [table.header.fields[_COUNTS]]
     start, new = _in_rounds(segments, _FIRST_ROUND, [table], [0], None)
     if new is None or len(new) < _FIRST_ROUND // 2:
         rows, rest = _in_rounds(segments, num_ids, [table], [0], None)
@@ -301,7 +301,7 @@ def _in_rounds(segments, num_ids, tables, segment_tables, screen):
         cuts = np.searchsorted(misses, segments[:, SEGMENT_START])
         misses, complete = _round_of(misses, cuts, tables, segment_tables, distinct_share)
         if before is None and not complete:
-            before = [table.header.numpy()[_COUNTS] for table in tables]
+            before = [table.header.fields[_COUNTS] for table in tables]
         try:
             new = insert_misses(segments, tables, segment_tables, misses, rows)
         except BaseException:
@@ -333,7 +333,7 @@ def _take_back(tables, before):
     Their rows are the claims and what was handed out since ``before``, each table's counts then.
     """
     for number, table in enumerate(tables):
-        header = table.header.numpy()
+        header = table.header.fields
         counts = header[_COUNTS] if before is None else before[number]
         next_row, num_free = counts[1:]
         entries = as_array(header[ENTRIES], 2 * (int(header[CAPACITY]) + 1)).reshape(-1, 2)
@@ -351,7 +351,7 @@ def _round_of(misses, cuts, tables, segment_tables, distinct_share):
     np.add.at(wanted, np.asarray(segment_tables), np.diff(bounds))
     limits = np.full(len(tables), _FIRST_ROUND)
     for table in np.flatnonzero(wanted > _FIRST_ROUND):
-        known = int(tables[table].header[NUM_IDS])
+        known = int(tables[table].header.fields[NUM_IDS])
         limits[table] = wanted[table] if distinct_share > 0.5 else max(known, _FIRST_ROUND)
     if (wanted <= limits).all():
         return misses, True
@@ -373,9 +373,9 @@ def rebuild(old, header, evicted):
         capacity + 1,
         1 << 16,
         address,
-        int(header[ENTRIES]),
-        int(header[SHIFT]),
-        int(header[CAPACITY]),
+        int(header.fields[ENTRIES]),
+        int(header.fields[SHIFT]),
+        int(header.fields[CAPACITY]),
         0 if evicted is None else evicted.data_ptr(),
         0 if gone is None else gone.data_ptr(),
         address_of(removed),
@@ -391,9 +391,9 @@ def id_of_row(header, num_rows):
     occupied = torch.zeros(num_rows, dtype=torch.bool)
     launch(
         _id_of_row_kernel,
-        int(header[CAPACITY]) + 1,
+        int(header.fields[CAPACITY]) + 1,
         1 << 16,
-        int(header[ENTRIES]),
+        int(header.fields[ENTRIES]),
         ids.data_ptr(),
         occupied.data_ptr(),
     )

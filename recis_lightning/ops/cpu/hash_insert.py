@@ -273,13 +273,13 @@ def _assign_rows(new, new_places, tables, starts, segment_tables):
     runs, ranks = [], dict.fromkeys(segment_tables, 0)
     for segment in np.flatnonzero(np.diff(cuts)):
         table = segment_tables[segment]
-        runs.append((tables[table].header.data_ptr(), cuts[segment], ranks[table]))
+        runs.append((tables[table].header.address, cuts[segment], ranks[table]))
         ranks[table] += cuts[segment + 1] - cuts[segment]
     runs = np.array(runs, np.int64)
     where = (address_of(new_places), address_of(runs), len(runs))
     launch(_assign_kernel, len(new), CHUNK, *where)
     for table, count in totals:
-        header = tables[table].header.numpy()
+        header = tables[table].header.fields
         reused = min(int(header[NUM_FREE]), int(count))
         header[NUM_FREE] -= reused
         header[NEXT_ROW] += count - reused

@@ -73,7 +73,7 @@ def _columns_kernel(args):
 
 def _launch(header, rows, plan, writing):
     n = rows.numel()
-    where = (header.data_ptr(), rows.data_ptr(), address_of(plan), len(plan))
+    where = (header.address, rows.data_ptr(), address_of(plan), len(plan))
     _columns_kernel.launch(num_chunks(n, _ROWS_PER_CHUNK), _ROWS_PER_CHUNK, n, *where, writing)
 
 

@@ -35,7 +35,6 @@ from recis_lightning.ops.gpu.runtime import (
     num_programs_at_once,
     sum_over,
 )
-from recis_lightning.ops.header import host_fields
 
 INIT_KEY = tl.constexpr(fields.INIT_KEY)
 NUM_IDS = tl.constexpr(fields.NUM_IDS)
@@ -289,9 +288,9 @@ def fade_(memory, counters, window):
     """See the contract; whether it is due, the device decides."""
     num_words = counters.numel() // 4
     programs = min(-(-num_words // LANES), num_programs_at_once(memory.device))
-    where = (memory.data_ptr(), counters.data_ptr(), num_words, window)
+    where = (memory.address, counters.data_ptr(), num_words, window)
     _fade_kernel.launch(memory.device, programs, *where, LANES=LANES)
-    _restart_kernel.launch(memory.device, 1, memory.data_ptr(), window)  # when all have seen it
+    _restart_kernel.launch(memory.device, 1, memory.address, window)  # when all have seen it
 
 
 def screen(segments, num_ids, misses, rows, weights):
@@ -307,7 +306,7 @@ def screen(segments, num_ids, misses, rows, weights):
 
 def forget_(memory, ids):
     """See the contract."""
-    values = host_fields(memory)
+    values = memory.fields
     numbers = [int(values[f]) for f in (fields.ENTRIES, fields.SHIFT, fields.CAPACITY)]
     programs = -(-ids.numel() // LANES)
     _forget_kernel.launch(ids.device, programs, *numbers, ids.data_ptr(), ids.numel(), LANES=LANES)

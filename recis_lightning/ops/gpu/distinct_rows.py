@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.distinct_rows import ADDRESS, NUM_ROWS, TABLE
-from recis_lightning.ops.header import sent
 
 _ROW_BITS = 44  # of a row's number; above them stands its table's
 
@@ -21,7 +21,9 @@ def count_distinct(lookups, counts):
         places += np.arange(len(places))
         tables = np.repeat(lines[:, TABLE] << _ROW_BITS, sizes)
         # A key is negative where its row is.
-        parts.append(rows[sent(places, rows.device)] | sent(tables, rows.device))
+        parts.append(
+            rows[to_device_async(places, rows.device)] | to_device_async(tables, rows.device)
+        )
     keys = torch.cat(parts)
     known = keys[keys >= 0]
     for column, part in enumerate((known.unique(), known)):

@@ -36,7 +36,6 @@ from recis_lightning.ops.gpu.probe import (
     stage_lookup,
 )
 from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, line_of, sum_over
-from recis_lightning.ops.header import host_fields
 
 LAST_SEEN = tl.constexpr(fields.LAST_SEEN)
 NUM_REFUSED = tl.constexpr(fields.NUM_REFUSED)
@@ -201,7 +200,7 @@ def rebuild(old, header, evicted):
     """See the contract; ``old`` is (address, capacity) of the entries to move."""
     address, capacity = old
     gone = None if evicted is None else torch.zeros_like(evicted)
-    values = host_fields(header)
+    values = header.fields
     _rebuild_kernel.launch(
         header.device,
         -(-(capacity + 1) // LANES),
@@ -223,7 +222,7 @@ def rebuild(old, header, evicted):
 
 def id_of_row(header, num_rows):
     """See the contract."""
-    device, values = header.device, host_fields(header)
+    device, values = header.device, header.fields
     ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     occupied = torch.zeros(num_rows, dtype=torch.bool, device=device)
     count = int(values[fields.CAPACITY]) + 1

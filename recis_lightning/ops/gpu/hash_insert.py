@@ -40,7 +40,7 @@ from recis_lightning.ops.gpu.runtime import (
     sum_over,
     sums_up_to,
 )
-from recis_lightning.ops.header import note_insertion, watch_counts
+from recis_lightning.ops.header import watch_counts
 
 FREE_ROWS = tl.constexpr(fields.FREE_ROWS)
 NUM_FREE = tl.constexpr(fields.NUM_FREE)
@@ -294,7 +294,7 @@ def note_insertions(staged, tables, rooms, counted):
     for number, (table, asked) in enumerate(zip(tables, staged.ids_to_insert, strict=True)):
         if asked:
             inserted = counted.get(number, asked)
-            note_insertion(table.header, inserted)
+            table.header.note_insertion(inserted)
             room = table.sure_room() if number in counted else rooms[number] - inserted
             if 4 * asked > room:  # soon the host would have to wait
                 soon.append(table.header)

@@ -23,7 +23,6 @@ from recis_lightning.ops.gpu.runtime import (
     lanes,
     stage,
 )
-from recis_lightning.ops.header import host_fields
 
 # A segment on the device: the contract's fields, and how the work is split.
 _LINE_SIZE = 16
@@ -135,7 +134,7 @@ class StagedSegments:
         lines = split.lines.copy()
         lines[:, : segments.shape[1]] = segments
         if tables:
-            steps = [host_fields(table.header).item(fields.STEP) for table in tables]
+            steps = [table.header.fields.item(fields.STEP) for table in tables]
             lines[:, _STEP] = [steps[table] for table in segment_tables]
         inserts = segments[:, fields.SEGMENT_FLAGS] & fields.INSERT
         self.num_programs, self.ids_to_insert = split.num_programs, split.per_table

@@ -64,7 +64,7 @@ def copy_parts(header, rows, part, writes):
     data, stride, first_byte, num_bytes = map(int, part)
     size = math.gcd(data, stride, first_byte, num_bytes, 4)
     cells = rows.numel() * (num_bytes // size)
-    where = (header.data_ptr(), rows.data_ptr(), rows.numel(), data, stride, first_byte)
+    where = (header.address, rows.data_ptr(), rows.numel(), data, stride, first_byte)
     constants = {"WRITES": writes, "WORD_BYTES": size, "LANES": _LANES}
     _copy_kernel.launch(rows.device, -(-cells // _LANES), *where, num_bytes // size, **constants)
 

@@ -15,7 +15,7 @@ import os
 import torch
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.header import sent
+from recis_lightning.ops.async_copy import to_device_async
 
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -141,7 +141,7 @@ def num_programs_at_once(device):
 
 def stage(array, device):
     """Copy a NumPy array to the device in the order of its stream, without waiting for it."""
-    return sent(array, device)
+    return to_device_async(array, device)
 
 
 def power_of_two(number):

@@ -10,6 +10,7 @@ from torch import Tensor
 from recis_lightning.ops import admission
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import NO_ROW, UNKNOWN
 from recis_lightning.ops.reference.index import (
     Index,
@@ -53,9 +54,9 @@ def screen(
         segment.header[fields.NUM_REFUSED] += given[refused].sum()
 
 
-def forget_(sighted: Tensor, ids: Tensor) -> None:
+def forget_(memory: Header, ids: Tensor) -> None:
     """See ``admission.forget_``."""
-    index = Index.of(sighted)
+    index = Index.of(memory.tensor)
     slots = index.slots(ids)
     index.entries[slots[index.entries[slots, 0] == ids], 1] = NO_ROW
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recis_lightning.ops import embedding_bag as bags
 from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import PADDING
 from recis_lightning.ops.reference.storage import (
     Rows,
@@ -84,9 +85,9 @@ def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device)
     return -1
 
 
-def write_rows_(header: Tensor, rows: Tensor, values: Tensor) -> None:
+def write_rows_(header: Header, rows: Tensor, values: Tensor) -> None:
     """See ``embedding_bag.write_rows_``."""
-    store = Rows.of(header, rows)
+    store = Rows.of(header.tensor, rows)
     words = store.read(rows)
     num_bytes = values.shape[1] * values.element_size()
     words.view(torch.uint8)[:, :num_bytes] = values.view(torch.uint8)

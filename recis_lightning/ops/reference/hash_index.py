@@ -11,6 +11,7 @@ from torch import Tensor
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.admission import Screen
 from recis_lightning.ops.hash_index import Segments, Table
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import CLAIMED, EMPTY, MISSING, NO_ROW, PADDING, UNKNOWN
 from recis_lightning.ops.reference.index import Index, segment_of, segments_of
 from recis_lightning.ops.reference.storage import (
@@ -66,7 +67,7 @@ def find_or_insert(
         tables[number].reserve_ids(positions.numel())
         tables[number].reserve_rows(positions.numel())
     for number, positions in new.items():
-        header = tables[number].header
+        header = tables[number].header.tensor
         Index.of(header).add(ids[positions], _take_rows(header, positions.numel()))
     found = _look_up(segments, num_ids, UNKNOWN)
     rows = torch.where(rows == MISSING, found, rows)
@@ -92,7 +93,7 @@ def _take_rows(header: Tensor, count: int) -> Tensor:
     return torch.cat([stack[num_free - reused :].flip(0), fresh])
 
 
-def rebuild(old: tuple[int, int], header: Tensor, evicted: Tensor | None) -> int:
+def rebuild(old: tuple[int, int], header: Header, evicted: Tensor | None) -> int:
     """See ``hash_index.rebuild``; ``old`` is (address, capacity) of the entries to move."""
     entries = Index(*old).entries
     entries = entries[entries[:, 1] < CLAIMED]
@@ -101,13 +102,13 @@ def rebuild(old: tuple[int, int], header: Tensor, evicted: Tensor | None) -> int
         leaving = evicted[entries[:, 1]]
         evicted.zero_()
         evicted[entries[leaving, 1]] = True
-    Index.of(header).add(entries[~leaving, 0], entries[~leaving, 1])
+    Index.of(header.tensor).add(entries[~leaving, 0], entries[~leaving, 1])
     return int(leaving.sum())
 
 
-def id_of_row(header: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
     """See ``hash_index.id_of_row``."""
-    entries = Index.of(header).entries
+    entries = Index.of(header.tensor).entries
     entries = entries[entries[:, 1] != NO_ROW]
     ids, occupied = (
         torch.zeros(num_rows, dtype=torch.int64),

@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import row_io
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.reference.storage import Rows, memory
 
 
-def read_columns(header: Tensor, rows: Tensor, plan: row_io.Plan) -> None:
+def read_columns(header: Header, rows: Tensor, plan: row_io.Plan) -> None:
     """See ``row_io.read_columns``."""
-    words = Rows.of(header, rows).read(rows).view(torch.uint8)
+    words = Rows.of(header.tensor, rows).read(rows).view(torch.uint8)
     for line in plan:
         part, data = _part(words, line)
         data.copy_(part)
 
 
-def write_columns_(header: Tensor, rows: Tensor, plan: row_io.Plan) -> None:
+def write_columns_(header: Header, rows: Tensor, plan: row_io.Plan) -> None:
     """See ``row_io.write_columns_``."""
-    store = Rows.of(header, rows)
+    store = Rows.of(header.tensor, rows)
     words = store.read(rows)
     for line in plan:
         part, data = _part(words.view(torch.uint8), line)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, hash_tables
-from recis_lightning.ops import backend, header, row_update
+from recis_lightning.ops import async_copy, backend, row_update
 from recis_lightning.optim import SparseAdam
 
 ROOT = Path(__file__).parents[3]
@@ -79,7 +79,7 @@ def _launched(num_tables, do_step, **options):
     from recis_lightning.ops.gpu.runtime import Kernel
 
     launches, sent = [], []
-    launch, ready = Kernel.launch, header._ready
+    launch, pinned = Kernel.launch, async_copy._pinned
 
     def noted(kernel, device, num_programs, *numbers, **constants):
         if num_programs > 0:
@@ -95,7 +95,7 @@ def _launched(num_tables, do_step, **options):
             do_step(engine, optimizer, batch)
         with (
             patch.object(Kernel, "launch", noted),
-            patch.object(header, "_ready", lambda *a: sent.append(a) or ready(*a)),
+            patch.object(async_copy, "_pinned", lambda *a: sent.append(a) or pinned(*a)),
         ):
             do_step(engine, optimizer, batch)
     return launches, len(sent)
