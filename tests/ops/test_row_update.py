@@ -67,8 +67,8 @@ def _gradients(features, hyper=HYPER):
     tables = list(dict.fromkeys(feature.table for feature in features))
     values = np.ones((len(tables), HYPER_SIZE), np.float32)
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
-    for line, fields in zip(values, per_table, strict=True):
-        line[list(fields)] = list(fields.values())
+    for line, wanted in zip(values, per_table, strict=True):
+        line[list(wanted)] = list(wanted.values())
     rows = tables[0].rows
     addresses, bases = [], {}
     for number, table in enumerate(tables):
