@@ -7,6 +7,7 @@ import torch
 from recis_lightning import HashTable
 from recis_lightning.initializers import Normal
 from recis_lightning.ops import backend as ops_backend
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops import row_update
 from recis_lightning.ops.layout import (
     ADAGRAD,
