@@ -29,24 +29,26 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MISSING, SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
 
-# Fields of a memory's header; those of an index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) are an index's.
-NUM_COUNTED = 4  # sightings since the sketch was last halved; among what kernels count
-KIND = 8
-THRESHOLD = 9  # sightings wanted (COUNT, SKETCH); probability * 2**53 (DRAW)
-NUM_LOOKUPS = 10  # training lookups so far, the present one included
-FORGET_AFTER = 11
-PER_BATCH = 12  # whether a lookup counts once, however often the id is in it
-COUNTERS = 13  # address of uint8 [num_hashes * width]
-WIDTH = 14
-NUM_HASHES = 15
-
-COUNT, SKETCH, DRAW = 1, 2, 3
-COUNT_MASK = (1 << 32) - 1
-MAX_LOOKUPS = 1 << 30  # lookups and count share an entry's second word, below CLAIMED
-MAX_COUNTER = 255
+# Aliases until all rooms name the fields of ops.layout.
+NUM_COUNTED = fields.ADMISSION_NUM_COUNTED
+KIND = fields.ADMISSION_KIND
+THRESHOLD = fields.ADMISSION_THRESHOLD
+NUM_LOOKUPS = fields.ADMISSION_NUM_LOOKUPS
+FORGET_AFTER = fields.ADMISSION_FORGET_AFTER
+PER_BATCH = fields.ADMISSION_PER_BATCH
+COUNTERS = fields.ADMISSION_COUNTERS
+WIDTH = fields.ADMISSION_WIDTH
+NUM_HASHES = fields.ADMISSION_NUM_HASHES
+COUNT = fields.COUNT
+SKETCH = fields.SKETCH
+DRAW = fields.DRAW
+COUNT_MASK = fields.COUNT_MASK
+MAX_LOOKUPS = fields.MAX_LOOKUPS
+MAX_COUNTER = fields.MAX_COUNTER
 
 Screen = Callable[[Tensor | None, Tensor], Tensor | None]
 

@@ -9,11 +9,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops import layout as fields
 
-LINE_SIZE = 3
-ADDRESS = 0  # of int64 rows, one feature's
-NUM_ROWS = 1
-TABLE = 2  # whose they are
+# Aliases until all rooms name the fields of ops.layout.
+LINE_SIZE = fields.SPAN_SIZE
+ADDRESS = fields.SPAN_ADDRESS
+NUM_ROWS = fields.SPAN_NUM_ROWS
+TABLE = fields.SPAN_TABLE
 
 Lines = npt.NDArray[np.int64]
 

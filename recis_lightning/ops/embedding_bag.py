@@ -14,27 +14,31 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
 
-PLAN_SIZE = 16
-FIRST_ID = 0  # position of the feature's first id among all ids of the call
-HEADER = 1  # its table's header address
-MODE = 2
-NUM_BAGS = 3
-BAG_LENGTH = 4  # ids in every bag, or -1 where OFFSETS tells
-OFFSETS = 5  # address of int64 [num_bags + 1]
-WEIGHTS = 6  # address of float32 [num_ids], or 0
-TILE_LEN = 7
-DATA = 8  # address of the output (or of its gradient)
-DATA_STRIDE = 9  # bytes from one bag of it to the next
-FIRST_CHUNK = 10  # how the work is split; the backend fills these two
-BAGS_PER_CHUNK = 11
-ROWS = 12  # address of the rows of its ids
-NUM_IDS = 13
-FLAT_BASE = 14  # its table's first row in the row update's numbering
-
-NONE, SUM, MEAN, TILE = range(4)
+# Aliases until all rooms name the fields of ops.layout.
+FIRST_ID = fields.PLAN_FIRST_ID
+HEADER = fields.PLAN_HEADER
+MODE = fields.PLAN_MODE
+NUM_BAGS = fields.PLAN_NUM_BAGS
+BAG_LENGTH = fields.PLAN_BAG_LENGTH
+OFFSETS = fields.PLAN_OFFSETS
+WEIGHTS = fields.PLAN_WEIGHTS
+TILE_LEN = fields.PLAN_TILE_LEN
+DATA = fields.PLAN_DATA
+DATA_STRIDE = fields.PLAN_DATA_STRIDE
+FIRST_CHUNK = fields.PLAN_FIRST_CHUNK
+BAGS_PER_CHUNK = fields.PLAN_BAGS_PER_CHUNK
+ROWS = fields.PLAN_ROWS
+NUM_IDS = fields.PLAN_NUM_IDS
+FLAT_BASE = fields.PLAN_FLAT_BASE
+PLAN_SIZE = fields.PLAN_SIZE
+NONE = fields.NONE
+SUM = fields.SUM
+MEAN = fields.MEAN
+TILE = fields.TILE
 MODES = {"none": NONE, "sum": SUM, "mean": MEAN, "tile": TILE}
 
 Plan = npt.NDArray[np.int64]

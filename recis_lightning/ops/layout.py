@@ -63,3 +63,68 @@ HAS_PADDING = 1  # flag: the feature has a padding_idx
 INSERT = 2  # flag: unknown ids of the feature get a row
 SCREEN = 4  # flag: those that the table's admission policy lets in
 STAMP = 8  # flag: training lookups write COUNTS or LAST_TIME
+
+# Plan of a lookup or an update: one line a feature, int64 [num_features, PLAN_SIZE].
+PLAN_SIZE = 16
+PLAN_FIRST_ID = 0  # position of the feature's first id among all ids of the call
+PLAN_HEADER = 1  # its table's header address
+PLAN_MODE = 2
+PLAN_NUM_BAGS = 3
+PLAN_BAG_LENGTH = 4  # ids in every bag, or -1 where OFFSETS tells
+PLAN_OFFSETS = 5  # address of int64 [num_bags + 1]
+PLAN_WEIGHTS = 6  # address of float32 [num_ids], or 0
+PLAN_TILE_LEN = 7
+PLAN_DATA = 8  # address of the output (or of its gradient)
+PLAN_DATA_STRIDE = 9  # bytes from one bag of it to the next
+PLAN_FIRST_CHUNK = 10  # how the work is split; the backend fills these two
+PLAN_BAGS_PER_CHUNK = 11
+PLAN_ROWS = 12  # address of the rows of its ids
+PLAN_NUM_IDS = 13
+PLAN_FLAT_BASE = 14  # its table's first row in the row update's numbering
+
+NONE, SUM, MEAN, TILE = range(4)
+
+# Hyperparameters of a table, float32 [HYPER_SIZE]; LR and SCALE serve every rule.
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)
+
+HYPER_SIZE = 8
+HYPER_LR = 0  # learning rate, with Adam's first bias correction or Adagrad's decay in it
+HYPER_EPS = 1  # Adam: as added after the second bias correction
+HYPER_ONE_MINUS_BETA1 = 2  # 1 - beta1, rounded once: in float32, 1 - 0.999 is off by 5e-5 of itself
+HYPER_ONE_MINUS_BETA2 = 3  # 1 - beta2
+HYPER_INV_SQRT_BIAS2 = 4  # 1 / sqrt(1 - beta2 ** step)
+HYPER_DECAY = 5  # what weights are multiplied by first: 1 - lr * weight_decay
+HYPER_SCALE = 6  # what gradients are multiplied by (norm clipping)
+HYPER_CLIP = 7  # bound of every gradient element (value clipping), inf where there is none
+
+# Header of an admission counter. Its index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) is as a table's.
+ADMISSION_NUM_COUNTED = 4  # sightings since the sketch was last halved; among what kernels count
+ADMISSION_KIND = 8
+ADMISSION_THRESHOLD = 9  # sightings wanted (COUNT, SKETCH); probability * 2**53 (DRAW)
+ADMISSION_NUM_LOOKUPS = 10  # training lookups so far, the present one included
+ADMISSION_FORGET_AFTER = 11
+ADMISSION_PER_BATCH = 12  # whether a lookup counts once, however often the id is in it
+ADMISSION_COUNTERS = 13  # address of uint8 [num_hashes * width]
+ADMISSION_WIDTH = 14
+ADMISSION_NUM_HASHES = 15
+
+COUNT, SKETCH, DRAW = 1, 2, 3
+COUNT_MASK = (1 << 32) - 1
+MAX_LOOKUPS = 1 << 30  # lookups and count share an entry's second word, below CLAIMED
+MAX_COUNTER = 255
+
+# Row fields to copy: one line a field, int64 [num_fields, ROW_FIELD_SIZE].
+ROW_FIELD_SIZE = 4
+ROW_FIELD_DATA = 0  # address of the part of the first row
+ROW_FIELD_STRIDE = 1  # bytes from one row's part to the next; 0 reads the same for all
+ROW_FIELD_FIRST_BYTE = 2  # where in a row the part begins
+ROW_FIELD_NUM_BYTES = 3  # of the part
+
+# Rows of one feature among those of a lookup, int64 [num_spans, SPAN_SIZE].
+SPAN_SIZE = 3
+SPAN_ADDRESS = 0  # of int64 rows, one feature's
+SPAN_NUM_ROWS = 1
+SPAN_TABLE = 2  # whose they are
+
+# Distributions of initial rows: INIT_KIND.
+INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL, INIT_TRUNCATED_NORMAL = range(4)

@@ -13,13 +13,15 @@ import numpy.typing as npt
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 
-PLAN_SIZE = 4
-DATA = 0  # address of the part of the first row
-STRIDE = 1  # bytes from one row's part to the next; 0 reads the same for all
-FIRST_BYTE = 2  # where in a row the part begins
-NUM_BYTES = 3  # of the part
+# Aliases until all rooms name the fields of ops.layout.
+PLAN_SIZE = fields.ROW_FIELD_SIZE
+DATA = fields.ROW_FIELD_DATA
+STRIDE = fields.ROW_FIELD_STRIDE
+FIRST_BYTE = fields.ROW_FIELD_FIRST_BYTE
+NUM_BYTES = fields.ROW_FIELD_NUM_BYTES
 
 Plan = npt.NDArray[np.int64]
 

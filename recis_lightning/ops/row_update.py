@@ -17,20 +17,23 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 
-SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)
-
-# A table's hyperparameters, float32 [HYPER_SIZE]; LR and SCALE serve every rule.
-HYPER_SIZE = 8
-LR = 0  # learning rate, with Adam's first bias correction or Adagrad's decay in it
-EPS = 1  # Adam: as added after the second bias correction
-NEW_SHARE1 = 2  # 1 - beta1, rounded once: in float32, 1 - 0.999 is off by 5e-5 of itself
-NEW_SHARE2 = 3  # 1 - beta2
-INV_SQRT_BIAS2 = 4  # 1 / sqrt(1 - beta2 ** step)
-DECAY = 5  # what weights are multiplied by first: 1 - lr * weight_decay
-SCALE = 6  # what gradients are multiplied by (norm clipping)
-CLIP = 7  # bound of every gradient element (value clipping), inf where there is none
+# Aliases until all rooms name the fields of ops.layout.
+LR = fields.HYPER_LR
+EPS = fields.HYPER_EPS
+INV_SQRT_BIAS2 = fields.HYPER_INV_SQRT_BIAS2
+DECAY = fields.HYPER_DECAY
+SCALE = fields.HYPER_SCALE
+CLIP = fields.HYPER_CLIP
+NEW_SHARE1 = fields.HYPER_ONE_MINUS_BETA1
+NEW_SHARE2 = fields.HYPER_ONE_MINUS_BETA2
+HYPER_SIZE = fields.HYPER_SIZE
+SGD = fields.SGD
+ADAGRAD = fields.ADAGRAD
+ROWWISE_ADAGRAD = fields.ROWWISE_ADAGRAD
+ADAM = fields.ADAM
 
 
 @dataclass(frozen=True)

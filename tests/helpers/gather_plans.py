@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from recis_lightning.ops import embedding_bag
-from recis_lightning.ops.embedding_bag import MODES, PLAN_SIZE
-from recis_lightning.ops.layout import PADDING, UNKNOWN
+from recis_lightning.ops import layout as fields
+from recis_lightning.ops.embedding_bag import MODES
+from recis_lightning.ops.layout import PADDING, PLAN_SIZE, UNKNOWN
 
 NAN = float("nan")
 
@@ -32,17 +32,17 @@ class Feature:
     def line(self):
         line = np.zeros(PLAN_SIZE, np.int64)
         for field, value in {
-            embedding_bag.HEADER: self.table.header.address,
-            embedding_bag.MODE: MODES[self.mode],
-            embedding_bag.NUM_BAGS: self.num_bags,
-            embedding_bag.BAG_LENGTH: self.length,
-            embedding_bag.OFFSETS: 0 if self.offsets is None else self.offsets.data_ptr(),
-            embedding_bag.WEIGHTS: 0 if self.weights is None else self.weights.data_ptr(),
-            embedding_bag.TILE_LEN: self.tile_len,
-            embedding_bag.DATA: self.buffer.data_ptr(),
-            embedding_bag.DATA_STRIDE: self.buffer.stride(0) * self.buffer.element_size(),
-            embedding_bag.ROWS: self.rows.data_ptr(),
-            embedding_bag.NUM_IDS: self.rows.numel(),
+            fields.PLAN_HEADER: self.table.header.address,
+            fields.PLAN_MODE: MODES[self.mode],
+            fields.PLAN_NUM_BAGS: self.num_bags,
+            fields.PLAN_BAG_LENGTH: self.length,
+            fields.PLAN_OFFSETS: 0 if self.offsets is None else self.offsets.data_ptr(),
+            fields.PLAN_WEIGHTS: 0 if self.weights is None else self.weights.data_ptr(),
+            fields.PLAN_TILE_LEN: self.tile_len,
+            fields.PLAN_DATA: self.buffer.data_ptr(),
+            fields.PLAN_DATA_STRIDE: self.buffer.stride(0) * self.buffer.element_size(),
+            fields.PLAN_ROWS: self.rows.data_ptr(),
+            fields.PLAN_NUM_IDS: self.rows.numel(),
         }.items():
             line[field] = value
         return line

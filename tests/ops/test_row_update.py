@@ -7,24 +7,26 @@ import torch
 from recis_lightning import HashTable
 from recis_lightning.initializers import Normal
 from recis_lightning.ops import backend as ops_backend
-from recis_lightning.ops import embedding_bag, row_update
-from recis_lightning.ops.layout import PADDING, UNKNOWN
-from recis_lightning.ops.row_update import (
+from recis_lightning.ops import layout as fields
+from recis_lightning.ops import row_update
+from recis_lightning.ops.layout import (
     ADAGRAD,
     ADAM,
-    CLIP,
-    DECAY,
-    EPS,
+    HYPER_CLIP,
+    HYPER_DECAY,
+    HYPER_EPS,
+    HYPER_INV_SQRT_BIAS2,
+    HYPER_LR,
+    HYPER_ONE_MINUS_BETA1,
+    HYPER_ONE_MINUS_BETA2,
+    HYPER_SCALE,
     HYPER_SIZE,
-    INV_SQRT_BIAS2,
-    LR,
-    NEW_SHARE1,
-    NEW_SHARE2,
+    PADDING,
     ROWWISE_ADAGRAD,
-    SCALE,
     SGD,
-    RowLayout,
+    UNKNOWN,
 )
+from recis_lightning.ops.row_update import RowLayout
 from tests.helpers.gather_plans import Feature, mixed_features, random_rows
 
 DIMS = [1, 2, 3, 7, 8, 10, 16, 24, 33, 64, 128]
@@ -37,14 +39,14 @@ SLOTS = {
 }
 RULES = {"sgd": SGD, "adagrad": ADAGRAD, "rowwise_adagrad": ROWWISE_ADAGRAD, "adam": ADAM}
 HYPER = {
-    LR: 0.1,
-    EPS: 1e-3,
-    NEW_SHARE1: 0.2,
-    NEW_SHARE2: 0.05,
-    INV_SQRT_BIAS2: 1.7,
-    DECAY: 0.99,
-    SCALE: 0.5,
-    CLIP: 0.8,
+    HYPER_LR: 0.1,
+    HYPER_EPS: 1e-3,
+    HYPER_ONE_MINUS_BETA1: 0.2,
+    HYPER_ONE_MINUS_BETA2: 0.05,
+    HYPER_INV_SQRT_BIAS2: 1.7,
+    HYPER_DECAY: 0.99,
+    HYPER_SCALE: 0.5,
+    HYPER_CLIP: 0.8,
 }
 
 
@@ -66,8 +68,8 @@ def _gradients(features, hyper=HYPER):
     tables = list(dict.fromkeys(feature.table for feature in features))
     values = np.ones((len(tables), HYPER_SIZE), np.float32)
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
-    for line, fields in zip(values, per_table, strict=True):
-        line[list(fields)] = list(fields.values())
+    for line, wanted in zip(values, per_table, strict=True):
+        line[list(wanted)] = list(wanted.values())
     rows = tables[0].rows
     addresses, bases = [], {}
     for number, table in enumerate(tables):
@@ -75,9 +77,9 @@ def _gradients(features, hyper=HYPER):
         at = values.ctypes.data + number * values.strides[0]
         addresses += [(block, at) for block in table.rows.addresses.tolist()]
     plan = np.stack([feature.line() for feature in features])
-    sizes = plan[:, embedding_bag.NUM_IDS]
-    plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
-    plan[:, embedding_bag.FLAT_BASE] = [bases[feature.table] for feature in features]
+    sizes = plan[:, fields.PLAN_NUM_IDS]
+    plan[:, fields.PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
+    plan[:, fields.PLAN_FLAT_BASE] = [bases[feature.table] for feature in features]
     layout = RowLayout(
         rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, tables[0].device
     )
@@ -184,7 +186,7 @@ def test_gradients_are_those_of_autograd(backend, dim):
     features = [f.fill_gradient(generator) for f in mixed_features(table, generator, 20)]
     wanted = _dense_gradient(features, table)
     before = _state(table)["weights"].double()
-    gradients, keep = _gradients(features, {LR: 1.0, CLIP: math.inf})
+    gradients, keep = _gradients(features, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
     wanted_norm = wanted.square().sum().item()
     assert row_update.squared_norm(gradients).item() == pytest.approx(wanted_norm, rel=1e-5)
     row_update.update_rows_(gradients, SGD)
@@ -216,13 +218,17 @@ def _train_with_torch(rule, weight, gradients):
 def _hyper(rule, step):
     """Return the hyperparameters that make a rule the optimizer of ``_train_with_torch``."""
     bias1, root2 = 1 - 0.8**step, math.sqrt(1 - 0.95**step)
-    shares = {NEW_SHARE1: 0.2, NEW_SHARE2: 0.05, INV_SQRT_BIAS2: 1 / root2}
+    shares = {
+        HYPER_ONE_MINUS_BETA1: 0.2,
+        HYPER_ONE_MINUS_BETA2: 0.05,
+        HYPER_INV_SQRT_BIAS2: 1 / root2,
+    }
     return {
-        SGD: {LR: 0.1},
-        ADAGRAD: {LR: 0.1 / (1 + (step - 1) * 0.2), EPS: 1e-4},
-        ADAM: {LR: 0.1 / bias1, EPS: 1e-4 / root2, **shares},
-        "adamw": {LR: 0.1 / bias1, EPS: 1e-4, DECAY: 1 - 0.1 * 0.3, **shares},
-    }[rule] | {CLIP: math.inf}
+        SGD: {HYPER_LR: 0.1},
+        ADAGRAD: {HYPER_LR: 0.1 / (1 + (step - 1) * 0.2), HYPER_EPS: 1e-4},
+        ADAM: {HYPER_LR: 0.1 / bias1, HYPER_EPS: 1e-4 / root2, **shares},
+        "adamw": {HYPER_LR: 0.1 / bias1, HYPER_EPS: 1e-4, HYPER_DECAY: 1 - 0.1 * 0.3, **shares},
+    }[rule] | {HYPER_CLIP: math.inf}
 
 
 @pytest.mark.parametrize("dim", [7, 24])
@@ -262,7 +268,7 @@ def test_rowwise_adagrad_adds_up_mean_squares(backend):
     before = _state(table)
     generator = torch.Generator().manual_seed(0)
     feature = Feature(table, random_rows(generator, 600), "none").fill_gradient(generator)
-    _update([feature], ROWWISE_ADAGRAD, {LR: 0.1, EPS: 1e-3, CLIP: math.inf})
+    _update([feature], ROWWISE_ADAGRAD, {HYPER_LR: 0.1, HYPER_EPS: 1e-3, HYPER_CLIP: math.inf})
     gradient = _dense_gradient_of_rows(feature)
     total = before["sum"] + gradient.square().mean(1, keepdim=True)
     weights = before["weights"] - 0.1 * gradient / (total.sqrt() + 1e-3)
@@ -289,7 +295,7 @@ def test_scale_comes_before_the_clip(backend):
     before = _state(table)["weights"]
     feature = Feature(table, torch.tensor([0, 0, 1, 2]), "none")
     feature.buffer = torch.tensor([[1.0, 2, -9, 0], [1, 2, -9, 0], [3, -3, 0.1, 4], [math.nan] * 4])
-    _update([feature], SGD, {LR: 1.0, SCALE: 0.5, CLIP: 1.5})
+    _update([feature], SGD, {HYPER_LR: 1.0, HYPER_SCALE: 0.5, HYPER_CLIP: 1.5})
     moved = before - _state(table)["weights"]
     torch.testing.assert_close(moved[0], torch.tensor([1.0, 1.5, -1.5, 0]))
     torch.testing.assert_close(moved[1], torch.tensor([1.5, -1.5, 0.05, 1.5]))
@@ -303,7 +309,9 @@ def test_many_tables_in_one_call(backend, dtype):
     count = 12 if backend != "triton" else 4
     tables = [_table(3, ADAGRAD, dtype, f"{n}", num_rows=50 + 40 * n) for n in range(count)]
     alone = [_table(3, ADAGRAD, dtype, f"{n}", num_rows=50 + 40 * n) for n in range(count)]
-    hyper = [{LR: 0.01 * (n + 1), EPS: 1e-3, CLIP: math.inf} for n in range(count)]
+    hyper = [
+        {HYPER_LR: 0.01 * (n + 1), HYPER_EPS: 1e-3, HYPER_CLIP: math.inf} for n in range(count)
+    ]
     features = []
     for number in [*range(count), 3, 3, count // 2]:
         rows = random_rows(generator, 64, num_rows=50 + 40 * number)
@@ -330,7 +338,7 @@ def test_hot_rows_and_large_batches(backend):
     # Small whole numbers: float32 sums are exact in every order.
     feature.buffer = torch.randint(-3, 4, feature.buffer.shape, generator=generator).float()
     table.rows.write(torch.arange(5000), torch.zeros(5000, 2), {})
-    _update([feature], SGD, {LR: 1.0, CLIP: math.inf})
+    _update([feature], SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
     wanted = -_dense_gradient_of_rows(feature, 5000)
     assert torch.equal(_state(table, 5000)["weights"], wanted)
 
@@ -342,7 +350,7 @@ def test_gradients_of_a_row_are_added_in_the_order_of_the_batch():
     rows = torch.randint(0, 70, (40_000,), generator=generator)
     features = [Feature(table, part, "none").fill_gradient(generator) for part in rows.split(9000)]
     table.rows.write(torch.arange(70), torch.zeros(70, 1), {})
-    _update(features, SGD, {LR: 1.0, CLIP: math.inf})
+    _update(features, SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
     values = torch.cat([feature.buffer[:, 0] for feature in features]).numpy()
     sums = np.zeros(70, np.float32)
     for row, value in zip(rows.tolist(), values, strict=True):
@@ -356,7 +364,7 @@ def test_expanded_gradients_are_read_in_place(backend):
     before = _state(table)["weights"]
     feature = Feature(table, torch.tensor([0, 1, 0, 2]), "none")
     feature.buffer = torch.tensor([1.0, 2.0, 3.0]).expand(4, 3)
-    _update([feature], SGD, {LR: 1.0, CLIP: math.inf})
+    _update([feature], SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
     moved = before - _state(table)["weights"]
     torch.testing.assert_close(moved[:4, 0], torch.tensor([2.0, 1.0, 1.0, 0.0]))
 

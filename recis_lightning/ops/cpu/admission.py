@@ -5,22 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from recis_lightning.ops.admission import (
-    COUNT,
-    COUNT_MASK,
-    COUNTERS,
-    DRAW,
-    FORGET_AFTER,
-    KIND,
-    MAX_COUNTER,
-    NUM_COUNTED,
-    NUM_HASHES,
-    NUM_LOOKUPS,
-    PER_BATCH,
-    SKETCH,
-    THRESHOLD,
-    WIDTH,
-)
 from recis_lightning.ops.cpu import runtime
 from recis_lightning.ops.cpu.intrinsics import (
     atomic_add,
@@ -43,10 +27,23 @@ from recis_lightning.ops.cpu.probe import (
 from recis_lightning.ops.cpu.row_init import mix
 from recis_lightning.ops.cpu.runtime import address_of
 from recis_lightning.ops.layout import (
+    ADMISSION_COUNTERS,
+    ADMISSION_FORGET_AFTER,
+    ADMISSION_KIND,
+    ADMISSION_NUM_COUNTED,
+    ADMISSION_NUM_HASHES,
+    ADMISSION_NUM_LOOKUPS,
+    ADMISSION_PER_BATCH,
+    ADMISSION_THRESHOLD,
+    ADMISSION_WIDTH,
     CAPACITY,
+    COUNT,
+    COUNT_MASK,
+    DRAW,
     EMPTY,
     ENTRIES,
     INIT_KEY,
+    MAX_COUNTER,
     NO_ROW,
     NUM_IDS,
     NUM_REFUSED,
@@ -56,6 +53,7 @@ from recis_lightning.ops.layout import (
     SEGMENT_IDS,
     SHIFT,
     SIGHTINGS,
+    SKETCH,
     UNKNOWN,
 )
 
@@ -136,17 +134,17 @@ def _sight_kernel(args):
                 if load_i64(info + 8 * SEGMENT_FLAGS) & SCREEN:
                     memory = load_i64(load_i64(info + 8 * SEGMENT_HEADER) + 8 * SIGHTINGS)
                     ids = load_i64(info + 8 * SEGMENT_IDS)
-                    kind = load_i64(memory + 8 * KIND)
-                    now = load_i64(memory + 8 * NUM_LOOKUPS)
-                    wanted = load_i64(memory + 8 * THRESHOLD)
-                    forget_after = load_i64(memory + 8 * FORGET_AFTER)
-                    per_batch = load_i64(memory + 8 * PER_BATCH)
+                    kind = load_i64(memory + 8 * ADMISSION_KIND)
+                    now = load_i64(memory + 8 * ADMISSION_NUM_LOOKUPS)
+                    wanted = load_i64(memory + 8 * ADMISSION_THRESHOLD)
+                    forget_after = load_i64(memory + 8 * ADMISSION_FORGET_AFTER)
+                    per_batch = load_i64(memory + 8 * ADMISSION_PER_BATCH)
                     entries = load_i64(memory + 8 * ENTRIES)
                     shift = load_i64(memory + 8 * SHIFT)
                     capacity = load_i64(memory + 8 * CAPACITY)
-                    counters = load_i64(memory + 8 * COUNTERS)
-                    width = load_i64(memory + 8 * WIDTH)
-                    num_hashes = load_i64(memory + 8 * NUM_HASHES)
+                    counters = load_i64(memory + 8 * ADMISSION_COUNTERS)
+                    width = load_i64(memory + 8 * ADMISSION_WIDTH)
+                    num_hashes = load_i64(memory + 8 * ADMISSION_NUM_HASHES)
             weight = np.int64(1)
             if weights:
                 weight = load_i64(weights + 8 * position)
@@ -179,7 +177,7 @@ def _sight_kernel(args):
                 second = mix(first ^ _SECOND_HASH)
                 for number in range(num_hashes):
                     _add_to_counter(_counter_of(counters, first, second, number, width), weight)
-                atomic_add(memory + 8 * NUM_COUNTED, weight)
+                atomic_add(memory + 8 * ADMISSION_NUM_COUNTED, weight)
 
 
 @runtime.kernel
@@ -217,12 +215,12 @@ def _judge_kernel(args):
                     header = load_i64(info + 8 * SEGMENT_HEADER)
                     memory = load_i64(header + 8 * SIGHTINGS)
                     ids = load_i64(info + 8 * SEGMENT_IDS)
-                    kind = load_i64(memory + 8 * KIND)
-                    now = load_i64(memory + 8 * NUM_LOOKUPS)
-                    wanted = load_i64(memory + 8 * THRESHOLD)
-                    counters = load_i64(memory + 8 * COUNTERS)
-                    width = load_i64(memory + 8 * WIDTH)
-                    num_hashes = load_i64(memory + 8 * NUM_HASHES)
+                    kind = load_i64(memory + 8 * ADMISSION_KIND)
+                    now = load_i64(memory + 8 * ADMISSION_NUM_LOOKUPS)
+                    wanted = load_i64(memory + 8 * ADMISSION_THRESHOLD)
+                    counters = load_i64(memory + 8 * ADMISSION_COUNTERS)
+                    width = load_i64(memory + 8 * ADMISSION_WIDTH)
+                    num_hashes = load_i64(memory + 8 * ADMISSION_NUM_HASHES)
                     key = mix(np.uint64(load_i64(header + 8 * INIT_KEY)) ^ _DRAW_KEY)
             admitted = True
             if kind == COUNT:

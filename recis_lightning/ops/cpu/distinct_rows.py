@@ -7,9 +7,9 @@ import numpy as np
 from recis_lightning.ops.cpu import runtime
 from recis_lightning.ops.cpu.intrinsics import load_i64, store_i64
 from recis_lightning.ops.cpu.runtime import address_of
-from recis_lightning.ops.distinct_rows import ADDRESS, LINE_SIZE, NUM_ROWS, TABLE
+from recis_lightning.ops.layout import SPAN_ADDRESS, SPAN_NUM_ROWS, SPAN_SIZE, SPAN_TABLE
 
-_LINE_BYTES = 8 * LINE_SIZE
+_LINE_BYTES = 8 * SPAN_SIZE
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _LEAST_BITS = 4
 _SPARE = 4  # cells of the set for a row, at most
@@ -21,10 +21,10 @@ def _count_kernel(args):
     cells, counts = load_i64(args + 32), load_i64(args + 40)
     line, end = lines, lines + num_lines * _LINE_BYTES
     while line < end:
-        table = load_i64(line + 8 * TABLE)
+        table = load_i64(line + 8 * SPAN_TABLE)
         size, last = 0, line
-        while last < end and load_i64(last + 8 * TABLE) == table:
-            size += load_i64(last + 8 * NUM_ROWS)
+        while last < end and load_i64(last + 8 * SPAN_TABLE) == table:
+            size += load_i64(last + 8 * SPAN_NUM_ROWS)
             last += _LINE_BYTES
         bits = _LEAST_BITS
         while (1 << bits) < 2 * size:
@@ -34,8 +34,8 @@ def _count_kernel(args):
             store_i64(cells + 8 * cell, -1)
         distinct, known = 0, 0
         while line < last:
-            rows = load_i64(line + 8 * ADDRESS)
-            for i in range(load_i64(line + 8 * NUM_ROWS)):
+            rows = load_i64(line + 8 * SPAN_ADDRESS)
+            for i in range(load_i64(line + 8 * SPAN_NUM_ROWS)):
                 row = load_i64(rows + 8 * i)
                 if row < 0:
                     continue
@@ -56,8 +56,8 @@ def _count_kernel(args):
 def count_distinct(lookups, counts):
     """See the contract."""
     lines = lookups[0][1] if len(lookups) == 1 else np.concatenate([part for _, part in lookups])
-    lines = lines[np.argsort(lines[:, TABLE], kind="stable")]
-    cells = np.empty(_SPARE * int(lines[:, NUM_ROWS].sum()) + (1 << _LEAST_BITS), np.int64)
+    lines = lines[np.argsort(lines[:, SPAN_TABLE], kind="stable")]
+    cells = np.empty(_SPARE * int(lines[:, SPAN_NUM_ROWS].sum()) + (1 << _LEAST_BITS), np.int64)
     where = (address_of(lines), len(lines), address_of(cells), address_of(counts))
     _count_kernel.launch(1, *where)
 

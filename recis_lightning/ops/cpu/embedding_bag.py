@@ -27,26 +27,6 @@ from recis_lightning.ops.cpu.intrinsics import (
 )
 from recis_lightning.ops.cpu.probe import AHEAD, SEGMENT_BYTES, find_row, slot_of
 from recis_lightning.ops.cpu.runtime import address_of, num_chunks
-from recis_lightning.ops.embedding_bag import (
-    BAG_LENGTH,
-    BAGS_PER_CHUNK,
-    DATA,
-    DATA_STRIDE,
-    FIRST_CHUNK,
-    HEADER,
-    MEAN,
-    MODE,
-    NONE,
-    NUM_BAGS,
-    NUM_IDS,
-    OFFSETS,
-    PLAN_SIZE,
-    ROWS,
-    SUM,
-    TILE,
-    TILE_LEN,
-    WEIGHTS,
-)
 from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
     BLOCKS,
@@ -55,9 +35,25 @@ from recis_lightning.ops.layout import (
     HAS_PADDING,
     INSERT,
     LAST_SEEN,
+    MEAN,
     MISSING,
     NO_ROW,
+    NONE,
     PADDING,
+    PLAN_BAG_LENGTH,
+    PLAN_BAGS_PER_CHUNK,
+    PLAN_DATA,
+    PLAN_DATA_STRIDE,
+    PLAN_FIRST_CHUNK,
+    PLAN_HEADER,
+    PLAN_MODE,
+    PLAN_NUM_BAGS,
+    PLAN_NUM_IDS,
+    PLAN_OFFSETS,
+    PLAN_ROWS,
+    PLAN_SIZE,
+    PLAN_TILE_LEN,
+    PLAN_WEIGHTS,
     ROW_BYTES,
     SEGMENT_FLAGS,
     SEGMENT_IDS,
@@ -65,6 +61,8 @@ from recis_lightning.ops.layout import (
     SEGMENT_START,
     SHIFT,
     STEP,
+    SUM,
+    TILE,
     UNKNOWN,
 )
 
@@ -80,18 +78,18 @@ def _split_kernel(args):
     plan, num_features = load_i64(args + 16), load_i64(args + 24)
     num_ids = np.int64(0)
     for feature in range(num_features):
-        num_ids += load_i64(plan + feature * 8 * PLAN_SIZE + 8 * NUM_IDS)
+        num_ids += load_i64(plan + feature * 8 * PLAN_SIZE + 8 * PLAN_NUM_IDS)
     chunks = np.int64(0)
     for feature in range(num_features):
         line = plan + feature * 8 * PLAN_SIZE
-        bags = load_i64(line + 8 * NUM_BAGS)
-        mean_length = max(load_i64(line + 8 * NUM_IDS) // max(bags, 1), 1)
+        bags = load_i64(line + 8 * PLAN_NUM_BAGS)
+        mean_length = max(load_i64(line + 8 * PLAN_NUM_IDS) // max(bags, 1), 1)
         ids = np.int64(_IDS_PER_CHUNK)
-        if num_ids >= _MANY_IDS and load_i64(line + 8 * MODE) == NONE:
+        if num_ids >= _MANY_IDS and load_i64(line + 8 * PLAN_MODE) == NONE:
             ids = np.int64(_MANY_IDS_PER_CHUNK)
         per_chunk = max(ids // mean_length, 1)
-        store_i64(line + 8 * BAGS_PER_CHUNK, per_chunk)
-        store_i64(line + 8 * FIRST_CHUNK, chunks)
+        store_i64(line + 8 * PLAN_BAGS_PER_CHUNK, per_chunk)
+        store_i64(line + 8 * PLAN_FIRST_CHUNK, chunks)
         # One without bags too: its offsets are checked.
         chunks += max((bags + per_chunk - 1) // per_chunk, 1)
     store_i64(args + 32, chunks)
@@ -108,7 +106,7 @@ def feature_at(plan, num_features, chunk):
     low, high = 0, num_features
     while high - low > 1:
         middle = (low + high) >> 1
-        if load_i64(plan + middle * 8 * PLAN_SIZE + 8 * FIRST_CHUNK) <= chunk:
+        if load_i64(plan + middle * 8 * PLAN_SIZE + 8 * PLAN_FIRST_CHUNK) <= chunk:
             low = middle
         else:
             high = middle
@@ -124,11 +122,11 @@ def row_address(row, blocks, shift, mask, row_bytes):
 @njit
 def bag_start(line, bag):
     """Return a bag's first id, kept inside the feature whatever its offsets say."""
-    length = load_i64(line + 8 * BAG_LENGTH)
+    length = load_i64(line + 8 * PLAN_BAG_LENGTH)
     if length >= 0:
         return bag * length
-    start = load_i64(load_i64(line + 8 * OFFSETS) + 8 * bag)
-    return min(max(start, 0), load_i64(line + 8 * NUM_IDS))
+    start = load_i64(load_i64(line + 8 * PLAN_OFFSETS) + 8 * bag)
+    return min(max(start, 0), load_i64(line + 8 * PLAN_NUM_IDS))
 
 
 @njit
@@ -176,22 +174,22 @@ def _gather_kernel(width, bfloat16, finding):
                 break
             feature = feature_at(plan, num_features, chunk)
             line = plan + feature * 8 * PLAN_SIZE
-            header, mode = load_i64(line + 8 * HEADER), load_i64(line + 8 * MODE)
+            header, mode = load_i64(line + 8 * PLAN_HEADER), load_i64(line + 8 * PLAN_MODE)
             blocks, shift = load_i64(header + 8 * BLOCKS), load_i64(header + 8 * BLOCK_SHIFT)
             mask, row_bytes = (np.int64(1) << shift) - 1, load_i64(header + 8 * ROW_BYTES)
-            rows, num_ids = load_i64(line + 8 * ROWS), load_i64(line + 8 * NUM_IDS)
-            weights = load_i64(line + 8 * WEIGHTS)
-            data, stride = load_i64(line + 8 * DATA), load_i64(line + 8 * DATA_STRIDE)
+            rows, num_ids = load_i64(line + 8 * PLAN_ROWS), load_i64(line + 8 * PLAN_NUM_IDS)
+            weights = load_i64(line + 8 * PLAN_WEIGHTS)
+            data, stride = load_i64(line + 8 * PLAN_DATA), load_i64(line + 8 * PLAN_DATA_STRIDE)
             # Weighted rows that are not pooled are tiles of one row.
-            tile_len = load_i64(line + 8 * TILE_LEN) if mode == TILE else np.int64(1)
-            per_chunk = load_i64(line + 8 * BAGS_PER_CHUNK)
-            low = (chunk - load_i64(line + 8 * FIRST_CHUNK)) * per_chunk
-            high = min(low + per_chunk, load_i64(line + 8 * NUM_BAGS))
-            if load_i64(line + 8 * BAG_LENGTH) < 0:
-                offsets = load_i64(line + 8 * OFFSETS)
+            tile_len = load_i64(line + 8 * PLAN_TILE_LEN) if mode == TILE else np.int64(1)
+            per_chunk = load_i64(line + 8 * PLAN_BAGS_PER_CHUNK)
+            low = (chunk - load_i64(line + 8 * PLAN_FIRST_CHUNK)) * per_chunk
+            high = min(low + per_chunk, load_i64(line + 8 * PLAN_NUM_BAGS))
+            if load_i64(line + 8 * PLAN_BAG_LENGTH) < 0:
+                offsets = load_i64(line + 8 * PLAN_OFFSETS)
                 if (
                     load_i64(offsets) != 0
-                    or load_i64(offsets + 8 * load_i64(line + 8 * NUM_BAGS)) != num_ids
+                    or load_i64(offsets + 8 * load_i64(line + 8 * PLAN_NUM_BAGS)) != num_ids
                 ):
                     store_i64(bad, feature)
                 for bag in range(low, high):

@@ -14,22 +14,22 @@ from recis_lightning.ops.cpu import runtime
 from recis_lightning.ops.cpu.embedding_bag import bag_divisor, bag_start, feature_at, split_plan
 from recis_lightning.ops.cpu.intrinsics import atomic_add, load_f32, load_i64, store_f32, store_i64
 from recis_lightning.ops.cpu.runtime import address_of, num_chunks, workspace
-from recis_lightning.ops.embedding_bag import (
-    BAGS_PER_CHUNK,
-    DATA,
-    DATA_STRIDE,
-    FIRST_CHUNK,
-    FIRST_ID,
-    FLAT_BASE,
+from recis_lightning.ops.layout import (
     MEAN,
-    MODE,
-    NUM_BAGS,
-    NUM_IDS,
+    PLAN_BAGS_PER_CHUNK,
+    PLAN_DATA,
+    PLAN_DATA_STRIDE,
+    PLAN_FIRST_CHUNK,
+    PLAN_FIRST_ID,
+    PLAN_FLAT_BASE,
+    PLAN_MODE,
+    PLAN_NUM_BAGS,
+    PLAN_NUM_IDS,
+    PLAN_ROWS,
     PLAN_SIZE,
-    ROWS,
+    PLAN_TILE_LEN,
+    PLAN_WEIGHTS,
     TILE,
-    TILE_LEN,
-    WEIGHTS,
 )
 
 _SORT_SERIAL = 1 << 14  # fewer positions are sorted by one thread
@@ -53,13 +53,13 @@ def _key_kernel(args):
         if chunk >= chunks:
             break
         line = plan + feature_at(plan, num_features, chunk) * 8 * PLAN_SIZE
-        mode, first = load_i64(line + 8 * MODE), load_i64(line + 8 * FIRST_ID)
-        rows, base = load_i64(line + 8 * ROWS), load_i64(line + 8 * FLAT_BASE)
-        weights, tile_len = load_i64(line + 8 * WEIGHTS), load_i64(line + 8 * TILE_LEN)
-        data, stride = load_i64(line + 8 * DATA), load_i64(line + 8 * DATA_STRIDE)
-        per_chunk = load_i64(line + 8 * BAGS_PER_CHUNK)
-        low = (chunk - load_i64(line + 8 * FIRST_CHUNK)) * per_chunk
-        high = min(low + per_chunk, load_i64(line + 8 * NUM_BAGS))
+        mode, first = load_i64(line + 8 * PLAN_MODE), load_i64(line + 8 * PLAN_FIRST_ID)
+        rows, base = load_i64(line + 8 * PLAN_ROWS), load_i64(line + 8 * PLAN_FLAT_BASE)
+        weights, tile_len = load_i64(line + 8 * PLAN_WEIGHTS), load_i64(line + 8 * PLAN_TILE_LEN)
+        data, stride = load_i64(line + 8 * PLAN_DATA), load_i64(line + 8 * PLAN_DATA_STRIDE)
+        per_chunk = load_i64(line + 8 * PLAN_BAGS_PER_CHUNK)
+        low = (chunk - load_i64(line + 8 * PLAN_FIRST_CHUNK)) * per_chunk
+        high = min(low + per_chunk, load_i64(line + 8 * PLAN_NUM_BAGS))
         for bag in range(low, high):
             start, end = bag_start(line, bag), bag_start(line, bag + 1)
             divisor = bag_divisor(mode, rows, weights, start, end)
@@ -196,17 +196,17 @@ def _sort_tables_kernel(args):
 
 def _table_ranges(plan, num_rows):
     """Order the plan by table; return int64 [tables, 4]: first position, positions, base, rows."""
-    bases = plan[:, FLAT_BASE]
+    bases = plan[:, PLAN_FLAT_BASE]
     if (bases[1:] < bases[:-1]).any():
         plan = plan[np.argsort(bases, kind="stable")]
-        bases = plan[:, FLAT_BASE]
-    sizes = plan[:, NUM_IDS]
-    plan[:, FIRST_ID] = np.cumsum(sizes) - sizes
+        bases = plan[:, PLAN_FLAT_BASE]
+    sizes = plan[:, PLAN_NUM_IDS]
+    plan[:, PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
     is_first = np.ones(len(bases), bool)
     np.not_equal(bases[1:], bases[:-1], out=is_first[1:])
     starts = np.flatnonzero(is_first)
     ranges = np.empty((len(starts), 4), np.int64)
-    ranges[:, 0] = plan[starts, FIRST_ID]
+    ranges[:, 0] = plan[starts, PLAN_FIRST_ID]
     ranges[:, 1] = np.add.reduceat(sizes, starts)
     ranges[:, 2] = firsts = bases[starts]
     ranges[:-1, 3] = firsts[1:]
@@ -234,7 +234,7 @@ def _radix_sort(keys, spare, n, low_bit, num_bits):
 
 def sort_gradients(plan, blocks, layout, blocks_on_device):
     """See the contract."""
-    n = int(plan[:, NUM_IDS].sum())
+    n = int(plan[:, PLAN_NUM_IDS].sum())
     num_rows = len(blocks) << layout.block_shift
     position_bits = max(n - 1, 1).bit_length()
     row_bits = num_rows.bit_length()
@@ -245,7 +245,7 @@ def sort_gradients(plan, blocks, layout, blocks_on_device):
     spare = workspace.take("spare_keys", n, np.int64)
     addresses = workspace.take("gradient_addresses", n, np.int64)
     scales = None
-    if plan[:, WEIGHTS].any() or (plan[:, MODE] == MEAN).any():
+    if plan[:, PLAN_WEIGHTS].any() or (plan[:, PLAN_MODE] == MEAN).any():
         scales = workspace.take("gradient_scales", n, np.float32)
     _key_kernel.launch(
         split_plan(plan),

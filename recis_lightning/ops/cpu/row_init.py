@@ -26,8 +26,11 @@ from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
     BLOCKS,
     INIT_ARGS,
+    INIT_CONSTANT,
     INIT_KEY,
     INIT_KIND,
+    INIT_TRUNCATED_NORMAL,
+    INIT_UNIFORM,
     NUM_STATE,
     ROW_BYTES,
     SEGMENT_HEADER,
@@ -35,7 +38,6 @@ from recis_lightning.ops.layout import (
     SEGMENT_SIZE,
     STATE_FILL,
 )
-from recis_lightning.ops.row_init import CONSTANT, TRUNCATED_NORMAL, UNIFORM
 
 _CHUNK = 256
 _F = np.float32
@@ -102,13 +104,13 @@ def _uniform(base, column):
 @njit
 def _fill(kind, args, base, target, embedding_dim):
     first, second = _F(load_f64(args)), _F(load_f64(args + 8))
-    if kind == CONSTANT:
+    if kind == INIT_CONSTANT:
         for column in range(embedding_dim):
             store_f32(target + 4 * column, first)
-    elif kind == UNIFORM:
+    elif kind == INIT_UNIFORM:
         for column in range(embedding_dim):
             store_f32(target + 4 * column, first + (second - first) * _uniform(base, column))
-    elif kind == TRUNCATED_NORMAL:
+    elif kind == INIT_TRUNCATED_NORMAL:
         low, high = _F(load_f64(args + 16)), _F(load_f64(args + 24))
         start = _F(math.erf(low * _F(math.sqrt(0.5))))
         span = _F(math.erf(high * _F(math.sqrt(0.5)))) - start

@@ -18,8 +18,16 @@ from recis_lightning.ops.cpu.intrinsics import (
     store_vector,
 )
 from recis_lightning.ops.cpu.runtime import address_of, num_chunks
-from recis_lightning.ops.layout import BLOCK_SHIFT, BLOCKS, ROW_BYTES
-from recis_lightning.ops.row_io import DATA, FIRST_BYTE, NUM_BYTES, PLAN_SIZE, STRIDE
+from recis_lightning.ops.layout import (
+    BLOCK_SHIFT,
+    BLOCKS,
+    ROW_BYTES,
+    ROW_FIELD_DATA,
+    ROW_FIELD_FIRST_BYTE,
+    ROW_FIELD_NUM_BYTES,
+    ROW_FIELD_SIZE,
+    ROW_FIELD_STRIDE,
+)
 
 _ROWS_PER_CHUNK = 4096
 _AHEAD = 12  # rows between prefetch and use
@@ -61,10 +69,12 @@ def _columns_kernel(args):
                     prefetch(address + byte)
             row = row_address(load_i64(rows + 8 * i), blocks, shift, mask, row_bytes)
             for column in range(num_columns):
-                line = plan + column * 8 * PLAN_SIZE
-                data = load_i64(line + 8 * DATA) + i * load_i64(line + 8 * STRIDE)
-                part = row + load_i64(line + 8 * FIRST_BYTE)
-                num_bytes = load_i64(line + 8 * NUM_BYTES)
+                line = plan + column * 8 * ROW_FIELD_SIZE
+                data = load_i64(line + 8 * ROW_FIELD_DATA) + i * load_i64(
+                    line + 8 * ROW_FIELD_STRIDE
+                )
+                part = row + load_i64(line + 8 * ROW_FIELD_FIRST_BYTE)
+                num_bytes = load_i64(line + 8 * ROW_FIELD_NUM_BYTES)
                 if writing:
                     _copy(data, part, num_bytes)
                 else:

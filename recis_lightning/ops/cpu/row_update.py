@@ -37,17 +37,17 @@ from recis_lightning.ops.cpu.intrinsics import (
     vector_width,
 )
 from recis_lightning.ops.cpu.runtime import address_of, num_chunks
-from recis_lightning.ops.row_update import (
+from recis_lightning.ops.layout import (
     ADAGRAD,
-    CLIP,
-    DECAY,
-    EPS,
-    INV_SQRT_BIAS2,
-    LR,
-    NEW_SHARE1,
-    NEW_SHARE2,
+    HYPER_CLIP,
+    HYPER_DECAY,
+    HYPER_EPS,
+    HYPER_INV_SQRT_BIAS2,
+    HYPER_LR,
+    HYPER_ONE_MINUS_BETA1,
+    HYPER_ONE_MINUS_BETA2,
+    HYPER_SCALE,
     ROWWISE_ADAGRAD,
-    SCALE,
     SGD,
 )
 
@@ -119,12 +119,12 @@ def _update_kernel(rule, width, bfloat16):
                 row = load_i64(line) + (flat & block_mask) * row_bytes
                 hyper = load_i64(line + 8)
                 state = row + state_at
-                lr = splat(width, -load_f32(hyper + 4 * LR))
-                eps = splat(width, load_f32(hyper + 4 * EPS))
-                decay = splat(width, load_f32(hyper + 4 * DECAY))
-                scale = splat(width, load_f32(hyper + 4 * SCALE))
-                clip = splat(width, load_f32(hyper + 4 * CLIP))
-                no_clip = splat(width, -load_f32(hyper + 4 * CLIP))
+                lr = splat(width, -load_f32(hyper + 4 * HYPER_LR))
+                eps = splat(width, load_f32(hyper + 4 * HYPER_EPS))
+                decay = splat(width, load_f32(hyper + 4 * HYPER_DECAY))
+                scale = splat(width, load_f32(hyper + 4 * HYPER_SCALE))
+                clip = splat(width, load_f32(hyper + 4 * HYPER_CLIP))
+                no_clip = splat(width, -load_f32(hyper + 4 * HYPER_CLIP))
                 # Row-wise Adagrad needs the whole gradient's mean square before the first weight.
                 sweeps = 2 if rule == ROWWISE_ADAGRAD else 1
                 squares = np.float64(0)
@@ -161,9 +161,9 @@ def _update_kernel(rule, width, bfloat16):
                             s = splat(width, load_f32(state))
                             w = fma(lr, div(g, add(sqrt(s), eps)), w)
                         else:
-                            share1 = splat(width, load_f32(hyper + 4 * NEW_SHARE1))
-                            share2 = splat(width, load_f32(hyper + 4 * NEW_SHARE2))
-                            inverse = splat(width, load_f32(hyper + 4 * INV_SQRT_BIAS2))
+                            share1 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA1))
+                            share2 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA2))
+                            inverse = splat(width, load_f32(hyper + 4 * HYPER_INV_SQRT_BIAS2))
                             second = state + dim_bytes
                             m = load_vector(width, state + 4 * d)
                             v = load_vector(width, second + 4 * d)

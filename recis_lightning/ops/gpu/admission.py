@@ -3,7 +3,6 @@
 import torch
 import triton.language as tl
 
-from recis_lightning.ops import admission as memory_fields
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.probe import (
     EMPTY,
@@ -41,19 +40,19 @@ NUM_IDS = tl.constexpr(fields.NUM_IDS)
 NUM_REFUSED = tl.constexpr(fields.NUM_REFUSED)
 SCREEN = tl.constexpr(fields.SCREEN)
 SIGHTINGS = tl.constexpr(fields.SIGHTINGS)
-KIND = tl.constexpr(memory_fields.KIND)
-THRESHOLD = tl.constexpr(memory_fields.THRESHOLD)
-NUM_LOOKUPS = tl.constexpr(memory_fields.NUM_LOOKUPS)
-FORGET_AFTER = tl.constexpr(memory_fields.FORGET_AFTER)
-PER_BATCH = tl.constexpr(memory_fields.PER_BATCH)
-COUNTERS = tl.constexpr(memory_fields.COUNTERS)
-WIDTH = tl.constexpr(memory_fields.WIDTH)
-NUM_HASHES = tl.constexpr(memory_fields.NUM_HASHES)
-NUM_COUNTED = tl.constexpr(memory_fields.NUM_COUNTED)
-COUNT = tl.constexpr(memory_fields.COUNT)
-SKETCH = tl.constexpr(memory_fields.SKETCH)
-COUNT_MASK = tl.constexpr(memory_fields.COUNT_MASK)
-MAX_COUNTER = tl.constexpr(memory_fields.MAX_COUNTER)
+KIND = tl.constexpr(fields.ADMISSION_KIND)
+THRESHOLD = tl.constexpr(fields.ADMISSION_THRESHOLD)
+NUM_LOOKUPS = tl.constexpr(fields.ADMISSION_NUM_LOOKUPS)
+FORGET_AFTER = tl.constexpr(fields.ADMISSION_FORGET_AFTER)
+PER_BATCH = tl.constexpr(fields.ADMISSION_PER_BATCH)
+COUNTERS = tl.constexpr(fields.ADMISSION_COUNTERS)
+WIDTH = tl.constexpr(fields.ADMISSION_WIDTH)
+NUM_HASHES = tl.constexpr(fields.ADMISSION_NUM_HASHES)
+NUM_COUNTED = tl.constexpr(fields.ADMISSION_NUM_COUNTED)
+COUNT = tl.constexpr(fields.COUNT)
+SKETCH = tl.constexpr(fields.SKETCH)
+COUNT_MASK = tl.constexpr(fields.COUNT_MASK)
+MAX_COUNTER = tl.constexpr(fields.MAX_COUNTER)
 _SECOND_HASH = tl.constexpr(0x9E3779B97F4A7C15)
 _DRAW_KEY = tl.constexpr(0xD1B54A32D192ED03)
 

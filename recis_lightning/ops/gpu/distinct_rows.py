@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from recis_lightning.ops.async_copy import to_device_async
-from recis_lightning.ops.distinct_rows import ADDRESS, NUM_ROWS, TABLE
+from recis_lightning.ops.layout import SPAN_ADDRESS, SPAN_NUM_ROWS, SPAN_TABLE
 
 _ROW_BITS = 44  # of a row's number; above them stands its table's
 
@@ -15,11 +15,11 @@ def count_distinct(lookups, counts):
     """See the contract."""
     parts = []
     for rows, lines in lookups:
-        sizes = lines[:, NUM_ROWS]
+        sizes = lines[:, SPAN_NUM_ROWS]
         ends = np.cumsum(sizes)
-        places = np.repeat((lines[:, ADDRESS] - rows.data_ptr()) // 8 - ends + sizes, sizes)
+        places = np.repeat((lines[:, SPAN_ADDRESS] - rows.data_ptr()) // 8 - ends + sizes, sizes)
         places += np.arange(len(places))
-        tables = np.repeat(lines[:, TABLE] << _ROW_BITS, sizes)
+        tables = np.repeat(lines[:, SPAN_TABLE] << _ROW_BITS, sizes)
         # A key is negative where its row is.
         parts.append(
             rows[to_device_async(places, rows.device)] | to_device_async(tables, rows.device)

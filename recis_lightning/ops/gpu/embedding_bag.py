@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from recis_lightning.ops import embedding_bag as bags
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.probe import (
     FLAGS,
     HAS_PADDING,
@@ -44,23 +44,23 @@ from recis_lightning.ops.gpu.runtime import (
 )
 from recis_lightning.ops.layout import SEGMENT_SIZE
 
-LINE_BYTES = tl.constexpr(8 * bags.PLAN_SIZE)
-BOTH_BYTES = tl.constexpr(8 * (bags.PLAN_SIZE + SEGMENT_SIZE))  # a line, and behind it a segment
-HEADER = tl.constexpr(bags.HEADER)
-MODE = tl.constexpr(bags.MODE)
-NUM_BAGS = tl.constexpr(bags.NUM_BAGS)
-BAG_LENGTH = tl.constexpr(bags.BAG_LENGTH)
-OFFSETS = tl.constexpr(bags.OFFSETS)
-WEIGHTS = tl.constexpr(bags.WEIGHTS)
-TILE_LEN = tl.constexpr(bags.TILE_LEN)
-DATA = tl.constexpr(bags.DATA)
-DATA_STRIDE = tl.constexpr(bags.DATA_STRIDE)
-FIRST_CHUNK = tl.constexpr(bags.FIRST_CHUNK)
-ROWS = tl.constexpr(bags.ROWS)
-NUM_IDS = tl.constexpr(bags.NUM_IDS)
-SUM = tl.constexpr(bags.SUM)
-MEAN = tl.constexpr(bags.MEAN)
-TILE = tl.constexpr(bags.TILE)
+LINE_BYTES = tl.constexpr(8 * fields.PLAN_SIZE)
+BOTH_BYTES = tl.constexpr(8 * (fields.PLAN_SIZE + SEGMENT_SIZE))  # a line, and behind it a segment
+HEADER = tl.constexpr(fields.PLAN_HEADER)
+MODE = tl.constexpr(fields.PLAN_MODE)
+NUM_BAGS = tl.constexpr(fields.PLAN_NUM_BAGS)
+BAG_LENGTH = tl.constexpr(fields.PLAN_BAG_LENGTH)
+OFFSETS = tl.constexpr(fields.PLAN_OFFSETS)
+WEIGHTS = tl.constexpr(fields.PLAN_WEIGHTS)
+TILE_LEN = tl.constexpr(fields.PLAN_TILE_LEN)
+DATA = tl.constexpr(fields.PLAN_DATA)
+DATA_STRIDE = tl.constexpr(fields.PLAN_DATA_STRIDE)
+FIRST_CHUNK = tl.constexpr(fields.PLAN_FIRST_CHUNK)
+ROWS = tl.constexpr(fields.PLAN_ROWS)
+NUM_IDS = tl.constexpr(fields.PLAN_NUM_IDS)
+SUM = tl.constexpr(fields.SUM)
+MEAN = tl.constexpr(fields.MEAN)
+TILE = tl.constexpr(fields.TILE)
 
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
@@ -277,8 +277,8 @@ def split_plan(plan, bags_in_program):
         plan: int64 [num_features, PLAN_SIZE or more]; FIRST_CHUNK is overwritten.
         bags_in_program: How many bags a program pools.
     """
-    first_chunks, num_programs = _split(plan[:, bags.NUM_BAGS].tobytes(), bags_in_program)
-    plan[:, bags.FIRST_CHUNK] = first_chunks
+    first_chunks, num_programs = _split(plan[:, fields.PLAN_NUM_BAGS].tobytes(), bags_in_program)
+    plan[:, fields.PLAN_FIRST_CHUNK] = first_chunks
     return num_programs
 
 
@@ -304,7 +304,7 @@ class _MalformedOffsets:
                 raise ValueError(
                     f"offsets: in a lookup before this one, feature number {feature}'s did not "
                     "start at 0, ascend and end at its number of ids, "
-                    f"{int(plan[feature, bags.NUM_IDS])}; on a GPU this is found out later"
+                    f"{int(plan[feature, fields.PLAN_NUM_IDS])}; on a GPU this is found out later"
                 )
 
 
@@ -336,7 +336,7 @@ def gather(plan, embedding_dim, bfloat16, device):
 
 def _room_for_malformed(plan, device):
     """Return where a kernel notes a feature with malformed offsets; None if none has offsets."""
-    if min(plan[:, bags.BAG_LENGTH].tolist(), default=0) >= 0:
+    if min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) >= 0:
         return None
     return torch.full((1,), -1, dtype=torch.int64, device=device)
 
@@ -359,7 +359,7 @@ def lies_aligned(plan, row_bytes):
         plan: int64 [num_features, PLAN_SIZE].
         row_bytes: Of one row of it.
     """
-    bits = np.bitwise_or.reduce(plan[:, bags.DATA : bags.DATA_STRIDE + 1], axis=None)
+    bits = np.bitwise_or.reduce(plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1], axis=None)
     return row_bytes % 16 == 0 and int(bits) % 16 == 0
 
 
@@ -375,7 +375,7 @@ def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
     columns, tile = _tile(embedding_dim)
     lanes = max(_LANES, tile)
     # As many tiles as make a lane an id, but enough programs to keep the device busy.
-    busy = sum(plan[:, bags.NUM_BAGS].tolist()) // (tile * num_programs_at_once(device))
+    busy = sum(plan[:, fields.PLAN_NUM_BAGS].tolist()) // (tile * num_programs_at_once(device))
     tiles = max(1, min(lanes // tile, busy))
     num_programs = split_plan(plan, tile * tiles)
     staged = stage(np.concatenate([plan, segments], 1), device)

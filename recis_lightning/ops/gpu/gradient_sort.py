@@ -8,7 +8,7 @@ programs share the row, and always in the same way.
 import torch
 import triton.language as tl
 
-from recis_lightning.ops import embedding_bag as bags
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.embedding_bag import (
     DATA,
     DATA_STRIDE,
@@ -42,8 +42,8 @@ from recis_lightning.ops.gpu.runtime import (
     sums_up_to,
 )
 
-FIRST_ID = tl.constexpr(bags.FIRST_ID)
-FLAT_BASE = tl.constexpr(bags.FLAT_BASE)
+FIRST_ID = tl.constexpr(fields.PLAN_FIRST_ID)
+FLAT_BASE = tl.constexpr(fields.PLAN_FLAT_BASE)
 PIECE = 32
 _BAGS = lanes(128, 4096)
 _LANES = lanes(256, 1 << 16)
@@ -181,7 +181,7 @@ class SortedGradients:
 
     def __init__(self, plan, blocks, layout, blocks_on_device):
         device = layout.device
-        self.n = n = sum(plan[:, bags.NUM_IDS].tolist())
+        self.n = n = sum(plan[:, fields.PLAN_NUM_IDS].tolist())
         self.num_rows = num_rows = len(blocks) << layout.block_shift
         self.device = device
         self.blocks = stage(blocks, device) if blocks_on_device is None else blocks_on_device
@@ -191,7 +191,10 @@ class SortedGradients:
         keys = torch.empty(n, dtype=dtype, device=device)
         self.addresses = torch.empty(n, dtype=torch.int64, device=device)
         self.scales = None
-        if any(plan[:, bags.WEIGHTS].tolist()) or bags.MEAN in plan[:, bags.MODE].tolist():
+        if (
+            any(plan[:, fields.PLAN_WEIGHTS].tolist())
+            or fields.MEAN in plan[:, fields.PLAN_MODE].tolist()
+        ):
             self.scales = torch.empty(n, dtype=torch.float32, device=device)
         num_programs = split_plan(plan, _BAGS)
         staged = stage(plan, device)

@@ -5,7 +5,6 @@ import math
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops import row_init
 from recis_lightning.ops.gpu.probe import HEADER, IDS, LINE_BYTES, START, staged_segments
 from recis_lightning.ops.gpu.runtime import (
     BLOCK_SHIFT,
@@ -29,9 +28,9 @@ INIT_KIND = tl.constexpr(fields.INIT_KIND)
 INIT_ARGS = tl.constexpr(fields.INIT_ARGS)
 NUM_STATE = tl.constexpr(fields.NUM_STATE)
 STATE_FILL = tl.constexpr(fields.STATE_FILL)
-CONSTANT = tl.constexpr(row_init.CONSTANT)
-UNIFORM = tl.constexpr(row_init.UNIFORM)
-TRUNCATED_NORMAL = tl.constexpr(row_init.TRUNCATED_NORMAL)
+CONSTANT = tl.constexpr(fields.INIT_CONSTANT)
+UNIFORM = tl.constexpr(fields.INIT_UNIFORM)
+TRUNCATED_NORMAL = tl.constexpr(fields.INIT_TRUNCATED_NORMAL)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _COLUMN = tl.constexpr(0x9E3779B97F4A7C15)

@@ -8,7 +8,7 @@ order. So no row keeps one program busy for long, and every sum is taken in the 
 import torch
 import triton.language as tl
 
-from recis_lightning.ops import row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
 from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
 from recis_lightning.ops.gpu.runtime import (
@@ -24,20 +24,20 @@ from recis_lightning.ops.gpu.runtime import (
     sum_over,
 )
 
-SGD = tl.constexpr(row_update.SGD)
-ADAGRAD = tl.constexpr(row_update.ADAGRAD)
-ROWWISE_ADAGRAD = tl.constexpr(row_update.ROWWISE_ADAGRAD)
-ADAM = tl.constexpr(row_update.ADAM)
+SGD = tl.constexpr(fields.SGD)
+ADAGRAD = tl.constexpr(fields.ADAGRAD)
+ROWWISE_ADAGRAD = tl.constexpr(fields.ROWWISE_ADAGRAD)
+ADAM = tl.constexpr(fields.ADAM)
 _NORM = -1  # a rule that updates nothing
 NORM = tl.constexpr(_NORM)
-LR = tl.constexpr(row_update.LR)
-EPS = tl.constexpr(row_update.EPS)
-NEW_SHARE1 = tl.constexpr(row_update.NEW_SHARE1)
-NEW_SHARE2 = tl.constexpr(row_update.NEW_SHARE2)
-INV_SQRT_BIAS2 = tl.constexpr(row_update.INV_SQRT_BIAS2)
-DECAY = tl.constexpr(row_update.DECAY)
-SCALE = tl.constexpr(row_update.SCALE)
-CLIP = tl.constexpr(row_update.CLIP)
+LR = tl.constexpr(fields.HYPER_LR)
+EPS = tl.constexpr(fields.HYPER_EPS)
+NEW_SHARE1 = tl.constexpr(fields.HYPER_ONE_MINUS_BETA1)
+NEW_SHARE2 = tl.constexpr(fields.HYPER_ONE_MINUS_BETA2)
+INV_SQRT_BIAS2 = tl.constexpr(fields.HYPER_INV_SQRT_BIAS2)
+DECAY = tl.constexpr(fields.HYPER_DECAY)
+SCALE = tl.constexpr(fields.HYPER_SCALE)
+CLIP = tl.constexpr(fields.HYPER_CLIP)
 
 _CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
 _SUMS = lanes(16, 64)  # of pieces, at once
@@ -106,7 +106,7 @@ def _update(
         store_weights(row, column, w, cells, BFLOAT16, ALIGNED)
 
 
-_RULES = (_NORM, row_update.SGD, row_update.ADAGRAD, row_update.ROWWISE_ADAGRAD, row_update.ADAM)
+_RULES = (_NORM, fields.SGD, fields.ADAGRAD, fields.ROWWISE_ADAGRAD, fields.ADAM)
 _WIDE = {
     "DIM": 128,
     "COLUMNS": 128,
@@ -120,8 +120,8 @@ _ODD = {"DIM": 33, "COLUMNS": 64, "BFLOAT16": True, "ALIGNED": False, "PIECE": P
 
 @kernel(
     *({**_WIDE, "RULE": rule, "SCALED": False, "ROWS": 8} for rule in _RULES),
-    {**_WIDE, "BFLOAT16": True, "RULE": row_update.ADAM, "SCALED": True, "ROWS": 8},
-    {**_ODD, "RULE": row_update.ADAM, "SCALED": True, "ROWS": 16},
+    {**_WIDE, "BFLOAT16": True, "RULE": fields.ADAM, "SCALED": True, "ROWS": 8},
+    {**_ODD, "RULE": fields.ADAM, "SCALED": True, "ROWS": 16},
 )
 def _update_kernel(
     keys: tl.int64,
@@ -197,7 +197,7 @@ def _update_kernel(
 
 @kernel(
     *({**_WIDE, "RULE": rule, "SUMS": 16} for rule in _RULES),
-    {**_ODD, "RULE": row_update.ADAM, "SUMS": 16},
+    {**_ODD, "RULE": fields.ADAM, "SUMS": 16},
 )
 def _update_long_kernel(
     keys: tl.int64,

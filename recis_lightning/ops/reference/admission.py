@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import admission
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
@@ -33,23 +32,23 @@ def screen(
     given = torch.ones(num_ids, dtype=torch.int64) if weights is None else weights
     for segment, mine in _screened(segments, num_ids, misses):
         sighted, ids = _memory_of(segment), segment.ids[mine - segment.start]
-        if sighted[admission.KIND] == admission.COUNT:
+        if sighted[fields.ADMISSION_KIND] == fields.COUNT:
             _count(sighted, ids, given[mine])
-        elif sighted[admission.KIND] == admission.SKETCH:
+        elif sighted[fields.ADMISSION_KIND] == fields.SKETCH:
             _sketch(sighted, ids, given[mine])
     for segment, mine in _screened(segments, num_ids, misses):
         sighted, ids = _memory_of(segment), segment.ids[mine - segment.start]
-        if sighted[admission.KIND] == admission.COUNT:
-            counts = Index.of(sighted).rows(ids) & admission.COUNT_MASK
-        elif sighted[admission.KIND] == admission.SKETCH:
+        if sighted[fields.ADMISSION_KIND] == fields.COUNT:
+            counts = Index.of(sighted).rows(ids) & fields.COUNT_MASK
+        elif sighted[fields.ADMISSION_KIND] == fields.SKETCH:
             counts = _counters(sighted)[_cells(sighted, ids)].long().min(0).values
         else:
             key = mix(segment.header[fields.INIT_KEY] ^ _DRAW_KEY)
-            bits = mix(mix(ids ^ key) ^ sighted[admission.NUM_LOOKUPS])
+            bits = mix(mix(ids ^ key) ^ sighted[fields.ADMISSION_NUM_LOOKUPS])
             # Admitted where the draw is below the threshold: turned into a count that reaches it.
-            drawn = shift_right(bits, 11) < sighted[admission.THRESHOLD]
-            counts = torch.where(drawn, sighted[admission.THRESHOLD], -1)
-        refused = mine[counts < sighted[admission.THRESHOLD]]
+            drawn = shift_right(bits, 11) < sighted[fields.ADMISSION_THRESHOLD]
+            counts = torch.where(drawn, sighted[fields.ADMISSION_THRESHOLD], -1)
+        refused = mine[counts < sighted[fields.ADMISSION_THRESHOLD]]
         rows[refused] = UNKNOWN
         segment.header[fields.NUM_REFUSED] += given[refused].sum()
 
@@ -74,7 +73,7 @@ def _memory_of(segment: Segment) -> Tensor:
 
 
 def _count(sighted: Tensor, ids: Tensor, weights: Tensor) -> None:
-    now, wanted = sighted[admission.NUM_LOOKUPS], sighted[admission.THRESHOLD]
+    now, wanted = sighted[fields.ADMISSION_NUM_LOOKUPS], sighted[fields.ADMISSION_THRESHOLD]
     ids, inverse = torch.unique(ids, return_inverse=True)
     added = torch.zeros_like(ids).index_add_(0, inverse, weights)
     index = Index.of(sighted)
@@ -84,11 +83,15 @@ def _count(sighted: Tensor, ids: Tensor, weights: Tensor) -> None:
     sighted[fields.NUM_IDS] += first.numel()
     slots = index.slots(ids)
     before = index.entries[slots, 1]
-    last, counts = before >> 32, before & admission.COUNT_MASK
-    void = (before == NO_ROW) | (counts >= wanted) | (now - last > sighted[admission.FORGET_AFTER])
+    last, counts = before >> 32, before & fields.COUNT_MASK
+    void = (
+        (before == NO_ROW)
+        | (counts >= wanted)
+        | (now - last > sighted[fields.ADMISSION_FORGET_AFTER])
+    )
     this_lookup = (before != NO_ROW) & (last == now)
     counts = torch.where(void & ~this_lookup, 0, counts)
-    if sighted[admission.PER_BATCH]:
+    if sighted[fields.ADMISSION_PER_BATCH]:
         added = torch.where(this_lookup, 0, 1)
     index.entries[slots, 1] = (now << 32) | (counts + added).clamp(max=wanted)
 
@@ -98,19 +101,19 @@ def _sketch(sighted: Tensor, ids: Tensor, weights: Tensor) -> None:
     added = torch.zeros(counters.numel(), dtype=torch.int64)
     for cells in _cells(sighted, ids):
         added.index_add_(0, cells, weights)
-    counters.copy_((counters + added).clamp(max=admission.MAX_COUNTER))
-    sighted[admission.NUM_COUNTED] += weights.sum()
+    counters.copy_((counters + added).clamp(max=fields.MAX_COUNTER))
+    sighted[fields.ADMISSION_NUM_COUNTED] += weights.sum()
 
 
 def _counters(sighted: Tensor) -> Tensor:
-    count = int(sighted[admission.WIDTH] * sighted[admission.NUM_HASHES])
-    return memory(int(sighted[admission.COUNTERS]), count, torch.uint8)
+    count = int(sighted[fields.ADMISSION_WIDTH] * sighted[fields.ADMISSION_NUM_HASHES])
+    return memory(int(sighted[fields.ADMISSION_COUNTERS]), count, torch.uint8)
 
 
 def _cells(sighted: Tensor, ids: Tensor) -> Tensor:
     """Return the counters of each id, int64 [num_hashes, n]."""
-    width = int(sighted[admission.WIDTH])
+    width = int(sighted[fields.ADMISSION_WIDTH])
     first = mix(ids)
     second = mix(first ^ _SECOND_HASH)
-    hashes = torch.arange(int(sighted[admission.NUM_HASHES]))[:, None]
+    hashes = torch.arange(int(sighted[fields.ADMISSION_NUM_HASHES]))[:, None]
     return shift_right(shift_right(first + hashes * second, 32) * width, 32) + hashes * width

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import distinct_rows
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.reference.storage import memory
 
 
@@ -18,8 +19,8 @@ def count_distinct(
     for table, count in enumerate(counts):
         rows: list[int] = []
         for line in (line for _, lines in lookups for line in lines.tolist()):
-            if line[distinct_rows.TABLE] == table:
-                size = line[distinct_rows.NUM_ROWS]
-                rows += memory(line[distinct_rows.ADDRESS], size, torch.int64).tolist()
+            if line[fields.SPAN_TABLE] == table:
+                size = line[fields.SPAN_NUM_ROWS]
+                rows += memory(line[fields.SPAN_ADDRESS], size, torch.int64).tolist()
         known = [row for row in rows if row >= 0]
         count[:] = len(set(known)), len(known)

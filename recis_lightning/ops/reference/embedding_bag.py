@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import embedding_bag as bags
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import PADDING
@@ -24,15 +24,15 @@ class Feature:
 
     def __init__(self, line: npt.NDArray[np.int64]) -> None:
         self.line = line
-        self.mode, self.num_bags = int(line[bags.MODE]), int(line[bags.NUM_BAGS])
-        self.rows = memory(int(line[bags.ROWS]), int(line[bags.NUM_IDS]), torch.int64)
-        self.tile_len = int(line[bags.TILE_LEN])
+        self.mode, self.num_bags = int(line[fields.PLAN_MODE]), int(line[fields.PLAN_NUM_BAGS])
+        self.rows = memory(int(line[fields.PLAN_ROWS]), int(line[fields.PLAN_NUM_IDS]), torch.int64)
+        self.tile_len = int(line[fields.PLAN_TILE_LEN])
         count = self.rows.numel()
-        length = int(line[bags.BAG_LENGTH])
+        length = int(line[fields.PLAN_BAG_LENGTH])
         if length >= 0:
             self.offsets = torch.arange(self.num_bags + 1) * length
         else:
-            self.offsets = memory(int(line[bags.OFFSETS]), self.num_bags + 1, torch.int64)
+            self.offsets = memory(int(line[fields.PLAN_OFFSETS]), self.num_bags + 1, torch.int64)
         sizes = self.offsets.diff()
         ends = (int(self.offsets[0]), int(self.offsets[-1]))
         self.is_whole = ends == (0, count) and bool((sizes >= 0).all())
@@ -40,15 +40,15 @@ class Feature:
             self.bag = torch.repeat_interleave(torch.arange(self.num_bags), sizes)
             self.place = torch.arange(count) - self.offsets[self.bag]
             self.used = self.rows >= 0
-            if self.mode == bags.TILE:
+            if self.mode == fields.TILE:
                 self.used &= self.place < self.tile_len
 
     def scales(self) -> Tensor:
         """Return what each id's row is multiplied by on its way into the output, float64 [n]."""
         scales = torch.ones(self.rows.numel(), dtype=torch.float64)
-        if self.line[bags.WEIGHTS]:
-            scales *= memory(int(self.line[bags.WEIGHTS]), scales.numel(), torch.float32)
-        if self.mode == bags.MEAN:
+        if self.line[fields.PLAN_WEIGHTS]:
+            scales *= memory(int(self.line[fields.PLAN_WEIGHTS]), scales.numel(), torch.float32)
+        if self.mode == fields.MEAN:
             counted = scales * (self.rows != PADDING)
             total = torch.zeros(self.num_bags, dtype=torch.float64).index_add_(0, self.bag, counted)
             scales = torch.where(total == 0, 0.0, 1 / total)[self.bag] * scales
@@ -56,15 +56,18 @@ class Feature:
 
     def data(self, embedding_dim: int, dtype: torch.dtype) -> Tensor:
         """View the output, or its gradient, [num_bags, tile_len or 1, embedding_dim]."""
-        tiles = self.tile_len if self.mode == bags.TILE else 1
-        width, stride = tiles * embedding_dim, int(self.line[bags.DATA_STRIDE]) // dtype.itemsize
+        tiles = self.tile_len if self.mode == fields.TILE else 1
+        width, stride = (
+            tiles * embedding_dim,
+            int(self.line[fields.PLAN_DATA_STRIDE]) // dtype.itemsize,
+        )
         reach = (self.num_bags - 1) * stride + width if self.num_bags else 0
-        flat = memory(int(self.line[bags.DATA]), reach, dtype)
+        flat = memory(int(self.line[fields.PLAN_DATA]), reach, dtype)
         return flat.as_strided((self.num_bags, tiles, embedding_dim), (stride, embedding_dim, 1))
 
     def tile(self) -> Tensor:
         """Return which of its bag's tiles each id goes to; 0 where there is but one."""
-        return self.place if self.mode == bags.TILE else torch.zeros_like(self.place)
+        return self.place if self.mode == fields.TILE else torch.zeros_like(self.place)
 
 
 def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device) -> int:
@@ -74,7 +77,7 @@ def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device)
         if not feature.is_whole:
             return number
     for feature in features:
-        header = header_at(int(feature.line[bags.HEADER]))
+        header = header_at(int(feature.line[fields.PLAN_HEADER]))
         words = Rows.of(header, feature.rows).read(feature.rows)
         values = weights_of(words, embedding_dim, bfloat16).double() * feature.scales()[:, None]
         out = feature.data(embedding_dim, torch.bfloat16 if bfloat16 else torch.float32)

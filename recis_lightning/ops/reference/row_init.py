@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops import row_init
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.reference.index import mix, segment_of, segments_of, shift_right, signed
 from recis_lightning.ops.reference.storage import (
@@ -27,13 +26,13 @@ def _initial_weights(header: Tensor, ids: Tensor, embedding_dim: int) -> Tensor:
     uniform = (2 * shift_right(mix(bits), 41) + 1).double() * 2.0**-24
     kind = int(header[fields.INIT_KIND])
     first, second, low, high = (float_field(header, fields.INIT_ARGS + i) for i in range(4))
-    if kind == row_init.CONSTANT:
+    if kind == fields.INIT_CONSTANT:
         return torch.full_like(uniform, first)
-    if kind == row_init.UNIFORM:
+    if kind == fields.INIT_UNIFORM:
         return first + (second - first) * uniform
     # x is uniform over the values of erf that the distribution reaches.
     start, end = -1.0, 1.0
-    if kind == row_init.TRUNCATED_NORMAL:
+    if kind == fields.INIT_TRUNCATED_NORMAL:
         start, end = math.erf(low * math.sqrt(0.5)), math.erf(high * math.sqrt(0.5))
     else:
         low, high = -math.inf, math.inf

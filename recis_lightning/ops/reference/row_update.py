@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import embedding_bag as bags
-from recis_lightning.ops import row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.reference.embedding_bag import Feature
 from recis_lightning.ops.reference.storage import (
@@ -42,7 +41,7 @@ def sort_gradients(
         data = feature.data(layout.embedding_dim, torch.float32)
         picked = data[feature.bag[used], feature.tile()[used]]
         gradients.append(picked * feature.scales()[used, None])
-        rows.append(feature.rows[used] + int(feature.line[bags.FLAT_BASE]))
+        rows.append(feature.rows[used] + int(feature.line[fields.PLAN_FLAT_BASE]))
     distinct, which = torch.unique(torch.cat(rows), return_inverse=True)
     total = torch.zeros(distinct.numel(), layout.embedding_dim, dtype=torch.float64)
     return _Reduced(distinct, total.index_add_(0, which, torch.cat(gradients).double()))
@@ -62,19 +61,19 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     rows, g = gradients.work
     blocks = torch.from_numpy(gradients.blocks)
     store = Rows(blocks[:, 0], layout.block_shift, layout.row_bytes)
-    hypers = [memory(int(at), row_update.HYPER_SIZE, torch.float32) for at in blocks[:, 1]]
+    hypers = [memory(int(at), fields.HYPER_SIZE, torch.float32) for at in blocks[:, 1]]
     hyper = torch.stack(hypers)[rows >> layout.block_shift]
     words = store.read(rows)
     weights, state = weights_of(words, dim, bfloat16), state_of(words, dim, bfloat16)
     w, field = weights.double(), hyper.double().unbind(1)
     lr, eps, share1, share2, inv_sqrt_bias2, decay, scale, clip = (f[:, None] for f in field)
     g = torch.minimum(torch.maximum(g * scale, -clip), clip)
-    if rule == row_update.SGD:
+    if rule == fields.SGD:
         w = w * decay - lr * g
-    elif rule in (row_update.ADAGRAD, row_update.ROWWISE_ADAGRAD):
+    elif rule in (fields.ADAGRAD, fields.ROWWISE_ADAGRAD):
         squares = g.square()
         s = state.double()
-        s = s + (squares if rule == row_update.ADAGRAD else squares.mean(1, keepdim=True))
+        s = s + (squares if rule == fields.ADAGRAD else squares.mean(1, keepdim=True))
         state.copy_(s)
         w = w - lr * g / (s.sqrt() + eps)
     else:
