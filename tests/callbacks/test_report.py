@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from recis_lightning import DynamicEmbedding, hash_tables, report
 from recis_lightning.callbacks import HashTableFilterHook, MetricReportHook, training_clock
 from recis_lightning.callbacks import report as report_module
-from recis_lightning.callbacks.publish import publish
+from recis_lightning.callbacks.log_values import TensorCache, log_values
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 from tests.helpers import rank_trainers as lightning_ranks
@@ -123,13 +123,13 @@ def test_the_first_report_has_every_figure_of_every_table(tmp_path):
 
 
 def test_a_number_that_stays_keeps_its_tensor(tmp_path):
-    """What is published is exact all the same, and there after others have emptied it."""
-    trainer, made = quiet_trainer(tmp_path), {}
+    """Logged numbers are exact all the same, and come back after others have cleared them."""
+    trainer, cache = quiet_trainer(tmp_path), TensorCache()
     nan = math.nan
     for values in ({"a": 1, "b": 2.5, "c": nan}, {"a": 1, "b": 2**53 - 1, "c": nan}, {"b": 3.0}):
         before = dict(trainer.callback_metrics)
         trainer.callback_metrics.clear()
-        publish(trainer, values, exact=True, made=made)
+        log_values(trainer, values, exact=True, cache=cache)
         found = {name: value.item() for name, value in trainer.callback_metrics.items()}
         assert found == pytest.approx(values, rel=0, abs=0, nan_ok=True)
         if "a" in before and "a" in found:
@@ -155,14 +155,14 @@ def test_train_and_eval_qps_apart(tmp_path, clock):
 
 def test_tensorboard_gets_64_bits_and_histograms(tmp_path, monkeypatch):
     rows = 2**24 + 1
-    look = report_module.TableWatch.look
+    record = report_module.TableMonitor.record
 
     def many(self, *args, **kwargs):
-        figures = look(self, *args, **kwargs)
+        figures = record(self, *args, **kwargs)
         figures.values["tables/rows"] = rows
         return figures
 
-    monkeypatch.setattr(report_module.TableWatch, "look", many)
+    monkeypatch.setattr(report_module.TableMonitor, "record", many)
     loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
     trainer = quiet_trainer(tmp_path, MetricReportHook(3), logger=loggers, limit_val_batches=0)
     trainer.fit(Model())
