@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from recis_lightning import DynamicEmbedding, hash_tables, report
 from recis_lightning.callbacks import HashTableFilterHook, MetricReportHook, training_clock
 from recis_lightning.callbacks import report as report_module
-from recis_lightning.callbacks.log_values import TensorCache, log_values
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 from tests.helpers import rank_trainers as lightning_ranks
@@ -120,21 +119,6 @@ def test_the_first_report_has_every_figure_of_every_table(tmp_path):
     assert len(others) == 3
     for figure in ("norm_mean", "norm_max", "nonfinite_rows", "unique_share"):
         assert first[f"table/more/{figure}"]
-
-
-def test_a_number_that_stays_keeps_its_tensor(tmp_path):
-    """Logged numbers are exact all the same, and come back after others have cleared them."""
-    trainer, cache = quiet_trainer(tmp_path), TensorCache()
-    nan = math.nan
-    for values in ({"a": 1, "b": 2.5, "c": nan}, {"a": 1, "b": 2**53 - 1, "c": nan}, {"b": 3.0}):
-        before = dict(trainer.callback_metrics)
-        trainer.callback_metrics.clear()
-        log_values(trainer, values, exact=True, cache=cache)
-        found = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        assert found == pytest.approx(values, rel=0, abs=0, nan_ok=True)
-        if "a" in before and "a" in found:
-            assert trainer.callback_metrics["a"] is before["a"]
-            assert before["b"].item() == 2.5
 
 
 def test_train_and_eval_qps_apart(tmp_path, clock):
