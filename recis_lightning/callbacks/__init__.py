@@ -26,7 +26,7 @@ __all__ = [
     "add_to_trace",
 ]
 
-# The hooks report at INFO, which Python hides by default; Lightning shows its own likewise.
+# The hooks log at INFO, which Python hides by default; Lightning sets up its own logger likewise.
 _logger = _logging.getLogger("recis_lightning")
 if _logger.level == _logging.NOTSET:
     _logger.setLevel(_logging.INFO)

@@ -34,7 +34,7 @@ class HashTableFilterHook(Hook):
     on every table alive in the process that has an eviction policy.
 
     The position (number of batches, last filtering) is part of Lightning's checkpoints. One
-    hook per Trainer: two would count each batch twice, and Lightning refuses them.
+    hook per Trainer: two would count each batch twice, so Lightning rejects them.
 
     Args:
         filter_interval: Batches between filterings, at least 1; None filters nothing, and

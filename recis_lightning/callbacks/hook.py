@@ -42,7 +42,7 @@ _HOOK_POINTS = {
     "on_train_batch_end": _HookPoint(
         "after_step", before=False, arguments=("outputs", "batch", "batch_idx")
     ),
-    # "end" runs once for each setup, at the first of the other two that comes.
+    # "end" runs once after each setup, at teardown or at an exception.
     "teardown": _HookPoint("end", before=False),
     "on_exception": _HookPoint("end", before=False),
     "setup": _HookPoint("end", before=True),
@@ -92,13 +92,13 @@ class Hook(Callback):
     calls ``super()``. A ``before_*`` method runs before the subclass's own Lightning method of
     the same hook point, an ``after_*`` method and ``end`` after it.
 
-    Hooks written for RecIS call no ``super()``, since RecIS calls their methods itself. Here
-    Lightning calls only its own methods, so each of these must dispatch the RecIS method of its
-    hook point. Plain methods of this class would not do: a subclass that overrides
-    ``on_train_start`` without ``super()`` would silently lose its ``before_train``, and with
-    ``super()`` the two would run in whatever order it wrote. So the dispatch is put around a
-    subclass's Lightning methods when the subclass is defined, and only around those that have
-    something to dispatch: Lightning spends 12 us on each method in each batch.
+    Hooks written for RecIS call no ``super()``: RecIS calls their methods itself. Lightning calls
+    only its own methods, so each of these must dispatch the RecIS method of its hook point. Plain
+    methods of this class could not do that: a subclass that overrides ``on_train_start`` without
+    ``super()`` would silently lose its ``before_train``, and with ``super()`` the subclass would
+    decide which of the two runs first. So the dispatch is wrapped around a subclass's Lightning
+    methods when the subclass is defined, and only around those whose RecIS method it overrides:
+    Lightning spends 12 us on each method in each batch.
 
     ============================  ==========================================================
     ``before/after_train``        ``on_train_start`` / ``on_train_end``
@@ -110,12 +110,12 @@ class Hook(Callback):
                                   run fails (then ``after_train`` does not run, ``end`` does)
     ============================  ==========================================================
 
-    A RecIS method is given what its parameters name, in any order: ``trainer``,
+    A RecIS method gets the values that its parameters name, in any order: ``trainer``,
     ``pl_module``, ``batch``, ``batch_idx``, ``outputs``, ``metrics`` (a copy of
-    ``trainer.callback_metrics``), ``global_step`` (also as ``gstep``); ``_`` is given None,
+    ``trainer.callback_metrics``), ``global_step`` (also as ``gstep``); ``_`` is None,
     and so is ``batch``, ``batch_idx`` or ``outputs`` where there is none (``outputs`` exist in
-    ``after_step`` only). Other parameters keep their defaults; ``**kwargs`` receives whatever
-    of these values the method does not name, ``*args`` nothing. Parameters are read once,
+    ``after_step`` only). Other parameters keep their defaults; ``**kwargs`` receives those
+    of these values that the method does not name, ``*args`` nothing. Parameters are read once,
     when the class is defined.
 
     Raises:
@@ -146,8 +146,8 @@ class Hook(Callback):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Lightning calls every method of every callback, each in a region of its profiler, whether
-        # or not it does anything: 12 us a batch and callback. It passes over what is not callable.
+        # Lightning calls every method of every callback, each in a region of its profiler, even if
+        # it is empty: 12 us for each batch and callback. It skips attributes that are not callable.
         for name in _EACH_BATCH:
             if getattr(type(self), name) is getattr(Callback, name):
                 vars(self)[name] = None

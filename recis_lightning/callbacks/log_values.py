@@ -49,8 +49,8 @@ class TensorCache:
         """
         entries = self._entries
         changed = {n: v for n, v in values.items() if n not in entries or entries[n][0] != v}
-        made = torch.from_numpy(np.array([*changed.values()], np.float64)).to(dtype).unbind()
-        entries.update(zip(changed, zip(changed.values(), made, strict=True), strict=True))
+        new = torch.from_numpy(np.array([*changed.values()], np.float64)).to(dtype).unbind()
+        entries.update(zip(changed, zip(changed.values(), new, strict=True), strict=True))
         return {name: entries[name][1] for name in values}
 
 
@@ -74,7 +74,7 @@ def log_values(
         prog_bar: Whether the progress bar shows them.
         exact: Whether metrics, and TensorBoard's scalars, have 64 bits; other loggers always get
             the numbers as they are.
-        cache: Tensors of earlier calls with the same ``exact``; None makes all tensors anew.
+        cache: Tensors of earlier calls with the same ``exact``; None: none.
     """
     if trainer.barebones:
         return

@@ -47,17 +47,16 @@ class LoggerHook(Hook):
         <gstep=100> <lstep=50> <qps=12.3400> <loss=0.123> <accuracy=0.95>
 
     ``gstep`` is ``trainer.global_step`` (optimizer steps), ``lstep`` the training batches done
-    on this rank (resumed runs go on counting), ``qps`` the batches per second since the last
+    on this rank (resumed runs continue the count), ``qps`` the batches per second since the last
     line. Then come the loss that ``training_step`` returned, unless one is registered, and
     everything registered by ``add_metric`` under names of its own. Numbers among them go, with
     ``qps`` and ``samples_per_sec`` (of all ranks), to the progress bar,
     ``trainer.callback_metrics`` and, once for each line, to every logger. A loss that the
-    module itself logs as ``"loss"`` is left to the module.
+    module itself logs as ``"loss"`` is not logged again.
 
-    Time in validation, in the sanity check and in writing checkpoints is no training time and
-    is left out. A device is synchronised at most once for each line. With several ranks, all
-    must register the same ``torchmetrics``, which gather when computed; other values, and the
-    loss, are rank 0's.
+    Time in validation, in the sanity check and in writing checkpoints is not counted. A device is
+    synchronised at most once for each line. With several ranks, all must register the same
+    ``torchmetrics``, which gather when computed; other values, and the loss, are rank 0's.
 
     Args:
         log_step: Training batches between lines, at least 1.
@@ -154,8 +153,8 @@ class LoggerHook(Hook):
 class TqdmLoggingHandler(logging.Handler):
     """Handler that prints lines to stderr, above a live progress bar, unless others print them.
 
-    So a plain script shows our INFO lines, as it shows Lightning's, and an application that
-    sets logging up, before or after the import, gets each line once, in its own way.
+    So a plain script prints our INFO lines, as it prints Lightning's, and an application that
+    configures logging, before or after the import, gets each line once, by its own handlers.
     """
 
     @override
@@ -172,12 +171,12 @@ class TqdmLoggingHandler(logging.Handler):
 
 
 _SILENT_HANDLERS = (TqdmLoggingHandler, logging.NullHandler)
-AboveTheBar = TqdmLoggingHandler  # its former name
+AboveTheBar = TqdmLoggingHandler  # an alias
 
 
 def _batch_size(batch: Any) -> int | None:
     """Return the number of samples of a batch: that of its first member with a known size."""
-    first = batch  # the first of the first is usually a tensor; to ask it costs a third
+    first = batch  # usually the innermost first member is a tensor; this path is 3 times as fast
     while type(first) in _FIRST_MEMBER and first:
         first = _FIRST_MEMBER[type(first)](first)
     if isinstance(first, Tensor) and first.dim():
@@ -217,7 +216,7 @@ def _compute_metrics(world_size: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     registry = get_metrics()
     gathering = {k: v for k, v in registry.items() if isinstance(v, Metric | MetricCollection)}
-    # By name: ranks must gather in one order.
+    # Sorted by name, since ranks must gather in one order.
     results = {name: _compute(gathering[name], world_size) for name in sorted(gathering)}
     for name, value in registry.items():
         if name in gathering:
@@ -234,7 +233,7 @@ def _compute_metrics(world_size: int) -> dict[str, Any]:
 def _compute(metric: Metric | MetricCollection, world_size: int) -> Any:
     """Return a metric's value; None before its first update."""
     members = metric.values() if isinstance(metric, MetricCollection) else [metric]
-    # With several ranks another may have updated, and would wait for this one.
+    # With several ranks, another may have updated its own and would wait in a collective.
     if world_size == 1 and not any(member.update_called for member in members):
         return None
     return metric.compute()

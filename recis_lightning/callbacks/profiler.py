@@ -35,7 +35,7 @@ class ProfilerHook(Hook):
     ranks each writes its own, ``...-{step}-rank{rank}.json``. It holds CPU and device
     activities with shapes, memory, Python stacks and FLOPs, Lightning's named regions
     (``run_training_batch``, ``[Callback]...``) and the tables' ops (``recis::...``). A run that
-    ends or fails within a window leaves the trace of what was recorded.
+    ends or fails within a window writes a trace of the batches so far.
 
     Outside its windows the hook only counts. A ``SimpleProfiler`` or ``AdvancedProfiler`` of the
     Trainer keeps working beside it. ``PyTorchProfiler`` cannot: torch has one profiler a process.
@@ -50,7 +50,7 @@ class ProfilerHook(Hook):
 
     Attributes:
         prof: The newest ``torch.profiler.profile``; None before the first window.
-        trace_paths: The files written by this hook, in order.
+        trace_paths: Files written by this hook, in order.
 
     Raises:
         TypeError: An argument is not an int.

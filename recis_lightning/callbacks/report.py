@@ -63,7 +63,7 @@ class MetricReportHook(Hook):
         monitor: Reader of the tables, with the ``history`` of what it read; ``watch`` is an alias.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
         >>> hook = MetricReportHook(interval=200, on_nan="raise", report="report.html")

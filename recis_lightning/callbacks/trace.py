@@ -42,7 +42,7 @@ class TraceHook(Hook):
         queue_size: Steps that may wait to be written, at least 1.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
         >>> hook = TraceHook(["user", "score"], "outputs/trace", every=10)
@@ -130,7 +130,7 @@ class TraceHook(Hook):
         try:
             self._close()
         except RuntimeError:  # the run's own exception matters more
-            _log.exception("The trace is not whole")
+            _log.exception("The trace in %s is incomplete", self.path)
 
     def _close(self) -> None:
         """Write the queued steps and close the files."""

@@ -32,12 +32,12 @@ class MLTrackerHook(Hook):
     of the logger.
 
     Args:
-        project: Of the experiment, or None.
-        name: Of the run, or None.
+        project: Name of the experiment, or None.
+        name: Name of the run, or None.
         config: Hyperparameters, or None.
 
     Raises:
-        TypeError: An argument is not what it should be.
+        TypeError: An argument is of a wrong type.
 
     Example:
         >>> hook = MLTrackerHook("ctr", "deepfm", {"lr": 5e-4})

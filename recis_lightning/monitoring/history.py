@@ -31,7 +31,7 @@ class RunHistory:
         distributions: Name -> counts by bin, of the newest step only.
 
     Raises:
-        TypeError, ValueError: ``max_points`` is not what it should be.
+        TypeError, ValueError: ``max_points`` is no int, or below 8.
 
     Example:
         >>> history = RunHistory()
@@ -45,7 +45,7 @@ class RunHistory:
         self.max_points = check_int("max_points", max_points, least=8)
         self.steps: list[int] = []
         self.distributions: dict[str, list[int]] = {}
-        # Each point holds the columns known when it was made; for it, later columns are NaN.
+        # A point has the columns known when it was appended; it counts as NaN in later ones.
         self._columns: dict[str, int] = {}  # name -> index in a point
         self._points: list[Point] = []
         self._num_appended = 0

@@ -145,7 +145,7 @@ def report(source: Any, path: str | os.PathLike[str]) -> Path:
         ``path`` as a ``Path``.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
         FileNotFoundError: ``source`` is a path without a checkpoint.
 
     Example:

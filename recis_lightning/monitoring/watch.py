@@ -55,7 +55,7 @@ class TableMonitor:
     Figures of a table: ``rows``, ``capacity``, ``load``, ``index_bytes``, ``weight_bytes``,
     ``state_bytes``, ``column_bytes``; counts since the run began ``admitted``, ``refused``
     (occurrences of ids that admission rejected), ``evicted``, ``readmitted``; ``unique_share`` of
-    the ids of a batch (on several ranks each sends an id once, and it is the share of what was
+    the ids of a batch (on several ranks each sends an id once, and it is the share of the ids
     sent); of the rows scanned ``norm_mean``, ``norm_max``, ``age_mean``, ``age_max`` (steps since
     the row was last seen) and ``nonfinite_rows``; on several ranks ``rank_skew``, the rows of the
     fullest rank over the mean.

@@ -49,7 +49,7 @@ class TraceWriter:
 
     Raises:
         ImportError: pyarrow is not installed.
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
         >>> import tempfile, torch, pyarrow.dataset
@@ -178,7 +178,7 @@ class TraceWriter:
         try:
             self.close()
         except RuntimeError:  # the block's own exception matters more
-            _log.exception("The trace in %s is not whole", self.path)
+            _log.exception("The trace in %s is incomplete", self.path)
 
     def _put(self, item: TraceStep | _Flush) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""log_values and to_host: numbers on their way to metrics and loggers."""
+"""log_values and to_host: exact numbers for metrics and loggers."""
 
 import math
 
@@ -10,7 +10,7 @@ from tests.helpers.quiet_trainer import quiet_trainer
 
 
 def test_a_number_that_stays_keeps_its_tensor(tmp_path):
-    """Logged numbers are exact all the same, and come back after others have cleared them."""
+    """Logged numbers are exact, and are set again after the Trainer's metrics were cleared."""
     trainer, cache = quiet_trainer(tmp_path), TensorCache()
     nan = math.nan
     for values in ({"a": 1, "b": 2.5, "c": nan}, {"a": 1, "b": 2**53 - 1, "c": nan}, {"b": 3.0}):
@@ -25,7 +25,7 @@ def test_a_number_that_stays_keeps_its_tensor(tmp_path):
 
 
 def test_one_element_tensors_come_to_the_host_as_numbers():
-    """Ints stay ints, and whatever is no tensor of one element is left alone."""
+    """Ints stay ints, and values other than tensors of one element are returned unchanged."""
     many = torch.arange(3)
     values = {"a": torch.tensor(0.5), "b": torch.tensor([2**40 + 1]), "c": many, "d": "text"}
     found = to_host(values, torch.device("cpu"))

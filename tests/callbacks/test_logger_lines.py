@@ -1,4 +1,4 @@
-"""Where the lines of LoggerHook show."""
+"""TqdmLoggingHandler: lines on stderr, unless an application's own handlers print them."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ from recis_lightning.callbacks.logger import TqdmLoggingHandler
 
 
 def as_in_a_plain_script(monkeypatch):
-    """Take pytest's own logging handlers away."""
+    """Remove pytest's own logging handlers."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
 

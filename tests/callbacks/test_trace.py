@@ -17,7 +17,7 @@ from tests.helpers.trace_data import limited_file_size, read_trace
 
 
 class Model(L.LightningModule):
-    """Traces, in batch i of 3 rows, ids 10 * i + row; fails in batch ``fails_in``."""
+    """Traces the ids 10 * i + row in batch i of 3 rows; fails in batch ``fails_in``."""
 
     def __init__(self, fails_in=None, names=("id", "score")):
         super().__init__()
@@ -123,7 +123,7 @@ def small_disk():
 
 
 def test_a_disk_that_is_full_stops_training(tmp_path, small_disk, monkeypatch):
-    """The error comes up in training, names the folder and keeps its cause."""
+    """Training raises the error, which names the folder and keeps its cause."""
     monkeypatch.setattr(trace_files, "_GROUP_BYTES", 1 << 14)
 
     class Big(Model):

@@ -1,4 +1,4 @@
-"""TableReport: a page that stands alone, from a run, a module or a checkpoint; and how it looks."""
+"""TableReport: a self-contained page of a run, a module or a checkpoint, and its layout."""
 
 import html
 import json
@@ -35,7 +35,7 @@ def test_page_shows_every_table_and_needs_nothing_else():
 
 
 def test_start_of_a_run_does_not_hide_the_rest():
-    """The first report admits 1000 rows, the others 10: the scale is theirs, and it is said."""
+    """The first report admits 1000 rows, the others 10: scale and title are made for those."""
     history = RunHistory()
     for step in range(20):
         history.append(step, {"tables/admitted": 1000 + 10 * step, "tables/evicted": 9 * step})
@@ -137,7 +137,7 @@ def run_chromium(tmp_path, *args):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_plots_are_there_in_chromium(tmp_path):
-    """On a phone, on a desk and on paper: each plot is drawn, in colour, and none overflows."""
+    """On a phone, a desktop and paper each plot is drawn, in colour, and none overflows."""
     from PIL import Image
 
     monitor = monitored_run()

@@ -1,4 +1,4 @@
-"""Charts as SVG: what is drawn, and its description."""
+"""Charts as SVG: elements and descriptions."""
 
 import math
 import re

@@ -87,7 +87,7 @@ def test_unique_share_is_that_of_the_batch_alone():
 
 
 def test_every_row_comes_up_in_turn():
-    """Small scans, all tables and then one after the other, together see each row once."""
+    """Partial scans, of all tables first and then of one after the other, cover each row once."""
     tables = [filled("a", 100), filled("b", 40)]
     tables[0].insert(torch.tensor([55]), torch.tensor([[math.nan, 0.0]]))
     monitor = TableMonitor(tables, survey_rows=25)
@@ -112,7 +112,7 @@ def test_counts_go_on_after_a_resume():
 
 
 def test_figures_of_several_ranks(monkeypatch):
-    """Counts are sums, means weighted, and skew the fullest rank over the mean."""
+    """Counts are sums, means are weighted, and skew is the fullest rank over the mean."""
     table = filled("t", 6, eviction=GlobalStepFilter(9))
     other = filled("t", 2, eviction=GlobalStepFilter(9))
     other.insert(torch.tensor([50]), torch.tensor([[3.0, math.nan]]))

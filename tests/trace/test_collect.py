@@ -7,7 +7,7 @@ from recis_lightning.trace import add_to_trace, collect_trace
 
 
 def test_values_are_those_of_the_moment(tmp_path):
-    """What is added may be changed afterwards, in place, as optimizers do."""
+    """A tensor may be changed in place after it was added, as optimizers do."""
     value = torch.tensor([1.0])
     with collect_trace(["a"]) as found:
         add_to_trace("a", value)

@@ -22,7 +22,7 @@ def small_disk():
 
 
 def test_a_full_disk_is_noticed_at_the_end(tmp_path, small_disk):
-    """Nothing is written before the end, and the run does not end well."""
+    """Rows are written only at the end, and closing raises."""
     with pytest.raises(RuntimeError, match="could not be written"), TraceWriter(tmp_path) as writer:
         writer.write(1, {"big": np.random.default_rng(0).random(100_000)})
 
@@ -37,7 +37,7 @@ def test_a_dead_writer_stops_the_next_step(tmp_path):
 
 
 def test_the_queue_is_bounded(tmp_path, monkeypatch):
-    """A slow writer holds the caller up; no more steps wait than were allowed."""
+    """The caller waits for a slow writer; no more than ``queue_size`` steps wait."""
     gate, depth = threading.Semaphore(0), []
     append = trace_files.TraceFiles.append
 
