@@ -2,7 +2,7 @@
 
 Any LightningModule and LightningDataModule is named by its import path (the current folder is
 searched too). Our callbacks, policies, initializers and sparse optimizers need only their class
-name. A module configures its own optimizers, so that it can join a dense and a sparse one.
+name. A module configures its own optimizers, since it joins a dense and a sparse one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         The CLI after its run, with ``trainer``, ``model`` and ``datamodule``.
 
     Raises:
-        SystemExit: With status 2 and a message for an argument that is not understood.
+        SystemExit: An argument is invalid; with status 2 and a message.
     """
     return LightningCLI(
         save_config_kwargs={"overwrite": True},

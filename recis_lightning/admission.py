@@ -1,26 +1,28 @@
-"""Which unknown ids get a row."""
+"""Admission policies: they decide which unknown ids get a row."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from recis_lightning.arguments import check_int
 from recis_lightning.ops import admission
 
 
 @dataclass(frozen=True)
-class Screening:
-    """What a policy that decides id by id asks of its table; see ``ops.admission``.
+class AdmissionCheck:
+    """Check of each unknown id that a policy asks of its table; ``ops.admission`` performs it.
 
     Attributes:
         kind: ``COUNT``, ``SKETCH`` or ``DRAW``.
-        threshold: Sightings wanted, or probability * 2**53.
+        threshold: Occurrences needed, or probability * 2**53.
         forget_after: Training lookups after which a count is void (``COUNT``).
         per_batch: Whether a lookup counts once for an id.
         width: Counters of a hash function (``SKETCH``).
         num_hashes: Hash functions (``SKETCH``).
-        fade_after: Sightings after which a sketch is halved; 0 never.
+        decay_after: Occurrences after which a sketch is halved; 0 never.
     """
 
     kind: int
@@ -29,10 +31,15 @@ class Screening:
     per_batch: bool = False
     width: int = 0
     num_hashes: int = 0
-    fade_after: int = 0
+    decay_after: int = 0
+
+    @property
+    def fade_after(self) -> int:
+        """Alias of ``decay_after``."""
+        return self.decay_after
 
     def fields(self) -> dict[int, int]:
-        """Return what stands in the header of a table's memory."""
+        """Return the fields of the admission counter's header: index -> value."""
         return {
             admission.KIND: self.kind,
             admission.THRESHOLD: self.threshold,
@@ -43,60 +50,62 @@ class Screening:
         }
 
 
-class Admission(ABC):
-    """Decides in a training lookup whether unknown ids are admitted; None as a policy admits all.
+Screening = AdmissionCheck  # an alias
 
-    An id that is not admitted reads as zeros, gets no row, no gradient and no stamp. Evaluation
-    and padding are no sightings; ``HashTable.insert`` overrules the policy. An id that was evicted
-    or deleted must qualify again.
+
+class Admission(ABC):
+    """Policy that decides in training lookups which unknown ids are admitted.
+
+    A table without one admits all ids. An id that is not admitted reads as zeros, and gets no row,
+    no gradient and no last-seen step. Evaluation and padding do not count as occurrences;
+    ``HashTable.insert`` overrules the policy. An id that was evicted or deleted must qualify again.
     """
 
     @property
     @abstractmethod
     def admits(self) -> bool:
-        """Whether unknown ids get a row at all."""
+        """Whether any unknown id can get a row."""
 
     @property
-    def screening(self) -> Screening | None:
-        """What decides id by id; None if nothing does."""
+    def check(self) -> AdmissionCheck | None:
+        """Check of each unknown id; None where all are treated alike."""
         return None
+
+    @property
+    def screening(self) -> AdmissionCheck | None:
+        """Alias of ``check``."""
+        return self.check
 
 
 class ReadOnly(Admission):
-    """Admit nothing: known ids are read and trained as usual, unknown ids read as zeros."""
+    """Admit no id: known ids are read and trained as usual, unknown ids read as zeros."""
 
     @property
+    @override
     def admits(self) -> bool:
-        """See ``Admission``."""
         return False
 
     def __repr__(self) -> str:
         return "ReadOnly()"
 
 
-class _Screens(Admission):
-    @property
-    def admits(self) -> bool:
-        """See ``Admission``."""
-        return True
-
-
 @dataclass(frozen=True)
-class MinCount(_Screens):
+class MinCount(Admission):
     """Admit an id in the training lookup in which its count reaches ``k``.
 
-    Counts are exact, summed over ranks, and part of a table's saved state. An id that the last
-    ``forget_after`` training lookups of the table did not ask for starts from 0 again: so a table
-    holds counts of no more ids than those lookups had, at 32 to 64 bytes each.
+    Counts are exact, summed over ranks, and part of a table's saved state. The count of an id that
+    is not in the last ``forget_after`` training lookups of the table starts from 0 again: so a
+    table holds counts of no more ids than those lookups had, at 32 to 64 bytes each.
 
     Args:
-        k: Sightings wanted, an int >= 1.
-        per: "occurrence" counts every one of them, "batch" counts a lookup once, however often
+        k: Occurrences needed, an int >= 1.
+        per: "occurrence" counts every occurrence, "batch" counts each lookup once, however often
             the id is in it.
-        forget_after: Training lookups (as a rule one a batch) that a count outlives, an int >= 1.
+        forget_after: Training lookups (usually one in each batch) after which the count of an id
+            that they did not have is dropped, an int >= 1.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be.
+        TypeError, ValueError: An argument is of a wrong type or out of range.
 
     Example:
         >>> import torch
@@ -120,23 +129,28 @@ class MinCount(_Screens):
         check_int("forget_after", self.forget_after, least=1)
 
     @property
-    def screening(self) -> Screening:
-        """See ``Admission``."""
-        return Screening(
+    @override
+    def admits(self) -> bool:
+        return True
+
+    @property
+    @override
+    def check(self) -> AdmissionCheck:
+        return AdmissionCheck(
             admission.COUNT, self.k, forget_after=self.forget_after, per_batch=self.per == "batch"
         )
 
 
 @dataclass(frozen=True)
-class Probability(_Screens):
-    """Admit an unknown id with probability ``p``, anew in each training lookup that has it.
+class Probability(Admission):
+    """Admit an unknown id with probability ``p``, drawn anew in each training lookup that has it.
 
     The draw is a hash of the table's seed and name, the id, and the number of the table's training
-    lookup (which is saved with the table): the same for all occurrences in a lookup, wherever they
-    stand in it, on any number of ranks, and when the run is repeated or resumed. No memory.
+    lookup (which is saved with the table): the same for all occurrences in a lookup, in any order,
+    on any number of ranks, and when the run is repeated or resumed. It needs no memory.
 
     Args:
-        p: In [0, 1].
+        p: Probability, in [0, 1].
 
     Raises:
         TypeError, ValueError: ``p`` is no number, or out of range.
@@ -151,28 +165,33 @@ class Probability(_Screens):
             raise ValueError(f"p: expected a number in [0, 1], got {self.p!r}")
 
     @property
-    def screening(self) -> Screening:
-        """See ``Admission``."""
-        return Screening(admission.DRAW, int(self.p * 2**53))
+    @override
+    def admits(self) -> bool:
+        return True
+
+    @property
+    @override
+    def check(self) -> AdmissionCheck:
+        return AdmissionCheck(admission.DRAW, int(self.p * 2**53))
 
 
 @dataclass(frozen=True)
-class BloomCount(_Screens):
-    """Admit an id when a count-min sketch says that it was sighted ``k`` times: bounded memory.
+class BloomCount(Admission):
+    """Admit an id when a count-min sketch estimates ``k`` occurrences: bounded memory.
 
-    Every occurrence adds one to ``num_hashes`` counters of a byte, one a hash function, and the
-    smallest of an id's counters is its count: never too low, too high where ids collide in all of
-    them. So that the sketch does not fill up, all counters are halved (rounding down) whenever
-    ``(k - 1) * num_counters / (4 * num_hashes)`` occurrences have been added since the last time,
-    before the next lookup. An evicted id keeps what is left of its count.
+    Every occurrence adds one to ``num_hashes`` counters of one byte, one for each hash function,
+    and the smallest of an id's counters is its count: never too low, and too high where ids collide
+    in all of them. So that the sketch does not fill up, all counters are halved (rounding down)
+    before a lookup if ``(k - 1) * num_counters / (4 * num_hashes)`` occurrences have been added
+    since they were last halved. An evicted id keeps the rest of its count.
 
     Args:
-        k: Sightings wanted, an int in [1, 255].
-        num_counters: Bytes of memory; each of the ``num_hashes`` functions has its share.
+        k: Occurrences needed, an int in [1, 255].
+        num_counters: Bytes of memory, divided among the hash functions.
         num_hashes: Hash functions, an int in [1, 16].
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be.
+        TypeError, ValueError: An argument is of a wrong type or out of range.
 
     Source: Cormode and Muthukrishnan, "An improved data stream summary", 2005; the halving is the
     reset of TinyLFU (Einziger, Friedman, Manes, 2017).
@@ -194,16 +213,29 @@ class BloomCount(_Screens):
             raise ValueError(f"num_counters: expected an int below 2**31, got {self.num_counters}")
 
     @property
-    def screening(self) -> Screening:
-        """See ``Admission``."""
+    @override
+    def admits(self) -> bool:
+        return True
+
+    @property
+    @override
+    def check(self) -> AdmissionCheck:
         width = self.num_counters // self.num_hashes
-        return Screening(
+        return AdmissionCheck(
             admission.SKETCH,
             self.k,
             width=width,
             num_hashes=self.num_hashes,
-            fade_after=max((self.k - 1) * width // 4, 1),
+            decay_after=max((self.k - 1) * width // 4, 1),
         )
 
 
-__all__ = ["Admission", "BloomCount", "MinCount", "Probability", "ReadOnly", "Screening"]
+__all__ = [
+    "Admission",
+    "AdmissionCheck",
+    "BloomCount",
+    "MinCount",
+    "Probability",
+    "ReadOnly",
+    "Screening",
+]

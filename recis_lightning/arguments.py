@@ -1,4 +1,4 @@
-"""Arguments that several parts of the public face take, and what is said of wrong ones."""
+"""Checks of arguments that several public classes and functions take."""
 
 from __future__ import annotations
 
@@ -14,21 +14,32 @@ def check_int(name: str, value: int, least: int, alternative: str = "") -> int:
     """Return ``value`` if it is an int >= ``least``, else raise.
 
     Args:
-        name: The argument's.
-        value: What it got.
-        least: The smallest that it may be.
-        alternative: What else it may be, for the error; such values are not for this function.
+        name: Of the argument.
+        value: Of the argument.
+        least: Smallest valid value.
+        alternative: Other valid values, named in the error; the caller accepts them itself.
+
+    Raises:
+        TypeError: ``value`` is no int.
+        ValueError: ``value`` is below ``least``.
 
     Example:
         >>> check_int("filter_interval", 0, least=1, alternative=" or None")
         Traceback (most recent call last):
         ValueError: filter_interval: expected an int >= 1 or None, got 0
     """
-    wanted = f"{name}: expected an int >= {least}{alternative}, got {value!r}"
+    message = f"{name}: expected an int >= {least}{alternative}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(wanted)
+        raise TypeError(message)
     if value < least:
-        raise ValueError(wanted)
+        raise ValueError(message)
+    return value
+
+
+def check_str(name: str, value: str) -> str:
+    """Return ``value`` if it is a str, else raise a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__} ({value!r})")
     return value
 
 
@@ -38,11 +49,11 @@ def check_embedding_dim(embedding_dim: int) -> int:
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype that rows can have (also by name, as YAML writes it), else raise."""
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
+    """Return a valid dtype of rows (given as a dtype, or by name as in YAML), else raise."""
+    checked = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if checked is None:
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype!r}")
-    return found
+    return checked
 
 
 def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
@@ -79,4 +90,5 @@ __all__ = [
     "check_ids",
     "check_int",
     "check_padding_idx",
+    "check_str",
 ]

@@ -1,7 +1,7 @@
-"""Which rows are thrown out when a table evicts.
+"""Eviction policies: they decide which rows are removed when a table evicts.
 
-A policy is a class with two parts: ``columns`` names what it wants to know of each row, and
-``expired(rows)`` returns a mask over the rows. Tables keep a column only where a policy asks.
+A policy is a class with two parts: ``columns`` names the columns of rows that it needs, and
+``expired(rows)`` returns a mask over the rows. Tables keep a column only if their policy needs it.
 
 Example:
     >>> import torch
@@ -29,6 +29,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from recis_lightning.arguments import check_bound, check_int
 
@@ -38,26 +39,27 @@ COLUMNS = (*KEPT_COLUMNS, "ids", "norms")
 _EMPTY = torch.empty(0, dtype=torch.int64)
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _sum_of_one_rank(tensor: Tensor) -> Tensor:
     return tensor
 
 
 class RowColumns(NamedTuple):
-    """What a policy may ask of a table; a column is empty unless ``Eviction.columns`` names it.
+    """Columns of a table's rows; a column is empty unless ``Eviction.columns`` names it.
 
-    Rows that are free, pinned or waiting for the optimizer are among them: ``evictable`` tells.
+    Free and pinned rows, and rows with a pending gradient, are included; ``evictable`` marks the
+    others.
 
     Attributes:
         step: The table's step.
         last_seen: int64 [rows], the step of each row's last training lookup.
         counts: int64 [rows], occurrences of the id in training lookups since it got its row.
-        last_time: float64 [rows], when the last training lookup was, by the policy's clock.
+        last_time: float64 [rows], the time of the last training lookup, by the policy's clock.
         ids: int64 [rows].
         norms: float32 [rows], L2 norms of the weights.
-        now: What the policy's clock says; 0.0 unless "last_time" is asked for.
-        occupied: bool [rows], whether an id has the row.
-        evictable: bool [rows], whether it is occupied and may go.
-        sum_over_ranks: Adds up an int64 tensor over the ranks that share the table.
+        now: Time of the policy's clock; 0.0 unless ``Eviction.columns`` names "last_time".
+        occupied: bool [rows], whether the row has an id.
+        evictable: bool [rows], whether the row is occupied and may be evicted.
+        sum_over_ranks: Function that sums an int64 tensor over the ranks that share the table.
     """
 
     step: int
@@ -69,54 +71,63 @@ class RowColumns(NamedTuple):
     now: float = 0.0
     occupied: Tensor = _EMPTY
     evictable: Tensor = _EMPTY
-    sum_over_ranks: Callable[[Tensor], Tensor] = _alone
+    sum_over_ranks: Callable[[Tensor], Tensor] = _sum_of_one_rank
 
 
 class Eviction(ABC):
-    """A policy: given columns of a table's rows, says which of them go.
+    """Policy that decides from columns of a table's rows which of them to evict.
 
     Attributes:
-        columns: Names of ``RowColumns`` that it wants: "last_seen", "counts", "last_time", "ids",
-            "norms".
+        columns: Names of the ``RowColumns`` that it needs: "last_seen", "counts", "last_time",
+            "ids", "norms".
     """
 
     columns: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def time_source(self) -> Callable[[], float] | None:
-        """What tells the time in seconds for "last_time"; None means ``time.time``."""
+        """Clock in seconds for "last_time"; None means ``time.time``."""
         return None
 
     @abstractmethod
     def expired(self, rows: RowColumns) -> Tensor:
         """Return bool [rows], true where a row is to be evicted.
 
-        What it says of rows that are not evictable does not matter.
+        The values of rows that are not evictable are ignored.
         """
 
     def name_rows(self, rows: RowColumns, tally: dict[str, int]) -> Tensor:
-        """Return which evictable rows go, bool [rows], and add to ``tally`` how many that is."""
-        named = self.expired(rows)
-        if named.dtype is not torch.bool or named.shape != rows.evictable.shape:
+        """Return the evictable rows to evict, bool [rows], and add their number to ``tally``.
+
+        Args:
+            rows: Columns of the table's rows.
+            tally: Policy's ``repr`` -> number of rows; policies of which this one is composed have
+                entries of their own.
+
+        Raises:
+            ValueError: ``expired`` returned something else than bool [rows].
+        """
+        expired = self.expired(rows)
+        if expired.dtype is not torch.bool or expired.shape != rows.evictable.shape:
             raise ValueError(
                 f"{type(self).__name__}.expired: expected bool {list(rows.evictable.shape)}, "
-                f"got {named.dtype} {list(named.shape)}"
+                f"got {expired.dtype} {list(expired.shape)}"
             )
-        named = named & rows.evictable
-        tally[repr(self)] = tally.get(repr(self), 0) + count_marked(named)
-        return named
+        expired = expired & rows.evictable
+        tally[repr(self)] = tally.get(repr(self), 0) + count_marked(expired)
+        return expired
 
 
 @dataclass(frozen=True)
 class GlobalStepFilter(Eviction):
-    """Evict what no training lookup has asked for lately.
+    """Evict rows that no recent training lookup had.
 
-    A training lookup stamps a row with the table's step; eviction removes rows with
+    A training lookup sets a row's last-seen step to the table's step; eviction removes rows with
     ``last_seen < step - filter_step``. With an eviction after every batch (RecIS's
-    ``filter_interval=1``) an id goes after the ``filter_step``-th batch in a row that missed it.
+    ``filter_interval=1``) an id is evicted after ``filter_step`` batches in a row without it.
 
     Args:
-        filter_step: Steps a row may stay unseen, an int >= 1.
+        filter_step: Steps after which an unseen row is evicted, an int >= 1.
 
     Raises:
         TypeError: ``filter_step`` is no int.
@@ -131,22 +142,22 @@ class GlobalStepFilter(Eviction):
     def __post_init__(self) -> None:
         check_int("filter_step", self.filter_step, least=1)
 
+    @override
     def expired(self, rows: RowColumns) -> Tensor:
-        """See ``Eviction``."""
         return rows.last_seen < rows.step - self.filter_step
 
 
 @dataclass(frozen=True)
 class TimeToLive(Eviction):
-    """Evict what no training lookup has asked for in the last ``seconds``.
+    """Evict rows that no training lookup had in the last ``seconds``.
 
-    A training lookup stamps a row with the time, and eviction removes rows whose stamp is older
-    than ``seconds``. A saved table holds ages, not times: a row has the same age when a run is
-    resumed as when it was saved, however long that took.
+    A training lookup writes the time into its rows, and eviction removes rows whose time is more
+    than ``seconds`` ago. A saved table holds ages, not times: when a run is resumed, a row has the
+    age that it had when it was saved.
 
     Args:
-        seconds: Age that a row may reach, a number > 0.
-        clock: Tells the time in seconds.
+        seconds: Largest age of a row, a number > 0.
+        clock: Function that returns the time in seconds.
 
     Raises:
         ValueError: ``seconds`` is not above 0.
@@ -165,30 +176,30 @@ class TimeToLive(Eviction):
         return f"TimeToLive(seconds={self.seconds!r})"
 
     @property
+    @override
     def time_source(self) -> Callable[[], float] | None:
-        """See ``Eviction``."""
         return self.clock
 
+    @override
     def expired(self, rows: RowColumns) -> Tensor:
-        """See ``Eviction``."""
         return rows.now - rows.last_time > self.seconds
 
 
 @dataclass(frozen=True)
 class MaxRows(Eviction):
-    """Evict down to ``n`` rows: the least recently, or least frequently, used go first.
+    """Evict down to ``n`` rows: the least recently, or least frequently, used are evicted first.
 
     Exact, over all ranks together. ``by="last_seen"`` ranks rows by the step of their last training
     lookup, ``by="count"`` by the number of occurrences in training lookups, and then by that step;
-    of rows that are still alike, those with the lower ids go first. Rows that may not go (pinned,
-    or waiting for the optimizer) count among the ``n``.
+    of rows that are still equal, those with the lower ids are evicted first. Rows that must not be
+    evicted (pinned, or with a pending gradient) count among the ``n``.
 
     Args:
-        n: Rows that may stay, an int >= 0.
+        n: Number of rows to keep, an int >= 0.
         by: "last_seen" or "count".
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be.
+        TypeError, ValueError: An argument is of a wrong type or out of range.
     """
 
     n: int
@@ -200,26 +211,26 @@ class MaxRows(Eviction):
             raise ValueError(f"by: expected 'last_seen' or 'count', got {self.by!r}")
 
     @property
+    @override
     def columns(self) -> frozenset[str]:  # type: ignore[override]
-        """See ``Eviction``."""
         return frozenset({"last_seen", "ids"} | ({"counts"} if self.by == "count" else set()))
 
+    @override
     def expired(self, rows: RowColumns) -> Tensor:
-        """See ``Eviction``."""
         sizes = torch.tensor([count_marked(rows.occupied), count_marked(rows.evictable)])
         num_rows, num_evictable = rows.sum_over_ranks(sizes).tolist()
         keys = [rows.last_seen, rows.ids]
         if self.by == "count":
             keys.insert(0, rows.counts)
-        num_gone = min(num_rows - self.n, num_evictable)
-        return _lowest(keys, rows.evictable, num_gone, rows.sum_over_ranks)
+        num_expired = min(num_rows - self.n, num_evictable)
+        return _lowest(keys, rows.evictable, num_expired, rows.sum_over_ranks)
 
 
 @dataclass(frozen=True)
 class MinNorm(Eviction):
     """Evict rows whose weights have an L2 norm below ``threshold``.
 
-    Optimizer state has no part in the norm. A row whose norm is NaN stays.
+    Optimizer state has no part in the norm. A row whose norm is NaN is kept.
 
     Args:
         threshold: A number >= 0.
@@ -234,51 +245,56 @@ class MinNorm(Eviction):
     def __post_init__(self) -> None:
         check_bound("threshold", self.threshold)
 
+    @override
     def expired(self, rows: RowColumns) -> Tensor:
-        """See ``Eviction``."""
         return rows.norms < self.threshold
 
 
-@dataclass(frozen=True)
-class _Composed(Eviction):
-    policies: Sequence[Eviction]
+class _Composition(Eviction):
+    """Policy composed of others, without fields of its own."""
 
-    def __post_init__(self) -> None:
-        members = tuple(self.policies)
-        if not members:
-            raise ValueError("policies: expected at least one policy, got none")
-        for policy in members:
-            if not isinstance(policy, Eviction):
-                raise TypeError(f"policies: expected Eviction, got {policy!r}")
-        object.__setattr__(self, "policies", members)
-        if len({policy.time_source for policy in members} - {None}) > 1:
-            raise ValueError(f"policies: expected one clock in all of {list(members)}")
+    @property
+    @abstractmethod
+    def members(self) -> Sequence[Eviction]:
+        """Policies of which this one is composed."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self.policies)!r})"
+        return f"{type(self).__name__}({list(self.members)!r})"
 
     @property
+    @override
     def columns(self) -> frozenset[str]:  # type: ignore[override]
-        """See ``Eviction``."""
-        return frozenset().union(*(policy.columns for policy in self.policies))
+        return frozenset().union(*(policy.columns for policy in self.members))
 
     @property
+    @override
     def time_source(self) -> Callable[[], float] | None:
-        """See ``Eviction``."""
-        return next((p.time_source for p in self.policies if p.time_source is not None), None)
+        return next((p.time_source for p in self.members if p.time_source is not None), None)
 
+    @override
     def expired(self, rows: RowColumns) -> Tensor:
-        """See ``Eviction``."""
         return self.name_rows(rows, {})
 
 
-@dataclass(frozen=True, repr=False)
-class AnyOf(_Composed):
-    """Evict what any of several policies evicts.
+def _check_policies(policies: Sequence[Eviction]) -> tuple[Eviction, ...]:
+    members = tuple(policies)
+    if not members:
+        raise ValueError("policies: expected at least one policy, got none")
+    for policy in members:
+        if not isinstance(policy, Eviction):
+            raise TypeError(f"policies: expected Eviction, got {policy!r}")
+    if len({policy.time_source for policy in members} - {None}) > 1:
+        raise ValueError(f"policies: expected one clock in all of {list(members)}")
+    return members
 
-    They are asked one after the other, each of what those before it leave: a row is counted for the
-    first policy that names it, and a ``MaxRows`` behind a ``TimeToLive`` evicts no more than what
-    is still too many.
+
+@dataclass(frozen=True, repr=False)
+class AnyOf(_Composition):
+    """Evict rows that any of several policies evicts.
+
+    Each policy gets the rows that those before it leave: a row is counted for the first policy that
+    evicts it, and a ``MaxRows`` behind a ``TimeToLive`` evicts only the rows that are still too
+    many.
 
     Args:
         policies: At least one; others of this kind among them are fine.
@@ -287,20 +303,32 @@ class AnyOf(_Composed):
         TypeError, ValueError: ``policies`` is empty or holds something else.
     """
 
+    policies: Sequence[Eviction]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policies", _check_policies(self.policies))
+
+    @property
+    @override
+    def members(self) -> Sequence[Eviction]:
+        return self.policies
+
+    @override
     def name_rows(self, rows: RowColumns, tally: dict[str, int]) -> Tensor:
-        """See ``Eviction``."""
-        gone = torch.zeros_like(rows.evictable)
+        expired = torch.zeros_like(rows.evictable)
         for policy in self.policies:
-            left = rows._replace(occupied=rows.occupied & ~gone, evictable=rows.evictable & ~gone)
-            gone |= policy.name_rows(left, tally)
-        return gone
+            left = rows._replace(
+                occupied=rows.occupied & ~expired, evictable=rows.evictable & ~expired
+            )
+            expired |= policy.name_rows(left, tally)
+        return expired
 
 
 @dataclass(frozen=True, repr=False)
-class AllOf(_Composed):
-    """Evict what every one of several policies evicts.
+class AllOf(_Composition):
+    """Evict rows that every one of several policies evicts.
 
-    Each is asked of all rows, and counts those that it names itself.
+    Each policy gets all rows, and counts those that it evicts itself.
 
     Args:
         policies: At least one; others of this kind among them are fine.
@@ -309,16 +337,26 @@ class AllOf(_Composed):
         TypeError, ValueError: ``policies`` is empty or holds something else.
     """
 
+    policies: Sequence[Eviction]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policies", _check_policies(self.policies))
+
+    @property
+    @override
+    def members(self) -> Sequence[Eviction]:
+        return self.policies
+
+    @override
     def name_rows(self, rows: RowColumns, tally: dict[str, int]) -> Tensor:
-        """See ``Eviction``."""
-        gone = rows.evictable.clone()
+        expired = rows.evictable.clone()
         for policy in self.policies:
-            gone &= policy.name_rows(rows, tally)
-        return gone
+            expired &= policy.name_rows(rows, tally)
+        return expired
 
 
 def count_marked(mask: Tensor) -> int:
-    """Return how many items of a bool tensor are true; NumPy is many times as fast as ``sum``."""
+    """Return the number of true items of a bool tensor; NumPy is many times as fast as ``sum``."""
     if mask.device.type == "cpu":
         return int(np.count_nonzero(mask.numpy()))
     return int(torch.count_nonzero(mask))
@@ -335,15 +373,15 @@ def _lowest(
 ) -> Tensor:
     """Mark the ``count`` rows that come first by ``keys``, over all ranks.
 
-    A radix selection: ranks add up how many candidates have each value of a digit, the highest one
-    first, and keep as candidates those with the value at which ``count`` is reached. No rank sees
-    another one's rows.
+    A radix selection: ranks sum the number of candidates with each value of a digit, from the
+    highest digit on, and keep as candidates those with the value at which ``count`` is reached. No
+    rank sees the rows of another.
 
     Args:
-        keys: int64 [rows] each; the last one tells any two rows of all ranks apart.
+        keys: int64 [rows] each; the last one is different for any two rows of all ranks.
         candidates: bool [rows].
-        count: How many to mark, at most as many as there are candidates.
-        sum_over_ranks: See ``RowColumns``.
+        count: Number of rows to mark, at most that of candidates.
+        sum_over_ranks: As in ``RowColumns``.
 
     Returns:
         bool [rows].

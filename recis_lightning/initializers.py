@@ -1,6 +1,6 @@
-"""How a new row starts. Names and arguments follow ``torch.nn.init``.
+"""Initializers of new rows. Names and arguments follow ``torch.nn.init``.
 
-A value is a pure function of (seed, table name, id, column); see ``ops.row_init``.
+A value is a pure function of (seed, table name, id, column), which ``ops.row_init`` computes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from recis_lightning.ops import row_init
 
 
 @dataclass(frozen=True)
 class Initializer(ABC):
-    """What the weights of a new row are drawn from."""
+    """Distribution of the weights of a new row."""
 
     @abstractmethod
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
@@ -34,6 +36,12 @@ def _check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
 
 
+def _check_xavier(gain: float, fan_in: int) -> None:
+    _check_finite(gain=gain, fan_in=fan_in)
+    _check_not_negative("gain", gain)
+    _check_not_negative("fan_in", fan_in)
+
+
 @dataclass(frozen=True)
 class Constant(Initializer):
     """Every weight is ``val``."""
@@ -43,8 +51,8 @@ class Constant(Initializer):
     def __post_init__(self) -> None:
         _check_finite(val=self.val)
 
+    @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        """See ``Initializer``."""
         return row_init.CONSTANT, (self.val,)
 
 
@@ -60,8 +68,8 @@ class Uniform(Initializer):
         if self.b < self.a:
             raise ValueError(f"b: expected a number >= a={self.a!r}, got {self.b!r}")
 
+    @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        """See ``Initializer``."""
         return row_init.UNIFORM, (self.a, self.b)
 
 
@@ -76,8 +84,8 @@ class Normal(Initializer):
         _check_finite(mean=self.mean, std=self.std)
         _check_not_negative("std", self.std)
 
+    @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        """See ``Initializer``."""
         return row_init.NORMAL, (self.mean, self.std)
 
 
@@ -102,8 +110,8 @@ class TruncatedNormal(Initializer):
                 f"[{self.a!r}, {self.b!r}] with std={self.std!r}"
             )
 
+    @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        """See ``Initializer``."""
         bounds = ((self.a - self.mean) / self.std, (self.b - self.mean) / self.std)
         return row_init.TRUNCATED_NORMAL, (self.mean, self.std, *bounds)
 
@@ -121,22 +129,31 @@ class XavierUniform(Initializer):
     fan_in: int = 1
 
     def __post_init__(self) -> None:
-        _check_finite(gain=self.gain, fan_in=self.fan_in)
-        _check_not_negative("gain", self.gain)
-        _check_not_negative("fan_in", self.fan_in)
+        _check_xavier(self.gain, self.fan_in)
 
+    @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        """See ``Initializer``."""
         bound = self.gain * math.sqrt(6 / (self.fan_in + embedding_dim))
         return row_init.UNIFORM, (-bound, bound)
 
 
 @dataclass(frozen=True)
-class XavierNormal(XavierUniform):
-    """Normal with std ``gain * sqrt(2 / (fan_in + embedding_dim))``; ``xavier_normal_``."""
+class XavierNormal(Initializer):
+    """Normal with std ``gain * sqrt(2 / (fan_in + embedding_dim))``.
 
+    ``fan_in`` is 1 unless the bags are longer, as for ``XavierUniform``.
+
+    Source: Glorot and Bengio, 2010; ``torch.nn.init.xavier_normal_``.
+    """
+
+    gain: float = 1.0
+    fan_in: int = 1
+
+    def __post_init__(self) -> None:
+        _check_xavier(self.gain, self.fan_in)
+
+    @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        """See ``Initializer``."""
         return row_init.NORMAL, (0.0, self.gain * math.sqrt(2 / (self.fan_in + embedding_dim)))
 
 

@@ -1,16 +1,19 @@
-"""What a model reports by name (``add_metric``, ``add_to_ml_tracker``) and GAUC, AUC by user."""
+"""Registries of named values (``add_metric``, ``add_to_ml_tracker``), and GAUC, AUC by user."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+from typing import Any, Generic, TypeVar, final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
+
+from recis_lightning.arguments import check_str
 
 __all__ = [
     "GAUC",
@@ -21,9 +24,36 @@ __all__ = [
     "take_tracked",
 ]
 
-_registry: dict[str, object] = {}
-_tracked: dict[str, float | Tensor] = {}
-_registry_lock = threading.Lock()
+_Value = TypeVar("_Value")
+
+
+@final
+class StepValues(Generic[_Value]):
+    """Values that a model names in its steps, for a hook to collect; usable from any thread."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, _Value] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, value: _Value) -> None:
+        """Add a value, or replace the one of that name."""
+        with self._lock:
+            self._values[name] = value
+
+    def copy(self) -> dict[str, _Value]:
+        """Return all values, in the order in which their names were first added."""
+        with self._lock:
+            return dict(self._values)
+
+    def take(self) -> dict[str, _Value]:
+        """Return all values and remove them."""
+        with self._lock:
+            taken, self._values = self._values, {}
+        return taken
+
+
+_metrics: StepValues[object] = StepValues()
+_tracked: StepValues[float | Tensor] = StepValues()
 
 
 def add_metric(name: str, metric: object) -> None:
@@ -46,11 +76,8 @@ def add_metric(name: str, metric: object) -> None:
         {'accuracy': 0.95}
         >>> clear_metrics()
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str, got {type(name).__name__} ({name!r})")
-    value = metric.detach() if isinstance(metric, Tensor) else metric
-    with _registry_lock:
-        _registry[name] = value
+    check_str("name", name)
+    _metrics.add(name, metric.detach() if isinstance(metric, Tensor) else metric)
 
 
 def get_metrics() -> dict[str, object]:
@@ -62,12 +89,11 @@ def get_metrics() -> dict[str, object]:
         0.5
         >>> clear_metrics()
     """
-    with _registry_lock:
-        return dict(_registry)
+    return _metrics.copy()
 
 
 def clear_metrics() -> None:
-    """Forget every registered value.
+    """Remove every registered value.
 
     Example:
         >>> add_metric("loss", 0.5)
@@ -75,15 +101,14 @@ def clear_metrics() -> None:
         >>> get_metrics()
         {}
     """
-    with _registry_lock:
-        _registry.clear()
+    _metrics.take()
 
 
 def add_to_ml_tracker(name: str, data: object) -> None:
-    """Hand a value to ``MLTrackerHook``, which writes it to the Trainer's loggers once.
+    """Add a value that ``MLTrackerHook`` writes to the Trainer's loggers once.
 
-    Cheap enough for every training step: nothing is copied to the host here. Of a name that is
-    given twice before the hook writes, the last value counts.
+    Cheap enough for every training step: nothing is copied to the host here. If a name is added
+    twice before the hook writes, it writes the last value.
 
     Args:
         name: The name in the loggers.
@@ -97,8 +122,7 @@ def add_to_ml_tracker(name: str, data: object) -> None:
         >>> take_tracked()
         {'learning_rate': 0.01}
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str, got {type(name).__name__} ({name!r})")
+    check_str("name", name)
     value: float | Tensor
     if isinstance(data, Tensor):
         value = data.detach()
@@ -114,16 +138,12 @@ def add_to_ml_tracker(name: str, data: object) -> None:
             f"data: expected a number, tensor, array or list for {name!r}, "
             f"got {type(data).__name__}"
         )
-    with _registry_lock:
-        _tracked[name] = value
+    _tracked.add(name, value)
 
 
 def take_tracked() -> dict[str, float | Tensor]:
-    """Return what ``add_to_ml_tracker`` was given since the last call, and forget it."""
-    global _tracked
-    with _registry_lock:
-        taken, _tracked = _tracked, {}
-    return taken
+    """Return the values added by ``add_to_ml_tracker`` since the last call, and remove them."""
+    return _tracked.take()
 
 
 class GAUC(Metric):
@@ -171,6 +191,7 @@ class GAUC(Metric):
         self.add_state("target", default=[], dist_reduce_fx="cat")
         self.add_state("group_ids", default=[], dist_reduce_fx="cat")
 
+    @override
     def update(self, preds: Tensor, target: Tensor, group_ids: Tensor) -> None:
         """Add samples.
 
@@ -196,6 +217,7 @@ class GAUC(Metric):
         self.target.append(target.detach().reshape(-1))
         self.group_ids.append(group_ids.detach().reshape(-1).to(torch.int64))
 
+    @override
     def compute(self) -> Tensor:
         """Return GAUC over everything added so far.
 
@@ -241,7 +263,7 @@ def _grouped_auc(preds: Tensor, positive: Tensor, group_ids: Tensor) -> Tensor:
     )
     index = torch.arange(preds.numel(), device=preds.device)
 
-    # A run is a stretch of equal scores within a group; its members share their mean rank.
+    # A run is a sequence of equal scores within a group; its members share their mean rank.
     starts = torch.ones_like(positive, dtype=torch.bool)
     starts[1:] = (preds[1:] != preds[:-1]) | (group[1:] != group[:-1])
     run = starts.cumsum(0) - 1

@@ -1,4 +1,4 @@
-"""Admission: who gets a row, by exact small vectors, the same from every backend."""
+"""Admission policies on exact small inputs, with the same result on every backend."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def pending(module):
 
 
 def test_min_count_counts_every_occurrence(backend):
-    """Admitted in the lookup in which the count reaches k, all occurrences of it alike."""
+    """An id is admitted in the lookup in which its count reaches k, with all its occurrences."""
     module = table_of(MinCount(3))
     out = module(ids(1, 2, 2, LOW))
     assert not out.any()
@@ -53,7 +53,7 @@ def test_min_count_counts_every_occurrence(backend):
 
 
 def test_min_count_per_batch_counts_a_lookup_once(backend):
-    """However often the id is in it, and in however many features."""
+    """An id counts once in a lookup, however often and in however many features it occurs."""
     module = table_of(MinCount(2, per="batch"))
     module(ids(1, 1, 1, LOW, LOW))
     assert pending(module) == {LOW: 1, 1: 1}
@@ -68,14 +68,14 @@ def test_min_count_per_batch_counts_a_lookup_once(backend):
 
 
 def test_min_count_of_one_admits_at_once(backend):
-    """As no policy does."""
+    """``MinCount(1)`` admits as no policy does."""
     module = table_of(MinCount(1))
     module(ids(4, 4, LOW))
     assert known(module) == [LOW, 4]
 
 
 def test_a_count_is_void_after_as_many_lookups(backend):
-    """Forgotten when the last forget_after lookups did not have the id, not a lookup earlier."""
+    """A count is dropped once forget_after lookups lacked the id, and no lookup earlier."""
     module = table_of(MinCount(2, forget_after=3))
     module(ids(1, 2))
     module(ids(9))
@@ -88,8 +88,8 @@ def test_a_count_is_void_after_as_many_lookups(backend):
     assert known(module) == [1, 2, 9]
 
 
-def test_sightings_do_not_grow_without_end(backend):
-    """A stream of ids that never come back keeps the memory that its window needs."""
+def test_counts_do_not_grow_without_end(backend):
+    """A stream of ids that never come back needs only the memory of its window."""
     module = table_of(MinCount(2, forget_after=5))
     sizes = []
     for step in range(30):
@@ -105,7 +105,7 @@ def test_sightings_do_not_grow_without_end(backend):
 
 
 def test_an_evicted_id_must_qualify_again(backend):
-    """And so must a deleted one, and one that insert brought in."""
+    """A deleted id must qualify again, too, and so must one that ``insert`` added."""
     module = table_of(MinCount(2), eviction=GlobalStepFilter(1))
     table = module.table
     module(ids(1, 1, 2, 2, 3))
@@ -121,8 +121,8 @@ def test_an_evicted_id_must_qualify_again(backend):
     assert known(module) == [LOW, 1, 2, 3]
 
 
-def test_evaluation_and_padding_are_no_sightings(backend):
-    """Reading is reading."""
+def test_evaluation_and_padding_do_not_count(backend):
+    """Evaluation and padding change no count."""
     module = table_of(MinCount(2), padding_idx=0)
     module(ids(1, 0, 0, 0))
     for _ in range(3):
@@ -132,8 +132,8 @@ def test_evaluation_and_padding_are_no_sightings(backend):
     assert pending(module) == {1: 1, 2: 1}
 
 
-def test_what_is_refused_leaves_no_gradient(backend):
-    """No row, no update, and the admitted learn as ever."""
+def test_rejected_ids_have_no_gradient(backend):
+    """Rejected ids have no row and no update, and admitted ids train as usual."""
     module = table_of(MinCount(2))
     sparse = SparseSGD(hash_tables(module), lr=1.0)
     out = module(ids(1, 2, 2))
@@ -146,7 +146,7 @@ def test_what_is_refused_leaves_no_gradient(backend):
 
 @pytest.mark.parametrize("per", ["occurrence", "batch"])
 def test_min_count_agrees_with_a_counter(backend, per):
-    """Two features of one table beside a table without a policy, over a skewed stream."""
+    """Two features of one table, beside a table without a policy, on a skewed stream of ids."""
     generator = torch.Generator().manual_seed(0)
     option = EmbeddingOption(2, table="t", admission=MinCount(3, per=per))
     engine = EmbeddingEngine({"a": option, "free": EmbeddingOption(2), "b": option})
@@ -165,7 +165,7 @@ def test_min_count_agrees_with_a_counter(backend, per):
 
 
 def test_positions_may_stand_for_several_occurrences(backend):
-    """Sightings that travelled deduplicated count in full; per batch they count once."""
+    """Deduplicated ids from other ranks count all their occurrences; per batch they count once."""
     for per, expected in (("occurrence", [7]), ("batch", [])):
         module = table_of(MinCount(3, per=per))
         table, asked = module.table, ids(5, 7, 8)
@@ -180,7 +180,7 @@ def test_positions_may_stand_for_several_occurrences(backend):
 
 
 def test_a_huge_count_is_not_an_overflow(backend):
-    """Counts stop at k, whatever is added."""
+    """Counts are clamped at k."""
     module = table_of(MinCount(2**31 - 1))
     many = torch.full((64,), 5)
     for _ in range(3):
@@ -189,7 +189,7 @@ def test_a_huge_count_is_not_an_overflow(backend):
 
 
 def test_probability_is_a_function_of_table_id_and_lookup(backend):
-    """The same ids come in whatever the order, the batch and the run; others under another seed."""
+    """Order, batch and run do not change the admitted ids; another seed does."""
     first = table_of(Probability(0.3))
     asked = torch.arange(-500, 500)
     first(asked)
@@ -207,7 +207,7 @@ def test_probability_is_a_function_of_table_id_and_lookup(backend):
 
 
 def test_probabilities_of_zero_and_one(backend):
-    """Nothing, and everything."""
+    """Probability 0 admits no id, and 1 all of them."""
     never, always = table_of(Probability(0.0)), table_of(Probability(1.0))
     never(EXTREMES)
     always(EXTREMES)
@@ -220,7 +220,7 @@ def test_probabilities_of_zero_and_one(backend):
     "admission", [MinCount(3), MinCount(2, per="batch"), BloomCount(3, 201, 3), Probability(0.5)]
 )
 def test_backends_agree_with_the_reference(kernels, admission):
-    """On ids, refusals and memories, with colliding counters and sightings that travelled."""
+    """Rows, rejections and counters agree, with colliding counters and ids of other ranks."""
     states = []
     for name in ("reference", kernels):
         with ops_backend.use(name):
@@ -243,7 +243,7 @@ def test_backends_agree_with_the_reference(kernels, admission):
 
 
 def test_bloom_count_never_counts_too_low(backend):
-    """An id is in by the lookup in which its true count reaches k, collisions or not."""
+    """An id is admitted at the latest when its true count reaches k, despite collisions."""
     module = table_of(BloomCount(3, num_counters=4096))
     module(ids(1, 2, 2, LOW))
     assert known(module) == []
@@ -257,7 +257,7 @@ def test_bloom_count_never_counts_too_low(backend):
 
 
 def test_a_sketch_is_halved_when_enough_was_added(backend):
-    """Before the next lookup; so old sightings fade, and memory is what it was."""
+    """Counters are halved before the next lookup, in place; so old counts decay."""
     module = table_of(BloomCount(5, num_counters=4096))  # halved after 1024 sightings
     size = module.table.sightings.nbytes
     module(ids(1, 1, 1, 2))
@@ -270,7 +270,7 @@ def test_a_sketch_is_halved_when_enough_was_added(backend):
 
 
 def test_counters_are_full_at_255(backend):
-    """They stop there, and do not begin again."""
+    """Counters are clamped at 255 and do not wrap around."""
     module = table_of(BloomCount(255, num_counters=4 * 10**6))
     module(torch.full((254,), 3))
     assert known(module) == []
@@ -303,8 +303,8 @@ def test_a_resumed_run_admits_as_the_one_that_went_on(admission, how):
     assert known(module) == known(twin)
 
 
-def test_other_policies_take_what_they_can_use_of_a_state():
-    """A lower k admits at the next sight; a state without counts begins them."""
+def test_other_policies_load_the_usable_part_of_a_state():
+    """A lower k admits at the next occurrence; a state without counts starts them at 0."""
     module = table_of(MinCount(5))
     module(ids(1, 1, 1, 1, 2))
     lower = table_of(MinCount(3))
@@ -336,8 +336,8 @@ def test_other_policies_take_what_they_can_use_of_a_state():
         ),
     ],
 )
-def test_torn_sightings_are_refused(spoil, words):
-    """And nothing is changed."""
+def test_torn_counts_are_an_error(spoil, words):
+    """The error leaves the table unchanged."""
     module = table_of(MinCount(5))
     module(ids(1, 2))
     state = module.table.get_extra_state()
@@ -348,7 +348,7 @@ def test_torn_sightings_are_refused(spoil, words):
 
 
 def test_lookups_of_known_ids_count_as_lookups(backend):
-    """Whichever pass found them: time goes on for those that wait."""
+    """Lookups of known ids age the counts of unknown ids, on both paths of a lookup."""
     module = table_of(MinCount(2, forget_after=3))
     module(ids(1, 1, 2))
     for number in range(3):
@@ -359,8 +359,8 @@ def test_lookups_of_known_ids_count_as_lookups(backend):
     assert pending(module) == {2: 1}
 
 
-def test_a_large_lookup_is_screened_before_it_is_inserted_in_rounds():
-    """Insertion looks ids up again; who was refused stays out."""
+def test_a_large_lookup_is_checked_before_it_is_inserted_in_rounds():
+    """Insertion looks ids up again, but does not insert rejected ids."""
     module = table_of(MinCount(2))
     twice = torch.arange(150_000)
     module(torch.cat([twice, twice, torch.arange(10**6, 10**6 + 50_000)]))
@@ -401,13 +401,13 @@ def test_threads_do_not_matter():
     ],
 )
 def test_wrong_arguments(make, error, words):
-    """An error names the argument, the value got and what was expected."""
+    """An error names the argument, its value and the expected one."""
     with pytest.raises(error, match=words):
         make()
 
 
 def test_features_that_share_a_table_agree_on_the_policy():
-    """Equal policies are equal; others are named."""
+    """Equal policies may share a table; an error names different ones."""
     same = [EmbeddingOption(2, table="t", admission=MinCount(2)) for _ in range(2)]
     EmbeddingEngine(dict(zip("ab", same, strict=True)))
     other = EmbeddingOption(2, table="t", admission=ReadOnly())

@@ -26,7 +26,7 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.s
 
 @pytest.fixture(autouse=True)
 def command_line(tmp_path, monkeypatch):
-    """Start in an empty folder, with no command line; leave the number of threads as it was."""
+    """Run in an empty folder, without a command line; restore the number of threads."""
     monkeypatch.setattr(sys, "argv", ["recis_lightning"])
     monkeypatch.chdir(tmp_path)
     num_threads = torch.get_num_threads()
@@ -35,7 +35,7 @@ def command_line(tmp_path, monkeypatch):
 
 
 def data_args(config: Path) -> list[str]:
-    """Make small data for a configuration; return the arguments that name it."""
+    """Write small data for a configuration; return the arguments that name it."""
     root = Path("some data")
     if config.stem != "criteo":
         write_movielens(root, num_rows=400)

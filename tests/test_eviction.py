@@ -1,4 +1,4 @@
-"""Eviction policies by exact small vectors, alone and composed, and what evict() tells of them."""
+"""Eviction policies on exact small inputs, alone and composed, and the reports of evict()."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ from tests.helpers.sample_tables import HIGH, LOW
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Clock that only tests advance."""
 
     def __init__(self, now=1e9):
         self.now = now
@@ -38,7 +38,7 @@ class Clock:
 
 
 def test_the_least_recently_seen_go_first(backend):
-    """Down to n exactly; of rows seen in the same step the lower ids go."""
+    """Exactly n rows are kept; of rows seen in the same step those with lower ids are evicted."""
     module = after_steps(MaxRows(3), [1, 2, LOW], [3, HIGH], [2, 4])
     report = module.table.evict()
     assert report == 3
@@ -49,7 +49,7 @@ def test_the_least_recently_seen_go_first(backend):
 
 
 def test_the_least_frequently_seen_go_first(backend):
-    """Occurrences count; of equals the one seen longer ago goes, then the lower id."""
+    """Rows are ranked by occurrences, then by last-seen step, then by id."""
     module = after_steps(MaxRows(2, by="count"), [1, 1, 1, 5], [2, 3, 3], [4, 6, 6, 6, 6])
     assert module.table.evict(dry_run=True) == 4
     assert left(module) == {1, 2, 3, 4, 5, 6}
@@ -64,7 +64,7 @@ def test_the_least_frequently_seen_go_first(backend):
 
 
 def test_known_ids_are_counted_in_every_lookup(backend):
-    """Whichever pass found them, padding apart."""
+    """Both paths of a lookup count occurrences of known ids, except padding."""
     module = DynamicEmbedding(2, eviction=MaxRows(1, by="count"), padding_idx=0, name="t")
     for _ in range(4):
         module(ids(3, 3, 0, 5))
@@ -73,7 +73,7 @@ def test_known_ids_are_counted_in_every_lookup(backend):
 
 
 def test_one_of_equal_counts_is_chosen_by_step_then_by_id(backend):
-    """Any two rows differ by then."""
+    """No two rows have the same count, step and id."""
     module = after_steps(MaxRows(1, by="count"), [9, 3], [5, 7])
     assert module.table.evict(MaxRows(3, by="count")) == 1
     assert left(module) == {5, 7, 9}
@@ -82,7 +82,7 @@ def test_one_of_equal_counts_is_chosen_by_step_then_by_id(backend):
 
 
 def test_exactly_n_of_many_are_left_and_they_are_the_right_ones():
-    """Against sorting, with many ties, negative ids and every digit of the keys in use."""
+    """Compare with sorting: many ties, negative ids, and every digit of the keys in use."""
     generator = torch.Generator().manual_seed(3)
     table = HashTable(1, eviction=MaxRows(0, by="count"), name="t")
     many = torch.randint(LOW, HIGH, (5000,), generator=generator).unique()
@@ -100,7 +100,7 @@ def test_exactly_n_of_many_are_left_and_they_are_the_right_ones():
 
 
 class Ranks:
-    """Threads that add tensors up as ranks do: each gets the sum once all have come."""
+    """Threads that sum tensors as ranks do: each gets the sum once all have called."""
 
     def __init__(self, count):
         self.barrier, self.parts = threading.Barrier(count), []
@@ -118,7 +118,7 @@ class Ranks:
 @pytest.mark.parametrize("by", ["last_seen", "count"])
 @pytest.mark.parametrize("n", [0, 40, 123])
 def test_n_rows_are_left_over_all_ranks(monkeypatch, by, n):
-    """Each of three ranks, one of them empty, evicts its part of what one table would evict."""
+    """Three ranks, one of them empty, together evict the rows that one table would evict."""
     ranks = Ranks(3)
     generator = torch.Generator().manual_seed(n)
     batches = (torch.rand(6, 60, generator=generator) ** 2 * 400 - 100).long()
@@ -141,7 +141,7 @@ def test_n_rows_are_left_over_all_ranks(monkeypatch, by, n):
 
 
 def test_rows_live_for_seconds(backend):
-    """Since the last training lookup, by the policy's clock; evaluation does not refresh."""
+    """Age is counted from the last training lookup, by the policy's clock, not from evaluation."""
     clock = Clock()
     module = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
     module(ids(1, 2))
@@ -162,7 +162,7 @@ def test_rows_live_for_seconds(backend):
 
 @pytest.mark.parametrize("how", ["file", "deepcopy"])
 def test_time_between_runs_does_not_age_rows(how):
-    """A saved table holds ages."""
+    """A saved table holds ages, not times."""
     clock = Clock()
     module = DynamicEmbedding(2, eviction=TimeToLive(10, clock=clock), name="t")
     module(ids(1))
@@ -184,7 +184,7 @@ def test_time_between_runs_does_not_age_rows(how):
 
 
 def test_the_usual_clock_is_that_on_the_wall():
-    """Without one of the user's own."""
+    """``time.time`` is the clock of a policy without one of its own."""
     module = DynamicEmbedding(2, eviction=TimeToLive(3600), name="t")
     module(ids(1))
     assert module.table.evict() == 0
@@ -197,7 +197,7 @@ def test_the_usual_clock_is_that_on_the_wall():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_a_small_norm_go(backend, dtype):
-    """The L2 norm of the weights, not half its square; the threshold itself stays."""
+    """The L2 norm of the weights is compared; a row at the threshold is kept."""
     module = DynamicEmbedding(2, eviction=MinNorm(5.0), name="t", dtype=dtype)
     SparseAdam(hash_tables(module), lr=0.1)
     weights = torch.tensor([[3.0, 4.0], [3.0, 3.875], [-5.0, 0.0], [0.0, 0.0], [torch.nan, 0]])
@@ -212,7 +212,7 @@ def test_rows_of_a_small_norm_go(backend, dtype):
 
 
 def test_any_of_asks_each_of_what_is_left(backend):
-    """So a row counts once, and MaxRows evicts no more than what is still too many."""
+    """So a row counts once, and MaxRows evicts only rows that are still too many."""
     policy = AnyOf([GlobalStepFilter(2), MaxRows(3), MinNorm(0.0)])
     module = after_steps(policy, [1, 2], [3, 4], [5, 6])
     report = module.table.evict(dry_run=True)
@@ -228,7 +228,7 @@ def test_any_of_asks_each_of_what_is_left(backend):
 
 
 def test_all_of_evicts_what_each_would(backend):
-    """And says how many each named by itself."""
+    """The report has the number of rows that each policy evicts by itself."""
     policy = AllOf([GlobalStepFilter(2), MaxRows(5)])
     module = after_steps(policy, [1, 2], [3, 4], [5, 6])
     report = module.table.evict()
@@ -241,7 +241,7 @@ def test_all_of_evicts_what_each_would(backend):
 
 
 def test_compositions_nest(backend):
-    """AnyOf in AllOf in AnyOf, with a clock deep inside."""
+    """AnyOf in AllOf in AnyOf works, with a clock at the innermost level."""
     clock = Clock()
     policy = AnyOf(
         [
@@ -268,7 +268,7 @@ def test_compositions_nest(backend):
 
 
 def test_a_policy_of_the_users_own(backend):
-    """Two lines: what it wants to know, and a mask."""
+    """A policy is two members: its columns, and a mask."""
 
     class Rare(Eviction):
         columns = frozenset({"counts", "ids", "norms"})
@@ -298,7 +298,7 @@ def test_a_policy_may_ask_only_for_what_is_kept():
 
 
 def test_a_policy_that_answers_nonsense_is_an_error():
-    """Its name, and what was expected."""
+    """The error names the policy and the expected shape."""
 
     class Wrong(Eviction):
         def expired(self, rows):
@@ -338,13 +338,13 @@ def test_a_policy_that_answers_nonsense_is_an_error():
     ],
 )
 def test_wrong_arguments(make, error, words):
-    """An error names the argument, the value got and what was expected."""
+    """An error names the argument, its value and the expected one."""
     with pytest.raises(error, match=words):
         make()
 
 
 def test_policies_are_values():
-    """Features that share a table compare them."""
+    """Features that share a table compare their policies."""
     assert AnyOf([MaxRows(2), GlobalStepFilter(1)]) == AnyOf((MaxRows(2), GlobalStepFilter(1)))
     assert AnyOf([MaxRows(2)]) != AllOf([MaxRows(2)])
     assert TimeToLive(5) == TimeToLive(5)

@@ -76,7 +76,7 @@ DISTRIBUTIONS = [
 
 @pytest.mark.parametrize("ids", IDS)
 def test_every_column_is_uniform_whatever_the_ids(ids):
-    """Patterned ids start as evenly as random ones; other distributions are made of this one."""
+    """Patterned ids get as uniform values as random ids do; other distributions use these."""
     values = _sample(Uniform(), IDS[ids])
     assert _distance(values, lambda x: x) < 1.95
     assert max(_distance(column, lambda x: x) for column in values.T) < 2.3
@@ -100,7 +100,7 @@ def test_weights_follow_the_distribution(initializer, cdf, mean, std):
 
 @pytest.mark.parametrize("ids", IDS)
 def test_columns_and_neighbouring_ids_are_independent(ids):
-    """No two columns, no two ids in a row and no two seeds are correlated, nor are the squares."""
+    """No two columns, consecutive ids or seeds are correlated, nor are their squares."""
     values = _sample(Normal(), IDS[ids])
     for sample in (values, (values.square() - 1) / math.sqrt(2)):
         scaled = sample.T @ sample / ROWS - torch.eye(DIM)
@@ -114,7 +114,7 @@ def test_columns_and_neighbouring_ids_are_independent(ids):
 
 
 def test_rows_are_no_shorter_or_longer_than_chance_has_it():
-    """Norms of rows follow the chi-squared law: columns of a row are independent together."""
+    """Norms of rows follow the chi-squared law: the columns of a row are jointly independent."""
     norms = _sample(Normal()).square().sum(1)
     law = torch.distributions.Chi2(torch.tensor(float(DIM), dtype=torch.float64))
     assert _distance(norms, law.cdf) < 1.95
@@ -195,6 +195,6 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_bad_arguments_are_named(kind, arguments, error, named):
-    """The error names the argument and what it got."""
+    """The error names the argument and its value."""
     with pytest.raises(error, match=named):
         kind(**arguments)

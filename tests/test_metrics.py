@@ -20,7 +20,7 @@ def _empty_registry():
 
 
 def naive_gauc(preds, target, group_ids):
-    """One pair at a time: the definition."""
+    """Return GAUC by its definition, one pair at a time."""
     total = weight = 0.0
     for group in set(group_ids.tolist()):
         mine = group_ids == group

@@ -1,4 +1,4 @@
-"""What a user writes: names, signatures, defaults, and the example of a whole model."""
+"""Public names, signatures and defaults, and the example of a whole model."""
 
 import dataclasses
 import inspect
@@ -33,7 +33,7 @@ from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdamW, SparseDenseOptimizer
 
-ROOM_NAMES = [
+EXPORTS = [
     (
         callbacks,
         [
@@ -66,14 +66,14 @@ ROOM_NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("room", "names"), ROOM_NAMES, ids=lambda x: getattr(x, "__name__", ""))
-def test_names_are_where_they_belong(room, names):
-    """Every name is exported by its room."""
-    assert set(names) <= set(room.__all__)
+@pytest.mark.parametrize(("module", "names"), EXPORTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_names_are_where_they_belong(module, names):
+    """Every name is exported by its module."""
+    assert set(names) <= set(module.__all__)
 
 
 def test_package_exports():
-    """__all__ names what exists, once."""
+    """__all__ has each name once, and each exists."""
     assert len(set(recis_lightning.__all__)) == len(recis_lightning.__all__)
     assert {"DynamicEmbedding", "DynamicEmbeddingBag", "EmbeddingEngine", "EmbeddingOption"} <= set(
         recis_lightning.__all__
@@ -94,7 +94,7 @@ def test_package_exports():
     ],
 )
 def test_all_is_true(module):
-    """What a module lists in __all__ it has."""
+    """Every name in a module's __all__ exists."""
     found = import_module(module)
     for name in getattr(found, "__all__", []):
         assert hasattr(found, name)
@@ -149,7 +149,7 @@ def test_signatures():
 
 
 def test_what_a_table_offers():
-    """Methods and attributes, with the shapes of their answers."""
+    """Methods and attributes of a table return the documented values."""
     table = HashTable(2, eviction=GlobalStepFilter(1), name="t")
     table.insert(torch.tensor([4, 9]), torch.ones(2, 2))
     assert len(table) == 2
@@ -170,7 +170,7 @@ def test_what_a_table_offers():
 def test_the_package_alone_imports_neither_lightning_nor_triton():
     """Only callbacks and the command line need Lightning, only tables on a GPU Triton.
 
-    torch itself imports Triton where it is installed: here it is not to be had.
+    torch itself imports Triton where it is installed, so here the import is made to fail.
     """
     code = (
         "import sys\n"
@@ -183,7 +183,7 @@ def test_the_package_alone_imports_neither_lightning_nor_triton():
 
 
 class Model(L.LightningModule):
-    """The model of the design's example, with a tower and data."""
+    """Model of the documented example, with a tower and data."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ class Model(L.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*number of training batches")
 def test_the_example_trains(tmp_path):
-    """All three hooks, all kinds of embeddings, a shared table."""
+    """Train with all three hooks, all kinds of embeddings and a shared table."""
     batch = {
         "user": torch.arange(4) - 2,
         "item": torch.arange(4),

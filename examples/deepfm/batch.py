@@ -1,4 +1,4 @@
-"""The batch that both data modules make and the model takes."""
+"""``Batch``: the output of both data modules and the input of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Batch(TypedDict):
         features: For each feature int64 [B], or a :class:`Jagged` of ``B`` bags.
         dense: float32 [B, num_dense]; ``num_dense`` may be 0.
         label: float32 [B], 0 or 1.
-        group: int64 [B], whose ranking an example belongs to (for GAUC); -1 where there is none.
+        group: int64 [B], group of each example in GAUC; -1 for none.
     """
 
     features: dict[str, Tensor | Jagged]
@@ -26,5 +26,5 @@ class Batch(TypedDict):
 
 
 def as_is(batch: Batch) -> Batch:
-    """Return the batch: the ``collate_fn`` of data sets that answer with whole batches."""
+    """Return the batch: the ``collate_fn`` of data sets whose items are whole batches."""
     return batch

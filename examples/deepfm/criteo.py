@@ -17,23 +17,24 @@ from examples.deepfm.batch import Batch, as_is
 
 COUNTS = [f"i{n}" for n in range(1, 14)]
 CATEGORIES = [f"c{n}" for n in range(1, 27)]
-MISSING_ID = -1  # an id like any other: that a category is missing says something too
+MISSING_ID = -1  # an id like any other: a missing category is information, too
 
 _COLUMNS = ["label", *COUNTS, *CATEGORIES]
 
 
 class Criteo(IterableDataset[Batch]):
-    """Batches from files whose columns are lists, read piece by piece.
+    """Batches from files whose columns are lists, read chunk by chunk.
 
     A file has ``label`` [double], counts ``i1``..``i13`` [double] and categories ``c1``..``c26``
-    [int64]; an empty list is a missing value. A piece is an ORC stripe or a Parquet row group.
-    Workers and ranks share the pieces out, so no row is read twice; a worker that gets no piece
-    answers with nothing.
+    [int64]; an empty list is a missing value. A chunk is an ORC stripe or a Parquet row group.
+    Workers and ranks divide the chunks among them, so no row is read twice; a worker without chunks
+    has no batches.
 
     Args:
         files: ``.orc`` and ``.parquet`` files, in the order in which they are read.
-        batch_size: Rows a batch; the last batch of a worker may be smaller.
-        shuffle_rows: Shuffle within blocks of so many rows, the pieces included; 0 keeps the order.
+        batch_size: Rows in a batch; the last batch of a worker may be smaller.
+        shuffle_rows: Rows of a block within which rows are shuffled, the order of chunks included;
+            0 keeps the order.
         seed: Of the shuffled order.
     """
 
@@ -48,11 +49,11 @@ class Criteo(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         shard, num_shards = _shard()
-        pieces = [piece for file in self.files for piece in _pieces(file)]
+        chunks = [chunk for file in self.files for chunk in _chunks(file)]
         random = torch.Generator().manual_seed(self.seed)
         if self.shuffle_rows:
-            pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=random)]
-        mine = map(_read_piece, pieces[shard::num_shards])
+            chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=random)]
+        mine = map(_read_chunk, chunks[shard::num_shards])
         if not self.shuffle_rows:
             yield from rebatch(mine, self.batch_size)
             return
@@ -62,16 +63,17 @@ class Criteo(IterableDataset[Batch]):
 
 
 class CriteoDataModule(L.LightningDataModule):
-    """Files in the Criteo layout, told apart by name into train, validation and test.
+    """Files in the Criteo layout, divided by name into train, validation and test.
 
     Args:
-        root: The folder of the files.
+        root: Folder of the files.
         train: File names or glob patterns under ``root``.
         val: The same, for validation; may be empty.
         test: The same, for the test.
-        batch_size: Rows a batch.
-        shuffle_rows: Shuffle training rows within blocks of so many; 0 keeps the order. Set the
-            Trainer's ``reload_dataloaders_every_n_epochs: 1`` for another order in each epoch.
+        batch_size: Rows in a batch.
+        shuffle_rows: Rows of a block within which training rows are shuffled; 0 keeps the order.
+            Set the Trainer's ``reload_dataloaders_every_n_epochs: 1`` for another order in each
+            epoch.
         num_workers: Worker processes of each DataLoader; 0 reads in the main process.
         seed: Of the shuffled order.
     """
@@ -118,11 +120,11 @@ class CriteoDataModule(L.LightningDataModule):
         return self._loader("train", self.shuffle_rows, self.seed + epoch)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation files; no batches where none are named."""
+        """Return the validation files; no batches if none are named."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the test files; no batches where none are named."""
+        """Return the test files; no batches if none are named."""
         return self._loader("test")
 
     def _loader(self, part: str, shuffle_rows: int = 0, seed: int = 0) -> DataLoader[Batch]:
@@ -135,7 +137,7 @@ class CriteoDataModule(L.LightningDataModule):
 
 
 def _shard() -> tuple[int, int]:
-    """Return this worker's number among all workers of all ranks, and how many those are."""
+    """Return this worker's index among all workers of all ranks, and their number."""
     distributed = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
     ranks = torch.distributed.get_world_size() if distributed else 1
@@ -144,32 +146,32 @@ def _shard() -> tuple[int, int]:
     return rank * workers + id_, ranks * workers
 
 
-def _pieces(file: Path) -> list[tuple[Path, int]]:
+def _chunks(file: Path) -> list[tuple[Path, int]]:
     if file.suffix == ".orc":
-        return [(file, piece) for piece in range(orc.ORCFile(file).nstripes)]
+        return [(file, index) for index in range(orc.ORCFile(file).nstripes)]
     if file.suffix == ".parquet":
-        return [(file, piece) for piece in range(parquet.ParquetFile(file).num_row_groups)]
+        return [(file, index) for index in range(parquet.ParquetFile(file).num_row_groups)]
     raise ValueError(f"{file}: expected a name that ends in .orc or .parquet")
 
 
-def _read_piece(piece: tuple[Path, int]) -> Batch:
-    file, number = piece
+def _read_chunk(chunk: tuple[Path, int]) -> Batch:
+    file, index = chunk
     if file.suffix == ".orc":
-        rows = pa.table(orc.ORCFile(file).read_stripe(number, columns=_COLUMNS))
+        rows = pa.table(orc.ORCFile(file).read_stripe(index, columns=_COLUMNS))
     else:
-        rows = parquet.ParquetFile(file).read_row_group(number, columns=_COLUMNS)
+        rows = parquet.ParquetFile(file).read_row_group(index, columns=_COLUMNS)
     return to_batch(rows, str(file))
 
 
 def to_batch(rows: pa.Table, source: str = "the table") -> Batch:
-    """Turn list columns into tensors.
+    """Return list columns as a batch of tensors.
 
     A count ``x`` becomes ``sign(x) log(1 + |x|)``, 0 where it is missing, followed by 13 columns
     that are 1 where a count is missing. A missing category becomes ``MISSING_ID``.
 
     Args:
         rows: The columns ``label``, ``i1``..``i13``, ``c1``..``c26``.
-        source: What to call the rows in an error.
+        source: Name of the rows in errors.
 
     Raises:
         ValueError: A column is absent, or a row holds several values in one column.
@@ -191,7 +193,7 @@ def to_batch(rows: pa.Table, source: str = "the table") -> Batch:
 
 
 def _column(column: pa.ChunkedArray, name: str, source: str) -> tuple[Tensor, Tensor]:
-    """Return the value of each row (0 where there is none) and whether there is one."""
+    """Return the value of each row (0 if missing) and whether it has one."""
     lists = column.fill_null([]).combine_chunks()
     lengths = torch.tensor(lists.value_lengths().to_numpy())
     if len(lengths) and lengths.max() > 1:
@@ -224,13 +226,13 @@ def _join(batches: list[Batch]) -> Batch:
     )
 
 
-def rebatch(pieces: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    """Cut a stream of pieces of any length into batches of ``batch_size``; the last may be less."""
+def rebatch(chunks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """Yield chunks of any length as batches of ``batch_size``; the last may be smaller."""
     held: list[Batch] = []
     num_held = 0
-    for piece in pieces:
-        held.append(piece)
-        num_held += len(piece["label"])
+    for chunk in chunks:
+        held.append(chunk)
+        num_held += len(chunk["label"])
         if num_held < batch_size:
             continue
         rows = _join(held)

@@ -1,4 +1,4 @@
-"""Train DeepFM on MovieLens-100k with the three hooks, test it, and say what came of it.
+"""Train DeepFM on MovieLens-100k with the three hooks, test it, and print a summary.
 
 From the root of the repository: ``python -m examples.deepfm.demo``, or ``make demo``.
 """
@@ -22,13 +22,13 @@ from examples.deepfm.train import hooks, movielens_data, movielens_model, one_th
 from recis_lightning import HashTable, hash_tables
 from recis_lightning.callbacks import ProfilerHook
 
-LOUD = ("lightning.pytorch", "lightning.fabric")  # loggers that would crowd out ours
+LOUD = ("lightning.pytorch", "lightning.fabric")  # loggers that would hide our lines
 _COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7")
 _INK, _FAINT = "#333333", "#dddddd"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Train, test, summarise."""
+    """Train, test and print a summary."""
     parser = argparse.ArgumentParser("python -m examples.deepfm.demo", description=main.__doc__)
     parser.add_argument("--root", default="data/ml-100k", help="folder of the data")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     one_thread()
     L.seed_everything(given.seed, verbose=False)
-    print(f"MovieLens-100k in {given.root} (downloaded if it is not there)")
+    print(f"MovieLens-100k in {given.root} (downloaded if missing)")
     data = movielens_data(given.root, seed=given.seed)
     model, history = movielens_model(), History()
     profiler: ProfilerHook
@@ -84,8 +84,8 @@ def table_summary(tables: Sequence[HashTable], evicted: dict[str, int]) -> str:
     lines = [f"  {'table':<12}{'rows':>10}{'evicted':>10}{'KiB':>10}"]
     figures = [(t.name, len(t), evicted.get(t.name, 0), t.nbytes / 1024) for t in tables]
     totals = [sum(column) for column in list(zip(*figures, strict=True))[1:]]
-    for name, rows, gone, kib in [*figures, ("all", *totals)]:
-        lines.append(f"  {name:<12}{rows:>10,}{gone:>10,}{kib:>10,.0f}")
+    for name, rows, num_evicted, kib in [*figures, ("all", *totals)]:
+        lines.append(f"  {name:<12}{rows:>10,}{num_evicted:>10,}{kib:>10,.0f}")
     return "\n".join(lines)
 
 
@@ -152,7 +152,7 @@ def _label(axes: mpl.axes.Axes, point: tuple[float, float], text: str, colour: s
 
 
 def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """Return the running mean with weight ``keep`` on the past, without the pull to zero.
+    """Return the exponential moving average with weight ``keep`` on the past, bias-corrected.
 
     Example:
         >>> smooth([1.0, 1.0, 4.0], keep=0.5)

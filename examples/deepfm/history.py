@@ -1,4 +1,4 @@
-"""What happened in a training run: losses, validation scores, table sizes, evictions."""
+"""``History``: losses, validation scores, table sizes and evictions of a training run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from typing_extensions import override
 
 from recis_lightning import HashTable, hash_tables
 
 
 class History(Callback):
-    """Keep what a run's picture and summary are made of; the order among callbacks is free.
+    """Record the data of a run's picture and summary; any order among callbacks works.
 
     Attributes:
         losses: The loss of each training batch.
         scores: ``(batches done, {metric: value})`` for each validation.
         rows: For each table its number of rows in each training batch.
-        evicted: For each table how many rows were evicted in all.
+        evicted: For each table the number of rows evicted in all.
     """
 
     def __init__(self) -> None:
@@ -28,33 +29,34 @@ class History(Callback):
         self.evicted: dict[str, int] = {}
         self._tables: list[HashTable] = []
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the tables."""
         self._tables = hash_tables(pl_module)
         for table in self._tables:
             self.rows.setdefault(table.name, [])
             self.evicted.setdefault(table.name, 0)
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count what was evicted since the last batch's lookup."""
         self._count_evicted()
 
+    @override
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        """Count rows now, when the batch's new ids are in and none has been evicted."""
+        # The batch's new ids have rows by now, and none has been evicted.
         self.losses.append(float(loss.detach()))
         for table in self._tables:
             self.rows[table.name].append(len(table))
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the last evictions."""
         self._count_evicted()
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the validation's scores."""
         if not trainer.sanity_checking:
             scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.scores.append((len(self.losses), scores))

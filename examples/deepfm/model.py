@@ -23,12 +23,12 @@ from recis_lightning.trace import add_to_trace
 
 
 def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the dense optimizer that is used where none is named."""
+    """Return the default dense optimizer."""
     return torch.optim.AdamW(params, lr=1e-3)
 
 
 def sparse_adam(tables: Iterable[HashTable]) -> SparseOptimizer:
-    """Return the tables' optimizer that is used where none is named."""
+    """Return the default optimizer of tables."""
     return SparseAdam(tables, lr=1e-3)
 
 
@@ -39,14 +39,14 @@ class DeepFM(L.LightningModule):
     and the perceptron share, so one lookup serves all three.
 
     Args:
-        embeddings: For each feature that the model uses its option. All have the same
+        embeddings: Feature -> option, for each feature of the model. All have the same
             ``embedding_dim``, one more than the number of factors, and each feature gives one row
-            an example (``mode`` ``"sum"`` or ``"mean"`` for bags).
-        num_dense: Numbers an example, beside its ids.
+            for each example (``mode`` ``"sum"`` or ``"mean"`` for bags).
+        num_dense: Number of dense inputs of an example.
         hidden: Widths of the perceptron's layers.
-        dropout: After each of them.
-        dense_optimizer: Makes the optimizer of the perceptron from its parameters.
-        sparse_optimizer: Makes the optimizer of the tables from the tables.
+        dropout: Probability, after each of these layers.
+        dense_optimizer: Function of the perceptron's parameters that returns their optimizer.
+        sparse_optimizer: Function of the tables that returns their optimizer.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class DeepFM(L.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss; LoggerHook shows it, and TraceHook writes what it is made of."""
+        """Return the loss, which LoggerHook reports; TraceHook writes logits and labels."""
         logits, label = self(batch), batch["label"]
         add_to_trace("logit", logits)
         add_to_trace("label", label)
         return nn.functional.binary_cross_entropy_with_logits(logits, label)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to the validation part's loss, AUC and GAUC."""
+        """Update loss, AUC and GAUC of validation."""
         self._evaluate("val", batch, self.val_auc, self.val_gauc)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to the test part's loss, AUC and GAUC."""
+        """Update loss, AUC and GAUC of the test."""
         self._evaluate("test", batch, self.test_auc, self.test_gauc)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -113,12 +113,12 @@ class DeepFM(L.LightningModule):
         self.log(f"{stage}_loss", loss, batch_size=len(label))
         auc.update(logits.sigmoid(), label.long())
         self.log(f"{stage}_auc", auc, prog_bar=True, batch_size=len(label))
-        if len(group) and group[0] >= 0:  # -1: the data knows no groups
+        if len(group) and group[0] >= 0:  # -1: the data has no groups
             gauc.update(logits, label, group)
             self.log(f"{stage}_gauc", gauc, prog_bar=True, batch_size=len(label))
 
     def configure_optimizers(self) -> Any:
-        """Join the two optimizers into the one that Lightning steps."""
+        """Return the dense and the sparse optimizer as one, which Lightning steps."""
         return SparseDenseOptimizer(
             self.dense_optimizer(self.parameters()),
             self.sparse_optimizer(hash_tables(self)),

@@ -1,4 +1,4 @@
-"""MovieLens-100k: who liked which film, in the order in which they said so."""
+"""MovieLens-100k: likes of films, in the order of time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from examples.deepfm.batch import Batch, as_is
 from recis_lightning import Jagged
 
-_PACKAGE = "recbole==1.2.1"  # a wheel that carries the data set
+_PACKAGE = "recbole==1.2.1"  # its wheel contains the data set
 _MEMBERS = "recbole/dataset_example/ml-100k"
 _SHA256 = {
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
@@ -29,12 +29,12 @@ _SHA256 = {
 
 
 class MovieLens(Dataset[Batch]):
-    """A slice of the interactions, as columns; a list of rows is answered with one batch."""
+    """A slice of the interactions, as columns; a list of indices gives one batch."""
 
     def __init__(
         self, ids: dict[str, Tensor], genres: Jagged, label: Tensor, rows: range | None = None
     ) -> None:
-        """Hold the columns; ``rows`` is the part of them that this data set shows."""
+        """Keep the columns; ``rows`` is the part of them in this data set."""
         self.ids = ids
         self.genres = genres
         self.label = label
@@ -74,11 +74,11 @@ class MovieLensDataModule(L.LightningDataModule):
     zip, year, hour`` and the bag ``genres``. The data set (5 MB) is downloaded once, with pip.
 
     Args:
-        root: The folder that keeps the downloaded files.
-        batch_size: Examples a batch.
-        val_fraction: How much of the training part, cut from its end, is kept for validation.
+        root: Folder of the downloaded files.
+        batch_size: Examples in a batch.
+        val_fraction: Share of the training part, cut from its end, that is used for validation.
         num_workers: Worker processes of each DataLoader; 0 loads in the main process.
-        seed: Of the order in which training examples are shown.
+        seed: Of the order of training examples.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class MovieLensDataModule(L.LightningDataModule):
         self.seed = seed
 
     def prepare_data(self) -> None:
-        """Download what is not there yet."""
+        """Download missing files."""
         download(self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files and cut them by time."""
+        """Read the files and split them by time."""
         if hasattr(self, "train"):
             return
         everything = read(self.root)
@@ -115,7 +115,7 @@ class MovieLensDataModule(L.LightningDataModule):
         return self._loader(self.train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the validation part, or nothing where ``val_fraction`` is 0."""
+        """Return the validation part, or no loader if ``val_fraction`` is 0."""
         return self._loader(self.val) if len(self.val) else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -129,7 +129,7 @@ class MovieLensDataModule(L.LightningDataModule):
     def _loader(self, part: MovieLens, shuffle: bool = False) -> DataLoader[Batch]:
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        # Lightning tells this sampler the epoch, also after a resume: no other state is needed.
+        # Lightning sets this sampler's epoch, also after a resume: no other state is needed.
         sampler: DistributedSampler[Batch] = DistributedSampler(
             part, ranks, rank, shuffle=shuffle, seed=self.seed
         )
@@ -144,16 +144,16 @@ class MovieLensDataModule(L.LightningDataModule):
 
 
 def download(root: Path) -> None:
-    """Put the files of MovieLens-100k under ``root``, unless they are there.
+    """Download the files of MovieLens-100k to ``root``, unless they are there.
 
-    Every file is checked and then moved into place whole, so a run that is cut off leaves nothing
-    half done and a second run goes on from there.
+    Every file is checked and then moved into place, so an interrupted download leaves no partial
+    file, and the next one continues from there.
 
     Args:
-        root: The folder for the files. A wheel of recbole that lies in it is used as it is.
+        root: Folder of the files. A wheel of recbole in it is used instead of a download.
 
     Raises:
-        RuntimeError: The data cannot be had; the message says how to bring it by hand.
+        RuntimeError: The data cannot be downloaded; the message says how to provide it by hand.
     """
     root.mkdir(parents=True, exist_ok=True)
     if all((root / name).is_file() for name in _SHA256):
@@ -165,9 +165,9 @@ def download(root: Path) -> None:
                 content = archive.read(f"{_MEMBERS}/{name}")
                 if hashlib.sha256(content).hexdigest() != sha256:
                     raise RuntimeError(f"{name} in {wheel} is not the file that was expected")
-                whole = Path(scratch) / name
-                whole.write_bytes(content)
-                whole.replace(root / name)
+                checked = Path(scratch) / name
+                checked.write_bytes(content)
+                checked.replace(root / name)
 
 
 def _fetch_wheel(root: Path, scratch: Path) -> Path:
@@ -234,7 +234,7 @@ def stable_id(token: str) -> int:
 
 
 def take_bags(bags: Jagged, rows: Tensor) -> Jagged:
-    """Return the bags at ``rows``, in that order, repeats included.
+    """Return the bags at ``rows``, in that order, including repeats.
 
     Example:
         >>> bags = Jagged(values=torch.tensor([7, 8, 9]), offsets=torch.tensor([0, 1, 1, 3]))

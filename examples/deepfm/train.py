@@ -1,4 +1,4 @@
-"""Train DeepFM in Python: what the YAML files in ``configs`` say, said to a Trainer.
+"""Train DeepFM in Python, as the YAML files in ``configs`` configure it.
 
 From the root of the repository: ``python -m examples.deepfm.train movielens`` or
 ``python -m examples.deepfm.train criteo --root FOLDER``. ``--devices 2`` trains on two processes.
@@ -27,27 +27,27 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdamW, SparseOptimizer
 
 DIM = 1 + 16  # a first-order weight and 16 factors
-WINDOW = {"wait": 1, "warmup": 48, "active": 1, "repeat": 4}  # which batches are profiled
+WINDOW = {"wait": 1, "warmup": 48, "active": 1, "repeat": 4}  # batches that are profiled
 
 
 def option(
     filter_step: int | None = None, mode: Literal["none", "mean"] = "none"
 ) -> EmbeddingOption:
-    """Return a feature's option; rows not asked for in ``filter_step`` batches are evicted."""
+    """Return a feature's option; rows not seen in ``filter_step`` batches are evicted."""
     eviction = None if filter_step is None else GlobalStepFilter(filter_step=filter_step)
     return EmbeddingOption(DIM, mode=mode, initializer=Normal(std=0.01), eviction=eviction)
 
 
 def movielens_model(lr: float = 5e-4) -> DeepFM:
     """Return the model for MovieLens-100k."""
-    forgets = dict.fromkeys(("user", "item", "zip"), option(filter_step=150))
-    keeps = dict.fromkeys(("age", "gender", "occupation", "year", "hour"), option())
-    embeddings = {**forgets, **keeps, "genres": option(mode="mean")}
+    evicting = dict.fromkeys(("user", "item", "zip"), option(filter_step=150))
+    keeping = dict.fromkeys(("age", "gender", "occupation", "year", "hour"), option())
+    embeddings = {**evicting, **keeping, "genres": option(mode="mean")}
     return _model(embeddings, lr)
 
 
 def criteo_model(lr: float = 2e-3) -> DeepFM:
-    """Return the model for Criteo: 26 categories, 13 counts and what is missing of them."""
+    """Return the model for Criteo: 26 categories, 13 counts and 13 flags of missing counts."""
     return _model(dict.fromkeys(CATEGORIES, option(filter_step=2000)), lr, num_dense=26)
 
 
@@ -71,7 +71,7 @@ def _model(embeddings: dict[str, EmbeddingOption], lr: float, num_dense: int = 0
 def movielens_data(
     root: str = "data/ml-100k", seed: int = 0, ranks: int = 1
 ) -> MovieLensDataModule:
-    """Return MovieLens-100k, its last 20% for the test; ``ranks`` share a batch of 256."""
+    """Return MovieLens-100k, the last 20% for the test; ``ranks`` share a batch of 256."""
     return MovieLensDataModule(root, batch_size=256 // ranks, val_fraction=0.1, seed=seed)
 
 
@@ -88,7 +88,7 @@ def criteo_data(root: str = "data/criteo", seed: int = 0, ranks: int = 1) -> Cri
 
 
 def hooks(timeline: Path) -> list[Callback]:
-    """Return the three RecIS hooks, and a bar."""
+    """Return the three RecIS hooks and a progress bar."""
     return [
         HashTableFilterHook(filter_interval=50),
         LoggerHook(log_step=50),
@@ -106,7 +106,7 @@ def trainer(
 ) -> L.Trainer:
     """Return a Trainer that writes to ``output_dir``; tables are sharded over all its devices."""
     ranks = devices * num_nodes
-    if ranks > 1:  # each saves its shard
+    if ranks > 1:  # each rank saves its shard
         callbacks = [*callbacks, CheckpointHook()]
     return L.Trainer(
         accelerator="auto",
@@ -121,10 +121,10 @@ def trainer(
 
 
 def one_thread() -> None:
-    """Compute on one CPU thread, with the same result.
+    """Use one CPU thread; results do not change.
 
-    Batches of a few hundred rows gain nothing from a second thread; where other processes hold
-    the cores, waiting for it made a step 5 to 25 times as long (2 cores, 6 processes).
+    Batches of a few hundred rows gain nothing from a second thread; with other processes on the
+    cores, waiting for it made a step 5 to 25 times as long (2 cores, 6 processes).
     """
     torch.set_num_threads(1)
 
@@ -138,10 +138,12 @@ def main(args: Sequence[str] | None = None) -> L.Trainer:
     parser.add_argument("--output-dir", type=Path, help="default: outputs/movielens or .../criteo")
     parser.add_argument("--devices", type=int, default=1, help="processes on each node")
     parser.add_argument("--num-nodes", type=int, default=1, help="of torchrun")
-    parser.add_argument("--fast-dev-run", type=int, default=0, help="so many batches, no files")
+    parser.add_argument(
+        "--fast-dev-run", type=int, default=0, help="number of batches; writes no files"
+    )
     given = parser.parse_args(args)
     one_thread()
-    # The data is in memory or read in big pieces: workers would only cost time.
+    # The data is in memory or read in big chunks: workers would only cost time.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
     L.seed_everything(given.seed)

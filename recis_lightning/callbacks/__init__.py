@@ -5,7 +5,7 @@ import logging as _logging
 from recis_lightning.callbacks.checkpoint import CheckpointHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
-from recis_lightning.callbacks.logger import AboveTheBar, LoggerHook
+from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.trace import TraceHook
@@ -26,9 +26,9 @@ __all__ = [
     "add_to_trace",
 ]
 
-# The hooks report at INFO, which Python hides by default; Lightning shows its own likewise.
+# The hooks log at INFO, which Python hides by default; Lightning sets up its own logger likewise.
 _logger = _logging.getLogger("recis_lightning")
 if _logger.level == _logging.NOTSET:
     _logger.setLevel(_logging.INFO)
-if not any(isinstance(handler, AboveTheBar) for handler in _logger.handlers):
-    _logger.addHandler(AboveTheBar())
+if not any(isinstance(handler, TqdmLoggingHandler) for handler in _logger.handlers):
+    _logger.addHandler(TqdmLoggingHandler())

@@ -1,4 +1,4 @@
-"""``HashTableFilterHook``: count training steps for tables, and evict what they no longer see."""
+"""``HashTableFilterHook``: count tables' training steps, and evict ids not seen recently."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class HashTableFilterHook(Hook):
-    """Let tables forget ids by their eviction policies, every ``filter_interval`` batches.
+    """Evict rows by the tables' eviction policies, every ``filter_interval`` batches.
 
     Under a ``Trainer``, after each training batch, the step of every table of the module grows
     by one; when ``filter_interval`` batches have passed since the last filtering, each table
@@ -33,7 +34,7 @@ class HashTableFilterHook(Hook):
     on every table alive in the process that has an eviction policy.
 
     The position (number of batches, last filtering) is part of Lightning's checkpoints. One
-    hook per Trainer: two would count each batch twice, and Lightning refuses them.
+    hook per Trainer: two would count each batch twice, so Lightning rejects them.
 
     Args:
         filter_interval: Batches between filterings, at least 1; None filters nothing, and
@@ -51,15 +52,15 @@ class HashTableFilterHook(Hook):
         0
     """
 
-    # on_train_batch_end calls after_step with the number of batches.
+    # on_train_batch_end calls after_step itself, with the number of batches.
     _self_called = frozenset({"after_step"})
 
     def __init__(self, filter_interval: int | None = 100) -> None:
         super().__init__()
-        self.filter_interval = _checked("filter_interval", filter_interval)
+        self.filter_interval = _check_interval("filter_interval", filter_interval)
         self.last_filter_step: int | None = None
         self._num_batches = 0
-        self._tables: list[HashTable] | None = None  # the module's, while it trains
+        self._tables: list[HashTable] | None = None  # the module's, during training
 
     def reset_filter_interval(self, interval: int | None = 100) -> None:
         """Change the interval; the last filtering stays the anchor.
@@ -71,8 +72,9 @@ class HashTableFilterHook(Hook):
             TypeError: ``interval`` is neither an int nor None.
             ValueError: ``interval`` is below 1.
         """
-        self.filter_interval = _checked("interval", interval)
+        self.filter_interval = _check_interval("interval", interval)
 
+    @override
     def after_step(self, _: Any, gstep: int | Tensor) -> None:
         """Count one training step, and filter when the interval has passed.
 
@@ -95,48 +97,46 @@ class HashTableFilterHook(Hook):
                 _evict(table, step)
         self.last_filter_step = step
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the module's tables."""
         self._tables = hash_tables(pl_module)
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the module's tables again: it may have gained some."""
-        self._tables = hash_tables(pl_module)
+        self._tables = hash_tables(pl_module)  # the module may have new ones
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch.
-
-        Not ``trainer.global_step``: it stands still while gradients accumulate, and leaps when
-        several optimizers step.
-        """
+        # Not trainer.global_step: it does not change while gradients accumulate, and grows by
+        # several when several optimizers step.
         if self._tables is None:
             self._tables = hash_tables(pl_module)
         self._num_batches += 1
         self.after_step(None, self._num_batches)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the module's tables."""
         self._tables = None
 
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the module's tables."""
         self._tables = None
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: batches counted, and the last filtering."""
         return {"num_batches": self._num_batches, "last_filter_step": self.last_filter_step}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the position of a checkpoint."""
         self._num_batches = state_dict["num_batches"]
         self.last_filter_step = state_dict["last_filter_step"]
 
 
-def _checked(argument: str, interval: int | None) -> int | None:
+def _check_interval(argument: str, interval: int | None) -> int | None:
     if interval is None:
         return None
     return check_int(argument, interval, least=1, alternative=" or None")

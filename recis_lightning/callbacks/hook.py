@@ -1,4 +1,4 @@
-"""``Hook``: RecIS's base class for what happens around training, as a Lightning callback."""
+"""``Hook``: RecIS's base class of training hooks, as a Lightning callback."""
 
 from __future__ import annotations
 
@@ -12,38 +12,46 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 __all__ = ["Hook"]
 
 
-class _Moment(NamedTuple):
-    """Where a RecIS method runs: before or after which of Lightning's, and what that is given."""
+class _HookPoint(NamedTuple):
+    """A RecIS method that is called from one of Lightning's.
 
-    point: str
+    Attributes:
+        method: Its name.
+        before: Whether it runs before Lightning's method, or after it.
+        arguments: Names of the arguments that Lightning's method gets, after trainer and module.
+    """
+
+    method: str
     before: bool
     arguments: tuple[str, ...] = ()
 
 
 _EVALUATIONS = ("validation", "test", "predict")
-_MOMENTS = {
-    "on_train_start": _Moment("before_train", before=True),
-    "on_train_end": _Moment("after_train", before=False),
-    "on_validation_start": _Moment("before_evaluate", before=True),
-    "on_validation_end": _Moment("after_evaluate", before=False),
-    "on_test_start": _Moment("before_evaluate", before=True),
-    "on_test_end": _Moment("after_evaluate", before=False),
-    "on_train_epoch_start": _Moment("before_epoch", before=True),
-    "on_train_epoch_end": _Moment("after_epoch", before=False),
-    "on_train_batch_start": _Moment("before_step", before=True, arguments=("batch", "batch_idx")),
-    "on_train_batch_end": _Moment(
+_HOOK_POINTS = {
+    "on_train_start": _HookPoint("before_train", before=True),
+    "on_train_end": _HookPoint("after_train", before=False),
+    "on_validation_start": _HookPoint("before_evaluate", before=True),
+    "on_validation_end": _HookPoint("after_evaluate", before=False),
+    "on_test_start": _HookPoint("before_evaluate", before=True),
+    "on_test_end": _HookPoint("after_evaluate", before=False),
+    "on_train_epoch_start": _HookPoint("before_epoch", before=True),
+    "on_train_epoch_end": _HookPoint("after_epoch", before=False),
+    "on_train_batch_start": _HookPoint(
+        "before_step", before=True, arguments=("batch", "batch_idx")
+    ),
+    "on_train_batch_end": _HookPoint(
         "after_step", before=False, arguments=("outputs", "batch", "batch_idx")
     ),
-    # "end" runs once for each setup, at the first of the other two that comes.
-    "teardown": _Moment("end", before=False),
-    "on_exception": _Moment("end", before=False),
-    "setup": _Moment("end", before=True),
+    # "end" runs once after each setup, at teardown or at an exception.
+    "teardown": _HookPoint("end", before=False),
+    "on_exception": _HookPoint("end", before=False),
+    "setup": _HookPoint("end", before=True),
 }
-_POINTS = tuple(dict.fromkeys(moment.point for moment in _MOMENTS.values()))
+_METHODS = tuple(dict.fromkeys(point.method for point in _HOOK_POINTS.values()))
 
-# What a parameter of a RecIS method may be called, and the value it is given. RecIS's own pages
-# write `after_step(self, _, gstep)`.
-_VALUES = {
+# Names that a parameter of a RecIS method may have, and the value it gets. RecIS's own pages write
+# `after_step(self, _, gstep)`.
+_PARAMETERS = {
     "trainer": "trainer",
     "pl_module": "pl_module",
     "batch": "batch",
@@ -52,12 +60,12 @@ _VALUES = {
     "metrics": "metrics",
     "global_step": "global_step",
     "gstep": "global_step",
-    "_": "nothing",
+    "_": "none",
 }
-_OFFERED = ("trainer", "pl_module", "batch", "batch_idx", "outputs", "metrics", "global_step")
+_KEYWORDS = ("trainer", "pl_module", "batch", "batch_idx", "outputs", "metrics", "global_step")
 
 
-# Lightning's methods of every batch.
+# Lightning's methods that run in every batch.
 _EACH_BATCH = (
     "on_train_batch_start",
     "on_train_batch_end",
@@ -69,8 +77,8 @@ _EACH_BATCH = (
 )
 
 
-class _Plan(NamedTuple):
-    """How to call an override: values by position, values by keyword, as (parameter, value)."""
+class _Arguments(NamedTuple):
+    """Arguments of an override: values by position, and (parameter, value) pairs by keyword."""
 
     positional: tuple[str, ...]
     keywords: tuple[tuple[str, str], ...]
@@ -82,7 +90,15 @@ class Hook(Callback):
     A subclass overrides any of the nine RecIS methods below, any of Lightning's own
     ``on_*``, ``setup`` and ``teardown``, or both; each runs once, whether or not an override
     calls ``super()``. A ``before_*`` method runs before the subclass's own Lightning method of
-    the same moment, an ``after_*`` method and ``end`` after it.
+    the same hook point, an ``after_*`` method and ``end`` after it.
+
+    Hooks written for RecIS call no ``super()``: RecIS calls their methods itself. Lightning calls
+    only its own methods, so each of these must dispatch the RecIS method of its hook point. Plain
+    methods of this class could not do that: a subclass that overrides ``on_train_start`` without
+    ``super()`` would silently lose its ``before_train``, and with ``super()`` the subclass would
+    decide which of the two runs first. So the dispatch is wrapped around a subclass's Lightning
+    methods when the subclass is defined, and only around those whose RecIS method it overrides:
+    Lightning spends 12 us on each method in each batch.
 
     ============================  ==========================================================
     ``before/after_train``        ``on_train_start`` / ``on_train_end``
@@ -94,17 +110,17 @@ class Hook(Callback):
                                   run fails (then ``after_train`` does not run, ``end`` does)
     ============================  ==========================================================
 
-    A RecIS method is given what its parameters name, in any order: ``trainer``,
+    A RecIS method gets the values that its parameters name, in any order: ``trainer``,
     ``pl_module``, ``batch``, ``batch_idx``, ``outputs``, ``metrics`` (a copy of
-    ``trainer.callback_metrics``), ``global_step`` (also as ``gstep``); ``_`` is given None,
+    ``trainer.callback_metrics``), ``global_step`` (also as ``gstep``); ``_`` is None,
     and so is ``batch``, ``batch_idx`` or ``outputs`` where there is none (``outputs`` exist in
-    ``after_step`` only). Other parameters keep their defaults; ``**kwargs`` receives whatever
-    of these values the method does not name, ``*args`` nothing. Parameters are read once,
+    ``after_step`` only). Other parameters keep their defaults; ``**kwargs`` receives those
+    of these values that the method does not name, ``*args`` nothing. Parameters are read once,
     when the class is defined.
 
     Raises:
-        TypeError: When a subclass is defined: one of its RecIS methods has a parameter that
-            cannot be filled.
+        TypeError: A subclass is defined whose RecIS method has a parameter that cannot be
+            filled.
 
     Example:
         >>> class Counting(Hook):
@@ -115,59 +131,59 @@ class Hook(Callback):
         ...         self.batches += 1
     """
 
-    _plans: ClassVar[dict[str, _Plan]] = {}
-    # Points that a class calls by itself, which are therefore not called here.
+    _overrides: ClassVar[dict[str, _Arguments]] = {}
+    # RecIS methods that a class calls by itself, which are therefore not dispatched.
     _self_called: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._plans = {}
-        for point in _POINTS:
-            override = inspect.getattr_static(cls, point)
-            if point not in cls._self_called and override is not vars(Hook)[point]:
-                cls._plans[point] = _plan(cls, point, override)
-        _announce_moments(cls)
+        cls._overrides = {}
+        for method in _METHODS:
+            override = inspect.getattr_static(cls, method)
+            if method not in cls._self_called and override is not vars(Hook)[method]:
+                cls._overrides[method] = _arguments(cls, method, override)
+        _add_dispatch(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Lightning calls every method of every callback, each in a region of its profiler, whether
-        # or not it does anything: 12 us a batch and callback. It passes over what is not callable.
+        # Lightning calls every method of every callback, each in a region of its profiler, even if
+        # it is empty: 12 us for each batch and callback. It skips attributes that are not callable.
         for name in _EACH_BATCH:
             if getattr(type(self), name) is getattr(Callback, name):
                 vars(self)[name] = None
 
     def before_train(self, *args: Any, **kwargs: Any) -> None:
-        """Called once before training, after the sanity check."""
+        """Run once before training, after the sanity check."""
 
     def after_train(self, *args: Any, **kwargs: Any) -> None:
-        """Called once after training, unless training failed."""
+        """Run once after training, unless training failed."""
 
     def before_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Called before each validation (the sanity check is none) and test."""
+        """Run before each validation and test, but not before the sanity check."""
 
     def after_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Called after each validation (the sanity check is none) and test."""
+        """Run after each validation and test, but not after the sanity check."""
 
     def before_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Called before each training epoch."""
+        """Run before each training epoch."""
 
     def after_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Called after each training epoch."""
+        """Run after each training epoch."""
 
     def before_step(self, *args: Any, **kwargs: Any) -> None:
-        """Called before each training batch."""
+        """Run before each training batch."""
 
     def after_step(self, *args: Any, **kwargs: Any) -> None:
-        """Called after each training batch."""
+        """Run after each training batch."""
 
     def end(self, *args: Any, **kwargs: Any) -> None:
-        """Called last, also when the run failed."""
+        """Run as the last method of each fit, validate, test or predict, even if it failed."""
 
     def _call(
-        self, point: str, trainer: Trainer, pl_module: LightningModule, arguments: dict[str, Any]
+        self, method: str, trainer: Trainer, pl_module: LightningModule, arguments: dict[str, Any]
     ) -> None:
-        plan = self._plans.get(point)
-        if plan is None or (point.endswith("_evaluate") and trainer.sanity_checking):
+        wanted = self._overrides.get(method)
+        if wanted is None or (method.endswith("_evaluate") and trainer.sanity_checking):
             return
 
         def value(name: str) -> Any:
@@ -178,9 +194,9 @@ class Hook(Callback):
             return values.get(name)
 
         values = {"trainer": trainer, "pl_module": pl_module, **arguments}
-        getattr(self, point)(
-            *[value(name) for name in plan.positional],
-            **{parameter: value(name) for parameter, name in plan.keywords},
+        getattr(self, method)(
+            *[value(name) for name in wanted.positional],
+            **{parameter: value(name) for parameter, name in wanted.keywords},
         )
 
 
@@ -189,8 +205,8 @@ def batches_done(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
-def _plan(owner: type, point: str, override: Any) -> _Plan:
-    """Read an override's parameters."""
+def _arguments(owner: type, method: str, override: Any) -> _Arguments:
+    """Return the arguments of an override, from the names of its parameters."""
     bound = override.__get__(object(), owner) if hasattr(type(override), "__get__") else override
     parameters = inspect.signature(bound).parameters.values()
     positional: list[str] = []
@@ -201,40 +217,40 @@ def _plan(owner: type, point: str, override: Any) -> _Plan:
             continue
         if parameter.kind is parameter.VAR_KEYWORD:
             named = {p.name for p in parameters}
-            keywords += [(name, name) for name in _OFFERED if name not in named]
-        elif parameter.name not in _VALUES:
+            keywords += [(name, name) for name in _KEYWORDS if name not in named]
+        elif parameter.name not in _PARAMETERS:
             if parameter.default is parameter.empty:
                 raise TypeError(
-                    f"{owner.__qualname__}.{point}: nothing to give parameter {parameter.name!r}; "
-                    f"expected any of {', '.join(_VALUES)}, or no parameters"
+                    f"{owner.__qualname__}.{method}: nothing to give parameter {parameter.name!r}; "
+                    f"expected any of {', '.join(_PARAMETERS)}, or no parameters"
                 )
             skipped = True
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             if not skipped:
-                positional.append(_VALUES[parameter.name])
+                positional.append(_PARAMETERS[parameter.name])
         else:
-            keywords.append((parameter.name, _VALUES[parameter.name]))
-    return _Plan(tuple(positional), tuple(keywords))
+            keywords.append((parameter.name, _PARAMETERS[parameter.name]))
+    return _Arguments(tuple(positional), tuple(keywords))
 
 
-def _announce_moments(cls: type[Hook]) -> None:
-    """Make each Lightning method announce its moment, where ``cls`` has something to call then."""
-    for name, moment in _MOMENTS.items():
+def _add_dispatch(cls: type[Hook]) -> None:
+    """Make Lightning's methods dispatch their hook points, where ``cls`` overrides those."""
+    for name, point in _HOOK_POINTS.items():
         method = inspect.getattr_static(cls, name)
-        if moment.point in cls._plans and not getattr(method, "_announces", False):
+        if point.method in cls._overrides and not getattr(method, "_dispatches", False):
             inherited = name not in vars(cls)
-            setattr(cls, name, _announcing(cls, name, moment, None if inherited else method))
+            setattr(cls, name, _dispatching(cls, name, point, None if inherited else method))
 
 
-def _announcing(cls: type[Hook], name: str, moment: _Moment, method: Any) -> Callable[..., Any]:
-    """Return Lightning's method ``name``, which also calls the RecIS method of its moment.
+def _dispatching(cls: type[Hook], name: str, point: _HookPoint, method: Any) -> Callable[..., Any]:
+    """Return Lightning's method ``name``, which also calls the RecIS method of its hook point.
 
-    An override and the methods it reaches by ``super()`` are one moment: only the outermost
-    announces it.
+    An override and the methods it reaches by ``super()`` are one hook point: only the outermost
+    dispatches it.
     """
 
     @functools.wraps(method or getattr(Callback, name))
-    def announce(
+    def dispatch(
         self: Hook, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> Any:
         own = method.__get__(self, type(self)) if method else getattr(super(cls, self), name)
@@ -243,16 +259,16 @@ def _announcing(cls: type[Hook], name: str, moment: _Moment, method: Any) -> Cal
             return own(trainer, pl_module, *args, **kwargs)
         state["inside"].add(name)
         try:
-            if moment.before:
-                recis(self, state, trainer, pl_module, args, kwargs)
+            if point.before:
+                call_override(self, state, trainer, pl_module, args, kwargs)
             result = own(trainer, pl_module, *args, **kwargs)
-            if not moment.before:
-                recis(self, state, trainer, pl_module, args, kwargs)
+            if not point.before:
+                call_override(self, state, trainer, pl_module, args, kwargs)
         finally:
             state["inside"].discard(name)
         return result
 
-    def recis(
+    def call_override(
         self: Hook,
         state: dict[str, Any],
         trainer: Trainer,
@@ -262,12 +278,12 @@ def _announcing(cls: type[Hook], name: str, moment: _Moment, method: Any) -> Cal
     ) -> None:
         if name == "setup":
             state["open"] = True
-        elif moment.point != "end":
-            arguments = dict(zip(moment.arguments, args, strict=False), **kwargs)
-            self._call(moment.point, trainer, pl_module, arguments)
+        elif point.method != "end":
+            arguments = dict(zip(point.arguments, args, strict=False), **kwargs)
+            self._call(point.method, trainer, pl_module, arguments)
         elif state["open"]:
             state["open"] = False
             self._call("end", trainer, pl_module, {})
 
-    announce._announces = True  # type: ignore[attr-defined]
-    return announce
+    dispatch._dispatches = True  # type: ignore[attr-defined]
+    return dispatch

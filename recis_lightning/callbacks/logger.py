@@ -1,4 +1,7 @@
-"""``LoggerHook``: a line of training progress every so many batches, with honest throughput."""
+"""``LoggerHook``: training progress every so many batches.
+
+Its throughput leaves out the time of validation and of writing checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, final
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
-from recis_lightning.callbacks.publish import fetch, publish
+from recis_lightning.callbacks.log_values import log_values, to_host
 from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
 from recis_lightning.metrics import get_metrics
 
@@ -27,7 +31,7 @@ __all__ = ["LoggerHook", "loss_of"]
 _log = logging.getLogger(__name__)
 
 _OWN_NAMES = frozenset({"gstep", "lstep", "qps", "samples_per_sec"})
-_FIRST: dict[type, Callable[[Any], Any]] = {
+_FIRST_MEMBER: dict[type, Callable[[Any], Any]] = {
     dict: lambda batch: next(iter(batch.values())),
     tuple: itemgetter(0),
     list: itemgetter(0),
@@ -43,17 +47,16 @@ class LoggerHook(Hook):
         <gstep=100> <lstep=50> <qps=12.3400> <loss=0.123> <accuracy=0.95>
 
     ``gstep`` is ``trainer.global_step`` (optimizer steps), ``lstep`` the training batches done
-    on this rank (resumed runs go on counting), ``qps`` the batches per second since the last
+    on this rank (resumed runs continue the count), ``qps`` the batches per second since the last
     line. Then come the loss that ``training_step`` returned, unless one is registered, and
     everything registered by ``add_metric`` under names of its own. Numbers among them go, with
     ``qps`` and ``samples_per_sec`` (of all ranks), to the progress bar,
     ``trainer.callback_metrics`` and, once for each line, to every logger. A loss that the
-    module itself logs as ``"loss"`` is left to the module.
+    module itself logs as ``"loss"`` is not logged again.
 
-    Time in validation, in the sanity check and in writing checkpoints is no training time and
-    is left out. A device is synchronised at most once for each line. With several ranks, all
-    must register the same ``torchmetrics``, which gather when computed; other values, and the
-    loss, are rank 0's.
+    Time in validation, in the sanity check and in writing checkpoints is not counted. A device is
+    synchronised at most once for each line. With several ranks, all must register the same
+    ``torchmetrics``, which gather when computed; other values, and the loss, are rank 0's.
 
     Args:
         log_step: Training batches between lines, at least 1.
@@ -75,17 +78,17 @@ class LoggerHook(Hook):
         self._num_batches = 0  # in this window, as is the next
         self._num_samples: int | None = 0  # None: a batch of unknown size
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the first window."""
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
         self._clock.start()
         TimedSave.attach(trainer, self._clock)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; report when the window is full."""
         self._lstep += 1
         self._num_batches += 1
         if self._num_samples is not None:
@@ -97,22 +100,22 @@ class LoggerHook(Hook):
         self._report(trainer, pl_module, outputs)
         self._num_batches = self._num_samples = 0
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock; its set-up since the last batch was validation's, too."""
-        self._clock.pause(at_mark=True)
+        self._clock.pause(at_mark=True)  # the time since the last batch set validation up
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
         self._clock.resume()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop timing."""
         self._close(trainer)
 
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stop timing."""
         self._close(trainer)
 
     def _close(self, trainer: Trainer) -> None:
@@ -124,40 +127,41 @@ class LoggerHook(Hook):
         if trainer.world_size > 1:
             on_device = torch.tensor(samples, device=trainer.strategy.root_device)
             samples = trainer.strategy.reduce(on_device, reduce_op="sum")
-        values = _computed(trainer.world_size)
-        reported = "loss" in values
-        if not reported:
+        values = _compute_metrics(trainer.world_size)
+        is_registered = "loss" in values
+        if not is_registered:
             values = {"loss": loss_of(trainer, pl_module, outputs), **values}
-        fetched = fetch({**values, _SAMPLES: samples}, trainer.strategy.root_device)
-        samples = fetched.pop(_SAMPLES)
+        on_host = to_host({**values, _SAMPLES: samples}, trainer.strategy.root_device)
+        samples = on_host.pop(_SAMPLES)
 
         seconds = self._clock.lap()
         rates = {"qps": self._num_batches / seconds if seconds > 0 else math.inf}
         if not math.isnan(samples):
             rates["samples_per_sec"] = samples / seconds if seconds > 0 else math.inf
-        values = {k: v for k, v in fetched.items() if v is not None and k not in _OWN_NAMES}
+        values = {k: v for k, v in on_host.items() if v is not None and k not in _OWN_NAMES}
         if trainer.is_global_zero:
             line = [f"<gstep={trainer.global_step}> <lstep={self._lstep}> <qps={rates['qps']:.4f}>"]
-            line += [f"<{name}={_shown(value)}>" for name, value in values.items()]
+            line += [f"<{name}={_format(value)}>" for name, value in values.items()]
             _log.info("%s", " ".join(line))
-        if not reported and _module_logs(trainer, "loss"):
+        if not is_registered and _module_logs(trainer, "loss"):
             values.pop("loss", None)
         numbers = {k: v for k, v in values.items() if _is_number(v)}
-        publish(trainer, rates | numbers, prog_bar=True)
+        log_values(trainer, rates | numbers, prog_bar=True)
 
 
-class AboveTheBar(logging.Handler):
-    """Prints lines to stderr, above a live progress bar, unless other handlers print them.
+@final
+class TqdmLoggingHandler(logging.Handler):
+    """Handler that prints lines to stderr, above a live progress bar, unless others print them.
 
-    So a plain script shows our INFO lines, as it shows Lightning's, and an application that
-    sets logging up, before or after the import, gets each line once, in its own way.
+    So a plain script prints our INFO lines, as it prints Lightning's, and an application that
+    configures logging, before or after the import, gets each line once, by its own handlers.
     """
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record."""
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None:
-            if any(not isinstance(h, AboveTheBar | logging.NullHandler) for h in logger.handlers):
+            if any(not isinstance(h, _SILENT_HANDLERS) for h in logger.handlers):
                 return
             logger = logger.parent if logger.propagate else None
         try:
@@ -166,11 +170,15 @@ class AboveTheBar(logging.Handler):
             self.handleError(record)
 
 
+_SILENT_HANDLERS = (TqdmLoggingHandler, logging.NullHandler)
+AboveTheBar = TqdmLoggingHandler  # an alias
+
+
 def _batch_size(batch: Any) -> int | None:
-    """Return the number of samples of a batch: that of its first member that tells."""
-    first = batch  # as a rule the first of the first is a tensor, and tells at a third of the cost
-    while type(first) in _FIRST and first:
-        first = _FIRST[type(first)](first)
+    """Return the number of samples of a batch: that of its first member with a known size."""
+    first = batch  # usually the innermost first member is a tensor; this path is 3 times as fast
+    while type(first) in _FIRST_MEMBER and first:
+        first = _FIRST_MEMBER[type(first)](first)
     if isinstance(first, Tensor) and first.dim():
         return first.size(0)
     if isinstance(batch, Tensor):
@@ -203,12 +211,12 @@ def loss_of(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tenso
     return loss.detach() * scale if scale != 1 else loss.detach()
 
 
-def _computed(world_size: int) -> dict[str, Any]:
-    """Return what ``add_metric`` holds, computed; a collection gives an entry for each member."""
+def _compute_metrics(world_size: int) -> dict[str, Any]:
+    """Return the values of ``add_metric``, computed; a collection gives one for each member."""
     values: dict[str, Any] = {}
     registry = get_metrics()
     gathering = {k: v for k, v in registry.items() if isinstance(v, Metric | MetricCollection)}
-    # By name: ranks must gather in one order.
+    # Sorted by name, since ranks must gather in one order.
     results = {name: _compute(gathering[name], world_size) for name in sorted(gathering)}
     for name, value in registry.items():
         if name in gathering:
@@ -223,9 +231,9 @@ def _computed(world_size: int) -> dict[str, Any]:
 
 
 def _compute(metric: Metric | MetricCollection, world_size: int) -> Any:
-    """Compute a metric; None before its first update."""
+    """Return a metric's value; None before its first update."""
     members = metric.values() if isinstance(metric, MetricCollection) else [metric]
-    # With several ranks another may have updated, and would wait for this one.
+    # With several ranks, another may have updated its own and would wait in a collective.
     if world_size == 1 and not any(member.update_called for member in members):
         return None
     return metric.compute()
@@ -235,7 +243,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

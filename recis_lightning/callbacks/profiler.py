@@ -1,4 +1,4 @@
-"""``ProfilerHook``: Chrome traces of a few training batches, with Lightning's regions in them."""
+"""``ProfilerHook``: Chrome traces of a few training batches, with Lightning's named regions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction, ProfilerActivity, record_function
+from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
@@ -21,12 +22,12 @@ __all__ = ["ProfilerHook"]
 
 _log = logging.getLogger(__name__)
 
-# torch writes names into its JSON as they are, and a callback's state_key may hold anything.
+# torch does not escape names in its JSON, and a callback's state_key may hold anything.
 _UNSAFE = {ord('"'): "'", ord("\\"): "/", **dict.fromkeys(range(32), " ")}
 
 
 class ProfilerHook(Hook):
-    """Profile training in cycles of ``wait + warmup + active`` batches, one trace a cycle.
+    """Profile training in cycles of ``wait + warmup + active`` batches, one trace for each cycle.
 
     Each trace is a file ``{APP_ID}-timeline-{step}.json`` in ``output_dir`` for
     ``chrome://tracing`` or Perfetto: ``APP_ID`` is the environment variable, or ``local``;
@@ -34,22 +35,22 @@ class ProfilerHook(Hook):
     ranks each writes its own, ``...-{step}-rank{rank}.json``. It holds CPU and device
     activities with shapes, memory, Python stacks and FLOPs, Lightning's named regions
     (``run_training_batch``, ``[Callback]...``) and the tables' ops (``recis::...``). A run that
-    ends or fails within a window leaves the trace of what was recorded.
+    ends or fails within a window writes a trace of the batches so far.
 
     Outside its windows the hook only counts. A ``SimpleProfiler`` or ``AdvancedProfiler`` of the
-    Trainer works on beside it. ``PyTorchProfiler`` cannot: torch has one profiler a process.
+    Trainer keeps working beside it. ``PyTorchProfiler`` cannot: torch has one profiler a process.
 
     Args:
-        wait: Batches that each cycle leaves alone.
-        warmup: Batches with the profiler on and nothing kept; with 0, torch warns that the
+        wait: Batches of a cycle that are not profiled.
+        warmup: Batches with the profiler on and nothing recorded; with 0, torch warns that the
             profiler's own start-up distorts the trace.
         active: Batches recorded.
         repeat: Number of cycles; 0 means until training ends, as in torch.
-        output_dir: Where traces go; created if missing.
+        output_dir: Folder of the traces; created if missing.
 
     Attributes:
         prof: The newest ``torch.profiler.profile``; None before the first window.
-        trace_paths: The files written by this hook, in order.
+        trace_paths: Files written by this hook, in order.
 
     Raises:
         TypeError: An argument is not an int.
@@ -86,8 +87,9 @@ class ProfilerHook(Hook):
         # A torch profiler can be neither pickled nor copied.
         return {**vars(self), "prof": None, "_running": False}
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot run beside this hook.
+        """Reject profilers that cannot run beside this hook.
 
         Raises:
             MisconfigurationException: The Trainer has a ``PyTorchProfiler`` or another
@@ -108,16 +110,16 @@ class ProfilerHook(Hook):
                 f"expected one ProfilerHook, got {len(hooks)}: torch's profiler runs once a process"
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
         self._cycle = self._position = 0
         self._step = batches_done(trainer)
-        self._follow(trainer)
+        self._update(trainer)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; open or close the window."""
         if self.repeat and self._cycle == self.repeat:
             return
         self._step += 1
@@ -131,26 +133,26 @@ class ProfilerHook(Hook):
             self._stop()
             self._cycle += 1
             self._position = 0
-        self._follow(trainer)
+        self._update(trainer)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the trace of an open window, and give Lightning its profiler back."""
         self._finish(trainer)
 
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Write the trace of an open window, and give Lightning its profiler back."""
         try:
             self._finish(trainer)
-        except Exception:  # what stopped the run matters more
+        except Exception:  # the run's own exception matters more
             _log.exception("Could not finish the trace of the window that was open")
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Lightning its profiler back, if nothing did before."""
         self._finish(trainer)
 
-    def _follow(self, trainer: Any) -> None:
+    def _update(self, trainer: Any) -> None:
         """Start a profiler when the wait is over; record Lightning's regions within a window."""
         finished = self.repeat != 0 and self._cycle == self.repeat
         if not self._running and not finished and self._position == self.wait:
@@ -168,8 +170,8 @@ class ProfilerHook(Hook):
     def _start(self, trainer: Trainer) -> None:
         """Start a profiler of one cycle.
 
-        One for each cycle: torch warns when a profiler meets its second. And one step of torch's
-        for the whole warm-up, since each costs and only the last changes anything.
+        Each cycle has its own profiler: torch warns when a profiler begins its second cycle. The
+        whole warm-up is one step of torch's, since each step costs and only the last has an effect.
         """
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
 
@@ -198,6 +200,7 @@ class ProfilerHook(Hook):
             self.prof.stop()  # within a window this writes the trace
 
     def _finish(self, trainer: Any) -> None:
+        """Write the trace of an open window, and restore the Trainer's profiler."""
         try:
             self._stop()
         finally:
@@ -216,19 +219,21 @@ class ProfilerHook(Hook):
 
 
 class _RegionRecorder(Profiler):
-    """Marks Lightning's regions in torch's trace, and hands them on to the Trainer's profiler."""
+    """Profiler that records Lightning's regions in torch's trace and in the Trainer's profiler."""
 
     def __init__(self, inner: Profiler) -> None:
         super().__init__()
         self.inner = inner
         self._open: defaultdict[str, list[record_function]] = defaultdict(list)
 
+    @override
     def start(self, action_name: str) -> None:
         self.inner.start(action_name)
         region = record_function(action_name.translate(_UNSAFE))
         region.__enter__()
         self._open[action_name].append(region)
 
+    @override
     def stop(self, action_name: str) -> None:
         if self._open[action_name]:
             self._open[action_name].pop().__exit__(None, None, None)
@@ -238,6 +243,6 @@ class _RegionRecorder(Profiler):
 def _activities() -> list[ProfilerActivity]:
     if torch.cuda.is_available():
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    # On the CPU all that torch's tracer prints is when it starts and stops, across the bar.
+    # On the CPU torch's tracer logs only its start and stop, in the middle of the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return [ProfilerActivity.CPU]

@@ -1,4 +1,4 @@
-"""``MetricReportHook``: eyes on every table while it trains."""
+"""``MetricReportHook``: monitoring of tables during training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import time
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.log_values import TensorCache, log_histogram, log_values, to_host
 from recis_lightning.callbacks.logger import loss_of
-from recis_lightning.callbacks.publish import Made, fetch, publish, publish_histogram
 from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
 from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.report import TableReport, check_path
-from recis_lightning.monitoring.watch import TableFigures, TableWatch
+from recis_lightning.monitoring.watch import TableFigures, TableMonitor
 from recis_lightning.table.hash_table import HashTable, hash_tables
 from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
 
@@ -31,21 +32,21 @@ _SHOWN_IDS = 10
 
 
 class MetricReportHook(Hook):
-    """Report what every table holds, and who comes and goes, every ``interval`` training batches.
+    """Report size and turnover of every table, every ``interval`` training batches.
 
     Loggers get, once for each report and as exact numbers, ``table/{name}/{figure}`` for each table
-    and ``tables/{figure}`` for all of them over all ranks; ``recis_lightning.table_watch`` lists
-    the figures. They are in ``trainer.callback_metrics`` too, as float64. TensorBoard also gets
-    histograms of ages (steps since a row was seen) and of norms. ``train_qps`` is training batches
-    a second, without validation and the writing of checkpoints; ``eval_qps`` batches of validation
-    or test a second, at the end of each.
+    and ``tables/{figure}`` for all of them over all ranks; ``TableMonitor`` of
+    ``recis_lightning.monitoring`` lists the figures. They are in ``trainer.callback_metrics`` too,
+    as float64. TensorBoard also gets histograms of ages (steps since a row was last seen) and of
+    norms. ``train_qps`` is training batches a second, without validation and the writing of
+    checkpoints; ``eval_qps`` batches of validation or test a second, at the end of each.
 
-    A report reads all counters and surveys about ``survey_rows`` rows of one table, in turn, so
-    that it costs the same however large tables are; the first report surveys as many of every
-    table. If the loss is NaN or Inf, and when training ends, all rows are surveyed. Rows with NaN
-    or Inf among weights or optimizer state are named in a warning (logger
-    ``recis_lightning.callbacks.report``), stop training, or are removed, as ``on_nan`` says; a
-    removed id starts from its initial row when it comes again.
+    A report reads all counters and scans about ``survey_rows`` rows of one table, in turn, so that
+    its cost does not depend on the size of tables; the first report scans as many of every table.
+    If the loss is NaN or Inf, and when training ends, all rows are scanned. Rows with NaN or Inf
+    among weights or optimizer state are named in a warning (logger
+    ``recis_lightning.callbacks.report``), stop training, or are removed, by ``on_nan``; a removed
+    id starts from its initial row when it comes again.
 
     The history of all figures is part of Lightning's checkpoints, so that a report drawn after a
     resume shows the whole run. Tables with an eviction policy are made to track ids that come back
@@ -54,15 +55,15 @@ class MetricReportHook(Hook):
     Args:
         interval: Training batches between reports, at least 1.
         on_nan: "warn", "raise" or "evict".
-        report: Where to write a ``TableReport`` when training ends or fails: a path that ends in
-            ``.html`` or ``.png``; None writes none.
-        survey_rows: Rows looked at in each report, at least 1.
+        report: Path of the ``TableReport`` written when training ends or fails; ends in ``.html``
+            or ``.png``. None writes no report.
+        survey_rows: Rows scanned in each report, at least 1.
 
     Attributes:
-        watch: What reads the tables; its ``history`` holds what was read.
+        monitor: Reader of the tables, with the ``history`` of what it read; ``watch`` is an alias.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
         >>> hook = MetricReportHook(interval=200, on_nan="raise", report="report.html")
@@ -83,39 +84,44 @@ class MetricReportHook(Hook):
             raise ValueError(f"on_nan: expected one of {_ON_NAN}, got {on_nan!r}")
         self.on_nan = on_nan
         self.report = None if report is None else os.fspath(check_path("report", report))
-        self.watch = TableWatch([], check_int("survey_rows", survey_rows, least=1))
+        self.monitor = TableMonitor([], check_int("survey_rows", survey_rows, least=1))
         self._clock = TrainingClock()
         self._resumed = False
         self._num_batches = self._first = self._window = 0
         self._eval_batches, self._eval_start = 0, 0.0
-        self._made: Made = {}
-        self._listen(False)
+        self._cache = TensorCache()
+        self._call_after_backward(False)
+
+    @property
+    def watch(self) -> TableMonitor:
+        """Alias of ``monitor``."""
+        return self.monitor
 
     @property
     def history(self) -> RunHistory:
-        """What was reported so far."""
-        return self.watch.history
+        """Figures reported so far."""
+        return self.monitor.history
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the tables and open the first window."""
         self._num_batches = self._first = self._window = batches_done(trainer)
-        self.watch.watch(hash_tables(pl_module), resumed=self._resumed)
+        self.monitor.watch(hash_tables(pl_module), resumed=self._resumed)
         self._resumed = False
-        for table in self.watch.tables:
+        for table in self.monitor.tables:
             if table.eviction is not None:
                 table.track_readmissions()
         self._clock.start()
         TimedSave.attach(trainer, self._clock)
-        self._arm()
+        self._prepare_next_batch()
 
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the unique ids of the batch that will be reported."""
-        self.watch.note_batch()
+        self.monitor.note_batch()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; report when the window is full."""
         self._num_batches += 1
         since = self._num_batches % self.interval
         if since:
@@ -124,74 +130,78 @@ class MetricReportHook(Hook):
                 return
         else:
             self._report(trainer, pl_module, outputs)
-        self._arm()
+        self._prepare_next_batch()
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the training clock, start that of evaluation."""
         self._clock.pause(at_mark=True)
         self._start_evaluation()
 
+    @override
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Count the batch."""
         self._eval_batches += 1
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report batches a second, and let the training clock go on."""
         self._end_evaluation(trainer)
         self._clock.resume()
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of evaluation."""
         self._start_evaluation()
 
+    @override
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Count the batch."""
         self._eval_batches += 1
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report batches a second."""
         self._end_evaluation(trainer)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at every row once more, and write the page."""
-        self._listen(False)
+        self._call_after_backward(False)
         self._close(trainer)
         if self._num_batches > self._first:
-            self._publish(trainer, self.watch.look(self._num_batches, full=True))
+            self._log(trainer, self.monitor.record(self._num_batches, full=True))
         self._write(trainer)
 
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Write the page of what was seen."""
-        self._listen(False)
+        self._call_after_backward(False)
         self._close(trainer)
         try:
             self._write(trainer)
-        except Exception:  # what stopped the run matters more
+        except Exception:  # the run's own exception matters more
             _log.exception("Could not write %s", self.report)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
         return {"history": self.history.state_dict()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the history of a checkpoint."""
         self.history.load_state_dict(state_dict["history"])
         self._resumed = True
 
-    def _listen(self, yes: bool) -> None:
-        """Be called after the next backward pass, or not: a call by Lightning takes 12 us."""
-        if yes:
+    def _call_after_backward(self, wanted: bool) -> None:
+        """Let Lightning call this hook after the next backward pass only if it is wanted.
+
+        Lightning spends 12 us on the call, and passes over a method that is None.
+        """
+        if wanted:
             vars(self).pop("on_after_backward", None)
         else:
             vars(self)["on_after_backward"] = None
 
-    def _arm(self) -> None:
+    def _prepare_next_batch(self) -> None:
+        """Count the unique ids of the next batch, if that will be reported."""
         due = (self._num_batches + 1) % self.interval == 0
-        self._listen(due)
+        self._call_after_backward(due)
         if due:
-            self.watch.start_batch()
+            self.monitor.start_batch()
 
     def _close(self, trainer: Trainer) -> None:
         self._clock.stop()
@@ -206,53 +216,58 @@ class MetricReportHook(Hook):
             return
         values = {"eval_qps": self._eval_batches / seconds}
         self.history.append(self._num_batches, values)
-        publish(trainer, values, exact=True)
+        log_values(trainer, values, exact=True)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         device = trainer.strategy.root_device
-        loss = fetch({"loss": loss_of(trainer, pl_module, outputs)}, device)["loss"]
+        loss = to_host({"loss": loss_of(trainer, pl_module, outputs)}, device)["loss"]
         seconds = self._clock.lap()
         num_batches, self._window = self._num_batches - self._window, self._num_batches
         more = {"train_qps": num_batches / seconds} if seconds > 0 else {}
-        ruined = loss is not None and not math.isfinite(loss)
-        full = collectives.any_rank([ruined], device)[0]
-        figures = self.watch.look(
+        nonfinite = loss is not None and not math.isfinite(loss)
+        full = collectives.any_rank([nonfinite], device)[0]
+        figures = self.monitor.record(
             self._num_batches, more if loss is None else {**more, "loss": loss}, full
         )
-        self._publish(trainer, figures, more)
+        self._log(trainer, figures, more)
 
-    def _publish(
+    def _log(
         self, trainer: Trainer, figures: TableFigures, more: dict[str, float] | None = None
     ) -> None:
-        publish(trainer, {**figures.values, **(more or {})}, exact=True, made=self._made)
-        for surveyed in figures.surveyed:
+        log_values(trainer, {**figures.values, **(more or {})}, exact=True, cache=self._cache)
+        for table_name in figures.surveyed:
             for kind, edges in (("norms", NORM_EDGES), ("ages", AGE_EDGES)):
-                name = f"table/{surveyed}/{kind}"
+                name = f"table/{table_name}/{kind}"
                 if name in self.history.distributions:
-                    publish_histogram(trainer, name, edges, self.history.distributions[name])
-        for table in self.watch.tables:
+                    log_histogram(trainer, name, edges, self.history.distributions[name])
+        for table in self.monitor.tables:
             if figures.nonfinite.get(table.name):
-                self._handle(table, figures.nonfinite[table.name])
+                self._handle_nonfinite(table, figures.nonfinite[table.name])
 
-    def _handle(self, table: HashTable, num_nonfinite: int) -> None:
-        """Do as ``on_nan`` says; ``num_nonfinite`` rows were found on all ranks."""
-        ids = self.watch.nonfinite_ids(table)
+    def _handle_nonfinite(self, table: HashTable, num_nonfinite: int) -> None:
+        """Warn of non-finite rows, raise or remove them, by ``on_nan``.
+
+        Args:
+            table: Their table.
+            num_nonfinite: Number of them that the scan found on all ranks.
+        """
+        ids = self.monitor.nonfinite_ids(table)
         shown = ids[:_SHOWN_IDS].tolist()
-        what = (
+        message = (
             f"table {table.name!r} at step {self._num_batches}: {num_nonfinite} or more rows hold "
             f"NaN or Inf; on this rank {ids.numel()} of {len(table)}, ids {shown}"
             f"{', ...' if ids.numel() > _SHOWN_IDS else ''}"
         )
         if self.on_nan == "raise":
-            raise RuntimeError(what)
+            raise RuntimeError(message)
         if self.on_nan == "evict":
             table.delete(ids)
-            what += "; removed"
+            message += "; removed"
         if ids.numel():
-            _log.warning("%s", what[0].upper() + what[1:])
+            _log.warning("%s", message[0].upper() + message[1:])
 
     def _write(self, trainer: Trainer) -> None:
         if self.report is not None and trainer.is_global_zero and len(self.history):
             title = f"Tables of {type(trainer.lightning_module).__name__}"
-            TableReport.of_watch(self.watch, title).write(self.report)
+            TableReport.of_monitor(self.monitor, title).write(self.report)
             _log.info("Wrote the report %s", self.report)

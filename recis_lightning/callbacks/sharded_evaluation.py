@@ -1,10 +1,11 @@
-"""Evaluation on many ranks whose batches do not come out even."""
+"""Evaluation on several ranks with unequal numbers of batches."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from recis_lightning.lookup.sharded import finish_evaluation
 
@@ -12,12 +13,12 @@ __all__ = ["ShardedEvaluation"]
 
 
 class ShardedEvaluation(Callback):
-    """Lets a rank that has no more batches answer the lookups of those that still have some.
+    """Keep ranks that finish evaluation early serving the lookups of those that still evaluate.
 
     Every rank has a part of every table, so an evaluation lookup needs all of them. Lightning gives
-    ranks as many batches as there are in validation and test, but not always in prediction, nor
-    with samplers of one's own. The first evaluation lookup on several ranks adds this callback to
-    the Trainer; there is no need to pass it.
+    all ranks the same number of batches in validation and test, but not always in prediction, nor
+    with custom samplers. The first evaluation lookup on several ranks adds this callback to the
+    Trainer; there is no need to pass it.
 
     Example:
         >>> ShardedEvaluation.attach(trainer := Trainer(logger=False, accelerator="cpu"))
@@ -27,19 +28,19 @@ class ShardedEvaluation(Callback):
 
     @classmethod
     def attach(cls, trainer: Trainer) -> None:
-        """Add the callback to a Trainer that has none, before those that may gather something."""
+        """Add the callback to a Trainer without one, before callbacks that may use collectives."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, cls) for callback in callbacks):
             callbacks.insert(0, cls())
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer until all ranks are done."""
         finish_evaluation(pl_module)
 
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer until all ranks are done."""
         finish_evaluation(pl_module)
 
+    @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer until all ranks are done."""
         finish_evaluation(pl_module)

@@ -1,4 +1,4 @@
-"""``TraceHook``: chosen tensors of every training step, as a Parquet data set."""
+"""``TraceHook``: selected tensors of training steps, as a Parquet data set."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
@@ -20,19 +21,19 @@ _log = logging.getLogger(__name__)
 
 
 class TraceHook(Hook):
-    """Write what ``add_to_trace`` collects in training steps to a Parquet data set.
+    """Write the tensors of ``add_to_trace`` in training steps to a Parquet data set.
 
     In every ``every``-th training batch, ``add_to_trace(name, tensor)`` keeps a copy of the
     tensors named here, and a thread writes them: rows in the order of steps, with ``step``
     (training batches done, from 1), ``rank`` and, as a partition, ``epoch``. Every rank writes its
-    own files, which ``pyarrow.dataset.dataset(path, partitioning="hive")`` reads together. See
-    ``recis_lightning.trace.TraceWriter`` for columns and files, and for use without a Trainer.
+    own files, which ``pyarrow.dataset.dataset(path, partitioning="hive")`` reads together.
+    ``recis_lightning.trace.TraceWriter`` describes columns and files, and works without a Trainer.
 
-    Training waits when ``queue_size`` steps wait to be written, and fails when they cannot be: a
+    Training waits while ``queue_size`` steps wait to be written, and fails when they cannot be: a
     full disk is an error, and so is a step that did not add one of ``tensors``. A run that fails
-    for another reason leaves all steps that it finished. Before each checkpoint the files are made
-    whole; a run that resumes from one removes the rows of later steps, which it will trace again.
-    A run that starts anew in a folder with traces is refused.
+    for another reason leaves all steps that it finished. Before each checkpoint the files are
+    completed; a run that resumes from one removes the rows of later steps, which it will trace
+    again. A new run in a folder with traces is an error.
 
     Args:
         tensors: Names of the columns; None takes those that the first traced step adds.
@@ -41,7 +42,7 @@ class TraceHook(Hook):
         queue_size: Steps that may wait to be written, at least 1.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
         >>> hook = TraceHook(["user", "score"], "outputs/trace", every=10)
@@ -69,11 +70,12 @@ class TraceHook(Hook):
         # A thread can be neither pickled nor copied.
         return {**vars(self), "_writer": None, "_collection": None}
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the data set, and make it what it was at the step from which training goes on.
+        """Open the data set, and remove the rows of steps that training will repeat.
 
         Raises:
-            FileExistsError: Training starts anew and the folder holds traces.
+            FileExistsError: The run is new and the folder holds traces.
         """
         self._step = batches_done(trainer)
         self._writer = TraceWriter(
@@ -91,46 +93,47 @@ class TraceHook(Hook):
                 *(removed, self._step, self.path),
             )
 
+    @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Collect what this batch adds, if it is one to be traced."""
         self._step += 1
         if self._step % self.every == 0:
             self._collection = TraceCollection(self.tensors).open()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand over what was collected."""
         if self._collection is None:
             return
-        found, self._collection = self._collection.close(), None
+        columns, self._collection = self._collection.close(), None
         assert self._writer is not None
-        if found or self._writer.tensors is not None:
-            self._writer.write(self._step, found, {"epoch": trainer.current_epoch})
+        if columns or self._writer.tensors is not None:
+            self._writer.write(self._step, columns, {"epoch": trainer.current_epoch})
 
+    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Make the files whole: a checkpoint vouches for the steps before it."""
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.flush()  # a run that resumes from here does not repeat these steps
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is queued and close the files."""
         self._close()
 
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Write what is queued and close the files."""
         try:
             self._close()
-        except RuntimeError:  # what stopped the run matters more
-            _log.exception("The trace is not whole")
+        except RuntimeError:  # the run's own exception matters more
+            _log.exception("The trace in %s is incomplete", self.path)
 
     def _close(self) -> None:
+        """Write the queued steps and close the files."""
         collection, self._collection = self._collection, None
         if collection is not None:
             collection.close()

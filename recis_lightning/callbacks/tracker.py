@@ -1,4 +1,4 @@
-"""``MLTrackerHook``: what ``add_to_ml_tracker`` is given, on whatever loggers the Trainer has."""
+"""``MLTrackerHook``: values of ``add_to_ml_tracker``, written to the Trainer's loggers."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from recis_lightning.callbacks.hook import Hook
-from recis_lightning.callbacks.publish import fetch, publish, publish_values
+from recis_lightning.callbacks.log_values import log_distribution, log_values, to_host
 from recis_lightning.metrics import take_tracked
 
 __all__ = ["MLTrackerHook"]
 
 
 class MLTrackerHook(Hook):
-    """Write what ``add_to_ml_tracker(name, data)`` was given to the Trainer's loggers, on rank 0.
+    """Write the values of ``add_to_ml_tracker(name, data)`` to the Trainer's loggers, on rank 0.
 
-    RecIS's hook writes to a service of its own; this one writes to what the Trainer has: CSV,
-    TensorBoard, W&B, MLflow. After each training batch every value given since the last is written
-    once, under Lightning's own step; what is given elsewhere is written when its validation, test
-    or training ends. A number, or a tensor of one element, is a scalar. Of more elements every
-    logger gets ``{name}_mean``, ``_std``, ``_min`` and ``_max``, and TensorBoard a histogram.
+    RecIS's hook writes to a service of its own; this one writes to the Trainer's loggers: CSV,
+    TensorBoard, W&B, MLflow. After each training batch every value added since the last is written
+    once, under Lightning's own step; values added elsewhere are written when validation, test or
+    training ends. A number, or a tensor of one element, is a scalar. Of more elements every logger
+    gets ``{name}_mean``, ``_std``, ``_min`` and ``_max``, and TensorBoard a histogram.
 
     ``project``, ``name`` and ``config`` go to the loggers as hyperparameters (``tracker_project``,
     ``tracker_name`` and the keys of ``config``). A logger's own project and run name are arguments
     of the logger.
 
     Args:
-        project: Of the experiment, or None.
-        name: Of the run, or None.
+        project: Name of the experiment, or None.
+        name: Name of the run, or None.
         config: Hyperparameters, or None.
 
     Raises:
-        TypeError: An argument is not what it should be.
+        TypeError: An argument is of a wrong type.
 
     Example:
         >>> hook = MLTrackerHook("ctr", "deepfm", {"lr": 5e-4})
@@ -62,8 +63,9 @@ class MLTrackerHook(Hook):
         self.hyperparameters: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         self.hyperparameters |= config or {}
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer that could only lose what it is given.
+        """Reject a Trainer without loggers, which would lose the values.
 
         Raises:
             MisconfigurationException: The Trainer has no logger.
@@ -73,30 +75,30 @@ class MLTrackerHook(Hook):
                 "MLTrackerHook writes to the Trainer's loggers, and this one has none; expected "
                 "for example Trainer(logger=CSVLogger('outputs'))"
             )
-        take_tracked()  # what another run left
+        take_tracked()  # drops the values of an earlier run
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write project, name and config."""
         if self.hyperparameters and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_hyperparams(dict(self.hyperparameters))
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write what this batch was given."""
         _write(trainer)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what validation was given."""
         _write(trainer)
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the test was given."""
         _write(trainer)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what was given after the last batch."""
         _write(trainer)
 
 
@@ -109,7 +111,7 @@ def _write(trainer: Trainer) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             numbers = value.detach().cpu().to(torch.float64).reshape(-1)
             if numbers.numel():
-                publish_values(trainer, name, numbers)
+                log_distribution(trainer, name, numbers)
                 scalars |= {
                     f"{name}_mean": numbers.mean(),
                     f"{name}_std": numbers.std(correction=0),
@@ -117,4 +119,4 @@ def _write(trainer: Trainer) -> None:
                 scalars |= {f"{name}_min": numbers.min(), f"{name}_max": numbers.max()}
         else:
             scalars[name] = value
-    publish(trainer, fetch(scalars, trainer.strategy.root_device))
+    log_values(trainer, to_host(scalars, trainer.strategy.root_device))

@@ -1,4 +1,4 @@
-"""What a report shows of a run: charts as data, drawn as SVG or by matplotlib."""
+"""Charts of a report as data; ``svg`` and ``png`` draw them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Chart(NamedTuple):
     """A chart.
 
     Attributes:
-        title: What it shows.
-        kind: Lines over x, layers on each other over x, or bars with names.
-        x: Steps; for bars their number.
+        title: Of the chart.
+        kind: Lines over x, layers stacked over x, or bars with names.
+        x: Steps; for bars their index.
         series: At least one.
         unit: Of the values.
-        bars: For bars, what each is called.
-        cap: Where the scale of lines ends, though a few early values lie above; None shows all.
+        bars: Names of the bars.
+        cap: Upper end of the scale of lines, though a few early values lie above; None shows all.
     """
 
     title: str
@@ -82,7 +82,7 @@ def table_charts(history: RunHistory, table: str) -> list[Chart]:
 def _table_charts(history: RunHistory, prefix: str) -> list[Chart]:
     steps = [float(step) for step in history.steps]
     churn = [
-        Series(label, _steps_of(history.column(f"{prefix}/{name}")))
+        Series(label, _increases(history.column(f"{prefix}/{name}")))
         for name, label in zip(COUNTERS, _CHURN_LABELS, strict=True)
     ]
     shown = [series for series in churn if any(v > 0 for v in series.values)] or churn[:2]
@@ -108,14 +108,14 @@ def _table_charts(history: RunHistory, prefix: str) -> list[Chart]:
     return charts
 
 
-def _steps_of(counts: list[float]) -> list[float]:
-    """Return how much a count grew since the point before that has one."""
-    grown, before = [], 0.0
+def _increases(counts: list[float]) -> list[float]:
+    """Return the growth of a count since the last point that has one."""
+    increases, before = [], 0.0
     for count in counts:
-        grown.append(count - before)
+        increases.append(count - before)
         if not math.isnan(count):
             before = count
-    return grown
+    return increases
 
 
 def _any_known(values: Sequence[float]) -> bool:
@@ -123,7 +123,7 @@ def _any_known(values: Sequence[float]) -> bool:
 
 
 def _cap(series: Sequence[Series]) -> float | None:
-    """Return the end of a scale on which the settled run is seen, if its start hides it.
+    """Return the end of a scale that shows the settled run, if its start would hide it.
 
     A table that starts empty admits nearly all it will ever hold in its first batches.
     """
@@ -134,21 +134,21 @@ def _cap(series: Sequence[Series]) -> float | None:
 
 
 def _histogram(title: str, counts: list[int], edges: Sequence[float]) -> Chart:
-    used = [place for place, count in enumerate(counts) if count] or [0]
-    places = range(max(0, used[0] - 1), min(len(counts), used[-1] + 2))
+    used = [index for index, count in enumerate(counts) if count] or [0]
+    bins = range(max(0, used[0] - 1), min(len(counts), used[-1] + 2))
     total = max(sum(counts), 1)
     return Chart(
         title,
         "bars",
-        [float(place) for place in range(len(places))],
-        [Series("share of rows", [100 * counts[place] / total for place in places])],
+        [float(index) for index in range(len(bins))],
+        [Series("share of rows", [100 * counts[index] / total for index in bins])],
         "%",
-        [number(edges[place]) for place in places],
+        [number(edges[index]) for index in bins],
     )
 
 
 def number(value: float, unit: str = "") -> str:
-    """Write a number in few signs; "-" for what is not known.
+    """Return a number in few characters; "-" for NaN.
 
     Example:
         >>> number(1234567), number(0.03125), number(2048.0, "B"), number(float("nan"))
@@ -176,4 +176,4 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(place * step, 12) for place in range(first, max(last, first + 1) + 1)]
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]

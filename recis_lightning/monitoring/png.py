@@ -1,4 +1,4 @@
-"""A report as a picture, drawn by matplotlib: a row of charts for the run and for each table."""
+"""Reports as pictures, drawn by matplotlib: a row of charts for the run and for each table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw(title: str, names: Sequence[str], rows: Sequence[Sequence[Chart]], path
         title: Of the picture.
         names: Of the rows.
         rows: Charts, one row below the other.
-        path: Where to write.
+        path: Of the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -40,7 +40,7 @@ def draw(title: str, names: Sequence[str], rows: Sequence[Sequence[Chart]], path
         ) from error
     width = max(len(row) for row in rows)
     inches = (_CHART_INCHES[0] * width, _CHART_INCHES[1] * len(rows) + 0.5)
-    # Neither pyplot nor its settings: the caller's are left as they are.
+    # Without pyplot, so that the caller's figures and settings stay as they are.
     figure = Figure(figsize=inches, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, color=_INK, x=0.01, ha="left")
@@ -78,12 +78,12 @@ def _draw_chart(axes: Any, name: str, chart: Chart) -> None:
             colors=_COLOURS,
             labels=[series.label for series in chart.series],
         )
-    for place, series in enumerate(chart.series if chart.kind == "lines" else ()):
+    for index, series in enumerate(chart.series if chart.kind == "lines" else ()):
         points = [p for p in zip(chart.x, series.values, strict=True) if math.isfinite(p[1])]
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color=_COLOURS[place % 4],
+            color=_COLOURS[index % 4],
             marker="o" if len(points) == 1 else None,
             linewidth=1.3,
             label=series.label,

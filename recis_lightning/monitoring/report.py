@@ -1,11 +1,13 @@
-"""``TableReport``: what a run's tables did, as one page that needs nothing else, or a picture."""
+"""``TableReport``: a run's tables as one self-contained HTML page, or as a picture."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,7 +16,7 @@ from recis_lightning.monitoring.charts import MEMORY, Chart, number, run_charts,
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.saved import read_saved
 from recis_lightning.monitoring.svg import chart_svg
-from recis_lightning.monitoring.watch import TableWatch
+from recis_lightning.monitoring.watch import TableMonitor
 from recis_lightning.table.hash_table import HashTable, hash_tables
 
 __all__ = ["TableReport", "report"]
@@ -23,7 +25,7 @@ _SUFFIXES = (".html", ".png")
 
 
 class TableFacts(NamedTuple):
-    """What of a table does not change in a run."""
+    """Properties of a table that do not change in a run."""
 
     name: str
     embedding_dim: int
@@ -36,8 +38,8 @@ class TableReport:
     Made by ``report``, by ``MetricReportHook(report=...)``, or here from a history.
 
     Args:
-        history: Figures under the names of ``TableWatch``.
-        tables: What else to say of each table.
+        history: Figures under the names of ``TableMonitor``.
+        tables: Fixed properties of each table.
         title: Of the page.
 
     Example:
@@ -55,27 +57,29 @@ class TableReport:
         self.history, self.tables, self.title = history, list(tables), title
 
     @classmethod
-    def of_watch(cls, watch: TableWatch, title: str = "Tables") -> TableReport:
-        """Report what a ``TableWatch`` saw."""
+    def of_monitor(cls, monitor: TableMonitor, title: str = "Tables") -> TableReport:
+        """Return the report of what a ``TableMonitor`` recorded."""
         facts = [
             TableFacts(t.name, t.embedding_dim, str(t.dtype).removeprefix("torch."))
-            for t in watch.tables
+            for t in monitor.tables
         ]
-        return cls(watch.history, facts, title)
+        return cls(monitor.history, facts, title)
+
+    of_watch = of_monitor  # an alias
 
     @classmethod
     def of_tables(cls, tables: Sequence[HashTable], title: str = "Tables") -> TableReport:
-        """Report how tables are now."""
-        watch = TableWatch(tables)
-        watch.look(max((table.step for table in tables), default=0), full=True)
-        return cls.of_watch(watch, title)
+        """Return the report of tables as they are now."""
+        monitor = TableMonitor(tables)
+        monitor.record(max((table.step for table in tables), default=0), full=True)
+        return cls.of_monitor(monitor, title)
 
     @classmethod
     def of_checkpoint(cls, path: str | os.PathLike[str]) -> TableReport:
-        """Report what a checkpoint holds: its tables, and the history of ``MetricReportHook``.
+        """Return the report of a checkpoint: its tables and the history of ``MetricReportHook``.
 
         Args:
-            path: A checkpoint of Lightning, or a folder with some: then the newest.
+            path: A checkpoint of Lightning, or a folder of checkpoints: then the newest.
 
         Raises:
             FileNotFoundError: There is none.
@@ -86,7 +90,7 @@ class TableReport:
         return cls(saved.history, facts, f"Tables of {saved.path.name}")
 
     def html(self) -> str:
-        """Return the page: one file, no scripts, nothing to fetch."""
+        """Return the page: one file, without scripts, that loads nothing else."""
         parts = [_summary(self.history), "<h2>All tables</h2>", _figures(run_charts(self.history))]
         parts.append(_overview(self.history, self.tables))
         for table in self.tables:
@@ -98,19 +102,20 @@ class TableReport:
         steps = self.history.steps
         span = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else "one look"
         points = f"{len(steps):,} point{'s' if len(steps) != 1 else ''}"
-        return _PAGE.format(
-            title=escape(self.title), about=f"{span}, {points}", body="\n".join(parts), style=_STYLE
+        page = resources.files("recis_lightning.monitoring").joinpath("page.html")
+        return Template(page.read_text("utf-8")).substitute(
+            title=escape(self.title), about=f"{span}, {points}", body="\n".join(parts)
         )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page or the picture, as the path's suffix says; folders are made.
+        """Write the page or the picture, by the path's suffix; missing folders are made.
 
         Args:
             path: Ends in ``.html`` or ``.png``.
 
         Raises:
-            ValueError: It ends in something else.
-            ImportError: A picture without matplotlib.
+            ValueError: ``path`` ends in something else.
+            ImportError: ``path`` is a picture's, and matplotlib is not installed.
         """
         target = check_path("path", path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +139,14 @@ def report(source: Any, path: str | os.PathLike[str]) -> Path:
         source: A Lightning Trainer (whose ``MetricReportHook`` has kept the history; without one
             the report shows the tables as they are now), a module with tables, a list of tables,
             or the path of a checkpoint or of a folder with checkpoints.
-        path: Where to write; ends in ``.html`` or ``.png``.
+        path: Of the report; ends in ``.html`` or ``.png``.
 
     Returns:
-        The path.
+        ``path`` as a ``Path``.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be (names it).
-        FileNotFoundError: No checkpoint is where ``source`` says.
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
+        FileNotFoundError: ``source`` is a path without a checkpoint.
 
     Example:
         >>> import tempfile
@@ -168,16 +173,16 @@ def _report_of(source: Any) -> TableReport:
     module = source.lightning_module
     title = f"Tables of {type(module).__name__}" if module is not None else "Tables"
     for callback in source.callbacks:
-        watch = getattr(callback, "watch", None)
-        if isinstance(watch, TableWatch) and len(watch.history):
-            return TableReport.of_watch(watch, title)
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, TableMonitor) and len(monitor.history):
+            return TableReport.of_monitor(monitor, title)
     if module is None:
         raise ValueError("source: the Trainer has no module yet; expected one that has run")
     return TableReport.of_tables(hash_tables(module), title)
 
 
 def check_path(argument: str, path: str | os.PathLike[str]) -> Path:
-    """Return a report's path, or raise if it is of no kind that a report can have."""
+    """Return a report's path, or raise a ValueError if its suffix is no report's."""
     target = Path(path)
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"{argument}: expected a path ending in .html or .png, got {str(path)!r}")
@@ -208,8 +213,8 @@ def _figure(chart: Chart) -> str:
     legend = ""
     if len(chart.series) > 1:
         keys = (
-            f'<span><i class="k{place % 4}"></i>{escape(series.label)}</span>'
-            for place, series in enumerate(chart.series)
+            f'<span><i class="k{index % 4}"></i>{escape(series.label)}</span>'
+            for index, series in enumerate(chart.series)
         )
         legend = f'<p class="legend">{"".join(keys)}</p>'
     title = escape(chart.title)
@@ -243,73 +248,12 @@ def _overview(history: RunHistory, tables: Sequence[TableFacts]) -> str:
             values.get(name) or number(history.last(f"table/{table.name}/{name}"))
             for name, _ in _COLUMNS
         ]
-        ruined = history.last(f"table/{table.name}/nonfinite_rows", 0.0) > 0
+        is_bad = history.last(f"table/{table.name}/nonfinite_rows", 0.0) > 0
         cells = "".join(f"<td>{cell}</td>" for cell in shown)
         rows.append(
-            f"<tr{' class=bad' if ruined else ''}><th>{escape(table.name)}</th>{cells}</tr>"
+            f"<tr{' class=bad' if is_bad else ''}><th>{escape(table.name)}</th>{cells}</tr>"
         )
     return (
         f'<div class="wide"><table><thead><tr><th>table</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222; --soft: #666; --line: #e3e3e3; --back: #fff;
-  --card: #fafafa; --c0: #2a78d6; --c1: #eb6834; --c2: #1baf7a; --c3: #7a5fd0; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #a0a0a0; --line: #3a3a3a;
-  --back: #161616; --card: #1f1f1f; --c0: #5a9cec; --c1: #f28a5f; --c2: #3ccb97; --c3: #a594f0;
-  --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 16px; max-width: 1240px; color: var(--ink); background: var(--back);
-  font: 15px/1.45 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 28px 0 8px; }
-small, header p { color: var(--soft); font-weight: normal; font-size: .85rem; margin: 2px 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(104px, 1fr)); gap: 8px;
-  margin-top: 16px; }
-.tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 8px 10px; }
-.tiles b { display: block; font-size: 1.05rem; white-space: nowrap; }
-.tiles span { color: var(--soft); font-size: .8rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr));
-  gap: 12px; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 10px; display: flex; flex-direction: column; break-inside: avoid; }
-figcaption { font-size: .85rem; font-weight: 600; }
-figure svg { width: 100%; height: auto; display: block; margin-top: auto; }
-.legend { margin: 2px 0 0; font-size: .75rem; color: var(--soft); display: flex; flex-wrap: wrap;
-  gap: 0 10px; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px;
-  margin-right: 4px; }
-svg text { font-size: 11px; fill: var(--soft); } .end { text-anchor: end; }
-.mid { text-anchor: middle; } .grid { stroke: var(--line); stroke-width: 1; }
-polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
-.c3 { stroke: var(--c3); }
-.f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); } .f3 { fill: var(--c3); }
-.k0 { background: var(--c0); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
-.k3 { background: var(--c3); }
-.wide { overflow-x: auto; margin-top: 16px; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; overflow-wrap: normal; }
-th, td { padding: 4px 8px; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; } thead th { color: var(--soft); font-weight: normal; }
-.bad th, .bad td { color: var(--bad); }
-@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --back: #fff;
-  --card: #fff; --c0: #2a78d6; --c1: #eb6834; --c2: #1baf7a; --c3: #7a5fd0; --bad: #b3261e; }
-  body { padding: 0; max-width: none; font-size: 12px; }
-  .charts { grid-template-columns: 1fr 1fr; gap: 8px; } .wide { overflow: visible; }
-  .tiles { grid-template-columns: repeat(4, 1fr); }
-  h2 { break-after: avoid; } tr, .tiles { break-inside: avoid; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body><header><h1>{title}</h1><p>{about}</p></header>
-{body}
-</body></html>
-"""

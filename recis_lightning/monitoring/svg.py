@@ -1,4 +1,4 @@
-"""A chart as SVG, coloured by the page's style sheet: classes ``c0`` to ``c3`` for its series."""
+"""Charts as SVG, coloured by the page's style sheet: classes ``c0`` to ``c3`` for the series."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 22
 
 def chart_svg(chart: Chart) -> str:
     """Return a chart as one ``<svg>`` element."""
-    name = escape(f"{chart.title}: {_spoken(chart)}", quote=True)
+    name = escape(f"{chart.title}: {_description(chart)}", quote=True)
     body = "".join(_bars(chart) if chart.kind == "bars" else _curves(chart))
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">'
@@ -24,7 +24,7 @@ def chart_svg(chart: Chart) -> str:
     )
 
 
-def _spoken(chart: Chart) -> str:
+def _description(chart: Chart) -> str:
     if chart.kind == "bars":
         return "a histogram"
     ends = [[v for v in series.values if not math.isnan(v)] for series in chart.series]
@@ -54,7 +54,7 @@ def _curves(chart: Chart) -> Iterator[str]:
         return _y(min(value, marks[-1]), marks)
 
     below = [0.0] * len(chart.x)
-    for place, values in enumerate(layers):
+    for index, values in enumerate(layers):
         points = [
             (x(step), y(v), y(b))
             for step, v, b in zip(chart.x, values, below, strict=True)
@@ -62,20 +62,20 @@ def _curves(chart: Chart) -> Iterator[str]:
         ]
         line = " ".join(f"{px},{py}" for px, py, _ in points)
         if chart.kind == "layers":
-            if len(points) == 1:  # a stretch of its own, or it would have no width
+            if len(points) == 1:  # widened, since one point has no width
                 points = [(px + dx, py, pb) for px, py, pb in points for dx in (-20.0, 20.0)]
                 line = " ".join(f"{px},{py}" for px, py, _ in points)
             floor = " ".join(f"{px},{pb}" for px, _, pb in reversed(points))
-            yield f'<polygon class="f{place % 4}" points="{line} {floor}"/>'
+            yield f'<polygon class="f{index % 4}" points="{line} {floor}"/>'
             below = [v if math.isfinite(v) else b for v, b in zip(values, below, strict=True)]
         elif len(points) == 1:
-            yield f'<circle class="f{place % 4}" cx="{points[0][0]}" cy="{points[0][1]}" r="3"/>'
+            yield f'<circle class="f{index % 4}" cx="{points[0][0]}" cy="{points[0][1]}" r="3"/>'
         elif points:
-            yield f'<polyline class="c{place % 4}" points="{line}"/>'
+            yield f'<polyline class="c{index % 4}" points="{line}"/>'
 
 
 def _layers(chart: Chart) -> list[list[float]]:
-    """Return each layer's upper edge; where one layer is not known, none is."""
+    """Return each layer's upper edge: NaN from the first unknown layer on."""
     edges: list[list[float]] = []
     below = [0.0] * len(chart.x)
     for series in chart.series:
@@ -90,15 +90,15 @@ def _bars(chart: Chart) -> Iterator[str]:
     yield from _y_axis(marks, chart.unit)
     width = (_WIDTH - _LEFT - _RIGHT) / len(series.values)
     every = max(1, math.ceil(len(series.values) / 6))
-    for place, value in enumerate(series.values):
-        left, top = _LEFT + place * width, _y(value, marks)
-        name = escape(f"from {chart.bars[place]}: {number(value, chart.unit)}")
+    for index, value in enumerate(series.values):
+        left, top = _LEFT + index * width, _y(value, marks)
+        name = escape(f"from {chart.bars[index]}: {number(value, chart.unit)}")
         yield (
             f'<rect class="f0" x="{left + width * 0.06:.1f}" y="{top}" width="{width * 0.88:.1f}" '
             f'height="{_HEIGHT - _BOTTOM - top:.1f}"><title>{name}</title></rect>'
         )
-        if place % every == 0:
-            text = escape(chart.bars[place])
+        if index % every == 0:
+            text = escape(chart.bars[index])
             yield f'<text x="{left:.1f}" y="{_HEIGHT - 7}" class="mid">{text}</text>'
 
 

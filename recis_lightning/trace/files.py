@@ -1,4 +1,4 @@
-"""The files of a trace: rows of steps as Parquet, and values as Arrow arrays."""
+"""Files of a trace: rows of steps as Parquet, and values as Arrow arrays."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = [
     "OWN_COLUMNS",
     "TraceFiles",
     "TraceStep",
-    "check_kind",
+    "check_scalar",
+    "host_value",
     "import_pyarrow",
     "num_rows_of",
     "rewind_files",
-    "to_host",
 ]
 
 _log = logging.getLogger(__name__)
 
 OWN_COLUMNS = ("step", "rank")
-_GROUP_BYTES = 8 << 20  # a row group: what is encoded at once, and read at least
-_FILE_BYTES = 256 << 20  # a file, before compression
+_GROUP_BYTES = 8 << 20  # of a row group, the unit of encoding and reading
+_FILE_BYTES = 256 << 20  # of a file, before compression
 _FILE = re.compile(r"(\.?)rank-(\d+)-step-\d+\.parquet(?:\.part)?")
 
 
@@ -48,7 +48,7 @@ class _Ragged(NamedTuple):
 
 
 class TraceFiles:
-    """The files of one writer: one at a time, in its thread."""
+    """Files of one writer: one is open at a time, and used by the writer's thread only."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path, self.rank = path, rank
@@ -56,30 +56,30 @@ class TraceFiles:
         self._schema: Any = None
         self._writer: Any = None
         self._partition: dict[str, Any] = {}
-        self._waiting: list[Any] = []  # tables that do not fill a row group yet
-        self._waiting_bytes = self._file_bytes = 0
+        self._queued: list[Any] = []  # tables that do not fill a row group yet
+        self._queued_bytes = self._file_bytes = 0
 
     def append(self, step: TraceStep) -> None:
-        """Write the rows of a step, or keep them for the row group in progress."""
+        """Write the rows of a step, or queue them for the current row group."""
         try:
             table = self._table(step)
         except BaseException:
-            self.finish()  # the steps before this one are good
+            self.finish()  # the earlier steps are valid
             self.first_unsaved = step.step
             raise
         if self._writer is not None and step.partition != self._partition:
             self.finish()
         if self._writer is None:
             self._open(step)
-        self._waiting.append(table)
-        self._waiting_bytes += table.nbytes
-        if self._waiting_bytes >= _GROUP_BYTES:
+        self._queued.append(table)
+        self._queued_bytes += table.nbytes
+        if self._queued_bytes >= _GROUP_BYTES:
             self._write_group()
             if self._file_bytes >= _FILE_BYTES:
                 self.finish()
 
     def finish(self) -> None:
-        """Make the file in progress whole."""
+        """Complete the open file and give it its final name."""
         if self._writer is None:
             return
         self._write_group()
@@ -88,13 +88,13 @@ class TraceFiles:
         self._writer = None
 
     def abandon(self) -> None:
-        """Give up the file in progress, which could not be written."""
+        """Remove the open file, which could not be written."""
         if self._writer is None:
             return
-        self._waiting.clear()
+        self._queued.clear()
         try:
             self._writer.close()
-        except Exception:  # it is the one that failed
+        except Exception:  # the error that made writing fail, again
             _log.debug("Could not close %s", self._unfinished, exc_info=True)
         self._unfinished.unlink(missing_ok=True)
 
@@ -110,23 +110,23 @@ class TraceFiles:
         self._writer = pa.parquet.ParquetWriter(self._unfinished, self._schema)
 
     def _write_group(self) -> None:
-        if self._waiting:
-            group = import_pyarrow().concat_tables(self._waiting)
-            self._waiting.clear()
-            self._file_bytes += self._waiting_bytes
-            self._waiting_bytes = 0
+        if self._queued:
+            group = import_pyarrow().concat_tables(self._queued)
+            self._queued.clear()
+            self._file_bytes += self._queued_bytes
+            self._queued_bytes = 0
             self._writer.write_table(group, row_group_size=max(1, group.num_rows))
 
     def _table(self, step: TraceStep) -> Any:
         pa = import_pyarrow()
-        n = step.num_rows
+        num_rows = step.num_rows
         arrays = {
-            "step": pa.array(np.full(n, step.step, np.int64)),
-            "rank": pa.array(np.full(n, self.rank, np.int32)),
+            "step": pa.array(np.full(num_rows, step.step, np.int64)),
+            "rank": pa.array(np.full(num_rows, self.rank, np.int32)),
         }
         for name, value in step.values.items():
             wanted = None if self._schema is None else self._schema.field(name).type
-            array = _arrow(value, n, wanted)
+            array = _arrow(value, num_rows, wanted)
             if wanted is not None and array.type != wanted:
                 raise TypeError(
                     f"trace of step {step.step}: {name!r} was {wanted} before, is {array.type} now"
@@ -139,7 +139,7 @@ class TraceFiles:
 
 
 def import_pyarrow() -> Any:
-    """Return pyarrow, or raise an ImportError that says how to install it."""
+    """Return pyarrow, or raise an ImportError that names the package to install."""
     try:
         import pyarrow as pa
         import pyarrow.compute
@@ -152,8 +152,8 @@ def import_pyarrow() -> Any:
     return pa
 
 
-def to_host(name: str, value: Any) -> Any:
-    """Copy a value to the host, as a ``TraceStep`` holds it."""
+def host_value(name: str, value: Any) -> Any:
+    """Return a value as a ``TraceStep`` holds it, on the host."""
     if isinstance(value, Tensor) and value.is_nested:
         if value.layout is not torch.jagged:
             raise TypeError(f"trace of {name!r}: expected a NestedTensor of layout torch.jagged")
@@ -164,11 +164,11 @@ def to_host(name: str, value: Any) -> Any:
         return _Ragged(_array(name, value.values), _array(name, value.offsets).astype(np.int32))
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return _array(name, value)
-    return list(value) if isinstance(value, list) else check_kind(name, value)
+    return list(value) if isinstance(value, list) else check_scalar(name, value)
 
 
-def check_kind(name: str, value: Any) -> bool | int | float | str:
-    """Return a value that stands for all rows of its step, or raise."""
+def check_scalar(name: str, value: Any) -> bool | int | float | str:
+    """Return a value that is repeated for all rows of its step, or raise."""
     if not isinstance(value, bool | int | float | str):
         raise TypeError(
             f"trace of {name!r}: expected a tensor, array, Jagged, list, number or str, "
@@ -191,7 +191,7 @@ def _array(name: str, value: Any) -> np.ndarray[Any, Any]:
 
 
 def num_rows_of(value: Any) -> int:
-    """Return the rows of a value on the host; -1 for one that stands for all rows."""
+    """Return the number of rows of a value on the host; -1 for a scalar."""
     if isinstance(value, _Ragged):
         return len(value.offsets) - 1
     if isinstance(value, np.ndarray):
@@ -200,7 +200,7 @@ def num_rows_of(value: Any) -> int:
 
 
 def _arrow(value: Any, num_rows: int, wanted: Any) -> Any:
-    """Return a value of the host as an Arrow array of ``num_rows``."""
+    """Return a value on the host as an Arrow array of ``num_rows``."""
     pa = import_pyarrow()
     if isinstance(value, _Ragged):
         return pa.ListArray.from_arrays(pa.array(value.offsets), _fixed(value.values))
@@ -220,18 +220,23 @@ def _fixed(values: np.ndarray[Any, Any]) -> Any:
 
 
 def rewind_files(path: Path, step: int, is_ours: Callable[[int], bool]) -> int:
-    """Remove rows after a step, and unfinished files, of the ranks that are ours.
+    """Remove the rows after a step, and unfinished files, of some ranks.
+
+    Args:
+        path: The data set's folder.
+        step: The last step to keep.
+        is_ours: Whether a rank's files are to be changed.
 
     Returns:
-        How many rows went.
+        Number of rows removed.
     """
     removed = 0
     for file in sorted(path.rglob("*rank-*-step-*.parquet*")):
-        found = _FILE.fullmatch(file.name)
-        if found is None or not is_ours(int(found[2])):
+        match = _FILE.fullmatch(file.name)
+        if match is None or not is_ours(int(match[2])):
             continue
-        if found[1]:
-            file.unlink()  # unfinished when its run was killed
+        if match[1]:
+            file.unlink()  # its run was killed before the file was complete
         else:
             removed += _rewind_file(file, step)
     return removed
@@ -241,7 +246,7 @@ def _rewind_file(path: Path, step: int) -> int:
     """Remove the rows of a file after a step, and the file if none are left."""
     pa = import_pyarrow()
     metadata = pa.parquet.read_metadata(path)
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if not any(group.num_rows and group.column(0).statistics.max > step for group in groups):
         return 0
     table = pa.parquet.read_table(path, partitioning=None)

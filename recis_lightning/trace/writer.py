@@ -1,4 +1,4 @@
-"""Writer of a Parquet data set: a table of rows for every step, in the background."""
+"""``TraceWriter``: a Parquet data set of rows for every step, written in the background."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from recis_lightning.trace.files import (
     OWN_COLUMNS,
     TraceFiles,
     TraceStep,
+    host_value,
     import_pyarrow,
     num_rows_of,
     rewind_files,
-    to_host,
 )
 
 __all__ = ["TraceWriter", "check_names"]
 
 _log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.1  # how often one who waits looks whether the writer lives
+_POLL_SECONDS = 0.1  # between checks that the thread is alive, by callers that wait
 
 
 class TraceWriter:
@@ -34,22 +34,22 @@ class TraceWriter:
     Files are ``{path}/{key}={value}/.../rank-00000-step-000000000001.parquet``: partitions as
     Hive names them, the rank that wrote, the first step in the file. Rows have int64 ``step``,
     int32 ``rank`` and a column for each tensor: fixed-size lists for [B, d], lists for ragged
-    values, float32 for bfloat16. Rows of a rank are in the order of its steps. Files in progress
-    are hidden (``.part``) and appear when they are whole: at 256 MiB, when the partition changes,
-    at ``flush`` and at ``close``.
+    values, float32 for bfloat16. Rows of a rank are in the order of its steps. An open file is
+    hidden (``.part``) and gets its name when it is complete: at 256 MiB, when the partition
+    changes, at ``flush`` and at ``close``.
 
     ``write`` returns as soon as the step is in the queue, and waits while the queue is full. If
     writing fails, the next call raises.
 
     Args:
-        path: The data set's folder; made if it is missing.
+        path: The data set's folder; created if missing.
         tensors: The names of the columns; None takes those of the first step.
         rank: Of this process.
         queue_size: Steps that may wait to be written, at least 1.
 
     Raises:
         ImportError: pyarrow is not installed.
-        TypeError, ValueError: An argument is not what it should be (names it).
+        TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
         >>> import tempfile, torch, pyarrow.dataset
@@ -90,12 +90,12 @@ class TraceWriter:
         """Queue the rows of a step.
 
         Args:
-            step: What the step column says.
-            columns: Name -> value, as ``add_to_trace`` takes them; all have as many rows.
-            partition: Key -> value, which part of the data set the rows belong to.
+            step: Value of the step column.
+            columns: Name -> value, as ``add_to_trace`` takes them; all with as many rows.
+            partition: Key -> value, the part of the data set that the rows belong to.
 
         Raises:
-            TypeError: A value is of no kind that ``add_to_trace`` takes.
+            TypeError: A value is of a type that ``add_to_trace`` does not take.
             ValueError: A column is missing, new or reserved, or two differ in their rows.
             RuntimeError: An earlier step could not be written, or the writer is closed.
         """
@@ -108,15 +108,15 @@ class TraceWriter:
             raise ValueError(
                 f"trace of step {step}: expected {self.tensors}, missing {missing}, not known {new}"
             )
-        values = {name: to_host(name, columns[name]) for name in self.tensors}
-        sizes = {name: size for name, part in values.items() if (size := num_rows_of(part)) >= 0}
+        values = {name: host_value(name, columns[name]) for name in self.tensors}
+        sizes = {n: size for n, value in values.items() if (size := num_rows_of(value)) >= 0}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"trace of step {step}: expected as many rows everywhere, got {sizes}")
         num_rows = next(iter(sizes.values()), 1)
         self._put(TraceStep(int(step), num_rows, values, dict(partition or {})))
 
     def flush(self) -> None:
-        """Wait until all steps so far are in whole files.
+        """Wait until all steps so far are in complete files.
 
         Raises:
             RuntimeError: A step could not be written, or the writer is closed.
@@ -129,7 +129,7 @@ class TraceWriter:
         self._check_alive()
 
     def close(self) -> None:
-        """Write what is queued, finish the file and stop; a second call does nothing.
+        """Write the queued steps, complete the file and stop; a second call does nothing.
 
         Raises:
             RuntimeError: A step could not be written.
@@ -149,17 +149,17 @@ class TraceWriter:
             self._raise()
 
     def rewind(self, step: int, ranks: int = 1) -> int:
-        """Remove rows of later steps than ``step``, as an earlier run may have left them.
+        """Remove the rows of steps after ``step`` that an earlier run left.
 
-        To be called before the first ``write``. Files of ranks that are no more are the care of
-        ``rank % ranks``.
+        To be called before the first ``write``. If the earlier run had more ranks, the files of
+        its rank ``r`` are handled by rank ``r % ranks``.
 
         Args:
             step: The last step to keep.
             ranks: Number of processes that write now.
 
         Returns:
-            How many rows went.
+            Number of rows removed.
         """
         return rewind_files(self.path, step, lambda rank: rank % ranks == self.rank % ranks)
 
@@ -177,8 +177,8 @@ class TraceWriter:
             return
         try:
             self.close()
-        except RuntimeError:  # what stopped the block matters more
-            _log.exception("The trace in %s is not whole", self.path)
+        except RuntimeError:  # the block's own exception matters more
+            _log.exception("The trace in %s is incomplete", self.path)
 
     def _put(self, item: TraceStep | _Flush) -> None:
         while True:
@@ -210,7 +210,7 @@ class TraceWriter:
                 else:
                     self._files.append(item)
             self._files.finish()
-        except BaseException as error:  # raised in training, by the next call
+        except BaseException as error:  # the next call raises it in the caller's thread
             self._error = error
             self._files.abandon()
 
@@ -220,11 +220,11 @@ class _Flush(NamedTuple):
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """Return the names of a trace's columns, or raise if they cannot be that."""
+    """Return the names of a trace's columns as a list, or raise if they are invalid."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"tensors: expected a sequence of names, got {names!r}")
-    taken = [name for name in names if name in OWN_COLUMNS or list(names).count(name) > 1]
-    if taken or not names:
+    invalid = [name for name in names if name in OWN_COLUMNS or list(names).count(name) > 1]
+    if invalid or not names:
         raise ValueError(
             f"tensors: expected different names, none of {OWN_COLUMNS}, got {list(names)!r}"
         )

@@ -1,4 +1,4 @@
-"""HashTableFilterHook: when tables filter, under a Trainer and in a loop written by hand."""
+"""HashTableFilterHook: steps of eviction, under a Trainer and in a loop written by hand."""
 
 import logging
 from functools import partial
@@ -20,7 +20,7 @@ from tests.helpers.quiet_trainer import quiet_trainer
 
 
 class Model(pl.LightningModule):
-    """Looks up, batch after batch, the ids it was given; ``plain`` has no eviction policy."""
+    """Looks up the given ids, batch after batch; ``plain`` has no eviction policy."""
 
     def __init__(self, batches, filter_step=1):
         super().__init__()
@@ -55,7 +55,7 @@ class Model(pl.LightningModule):
 
 
 class Watch(Hook):
-    """Notes the ids of the filtered table after each batch."""
+    """Records the ids of the filtered table after each batch."""
 
     def __init__(self):
         self.ids = []
@@ -71,15 +71,15 @@ def make_trainer(tmp_path):
 
 @pytest.fixture
 def evictions(monkeypatch):
-    """The step of each eviction of a table that has a policy, as (name, step)."""
+    """Record (name, step) of each eviction of a table with a policy."""
     calls = []
     evict = HashTable.evict
 
-    def noting(table):
+    def recording(table):
         calls.append((table.name, table.step))
         return evict(table)
 
-    monkeypatch.setattr(HashTable, "evict", noting)
+    monkeypatch.setattr(HashTable, "evict", recording)
     return calls
 
 
@@ -164,7 +164,7 @@ def test_evaluation_ages_nothing(make_trainer, evictions):
 
 
 class OneBatchEpochs(Model):
-    """Each epoch is one batch, so that any step is an epoch's end to resume from."""
+    """Has one batch in each epoch, so that a run can resume from the end of any step."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(torch.tensor(self.batches[self.global_step]), batch_idx)
@@ -227,7 +227,7 @@ def test_other_ranks_filter_in_silence(make_trainer, evictions, caplog, monkeypa
 
 
 def test_an_override_of_after_step_runs_once_a_batch(make_trainer):
-    class Noting(HashTableFilterHook):
+    class Recording(HashTableFilterHook):
         def __init__(self):
             super().__init__(2)
             self.steps = []
@@ -239,7 +239,7 @@ def test_an_override_of_after_step_runs_once_a_batch(make_trainer):
         def before_step(self, batch_idx):
             self.steps.append(-batch_idx)
 
-    hook, model = Noting(), Model([[1]] * 3)
+    hook, model = Recording(), Model([[1]] * 3)
     make_trainer(hook).fit(model)
     assert hook.steps == [0, 1, -1, 2, -2, 3]
     assert model.table.step == 3

@@ -1,4 +1,4 @@
-"""Hook: RecIS's nine points on Lightning's methods."""
+"""Hook: RecIS's nine methods, called from Lightning's."""
 
 import copy
 import pickle
@@ -32,20 +32,20 @@ def make_trainer(tmp_path):
 
 
 class Everything(Hook):
-    """Notes each point, through a signature without parameters."""
+    """Records each hook point, through overrides without parameters."""
 
     def __init__(self):
         self.calls = []  # no super().__init__(), as in RecIS's example
 
 
-def _noting(point):
+def _recording(point):
     def method(self):
         self.calls.append(point)
 
     return method
 
 
-Everything = type("Everything", (Everything,), {point: _noting(point) for point in POINTS})
+Everything = type("Everything", (Everything,), {point: _recording(point) for point in POINTS})
 
 
 def test_order_of_the_points(make_trainer):
@@ -181,7 +181,7 @@ def test_an_unknown_parameter_is_refused_when_the_class_is_defined():
 
 
 class Parent(Hook):
-    """Overrides both faces of a moment, without super()."""
+    """Overrides RecIS's and Lightning's method of a hook point, without super()."""
 
     def __init__(self):
         self.calls = []
@@ -310,7 +310,7 @@ def test_a_hook_without_overrides_does_nothing(make_trainer):
 
 
 def test_lightning_passes_over_what_a_hook_does_not_override():
-    """An empty method costs a region of the profiler each batch, so it is not callable."""
+    """Lightning times each callable method in each batch, so empty ones are None."""
 
     class Mine(Hook):
         def on_before_backward(self, trainer, pl_module, loss):

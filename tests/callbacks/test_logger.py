@@ -1,4 +1,4 @@
-"""LoggerHook: the line, the throughput and what reaches bar and loggers, to the digit."""
+"""LoggerHook: exact lines, throughput, and values in progress bar and loggers."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ from tests.helpers.quiet_trainer import quiet_trainer
 
 
 class Clock:
-    """Seconds that pass only when somebody says so."""
+    """Clock that only tests advance."""
 
     def __init__(self):
         self.now = 1000.0
@@ -35,7 +35,7 @@ class Clock:
 
 
 class Model(pl.LightningModule):
-    """Its loss in batch i (from 0) is i + 1; a batch takes half a second."""
+    """Has loss i + 1 in batch i (from 0); a batch takes half a second."""
 
     def __init__(self, clock, num_batches=4, batch_size=3):
         super().__init__()
@@ -73,7 +73,7 @@ class SlowDisk(TorchCheckpointIO):
 
 
 class Recorder(Logger):
-    """Keeps what it is told."""
+    """Logger that keeps the values it gets."""
 
     name, version = "recorder", 0
 
@@ -109,7 +109,7 @@ def make_trainer(tmp_path):
 
 @pytest.fixture
 def lines(caplog):
-    """The lines of the hook so far."""
+    """Return the lines of the hook so far."""
 
     def read():
         return [r.getMessage() for r in caplog.records if r.name == logger_module.__name__]

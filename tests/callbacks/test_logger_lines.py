@@ -1,13 +1,13 @@
-"""Where the lines of LoggerHook show."""
+"""TqdmLoggingHandler: lines on stderr, unless an application's own handlers print them."""
 
 import logging
 import sys
 
-from recis_lightning.callbacks.logger import AboveTheBar
+from recis_lightning.callbacks.logger import TqdmLoggingHandler
 
 
 def as_in_a_plain_script(monkeypatch):
-    """Take pytest's own logging handlers away."""
+    """Remove pytest's own logging handlers."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
 
@@ -26,6 +26,6 @@ def test_lines_are_left_to_an_applications_own_handlers(monkeypatch, capsys):
 
 def test_one_handler_and_a_level_that_shows():
     ours = logging.getLogger("recis_lightning")
-    assert [type(handler) for handler in ours.handlers] == [AboveTheBar]
+    assert [type(handler) for handler in ours.handlers] == [TqdmLoggingHandler]
     assert ours.isEnabledFor(logging.INFO)
     assert ours.propagate

@@ -1,4 +1,4 @@
-"""ProfilerHook: how many traces, their names, what is in them, and what is left behind."""
+"""ProfilerHook: number, names and content of traces, and the Trainer's profiler afterwards."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from tests.helpers.quiet_trainer import quiet_trainer
 
 
 class Tables(pl.LightningModule):
-    """The least model with a table."""
+    """Smallest model with a table."""
 
     def __init__(self, num_batches=16):
         super().__init__()

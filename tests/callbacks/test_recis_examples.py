@@ -1,4 +1,4 @@
-"""What RecIS's pages show, with our import: each use of a hook runs under a Trainer unchanged.
+"""Examples of RecIS's pages, with our import: each use of a hook runs unchanged.
 
 ``trainer.add_hook(hook)`` is ``Trainer(callbacks=[hook])``, and ``trainer.state.global_step`` is
 ``trainer.global_step``.

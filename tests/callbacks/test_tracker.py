@@ -1,4 +1,4 @@
-"""MLTrackerHook: what a model hands over reaches every logger of the Trainer, once."""
+"""MLTrackerHook: a model's tracked values reach every logger of the Trainer, once."""
 
 import csv
 
@@ -16,7 +16,7 @@ from tests.helpers.quiet_trainer import quiet_trainer
 
 
 class Model(L.LightningModule):
-    """Hands batch i over, and on batch 2 an array."""
+    """Tracks the number of each batch, and an array in batch 2."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Model(L.LightningModule):
 
 
 class Recorder(Logger):
-    """Keeps what it is told, as W&B's and MLflow's loggers are told it."""
+    """Logger that keeps the values it gets, as those of W&B and MLflow do."""
 
     name, version = "recorder", 0
 

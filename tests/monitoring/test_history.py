@@ -1,4 +1,4 @@
-"""RunHistory: bounded, even, and the same after a checkpoint."""
+"""RunHistory: bounded, evenly spaced, and the same after a checkpoint."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""TableReport: a page that stands alone, from a run, a module or a checkpoint; and how it looks."""
+"""TableReport: a self-contained page of a run, a module or a checkpoint, and its layout."""
 
 import html
 import json
@@ -6,45 +6,20 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding, HashTable, TableReport, report
+from recis_lightning import DynamicEmbedding, TableReport, report
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.monitoring.charts import Chart, Series, number, ticks
 from recis_lightning.monitoring.history import RunHistory
-from recis_lightning.monitoring.svg import chart_svg
-from recis_lightning.monitoring.watch import TableWatch
+from tests.helpers.monitored_tables import filled, monitored_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
-def filled(name="t", count=40, **kwargs):
-    table = HashTable(2, name=name, **kwargs)
-    table.insert(torch.arange(count), torch.randn(count, 2, generator=torch.Generator()))
-    return table
-
-
-def watched(num_points=30):
-    """Return a watch over a run that grows, evicts and evaluates."""
-    user, item = filled("user <b>", 10, eviction=GlobalStepFilter(3)), filled("item", 5)
-    user.track_readmissions()
-    watch, generator = TableWatch([user, item]), torch.Generator().manual_seed(4)
-    for step in range(1, num_points + 1):
-        rows = torch.randn(10, 2, generator=generator)  # how wide bars are depends on them
-        user.insert(torch.arange(step, step + 10), rows)
-        user.update_step()
-        user.evict()
-        more = {"train_qps": 50.0 + step, "loss": 1 / step}
-        watch.look(10 * step, more | ({"eval_qps": 99.0} if step % 7 == 0 else {}))
-    watch.look(10 * num_points, full=True)
-    return watch
-
-
 def test_page_shows_every_table_and_needs_nothing_else():
-    page = TableReport.of_watch(watched(), "Tables of <i>M</i>").html()
+    page = TableReport.of_monitor(monitored_run(), "Tables of <i>M</i>").html()
     for title in (
         *("Training batches a second", "Evaluation batches a second", "Loss", "Rows"),
         *("Came and went between reports", "Memory by kind", "Steps since a row was seen"),
@@ -59,40 +34,8 @@ def test_page_shows_every_table_and_needs_nothing_else():
     assert "steps 10 to 300, 30 points" in page
 
 
-def test_what_the_charts_say():
-    svg = chart_svg(Chart("Rows", "lines", [0.0, 10.0], [Series("rows", [5.0, 10.0])]))
-    assert 'aria-label="Rows: rows 10"' in svg
-    left, right = re.search(r'<polyline class="c0" points="([\d.]+),[\d.]+ ([\d.]+),', svg).groups()
-    assert (float(left), float(right)) == (46, 350)
-    values = [math.nan, 2.0, math.nan]
-    single = chart_svg(Chart("Rows", "lines", [0.0, 10.0, 20.0], [Series("rows", values)]))
-    assert single.count("<circle") == 1
-    nothing = chart_svg(Chart("Loss", "lines", [0.0], [Series("loss", [math.nan])]))
-    assert "nothing to show" in nothing
-    assert "loss not known" in nothing
-    bars = Chart("Ages", "bars", [0.0, 1.0], [Series("rows", [25.0, 75.0])], "%", ["0", "1"])
-    assert re.findall(r"from (\d): (\d+)%", chart_svg(bars)) == [("0", "25"), ("1", "75")]
-    layers = [Series("a", [1.0, 1.0]), Series("b", [2.0, math.nan])]
-    assert chart_svg(Chart("Memory", "layers", [0.0, 1.0], layers, "B")).count("<polygon") == 2
-
-
-@pytest.mark.parametrize("low", [0, -3, 7, 1e6])
-@pytest.mark.parametrize("span", [1e-6, 0.3, 1, 99, 12345, 3e12])
-def test_ticks_hold_all_values_and_are_few(low, span):
-    marks = ticks(low, low + span)
-    assert marks[0] <= low + 1e-9 * span
-    assert marks[-1] >= low + span - 1e-8 * max(abs(low), span)
-    assert 2 <= len(marks) <= 7
-
-
-def test_numbers():
-    shown = [number(v) for v in (0, 5, 999, 999.7, 1000, 1.5e9, -2500, 1e-5)]
-    assert shown == ["0", "5", "999", "1k", "1k", "1.5G", "-2.5k", "1e-05"]
-    assert number(12.0, "%") == "12%"
-
-
 def test_start_of_a_run_does_not_hide_the_rest():
-    """The first report admits 1000 rows, the others 10: the scale is theirs, and it is said."""
+    """The first report admits 1000 rows, the others 10: scale and title are made for those."""
     history = RunHistory()
     for step in range(20):
         history.append(step, {"tables/admitted": 1000 + 10 * step, "tables/evicted": 9 * step})
@@ -137,8 +80,8 @@ def test_report_of_a_checkpoint(tmp_path):
     assert "class=bad" in page
     assert "float32" in page
 
-    watch = watched(5)
-    callbacks = {"MetricReportHook": {"history": watch.history.state_dict()}}
+    monitor = monitored_run(5)
+    callbacks = {"MetricReportHook": {"history": monitor.history.state_dict()}}
     torch.save({**state, "callbacks": callbacks}, new)
     assert TableReport.of_checkpoint(new).history.steps == [10, 20, 30, 40, 50]
 
@@ -159,19 +102,6 @@ def test_sources_that_are_none(tmp_path):
         report(3, tmp_path / "r.html")
     with pytest.raises(ValueError, match=r"path: expected .* got 'x'"):
         report([filled()], "x")
-
-
-def test_picture(tmp_path, monkeypatch):
-    path = TableReport.of_watch(watched()).write(tmp_path / "r.png")
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        assert min(picture.size) > 500
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    words = r"needs matplotlib: pip install 'recis-lightning\[report\]'"
-    with pytest.raises(ImportError, match=words):
-        report([filled()], tmp_path / "s.png")
 
 
 # What a page measures of itself, once it is laid out.
@@ -207,11 +137,11 @@ def run_chromium(tmp_path, *args):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_plots_are_there_in_chromium(tmp_path):
-    """On a phone, on a desk and on paper: each plot is drawn, in colour, and none overflows."""
+    """On a phone, a desktop and paper each plot is drawn, in colour, and none overflows."""
     from PIL import Image
 
-    watch = watched()
-    page = TableReport.of_watch(watch).write(tmp_path / "report.html")
+    monitor = monitored_run()
+    page = TableReport.of_monitor(monitor).write(tmp_path / "report.html")
     inner = html.escape(page.read_text().replace("</body>", f"{MEASURE}</body>"), quote=True)
     frame = tmp_path / "frame.html"
     for width, columns in ((360, 1), (1200, 3)):

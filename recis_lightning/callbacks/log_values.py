@@ -1,10 +1,10 @@
-"""How hooks give numbers to a Trainer and its loggers: once each, and exactly."""
+"""Logging of numbers to a Trainer's metrics and loggers: each number once, and exactly."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -12,42 +12,76 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-__all__ = ["fetch", "logging_step", "publish", "publish_histogram", "publish_values"]
+__all__ = [
+    "TensorCache",
+    "log_distribution",
+    "log_histogram",
+    "log_values",
+    "logging_step",
+    "to_host",
+]
 
 
-Made = dict[str, tuple[float, Tensor]]
+@final
+class TensorCache:
+    """Tensors of named numbers; a tensor is reused until its number changes.
+
+    For callers that log many names again and again: most numbers stay the same from one report to
+    the next, and to make a tensor costs more than to compare two numbers.
+
+    Example:
+        >>> cache = TensorCache()
+        >>> first = cache.tensors({"rows": 3, "loss": 0.5}, torch.float64)
+        >>> later = cache.tensors({"rows": 3, "loss": 0.25}, torch.float64)
+        >>> later["rows"] is first["rows"], later["loss"]
+        (True, tensor(0.2500, dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[float, Tensor]] = {}  # the last number and its tensor
+
+    def tensors(self, values: Mapping[str, float], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return a tensor for each number.
+
+        Args:
+            values: Name -> number.
+            dtype: Of new tensors; the same in all calls.
+        """
+        entries = self._entries
+        changed = {n: v for n, v in values.items() if n not in entries or entries[n][0] != v}
+        new = torch.from_numpy(np.array([*changed.values()], np.float64)).to(dtype).unbind()
+        entries.update(zip(changed, zip(changed.values(), new, strict=True), strict=True))
+        return {name: entries[name][1] for name in values}
 
 
-def publish(
+def log_values(
     trainer: Trainer,
     values: Mapping[str, float],
     prog_bar: bool = False,
     exact: bool = False,
-    made: Made | None = None,
+    cache: TensorCache | None = None,
 ) -> None:
     """Put values where ``self.log`` puts them, and write them to every logger, once.
 
     ``self.log`` itself would have Lightning handle them after every batch (40 us, 1% of a step of
     the demo, and on a GPU a synchronisation each), write them again at each of its own logging
     steps until the epoch ends, not at all where the two intervals do not meet, and as float32: of
-    16777217 rows it would see 16777216. Lightning's metrics are float32 here too unless ``exact``.
+    16777217 rows it would log 16777216. Lightning's metrics are float32 here too unless ``exact``.
 
     Args:
-        trainer: Whose metrics and loggers.
+        trainer: Owner of the metrics and loggers.
         values: Name -> number.
         prog_bar: Whether the progress bar shows them.
         exact: Whether metrics, and TensorBoard's scalars, have 64 bits; other loggers always get
             the numbers as they are.
-        made: Each name's last number and its tensor, which serves until the number changes; kept by
-            a caller with many names. A tensor costs more than the look whether it is needed.
+        cache: Tensors of earlier calls with the same ``exact``; None: none.
     """
     if trainer.barebones:
         return
     if prog_bar:
         trainer.progress_bar_metrics.update(values)
-    tensors = _tensors(
-        values, torch.float64 if exact else torch.float32, {} if made is None else made
-    )
+    cache = TensorCache() if cache is None else cache
+    tensors = cache.tensors(values, torch.float64 if exact else torch.float32)
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
     if not trainer.is_global_zero:
@@ -66,29 +100,22 @@ def publish(
             logger.log_metrics(dict(values), step=logging_step(trainer))
 
 
-def _tensors(values: Mapping[str, float], dtype: torch.dtype, made: Made) -> dict[str, Tensor]:
-    changed = {name: v for name, v in values.items() if name not in made or made[name][0] != v}
-    together = torch.from_numpy(np.array([*changed.values()], np.float64)).to(dtype)
-    made.update(zip(changed, zip(changed.values(), together.unbind(), strict=True), strict=True))
-    return {name: made[name][1] for name in values}
-
-
-def publish_histogram(
+def log_histogram(
     trainer: Trainer, name: str, edges: Sequence[float], counts: Sequence[int]
 ) -> None:
     """Write a histogram to every logger that shows histograms: TensorBoard.
 
     Args:
-        trainer: Whose loggers.
+        trainer: Owner of the loggers.
         name: Of the histogram.
         edges: Ascending, one more than there are counts; the last may be infinite.
-        counts: Values between an edge and the next.
+        counts: Number of values between an edge and the next.
     """
     total = sum(counts)
     if not trainer.is_global_zero or trainer.barebones or not total:
         return
     for logger in filter(_is_tensorboard, trainer.loggers):
-        used = [number for number, count in enumerate(counts) if count]
+        used = [index for index, count in enumerate(counts) if count]
         first, last = used[0], used[-1] + 1
         limits = [min(edge, 2.0 * edges[-2]) for edge in edges[first + 1 : last + 1]]
         lowers, shown = edges[first:last], counts[first:last]
@@ -106,7 +133,7 @@ def publish_histogram(
         )
 
 
-def publish_values(trainer: Trainer, name: str, values: Tensor) -> None:
+def log_distribution(trainer: Trainer, name: str, values: Tensor) -> None:
     """Write the distribution of values to every logger that shows histograms: TensorBoard."""
     if trainer.is_global_zero and not trainer.barebones:
         for logger in filter(_is_tensorboard, trainer.loggers):
@@ -120,14 +147,19 @@ def logging_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def fetch(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Bring one-element tensors to the host as numbers: one synchronisation for all."""
+def to_host(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return values with one-element tensors as numbers: one synchronisation for all of them.
+
+    Args:
+        values: Name -> tensor or anything else; all but one-element tensors are left as they are.
+        device: The Trainer's; a CUDA device is synchronised even if no value lies on it.
+    """
     scalars = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.numel() == 1}
-    away = [name for name, value in scalars.items() if value.device.type != "cpu"]
-    if away:
+    on_device = [name for name, value in scalars.items() if value.device.type != "cpu"]
+    if on_device:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        together = torch.stack([scalars[name].detach().reshape(()).to(dtype) for name in away])
-        numbers: dict[str, Any] = dict(zip(away, together.tolist(), strict=True))
+        stacked = torch.stack([scalars[name].detach().reshape(()).to(dtype) for name in on_device])
+        numbers: dict[str, Any] = dict(zip(on_device, stacked.tolist(), strict=True))
     else:
         numbers = {}
         if device.type == "cuda":
@@ -139,7 +171,7 @@ def fetch(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _is_tensorboard(logger: Logger) -> bool:
-    """Whether a logger writes with torch's own SummaryWriter."""
+    """Return whether a logger writes with torch's own SummaryWriter."""
     return isinstance(logger, TensorBoardLogger) and isinstance(
         logger.experiment, _summary_writer()
     )

@@ -1,0 +1,50 @@
+"""Checks of arguments: valid values come back, errors name the argument and the value."""
+
+import math
+
+import pytest
+import torch
+
+from recis_lightning.arguments import (
+    check_bound,
+    check_dtype,
+    check_embedding_dim,
+    check_ids,
+    check_int,
+    check_padding_idx,
+    check_str,
+)
+
+
+def test_valid_values_are_returned():
+    ids = torch.arange(3)
+    assert check_int("n", 2, least=2) == 2
+    assert check_str("name", "user") == "user"
+    assert check_embedding_dim(1) == 1
+    assert check_dtype("bfloat16") is check_dtype(torch.bfloat16) is torch.bfloat16
+    assert check_ids(ids) is ids
+    assert check_padding_idx(None) is None
+    assert check_padding_idx(-(2**63)) == -(2**63)
+    check_bound("p", 0.0, high=1.0)
+
+
+@pytest.mark.parametrize(
+    ("check", "error", "message"),
+    [
+        (lambda: check_int("n", True, 1), TypeError, r"n: expected an int >= 1, got True"),
+        (lambda: check_int("n", 0, 1), ValueError, r"n: expected an int >= 1, got 0"),
+        (lambda: check_int("n", 0, 1, " or None"), ValueError, r">= 1 or None, got 0"),
+        (lambda: check_str("name", 3), TypeError, r"name: expected a str, got int \(3\)"),
+        (lambda: check_embedding_dim(0), ValueError, r"embedding_dim: expected an int >= 1"),
+        (lambda: check_dtype(torch.float16), ValueError, r"or torch.bfloat16, got torch.float16"),
+        (lambda: check_ids([1]), TypeError, r"ids: expected an int64 Tensor, got list"),
+        (lambda: check_ids(torch.ones(1), "keys"), TypeError, r"keys: .* got torch.float32"),
+        (lambda: check_padding_idx(1.0), TypeError, r"padding_idx: expected an int or None"),
+        (lambda: check_padding_idx(2**63), ValueError, r"padding_idx: expected an int64"),
+        (lambda: check_bound("p", 1.0, high=1.0), ValueError, r"p: .* in \[0.0, 1.0\), got 1.0"),
+        (lambda: check_bound("p", math.nan), ValueError, r"p: expected a number >= 0.0, got nan"),
+    ],
+)
+def test_errors_name_argument_and_value(check, error, message):
+    with pytest.raises(error, match=message):
+        check()

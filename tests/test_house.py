@@ -1,0 +1,188 @@
+"""Rules of structure that no linter knows: imports by string, inheritance, docstrings, mirrors.
+
+CONTRIBUTING names the rules; each list here holds the exceptions, with a reason.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "recis_lightning"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# Files that may import a module by its name as a string: such imports escape import-linter.
+IMPORTERS_BY_NAME = {
+    "ops/backend.py": "loads the kernels of the tensors' device, only when they are needed",
+}
+
+# Base classes of ours that have state, or are not abstract.
+BASES_WITH_STATE = {
+    "Hook": "base class of users' hooks; Lightning needs attributes set in its constructor",
+}
+
+# Functions that may raise NotImplementedError.
+STUBS: dict[str, str] = {}
+
+# Files that have no test file of their name.
+WITHOUT_TEST_OF_THEIR_NAME = {
+    "__main__.py": "tests/test_cli.py, by what it is to users",
+    "trainer_bridge.py": "tests/lookup/test_sharded_lightning.py: it needs Trainers on ranks",
+    "callbacks/training_clock.py": "tests/callbacks/test_logger.py: its pauses are Lightning's",
+    "monitoring/saved.py": "tests/monitoring/test_report.py: reports of checkpoints",
+}
+
+# Benchmarks -> the module that each measures.
+BENCHMARKED = {
+    "bench_checkpoint": "checkpoint/__init__.py",
+    "bench_compaction": "table/row_store.py",
+    "bench_cuda_step": "ops/backend.py",
+    "bench_drift": "eviction.py",
+    "bench_embedding_bag": "ops/embedding_bag.py",
+    "bench_filter": "callbacks/filter.py",
+    "bench_hash_index": "ops/hash_index.py",
+    "bench_hooks": "callbacks/hook.py",
+    "bench_memory": "table/hash_table.py",
+    "bench_quality": "embedding.py",
+    "bench_row_update": "ops/row_update.py",
+    "bench_sharding": "lookup/sharded.py",
+    "bench_training": "engine.py",
+}
+
+
+def name_of(path):
+    """Return a file's path below the package, with slashes."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def check(found, allowed=()):
+    """Fail and name what was found and is not allowed, or is allowed and was not found."""
+    more, fewer = sorted(set(found) - set(allowed)), sorted(set(allowed) - set(found))
+    assert not more, "not allowed:\n" + "\n".join(more)
+    assert not fewer, "listed, but not there any more:\n" + "\n".join(fewer)
+
+
+def test_modules_are_imported_by_name_in_one_file_only():
+    found = {
+        name_of(path)
+        for path in FILES
+        for words in ("import_module(", "__import__(")
+        if words in path.read_text(encoding="utf-8")
+    }
+    check(found, IMPORTERS_BY_NAME)
+
+
+def our_bases(tree, node):
+    """Return the names of a class's bases that this package defines."""
+    ours = {inner.name for inner in ast.walk(tree) if isinstance(inner, ast.ClassDef)}
+    for inner in ast.walk(tree):
+        if isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("recis_lightning"):
+            ours |= {alias.asname or alias.name for alias in inner.names}
+    names = []
+    for base in node.bases:
+        words = ast.unparse(base).partition("[")[0].split(".")
+        if words[0] in ours:
+            names.append(words[-1])
+    return names
+
+
+def has_state(node):
+    """Return whether a class has fields: annotated ones, a constructor, or assignments to self."""
+    for member in node.body:
+        if isinstance(member, ast.AnnAssign) and "ClassVar" not in ast.unparse(member.annotation):
+            return True
+        if isinstance(member, ast.FunctionDef) and member.name in ("__init__", "__new__"):
+            return True
+    return any(
+        isinstance(inner, ast.Attribute)
+        and isinstance(inner.ctx, ast.Store)
+        and isinstance(inner.value, ast.Name)
+        and inner.value.id == "self"
+        for inner in ast.walk(node)
+    )
+
+
+def test_classes_inherit_from_abstract_classes_without_state_only():
+    classes = {
+        node.name: (tree, node)
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def is_abstract(name):
+        tree, node = classes[name]
+        words = {word for base in node.bases for word in ast.unparse(base).split(".")}
+        return bool(words & {"ABC", "Protocol"}) or any(map(is_abstract, our_bases(tree, node)))
+
+    found = set()
+    for name, (tree, node) in classes.items():
+        for base in set(our_bases(tree, node)) - set(BASES_WITH_STATE):
+            if has_state(classes[base][1]) or not is_abstract(base):
+                found.add(f"{name}({base})")
+    check(found)
+
+
+def functions(tree, prefix=""):
+    """Yield each function of a module with its qualified name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}{node.name}"
+            if not isinstance(node, ast.ClassDef):
+                yield name, node
+            yield from functions(node, f"{name}.")
+        else:
+            yield from functions(node, prefix)
+
+
+def test_only_methods_that_users_implement_raise_not_implemented_error():
+    found = {
+        f"{name_of(path)}::{name}"
+        for path, tree in TREES.items()
+        for name, node in functions(tree)
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Name) and inner.id == "NotImplementedError"
+    }
+    check(found, STUBS)
+
+
+@pytest.mark.parametrize("folder", ["recis_lightning", "examples"])
+def test_docstrings_begin_with_a_noun_or_a_verb(folder):
+    found = set()
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = (ast.get_docstring(node) if isinstance(node, kinds) else "") or "-"
+            if text.split()[0].strip(".,:;`") in {"What", "Which", "Whose", "How", "See"}:
+                found.add(f"{path.relative_to(ROOT)}:{node.body[0].lineno}: {text.splitlines()[0]}")
+    check(found)
+
+
+def possible_tests(path):
+    """Return the test files that a file of the package may have.
+
+    The kernels of an op have a test of their backend, or that of the op, which runs over all.
+    """
+    folder, name = path.relative_to(PACKAGE).parent, f"test_{path.stem}.py"
+    found = [ROOT / "tests" / folder / name]
+    if folder.parts[:1] == ("ops",):
+        found.append(ROOT / "tests" / "ops" / name)
+    return found
+
+
+def test_every_file_has_a_test_file_of_its_name():
+    missing = {
+        name_of(path)
+        for path in FILES
+        if path.name != "__init__.py" and not any(test.exists() for test in possible_tests(path))
+    }
+    check(missing, WITHOUT_TEST_OF_THEIR_NAME)
+
+
+def test_every_benchmark_names_the_module_that_it_measures():
+    benchmarks = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    check(benchmarks, BENCHMARKED)
+    for module in BENCHMARKED.values():
+        assert (PACKAGE / module).exists(), module
