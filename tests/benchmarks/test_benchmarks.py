@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are impl
 
 @pytest.fixture
 def few_ids(monkeypatch):
-    """Shrink the tables that benchmarks of whole steps share."""
+    """Reduce the number of ids in the benchmarks of training steps."""
     for module in (bench_embedding_bag, bench_row_update, bench_training):
         monkeypatch.setattr(module, "NUM_IDS", 300)
 
@@ -72,7 +72,7 @@ def test_hash_index_agrees_with_the_map_and_a_dict(tmp_path, monkeypatch):
     bench_hash_index.check(library, 1000)
 
 
-def test_hash_index_goes_on_without_the_map(monkeypatch, tmp_path, capsys):
+def test_hash_index_runs_without_the_map(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(bench_hash_index, "SOURCE", "no C++")
     assert bench_hash_index.build() is None
@@ -83,7 +83,7 @@ def test_hash_index_goes_on_without_the_map(monkeypatch, tmp_path, capsys):
     assert meets_targets("bench_hash_index", line)
 
 
-def test_filter_evicts_the_old_and_keeps_the_young():
+def test_filter_evicts_old_ids_and_keeps_young_ones():
     bench_filter.check(2000)
 
 
@@ -95,7 +95,7 @@ def test_memory_grows_as_torch_trains():
     bench_memory.check()
 
 
-def test_drift_learns_under_every_policy(tmp_path):
+def test_drift_learns_with_every_policy(tmp_path):
     bench_drift.check()
     line, runs = bench_drift.measure(num_events=8000, batch=1000)
     assert [row[0] for row in line["rows"]] == [*bench_drift.POLICIES]
@@ -106,7 +106,7 @@ def test_drift_learns_under_every_policy(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", [*bench_compaction.POLICIES])
-def test_compaction_gives_back_and_keeps_the_rest(name):
+def test_compaction_frees_memory_and_keeps_the_rest(name):
     shrunk = bench_compaction.shrink(300_000, name)
     assert shrunk["counted"] > 0.8
 
@@ -118,12 +118,12 @@ def test_memory_measures_a_child():
     assert grown["nbytes"] > 3000 * bench_memory.PAYLOAD
 
 
-def test_time_prepared_leaves_preparation_out(monkeypatch):
+def test_time_prepared_excludes_preparation(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: now[0])
 
     def prepare(seconds):
-        def made():
+        def prepare_run():
             now[0] += 100
 
             def timed():
@@ -131,7 +131,7 @@ def test_time_prepared_leaves_preparation_out(monkeypatch):
 
             return timed
 
-        return made
+        return prepare_run
 
     assert time_prepared({"a": prepare(1), "b": prepare(2)}, 3) == {"a": 1e3, "b": 2e3}
 
@@ -152,7 +152,7 @@ class FakeEvent:
         return end.at - self.at
 
 
-def test_a_gpu_is_timed_between_its_events(monkeypatch):
+def test_a_gpu_is_timed_with_events(monkeypatch):
     def take(ms):
         FakeEvent.now += ms
 
