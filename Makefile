@@ -1,16 +1,16 @@
-# Every target sets up .venv first; a second call finds the stamp and starts at once.
-#   make demo    train MovieLens-100k with all three hooks and show what came of it
-#   make test    the tests that need no GPU (and the GPU ones where CUDA is present)
-#   make check   ruff, mypy, import-linter
-#   make bench   every benchmark, then one table and one picture; see benchmarks/results/
-#   make clean   remove caches and what runs leave behind (not .venv, not downloaded data)
+# Every target first creates .venv if it is missing or out of date.
+#   make demo    train on MovieLens-100k with all three hooks; print results and plot the run
+#   make test    run the tests (those that need a GPU only if CUDA is available)
+#   make check   run ruff, mypy and import-linter
+#   make bench   run every benchmark, then print one table and draw one chart of the results
+#   make clean   remove caches and outputs of runs (not .venv, not downloaded data)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# What benchmarks compare with and need to build it; --no-deps: they must not move torch.
+# Peers of the benchmarks, and what they need. --no-deps: they must not change torch's version.
 PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
 	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -23,10 +23,10 @@ help:
 
 venv: $(STAMP)
 
-# torch comes first: without an NVIDIA GPU the CPU-only wheel is enough, and much smaller.
+# torch is installed first: without an NVIDIA GPU the CPU-only wheel is enough, and much smaller.
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "The pinned environment needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+	  echo "The pinned environment needs Python 3.11 or newer; set it with: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
@@ -36,8 +36,8 @@ $(STAMP): constraints.txt pyproject.toml
 	  echo "No NVIDIA GPU: installed torch $(TORCH)+cpu"; \
 	else \
 	  echo "No NVIDIA GPU, and pip's indexes offer no torch $(TORCH)+cpu: installing the default"; \
-	  echo "wheel, which may bring several GB of CUDA libraries. To avoid that, name PyTorch's CPU"; \
-	  echo "wheel index in PIP_EXTRA_INDEX_URL."; \
+	  echo "wheel, which may include several GB of CUDA libraries. To avoid that, set"; \
+	  echo "PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."; \
 	  $(PIP) install --quiet "torch==$(TORCH)"; \
 	fi
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,examples]"
@@ -55,11 +55,11 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# A benchmark says so when a peer is missing, and goes on; one that exits 1 (a wrong result or a
-# missed target) does not keep the others from running.
+# A benchmark prints a message and continues if a peer is missing. If a benchmark fails (a wrong
+# result or a missed target), the others still run.
 bench: $(STAMP)
 	@for peer in $(PEERS); do $(PIP) install --quiet --no-deps "$$peer" || \
-	  echo "$$peer cannot be installed: its part is left out"; done
+	  echo "$$peer cannot be installed: its part is skipped"; done
 	@failed=; for bench in benchmarks/bench_*.py; do echo "== $$bench"; \
 	  $(BIN)/python $$bench || failed="$$failed $$bench"; done; \
 	$(BIN)/python -m benchmarks.summary || failed="$$failed summary"; \

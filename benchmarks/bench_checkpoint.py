@@ -1,19 +1,24 @@
-"""Saving and loading a table of dim 16 with Adam state against safetensors with the same bytes.
+"""Saving and loading a table of dim 16 with Adam state, compared with safetensors.
 
-The peer writes the same tensors, ready made, in one file, and reads them into memory; it checks and
-builds nothing. Ours, part by part:
+Measures: ``recis_lightning.checkpoint``, ``recis_lightning.table.state``,
+``recis_lightning.ops.row_io``.
+
+The peer writes the same tensors, prepared in advance, to one file, and reads them into memory. It
+verifies no checksums and rebuilds no table. The parts of ours:
 
 - save, load: ``checkpoint.save``, with checksums, and ``checkpoint.load`` into a fresh module,
-  whose index and rows are built again. Both sync what they write, and read from the page cache.
-- cold: the same load, with the files dropped from the page cache before each run.
-- state_dict save, state_dict load: what a Lightning checkpoint of one process does with a table,
-  ``torch.save`` of the module's ``state_dict``, and ``torch.load(weights_only=True)`` with
-  ``load_state_dict``. Neither syncs.
+  which rebuilds index and rows. Ours and the peer sync the files they write, and read from the
+  page cache.
+- cold: the same load, after the files are dropped from the page cache.
+- state_dict save, state_dict load: a table's part of a Lightning checkpoint on one process, that
+  is ``torch.save`` of the module's ``state_dict``, and ``torch.load(weights_only=True)`` with
+  ``load_state_dict``. Neither side syncs.
 
-Before each load, timed or not, as much memory as it takes is used and freed. The host of a virtual
-machine may take free memory back, and whoever is next to use it waits for the host: on one such
-machine the first touch of 2 GB in huge pages takes 0.3 s right after use, and 1.6 to 2.2 s after
-six seconds in which nobody used them. Without this, figures tell how long the run before was.
+Before each load, timed or not, the benchmark uses and frees as much memory as the load needs. The
+host of a virtual machine may reclaim free memory, and the next process that uses it waits for the
+host: on one such machine the first touch of 2 GB in huge pages takes 0.3 s right after use, and 1.6
+to 2.2 s after six seconds without use. Without this step the figures would depend on the duration
+of the previous run.
 
     python benchmarks/bench_checkpoint.py [--full] [--num-ids N] [--rounds N] [--parts ...]
         [--device D] [--dry]
@@ -45,7 +50,7 @@ from benchmarks.harness import (
     time_prepared,
     use_device,
 )
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import HashTable, checkpoint, hash_tables
 from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.ops import hash_index, host_memory
@@ -56,7 +61,7 @@ PARTS = ("save", "load", "cold", "state_dict save", "state_dict load")
 
 
 class Model(nn.Module):
-    """One table and its optimizer."""
+    """Module with one table, and its optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +83,7 @@ def fill(num_ids: int) -> Model:
 
 
 def tensors(model: Model) -> dict[str, Tensor]:
-    """Return what a table's state holds, as the peer saves it."""
+    """Return the tensors of a table's state, as the peer saves them."""
     state = model.table.get_extra_state()
     return {"ids": state["ids"], "weights": state["weights"], **state["slots"]}
 
@@ -94,23 +99,23 @@ def load(path: Path) -> Model:
 
 
 def load_peer(path: Path) -> dict[str, Tensor]:
-    """Read all bytes: safetensors maps the file and reads a page when it is touched."""
+    """Read all bytes; safetensors itself maps the file and reads a page on its first access."""
     return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
 
 
 def check(num_ids: int = 5000) -> None:
-    """Refuse to time a checkpoint that loses something."""
+    """Check that both formats restore all tensors."""
     model = fill(num_ids)
-    wanted = tensors(model)
+    expected = tensors(model)
     with tempfile.TemporaryDirectory() as name:
         ours, peer = Path(name) / "table.ckpt", Path(name) / "table.safetensors"
         save(model, ours)
-        safetensors.torch.save_file(wanted, peer)
+        safetensors.torch.save_file(expected, peer)
         checkpoint.save(Path(name) / "shards", model)
         loaded = load(ours), load_shards(Path(name) / "shards")
-        for found in (*map(tensors, loaded), load_peer(peer)):
-            assert found.keys() == wanted.keys()
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        for restored in (*map(tensors, loaded), load_peer(peer)):
+            assert restored.keys() == expected.keys()
+            assert all(torch.equal(restored[key], expected[key]) for key in expected)
 
 
 def save_peer(ready: dict[str, Tensor], path: Path, sync: bool = True) -> None:
@@ -128,13 +133,13 @@ def load_shards(path: Path) -> Model:
 
 
 def prepared(
-    work: Callable[[], Any], num_bytes: int, dropped: Iterable[Path] = ()
+    load: Callable[[], Any], num_bytes: int, dropped: Iterable[Path] = ()
 ) -> Callable[[], Callable[[], Any]]:
-    """Return what prepares a load.
+    """Return a function that prepares a load and returns it.
 
     Args:
-        work: The load.
-        num_bytes: What it reads; somewhat more memory is used and freed.
+        load: The load.
+        num_bytes: Bytes that it reads; the preparation uses and frees somewhat more memory.
         dropped: Files to drop from the page cache.
     """
 
@@ -144,19 +149,19 @@ def prepared(
             file = os.open(path, os.O_RDONLY)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)
-        return work
+        return load
 
     return prepare
 
 
-def measure(num_ids: int, rounds: int, wanted: Collection[str]) -> list[dict[str, Any]]:
-    """Time saving and loading; a part that needs the files of another runs after it."""
+def measure(num_ids: int, rounds: int, selected: Collection[str]) -> list[dict[str, Any]]:
+    """Time the selected parts; a part that reads the files of another runs after it."""
     model = fill(num_ids)
     ready = tensors(model)
     num_bytes = sum(tensor.nbytes for tensor in ready.values())
     lines = []
 
-    def note(part: str, times: dict[str, float]) -> None:
+    def add_line(part: str, times: dict[str, float]) -> None:
         ratio = times["safetensors"] / times["ours"]
         row = [f"{num_ids:,} rows, dim {DIM}", times["ours"], times["safetensors"], ratio]
         row.append(num_bytes / times["ours"] / 1e6)
@@ -185,28 +190,28 @@ def measure(num_ids: int, rounds: int, wanted: Collection[str]) -> list[dict[str
             },
         }
         for part, contenders in parts.items():
-            if part not in wanted:
-                if part.endswith("save") and part.replace("save", "load") in wanted:
-                    for write in contenders.values():  # what it is to read
+            if part not in selected:
+                if part.endswith("save") and part.replace("save", "load") in selected:
+                    for write in contenders.values():  # the files that the load reads
                         write()
                 continue
             if part.endswith("save"):
-                note(part, time_in_turn(contenders, rounds, warmup=1))
+                add_line(part, time_in_turn(contenders, rounds, warmup=1))
                 continue
-            loads = {key: prepared(work, num_bytes) for key, work in contenders.items()}
-            note(part, time_prepared(loads, rounds, warmup=1))
-            if part == "load" and "cold" in wanted:
+            loads = {key: prepared(load, num_bytes) for key, load in contenders.items()}
+            add_line(part, time_prepared(loads, rounds, warmup=1))
+            if part == "load" and "cold" in selected:
                 files = {"ours": [*shards.iterdir()], "safetensors": [peer]}
                 cold = {
-                    key: prepared(work, num_bytes, files[key]) for key, work in contenders.items()
+                    key: prepared(load, num_bytes, files[key]) for key, load in contenders.items()
                 }
-                note("cold", time_prepared(cold, rounds, warmup=0))
+                add_line("cold", time_prepared(cold, rounds, warmup=0))
     return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, time and append; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description="Checkpoints against safetensors")
+    """Check, time and append the results; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Checkpoints compared with safetensors")
     parser.add_argument("--num-ids", type=int, default=2_000_000)
     parser.add_argument("--full", action="store_true", help="10M rows")
     parser.add_argument("--rounds", type=int, default=3)
@@ -216,12 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     use_device(given.device)
     check()
-    good = True
+    all_met = True
     for line in measure(10_000_000 if given.full else given.num_ids, given.rounds, given.parts):
-        good &= judge("bench_checkpoint", line)
+        all_met &= meets_targets("bench_checkpoint", line)
         if not given.dry:
             append_result("bench_checkpoint", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Memory after a large eviction: 10M rows of dim 16 with Adam state come in, and nine tenths go.
+"""Memory freed by a large eviction: nine tenths of 10M rows of dim 16 with Adam state.
 
-Measured in a process of its own: ``table.nbytes``, and what the process holds resident, before and
-after ``table.evict()``; both should fall by at least 80% of what all rows took (weights and state).
-Timed is the eviction with its compaction: choosing, removing, moving what stays, giving back.
+Measures: ``recis_lightning.table.storage``, ``recis_lightning.table.row_store``,
+``recis_lightning.table.evictor``.
+
+A child process reports ``table.nbytes`` and its resident memory before and after
+``table.evict()``. Both should fall by at least 80% of the bytes of all rows (weights and state).
+The eviction is timed with its compaction: selecting rows, removing them, moving the remaining rows
+and freeing memory.
 
     python benchmarks/bench_compaction.py [--num-ids N] [--dry]
 """
@@ -23,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.harness import append_result, print_table
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import HashTable
 from recis_lightning.eviction import Eviction, GlobalStepFilter, MaxRows
 from recis_lightning.optim import SparseAdam
@@ -44,10 +48,10 @@ def _resident() -> int:
 
 
 def shrink(num_ids: int, name: str) -> dict[str, Any]:
-    """Fill a table, let it forget nine tenths, and return bytes and seconds. Runs in the child."""
+    """Fill a table and evict nine tenths of it, in the child; return bytes and seconds."""
     kept = num_ids // 10
     policy = MaxRows(kept, POLICIES[name].by) if "MaxRows" in name else POLICIES[name]
-    for size in (BATCH, num_ids):  # the first time compiles
+    for size in (BATCH, num_ids):  # the first pass compiles
         table = HashTable(DIM, eviction=policy, name="shrinking")
         optimizer = SparseAdam([table], lr=1e-3)
         young = torch.arange(0, size, 10) * SPREAD
@@ -55,8 +59,8 @@ def shrink(num_ids: int, name: str) -> dict[str, Any]:
             ids = torch.arange(start, start + BATCH) * SPREAD
             table.insert(ids, torch.ones(BATCH, 1).expand(BATCH, DIM) * ids[:, None])
         table.update_step(2)
-        for part in young.split(BATCH):
-            table.insert(part, table.embeddings(part))
+        for ids in young.split(BATCH):
+            table.insert(ids, table.embeddings(ids))
         before, resident = table.nbytes, _resident()
         start_time = time.perf_counter()
         report = table.evict()
@@ -64,24 +68,24 @@ def shrink(num_ids: int, name: str) -> dict[str, Any]:
         after, left = table.nbytes, _resident()
         if size == num_ids:
             assert report == num_ids - kept
-        wanted = (young[:, None] * torch.ones(1, DIM)).float()
+        expected = (young[:, None] * torch.ones(1, DIM)).float()
         if "MaxRows" not in name or size == num_ids:
-            assert torch.equal(table.embeddings(young), wanted), "rows were lost or mixed up"
+            assert torch.equal(table.embeddings(young), expected), "rows were lost or mixed up"
         del optimizer
-    share = num_ids * ROW_BYTES
+    all_rows_bytes = num_ids * ROW_BYTES
     return {
         "before": before,
         "after": after,
         "resident": resident,
         "left": left,
-        "counted": (before - after) / share,
-        "returned": (resident - left) / share,
+        "counted": (before - after) / all_rows_bytes,
+        "returned": (resident - left) / all_rows_bytes,
         "seconds": seconds,
     }
 
 
 def run_child(num_ids: int, name: str) -> dict[str, Any]:
-    """Shrink a table in a process of its own."""
+    """Shrink a table in a child process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
     command += ["--num-ids", str(num_ids)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -89,9 +93,9 @@ def run_child(num_ids: int, name: str) -> dict[str, Any]:
 
 
 def measure(num_ids: int, names: list[str]) -> dict[str, Any]:
-    """Shrink once under each policy, print and return the figures."""
+    """Shrink a table once by each policy; print and return the figures."""
     shrunk = {name: run_child(num_ids, name) for name in names}
-    columns = ["policy", "nbytes MB", "then", "resident MB", "then", "fell by", "resident", "s"]
+    columns = ["policy", "nbytes MB", "after", "resident MB", "after", "freed", "resident", "s"]
     rows = [
         [
             name,
@@ -111,8 +115,8 @@ def measure(num_ids: int, names: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure and append; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description="Memory given back by a large eviction")
+    """Measure and append the results; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Memory freed by a large eviction")
     parser.add_argument("--num-ids", type=int, default=10_000_000, help="a multiple of 100,000")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -121,13 +125,13 @@ def main() -> int:
         print(json.dumps(shrink(given.num_ids, given.child)))
         return 0
     if not Path("/proc/self/status").exists():
-        print("left out: resident memory is read from Linux's /proc")
+        print("skipped: resident memory is read from Linux's /proc")
         return 0
     line = measure(given.num_ids, [*POLICIES])
-    good = judge("bench_compaction", line)
+    all_met = meets_targets("bench_compaction", line)
     if not given.dry:
         append_result("bench_compaction", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 of exponent 1.05 (about 350,000 distinct a step), no pooling. Then find and gather alone: 128M keys,
 dim 8, index half full. Without a GPU there is nothing to time, and it says so.
 
+Measures: ``recis_lightning.ops.gpu``, ``recis_lightning.engine``, ``recis_lightning.optim``.
+
     python benchmarks/bench_cuda_step.py [--device cuda] [--rounds N] [--quick]
 """
 

@@ -1,12 +1,15 @@
-"""A drifting stream: what bounded tables cost in AUC, and whether their memory stays flat.
+"""AUC loss and memory growth of bounded tables on a drifting stream.
 
-2M events of a user and an item. Both come from Zipf ranks over slots, and every slot changes its
-id when it is 250,000 events old, at moments of its own: hot ids come and go as rare ones do, and
-most ids that ever were are gone for good. A planted teacher (a bias of each id, and a dot product
-of user and item) decides the label. The student learns online with the same form: each batch is
-predicted before it is learned, and AUC is that of the predictions of the second half of the stream,
-for every policy on the same events from the same initial rows. Memory is ``nbytes`` of both tables
-after every batch; its growth is that from the end of the warm-up, a quarter of the stream, on.
+Measures: ``recis_lightning.admission``, ``recis_lightning.eviction``,
+``recis_lightning.ops.admission``, ``recis_lightning.table.admission_counter``.
+
+The stream has 2M events of a user and an item. Both are drawn as Zipf ranks over slots. Every slot
+changes its id every 250,000 events, with an offset of its own, so frequent and rare ids disappear
+alike, and most ids never return. A teacher model (a bias per id, and a dot product of user and
+item) draws the labels. The student has the same form and learns online: each batch is predicted
+before it is learned. AUC is that of the predictions of the second half of the stream. All policies
+see the same events and start from the same initial rows. Memory is ``nbytes`` of both tables after
+every batch; its growth is measured after the warm-up, a quarter of the stream.
 
     python benchmarks/bench_drift.py [--num-events N] [--batch N] [--dry]
 """
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, append_result, print_table, zipf_ranks
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.admission import Admission, BloomCount, MinCount
 from recis_lightning.eviction import AnyOf, Eviction, GlobalStepFilter, MaxRows
@@ -36,7 +39,7 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdagrad
 
 SLOTS, LIFETIME, DIM, EVICT_EVERY = 20_000, 250_000, 8, 25
-WARM_UP = 0.25  # share of the stream
+WARM_UP = 0.25  # fraction of the stream
 POLICIES: dict[str, tuple[Admission | None, Eviction | None]] = {
     "unbounded": (None, None),
     "GlobalStepFilter(125)": (None, GlobalStepFilter(125)),
@@ -54,11 +57,11 @@ POLICIES: dict[str, tuple[Admission | None, Eviction | None]] = {
 
 
 class Stream:
-    """Events, in order.
+    """Sequence of events.
 
     Args:
-        num_events: How many there are.
-        seed: What they depend on.
+        num_events: Number of events.
+        seed: Seed of the random events.
     """
 
     def __init__(self, num_events: int, seed: int = 0) -> None:
@@ -71,14 +74,14 @@ class Stream:
             self.features[name] = torch.from_numpy(slots + SLOTS * generation)
         teacher = _factors({"user": (None, None), "item": (None, None)}, 0.6, "teacher")
         with torch.no_grad():
-            self.logits = torch.cat([_score(teacher, part) for part in self.batches(20_000)])
+            self.logits = torch.cat([_score(teacher, ids) for ids in self.batches(20_000)])
         chance = torch.from_numpy(rng.random(num_events))
         self.labels = (chance < torch.sigmoid(self.logits.double())).float()
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """Yield the ids of ``size`` events after the other."""
-        parts = [ids.split(size) for ids in self.features.values()]
-        for user, item in zip(*parts, strict=True):
+        """Yield the ids of each ``size`` events in turn."""
+        batches = [ids.split(size) for ids in self.features.values()]
+        for user, item in zip(*batches, strict=True):
             yield {"user": user, "item": item}
 
 
@@ -100,8 +103,8 @@ def _factors(
 
 
 def _score(engine: EmbeddingEngine, ids: dict[str, Tensor]) -> Tensor:
-    found = engine(ids)
-    user, item = found["user"], found["item"]
+    rows = engine(ids)
+    user, item = rows["user"], rows["item"]
     return user[:, 0] + item[:, 0] + (user[:, 1:] * item[:, 1:]).sum(1)
 
 
@@ -118,14 +121,14 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 def learn(
     stream: Stream, batch: int, admission: Admission | None, eviction: Eviction | None
 ) -> dict[str, Any]:
-    """Learn the stream once; return scores before learning, bytes and rows after each batch."""
+    """Train on the stream once; return the predictions, and bytes and rows after each batch."""
     policies = {name: (admission, eviction) for name in stream.features}
     engine = _factors(policies, 0.01, "student")
     tables = hash_tables(engine)
     optimizer = SparseAdagrad(tables, lr=0.15)
     scores, sizes, rows, evicting = [], [], [], 0.0
     start = time.perf_counter()
-    for number, (ids, labels) in enumerate(
+    for i, (ids, labels) in enumerate(
         zip(stream.batches(batch), stream.labels.split(batch), strict=True), start=1
     ):
         logits = _score(engine, ids)
@@ -133,12 +136,12 @@ def learn(
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         loss.backward()
         optimizer.step()
-        began = time.perf_counter()
+        evict_start = time.perf_counter()
         for table in tables:
             table.update_step()
-            if number % EVICT_EVERY == 0:
+            if i % EVICT_EVERY == 0:
                 table.evict()
-        evicting += time.perf_counter() - began
+        evicting += time.perf_counter() - evict_start
         sizes.append(sum(table.nbytes for table in tables))
         rows.append(sum(map(len, tables)))
     return {
@@ -151,13 +154,13 @@ def learn(
 
 
 def growth(sizes: np.ndarray[Any, Any]) -> float:
-    """Return by how much a size rose above what it was when the warm-up was over, as a share."""
+    """Return the largest size after the warm-up relative to that at its end, minus 1."""
     after = sizes[int(WARM_UP * len(sizes)) :]
     return float(after.max() / after[0] - 1)
 
 
 def check() -> None:
-    """Refuse to measure a wrong AUC, or a stream whose ids do not go as they are said to."""
+    """Check the AUC, the stream's ids and labels, and the growth."""
     labels = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
     assert abs(auc(torch.tensor([0.1, 0.4, 0.1, 0.2, 0.9]), labels) - 4.5 / 6) < 1e-9
     stream = Stream(3 * LIFETIME // 100)
@@ -169,7 +172,7 @@ def check() -> None:
 
 
 def measure(num_events: int, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Learn the stream under every policy; return the line of results and what to draw."""
+    """Train with every policy; return the line of results, and the runs for the chart."""
     stream = Stream(num_events)
     second_half = slice(num_events // 2, None)
     distinct = sum(len(ids.unique()) for ids in stream.features.values())
@@ -190,10 +193,10 @@ def measure(num_events: int, batch: int) -> tuple[dict[str, Any], dict[str, Any]
                 per_batch,
             ]
         )
-    columns = ["policy", "rows", "peak MB", "growth", "AUC", "AUC lost", "ms a batch"]
+    columns = ["policy", "rows", "peak MB", "growth", "AUC", "AUC loss", "ms per batch"]
     print_table(f"{num_events:,} events, {distinct:,} ids, batches of {batch}", columns, rows)
     best = auc(stream.logits[second_half], stream.labels[second_half])
-    print(f"  the teacher itself: AUC {best:.4f}")
+    print(f"  AUC of the teacher: {best:.4f}")
     bounded = [name for name in runs if name != "unbounded"]
     figures = {
         "growth": max(growth(runs[name]["sizes"]) for name in bounded),
@@ -207,8 +210,8 @@ def measure(num_events: int, batch: int) -> tuple[dict[str, Any], dict[str, Any]
     return line, runs
 
 
-def picture(runs: dict[str, Any], batch: int, path: Path) -> None:
-    """Draw memory over events, and AUC against peak memory."""
+def chart(runs: dict[str, Any], batch: int, path: Path) -> None:
+    """Draw memory over events, and AUC over peak memory."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -236,7 +239,7 @@ def picture(runs: dict[str, Any], batch: int, path: Path) -> None:
 
 
 def main() -> int:
-    """Check, measure, draw and append; return 1 if a target is missed."""
+    """Check, measure, draw and append the results; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Bounded tables on a drifting stream")
     parser.add_argument("--num-events", type=int, default=2_000_000)
     parser.add_argument("--batch", type=int, default=2000)
@@ -244,14 +247,14 @@ def main() -> int:
     given = parser.parse_args()
     check()
     line, runs = measure(given.num_events, given.batch)
-    good = judge("bench_drift", line)
+    all_met = meets_targets("bench_drift", line)
     if not given.dry:
         append_result("bench_drift", line)
         try:
-            picture(runs, given.batch, RESULTS / "drift.png")
+            chart(runs, given.batch, RESULTS / "drift.png")
         except ImportError:
-            print("  no picture: matplotlib is missing")
-    return 0 if good else 1
+            print("  no chart: matplotlib is missing")
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""A training step of the embeddings (look up, backward, update), and an evaluation lookup.
+"""Training steps of embeddings (lookup, backward, update), and evaluation lookups.
 
-26 features, Zipf 1.05, 200,000 known ids a feature. Ours is one ``EmbeddingEngine`` over dynamic
-tables; the peers are ``nn.Embedding(sparse=True)`` / ``nn.EmbeddingBag`` with torch's optimizers
-and, where it is installed, FBGEMM's static CPU tables, whose update runs in backward. Beside the
-times stands the limit: the bytes a step must move over the machine's copy rate.
+Measures: ``recis_lightning.engine``, ``recis_lightning.lookup.group``,
+``recis_lightning.ops.embedding_bag``, ``recis_lightning.optim.fused_update``.
+
+26 features, Zipf 1.05, 200,000 known ids per feature. Ours is one ``EmbeddingEngine`` over dynamic
+tables. The peers are ``nn.Embedding(sparse=True)`` / ``nn.EmbeddingBag`` with torch's optimizers
+and, if it is installed, FBGEMM's static CPU tables, whose update runs in backward. The bandwidth
+limit is the number of bytes that a step must move, divided by the machine's copy rate.
 
     python benchmarks/bench_embedding_bag.py [--rounds N] [--part PART] [--device D]
 """
@@ -36,19 +39,19 @@ from benchmarks.harness import (
     zipf_ranks,
 )
 from benchmarks.managed_collision import ManagedCollision
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
 from recis_lightning.optim import SparseAdagrad, SparseAdam
 
 NUM_IDS, EXPONENT, NUM_BATCHES = 200_000, 1.05, 8
-SPREAD = 7_919_317  # ids as users have them: not 0 ... n - 1
+SPREAD = 7_919_317  # ids are multiples of it: users' ids are not 0 ... n - 1
 TRAIN_SHAPES = [(4096, 16), (4096, 64), (16384, 32)]  # batch, dim
 PARTS = ("train", "multi_hot", "evaluation", "features", "managed_collision")
 LR = 1e-3
 
 
 class Data:
-    """Batches of ids, ranks for the static peers, and gradients for the outputs."""
+    """Batches of ids, row numbers for the static peers, and gradients of the outputs."""
 
     def __init__(
         self, num_features: int, batch: int, dim: int, bag: int = 1, num_ids: int | None = None
@@ -57,20 +60,20 @@ class Data:
         torch.manual_seed(0)
         self.num_features, self.batch, self.dim, self.bag = num_features, batch, dim, bag
         self.num_ids = num_ids = num_ids or NUM_IDS
-        self.names = [f"f{number}" for number in range(num_features)]
-        places = [torch.randperm(num_ids) for _ in self.names]
+        self.names = [f"f{i}" for i in range(num_features)]
+        permutations = [torch.randperm(num_ids) for _ in self.names]
         self.ranks: list[list[Tensor]] = []
         for _ in range(NUM_BATCHES):
             drawn = zipf_ranks(rng, EXPONENT, num_ids, (num_features, batch * bag))
-            pairs = zip(places, torch.from_numpy(drawn).to(device()), strict=True)
-            self.ranks.append([place[row] for place, row in pairs])
+            pairs = zip(permutations, torch.from_numpy(drawn).to(device()), strict=True)
+            self.ranks.append([permutation[row] for permutation, row in pairs])
         self.offsets = torch.arange(0, batch * bag + 1, bag)
         self.gradients = [torch.randn(batch, dim) for _ in self.names]
 
-    def features(self, number: int) -> dict[str, Any]:
-        ids = [ranks * SPREAD for ranks in self.ranks[number]]
+    def features(self, i: int) -> dict[str, Any]:
+        ids = [ranks * SPREAD for ranks in self.ranks[i]]
         if self.bag > 1:
-            return {n: Jagged(i, self.offsets) for n, i in zip(self.names, ids, strict=True)}
+            return {n: Jagged(v, self.offsets) for n, v in zip(self.names, ids, strict=True)}
         return dict(zip(self.names, ids, strict=True))
 
     def num_unique(self) -> float:
@@ -78,7 +81,10 @@ class Data:
         return float(np.mean(counts))
 
     def limit_bytes(self, state_words: int) -> float:
-        """Ids, entries, distinct rows read and read-modify-written, outputs and gradients once."""
+        """Return the bytes that a step must move.
+
+        Ids, index entries, unique rows (read, then read and written), outputs and gradients, once.
+        """
         n, unique = self.num_features * self.batch * self.bag, self.num_unique()
         bags = self.num_features * self.batch
         rows = unique * 4 * self.dim * (1 + 2 * (1 + state_words))
@@ -86,7 +92,7 @@ class Data:
 
 
 class Consumer(torch.autograd.Function):
-    """The least that a model can do with outputs: take them, and give gradients that are ready."""
+    """Minimal model: accepts the outputs and returns prepared gradients."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
@@ -99,11 +105,11 @@ class Consumer(torch.autograd.Function):
 
 
 class Ours:
-    """An engine with all ids known, and its optimizer."""
+    """Engine whose tables know all ids, and its optimizer."""
 
     def __init__(self, data: Data, make_optimizer: Callable[..., Any]) -> None:
         mode = "sum" if data.bag > 1 else "none"
-        self.data, self.number = data, 0
+        self.data, self.num_calls = data, 0
         self.engine = EmbeddingEngine(
             {name: EmbeddingOption(data.dim, mode=mode) for name in data.names}
         )
@@ -111,41 +117,41 @@ class Ours:
         known = torch.arange(data.num_ids) * SPREAD
         for table in hash_tables(self.engine):
             table.insert(known, torch.zeros(data.num_ids, data.dim))
-        self.batches = [data.features(number) for number in range(NUM_BATCHES)]
+        self.batches = [data.features(i) for i in range(NUM_BATCHES)]
 
     def step(self) -> None:
-        out = self.engine(self.batches[self.number % NUM_BATCHES])
+        out = self.engine(self.batches[self.num_calls % NUM_BATCHES])
         torch.autograd.backward([*out.values()], self.data.gradients)
         self.optimizer.step()
-        self.number += 1
+        self.num_calls += 1
 
     def look_up(self) -> None:
-        self.engine(self.batches[self.number % NUM_BATCHES])
-        self.number += 1
+        self.engine(self.batches[self.num_calls % NUM_BATCHES])
+        self.num_calls += 1
 
     def bare_step(self) -> None:
-        out = self.engine(self.batches[self.number % NUM_BATCHES])
+        out = self.engine(self.batches[self.num_calls % NUM_BATCHES])
         Consumer.apply(self.data.gradients, *out.values()).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.number += 1
+        self.num_calls += 1
 
     def joined_step(self, gradient: Tensor) -> None:
-        out = self.engine(self.batches[self.number % NUM_BATCHES])
+        out = self.engine(self.batches[self.num_calls % NUM_BATCHES])
         torch.cat([*out.values()], 1).backward(gradient)  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.number += 1
+        self.num_calls += 1
 
     def read(self) -> None:
         with torch.no_grad():
-            self.engine(self.batches[self.number % NUM_BATCHES])
-        self.number += 1
+            self.engine(self.batches[self.num_calls % NUM_BATCHES])
+        self.num_calls += 1
 
 
 class Static:
-    """``nn.Embedding`` or ``nn.EmbeddingBag`` a feature, with a torch optimizer."""
+    """One ``nn.Embedding`` or ``nn.EmbeddingBag`` per feature, with a torch optimizer."""
 
     def __init__(self, data: Data, make_optimizer: Callable[..., Any]) -> None:
-        self.data, self.number = data, 0
+        self.data, self.num_calls = data, 0
         kind = nn.EmbeddingBag if data.bag > 1 else nn.Embedding
         extra = {"mode": "sum"} if data.bag > 1 else {}
         self.tables = [kind(data.num_ids, data.dim, sparse=True, **extra) for _ in data.names]
@@ -154,8 +160,8 @@ class Static:
         self.optimizer = make_optimizer([table.weight for table in self.tables], lr=LR)
 
     def _out(self) -> list[Tensor]:
-        ranks = self.data.ranks[self.number % NUM_BATCHES]
-        self.number += 1
+        ranks = self.data.ranks[self.num_calls % NUM_BATCHES]
+        self.num_calls += 1
         if self.data.bag == 1:
             return [table(rank) for table, rank in zip(self.tables, ranks, strict=True)]
         starts = self.data.offsets[:-1]
@@ -168,10 +174,10 @@ class Static:
 
 
 class Fused:
-    """All features in one static ``nn.Embedding``: what an evaluation lookup competes with."""
+    """One static ``nn.Embedding`` for all features, the peer of an evaluation lookup."""
 
     def __init__(self, data: Data) -> None:
-        self.data, self.number = data, 0
+        self.data, self.num_calls = data, 0
         self.table = nn.Embedding(data.num_ids * data.num_features, data.dim)
         starts = torch.arange(data.num_features) * data.num_ids
         self.batches = [
@@ -181,12 +187,12 @@ class Fused:
 
     def read(self) -> None:
         with torch.no_grad():
-            self.table(self.batches[self.number % NUM_BATCHES])
-        self.number += 1
+            self.table(self.batches[self.num_calls % NUM_BATCHES])
+        self.num_calls += 1
 
 
 def fbgemm(data: Data) -> Callable[[], None] | None:
-    """Return a step of FBGEMM's static CPU tables with Adagrad, if it is installed."""
+    """Return a training step of FBGEMM's static CPU tables with Adagrad; None if not installed."""
     if is_on_gpu("FBGEMM"):
         return None
     try:
@@ -206,18 +212,18 @@ def fbgemm(data: Data) -> Callable[[], None] | None:
     indices = [torch.cat(batch) for batch in data.ranks]
     offsets = torch.arange(0, indices[0].numel() + 1, data.bag)
     gradient = torch.cat(data.gradients, dim=1)
-    number = 0
+    num_calls = 0
 
     def step() -> None:
-        nonlocal number
-        tables(indices[number % NUM_BATCHES], offsets).backward(gradient)
-        number += 1
+        nonlocal num_calls
+        tables(indices[num_calls % NUM_BATCHES], offsets).backward(gradient)
+        num_calls += 1
 
     return step
 
 
 def check(data: Data) -> None:
-    """Refuse to time a step that is wrong: three steps against torch."""
+    """Check three training steps against torch."""
     ours, static = Ours(data, SparseAdam), Static(data, torch.optim.SparseAdam)
     for _ in range(3):
         ours.step()
@@ -231,11 +237,11 @@ def finish(part: str, columns: list[str], rows: list[list[Any]]) -> bool:
     """Append a line of results; return whether it meets its targets."""
     line = {"part": part, "columns": columns, "rows": rows}
     append_result("bench_embedding_bag", line)
-    return judge("bench_embedding_bag", line)
+    return meets_targets("bench_embedding_bag", line)
 
 
 def train(rounds: int, rate: float) -> bool:
-    """Time training steps with one id a feature."""
+    """Time training steps with one id per feature."""
     rows, ratios = [], []
     for batch, dim in TRAIN_SHAPES:
         data = Data(26, batch, dim)
@@ -252,21 +258,26 @@ def train(rounds: int, rate: float) -> bool:
         if peer := fbgemm(data):
             contenders["fbgemm"] = peer
         adagrad = time_in_turn(contenders, rounds)
-        against = adagrad["fbgemm"] / adagrad["ours"] if peer else float("nan")
+        fbgemm_ratio = adagrad["fbgemm"] / adagrad["ours"] if peer else float("nan")
         ratios.append(adam["torch"] / adam["ours"])
         row = [f"{batch} x 26, dim {dim}", adam["ours"], adam["torch"], ratios[-1], limit]
-        row += [adam["ours"] / limit, adagrad["ours"], adagrad.get("fbgemm", float("nan")), against]
+        row += [
+            adam["ours"] / limit,
+            adagrad["ours"],
+            adagrad.get("fbgemm", float("nan")),
+            fbgemm_ratio,
+        ]
         rows.append(row)
     columns = ["training step", "Adam ms", "torch ms", "ratio", "limit ms", "of limit"]
     columns += ["Adagrad ms", "FBGEMM ms", "ratio"]
-    print_table("One id a feature, Zipf 1.05, 200,000 ids a feature", columns, rows)
+    print_table("One id per feature, Zipf 1.05, 200,000 ids per feature", columns, rows)
     adagrad_mean = geometric_mean([row[-1] for row in rows])
     print(f"  geometric means: torch {geometric_mean(ratios):.2f}, FBGEMM {adagrad_mean:.2f}")
     return finish("train", columns, rows)
 
 
 def multi_hot(rounds: int) -> bool:
-    """Time training steps with 20 ids a feature, summed."""
+    """Time training steps with summed bags of 20 ids."""
     data = Data(26, 1024, 32, bag=20)
     check(Data(3, 128, 32, bag=20))
     times = time_in_turn(
@@ -278,7 +289,7 @@ def multi_hot(rounds: int) -> bool:
     )
     row = ["1024 x 26 x 20, dim 32", times["ours"], times["torch"], times["torch"] / times["ours"]]
     columns = ["training step", "ours ms", "torch ms", "ratio"]
-    print_table("20 ids a feature, summed", columns, [row])
+    print_table("Bags of 20 ids, summed", columns, [row])
     return finish("multi_hot", columns, [row])
 
 
@@ -293,25 +304,25 @@ def evaluation(rounds: int) -> bool:
         cost = times["ours"] / times["static"]
         rows.append([f"{batch} x 26, dim {dim}", times["ours"], times["static"], cost])
     columns = ["evaluation lookup", "ours ms", "static ms", "cost"]
-    print_table("Engine against one fused nn.Embedding", columns, rows)
+    print_table("Engine compared with one fused nn.Embedding", columns, rows)
     return finish("evaluation", columns, rows)
 
 
 def many_features(rounds: int) -> bool:
-    """Time 400 features against 26, with as many ids in a batch and rows in all.
+    """Time 400 features against 26, with the same number of ids per batch and of rows in total.
 
-    Three times: with no model (lookup, backward and update alone); with outputs joined to one
-    matrix, as models do, whose 400 narrow copies torch makes and takes back; and with
-    ``torch.autograd.backward`` given 400 outputs, of which it checks each in Python.
+    Three variants: without a model (lookup, backward and update only); with outputs concatenated
+    to one matrix, as models do, for which torch makes 400 narrow copies in forward and in backward;
+    and with ``torch.autograd.backward`` of 400 outputs, each of which torch checks in Python.
     """
     few, many = Data(26, 4000, 16), Data(400, 260, 16, num_ids=NUM_IDS * 26 // 400)
     ours = {"26": Ours(few, SparseAdam), "400": Ours(many, SparseAdam)}
-    joined = {name: torch.cat(one.data.gradients, 1) for name, one in ours.items()}
+    joined = {name: torch.cat(engine.data.gradients, 1) for name, engine in ours.items()}
     rows = []
     for label, steps in (
-        ("no model", {name: one.bare_step for name, one in ours.items()}),
-        ("joined", {name: partial(one.joined_step, joined[name]) for name, one in ours.items()}),
-        ("apart", {name: one.step for name, one in ours.items()}),
+        ("no model", {name: engine.bare_step for name, engine in ours.items()}),
+        ("joined", {name: partial(e.joined_step, joined[name]) for name, e in ours.items()}),
+        ("separate", {name: engine.step for name, engine in ours.items()}),
     ):
         times = time_in_turn(steps, rounds)
         cost = times["400"] / times["26"]
@@ -322,7 +333,7 @@ def many_features(rounds: int) -> bool:
 
 
 def managed_collision(rounds: int) -> bool:
-    """Time lookups against TorchRec's managed-collision collection, where it is installed."""
+    """Time lookups against TorchRec's managed-collision collection, if it is installed."""
     if is_on_gpu("managed_collision"):
         return True
     data = Data(26, 1024, 16, num_ids=2000)
@@ -330,10 +341,10 @@ def managed_collision(rounds: int) -> bool:
     try:
         peer = ManagedCollision(data.names, data.dim, data.num_ids, batches)
     except ImportError as error:
-        print(f"managed_collision: left out, {error}")
+        print(f"managed_collision: skipped, {error}")
         return True
     ours = Ours(data, SparseAdam)
-    # Both are lookups of known ids: each has a row of its own, as each of theirs has a slot.
+    # Both look up known ids: each id has its own row in ours and its own slot in the peer.
     for ids, slots in zip(batches[0], peer.num_slots(batches[0]), strict=True):
         if slots != ids.unique().numel():
             raise RuntimeError(f"the peer has {slots} slots for {ids.unique().numel()} ids")
@@ -354,7 +365,7 @@ def managed_collision(rounds: int) -> bool:
 
 def main(given: list[str] | None = None) -> int:
     """Run all parts, or one; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description="Embedding steps against peers")
+    parser = argparse.ArgumentParser(description="Training steps and lookups of embeddings")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--part", choices=list(PARTS))
     add_device(parser)

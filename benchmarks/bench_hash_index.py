@@ -1,12 +1,14 @@
-"""Finding and inserting ids against ``ska::flat_hash_map``, which RecIS uses on a CPU.
+"""Finding and inserting ids, compared with ``ska::flat_hash_map``, which RecIS uses on a CPU.
 
-The map comes with torch's headers and is built here with torch's extension loader. What is
-compared: ours through the op contract (``find`` and ``find_or_insert`` on a table's segment, which
-also hand out rows) on all threads; the map filled by a plain loop on one thread, which is how RecIS
-inserts (after a first look at all ids that is left out here), and read by one thread and, as RecIS
-reads, by all of torch's. The map starts empty and grows; a figure with ``reserve`` stands beside
-it. Figures "with rows" have ours write initial rows of dim 8 and Adam state too, which the map
-does not. On a GPU the map is left out; find and gather on 128M keys is in ``bench_cuda_step``.
+Measures: ``recis_lightning.ops.hash_index``, ``recis_lightning.ops.row_init``.
+
+The map comes with torch's headers and is built here with torch's extension loader. Ours calls the
+op contract (``find`` and ``find_or_insert`` on a table's segment, which also assign rows) on all
+threads. The map is filled by a plain loop on one thread, as RecIS does (RecIS first looks up all
+ids; this is not timed here). It is read by one thread and, as in RecIS, by all of torch's threads.
+The map starts empty and grows; another figure reserves its capacity first. In the figures "with
+rows" ours also writes initial rows of dim 8 with Adam state, which the map does not. On a GPU the
+map is skipped; ``bench_cuda_step`` times find and gather on 128M keys.
 
     python benchmarks/bench_hash_index.py [--num-ids N] [--rounds N] [--device D] [--dry]
 """
@@ -35,7 +37,7 @@ from benchmarks.harness import (
     time_prepared,
     use_device,
 )
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import HashTable, hash_tables
 from recis_lightning.ops import hash_index, row_init
 from recis_lightning.optim import SparseAdam
@@ -75,11 +77,11 @@ void map_find(const Map* map, const int64_t* ids, int64_t* rows, int64_t n, int6
 
 
 def build() -> ctypes.CDLL | None:
-    """Build the map, or say why there is none."""
+    """Build the map; if that fails, print the reason and return None."""
     from torch.utils import cpp_extension
 
-    beside = Path(sys.executable).parent  # where pip puts ninja
-    os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ['PATH']}"
+    scripts = Path(sys.executable).parent  # pip installs ninja here
+    os.environ["PATH"] = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     name = "recis_lightning_flat_hash_map"
     try:
         library = cpp_extension.load_inline(
@@ -90,7 +92,7 @@ def build() -> ctypes.CDLL | None:
             no_implicit_headers=True,
         )
     except (OSError, RuntimeError) as error:
-        print(f"C++ map: left out, it cannot be built ({str(error).splitlines()[0]})")
+        print(f"C++ map: skipped, it cannot be built ({str(error).splitlines()[0]})")
         return None
     del library
     folder = Path(cpp_extension._get_build_directory(name, False))
@@ -101,7 +103,7 @@ def build() -> ctypes.CDLL | None:
 
 
 class FlatHashMap:
-    """The C++ map over tensors."""
+    """C++ map with tensors as arguments."""
 
     def __init__(self, library: ctypes.CDLL, reserved: int = 0) -> None:
         self.library = library
@@ -116,8 +118,8 @@ class FlatHashMap:
     def _call(self, function: Any, ids: Tensor, *args: int) -> Tensor:
         rows = torch.empty_like(ids)
         addresses = (ctypes.c_void_p(ids.data_ptr()), ctypes.c_void_p(rows.data_ptr()))
-        numbers = (ctypes.c_int64(number) for number in (ids.numel(), *args))
-        function(self.map, *addresses, *numbers)
+        integers = (ctypes.c_int64(value) for value in (ids.numel(), *args))
+        function(self.map, *addresses, *integers)
         return rows
 
     def insert(self, ids: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class FlatHashMap:
 
 
 class Ours:
-    """A table's index; with ``rows``, its rows too."""
+    """Index of a table; with ``rows``, also its rows."""
 
     def __init__(self, rows: bool = False) -> None:
         self.table, self.rows = HashTable(DIM, name="index"), rows
@@ -146,9 +148,10 @@ class Ours:
 
 
 def make_ids(num_ids: int) -> Tensor:
-    """Return distinct random ids, as hashed names are, int64 [num_ids].
+    """Return distinct random ids, int64 [num_ids].
 
-    Multiples of a constant would flatter the map: its own hash is a product.
+    They resemble hashed names. Multiples of a constant would favour the map, whose hash is a
+    product.
     """
     torch.manual_seed(0)
     ids = torch.randint(-(2**63), 2**63 - 1, (num_ids,))
@@ -157,7 +160,7 @@ def make_ids(num_ids: int) -> Tensor:
 
 
 def check(library: ctypes.CDLL | None, num_ids: int = 5000) -> None:
-    """Refuse to time an index that is wrong: ours, the map and a dict must give the same rows."""
+    """Check that ours, the map and a dict give the same rows."""
     ids = make_ids(num_ids)
     asked = torch.cat([ids[torch.randint(num_ids, (num_ids,))], ids[:50] + 1])
     known = dict(zip(ids.tolist(), range(num_ids), strict=True))
@@ -181,12 +184,12 @@ def find(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, An
     ids = make_ids(num_ids)
     num_asked = min(num_ids, 1_000_000)
     asked = [ids[torch.randint(num_ids, (num_asked,))] for _ in range(8)]
-    number = 0
+    num_calls = 0
 
     def next_ids() -> Tensor:
-        nonlocal number
-        number += 1
-        return asked[number % len(asked)]
+        nonlocal num_calls
+        num_calls += 1
+        return asked[num_calls % len(asked)]
 
     ours = Ours()
     ours.insert(ids)
@@ -198,7 +201,7 @@ def find(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, An
         contenders["C++ map, all threads"] = lambda: peer.find(next_ids(), True)
     times = time_in_turn(contenders, 5 * rounds)
     rows = [[n, ms, num_asked / ms / 1e3, ms / times["ours"]] for n, ms in times.items()]
-    columns = ["find", "ms", "M ids/s", "ours is faster by"]
+    columns = ["find", "ms", "M ids/s", "speed-up of ours"]
     print_table(f"{num_asked:,} random lookups in {num_ids:,} ids", columns, rows)
     figures = {}
     if library is not None:
@@ -213,14 +216,14 @@ def insert(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, 
     ids = make_ids(num_ids)
     batches = ids.split(100_000)
 
-    def filled(make: Callable[[], Any], parts: tuple[Tensor, ...]) -> Callable[[], Any]:
+    def filled(make: Callable[[], Any], batches: tuple[Tensor, ...]) -> Callable[[], Any]:
         def prepare() -> Callable[[], Any]:
-            made = make()
+            index = make()
 
             def fill() -> Any:
-                for part in parts:
-                    made.insert(part)
-                return made
+                for batch in batches:
+                    index.insert(batch)
+                return index
 
             return fill
 
@@ -230,27 +233,27 @@ def insert(library: ctypes.CDLL | None, num_ids: int, rounds: int) -> dict[str, 
     if library is not None:
         makers["C++ map"] = lambda: FlatHashMap(library)
         makers["C++ map, reserved"] = lambda: FlatHashMap(library, num_ids)
-    whole = time_prepared({name: filled(make, (ids,)) for name, make in makers.items()}, rounds)
-    parts = time_prepared({name: filled(make, batches) for name, make in makers.items()}, rounds)
+    one_call = time_prepared({name: filled(make, (ids,)) for name, make in makers.items()}, rounds)
+    batched = time_prepared({name: filled(make, batches) for name, make in makers.items()}, rounds)
     rows = []
-    for name, ms in whole.items():
-        row = [name, ms, num_ids / ms / 1e3, ms / whole["ours"]]
-        rows.append([*row, parts[name], parts[name] / parts["ours"]])
-    columns = ["insert", "ms", "M ids/s", "ours is faster by", "in batches ms", "by"]
+    for name, ms in one_call.items():
+        row = [name, ms, num_ids / ms / 1e3, ms / one_call["ours"]]
+        rows.append([*row, batched[name], batched[name] / batched["ours"]])
+    columns = ["insert", "ms", "M ids/s", "speed-up of ours", "in batches ms", "speed-up"]
     print_table(f"{num_ids:,} new ids into an empty index", columns, rows)
     figures = {}
     if library is not None:
-        peer = whole["C++ map"]
-        figures["ratio"] = peer / whole["ours"]
-        figures["ratio_reserved"] = whole["C++ map, reserved"] / whole["ours"]
-        figures["ratio_rows"] = peer / whole["ours, with rows"]
-        figures["ratio_batches"] = parts["C++ map"] / parts["ours"]
+        peer = one_call["C++ map"]
+        figures["ratio"] = peer / one_call["ours"]
+        figures["ratio_reserved"] = one_call["C++ map, reserved"] / one_call["ours"]
+        figures["ratio_rows"] = peer / one_call["ours, with rows"]
+        figures["ratio_batches"] = batched["C++ map"] / batched["ours"]
     shape = {"num_ids": num_ids, "batch": 100_000}
     return {"part": "insert", "shape": shape, "columns": columns, "rows": rows, "figures": figures}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, time and append; return 1 if a target is missed."""
+    """Check, time and append the results; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="The index against a C++ map")
     parser.add_argument("--num-ids", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -260,13 +263,13 @@ def main(arguments: list[str] | None = None) -> int:
     use_device(given.device)
     library = None if is_on_gpu("C++ map") else build()
     check(library)
-    good = True
+    all_met = True
     for part in (find, insert):
         line = part(library, given.num_ids, given.rounds)
-        good &= judge("bench_hash_index", line)
+        all_met &= meets_targets("bench_hash_index", line)
         if not given.dry:
             append_result("bench_hash_index", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""What the hooks cost a step of the demo, the profiler's window being off.
+"""Overhead of the hooks for a step of the demo, outside the profiler's active window.
 
-The demo's step (DeepFM on MovieLens-100k) varies by more than is to be measured here. So what the
-hooks add is measured where it stands out, on a model that only looks the demo's batches up in the
-demo's tables, and set against the demo's step, in one process: in each round one short fit a
-variant, in turn, each round in another order. What is added holds all of it: the hooks' own work,
-Lightning's calls of them, and its care for what they log. Time is taken over blocks of 50 steps, so
-that each block holds one report of ``LoggerHook`` and one filtering; the first block of a fit is
-dropped. ``ProfilerHook`` warms up throughout: torch's profiler is on and its window is not. Tables
-are asked to evict and find nothing to evict: rows that come back are no cost of a hook.
+Measures: ``recis_lightning.callbacks``, ``recis_lightning.monitoring.watch``,
+``recis_lightning.table.scan``, ``recis_lightning.ops.distinct_rows``.
 
-``MetricReportHook`` does all its work in one step of its interval: each call of it is timed, with
-gradients to count unique ids in. A step's share is the median report over the interval, the median
-call that only counts, and what Lightning's call of a callback takes.
+The time of the demo's step (DeepFM on MovieLens-100k) varies by more than the hooks' overhead. The
+overhead is therefore measured with a model that only looks up the demo's batches in the demo's
+tables, and then compared with the demo's step, in one process. Each round runs one short fit per
+variant, and rotates their order. The overhead includes the hooks' own work, Lightning's calls of
+them, and Lightning's handling of the values they log. Time is measured over blocks of 50 steps, so
+that each block contains one report of ``LoggerHook`` and one filtering; the first block of a fit is
+dropped. ``ProfilerHook`` stays in its warm-up: torch's profiler is on, but its active window is
+not. Evictions find no row to evict, because inserting rows again is not a cost of a hook.
+
+``MetricReportHook`` does all its work in one step of its interval. Each of its calls is timed, with
+gradients in which it counts unique ids. The overhead per step is the median report divided by the
+interval, plus the median call that only counts, plus Lightning's call of a callback.
 
 A JSON line is appended to ``results/bench_hooks.jsonl``.
 
@@ -55,14 +58,14 @@ from recis_lightning.callbacks import (
 )
 from recis_lightning.eviction import GlobalStepFilter
 
-BLOCK = 50  # steps, and the demo's intervals
-DEMO_BLOCKS, BARE_BLOCKS = 4, 13  # a fit, the first of them dropped
+BLOCK = 50  # steps; equals the demo's intervals
+DEMO_BLOCKS, BARE_BLOCKS = 4, 13  # per fit; the first one is dropped
 LIMIT, REPORT_LIMIT = 0.02, 0.01
 SHAPE = {"model": "DeepFM of the demo", "batch_size": 256, "interval": BLOCK}
 
 
 class LookUp(L.LightningModule):
-    """Looks the demo's batches up in the demo's tables, and trains nothing."""
+    """Module that looks up the demo's batches in the demo's tables, and trains nothing."""
 
     def __init__(self, demo: DeepFM) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class LookUp(L.LightningModule):
 
 
 class Blocks(L.Callback):
-    """Takes the time of each block of steps, from the start of a step to the start of another."""
+    """Callback that times blocks of steps, from the start of a step to that of another."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -119,7 +122,7 @@ VARIANTS: dict[str, list[Callable[[Path], L.Callback]]] = {
 def fit(
     model: L.LightningModule, variant: str, num_blocks: int, batches: list[Batch], folder: Path
 ) -> float:
-    """Train for a few blocks; return the milliseconds a step."""
+    """Train for a few blocks; return the milliseconds per step."""
     blocks = Blocks()
     hooks = [make(folder) for make in VARIANTS[variant]]
     before = [table.step for table in hash_tables(model)]
@@ -135,7 +138,7 @@ def fit(
         enable_model_summary=False,
     )
     trainer.fit(model, DataLoader(batches, batch_size=None))
-    # A figure of hooks that did not do their work would be worth nothing.
+    # The figure is valid only if the hooks did their work.
     num_steps = trainer.global_step if filter_hook in VARIANTS[variant] else 0
     assert [table.step for table in hash_tables(model)] == [step + num_steps for step in before]
     assert ("qps" in trainer.callback_metrics) == (logger_hook in VARIANTS[variant])
@@ -144,36 +147,36 @@ def fit(
 
 
 class Timed(MetricReportHook):
-    """Notes how long each call after a batch took, in microseconds, reports apart."""
+    """``MetricReportHook`` that times its calls in us: reports, other batches, unique counts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reports: list[float] = []
         self.others: list[float] = []
-        self.noted: list[float] = []
+        self.unique_counts: list[float] = []
 
     def on_after_backward(self, *args: Any) -> None:
         start = time.perf_counter()
         super().on_after_backward(*args)
-        self.noted.append(1e6 * (time.perf_counter() - start))
+        self.unique_counts.append(1e6 * (time.perf_counter() - start))
 
     def on_train_batch_end(self, *args: Any) -> None:
         before = len(self.history)
         start = time.perf_counter()
         super().on_train_batch_end(*args)
-        took = 1e6 * (time.perf_counter() - start)
-        (self.others if len(self.history) == before else self.reports).append(took)
+        spent_us = 1e6 * (time.perf_counter() - start)
+        (self.others if len(self.history) == before else self.reports).append(spent_us)
 
 
-class Nothing(L.Callback):
-    """Is called after each batch, and does nothing."""
+class EmptyCallback(L.Callback):
+    """Callback that does nothing after each batch."""
 
     def on_train_batch_end(self, *args: Any) -> None:
         pass
 
 
 def report_us(demo: DeepFM, batches: list[Batch], folder: Path) -> dict[str, float]:
-    """Train the demo with ``MetricReportHook``; return the microseconds that it takes."""
+    """Train the demo with ``MetricReportHook``; return the hook's microseconds by kind of call."""
     hook = Timed()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -188,26 +191,26 @@ def report_us(demo: DeepFM, batches: list[Batch], folder: Path) -> dict[str, flo
         enable_model_summary=False,
     )
     trainer.fit(demo, DataLoader(batches, batch_size=None))
-    assert len(hook.reports) == len(hook.noted) == 8
+    assert len(hook.reports) == len(hook.unique_counts) == 8
     assert "tables/unique_share" in hook.history.names
-    trainer.callbacks = [Nothing()]
+    trainer.callbacks = [EmptyCallback()]
     spent = []
     for _ in range(500):
         start = time.perf_counter()
         _call_callback_hooks(trainer, "on_train_batch_end", None, None, 0)
         spent.append(1e6 * (time.perf_counter() - start))
-    took = {
-        "report": median(hook.reports) + median(hook.noted),
+    cost = {
+        "report": median(hook.reports) + median(hook.unique_counts),
         "count": median(hook.others),
         "call": median(spent),
     }
-    step = took["report"] / hook.interval + took["count"] + took["call"]
-    return {**took, "step": step}
+    step = cost["report"] / hook.interval + cost["count"] + cost["call"]
+    return {**cost, "step": step}
 
 
 def main() -> int:
-    """Measure, print and append; return 1 if the hooks cost too much."""
-    parser = argparse.ArgumentParser(description="Cost of the hooks")
+    """Measure, print and append the results; return 1 if the overhead exceeds its limit."""
+    parser = argparse.ArgumentParser(description="Overhead of the hooks")
     parser.add_argument("--rounds", type=int, default=10)
     rounds = parser.parse_args().rounds
     warnings.filterwarnings("ignore")
@@ -226,34 +229,34 @@ def main() -> int:
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in range(-1, rounds):  # one more to compile and warm up
+        for i in range(-1, rounds):  # the first round compiles and warms up
             demo_ms = fit(demo, "none", DEMO_BLOCKS, batches, folder)
-            shift = number % len(VARIANTS)
+            shift = i % len(VARIANTS)
             order = [*VARIANTS][shift:] + [*VARIANTS][:shift]
             of_round = {v: fit(bare, v, BARE_BLOCKS, batches, folder) for v in order}
-            if number >= 0:
+            if i >= 0:
                 step_ms.append(demo_ms)
                 for variant, ms in of_round.items():
                     times[variant].append(ms - of_round["none"])
-        took = report_us(demo, batches, folder)
+        cost = report_us(demo, batches, folder)
 
     step = median(step_ms)
     added = {name: 1e3 * median(values) for name, values in times.items() if name != "none"}
     ratio = {name: 1 + us / 1e3 / step for name, us in added.items()}
-    added["MetricReportHook"] = took["step"]
-    ratio["MetricReportHook"] = 1 + took["step"] / 1e3 / step
-    good = ratio["all three"] - 1 < LIMIT
-    good_report = ratio["MetricReportHook"] - 1 < REPORT_LIMIT
+    added["MetricReportHook"] = cost["step"]
+    ratio["MetricReportHook"] = 1 + cost["step"] / 1e3 / step
+    all_met = ratio["all three"] - 1 < LIMIT
+    report_met = ratio["MetricReportHook"] - 1 < REPORT_LIMIT
     print(f"\nthe demo's step: {step:.3f} ms (medians of {rounds} rounds)")
     for name, us in added.items():
         print(f"  {name:<20} adds {us:>7.1f} us, ratio {ratio[name]:.4f}")
     for name, met, limit in (
-        ("all three", good, LIMIT),
-        ("MetricReportHook", good_report, REPORT_LIMIT),
+        ("all three", all_met, LIMIT),
+        ("MetricReportHook", report_met, REPORT_LIMIT),
     ):
         print(f"  {name}: {'under' if met else 'NOT UNDER'} {limit:.0%}")
-    print("  us of a report, of each other batch, of Lightning's call, of a step in all:")
-    print("  " + ", ".join(f"{us:.1f}" for us in took.values()))
+    print("  us per report, per other batch, per call by Lightning, per step in total:")
+    print("  " + ", ".join(f"{us:.1f}" for us in cost.values()))
     figures = {
         "lightning": L.__version__,
         "shape": SHAPE,
@@ -261,11 +264,11 @@ def main() -> int:
         "step_ms": round(step, 4),
         "added_us": {name: round(us, 2) for name, us in added.items()},
         "ratio": {name: round(value, 5) for name, value in ratio.items()},
-        "report_us": {name: round(us, 2) for name, us in took.items()},
-        "good": good and good_report,
+        "report_us": {name: round(us, 2) for name, us in cost.items()},
+        "good": all_met and report_met,
     }
     append_result("bench_hooks", figures)
-    return 0 if good and good_report else 1
+    return 0 if all_met and report_met else 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Peak memory and the longest step of a table that grows: dim 8, Adam state, all ids new.
+"""Peak memory and the longest step of a growing table: dim 8, Adam state, all ids new.
 
-A child process trains batch after batch of new ids (lookup, backward, update). The payload of a row
-is its id (8 bytes), weights and state. Peak memory is what the process holds resident at its
-highest, growth of the index included, less what it held before its first row; "on the way" is the
-highest ratio of a step's own peak to the payload after that step, from a tenth of the rows on.
-On a GPU memory is what torch's allocator has given out there.
+Measures: ``recis_lightning.table.row_store``, ``recis_lightning.table.storage``,
+``recis_lightning.ops.host_memory``.
+
+A child process trains on batches of new ids (lookup, backward, update). The payload of a row is its
+id (8 bytes), weights and state. Peak memory is the largest resident memory of the process, growth
+of the index included, minus that before the first row. "peak of a step" is the largest ratio of a
+step's own peak to the payload after that step, once a tenth of the rows is there. On a GPU, memory
+is what torch's allocator has allocated.
 
     python benchmarks/bench_memory.py [--full] [--num-ids N] [--batch N] [--device D] [--dry]
 """
@@ -33,25 +36,25 @@ from benchmarks.harness import (
     stopwatch,
     use_device,
 )
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.optim import SparseAdam
 
 DIM, STATE = 8, 2
-PAYLOAD = 8 + 4 * DIM * (1 + STATE)  # bytes a row
+PAYLOAD = 8 + 4 * DIM * (1 + STATE)  # bytes per row
 SPREAD = 7_919_317
 
 
 def _resident(field: str) -> int:
-    """Return bytes of memory: VmRSS now, VmHWM at the highest since ``_forget_peak``."""
+    """Return bytes of memory: VmRSS is current, VmHWM the peak since ``_reset_peak``."""
     if is_on_gpu():
-        found = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
-        return int(found[field]())
+        readers = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
+        return int(readers[field]())
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     if is_on_gpu():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -59,35 +62,35 @@ def _forget_peak() -> None:
 
 
 class Growing:
-    """A table, and steps that train nothing but new ids."""
+    """Table, and training steps whose ids are all new."""
 
     def __init__(self, batch: int) -> None:
         self.embedding = DynamicEmbedding(DIM, name="growing")
         self.table = hash_tables(self.embedding)[0]
         self.optimizer = SparseAdam([self.table], lr=1e-3)
-        self.batch, self.gradient, self.number = batch, torch.ones(batch, DIM), 0
+        self.batch, self.gradient, self.num_ids = batch, torch.ones(batch, DIM), 0
 
     def step(self) -> None:
-        ids = torch.arange(self.number, self.number + self.batch, device=device()) * SPREAD
-        self.number += self.batch
+        ids = torch.arange(self.num_ids, self.num_ids + self.batch, device=device()) * SPREAD
+        self.num_ids += self.batch
         self.embedding(ids).backward(self.gradient)
         self.optimizer.step()
 
 
 def grow(num_ids: int, batch: int) -> dict[str, Any]:
-    """Insert ``num_ids`` ids; return times in seconds and memory in bytes. Runs in the child."""
-    for _ in range(3):  # compile, and let torch start its threads
+    """Insert ``num_ids`` ids, in the child; return times in seconds and memory in bytes."""
+    for _ in range(3):  # compiles, and starts torch's threads
         Growing(batch).step()
     growing = Growing(batch)
     before, peaks, seconds = _resident("VmRSS"), [], []
     for _ in range(num_ids // batch):
-        _forget_peak()
+        _reset_peak()
         seconds.append(stopwatch(growing.step)[0] / 1e3)
         peaks.append(_resident("VmHWM") - before)
     assert len(growing.table) == num_ids // batch * batch
     sample = torch.arange(0, len(growing.table), 997) * SPREAD
-    found = growing.table.embeddings(sample)
-    assert bool((found != 0).all()), "rows were lost while the table grew"
+    rows = growing.table.embeddings(sample)
+    assert bool((rows != 0).all()), "rows were lost while the table grew"
     return {
         "before": before,
         "held": _resident("VmRSS") - before,
@@ -98,7 +101,7 @@ def grow(num_ids: int, batch: int) -> dict[str, Any]:
 
 
 def run_child(num_ids: int, batch: int) -> dict[str, Any]:
-    """Grow a table in a process of its own."""
+    """Grow a table in a child process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child"]
     command += ["--num-ids", str(num_ids), "--batch", str(batch), "--device", device().type]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -106,7 +109,7 @@ def run_child(num_ids: int, batch: int) -> dict[str, Any]:
 
 
 def check() -> None:
-    """Refuse to measure a table that grows wrongly: three steps against ``nn.Embedding``."""
+    """Check three training steps of a growing table against ``nn.Embedding``."""
     growing, batch = Growing(1000), 1000
     for _ in range(3):
         growing.step()
@@ -116,17 +119,17 @@ def check() -> None:
     fresh.embedding(ids)
     peer.weight.data.copy_(fresh.table.embeddings(ids))
     optimizer = torch.optim.SparseAdam([peer.weight], lr=1e-3)
-    for number in range(3):
-        peer(torch.arange(number * batch, (number + 1) * batch)).backward(growing.gradient)
+    for i in range(3):
+        peer(torch.arange(i * batch, (i + 1) * batch)).backward(growing.gradient)
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(growing.table.embeddings(ids), peer.weight.data)
 
 
 def measure(num_ids: int, batch: int) -> dict[str, Any]:
-    """Grow once, print and return the figures."""
+    """Grow a table once; print and return the figures."""
     grown = run_child(num_ids, batch)
-    payloads = [PAYLOAD * batch * (number + 1) for number in range(len(grown["peaks"]))]
+    payloads = [PAYLOAD * batch * (i + 1) for i in range(len(grown["peaks"]))]
     payload = payloads[-1]
     pairs = [*zip(grown["peaks"], payloads, strict=True)]
     figures = {
@@ -139,23 +142,23 @@ def measure(num_ids: int, batch: int) -> dict[str, Any]:
         "median": median(grown["seconds"]),
         "total": sum(grown["seconds"]),
     }
-    columns = ["rows", "payload MB", "peak of it", "held", "table.nbytes", "on the way"]
+    columns = ["rows", "payload MB", "peak ratio", "held", "table.nbytes", "peak of a step"]
     columns += ["longest step s", "median step s", "total s"]
     row: list[Any] = [f"{len(pairs) * batch:,}", payload / 1e6]
     row += [figures[key] for key in ("peak", "held", "counted", "on_the_way")]
     row += [figures[key] for key in ("longest", "median", "total")]
     print_table(f"Growth in steps of {batch:,} new ids, dim {DIM}, Adam", columns, [row])
-    print(f"  the process with Python and torch: {figures['peak_of_process']:.2f} of the payload")
+    print(f"  with Python and torch: {figures['peak_of_process']:.2f} times the payload")
     shape = {"num_ids": num_ids, "batch": batch, "dim": DIM}
     return {"part": "grow", "shape": shape, "columns": columns, "rows": [row], "figures": figures}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, measure and append; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description="Memory and stalls of a growing table")
+    """Check, measure and append the results; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Memory and longest step of a growing table")
     parser.add_argument("--num-ids", type=int, default=5_000_000)
     parser.add_argument("--full", action="store_true", help="50M rows")
-    parser.add_argument("--batch", type=int, default=100_000, help="new ids a step")
+    parser.add_argument("--batch", type=int, default=100_000, help="new ids per step")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     add_device(parser)
@@ -166,14 +169,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(grow(num_ids, given.batch)))
         return 0
     if not is_on_gpu() and not Path("/proc/self/clear_refs").exists():
-        print("left out: peak memory is read from Linux's /proc")
+        print("skipped: peak memory is read from Linux's /proc")
         return 0
     check()
     line = measure(num_ids, given.batch)
-    good = judge("bench_memory", line)
+    all_met = meets_targets("bench_memory", line)
     if not given.dry:
         append_result("bench_memory", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

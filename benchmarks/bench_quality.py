@@ -1,13 +1,15 @@
-"""Quality: DeepFM with our tables against DeepFM with ``nn.Embedding`` over a known vocabulary.
+"""Test AUC of DeepFM with dynamic tables, compared with ``nn.Embedding`` over a known vocabulary.
 
-The static model is given the vocabulary of its training data in advance and reads zeros for any
-other id; ours learns ids as they come. Both have the same perceptron, data, order of data and
-seeds, and Adam of the same kind (``torch.optim.SparseAdam`` and ours) on the rows of a batch.
+Measures: ``recis_lightning.engine``, ``recis_lightning.optim``,
+``recis_lightning.initializers``, ``recis_lightning.callbacks.filter``.
 
-MovieLens-100k is downloaded if it is not there. Criteo wants a folder with ``part-0`` to
-``part-3``; its settings were chosen with ``--validation`` (train on parts 0 and 1, score part 2),
-and part 3 is scored with what was chosen. A JSON line a task is appended to
-``results/bench_quality.jsonl``.
+The static model knows the vocabulary of its training data in advance and reads zeros for any other
+id; ours adds ids as they occur. Both have the same perceptron, data, order of data and seeds, and
+the same kind of Adam (``torch.optim.SparseAdam`` and ours), which updates the rows of a batch.
+
+MovieLens-100k is downloaded if it is missing. Criteo needs a folder with ``part-0`` to ``part-3``.
+Its settings were chosen with ``--validation`` (train on parts 0 and 1, test on part 2); the final
+test uses part 3. Each task appends a JSON line to ``results/bench_quality.jsonl``.
 
     python benchmarks/bench_quality.py [--criteo FOLDER] [--only movielens|criteo] [--validation]
 """
@@ -43,7 +45,7 @@ DEMO, OURS, STATIC = "tables, as in the demo", "tables, SparseAdam", "nn.Embeddi
 
 
 class StaticEngine(nn.Module):
-    """What ``EmbeddingEngine`` computes, from ``nn.Embedding`` and ids known in advance."""
+    """``EmbeddingEngine`` with ``nn.Embedding`` tables and ids known in advance."""
 
     def __init__(self, options: dict[str, EmbeddingOption], batches: Iterable[Batch]) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class StaticEngine(nn.Module):
         self.vocabulary = {name: torch.cat(ids).unique() for name, ids in seen.items()}
         self.tables = nn.ModuleDict()
         for name, option in options.items():
-            # The last row is the unknown id's: zeros, and never trained.
+            # Unknown ids read the last row: zeros, never trained.
             num_rows, dim = len(self.vocabulary[name]) + 1, option.embedding_dim
             common: dict[str, Any] = {"padding_idx": num_rows - 1, "sparse": True}
             if option.mode == "none":
@@ -67,15 +69,15 @@ class StaticEngine(nn.Module):
             self.tables[name] = table
 
     def forward(self, features: dict[str, Tensor | Jagged]) -> dict[str, Tensor]:
-        """Return one row a feature and example."""
+        """Return one row per feature and example."""
         rows = {}
         for name, table in self.tables.items():
             feature, vocabulary = features[name], self.vocabulary[name]
             ids = _ids(feature)
-            place = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
-            place = place.where(vocabulary[place] == ids, len(vocabulary))
+            index = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
+            index = index.where(vocabulary[index] == ids, len(vocabulary))
             rows[name] = (
-                table(place, feature.offsets) if isinstance(feature, Jagged) else table(place)
+                table(index, feature.offsets) if isinstance(feature, Jagged) else table(index)
             )
         return rows
 
@@ -85,7 +87,7 @@ def _ids(feature: Tensor | Jagged) -> Tensor:
 
 
 class StaticDeepFM(DeepFM):
-    """DeepFM over a ``StaticEngine``; steps both its optimizers itself."""
+    """DeepFM over a ``StaticEngine``, with two optimizers under manual optimization."""
 
     def __init__(self, ours: DeepFM, batches: Iterable[Batch], lr: float, **kwargs: Any) -> None:
         super().__init__(ours.engine.options, **kwargs)
@@ -107,8 +109,8 @@ class StaticDeepFM(DeepFM):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Return AdamW for the perceptron and SparseAdam for the tables."""
         tables = list(self.engine.parameters())
-        theirs = {id(table) for table in tables}
-        dense = [p for p in self.parameters() if id(p) not in theirs]
+        table_ids = {id(table) for table in tables}
+        dense = [p for p in self.parameters() if id(p) not in table_ids]
         return [
             torch.optim.AdamW(dense, lr=self.lr),
             torch.optim.SparseAdam(tables, lr=self.lr),
@@ -117,7 +119,7 @@ class StaticDeepFM(DeepFM):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what, and what is good enough."""
+    """Model, data and settings of a comparison, and its limits."""
 
     name: str
     model: Callable[[float], DeepFM]
@@ -126,9 +128,9 @@ class Task:
     epochs: int
     num_dense: int
     seeds: Sequence[int]
-    floor: float  # least mean AUC of ours
-    below: float  # most that ours may be below the static one
-    above: float  # most that ours may be above the static one
+    floor: float  # lower bound of our mean AUC
+    below: float  # largest allowed AUC loss of ours relative to the static model
+    above: float  # largest allowed AUC gain of ours relative to the static model
 
 
 def run(task: Task, kind: str, seed: int) -> float:
@@ -167,15 +169,15 @@ def movielens(seeds: Sequence[int]) -> Task:
     """Return the demo's task, trained on the whole first 80%."""
 
     def data(seed: int) -> L.LightningDataModule:
-        whole = movielens_data(str(ROOT / "data" / "ml-100k"), seed)
-        whole.val_fraction = 0.0
-        return whole
+        files = movielens_data(str(ROOT / "data" / "ml-100k"), seed)
+        files.val_fraction = 0.0
+        return files
 
     return Task("movielens", movielens_model, data, 5e-4, 2, 0, seeds, 0.0, 0.005, 0.005)
 
 
 def criteo(root: Path, seeds: Sequence[int], validation: bool) -> Task:
-    """Return one epoch over parts 0 to 2, scored on part 3; or for validation 0, 1 and 2."""
+    """Return one epoch over parts 0 to 2, tested on part 3; for validation over 0 and 1, and 2."""
 
     def data(seed: int) -> L.LightningDataModule:
         files = criteo_data(str(root), seed)
@@ -188,27 +190,28 @@ def criteo(root: Path, seeds: Sequence[int], validation: bool) -> Task:
 
 
 def compare(task: Task) -> dict[str, Any]:
-    """Run every kind with every seed, print the table and return the figures."""
+    """Train each kind of model with each seed; print the table and return the figures."""
     aucs = {kind: [run(task, kind, seed) for seed in task.seeds] for kind in (DEMO, OURS, STATIC)}
     means = {kind: mean(values) for kind, values in aucs.items()}
     print(f"\n{task.name}: test AUC, {len(task.seeds)} seeds")
     print(f"  {'':<26}{'mean':>8}{'difference':>12}   each seed")
-    good = True
+    in_bounds = True
     for kind, values in aucs.items():
         difference = means[kind] - means[STATIC]
-        good &= -task.below <= difference <= task.above and means[kind] >= task.floor
+        in_bounds &= -task.below <= difference <= task.above and means[kind] >= task.floor
         each = " ".join(f"{value:.4f}" for value in values)
         print(f"  {kind:<26}{means[kind]:>8.4f}{difference:>+12.4f}   {each}")
-    print(f"  {'good enough' if good else 'NOT GOOD ENOUGH'}")
-    return {"task": task.name, "seeds": list(task.seeds), "auc": aucs, "mean": means, "good": good}
+    print(f"  {'within' if in_bounds else 'OUT OF'} bounds")
+    line = {"task": task.name, "seeds": list(task.seeds), "auc": aucs, "mean": means}
+    return {**line, "good": in_bounds}
 
 
 def main() -> int:
-    """Compare on each task; return 1 if ours is not good enough."""
-    parser = argparse.ArgumentParser(description="Quality against nn.Embedding")
+    """Compare the models on each task; return 1 if an AUC is out of bounds."""
+    parser = argparse.ArgumentParser(description="AUC compared with nn.Embedding")
     parser.add_argument("--criteo", type=Path, default=ROOT.parent / "shared" / "data" / "criteo")
     parser.add_argument("--only", choices=["movielens", "criteo"])
-    parser.add_argument("--validation", action="store_true", help="Criteo: score part 2, not 3")
+    parser.add_argument("--validation", action="store_true", help="Criteo: test on part 2, not 3")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -221,13 +224,13 @@ def main() -> int:
     if given.only != "movielens" and given.criteo.is_dir():
         tasks.append(criteo(given.criteo, range(5), given.validation))
     elif given.only != "movielens":
-        print(f"criteo: left out, there is no folder {given.criteo}; name one with --criteo")
-    good = True
+        print(f"criteo: skipped, there is no folder {given.criteo}; set it with --criteo")
+    all_met = True
     for task in tasks:
         figures = compare(task)
-        good &= figures["good"]
+        all_met &= figures["good"]
         append_result("bench_quality", figures)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

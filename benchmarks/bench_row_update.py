@@ -1,9 +1,12 @@
-"""The update of rows alone: sort, reduce and apply, without lookup or backward.
+"""Optimizer steps: sort, reduce and apply gradients, without lookup or backward.
 
-26 features, Zipf 1.05, 200,000 known ids a feature, one id each, as in ``bench_embedding_bag``.
-Gradients are there when the clock starts: ours are left by backward as (row, where it lies), those
-of torch are the uncoalesced sparse gradients of ``nn.Embedding(sparse=True)``, which its optimizers
-coalesce. Beside the times stands the limit: the bytes that must move over the machine's copy rate.
+Measures: ``recis_lightning.ops.row_update``, ``recis_lightning.optim.fused_update``.
+
+26 features, Zipf 1.05, 200,000 known ids per feature, one id each, as in ``bench_embedding_bag``.
+Timing starts when the gradients exist: for ours, backward has stored (row, position of its
+gradient); for torch they are the uncoalesced sparse gradients of ``nn.Embedding(sparse=True)``,
+which its optimizers coalesce. The bandwidth limit is the number of bytes that an update must move,
+divided by the machine's copy rate.
 
     python benchmarks/bench_row_update.py [--rounds N] [--device D] [--dry]
 """
@@ -30,11 +33,11 @@ from benchmarks.harness import (
     time_prepared,
     use_device,
 )
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import hash_tables
 from recis_lightning.optim import SparseAdagrad, SparseAdam, SparseSGD
 
-# Ours, torch's, and floats of state for a weight.
+# Our optimizer, torch's, and the number of state values per weight.
 RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     "adam": (SparseAdam, torch.optim.SparseAdam, 2),
     "adagrad": (SparseAdagrad, torch.optim.Adagrad, 1),
@@ -43,23 +46,26 @@ RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
 
 
 def limit_bytes(data: Data, state_words: int) -> float:
-    """Gradients read once, each with its row's number; distinct rows read and written."""
+    """Return the bytes that an update must move.
+
+    Gradients and their row numbers are read once; unique rows are read and written.
+    """
     num_ids = data.num_features * data.batch
     return num_ids * (8 + 4 * data.dim) + data.num_unique() * 8 * data.dim * (1 + state_words)
 
 
-def update_of(step: Ours | Static, data: Data) -> Callable[[], Callable[[], None]]:
-    """Return what looks up and goes backward, and then returns the update."""
+def prepare_update(step: Ours | Static, data: Data) -> Callable[[], Callable[[], None]]:
+    """Return a function that runs lookup and backward, and returns the update."""
 
     def prepare() -> Callable[[], None]:
         step.optimizer.zero_grad()
-        number = step.number % len(data.ranks)
+        i = step.num_calls % len(data.ranks)
         if isinstance(step, Ours):
-            out = [*step.engine(step.batches[number]).values()]
+            out = [*step.engine(step.batches[i]).values()]
         else:
-            pairs = zip(step.tables, data.ranks[number], strict=True)
+            pairs = zip(step.tables, data.ranks[i], strict=True)
             out = [table(ranks) for table, ranks in pairs]
-        step.number += 1
+        step.num_calls += 1
         torch.autograd.backward(out, data.gradients)
         return step.optimizer.step
 
@@ -67,28 +73,28 @@ def update_of(step: Ours | Static, data: Data) -> Callable[[], Callable[[], None
 
 
 def check(data: Data) -> None:
-    """Refuse to time an update that is wrong: three of each rule against torch's."""
-    for ours, theirs, _ in RULES.values():
-        mine, peer = Ours(data, ours), Static(data, theirs)
+    """Check three updates of each optimizer against torch's."""
+    for our_optimizer, torch_optimizer, _ in RULES.values():
+        ours, peer = Ours(data, our_optimizer), Static(data, torch_optimizer)
         for _ in range(3):
-            update_of(mine, data)()()
-            update_of(peer, data)()()
+            prepare_update(ours, data)()()
+            prepare_update(peer, data)()()
         known = torch.arange(NUM_IDS)
-        for table, static in zip(hash_tables(mine.engine), peer.tables, strict=True):
-            found = table.embeddings(known * SPREAD)
-            assert found.any()
-            torch.testing.assert_close(found, static.weight.data)
+        for table, static in zip(hash_tables(ours.engine), peer.tables, strict=True):
+            weights = table.embeddings(known * SPREAD)
+            assert weights.any()
+            torch.testing.assert_close(weights, static.weight.data)
 
 
 def measure(name: str, rounds: int, rate: float) -> dict[str, Any]:
-    """Time one rule on all shapes."""
-    ours, theirs, state_words = RULES[name]
+    """Time one optimizer on all shapes."""
+    our_optimizer, torch_optimizer, state_words = RULES[name]
     rows = []
     for batch, dim in TRAIN_SHAPES:
         data = Data(26, batch, dim)
         contenders = {
-            "ours": update_of(Ours(data, ours), data),
-            "torch": update_of(Static(data, theirs), data),
+            "ours": prepare_update(Ours(data, our_optimizer), data),
+            "torch": prepare_update(Static(data, torch_optimizer), data),
         }
         times = time_prepared(contenders, rounds, warmup=2)
         limit = limit_bytes(data, state_words) / rate / 1e6
@@ -104,8 +110,8 @@ def measure(name: str, rounds: int, rate: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, time and append; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description="Row updates against torch's sparse optimizers")
+    """Check, time and append the results; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Row updates and torch's sparse optimizers")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rule", choices=[*RULES])
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
@@ -115,13 +121,13 @@ def main(arguments: list[str] | None = None) -> int:
     check(Data(3, 512, 16))
     rate = copy_gb_per_s()
     print(f"copy rate {rate:.1f} GB/s, {torch.get_num_threads()} threads, lr {LR}")
-    good = True
+    all_met = True
     for name in RULES if given.rule is None else [given.rule]:
         line = {**measure(name, given.rounds, rate), "copy_gb_per_s": rate}
-        good &= judge("bench_row_update", line)
+        all_met &= meets_targets("bench_row_update", line)
         if not given.dry:
             append_result("bench_row_update", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

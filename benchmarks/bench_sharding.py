@@ -1,10 +1,14 @@
-"""What sharding costs: a training step on two ranks, against the same step without an exchange.
+"""Overhead of sharding: training steps on two ranks with and without the all-to-all exchange.
 
-Two processes with a thread each take Adam steps on batches of their own: 26 features, Zipf 1.05
-over 200,000 known ids each. First each has whole tables to itself and nothing is exchanged; then
-the tables are sharded over both, through gloo on this machine. The difference, by the ids of a
-rank's batch, is the price of the exchange: distinct ids, messages, and the owners' lookup. Before,
-a few steps of sharded tables are checked against those of whole ones with the batches of both.
+Measures: ``recis_lightning.lookup.sharded``, ``recis_lightning.lookup.dedup``,
+``recis_lightning.lookup.exchange``, ``recis_lightning.distributed``.
+
+Two processes of one thread each take Adam steps on their own batches: 26 features, Zipf 1.05 over
+200,000 known ids each. First each process has unsharded tables of its own, and nothing is
+exchanged. Then the tables are sharded over both processes, with gloo on this machine. The
+difference, divided by the number of ids in a rank's batch, is the cost of deduplication, messages
+and the owners' lookups. A few steps of the sharded tables are first checked against those of
+unsharded tables with the batches of both.
 
     python benchmarks/bench_sharding.py [--rounds N] [--dry]
 """
@@ -27,16 +31,16 @@ import torch
 from torch import distributed, multiprocessing
 
 from benchmarks.harness import append_result, print_table, zipf_ranks
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.optim import SparseAdam
 
 FEATURES, KNOWN, EXPONENT, RANKS = 26, 200_000, 1.05, 2
-SHAPES = [(4096, 16), (4096, 64), (16384, 32)]  # ids a feature and rank, dim
+SHAPES = [(4096, 16), (4096, 64), (16384, 32)]  # ids per feature and rank, dim
 
 
 class Step:
-    """Engine, optimizer and a few batches."""
+    """Training step: an engine, its optimizer and a few batches."""
 
     def __init__(self, batch: int, dim: int, known: int, rank: int) -> None:
         rng = np.random.default_rng(rank)
@@ -49,43 +53,43 @@ class Step:
         drawn = [zipf_ranks(rng, EXPONENT, known, (FEATURES, batch)) for _ in range(4)]
         self.batches = [dict(zip(names, ids[torch.from_numpy(d)], strict=True)) for d in drawn]
         self.gradient = torch.from_numpy(rng.standard_normal((batch, dim), np.float32))
-        self.taken = 0
+        self.num_steps = 0
 
     def __call__(self) -> None:
         """Take one step."""
-        found = self.engine(self.batches[self.taken % len(self.batches)])
-        self.taken += 1
-        torch.autograd.backward([*found.values()], [self.gradient] * len(found))
+        out = self.engine(self.batches[self.num_steps % len(self.batches)])
+        self.num_steps += 1
+        torch.autograd.backward([*out.values()], [self.gradient] * len(out))
         self.sparse.step()
 
-    def distinct(self) -> float:
-        """Return the mean number of distinct ids of a batch, table by table."""
+    def num_unique(self) -> float:
+        """Return the mean number of unique ids of a batch, counted per table."""
         counts = [sum(len(v.unique()) for v in batch.values()) for batch in self.batches]
         return float(np.mean(counts))
 
 
-def _time(step: Step, rounds: int, together: Any) -> float:
+def _time(step: Step, rounds: int, barrier: Any) -> float:
     spent = []
-    for number in range(rounds + 2):
-        together.wait()
+    for i in range(rounds + 2):
+        barrier.wait()
         start = time.perf_counter()
         step()
-        if number >= 2:
+        if i >= 2:
             spent.append(time.perf_counter() - start)
     return median(spent)
 
 
-def _whole(parts: Sequence[Step]) -> Step:
-    """Return the step of one process that has the batches of all; gradients are averaged."""
-    whole = parts[0]
-    for number, batch in enumerate(whole.batches):
+def _unsharded(steps: Sequence[Step]) -> Step:
+    """Return the step of one process with the batches of all ranks; gradients are averaged."""
+    unsharded = steps[0]
+    for i, batch in enumerate(unsharded.batches):
         for name in batch:
-            batch[name] = torch.cat([part.batches[number][name] for part in parts])
-    whole.gradient = torch.cat([part.gradient for part in parts]) / len(parts)
-    return whole
+            batch[name] = torch.cat([step.batches[i][name] for step in steps])
+    unsharded.gradient = torch.cat([step.gradient for step in steps]) / len(steps)
+    return unsharded
 
 
-def _join(rank: int, store: str) -> None:
+def _init_process_group(rank: int, store: str) -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
     distributed.init_process_group(
@@ -94,27 +98,28 @@ def _join(rank: int, store: str) -> None:
 
 
 def check(rank: int, store: str) -> None:
-    """Refuse to time sharded tables whose rows are not those of whole ones."""
+    """Check the rows of sharded tables against those of unsharded ones."""
     shape = (64, 8, 300)
-    whole, mine = _whole([Step(*shape, other) for other in range(RANKS)]), Step(*shape, rank)
-    for _ in mine.batches:
-        whole()
-    _join(rank, store)
-    for _ in mine.batches:
-        mine()
-    for table, wanted in zip(hash_tables(mine.engine), hash_tables(whole.engine), strict=True):
+    unsharded, sharded = _unsharded([Step(*shape, i) for i in range(RANKS)]), Step(*shape, rank)
+    for _ in sharded.batches:
+        unsharded()
+    _init_process_group(rank, store)
+    for _ in sharded.batches:
+        sharded()
+    pairs = zip(hash_tables(sharded.engine), hash_tables(unsharded.engine), strict=True)
+    for table, expected in pairs:
         ids = table.ids()
-        assert 0 < len(ids) < len(wanted)
+        assert 0 < len(ids) < len(expected)
         torch.testing.assert_close(
-            table.embeddings(ids), wanted.embeddings(ids), rtol=1e-4, atol=1e-6
+            table.embeddings(ids), expected.embeddings(ids), rtol=1e-4, atol=1e-6
         )
         count = torch.tensor(len(ids))
         distributed.all_reduce(count)
-        assert int(count) == len(wanted)
+        assert int(count) == len(expected)
     distributed.destroy_process_group()
 
 
-def _measure(rank: int, folder: str, rounds: int, known: int, shapes: Any, together: Any) -> None:
+def _measure(rank: int, folder: str, rounds: int, known: int, shapes: Any, barrier: Any) -> None:
     torch.set_num_threads(1)
     check(rank, f"{folder}/check")
     rows = []
@@ -122,21 +127,21 @@ def _measure(rank: int, folder: str, rounds: int, known: int, shapes: Any, toget
         if distributed.is_initialized():
             distributed.destroy_process_group()
         step = Step(batch, dim, known, rank)
-        alone = _time(step, rounds, together)
-        _join(rank, f"{folder}/{batch}x{dim}")
-        sharded = _time(step, rounds, together)
-        ids, distinct = batch * FEATURES, step.distinct()
-        travelling = distinct * (RANKS - 1) / RANKS  # the others are this rank's own
-        row_bytes = 8 + 4 * dim + 4 * (dim + 1)  # id there, row home, gradient and its mark there
+        unsharded = _time(step, rounds, barrier)
+        _init_process_group(rank, f"{folder}/{batch}x{dim}")
+        sharded = _time(step, rounds, barrier)
+        num_ids, num_unique = batch * FEATURES, step.num_unique()
+        num_sent = num_unique * (RANKS - 1) / RANKS  # this rank owns the others
+        row_bytes = 8 + 4 * dim + 4 * (dim + 1)  # id to its owner, row back, gradient and its flag
         rows.append(
             {
                 "batch": batch,
                 "dim": dim,
-                "alone_ms": 1e3 * alone,
+                "alone_ms": 1e3 * unsharded,
                 "sharded_ms": 1e3 * sharded,
-                "exchange_ns_an_id": 1e9 * (sharded - alone) / ids,
-                "distinct_share": distinct / ids,
-                "kib_a_step": travelling * row_bytes / 1024,
+                "exchange_ns_an_id": 1e9 * (sharded - unsharded) / num_ids,
+                "distinct_share": num_unique / num_ids,
+                "kib_a_step": num_sent * row_bytes / 1024,
             }
         )
     if rank == 0:
@@ -146,9 +151,9 @@ def _measure(rank: int, folder: str, rounds: int, known: int, shapes: Any, toget
 
 def measure(rounds: int, known: int = KNOWN, shapes: Any = SHAPES) -> dict[str, Any]:
     """Measure on two processes; return a line of results."""
-    together = multiprocessing.get_context("spawn").Barrier(RANKS)
+    barrier = multiprocessing.get_context("spawn").Barrier(RANKS)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (folder, rounds, known, shapes, together)
+        arguments = (folder, rounds, known, shapes, barrier)
         multiprocessing.spawn(_measure, arguments, nprocs=RANKS)
         rows = torch.load(f"{folder}/rows.pt")
     columns = [*rows[0]]
@@ -162,16 +167,16 @@ def measure(rounds: int, known: int = KNOWN, shapes: Any = SHAPES) -> dict[str, 
 
 
 def main() -> int:
-    """Measure, print and keep the result."""
+    """Measure, print and append the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
     given = parser.parse_args()
     line = measure(given.rounds)
-    good = judge("bench_sharding", line)
+    all_met = meets_targets("bench_sharding", line)
     if not given.dry:
         append_result("bench_sharding", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""A whole Lightning step of a DLRM: 26 sparse and 13 dense features, batch 4096.
+"""Training steps of a DLRM under Lightning: 26 sparse and 13 dense features, batch 4096.
+
+Measures: ``recis_lightning.engine``, ``recis_lightning.optim.sparse_dense``.
 
 Bottom perceptron 512-256-dim, dot interaction, top perceptron 512-256-1. Ours is an
-``EmbeddingEngine`` with ``SparseDenseOptimizer(AdamW, SparseAdam)`` under automatic optimization;
-the peer has ``nn.Embedding(sparse=True)`` tables and two optimizers by hand, which is what torch
-needs for them. A third model is given constant vectors in the place of embeddings: what ours takes
-longer than it is the embeddings' share of the step. In each round each model is fitted for a few
-steps, each round in another order; a step is from the start of a batch to the start of the next, on
-a GPU with all work of the batch before done.
+``EmbeddingEngine`` with ``SparseDenseOptimizer(AdamW, SparseAdam)`` under automatic optimization.
+The peer has ``nn.Embedding(sparse=True)`` tables and two optimizers under manual optimization,
+which torch requires for them. A third model has constant vectors instead of embeddings; the
+difference in time between ours and this model is the embeddings' share of the step. Each round
+trains each model for a few steps, and rotates the order of the models. A step lasts from the start
+of a batch to the start of the next; on a GPU all work of the previous batch is finished first.
 
     python benchmarks/bench_training.py [--rounds N] [--dim D ...] [--device D] [--dry]
 """
@@ -41,12 +43,12 @@ from benchmarks.harness import (
     print_table,
     use_device,
 )
-from benchmarks.targets import judge
+from benchmarks.targets import meets_targets
 from recis_lightning import EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 
 NUM_SPARSE, NUM_DENSE, BATCH, LR = 26, 13, 4096, 1e-3
-WARMUP, STEPS = 4, 16  # of a fit
+WARMUP, STEPS = 4, 16  # per fit
 
 
 def perceptron(sizes: list[int]) -> nn.Sequential:
@@ -57,7 +59,7 @@ def perceptron(sizes: list[int]) -> nn.Sequential:
 
 
 class DLRM(L.LightningModule):
-    """The dense part; a subclass says where embeddings come from."""
+    """Dense part of the model; a subclass provides the embeddings."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -89,18 +91,18 @@ class DLRM(L.LightningModule):
 
 
 def initial(dim: int) -> Tensor:
-    """Return the rows that every table starts from."""
+    """Return the initial rows of every table."""
     generator = torch.Generator().manual_seed(2)
     return 0.1 * torch.randn(NUM_IDS, dim, generator=generator, device="cpu")
 
 
 class Ours(DLRM):
-    """Dynamic tables, all ids known."""
+    """DLRM with dynamic tables that know all ids."""
 
     def __init__(self, dim: int, names: list[str]) -> None:
         super().__init__(dim)
         self.engine = EmbeddingEngine({name: EmbeddingOption(dim) for name in names})
-        self.sparse = SparseAdam(hash_tables(self), lr=LR)  # before rows are: none move
+        self.sparse = SparseAdam(hash_tables(self), lr=LR)  # lays out the state before rows exist
         known, rows = torch.arange(NUM_IDS) * SPREAD, initial(dim)
         for table in hash_tables(self):
             table.insert(known, rows)
@@ -113,7 +115,7 @@ class Ours(DLRM):
 
 
 class Static(DLRM):
-    """``nn.Embedding`` tables and two optimizers, stepped by hand."""
+    """DLRM with ``nn.Embedding`` tables and two optimizers under manual optimization."""
 
     def __init__(self, dim: int, names: list[str]) -> None:
         super().__init__(dim)
@@ -142,7 +144,7 @@ class Static(DLRM):
 
 
 class NoEmbeddings(DLRM):
-    """Constant vectors in the place of embeddings; their gradients are computed and thrown away."""
+    """DLRM with constant vectors as embeddings; their gradients are computed and discarded."""
 
     def __init__(self, dim: int, names: list[str]) -> None:
         super().__init__(dim)
@@ -158,7 +160,7 @@ class NoEmbeddings(DLRM):
 
 
 class Clock(L.Callback):
-    """Notes when batches start."""
+    """Callback that records the start times of batches."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -173,10 +175,10 @@ class Clock(L.Callback):
 
 
 def make_batches(data: Data) -> list[dict[str, Any]]:
-    """Return batches with ids for ours, ranks for the peer, dense features and labels."""
+    """Return batches: ids for ours, row numbers for the peer, dense features and labels."""
     batches = []
-    for number, ranks in enumerate(data.ranks):
-        ids = data.features(number)
+    for i, ranks in enumerate(data.ranks):
+        ids = data.features(i)
         label = torch.randint(2, (data.batch,)).float()
         dense = torch.randn(data.batch, NUM_DENSE)
         batches.append({"ids": ids, "ranks": ranks, "dense": dense, "label": label})
@@ -184,7 +186,7 @@ def make_batches(data: Data) -> list[dict[str, Any]]:
 
 
 def fit(model: DLRM, batches: list[dict[str, Any]], num_steps: int) -> list[float]:
-    """Train for a few steps; return the milliseconds of each but the first ones."""
+    """Train for a few steps; return the milliseconds of each after the warm-up."""
     clock = Clock()
     trainer = L.Trainer(
         accelerator="gpu" if is_on_gpu() else "cpu",
@@ -209,7 +211,7 @@ def quiet() -> None:
 
 
 def check(batch: int = 64, dim: int = 8) -> None:
-    """Refuse to time a model that trains wrongly: losses and rows against the peer's."""
+    """Check losses and rows of ours against the peer's."""
     data = Data(NUM_SPARSE, batch, dim)
     batches = make_batches(data)[:3]
     ours, peer = Ours(dim, data.names), Static(dim, data.names)
@@ -220,9 +222,9 @@ def check(batch: int = 64, dim: int = 8) -> None:
     for table, static, ranks in zip(
         hash_tables(ours), peer.tables, batches[0]["ranks"], strict=True
     ):
-        ranks = ranks.cpu()  # where Lightning has left the models
-        found = table.embeddings(ranks * SPREAD)
-        torch.testing.assert_close(found, static.weight.data[ranks], rtol=1e-3, atol=1e-5)
+        ranks = ranks.cpu()  # Lightning has moved the models there
+        rows = table.embeddings(ranks * SPREAD)
+        torch.testing.assert_close(rows, static.weight.data[ranks], rtol=1e-3, atol=1e-5)
 
 
 def measure(dims: list[int], rounds: int) -> dict[str, Any]:
@@ -239,8 +241,8 @@ def measure(dims: list[int], rounds: int) -> dict[str, Any]:
         models = {name: kind(dim, data.names) for name, kind in kinds.items()}
         times: dict[str, list[float]] = {name: [] for name in models}
         names = [*models]
-        for number in range(rounds):
-            shift = number % len(names)
+        for i in range(rounds):
+            shift = i % len(names)
             for name in names[shift:] + names[:shift]:
                 times[name] += fit(models[name], batches, WARMUP + STEPS)
         ms = {name: median(values) for name, values in times.items()}
@@ -257,8 +259,8 @@ def measure(dims: list[int], rounds: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, time and append; return 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description="A whole Lightning step")
+    """Check, time and append the results; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description="Training steps of a DLRM under Lightning")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--dim", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
@@ -268,10 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
     quiet()
     check()
     line = measure(given.dim, given.rounds)
-    good = judge("bench_training", line)
+    all_met = meets_targets("bench_training", line)
     if not given.dry:
         append_result("bench_training", line)
-    return 0 if good else 1
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

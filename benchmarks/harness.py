@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turn, the machine's copy rate, and where results go."""
+"""Tools of all benchmarks: alternating timing, the machine's copy rate, the results files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _device = torch.device("cpu")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Let the command line choose where tables, ids and peers are."""
-    where = "where tables, ids and peers are; times on 'cuda' are by CUDA events"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=where)
+    """Add the option ``--device``."""
+    text = "device of tables, ids and peers; CUDA events take the times on 'cuda'"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=text)
 
 
 def use_device(name: str) -> torch.device:
-    """Make and time everything on a device from now on.
+    """Create and time everything on a device from now on.
 
     Args:
         name: "cpu" or "cuda".
 
     Raises:
-        SystemExit: There is no such device here.
+        SystemExit: torch finds no such device.
     """
     global _device
     if name == "cuda" and not torch.cuda.is_available():
@@ -49,20 +49,20 @@ def use_device(name: str) -> torch.device:
 
 
 def device() -> torch.device:
-    """Return where everything is."""
+    """Return the device of the benchmark."""
     return _device
 
 
 def is_on_gpu(peer: str = "") -> bool:
-    """Return whether everything is on a GPU; if so, say that a peer of the CPU is left out."""
+    """Return whether the benchmark runs on a GPU; if so, print that a CPU-only peer is skipped."""
     if _device.type == "cuda" and peer:
-        print(f"{peer}: left out, it runs on the CPU alone")
+        print(f"{peer}: skipped, it runs on the CPU only")
     return _device.type == "cuda"
 
 
 @contextmanager
 def no_default_device() -> Iterator[None]:
-    """Run torch as it is: a default device costs every call from Python a microsecond or two."""
+    """Unset torch's default device: it adds a microsecond or two to every call from Python."""
     chosen = torch.get_default_device() if _device.type == "cuda" else None
     if chosen is not None:
         torch.set_default_device(None)
@@ -74,22 +74,22 @@ def no_default_device() -> Iterator[None]:
 
 
 def stopwatch(timed: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the milliseconds that a call takes, on a GPU between CUDA events, and its result."""
+    """Return a call's duration in ms, on a GPU measured with CUDA events, and its result."""
     with no_default_device():
         if _device.type == "cpu":
             start = time.perf_counter()
-            made = timed()
-            return 1e3 * (time.perf_counter() - start), made
+            result = timed()
+            return 1e3 * (time.perf_counter() - start), result
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        made = timed()
+        result = timed()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end), made
+        return begin.elapsed_time(end), result
 
 
 def _gpu() -> dict[str, Any]:
-    """Return what figures of a GPU belong to."""
+    """Return the GPU and the versions of CUDA and Triton."""
     import triton
 
     name = torch.cuda.get_device_name()
@@ -97,7 +97,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Return the commit, the machine and the versions that figures belong to."""
+    """Return the commit, the machine and the versions of a measurement."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
@@ -137,21 +137,23 @@ def append_result(benchmark: str, figures: dict[str, Any]) -> None:
 def time_in_turn(
     contenders: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2
 ) -> dict[str, float]:
-    """Return each contender's median milliseconds; every round runs all of them, in another order.
+    """Return each contender's median milliseconds.
+
+    Every round runs all contenders, and rotates their order.
 
     Args:
-        contenders: Name -> what to time.
-        rounds: How often each runs.
-        warmup: Untimed rounds first.
+        contenders: Name -> function to time.
+        rounds: Number of timed runs of each.
+        warmup: Number of untimed rounds before them.
     """
     names = [*contenders]
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warmup, rounds):
-        shift = number % len(names)
+    for i in range(-warmup, rounds):
+        shift = i % len(names)
         for name in names[shift:] + names[:shift]:
-            elapsed_ms, made = stopwatch(contenders[name])
-            del made
-            if number >= 0:
+            elapsed_ms, result = stopwatch(contenders[name])
+            del result
+            if i >= 0:
                 times[name].append(elapsed_ms)
     return {name: median(values) for name, values in times.items()}
 
@@ -159,33 +161,33 @@ def time_in_turn(
 def time_prepared(
     contenders: dict[str, Callable[[], Callable[[], Any]]], rounds: int, warmup: int = 1
 ) -> dict[str, float]:
-    """Return median milliseconds as ``time_in_turn`` does, of what needs a fresh start each time.
+    """Return medians as ``time_in_turn`` does; each run has an untimed preparation.
 
     Args:
-        contenders: Name -> prepares one run, untimed, and returns what to time. What the timed part
-            returns is freed after its time is taken.
-        rounds: How often each runs.
-        warmup: Rounds first that do not count.
+        contenders: Name -> function that prepares one run, untimed, and returns the function to
+            time. The result of the timed function is freed outside the timed part.
+        rounds: Number of timed runs of each.
+        warmup: Number of untimed rounds before them.
     """
     names = [*contenders]
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warmup, rounds):
-        shift = number % len(names)
+    for i in range(-warmup, rounds):
+        shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             timed = contenders[name]()
-            elapsed_ms, made = stopwatch(timed)
-            del timed, made
-            if number >= 0:
+            elapsed_ms, result = stopwatch(timed)
+            del timed, result
+            if i >= 0:
                 times[name].append(elapsed_ms)
     return {name: median(values) for name, values in times.items()}
 
 
 def copy_gb_per_s(num_bytes: int = 1 << 28, rounds: int = 7) -> float:
-    """Measure the device's copy rate: bytes read plus bytes written, by all of torch's threads."""
+    """Measure the device's copy rate, bytes read plus bytes written, with all torch threads."""
     source = torch.ones(num_bytes // 4)
     target = torch.empty_like(source)
-    spent = time_in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"]
-    return 2 * num_bytes / spent / 1e6
+    copy_ms = time_in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"]
+    return 2 * num_bytes / copy_ms / 1e6
 
 
 def zipf_ranks(
@@ -204,7 +206,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print rows under columns, numbers to three significant digits."""
+    """Print a table; floats have three significant digits."""
     shown = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in r] for r in rows]
     widths = [max(len(line[i]) for line in [columns, *shown]) for i in range(len(columns))]
     print(f"\n{title}")

@@ -1,6 +1,6 @@
-"""TorchRec's managed-collision ``EmbeddingBagCollection``, the peer with a table of bounded size.
+"""TorchRec's managed-collision ``EmbeddingBagCollection``, a peer with tables of fixed size.
 
-It remaps ids to slots of a table of fixed size, in Python over torch ops, before it looks them up.
+It remaps ids to the slots of a table, in Python with torch ops, before the lookup.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EVICTION_INTERVAL = 2  # batches between its decisions which ids own a slot
+EVICTION_INTERVAL = 2  # batches between updates of the mapping from ids to slots
 
 
 class ManagedCollision:
-    """Tables with a slot for every id and one to spare, warmed up on all batches.
+    """Tables with a slot for every id and one spare slot, warmed up on all batches.
 
     Args:
         names: Features, each with its own table.
         embedding_dim: Size of a row.
-        num_ids: Ids a feature.
-        batches: For each batch, int64 [batch] a feature.
+        num_ids: Ids per feature.
+        batches: For each batch and feature, int64 [batch].
 
     Raises:
         ImportError: TorchRec or FBGEMM is not installed.
@@ -37,7 +37,7 @@ class ManagedCollision:
     ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import fbgemm_gpu  # noqa: F401 - its ops must be there before TorchRec
+            import fbgemm_gpu  # noqa: F401 - registers its ops before TorchRec
             import torchrec
             from torchrec.modules import mc_modules
             from torchrec.modules.mc_embedding_modules import (
@@ -75,14 +75,14 @@ class ManagedCollision:
             )
             for batch in batches
         ]
-        self.number = 0
+        self.num_lookups = 0
         for _ in range(max(len(batches), EVICTION_INTERVAL)):
             self.look_up()
 
     def look_up(self) -> Any:
-        """Look one batch up in the module's mode; return its outputs and remapped features."""
-        batch = self.batches[self.number % len(self.batches)]
-        self.number += 1
+        """Look up one batch in the module's mode; return the outputs and the remapped features."""
+        batch = self.batches[self.num_lookups % len(self.batches)]
+        self.num_lookups += 1
         return self.module(batch)
 
     def reader(self) -> Callable[[], Any]:
@@ -91,7 +91,7 @@ class ManagedCollision:
         return torch.no_grad()(self.look_up)
 
     def num_slots(self, batch: Sequence[Tensor]) -> list[int]:
-        """Return how many slots the ids of a batch fill, by feature, evaluation mode."""
+        """Return the number of slots that a batch's ids fill, for each feature."""
         self.module.eval()
         features = self.module(self.batches[0])[1]
         assert len(batch) == len(features.keys())

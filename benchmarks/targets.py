@@ -1,4 +1,4 @@
-"""What the benchmarks are to reach, and how a figure is read from a line of their results."""
+"""Targets of the benchmarks, and readers of the figures in a line of their results."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ class Target:
     """One figure and its bound.
 
     Attributes:
-        benchmark: Whose results hold it.
-        part: Which of their lines.
-        what: What is measured, in words.
-        read: Takes the figure from a line; None where the peer was missing.
-        bound: What it is to reach, None where nothing was promised.
-        least: Whether the figure is to be at least the bound (else at most).
-        unit: What the figure counts; "x" for times as fast as the peer.
+        benchmark: Name of the benchmark, and of its results file.
+        part: The benchmark's part that measures it.
+        label: Description of the figure.
+        read: Returns the figure of a line; None if the peer was missing.
+        bound: The bound; None if there is no target.
+        at_least: Whether the bound is a lower one (else an upper one).
+        unit: Unit of the figure; "x" for the speed-up over the peer, "of" for a fraction.
     """
 
     benchmark: str
     part: str
-    what: str
+    label: str
     read: Callable[[Line], float | None]
     bound: float | None = None
-    least: bool = True
+    at_least: bool = True
     unit: str = "x"
 
     def is_met(self, value: float) -> bool:
         """Return whether ``value`` is within the bound."""
         if self.bound is None:
             return True
-        return value >= self.bound if self.least else value <= self.bound
+        return value >= self.bound if self.at_least else value <= self.bound
 
-    def wanted(self) -> str:
-        """Return the bound in words."""
-        return "" if self.bound is None else f"{'>=' if self.least else '<='} {self.bound:g}"
+    def bound_text(self) -> str:
+        """Return the bound with its relation, such as ">= 2"; "" if there is none."""
+        return "" if self.bound is None else f"{'>=' if self.at_least else '<='} {self.bound:g}"
 
 
 def figure(name: str) -> Callable[[Line], float | None]:
-    """Read one of the figures that a line names."""
+    """Return a reader of the line's figure ``name``."""
 
     def read(line: Line) -> float | None:
         value = line["figures"].get(name)
@@ -55,7 +55,7 @@ def figure(name: str) -> Callable[[Line], float | None]:
 
 
 def mean_of(column: int) -> Callable[[Line], float | None]:
-    """Read the geometric mean of a column of the line's table."""
+    """Return a reader of the geometric mean of a column of the line's table."""
 
     def read(line: Line) -> float | None:
         product = 1.0
@@ -67,12 +67,12 @@ def mean_of(column: int) -> Callable[[Line], float | None]:
 
 
 def cell(row: int, column: int) -> Callable[[Line], float | None]:
-    """Read one cell of the line's table."""
+    """Return a reader of one cell of the line's table."""
     return lambda line: float(line["rows"][row][column])
 
 
-def worst(column: int) -> Callable[[Line], float | None]:
-    """Read the largest value of a column of the line's table."""
+def maximum(column: int) -> Callable[[Line], float | None]:
+    """Return a reader of the largest value of a column of the line's table."""
     return lambda line: float(max(row[column] for row in line["rows"]))
 
 
@@ -81,37 +81,47 @@ _UPDATE, _TRAINING, _SAVING = "bench_row_update", "bench_training", "bench_check
 TARGETS = [
     Target(_BAG, "train", "training step / nn.Embedding + SparseAdam", mean_of(3), 5),
     Target(_BAG, "train", "training step / FBGEMM, Adagrad", mean_of(8), 2.5),
-    Target(_BAG, "train", "training step at dim 64 over its limit", cell(1, 5), 2.5, False, "of"),
-    Target(_BAG, "multi_hot", "20 ids a bag / nn.EmbeddingBag + SparseAdam", mean_of(3), 3),
     Target(
-        _BAG, "evaluation", "evaluation lookup, cost / static table", worst(3), 1.3, False, "of"
+        _BAG, "train", "training step at dim 64 / bandwidth limit", cell(1, 5), 2.5, False, "of"
     ),
-    Target(_BAG, "features", "400 features, cost / 26", cell(0, 3), 1.5, False, "of"),
+    Target(_BAG, "multi_hot", "bags of 20 ids / nn.EmbeddingBag + SparseAdam", mean_of(3), 3),
     Target(
-        _BAG, "features", "400 features joined by torch, cost / 26", cell(1, 3), None, False, "of"
+        _BAG, "evaluation", "time of evaluation lookup / static table", maximum(3), 1.3, False, "of"
     ),
+    Target(_BAG, "features", "time of 400 features / 26", cell(0, 3), 1.5, False, "of"),
+    Target(_BAG, "features", "time of 400 features, torch.cat / 26", cell(1, 3), None, False, "of"),
     Target(_INDEX, "find", "find in 10M ids / C++ map, two threads", figure("ratio"), 2),
     Target(_INDEX, "find", "find in 10M ids / C++ map, one thread", figure("ratio_one"), 2),
     Target(_INDEX, "insert", "insert 10M ids / C++ map", figure("ratio"), 10),
     Target(_INDEX, "insert", "insert 10M ids / C++ map with reserve", figure("ratio_reserved")),
-    Target(_INDEX, "insert", "insert 10M ids, rows too / C++ map", figure("ratio_rows")),
+    Target(_INDEX, "insert", "insert 10M ids with rows / C++ map", figure("ratio_rows")),
     Target(_UPDATE, "adam", "row update / torch.optim.SparseAdam", figure("ratio")),
     Target(_UPDATE, "adagrad", "row update / torch.optim.Adagrad", figure("ratio")),
     Target(_UPDATE, "sgd", "row update / torch.optim.SGD", figure("ratio")),
     Target(_TRAINING, "lightning", "Lightning step, DLRM / nn.Embedding", figure("ratio")),
-    Target(_TRAINING, "lightning", "embeddings' share of it", figure("share"), None, False, "of"),
-    Target(_SAVING, "save", "checkpoint saved / safetensors", figure("ratio"), 0.7),
-    Target(_SAVING, "load", "checkpoint loaded / safetensors, in cache", figure("ratio"), 0.7),
-    Target(_SAVING, "cold", "checkpoint loaded / safetensors, from disk", figure("ratio"), 0.7),
-    Target(_SAVING, "state_dict save", "state_dict saved / safetensors", figure("ratio")),
-    Target(_SAVING, "state_dict load", "state_dict loaded / safetensors", figure("ratio")),
+    Target(
+        _TRAINING,
+        "lightning",
+        "embeddings' share of the Lightning step",
+        figure("share"),
+        None,
+        False,
+        "of",
+    ),
+    Target(_SAVING, "save", "save checkpoint / safetensors", figure("ratio"), 0.7),
+    Target(_SAVING, "load", "load checkpoint / safetensors, in cache", figure("ratio"), 0.7),
+    Target(_SAVING, "cold", "load checkpoint / safetensors, from disk", figure("ratio"), 0.7),
+    Target(_SAVING, "state_dict save", "save state_dict / safetensors", figure("ratio")),
+    Target(_SAVING, "state_dict load", "load state_dict / safetensors", figure("ratio")),
     Target(_FILTER, "evict", "evict 1M of 10M rows", figure("seconds"), 0.5, False, "s"),
-    Target("bench_memory", "grow", "peak memory over payload", figure("peak"), 1.35, False, "of"),
-    Target("bench_memory", "grow", "longest step on the way up", figure("longest"), 2, False, "s"),
+    Target("bench_memory", "grow", "peak memory / payload", figure("peak"), 1.35, False, "of"),
+    Target(
+        "bench_memory", "grow", "longest step of a growing table", figure("longest"), 2, False, "s"
+    ),
     Target(
         "bench_compaction",
         "shrink",
-        "nbytes given back by evicting 9M of 10M rows, of all rows' share",
+        "nbytes freed by evicting 9M of 10M rows / bytes of all rows",
         figure("counted"),
         0.8,
         True,
@@ -120,7 +130,7 @@ TARGETS = [
     Target(
         "bench_compaction",
         "shrink",
-        "resident memory given back, of all rows' share",
+        "resident memory freed by it / bytes of all rows",
         figure("returned"),
         0.8,
         True,
@@ -129,7 +139,7 @@ TARGETS = [
     Target(
         "bench_drift",
         "drift",
-        "growth of bounded tables after warm-up",
+        "growth of bounded tables after the warm-up",
         figure("growth"),
         0.1,
         False,
@@ -138,7 +148,7 @@ TARGETS = [
     Target(
         "bench_drift",
         "drift",
-        "AUC that bounded tables lose on a drifting stream",
+        "AUC loss of bounded tables on a drifting stream",
         figure("auc_lost"),
         0.005,
         False,
@@ -147,7 +157,7 @@ TARGETS = [
     Target(
         "bench_hooks",
         "",
-        "what all three hooks add to the demo's step, of it",
+        "overhead of all three hooks / the demo's step",
         lambda line: float(line["ratio"]["all three"]) - 1,
         0.02,
         False,
@@ -156,7 +166,7 @@ TARGETS = [
     Target(
         "bench_hooks",
         "",
-        "what MetricReportHook adds to it",
+        "overhead of MetricReportHook / the demo's step",
         lambda line: line["ratio"].get("MetricReportHook", 1) - 1,
         0.01,
         False,
@@ -165,14 +175,14 @@ TARGETS = [
 ]
 
 
-def judge(benchmark: str, line: Line) -> bool:
-    """Print which targets a line of results meets; return whether it meets all of its own.
+def meets_targets(benchmark: str, line: Line) -> bool:
+    """Print the targets of a line of results, met or missed; return whether all are met.
 
-    The bounds are those of a CPU: figures of a GPU are not judged by them.
+    The bounds apply to a CPU; figures of a GPU always pass.
     """
-    good = True
+    all_met = True
     if is_on_gpu():
-        return good
+        return all_met
     for target in TARGETS:
         if (target.benchmark, target.part) != (benchmark, line.get("part", "")):
             continue
@@ -180,7 +190,8 @@ def judge(benchmark: str, line: Line) -> bool:
         if value is None or target.bound is None:
             continue
         met = target.is_met(value)
-        good &= met
+        all_met &= met
         verdict = "met" if met else "MISSED"
-        print(f"  {target.what}: {value:.3g} {target.unit}, target {target.wanted()}: {verdict}")
-    return good
+        bound = target.bound_text()
+        print(f"  {target.label}: {value:.3g} {target.unit}, target {bound}: {verdict}")
+    return all_met

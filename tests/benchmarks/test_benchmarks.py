@@ -1,4 +1,7 @@
+import ast
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,14 +24,14 @@ from benchmarks import (
     summary,
 )
 from benchmarks.harness import ROOT, time_prepared
-from benchmarks.targets import TARGETS, Target, figure, judge, mean_of
+from benchmarks.targets import TARGETS, Target, figure, mean_of, meets_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 
 
 @pytest.fixture
 def few_ids(monkeypatch):
-    """Shrink the tables that benchmarks of whole steps share."""
+    """Reduce the number of ids in the benchmarks of training steps."""
     for module in (bench_embedding_bag, bench_row_update, bench_training):
         monkeypatch.setattr(module, "NUM_IDS", 300)
 
@@ -69,18 +72,18 @@ def test_hash_index_agrees_with_the_map_and_a_dict(tmp_path, monkeypatch):
     bench_hash_index.check(library, 1000)
 
 
-def test_hash_index_goes_on_without_the_map(monkeypatch, tmp_path, capsys):
+def test_hash_index_runs_without_the_map(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(bench_hash_index, "SOURCE", "no C++")
     assert bench_hash_index.build() is None
-    assert "left out" in capsys.readouterr().out
+    assert "skipped" in capsys.readouterr().out
     bench_hash_index.check(None, 1000)
     line = bench_hash_index.find(None, 1000, 1)
     assert line["figures"] == {}
-    assert judge("bench_hash_index", line)
+    assert meets_targets("bench_hash_index", line)
 
 
-def test_filter_evicts_the_old_and_keeps_the_young():
+def test_filter_evicts_old_ids_and_keeps_young_ones():
     bench_filter.check(2000)
 
 
@@ -92,18 +95,18 @@ def test_memory_grows_as_torch_trains():
     bench_memory.check()
 
 
-def test_drift_learns_under_every_policy(tmp_path):
+def test_drift_learns_with_every_policy(tmp_path):
     bench_drift.check()
     line, runs = bench_drift.measure(num_events=8000, batch=1000)
     assert [row[0] for row in line["rows"]] == [*bench_drift.POLICIES]
     assert abs(line["figures"]["auc_lost"]) < 0.5
-    bench_drift.picture(runs, 1000, tmp_path / "drift.png")
+    bench_drift.chart(runs, 1000, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", [*bench_compaction.POLICIES])
-def test_compaction_gives_back_and_keeps_the_rest(name):
+def test_compaction_frees_memory_and_keeps_the_rest(name):
     shrunk = bench_compaction.shrink(300_000, name)
     assert shrunk["counted"] > 0.8
 
@@ -115,12 +118,12 @@ def test_memory_measures_a_child():
     assert grown["nbytes"] > 3000 * bench_memory.PAYLOAD
 
 
-def test_time_prepared_leaves_preparation_out(monkeypatch):
+def test_time_prepared_excludes_preparation(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: now[0])
 
     def prepare(seconds):
-        def made():
+        def prepare_run():
             now[0] += 100
 
             def timed():
@@ -128,7 +131,7 @@ def test_time_prepared_leaves_preparation_out(monkeypatch):
 
             return timed
 
-        return made
+        return prepare_run
 
     assert time_prepared({"a": prepare(1), "b": prepare(2)}, 3) == {"a": 1e3, "b": 2e3}
 
@@ -149,7 +152,7 @@ class FakeEvent:
         return end.at - self.at
 
 
-def test_a_gpu_is_timed_between_its_events(monkeypatch):
+def test_a_gpu_is_timed_with_events(monkeypatch):
     def take(ms):
         FakeEvent.now += ms
 
@@ -163,18 +166,18 @@ def test_a_gpu_is_timed_between_its_events(monkeypatch):
     assert bench_cuda_step.event_ms(lambda: take(2), 20) == 2
 
 
-def test_a_gpu_is_not_judged_by_the_bounds_of_a_cpu(monkeypatch, capsys, tmp_path):
+def test_bounds_of_a_cpu_do_not_apply_to_a_gpu(monkeypatch, capsys, tmp_path):
     line = {"part": "evict", "figures": {"seconds": 100.0}}
-    assert not judge("bench_filter", line)
+    assert not meets_targets("bench_filter", line)
     monkeypatch.setattr(harness, "_device", torch.device("cuda"))
-    assert judge("bench_filter", line)
+    assert meets_targets("bench_filter", line)
     lines = [{**line, "device": "cpu"}, {**line, "device": "cuda", "figures": {"seconds": 0.1}}]
     text = "\n".join(json.dumps(one) for one in lines)
     (tmp_path / "bench_filter.jsonl").write_text(text)
     assert summary.newest_lines(tmp_path)["bench_filter", "evict"] == lines[0]
     capsys.readouterr()
     assert harness.is_on_gpu("FBGEMM")
-    assert capsys.readouterr().out == "FBGEMM: left out, it runs on the CPU alone\n"
+    assert capsys.readouterr().out == "FBGEMM: skipped, it runs on the CPU only\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -204,7 +207,9 @@ def test_targets_read_figures_and_tables():
     assert mean_of(1)({"rows": [["a", float("nan")]]}) is None
     assert Target("a", "", "", mean_of(1), 2, False).is_met(2)
     assert not Target("a", "", "", mean_of(1), 2).is_met(1.9)
-    assert len({(target.benchmark, target.part, target.what) for target in TARGETS}) == len(TARGETS)
+    assert len({(target.benchmark, target.part, target.label) for target in TARGETS}) == len(
+        TARGETS
+    )
 
 
 def test_summary_shows_the_newest_lines(tmp_path):
@@ -226,8 +231,29 @@ def test_summary_shows_the_newest_lines(tmp_path):
     assert (tmp_path / "benchmarks.png").stat().st_size > 5000
 
 
-def test_judge_says_what_is_missed(capsys):
+def test_missed_targets_are_printed(capsys):
     line = {"part": "evict", "figures": {"seconds": torch.tensor(0.75).item()}}
-    assert not judge("bench_filter", line)
+    assert not meets_targets("bench_filter", line)
     assert "0.75 s, target <= 0.5: MISSED" in capsys.readouterr().out
     assert summary.entries({}) == []
+
+
+def test_benchmarks_name_the_modules_they_measure():
+    measured, listed = {}, {}
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        paragraphs = [p for p in docstring.split("\n\n") if p.startswith("Measures: ")]
+        assert len(paragraphs) == 1, path.name
+        measured[path.stem] = re.findall(r"``recis_lightning\.([\w.]+)``", paragraphs[0])
+    for row in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines():
+        if row.startswith("| `bench_"):
+            name, _, modules = row.strip("| ").split(" | ")
+            listed[name.strip("`")] = re.findall(r"`([\w.]+)`", modules)
+    assert listed == measured
+    named = {module for modules in measured.values() for module in modules}
+    for module in named:
+        assert importlib.util.find_spec(f"recis_lightning.{module}") is not None, module
+    ops = ROOT / "recis_lightning" / "ops"
+    contracts = {path.stem for path in (ops / "reference").glob("*.py")}
+    contracts &= {path.stem for path in ops.glob("*.py")} - {"__init__"}
+    assert {f"ops.{name}" for name in contracts} <= named
