@@ -1,18 +1,28 @@
 """RecIS's training hooks and dynamic embedding tables for PyTorch Lightning."""
 
+import sys
+
 from recis_lightning import checkpoint, trainer_bridge
+from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
 from recis_lightning.jagged import Jagged
 from recis_lightning.metrics import GAUC, add_metric
 from recis_lightning.monitoring.report import TableReport, report
+from recis_lightning.table import hash_table
 from recis_lightning.table.averaged_model import share_tables_with_averaged_models
 from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.saving import TableSaving
 
 __version__ = "0.1.0"
 
 share_tables_with_averaged_models()
 trainer_bridge.register()
+TableSaving.take_up = SHARD_LOADER.load  # type: ignore[assignment]
+
+# Pickles of 0.1.0 name modules by paths they had then.
+for _path, _module in {"hash_table": hash_table}.items():
+    sys.modules[f"{__name__}.{_path}"] = _module
 
 __all__ = [
     "GAUC",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,21 +11,16 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from recis_lightning.callbacks.hook import Hook
-from recis_lightning.checkpoint import new_save_id, remove_shards, sync_folder, write_shards
-from recis_lightning.checkpoint.chunks import Advance
-from recis_lightning.checkpoint.progress import (
-    SHOWN_AFTER_SECONDS,
-    Progress,
-    no_progress,
-    progress_bar,
-)
-from recis_lightning.checkpoint.reader import FOLDER_SUFFIX, KEY, Source, note_loaded
+from recis_lightning.callbacks.save_interception import intercept_saves
+from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_folder, wrap_io
+from recis_lightning.callbacks.trainer_progress import trainer_progress
+from recis_lightning.checkpoint.commit import COMMIT_KEY, Commit, new_save_id
+from recis_lightning.checkpoint.reader import CheckpointReader
+from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
+from recis_lightning.checkpoint.writer import write_shards
 from recis_lightning.distributed import collectives
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable, hash_tables
@@ -37,6 +28,8 @@ from recis_lightning.table.hash_table import HashTable, hash_tables
 __all__ = ["CheckpointHook"]
 
 _log = logging.getLogger(__name__)
+
+_KEY = "_recis_lightning_save"
 
 
 class CheckpointHook(Hook):
@@ -63,131 +56,138 @@ class CheckpointHook(Hook):
     def __init__(self) -> None:
         super().__init__()
         self._module: LightningModule | None = None
-        self._loaded: Source | None = None
-        self._failing = False
+        self._loaded: CheckpointReader | None = None
+        self._save: _ShardedSave | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take part in the Trainer's saving, loading and removing, from now on."""
+        """Take part in the Trainer's saving, loading and removing of checkpoints, to its end."""
         strategy = trainer.strategy
         if type(strategy).save_checkpoint is not Strategy.save_checkpoint:
             raise MisconfigurationException(
                 f"CheckpointHook: {type(strategy).__name__} writes checkpoints in its own way, and "
                 "tables would not be in them; use strategy='ddp' (or one device)"
             )
-        self._module, self._loaded, self._failing = pl_module, None, False
-        saving = vars(trainer).get(_OURS)
-        if saving is None:
-            saving = vars(trainer)[_OURS] = _ShardedSave(trainer)
-            vars(trainer)["save_checkpoint"] = saving
-        saving.hook = self
-        _insert(strategy, self, saving)
+        self._module, self._loaded = pl_module, None
+        self._save = vars(trainer).setdefault(_KEY, _ShardedSave(trainer))
+        self._save.failing = False
+        intercept_saves(trainer, self._save, innermost=True)
+        wrap_io(strategy, self.load, self._save.pending)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the optimizers, made since, go on with the state that was loaded."""
-        source, self._loaded = self._loaded, None
-        if source is not None:
-            source.check_tables(_named(pl_module, source), strict=True)
+        """Check that the optimizers, made since, keep the state that was loaded."""
+        reader, self._loaded = self._loaded, None
+        if reader is not None:
+            reader.check_tables(_tables_to_load(pl_module, reader), strict=True)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save nothing more: other ranks may be elsewhere."""
-        self._failing = True
+        if self._save is not None:
+            self._save.failing = True
 
     def load(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Let the module's tables take up their rows, before Lightning restores the rest.
+        """Load the module's tables, before Lightning restores the rest of a checkpoint.
 
         Args:
-            path: Of Lightning's checkpoint.
-            checkpoint: What it holds.
+            path: Lightning's file.
+            checkpoint: Its content.
         """
-        commit = checkpoint.get(KEY)
+        commit = checkpoint.get(COMMIT_KEY)
         if commit is None or self._module is None:
             return
-        source = collectives.run_on_all_ranks(lambda: Source.of_commit(path, commit))
-        own = _named(self._module, source)
-        source.load(own, strict=False, progress=_progress(self._module.trainer))
-        note_loaded(commit, own.values())
-        self._loaded = source
+        reader = collectives.run_on_all_ranks(
+            lambda: CheckpointReader.of_lightning(path, checkpoint)
+        )
+        tables = _tables_to_load(self._module, reader)
+        reader.load(tables, strict=False, progress=trainer_progress(self._module.trainer))
+        SHARD_LOADER.note_loaded(commit, tables.values())
+        self._loaded = reader
 
 
-_OURS = "_recis_lightning_save"
+def _tables_to_load(module: LightningModule, reader: CheckpointReader) -> dict[str, HashTable]:
+    """Return the module's tables by name; unless it loads strictly, those that were saved."""
+    tables = {table.name: table for table in hash_tables(module)}
+    if module.strict_loading:
+        return tables
+    return {name: table for name, table in tables.items() if name in reader.names()}
 
 
 class _ShardedSave:
-    """Stands in for ``trainer.save_checkpoint``: rows go to files first, states refer to them.
+    """Interceptor of saves: rows are written to shards first, and states refer to these.
 
-    Lightning calls no callback when it saves weights only, and tells none the path.
+    One for each Trainer, whatever number of hooks it has.
+
+    Attributes:
+        failing: Whether a rank failed, and nothing is to be saved.
+        pending: Saves whose main file is not written yet.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.hook: CheckpointHook
-        self.unfinished = _Unfinished()
-        self._trainer, self._save = trainer, trainer.save_checkpoint
+        self.failing = False
+        self.pending = PendingSaves()
+        self._trainer = trainer
 
-    def __call__(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+    def __call__(
+        self, save: Callable[..., None], filepath: str | Path, *args: Any, **kwargs: Any
+    ) -> None:
         trainer = self._trainer
         tables = [] if trainer.lightning_module is None else hash_tables(trainer.lightning_module)
         if not tables:
-            self._save(filepath, *args, **kwargs)
+            save(filepath, *args, **kwargs)
             return
-        if self.hook._failing and trainer.world_size > 1:
+        if self.failing and trainer.world_size > 1:
             _log.warning("Not saved, because a rank failed: %s", filepath)
             return
-        path = _local(filepath)
-        folder = _folder(path)
-        save_id = new_save_id()
+        path, save_id = local_path(filepath), new_save_id()
+        folder = shard_folder(path)
         if trainer.is_global_zero:
-            self.unfinished.begin(save_id, path)
+            self.pending.begin(save_id, path)
         try:
-            commit = write_shards(folder, tables, folder.name, _progress(trainer), save_id)
-            self._write_main(tables, commit.to_state(), filepath, *args, **kwargs)
+            commit = write_shards(folder, tables, folder.name, trainer_progress(trainer), save_id)
+            with _states_refer_to(commit, tables), _errors_on_all_ranks(trainer.strategy):
+                save(filepath, *args, **kwargs)
         except BaseException:
-            self.unfinished.give_up(save_id)
+            self.pending.abandon(save_id)
             raise
-
-    def _write_main(
-        self,
-        tables: list[HashTable],
-        commit: dict[str, Any],
-        filepath: str | Path,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Let Lightning write its file, with tables' states that refer to the shards."""
-        for table in tables:
-            table.reference = {
-                "schema": table_state.SCHEMA,
-                "name": table.name,
-                "embedding_dim": table.embedding_dim,
-                table_state.REFERENCE: commit,
-            }
-        try:
-            with _failing_together(self._trainer.strategy):
-                self._save(filepath, *args, **kwargs)
-        finally:
-            for table in tables:
-                table.reference = None
 
 
 @contextmanager
-def _failing_together(strategy: Strategy) -> Iterator[None]:
-    """Tell all ranks if one could not save; they would wait for it until they time out.
+def _states_refer_to(commit: Commit, tables: list[HashTable]) -> Iterator[None]:
+    """Let the states of tables refer to shards, in place of rows."""
+    state = commit.to_state()
+    for table in tables:
+        table.reference = {
+            "schema": table_state.SCHEMA,
+            "name": table.name,
+            "embedding_dim": table.embedding_dim,
+            table_state.REFERENCE: state,
+        }
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.reference = None
 
-    What Lightning does first, asking callbacks and module what they have to save, may fail too.
+
+@contextmanager
+def _errors_on_all_ranks(strategy: Strategy) -> Iterator[None]:
+    """Raise on all ranks if one cannot save; they would wait for it until they time out.
+
+    Before Lightning writes, callbacks and module return their states: this may fail on one rank.
     """
-    write, told = strategy.save_checkpoint, False
+    write, reached = strategy.save_checkpoint, False
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        nonlocal told
-        told = True
+        nonlocal reached
+        reached = True
         collectives.run_on_all_ranks(lambda: write(*args, **kwargs))
 
     vars(strategy)["save_checkpoint"] = save_checkpoint
     try:
         yield
     except Exception as error:
-        if not told:
+        if not reached:
             collectives.run_on_all_ranks(partial(_raise, error))
         raise
     finally:
@@ -196,194 +196,3 @@ def _failing_together(strategy: Strategy) -> Iterator[None]:
 
 def _raise(error: Exception) -> None:
     raise error
-
-
-class _Unfinished:
-    """Saves of whose shards no main file knows yet; rank 0's, which writes these files.
-
-    The main file may be written on another thread, and later: until then other saves leave the
-    shards alone, and what was given up meanwhile is not written any more.
-    """
-
-    def __init__(self) -> None:
-        self._mains: dict[str, Path] = {}  # by save_id
-        self._given_up: set[str] = set()
-        self._lock = threading.Lock()
-
-    def begin(self, save_id: str, main: Path) -> None:
-        """Note a save that will write the file ``main``."""
-        with self._lock:
-            self._mains[save_id] = main
-
-    def finish(self, save_id: str, temporary: Path, main: Path) -> bool:
-        """Give a main file its name; return False if the save was given up, and the file goes."""
-        with self._lock:
-            if save_id in self._given_up:
-                temporary.unlink()
-                return False
-            temporary.replace(main)
-            self._mains.pop(save_id, None)
-            return True
-
-    def give_up(self, save_id: str) -> None:
-        """Remove the shards of a save, unless its main file is there: then it is a checkpoint."""
-        with self._lock:
-            main = self._mains.pop(save_id, None)
-            if main is not None:
-                self._given_up.add(save_id)
-                remove_shards(_folder(main), only=save_id)
-
-    def give_up_main(self, main: Path) -> None:
-        """Give up the saves that would still write the file ``main``."""
-        with self._lock:
-            late = [save_id for save_id, file in self._mains.items() if file == main]
-        for save_id in late:
-            self.give_up(save_id)
-
-    def remove_others(self, folder: Path, *kept: str) -> None:
-        """Remove a folder's shards, but for those of unfinished saves, and of saves to keep."""
-        with self._lock:  # no save begins meanwhile, of which there are files
-            remove_shards(folder, kept=(*kept, *self._mains))
-
-
-class _ShardIO(CheckpointIO):
-    """The innermost ``CheckpointIO``: knows when Lightning's file is whole, is read, and goes."""
-
-    def __init__(self, io: CheckpointIO, hook: CheckpointHook, saving: _ShardedSave) -> None:
-        self.io, self.hook, self.saving = io, hook, saving
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Write the file that makes the shards a checkpoint; then those it replaces go."""
-        state = _referred(checkpoint)
-        if state is None:
-            self.io.save_checkpoint(checkpoint, path, storage_options=storage_options)
-            return
-        target, save_id, saves = _local(path), state["save_id"], self.saving.unfinished
-        # A file of its own first: Lightning's is copied here from elsewhere.
-        temporary = target.with_name(f"{target.name}.{save_id}.part")
-        try:
-            self.io.save_checkpoint(
-                {**checkpoint, KEY: state}, str(temporary), storage_options=storage_options
-            )
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            if not saves.finish(save_id, temporary, target):
-                return
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            saves.give_up(save_id)
-            raise
-        sync_folder(target.parent)
-        for unfinished in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
-            unfinished.unlink(missing_ok=True)
-        saves.remove_others(_folder(target), save_id)
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read the file, and let tables take up their rows."""
-        checkpoint: dict[str, Any] = collectives.run_on_all_ranks(
-            lambda: self.io.load_checkpoint(path, *args, **kwargs)
-        )
-        self.hook.load(Path(path), checkpoint)
-        return checkpoint
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the file, then its shards; what would be written there later is not."""
-        main, saves = _local(path), self.saving.unfinished
-        saves.give_up_main(main)
-        self.io.remove_checkpoint(path)
-        folder = _folder(main)
-        if folder.is_dir():
-            saves.remove_others(folder)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-    def teardown(self) -> None:
-        """See ``CheckpointIO``."""
-        self.io.teardown()
-
-
-def _insert(strategy: Strategy, hook: CheckpointHook, saving: _ShardedSave) -> None:
-    """Put a ``_ShardIO`` around what writes files; plugins that wrap it stay outside."""
-    outer: _WrappingCheckpointIO | None = None
-    io: Any = strategy.checkpoint_io
-    while isinstance(io, _WrappingCheckpointIO):
-        outer, io = io, io.checkpoint_io
-    if isinstance(io, _ShardIO):
-        io.hook, io.saving = hook, saving
-    elif outer is None:
-        strategy.checkpoint_io = _ShardIO(io, hook, saving)
-    else:
-        outer._checkpoint_io = _ShardIO(io, hook, saving)
-
-
-def _referred(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the commit that tables' states refer to, and let all refer to one object."""
-    found: dict[str, Any] | None = None
-    for states in checkpoint.values():
-        for state in states.values() if isinstance(states, dict) else ():
-            if isinstance(state, dict) and table_state.REFERENCE in state:
-                found = found or state[table_state.REFERENCE]
-                state[table_state.REFERENCE] = found
-    return found
-
-
-def _named(module: LightningModule, source: Source) -> dict[str, HashTable]:
-    """Return the tables to load, by name."""
-    own = {table.name: table for table in hash_tables(module)}
-    if module.strict_loading:
-        return own
-    return {name: table for name, table in own.items() if name in source.names()}
-
-
-def _folder(path: Path) -> Path:
-    return path.with_name(path.name + FOLDER_SUFFIX)
-
-
-def _local(path: str | Path) -> Path:
-    text = os.fspath(path)
-    if "://" in text and not text.startswith("file://"):
-        raise ValueError(
-            f"filepath: with CheckpointHook expected a local file, got {text!r}: every rank writes "
-            "files beside it"
-        )
-    return Path(os.path.abspath(text.removeprefix("file://")))
-
-
-def _progress(trainer: Trainer) -> Progress:
-    """Return what shows progress beside the Trainer's own bar."""
-    bar = trainer.progress_bar_callback
-    if not isinstance(bar, RichProgressBar | TQDMProgressBar) or bar.is_disabled:
-        return no_progress
-    if isinstance(bar, RichProgressBar) and bar.progress is not None:
-        return _RichTask(bar).show
-    return progress_bar
-
-
-class _RichTask:
-    """A line more in Lightning's rich display, in MB."""
-
-    def __init__(self, bar: RichProgressBar) -> None:
-        self._display: Any = bar.progress
-
-    @contextmanager
-    def show(self, description: str, total_bytes: int) -> Iterator[Advance]:
-        """See ``progress.Progress``."""
-        display, since, done, task = self._display, time.monotonic(), 0, None
-
-        def advance(more: int) -> None:
-            nonlocal done, task
-            done += more
-            if task is None and time.monotonic() - since >= SHOWN_AFTER_SECONDS:
-                task = display.add_task(f"{description} (MB)", total=total_bytes // 10**6)
-            if task is not None:
-                display.update(task, completed=done // 10**6)
-                display.refresh()  # Lightning's display does not by itself
-
-        try:
-            yield advance
-        finally:
-            if task is not None:
-                display.remove_task(task)
-                display.refresh()

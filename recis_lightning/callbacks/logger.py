@@ -23,7 +23,7 @@ from typing_extensions import override
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.log_values import log_values, to_host
-from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
+from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.metrics import get_metrics
 
 __all__ = ["LoggerHook", "loss_of"]
@@ -82,8 +82,7 @@ class LoggerHook(Hook):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
-        self._clock.start()
-        TimedSave.attach(trainer, self._clock)
+        self._clock.start(trainer)
 
     @override
     def on_train_batch_end(
@@ -119,8 +118,7 @@ class LoggerHook(Hook):
         self._close(trainer)
 
     def _close(self, trainer: Trainer) -> None:
-        self._clock.stop()
-        TimedSave.detach(trainer, self._clock)
+        self._clock.stop(trainer)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         samples: Any = math.nan if self._num_samples is None else float(self._num_samples)

@@ -15,7 +15,7 @@ from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.log_values import TensorCache, log_histogram, log_values, to_host
 from recis_lightning.callbacks.logger import loss_of
-from recis_lightning.callbacks.training_clock import TimedSave, TrainingClock
+from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.report import TableReport, check_path
@@ -110,8 +110,7 @@ class MetricReportHook(Hook):
         for table in self.monitor.tables:
             if table.eviction is not None:
                 table.track_readmissions()
-        self._clock.start()
-        TimedSave.attach(trainer, self._clock)
+        self._clock.start(trainer)
         self._prepare_next_batch()
 
     @override
@@ -204,8 +203,7 @@ class MetricReportHook(Hook):
             self.monitor.start_batch()
 
     def _close(self, trainer: Trainer) -> None:
-        self._clock.stop()
-        TimedSave.detach(trainer, self._clock)
+        self._clock.stop(trainer)
 
     def _start_evaluation(self) -> None:
         self._eval_batches, self._eval_start = 0, time.perf_counter()

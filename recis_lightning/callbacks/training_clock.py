@@ -1,4 +1,4 @@
-"""How long a Trainer has trained: without validation, sanity check and checkpoint writing."""
+"""Clock of training time, without validation, sanity check and checkpoint writing."""
 
 from __future__ import annotations
 
@@ -8,40 +8,45 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-__all__ = ["TimedSave", "TrainingClock"]
+from recis_lightning.callbacks.save_interception import intercept_saves, release_saves
+
+__all__ = ["TrainingClock"]
 
 
 class TrainingClock:
-    """Seconds spent training: runs between ``start`` and ``stop``, except while paused."""
+    """Seconds a Trainer trains: from ``start`` to ``stop``, without pauses and saves."""
 
     def __init__(self) -> None:
-        self._running = False
+        self._running, self._pauses = False, 0
+        self._elapsed = self._since = 0.0
 
-    def start(self) -> None:
-        """Run from now on, from 0."""
+    def start(self, trainer: Trainer) -> None:
+        """Run from 0, and pause whenever the Trainer saves."""
         self._running, self._pauses, self._elapsed = True, 0, 0.0
         self._since = time.perf_counter()
+        intercept_saves(trainer, self._pause_during)
 
-    def stop(self) -> None:
+    def stop(self, trainer: Trainer) -> None:
         """Run no more."""
         self._running = False
+        release_saves(trainer, self._pause_during)
 
     def mark(self) -> None:
-        """Book the time so far, so that a pause may begin here in retrospect."""
+        """Count the time so far; a pause that begins later may be counted from here."""
         if self._running and not self._pauses:
             now = time.perf_counter()
             self._elapsed += now - self._since
             self._since = now
 
     def pause(self, at_mark: bool = False) -> None:
-        """Leave out what follows, ``at_mark`` from the last mark on."""
+        """Count no time from now on, or ``at_mark`` from the last mark on."""
         if self._running:
             if not at_mark:
                 self.mark()
             self._pauses += 1
 
     def resume(self) -> None:
-        """End a pause; with several, the last one counts."""
+        """End a pause; of several at once, the last one to end counts."""
         if self._running and self._pauses:
             self._pauses -= 1
             if not self._pauses:
@@ -53,47 +58,9 @@ class TrainingClock:
         elapsed, self._elapsed = self._elapsed, 0.0
         return elapsed
 
-
-class TimedSave:
-    """Stands in for ``trainer.save_checkpoint`` while training, and pauses clocks meanwhile.
-
-    Lightning calls no callback after it wrote a checkpoint, nor any at all when it saves
-    weights only.
-    """
-
-    def __init__(self, save: Callable[..., None], replaced: bool) -> None:
-        self._save = save
-        self._replaced = replaced  # the Trainer had one of its own before
-        self._clocks: list[TrainingClock] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save, with all clocks paused."""
-        clocks = list(self._clocks)
-        for clock in clocks:
-            clock.pause()
+    def _pause_during(self, save: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        self.pause()
         try:
-            self._save(*args, **kwargs)
+            save(*args, **kwargs)
         finally:
-            for clock in clocks:
-                clock.resume()
-
-    @classmethod
-    def attach(cls, trainer: Trainer, clock: TrainingClock) -> None:
-        """Pause a clock whenever the Trainer saves."""
-        own = vars(trainer).get("save_checkpoint")
-        if not isinstance(own, cls):
-            own = cls(trainer.save_checkpoint, replaced=own is not None)
-            vars(trainer)["save_checkpoint"] = own
-        own._clocks.append(clock)
-
-    @classmethod
-    def detach(cls, trainer: Trainer, clock: TrainingClock) -> None:
-        """Undo ``attach``."""
-        own = vars(trainer).get("save_checkpoint")
-        if not isinstance(own, cls) or clock not in own._clocks:
-            return
-        own._clocks.remove(clock)
-        if not own._clocks and own._replaced:
-            vars(trainer)["save_checkpoint"] = own._save
-        elif not own._clocks:
-            del vars(trainer)["save_checkpoint"]
+            self.resume()

@@ -1,4 +1,4 @@
-"""Work that is done piece by piece, in threads, while someone watches it advance."""
+"""Work on chunks of data in threads, with a report of the bytes that are done."""
 
 from __future__ import annotations
 
@@ -10,71 +10,73 @@ from contextlib import contextmanager
 
 import torch
 
-Advance = Callable[[int], None]  # takes the number of bytes done since it was last called
+ProgressCallback = Callable[[int], None]  # takes the number of bytes done since its last call
 
-_WATCH_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
-def in_pieces(
-    num_pieces: int,
+def parallel_for(
+    num_chunks: int,
     work: Callable[[int], int],
-    advance: Advance,
-    also: Callable[[], None] | None = None,
-    also_every: int = 0,
+    on_progress: ProgressCallback,
+    on_bytes: Callable[[], None] | None = None,
+    every_bytes: int = 0,
 ) -> None:
-    """Do pieces ``0 ... num_pieces - 1`` in as many threads as torch has; the first error counts.
+    """Work on chunks ``0 ... num_chunks - 1`` in as many threads as torch has.
+
+    The first error stops all threads and is raised.
 
     Args:
-        num_pieces: How many.
-        work: Does one piece, on any thread; returns its bytes.
-        advance: Called on this thread with the bytes done since, now and then.
-        also: Called on this thread meanwhile, each time that many bytes more are done ...
-        also_every: ... at least.
+        num_chunks: Number of chunks.
+        work: Works on one chunk, on any thread; returns its bytes.
+        on_progress: Called on this thread from time to time, with the bytes done since.
+        on_bytes: Called on this thread, while others work, after each ``every_bytes`` or more.
+        every_bytes: Bytes between two calls of ``on_bytes``.
     """
-    numbers = itertools.count()
+    indices = itertools.count()
     done = [0] * max(torch.get_num_threads(), 1)
     stop = threading.Event()
 
     def run(thread: int) -> None:
         try:
-            while not stop.is_set() and (number := next(numbers)) < num_pieces:
-                done[thread] += work(number)
+            while not stop.is_set() and (index := next(indices)) < num_chunks:
+                done[thread] += work(index)
         except BaseException:
             stop.set()
             raise
 
-    if num_pieces <= len(done):
+    if num_chunks <= len(done):
         run(0)
-        advance(sum(done))
+        on_progress(sum(done))
         return
-    told = synced = 0
+    reported = called = 0
     with ThreadPoolExecutor(len(done), "recis_lightning") as threads:
         running = {threads.submit(run, thread) for thread in range(len(done))}
         try:
             while running:
-                ended, running = wait(running, _WATCH_SECONDS, FIRST_EXCEPTION)
+                ended, running = wait(running, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
                 now = sum(done)
-                advance(now - told)
-                told = now
-                if also is not None and now - synced >= also_every:
-                    synced = now
-                    also()
+                on_progress(now - reported)
+                reported = now
+                if on_bytes is not None and now - called >= every_bytes:
+                    called = now
+                    on_bytes()
         finally:
             stop.set()
 
 
 @contextmanager
-def ahead(num_pieces: int, prepare: Callable[[int], None]) -> Iterator[None]:
-    """Prepare pieces, in order, on a thread of its own while something else is done."""
+def prefetch(num_chunks: int, prepare: Callable[[int], None]) -> Iterator[None]:
+    """Prepare chunks, in order, on a thread of its own until the context ends."""
     stop = threading.Event()
 
     def run() -> None:
-        for number in range(num_pieces):
+        for index in range(num_chunks):
             if stop.is_set():
                 return
-            prepare(number)
+            prepare(index)
 
     thread = threading.Thread(target=run, name="recis_lightning", daemon=True)
     thread.start()
@@ -85,4 +87,4 @@ def ahead(num_pieces: int, prepare: Callable[[int], None]) -> Iterator[None]:
         thread.join()
 
 
-__all__ = ["Advance", "ahead", "in_pieces"]
+__all__ = ["ProgressCallback", "parallel_for", "prefetch"]

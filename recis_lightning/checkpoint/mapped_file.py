@@ -1,4 +1,4 @@
-"""A file that is read where the system has it in memory: nothing is copied."""
+"""A memory-mapped file, read without copies and without SIGBUS."""
 
 from __future__ import annotations
 
@@ -14,36 +14,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: map pages now, and say so if that fails
+_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: map pages now, with an error if that fails
 
 
 class MappedFile:
-    """An open file, mapped into memory if the system tells what it cannot read."""
+    """An open file, memory-mapped if the system reports the pages that it cannot read.
+
+    Attributes:
+        mapped: uint8 [size], the file; None where it is read instead.
+
+    Args:
+        file: Its descriptor.
+        path: Its path, for errors.
+        size: Its bytes.
+    """
 
     def __init__(self, file: int, path: Path, size: int) -> None:
         self.file, self.path = file, path
         self.mapped: Tensor | None = None
         with contextlib.suppress(OSError, ValueError):  # a system or file system that cannot
-            # Nobody writes to it; but of memory that is not to be written torch warns.
+            # Nobody writes to it, but torch warns of memory that is read-only.
             memory = mmap.mmap(file, size, access=mmap.ACCESS_COPY)
             mapped = torch.frombuffer(memory, dtype=torch.uint8)
             _populate(mapped.data_ptr(), mmap.PAGESIZE)
             self.mapped = mapped
 
     def bytes_at(self, offset: int, count: int) -> Tensor:
-        """Return bytes of the file, uint8 [count]."""
+        """Return bytes of the file, uint8 [count]; ValueError if it cannot be read to its end."""
         if self.mapped is None or not count:
             data = torch.empty(count, dtype=torch.uint8)
-            fill_from(self.file, bytes_of(data), offset, self.path)
+            read_into(self.file, bytes_of(data), offset, self.path)
             return data
-        try:  # what cannot be read would end the process when it is touched
+        try:  # a page that cannot be read would end the process when it is touched
             self._populate(offset, count)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read to its end ({error})") from None
         return self.mapped[offset : offset + count]
 
-    def read_ahead(self, offset: int, count: int) -> None:
-        """Bring bytes into memory, if they are mapped; what is wrong is said when they are used."""
+    def prefetch(self, offset: int, count: int) -> None:
+        """Bring bytes into memory if they are mapped; errors wait until they are read."""
         if self.mapped is not None and count:
             with contextlib.suppress(OSError):
                 self._populate(offset, count)
@@ -56,7 +65,7 @@ class MappedFile:
 
 def _populate(address: int, count: int) -> None:
     """Map pages now; OSError if one cannot be read, or if the system has no such call."""
-    # Not ``mmap.madvise``, in which no other thread gets its turn.
+    # ``mmap.madvise`` holds the GIL, and other threads would wait for the disk.
     madvise = getattr(_system(), "madvise", None)
     if madvise is None or madvise(address, count, _POPULATE_READ):
         number = ctypes.get_errno() or errno.ENOSYS
@@ -72,8 +81,8 @@ def _system() -> Any:
     return system
 
 
-def fill_from(file: int, data: memoryview, offset: int, path: Path) -> None:
-    """Read bytes from ``offset`` on; ValueError if the file ends before."""
+def read_into(file: int, data: memoryview, offset: int, path: Path) -> None:
+    """Fill ``data`` with bytes from ``offset`` on; ValueError if the file ends before."""
     while data:
         done = os.preadv(file, [data], offset)
         if not done:
@@ -82,11 +91,11 @@ def fill_from(file: int, data: memoryview, offset: int, path: Path) -> None:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """View a tensor's memory; a copy's if it is not contiguous."""
+    """Return a view of a tensor's memory, or of a copy if it is not contiguous."""
     if not tensor.numel():
         return memoryview(b"")
     flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)  # type: ignore[arg-type]
 
 
-__all__ = ["MappedFile", "bytes_of", "fill_from"]
+__all__ = ["MappedFile", "bytes_of", "read_into"]

@@ -1,8 +1,8 @@
-"""One rank's part of one table in a safetensors file, in pieces of which each is checked.
+"""A safetensors file with one rank's rows of one table, checked chunk by chunk.
 
-The first tensor of a file, ``checksums``, holds the CRC-32 of each piece of the others; whoever
-names the file as part of a checkpoint notes the CRC-32 of header and ``checksums`` (``Written``).
-So no flipped bit passes, and pieces are checked apart, by several threads, as they are read.
+The first tensor, ``checksums``, holds the CRC-32 of each chunk of the others. The checkpoint's
+commit holds the CRC-32 of the header and of ``checksums`` (``FileDigest``). So no flipped bit
+passes, and threads check chunks independently, as they read them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_lightning.checkpoint.chunks import Advance, in_pieces
-from recis_lightning.checkpoint.mapped_file import MappedFile, bytes_of, fill_from
+from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
+from recis_lightning.checkpoint.mapped_file import MappedFile, bytes_of, read_into
 
 try:  # the same checksum, several times as fast
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
 
-# A piece of a tensor has at most that much: threads that work piece by piece take turns in Python
-# between them, and with fewer the pieces of a load take two thirds of the time.
-_PIECE_BYTES, _PIECE_ROWS = 1 << 22, 1 << 16
-_CHECKSUMS, _PIECE = "checksums", "piece_rows"
+# Limits of a chunk. Threads hold the GIL between chunks: with larger, hence fewer, chunks a load
+# takes two thirds of the time.
+_CHUNK_BYTES, _CHUNK_ROWS = 1 << 22, 1 << 16
+_CHECKSUMS, _ROWS_KEY = "checksums", "piece_rows"  # names in the file
 _ALIGNMENT = 64
-_LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
-_SYNC_BYTES = 1 << 28  # bytes written before the disk is told to begin
-_MOST_OPEN = 64  # files at once: a process may have 1024, and a piece can be read without
+_MAX_HEADER_BYTES = 100_000_000  # as in safetensors
+_SYNC_BYTES = 1 << 28  # bytes between two syncs, so that the disk starts before all is written
+_MAX_OPEN = 64  # of the 1024 files that a process may have; the others are opened for each chunk
 _DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -51,8 +51,8 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class Kind(NamedTuple):
-    """What a tensor is, but for its content."""
+class TensorSpec(NamedTuple):
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -68,41 +68,41 @@ class Kind(NamedTuple):
         return self.row_bytes * self.shape[0]
 
 
-class Part(NamedTuple):
-    """Tensors of one length that are read, some rows at a time, together.
+class TensorGroup(NamedTuple):
+    """Tensors with the same number of rows, of which ranges are read together.
 
     Attributes:
-        kinds: By name.
-        read: Takes a range of rows; returns these rows of each.
+        specs: By name.
+        read: Takes the start and stop of a range; returns these rows of each tensor.
     """
 
-    kinds: dict[str, Kind]
+    specs: dict[str, TensorSpec]
     read: Callable[[int, int], Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Part:
-        """Return a tensor that is at hand as a part."""
-        kind = Kind(tensor.dtype, tuple(tensor.shape))
-        return cls({name: kind}, lambda start, stop: {name: tensor[start:stop]})
+    def of(cls, name: str, tensor: Tensor) -> TensorGroup:
+        """Return the group of one tensor in memory."""
+        spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+        return cls({name: spec}, lambda start, stop: {name: tensor[start:stop]})
 
     @property
     def length(self) -> int:
         """Rows of each tensor."""
-        return next(iter(self.kinds.values())).shape[0]
+        return next(iter(self.specs.values())).shape[0]
 
     @property
-    def piece_rows(self) -> int:
-        """Rows of a piece."""
-        widest = max(kind.row_bytes for kind in self.kinds.values())
-        return min(max(_PIECE_BYTES // max(widest, 1), 1), _PIECE_ROWS)
+    def chunk_rows(self) -> int:
+        """Rows of a chunk."""
+        widest = max(spec.row_bytes for spec in self.specs.values())
+        return min(max(_CHUNK_BYTES // max(widest, 1), 1), _CHUNK_ROWS)
 
 
-class Written(NamedTuple):
-    """What a checkpoint notes of a file.
+class FileDigest(NamedTuple):
+    """Size and checksum of a file, by which a checkpoint recognises it.
 
     Attributes:
         size: In bytes.
-        checksum: CRC-32 of header and ``checksums``, which hold those of all else.
+        checksum: CRC-32 of the header and ``checksums``, which covers all other bytes.
     """
 
     size: int
@@ -110,49 +110,51 @@ class Written(NamedTuple):
 
 
 def write_shard(
-    path: Path, metadata: Mapping[str, Any], parts: Sequence[Part], advance: Advance
-) -> Written:
-    """Write a file under another name, sync it and give it its own; nothing is left if that fails.
+    path: Path,
+    metadata: Mapping[str, Any],
+    groups: Sequence[TensorGroup],
+    on_progress: ProgressCallback,
+) -> FileDigest:
+    """Write a file under a temporary name, sync it and rename it; leave nothing if that fails.
 
-    No more than a piece a thread is held in memory beside what the parts hold themselves. The
-    folder is not synced.
+    Memory holds one chunk a thread beside the groups' own. The folder is not synced.
 
     Args:
         path: The file.
-        metadata: Goes to the header, each value as JSON.
-        parts: Its tensors.
-        advance: Called with bytes written, now and then.
+        metadata: Fields of the header, each value as JSON.
+        groups: Tensors of the file.
+        on_progress: Called with bytes written.
 
     Raises:
-        OSError: The disk is full, or whatever else it says.
+        OSError: The disk is full, or another error of the system.
     """
-    kinds = {name: kind for part in parts for name, kind in part.kinds.items()}
-    rows = {name: part.piece_rows for part in parts for name in part.kinds}
-    counts = {name: -(-kind.shape[0] // rows[name]) for name, kind in kinds.items()}
+    specs = {name: spec for group in groups for name, spec in group.specs.items()}
+    rows = {name: group.chunk_rows for group in groups for name in group.specs}
+    counts = {name: -(-spec.shape[0] // rows[name]) for name, spec in specs.items()}
     sums = {name: np.zeros(count, np.int64) for name, count in counts.items()}
-    kinds = {_CHECKSUMS: Kind(torch.int64, (sum(counts.values()),)), **kinds}
-    header, starts, size = _layout(kinds, {**metadata, _PIECE: rows})
-    pieces = [
-        (part, start, min(start + part.piece_rows, part.length))
-        for part in parts
-        for start in range(0, part.length, part.piece_rows)
+    specs = {_CHECKSUMS: TensorSpec(torch.int64, (sum(counts.values()),)), **specs}
+    header, starts, size = _layout(specs, {**metadata, _ROWS_KEY: rows})
+    chunks = [
+        (group, start, min(start + group.chunk_rows, group.length))
+        for group in groups
+        for start in range(0, group.length, group.chunk_rows)
     ]
     temporary = path.with_name(path.name + ".part")
     file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         _reserve(file, size)
 
-        def write(number: int) -> int:
-            part, start, stop = pieces[number]
+        def write(index: int) -> int:
+            group, start, stop = chunks[index]
             done = 0
-            for name, tensor in part.read(start, stop).items():
+            for name, tensor in group.read(start, stop).items():
                 data = bytes_of(tensor)
                 sums[name][start // rows[name]] = crc32(data)
-                _write(file, data, starts[name] + start * kinds[name].row_bytes)
+                _write(file, data, starts[name] + start * specs[name].row_bytes)
                 done += len(data)
             return done
 
-        in_pieces(len(pieces), write, advance, lambda: os.fdatasync(file), _SYNC_BYTES)
+        parallel_for(len(chunks), write, on_progress, lambda: os.fdatasync(file), _SYNC_BYTES)
         checksums = np.concatenate([sums[name] for name in starts if name in sums])
         _write(file, memoryview(header), 0)
         _write(file, bytes_of(torch.from_numpy(checksums)), starts[_CHECKSUMS])
@@ -166,22 +168,22 @@ def write_shard(
         raise
     finally:
         os.close(file)
-    return Written(size, crc32(checksums.tobytes(), crc32(header)))
+    return FileDigest(size, crc32(checksums.tobytes(), crc32(header)))
 
 
 def _layout(
-    kinds: dict[str, Kind], metadata: Mapping[str, Any]
+    specs: dict[str, TensorSpec], metadata: Mapping[str, Any]
 ) -> tuple[bytes, dict[str, int], int]:
-    """Return the header, where in the file each tensor starts, and the file's size."""
+    """Return the header, each tensor's offset in the file, and the file's size."""
     # Large items first: each tensor starts at a multiple of its item's size.
-    ordered = sorted(kinds, key=lambda name: (name != _CHECKSUMS, -kinds[name].dtype.itemsize))
+    ordered = sorted(specs, key=lambda name: (name != _CHECKSUMS, -specs[name].dtype.itemsize))
     described: dict[str, Any] = {
         "__metadata__": {key: json.dumps(value) for key, value in metadata.items()}
     }
     offsets, end = {}, 0
     for name in ordered:
-        dtype, shape = kinds[name]
-        offsets[name], begin, end = end, end, end + kinds[name].nbytes
+        dtype, shape = specs[name]
+        offsets[name], begin, end = end, end, end + specs[name].nbytes
         described[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(described).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -190,7 +192,7 @@ def _layout(
 
 
 def _reserve(file: int, size: int) -> None:
-    """Take the file's room on the disk, so that a full disk says so at once."""
+    """Reserve the file's space, so that a full disk is an error before anything is written."""
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
@@ -209,11 +211,12 @@ class ShardFile:
     """A file that ``write_shard`` wrote; open only while something is read (``opened``).
 
     Attributes:
-        metadata: What the writer gave.
-        kinds: Of its tensors, without ``checksums``.
+        metadata: Fields that the writer gave.
+        specs: Specs of its tensors, without ``checksums``.
+        chunk_rows: Rows of a chunk, by tensor.
 
     Raises:
-        ValueError: The file is missing, or is none of ours, or not whole.
+        ValueError: The file is missing, cut short, or was not written by ``write_shard``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -227,25 +230,25 @@ class ShardFile:
 
     def _read_header(self) -> None:
         length = int.from_bytes(self._bytes_at(0, min(8, self.size)), "little")
-        if not 2 <= length <= min(_LONGEST_HEADER, self.size - 8):
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, self.size - 8):
             raise ValueError(f"{self.path}: truncated, or no safetensors file")
         header = self._bytes_at(0, 8 + length)
         try:
             described = json.loads(header[8:])
             metadata = described.pop("__metadata__")
             self.metadata = {key: json.loads(value) for key, value in metadata.items()}
-            self.piece_rows: dict[str, int] = self.metadata.pop(_PIECE)
+            self.chunk_rows: dict[str, int] = self.metadata.pop(_ROWS_KEY)
             ends = [len(header)]
-            self.kinds, self._starts = {}, {}
+            self.specs, self._starts = {}, {}
             for name, entry in described.items():
                 begin, end = (len(header) + at for at in entry["data_offsets"])
-                kind = Kind(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                self.kinds[name], self._starts[name] = kind, begin
-                if begin != ends[-1] or end != begin + kind.nbytes:
+                spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self.specs[name], self._starts[name] = spec, begin
+                if begin != ends[-1] or end != begin + spec.nbytes:
                     raise ValueError
                 ends.append(end)
-            num_pieces = self.kinds.pop(_CHECKSUMS).shape[0]
-            if num_pieces != sum(map(self.num_pieces, self.kinds)):
+            num_chunks = self.specs.pop(_CHECKSUMS).shape[0]
+            if num_chunks != sum(map(self.num_chunks, self.specs)):
                 raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             raise ValueError(f"{self.path}: damaged, or no file of a checkpoint") from None
@@ -253,15 +256,15 @@ class ShardFile:
             raise ValueError(
                 f"{self.path}: expected {ends[-1]} bytes, found {self.size}: the file is torn"
             )
-        data = self._bytes_at(self._starts[_CHECKSUMS], 8 * num_pieces)
+        data = self._bytes_at(self._starts[_CHECKSUMS], 8 * num_chunks)
         self.checksum = crc32(data, crc32(header))
-        cuts = np.cumsum([self.num_pieces(name) for name in self.kinds])[:-1]
+        cuts = np.cumsum([self.num_chunks(name) for name in self.specs])[:-1]
         sums = np.split(np.frombuffer(data, np.int64), cuts)
-        self._sums = dict(zip(self.kinds, sums, strict=True))
+        self._sums = dict(zip(self.specs, sums, strict=True))
 
-    def num_pieces(self, name: str) -> int:
-        """Return how many pieces a tensor has, each with its own checksum."""
-        return -(-self.kinds[name].shape[0] // self.piece_rows[name])
+    def num_chunks(self, name: str) -> int:
+        """Return the number of a tensor's chunks, each with its own checksum."""
+        return -(-self.specs[name].shape[0] // self.chunk_rows[name])
 
     def _bytes_at(self, offset: int, count: int) -> bytearray:
         data = bytearray(count)
@@ -271,13 +274,13 @@ class ShardFile:
     def _read_at(self, offset: int, data: memoryview) -> None:
         file = os.open(self.path, os.O_RDONLY)
         try:
-            fill_from(file, data, offset, self.path)
+            read_into(file, data, offset, self.path)
         finally:
             os.close(file)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep the file open, so that its pieces are read where the system has them in memory."""
+        """Keep the file open and mapped, so that chunks are read without copies."""
         if self._open is not None:
             yield
             return
@@ -290,101 +293,105 @@ class ShardFile:
             os.close(file)
 
     def view(self, name: str) -> Tensor:
-        """Return a whole tensor, and raise ValueError unless it is what was written.
-
-        Of an open file it is the file itself, if the system can map it: no memory is filled.
+        """Return a whole tensor without a copy, if the file is open and the system can map it.
 
         Returns:
-            Not to be changed, and not to be kept.
+            The tensor, to be neither changed nor kept.
+
+        Raises:
+            ValueError: A byte differs from what was written.
         """
-        kind = self.kinds[name]
+        spec = self.specs[name]
         mapped = None if self._open is None else self._open.mapped
         if mapped is None:
             return self.read(name)
-        in_pieces(
-            self.num_pieces(name), lambda number: self.piece(name, number).nbytes, lambda done: None
+        parallel_for(
+            self.num_chunks(name), lambda index: self.chunk(name, index).nbytes, lambda done: None
         )
         start = self._starts[name]
-        return mapped[start : start + kind.nbytes].view(kind.dtype).view(kind.shape)
+        return mapped[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor, and raise ValueError unless it is what was written."""
-        kind, rows = self.kinds[name], self.piece_rows[name]
-        # NumPy, unlike torch, asks for huge pages; of an empty array torch takes no other view.
-        memory = torch.from_numpy(np.empty(max(kind.nbytes, 8), np.uint8))[: kind.nbytes]
-        tensor = memory.view(kind.dtype).view(kind.shape)
+        """Read a whole tensor; ValueError if a byte differs from what was written."""
+        spec, rows = self.specs[name], self.chunk_rows[name]
+        # NumPy asks for huge pages; torch cannot view an empty array as another dtype.
+        memory = torch.from_numpy(np.empty(max(spec.nbytes, 8), np.uint8))[: spec.nbytes]
+        tensor = memory.view(spec.dtype).view(spec.shape)
 
-        def fill(number: int) -> int:
-            piece = self.piece(name, number)
-            tensor[number * rows : number * rows + len(piece)] = piece
-            return piece.nbytes
+        def fill(index: int) -> int:
+            chunk = self.chunk(name, index)
+            tensor[index * rows : index * rows + len(chunk)] = chunk
+            return chunk.nbytes
 
         with self.opened():
-            in_pieces(self.num_pieces(name), fill, lambda done: None)
+            parallel_for(self.num_chunks(name), fill, lambda done: None)
         return tensor
 
     def empty(self, name: str) -> Tensor:
-        """Return a tensor of no rows that is otherwise like one of the file's."""
-        kind = self.kinds[name]
-        return torch.empty((0, *kind.shape[1:]), dtype=kind.dtype)
+        """Return a tensor without rows, of the dtype and width of one in the file."""
+        spec = self.specs[name]
+        return torch.empty((0, *spec.shape[1:]), dtype=spec.dtype)
 
-    def check(self, written: Written) -> None:
-        """Raise ValueError unless this is the very file that was written."""
-        if (self.size, self.checksum) != written:
+    def check(self, digest: FileDigest) -> None:
+        """Raise ValueError unless this is the file with that digest."""
+        if (self.size, self.checksum) != digest:
             raise ValueError(
-                f"{self.path}: expected {written.size} bytes with checksum {written.checksum:08x}, "
+                f"{self.path}: expected {digest.size} bytes with checksum {digest.checksum:08x}, "
                 f"found {self.size} with {self.checksum:08x}: damaged, or of another save"
             )
 
-    def pieces(self) -> list[tuple[str, int]]:
-        """List the pieces that can be checked apart: tensor and number."""
-        return [(name, number) for name in self.kinds for number in range(self.num_pieces(name))]
+    def chunks(self) -> list[tuple[str, int]]:
+        """List all chunks, each as the name of its tensor and its index."""
+        return [(name, index) for name in self.specs for index in range(self.num_chunks(name))]
 
-    def read_ahead(self, name: str, number: int) -> None:
-        """Bring a piece into memory, if the file is open; what is wrong ``piece`` says."""
-        there = self._open  # another thread may close it
-        if there is not None:
-            there.read_ahead(*self._place(name, number)[:2])
+    def prefetch(self, name: str, index: int) -> None:
+        """Bring a chunk into memory if the file is open; errors wait until it is read."""
+        mapped = self._open  # another thread may close it
+        if mapped is not None:
+            mapped.prefetch(*self._extent(name, index)[:2])
 
-    def _place(self, name: str, number: int) -> tuple[int, int, int]:
-        """Return where a piece begins in the file, its bytes, and its rows."""
-        kind, start = self.kinds[name], number * self.piece_rows[name]
-        count = min(self.piece_rows[name], kind.shape[0] - start)
-        return self._starts[name] + start * kind.row_bytes, count * kind.row_bytes, count
+    def _extent(self, name: str, index: int) -> tuple[int, int, int]:
+        """Return a chunk's offset in the file, its bytes, and its rows."""
+        spec, start = self.specs[name], index * self.chunk_rows[name]
+        count = min(self.chunk_rows[name], spec.shape[0] - start)
+        return self._starts[name] + start * spec.row_bytes, count * spec.row_bytes, count
 
-    def piece(self, name: str, number: int) -> Tensor:
-        """Read a piece and raise ValueError unless it is what was written.
+    def chunk(self, name: str, index: int) -> Tensor:
+        """Read a chunk of a tensor.
 
         Args:
-            name: Of the tensor.
-            number: Of the piece.
+            name: The tensor.
+            index: The chunk.
 
         Returns:
-            The rows of the piece; not to be changed, and not to be kept: it may be the file.
+            Its rows, to be neither changed nor kept: they may be the mapped file itself.
+
+        Raises:
+            ValueError: A byte differs from what was written.
         """
-        offset, size, count = self._place(name, number)
+        offset, size, count = self._extent(name, index)
         if self._open is None:
             data = torch.empty(size, dtype=torch.uint8)
             self._read_at(offset, bytes_of(data))
         else:
             data = self._open.bytes_at(offset, size)
-        if crc32(bytes_of(data)) != self._sums[name][number]:
-            start = number * self.piece_rows[name]
+        if crc32(bytes_of(data)) != self._sums[name][index]:
+            start = index * self.chunk_rows[name]
             raise ValueError(
                 f"{self.path}: {name} is damaged between its rows {start} and {start + count}: "
                 "the checksum is another"
             )
-        kind = self.kinds[name]
-        return data.view(kind.dtype).view(count, *kind.shape[1:])
+        spec = self.specs[name]
+        return data.view(spec.dtype).view(count, *spec.shape[1:])
 
 
 @contextlib.contextmanager
 def opened(files: Sequence[ShardFile]) -> Iterator[None]:
-    """Keep files open, but not too many; see ``ShardFile.opened``."""
+    """Keep files open and mapped, at most ``_MAX_OPEN`` of them."""
     with contextlib.ExitStack() as stack:
-        for file in files[:_MOST_OPEN]:
+        for file in files[:_MAX_OPEN]:
             stack.enter_context(file.opened())
         yield
 
 
-__all__ = ["Kind", "Part", "ShardFile", "Written", "opened", "write_shard"]
+__all__ = ["FileDigest", "ShardFile", "TensorGroup", "TensorSpec", "opened", "write_shard"]

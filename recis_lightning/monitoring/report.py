@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from recis_lightning.monitoring.charts import MEMORY, Chart, number, run_charts, table_charts
+from recis_lightning.monitoring.checkpoint_history import read_run
 from recis_lightning.monitoring.history import RunHistory
-from recis_lightning.monitoring.saved import read_saved
 from recis_lightning.monitoring.svg import chart_svg
 from recis_lightning.monitoring.watch import TableMonitor
 from recis_lightning.table.hash_table import HashTable, hash_tables
@@ -85,9 +85,12 @@ class TableReport:
             FileNotFoundError: There is none.
             ValueError: It holds no tables.
         """
-        saved = read_saved(path)
-        facts = [TableFacts(t.name, t.embedding_dim, t.dtype) for t in saved.tables]
-        return cls(saved.history, facts, f"Tables of {saved.path.name}")
+        run = read_run(path)
+        facts = [
+            TableFacts(name, t.embedding_dim, str(t.dtype).removeprefix("torch."))
+            for name, t in run.tables.items()
+        ]
+        return cls(run.history, facts, f"Tables of {run.path.name}")
 
     def html(self) -> str:
         """Return the page: one file, without scripts, that loads nothing else."""

@@ -12,12 +12,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from recis_lightning import checkpoint, hash_tables
+from recis_lightning import checkpoint, hash_tables, report
 from recis_lightning.callbacks import CheckpointHook, LoggerHook
-from recis_lightning.monitoring.saved import read_saved
+from recis_lightning.monitoring.checkpoint_history import read_run
 from recis_lightning.optim import SparseAdagrad, SparseDenseOptimizer
-from tests.checkpoint.test_shard_file import largest_file
 from tests.helpers.click_data import ResumableLoader, loader
+from tests.helpers.full_disk import largest_file
 from tests.helpers.lightning_model import Model, differences, everything, trainer
 
 pytestmark = [
@@ -94,16 +94,40 @@ def test_load_from_checkpoint(tmp_path):
 
 
 def test_a_report_reads_it(tmp_path):
-    """What a report says of tables in shards is what it says of the same ones in one file."""
+    """A report of tables in shards is that of the same tables in one file."""
     model = Model()
     saving(tmp_path, every=16).fit(model, ResumableLoader())
     plain = {"state_dict": model.state_dict(), "global_step": 16}
     torch.save(plain, tmp_path / "plain.ckpt")
-    shards, whole = (read_saved(tmp_path / f"{name}.ckpt") for name in ("step=16", "plain"))
-    assert [table.name for table in shards.tables] == [table.name for table in whole.tables]
-    for one, other in zip(shards.tables, whole.tables, strict=True):
-        assert one._replace(survey=None) == other._replace(survey=None)
-        assert str(one.survey) == str(other.survey)
+    shards, whole = (read_run(tmp_path / f"{name}.ckpt") for name in ("step=16", "plain"))
+    assert list(shards.tables) == list(whole.tables)
+    for one, other in zip(shards.tables.values(), whole.tables.values(), strict=True):
+        assert one._replace(num_bytes=0) == other._replace(num_bytes=0)
+    assert len(shards.history) == 1
+    one, other = shards.history, whole.history
+    assert [(key, one.column(key)) for key in one.names] == [
+        (key, other.column(key)) for key in other.names
+    ]
+    assert one.distributions == other.distributions
+    assert {"table/user/ages", "table/user/norms"} <= one.distributions.keys()
+
+
+def test_a_report_reads_lightnings_file_once(tmp_path, monkeypatch):
+    """Whether rows are in shards or in the file itself."""
+    model = Model()
+    saving(tmp_path, every=16).fit(model, ResumableLoader())
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "plain.ckpt")
+    load, files = torch.load, []
+
+    def count(file, *args, **kwargs):
+        files.append(file)
+        return load(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", count)
+    mains = [tmp_path / "step=16.ckpt", tmp_path / "plain.ckpt"]
+    for main in mains:
+        report(main, tmp_path / "report.html")
+    assert files == mains
 
 
 def test_evaluation_from_a_checkpoint(tmp_path):

@@ -13,7 +13,7 @@ from recis_lightning.admission import BloomCount, MinCount
 from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdagrad, SparseAdam, SparseRowwiseAdagrad, SparseSGD
-from tests.checkpoint.test_shard_file import largest_file
+from tests.helpers.full_disk import largest_file
 from tests.helpers.sample_tables import EXTREMES, by_id, same, trained
 
 

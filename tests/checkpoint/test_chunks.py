@@ -1,22 +1,24 @@
-"""Work in pieces: all is done, what goes wrong is told, and threads end."""
+"""Work on chunks: all is done, errors are raised, and threads end."""
 
 import threading
+import time
 
 import pytest
 
-from recis_lightning.checkpoint.chunks import ahead, in_pieces
+from recis_lightning.checkpoint import chunks
+from recis_lightning.checkpoint.chunks import parallel_for, prefetch
 
 
-def test_prepares_ahead_in_order():
-    """From the first piece on; what is not prepared at the end is left."""
+def test_prefetches_in_order():
+    """From the first chunk on; those that are not prepared when the context ends are left."""
     prepared, two = [], threading.Event()
 
-    def prepare(number):
-        prepared.append(number)
-        if number == 1:
+    def prepare(index):
+        prepared.append(index)
+        if index == 1:
             two.set()
 
-    with ahead(10**9, prepare):
+    with prefetch(10**9, prepare):
         assert two.wait(10)
     assert prepared == [*range(len(prepared))]
     count = len(prepared)
@@ -24,19 +26,29 @@ def test_prepares_ahead_in_order():
     assert not any(thread.name == "recis_lightning" for thread in threading.enumerate())
 
 
-def test_does_every_piece_once_and_tells_of_it():
+def test_works_on_every_chunk_once_and_reports_bytes():
     """With as many threads as there are."""
-    done, told = [], []
-    in_pieces(50, lambda number: done.append(number) or number, told.append)
+    done, reported = [], []
+    parallel_for(50, lambda index: done.append(index) or index, reported.append)
     assert sorted(done) == [*range(50)]
-    assert sum(told) == sum(range(50))
+    assert sum(reported) == sum(range(50))
 
 
 def test_the_first_error_counts():
     """The rest is left."""
 
-    def work(number):
-        raise ValueError(f"piece {number}")
+    def work(index):
+        raise ValueError(f"chunk {index}")
 
-    with pytest.raises(ValueError, match="piece"):
-        in_pieces(50, work, lambda done: None)
+    with pytest.raises(ValueError, match="chunk"):
+        parallel_for(50, work, lambda done: None)
+
+
+def test_calls_back_when_enough_bytes_are_done(monkeypatch):
+    """Each time there are ``every_bytes`` more, while threads still work."""
+    monkeypatch.setattr(chunks, "_POLL_SECONDS", 0.001)
+    calls = []
+    parallel_for(
+        50, lambda index: time.sleep(0.002) or 10, int, lambda: calls.append(1), every_bytes=250
+    )
+    assert 1 <= len(calls) <= 2

@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 import safetensors
@@ -11,7 +9,14 @@ import safetensors.torch
 import torch
 
 from recis_lightning.checkpoint import mapped_file, shard_file
-from recis_lightning.checkpoint.shard_file import Kind, Part, ShardFile, opened, write_shard
+from recis_lightning.checkpoint.shard_file import (
+    ShardFile,
+    TensorGroup,
+    TensorSpec,
+    opened,
+    write_shard,
+)
+from tests.helpers.full_disk import largest_file
 
 TENSORS = {
     "half": torch.randn(7, 3).bfloat16(),
@@ -23,46 +28,35 @@ TENSORS = {
 METADATA = {"table": 'ünï"c/ode', "step": 2**53 + 1, "fill": 0.1, "nothing": None}
 
 
-def quietly(done):
+def no_progress(num_bytes):
     pass
 
 
 def written(path, tensors=TENSORS):
-    """Write a file; return what a checkpoint notes of it."""
-    parts = [Part.of(name, tensor) for name, tensor in tensors.items()]
-    return write_shard(path, METADATA, parts, quietly)
+    """Write a file; return its digest."""
+    groups = [TensorGroup.of(name, tensor) for name, tensor in tensors.items()]
+    return write_shard(path, METADATA, groups, no_progress)
 
 
-def content(path, noted):
+def content(path, digest):
     """Read all of a file, as a checkpoint does."""
     file = ShardFile(path)
-    file.check(noted)
-    return {name: file.read(name) for name in file.kinds}
-
-
-@contextmanager
-def largest_file(num_bytes):
-    """Let no file of this process grow beyond a size, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file.check(digest)
+    return {name: file.read(name) for name in file.specs}
 
 
 def test_reads_as_written(tmp_path):
     """Bit by bit, by us and by safetensors itself; no other file is left in the folder."""
-    told = []
-    parts = [Part.of(name, tensor) for name, tensor in TENSORS.items()]
-    noted = write_shard(tmp_path / "a", METADATA, parts, told.append)
+    reported = []
+    groups = [TensorGroup.of(name, tensor) for name, tensor in TENSORS.items()]
+    digest = write_shard(tmp_path / "a", METADATA, groups, reported.append)
     assert os.listdir(tmp_path) == ["a"]
-    assert noted.size == os.stat(tmp_path / "a").st_size
-    assert sum(told) == sum(tensor.nbytes for tensor in TENSORS.values())
+    assert digest.size == os.stat(tmp_path / "a").st_size
+    assert sum(reported) == sum(tensor.nbytes for tensor in TENSORS.values())
     file = ShardFile(tmp_path / "a")
     assert file.metadata == METADATA
-    assert file.kinds == {k: Kind(v.dtype, tuple(v.shape)) for k, v in TENSORS.items()}
-    for found in (content(tmp_path / "a", noted), safetensors.torch.load_file(tmp_path / "a")):
+    assert file.specs == {k: TensorSpec(v.dtype, tuple(v.shape)) for k, v in TENSORS.items()}
+    for found in (content(tmp_path / "a", digest), safetensors.torch.load_file(tmp_path / "a")):
         assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     with safetensors.safe_open(tmp_path / "a", "pt") as theirs:
         assert json.loads(theirs.metadata()["table"]) == METADATA["table"]
@@ -76,7 +70,7 @@ def test_the_same_content_is_the_same_file(tmp_path):
 
 def test_no_flipped_bit_passes(tmp_path):
     """Wherever it is: in the length, the header, the checksums or any tensor."""
-    noted = written(tmp_path / "a", {"ids": TENSORS["ids"][:500], "half": TENSORS["half"]})
+    digest = written(tmp_path / "a", {"ids": TENSORS["ids"][:500], "half": TENSORS["half"]})
     whole = (tmp_path / "a").read_bytes()
     places = [*range(0, 1200, 7), *range(1200, len(whole), 61), len(whole) - 1]
     for place in places:
@@ -84,30 +78,30 @@ def test_no_flipped_bit_passes(tmp_path):
         broken[place] ^= 1 << place % 8
         (tmp_path / "b").write_bytes(broken)
         with pytest.raises(ValueError, match=str(tmp_path / "b")):
-            content(tmp_path / "b", noted)
+            content(tmp_path / "b", digest)
 
 
 def test_no_cut_or_longer_file_passes(tmp_path):
     """A file that ends early, or late, says so."""
-    noted = written(tmp_path / "a", {"ids": TENSORS["ids"][:500]})
+    digest = written(tmp_path / "a", {"ids": TENSORS["ids"][:500]})
     whole = (tmp_path / "a").read_bytes()
     for size in (0, 1, 7, 8, 9, 100, len(whole) - 4001, len(whole) - 1, len(whole) + 1):
         (tmp_path / "b").write_bytes((whole + b"\0")[:size])
         with pytest.raises(ValueError, match=r"truncated|torn|damaged|no file of a checkpoint"):
-            content(tmp_path / "b", noted)
+            content(tmp_path / "b", digest)
 
 
 def test_foreign_and_missing_files(tmp_path):
     """A file of another writer, another file of ours, none at all."""
-    noted = written(tmp_path / "a")
+    digest = written(tmp_path / "a")
     safetensors.torch.save_file({"ids": TENSORS["ids"]}, tmp_path / "theirs")
     with pytest.raises(ValueError, match="no file of a checkpoint"):
-        content(tmp_path / "theirs", noted)
+        content(tmp_path / "theirs", digest)
     written(tmp_path / "b", {**TENSORS, "half": TENSORS["half"] + 1})
     with pytest.raises(ValueError, match="damaged, or of another save"):
-        content(tmp_path / "b", noted)
+        content(tmp_path / "b", digest)
     with pytest.raises(ValueError, match="is missing"):
-        content(tmp_path / "c", noted)
+        content(tmp_path / "c", digest)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -133,15 +127,15 @@ def not_mapped(monkeypatch):
 def test_reads_what_it_cannot_map(tmp_path, monkeypatch):
     """With the same checks."""
     not_mapped(monkeypatch)
-    noted = written(tmp_path / "a")
-    found = content(tmp_path / "a", noted)
+    digest = written(tmp_path / "a")
+    found = content(tmp_path / "a", digest)
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     test_no_flipped_bit_passes(tmp_path)
 
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_views_what_it_can_map(tmp_path, monkeypatch, mapped):
-    """The file itself, after every piece was checked; otherwise memory of its own."""
+    """The file itself, after every chunk was checked; otherwise memory of its own."""
     if not mapped:
         not_mapped(monkeypatch)
     written(tmp_path / "a")
@@ -155,21 +149,21 @@ def test_views_what_it_can_map(tmp_path, monkeypatch, mapped):
     content = bytearray((tmp_path / "a").read_bytes())
     content[-7] ^= 2
     (tmp_path / "a").write_bytes(content)
-    last = next(reversed(file.kinds))
+    last = next(reversed(file.specs))
     with file.opened(), pytest.raises(ValueError, match=f"{last} is damaged"):
         file.view(last)
 
 
 def test_keeps_no_more_files_open_than_it_may(tmp_path, monkeypatch):
-    """The pieces of the others are read all the same."""
+    """Chunks of the others are read all the same."""
     files = []
     for name in "abc":
         written(tmp_path / name)
         files.append(ShardFile(tmp_path / name))
-    monkeypatch.setattr(shard_file, "_MOST_OPEN", 2)
+    monkeypatch.setattr(shard_file, "_MAX_OPEN", 2)
     with opened(files):
         assert [file._open is None for file in files] == [False, False, True]
-        assert all(torch.equal(file.piece("half", 0), TENSORS["half"]) for file in files)
+        assert all(torch.equal(file.chunk("half", 0), TENSORS["half"]) for file in files)
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -182,5 +176,5 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch, mapped):
     with file.opened():
         os.truncate(tmp_path / "a", 100_000)
         with pytest.raises(ValueError, match=r"cannot be read|ended while it was read"):
-            file.piece("flags", 0)
-        file.read_ahead("flags", 0)  # nobody has asked for it yet
+            file.chunk("flags", 0)
+        file.prefetch("flags", 0)  # nobody has asked for it yet

@@ -14,8 +14,8 @@ from torch import distributed
 from recis_lightning import HashTable, checkpoint, hash_tables
 from recis_lightning.admission import MinCount
 from recis_lightning.callbacks import CheckpointHook
-from recis_lightning.checkpoint import reader as checkpoint_source
 from recis_lightning.checkpoint import shard_file
+from recis_lightning.checkpoint.commit import Commit
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.eviction import GlobalStepFilter
@@ -242,20 +242,20 @@ def save_where_a_hook_fails(path, failing_rank, of_module):
 
 def load_where_the_folder_is_missing(path, blind_rank):
     """Load where one rank does not see the shards; return as those above."""
-    find_folder, error = checkpoint_source.find_folder, ""
+    find_folder, error = Commit.find_folder, ""
     if collectives.rank() == blind_rank:
 
         def find_none(commit, file):
             return find_folder(replace(commit, folder="elsewhere", location="elsewhere"), file)
 
-        checkpoint_source.find_folder = find_none
+        Commit.find_folder = find_none
     start = time.monotonic()
     try:
         load_in_trainer(path)
     except (ValueError, RuntimeError) as caught:
         error = f"{type(caught).__name__}: {caught}"
     finally:
-        checkpoint_source.find_folder = find_folder
+        Commit.find_folder = find_folder
     return error, time.monotonic() - start
 
 

@@ -1,0 +1,76 @@
+"""Interface of the two forms in which a checkpoint holds tables."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recis_lightning.checkpoint.progress import Progress
+from recis_lightning.table.hash_table import HashTable
+
+
+class TableContents(NamedTuple):
+    """Size and layout of a table in a checkpoint.
+
+    Attributes:
+        rows: Number of rows, by the rank that wrote them.
+        embedding_dim: Weights in a row.
+        dtype: Of the weights.
+        slots: Optimizer state of a row: name -> float32 words.
+        step: Of the table.
+        num_updates: Optimizer steps that had a gradient for it.
+        num_bytes: Of its files; of its tensors where they are in Lightning's checkpoint itself.
+    """
+
+    rows: list[int]
+    embedding_dim: int
+    dtype: torch.dtype
+    slots: dict[str, int]
+    step: int
+    num_updates: int
+    num_bytes: int
+
+
+class SavedTables(ABC):
+    """Tables of one checkpoint, by name; every read raises ValueError if a byte is damaged.
+
+    ``StateTables`` are in Lightning's file itself, ``ShardTables`` in files of each rank.
+    """
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """List the tables."""
+
+    @abstractmethod
+    def contents(self, name: str) -> TableContents:
+        """Return the size and layout of a table, without reading its rows."""
+
+    @abstractmethod
+    def chunks(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
+        """Read all ranks' rows of a table, checked, about ``num_rows`` at a time.
+
+        Yields:
+            Ids, weights, slots and policies' columns, by name; at least once, so that a table
+            without rows has columns too.
+        """
+
+    @abstractmethod
+    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+        """Raise ValueError unless a table can hold the saved one.
+
+        Args:
+            name: Name of the saved table.
+            table: Table to load it into.
+            strict: Whether dtype and optimizer state must be equal too.
+        """
+
+    @abstractmethod
+    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+        """Replace all rows of tables that passed ``check_fit``; all ranks call it together."""
+
+
+__all__ = ["SavedTables", "TableContents"]

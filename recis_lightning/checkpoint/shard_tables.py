@@ -1,0 +1,200 @@
+"""Tables whose rows are in shard files; any number of ranks reads what any number wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
+from recis_lightning.checkpoint.commit import FORMAT, SLOT_PREFIX, Commit
+from recis_lightning.checkpoint.owned_rows import OwnedRows, prefetch_rows
+from recis_lightning.checkpoint.progress import Progress, on_rank_zero
+from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.shard_file import FileDigest, ShardFile, opened
+from recis_lightning.distributed import collectives
+from recis_lightning.table import state as table_state
+from recis_lightning.table.hash_table import HashTable
+
+
+class ShardTables(SavedTables):
+    """Tables of the shard files that a commit names, for this rank to read.
+
+    Args:
+        commit: Names the files.
+        file: File that holds the commit; None if it is not known.
+
+    Raises:
+        ValueError: The folder of the files is missing; from methods, a file is missing, damaged or
+            not of this save.
+    """
+
+    def __init__(self, commit: Commit, file: Path | None) -> None:
+        self._commit, self._folder = commit, commit.find_folder(file)
+        self._rank, self._world_size = collectives.rank(), collectives.world_size()
+        self._files: dict[tuple[str, int], ShardFile] = {}
+
+    @override
+    def names(self) -> list[str]:
+        return list(self._commit.tables)
+
+    @override
+    def contents(self, name: str) -> TableContents:
+        files = [self._file(name, writer) for writer in range(self._commit.world_size)]
+        dim, dtype, slots = self._layout(name)
+        return TableContents(
+            rows=[file.metadata["rows"] for file in files],
+            embedding_dim=dim,
+            dtype=dtype,
+            slots=slots,
+            step=max(file.metadata["step"] for file in files),
+            num_updates=max(file.metadata["num_updates"] for file in files),
+            num_bytes=sum(file.size for file in files),
+        )
+
+    @override
+    def chunks(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
+        for writer in range(self._commit.world_size):
+            file = self._file(name, writer)
+            columns = {key: key for key in table_state.row_columns(file.specs)}
+            columns["weights"] = "weights"
+            columns |= {slot: SLOT_PREFIX + slot for slot in _slots(file)}
+            count, at_once = file.num_chunks("ids"), max(num_rows // file.chunk_rows["ids"], 1)
+            for first in range(0, max(count, 1), at_once):
+                indices = range(first, min(first + at_once, count))
+                with file.opened():
+                    chunk = {
+                        column: torch.cat([file.empty(key), *(file.chunk(key, i) for i in indices)])
+                        for column, key in columns.items()
+                    }
+                yield chunk
+
+    @override
+    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+        where = f"table {table.name!r}: the checkpoint's ({self._folder})"
+        dim, dtype, slots = self._layout(name)
+        if dim != table.embedding_dim:
+            raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
+        if strict and dtype is not table.dtype:
+            raise ValueError(f"{where} has dtype {dtype}, the model's {table.dtype}")
+        if strict and table.optimizer is not None and slots != table.rows.slots:
+            raise ValueError(
+                f"{where} has optimizer state {slots or 'of no kind'}, "
+                f"{type(table.optimizer).__name__} keeps {table.rows.slots or 'none'}: "
+                "resume with the optimizer that the checkpoint was trained with"
+            )
+
+    @override
+    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+        # Tables with rows keep them if a byte is damaged; empty ones skip the extra pass.
+        empty = not any(len(table) or table.step or table.num_updates for table in tables.values())
+        if not all(collectives.gather(empty)):
+            collectives.run_on_all_ranks(partial(self.check, progress))
+        before = {table: table.settings() for table in tables.values()}
+
+        def restore() -> None:
+            with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
+                for name, table in tables.items():
+                    self._restore(name, table, on_progress)
+
+        try:
+            collectives.run_on_all_ranks(restore)
+        except BaseException:
+            for table, settings in before.items():
+                table.reset(settings)
+            raise
+
+    def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
+        """Replace the rows of one table, on this rank by itself; it is empty after an error."""
+        with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
+            self._restore(name, table, on_progress)
+
+    def check(self, progress: Progress) -> None:
+        """Read this rank's share of the files; ValueError if a byte is damaged."""
+        with on_rank_zero(progress)("Checking tables", self._num_bytes()) as on_progress:
+            files = self._share()
+            chunks = [partial(file.chunk, *chunk) for file in files for chunk in file.chunks()]
+            with opened(files):
+                parallel_for(len(chunks), lambda index: chunks[index]().nbytes, on_progress)
+
+    def _share(self) -> list[ShardFile]:
+        """List the files that this rank checks: its own, if as many ranks read as wrote."""
+        writers = range(self._rank, self._commit.world_size, self._world_size)
+        return [self._file(table, writer) for table in self._commit.tables for writer in writers]
+
+    def _num_bytes(self) -> int:
+        return sum(file.size for file in self._share())
+
+    def _layout(self, name: str) -> tuple[int, torch.dtype, dict[str, int]]:
+        """Return a table's embedding_dim, dtype and optimizer state (name -> float32 words)."""
+        file = self._file(name, self._rank % self._commit.world_size)
+        weights = file.specs["weights"]
+        return weights.shape[1], weights.dtype, _slots(file)
+
+    def _file(self, table: str, rank: int) -> ShardFile:
+        file = self._files.get((table, rank))
+        if file is None:
+            file = self._files[table, rank] = _open(self._folder, self._commit, table, rank)
+        return file
+
+    def _restore(self, name: str, table: HashTable, on_progress: ProgressCallback) -> None:
+        """Replace the rows of a table by those that this rank owns."""
+        writers: Sequence[int] = range(self._commit.world_size)
+        ranks = self._world_size
+        if ranks == len(writers):
+            writers, ranks = [self._rank], 1  # a rank owns all rows of its own file
+        files = [self._file(name, writer) for writer in writers]
+        dim, dtype, slots = self._layout(name)
+        with opened(files), prefetch_rows(files, list(slots)):
+            owned = OwnedRows(files, list(slots), self._rank, ranks)
+            state = owned.state()
+            _check_state(state, table, dim, dtype, slots)
+            table.restore(state, slots, lambda rows: owned.write(table, rows, on_progress))
+
+
+def _open(folder: Path, commit: Commit, name: str, rank: int) -> ShardFile:
+    """Open a shard file; ValueError unless it is the one that the commit names."""
+    shard = commit.tables[name][rank]
+    file = ShardFile(folder / shard.file)
+    expected = (FORMAT, commit.save_id, name, rank, commit.world_size, shard.rows)
+    keys = ("format", "save_id", "table", "rank", "world_size", "rows")
+    found = tuple(file.metadata.get(key) for key in keys)
+    if found != expected:
+        raise ValueError(
+            f"{file.path}: not of this save: expected {dict(zip(keys, expected, strict=True))}, "
+            f"found {dict(zip(keys, found, strict=True))}"
+        )
+    file.check(FileDigest(shard.size, shard.checksum))
+    return file
+
+
+def _slots(file: ShardFile) -> dict[str, int]:
+    """Return the optimizer state of a row in a file: name -> float32 words."""
+    return {
+        key.removeprefix(SLOT_PREFIX): spec.shape[1]
+        for key, spec in file.specs.items()
+        if key.startswith(SLOT_PREFIX)
+    }
+
+
+def _check_state(
+    state: dict[str, Any],
+    table: HashTable,
+    dim: int,
+    dtype: torch.dtype,
+    slots: dict[str, int],
+) -> None:
+    """Raise ValueError unless a state is valid, with weights and slots of such shapes."""
+    count = state["ids"].numel()
+    weights = torch.empty(count, dim, dtype=dtype, device="meta")
+    row = {key: torch.empty(count, words, device="meta") for key, words in slots.items()}
+    whole = {**state, "weights": weights, "slots": row}
+    table_state.check_state(whole, table.name, table.embedding_dim)
+
+
+__all__ = ["ShardTables"]

@@ -1,0 +1,67 @@
+"""Tables whose rows are in the ``state_dict`` of Lightning's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from recis_lightning.checkpoint.progress import Progress
+from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.table import state as table_state
+from recis_lightning.table.hash_table import HashTable
+
+
+class StateTables(SavedTables):
+    """Tables of a ``state_dict``, by their name, or by their module's if they have none.
+
+    Args:
+        state_dict: Of a module.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Any]) -> None:
+        self._states: dict[str, dict[str, Any]] = {}
+        for key, state in state_dict.items():
+            if key.endswith("_extra_state") and isinstance(state, dict) and "ids" in state:
+                module = key.removesuffix("._extra_state").removesuffix(".table")
+                self._states[state.get("name") or module or "table"] = state
+
+    @override
+    def names(self) -> list[str]:
+        return list(self._states)
+
+    @override
+    def contents(self, name: str) -> TableContents:
+        state = self._states[name]
+        weights, slots = state["weights"], state["slots"]
+        return TableContents(
+            rows=[len(state["ids"])],
+            embedding_dim=state["embedding_dim"],
+            dtype=weights.dtype,
+            slots={key: slot.shape[1] for key, slot in slots.items()},
+            step=state["step"],
+            num_updates=state["num_updates"],
+            num_bytes=sum(tensor.nbytes for tensor in (weights, state["ids"], *slots.values())),
+        )
+
+    @override
+    def chunks(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
+        state = self._states[name]
+        columns = {key: state[key] for key in table_state.row_columns(state)}
+        columns |= {"weights": state["weights"], **state["slots"]}
+        for start in range(0, max(len(state["ids"]), 1), num_rows):
+            yield {key: column[start : start + num_rows] for key, column in columns.items()}
+
+    @override
+    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+        table_state.check_state(self._states[name], name, table.embedding_dim)
+
+    @override
+    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+        for name, table in tables.items():
+            table.set_extra_state(self._states[name])
+
+
+__all__ = ["StateTables"]

@@ -1,0 +1,160 @@
+"""Writer of shard files: every rank writes its own rows of each table."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis_lightning.checkpoint.chunks import ProgressCallback
+from recis_lightning.checkpoint.commit import (
+    FORMAT,
+    SHARD_SUFFIX,
+    SLOT_PREFIX,
+    Commit,
+    Shard,
+    file_name,
+    sync_folder,
+)
+from recis_lightning.checkpoint.progress import Progress, on_rank_zero
+from recis_lightning.checkpoint.shard_file import TensorGroup, TensorSpec, write_shard
+from recis_lightning.distributed import collectives
+from recis_lightning.distributed.ownership import owner_of
+from recis_lightning.table import state as table_state
+from recis_lightning.table.hash_table import HashTable, hash_tables
+
+
+def tables_by_name(tables: nn.Module | Iterable[HashTable]) -> dict[str, HashTable]:
+    """Return tables, or those of a module, by name; ValueError if two have one name."""
+    if isinstance(tables, nn.Module):
+        tables = hash_tables(tables)
+    named: dict[str, HashTable] = {}
+    for table in tables:
+        if not isinstance(table, HashTable):
+            raise TypeError(f"tables: expected HashTable, got {type(table).__name__}")
+        if named.setdefault(table.name, table) is not table:
+            raise ValueError(
+                f"tables: two have the name {table.name!r}, and a checkpoint tells tables apart "
+                "by their names; give one another name"
+            )
+    return named
+
+
+def write_shards(
+    directory: Path,
+    tables: nn.Module | Iterable[HashTable],
+    folder: str,
+    progress: Progress,
+    save_id: str,
+) -> Commit:
+    """Write the shard files of all ranks; all ranks call it together.
+
+    Args:
+        directory: Folder of the files; made if it is not there.
+        tables: A module with tables, or tables of different names.
+        folder: Path of that folder, relative to the commit.
+        progress: Shows the progress of rank 0.
+        save_id: Random; that of rank 0 is taken.
+
+    Returns:
+        The commit, to be written last.
+
+    Raises:
+        ValueError, OSError, RuntimeError: As for ``save``; the files written so far are removed.
+    """
+    rank, world_size = collectives.rank(), collectives.world_size()
+    own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
+    layouts = collectives.gather((save_id, {name: own[name].embedding_dim for name in own}))
+    save_id = layouts[0][0]
+    for other, (_, layout) in enumerate(layouts):
+        if layout != layouts[0][1]:
+            raise ValueError(f"tables: rank 0 has {layouts[0][1]}, rank {other} has {layout}")
+
+    def write() -> dict[str, Shard]:
+        directory.mkdir(parents=True, exist_ok=True)
+        total = sum(map(_num_bytes, own.values()))
+        with on_rank_zero(progress)("Saving tables", total) as on_progress:
+            shards = {
+                name: _write_table(directory, table, rank, world_size, save_id, on_progress)
+                for name, table in own.items()
+            }
+        sync_folder(directory)
+        return shards
+
+    try:
+        shards = collectives.gather(collectives.run_on_all_ranks(write))
+    except BaseException:
+        for file in directory.glob(f"*.{rank}-of-{world_size}.{save_id}{SHARD_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        raise
+    by_table = {name: [of_rank[name] for of_rank in shards] for name in own}
+    return Commit(save_id, world_size, folder, str(directory.resolve()), by_table)
+
+
+def _num_bytes(table: HashTable) -> int:
+    """Return about how many bytes a table's shard will have."""
+    return len(table) * (4 * table.rows.row_words + 8 * (1 + table.keeps_last_seen))
+
+
+def _write_table(
+    folder: Path,
+    table: HashTable,
+    rank: int,
+    world_size: int,
+    save_id: str,
+    on_progress: ProgressCallback,
+) -> Shard:
+    """Write this rank's rows of a table to a file of their own."""
+    ids, rows = table.ids_map()
+    if world_size > 1 and table.may_hold_foreign_rows:
+        own = owner_of(ids, world_size) == rank
+        ids, rows = ids[own], rows[own]
+    fields = _flat(table.saved_fields(rows))
+    tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
+    metadata = {key: value for key, value in fields.items() if key not in tensors}
+    metadata |= {"format": FORMAT, "save_id": save_id, "table": table.name, "rows": len(ids)}
+    metadata |= {"rank": rank, "world_size": world_size}
+    columns = {"ids": ids, **{key: tensors.pop(key) for key in table_state.row_columns(tensors)}}
+    groups = [_rows_group(table, rows, columns)]
+    groups += [TensorGroup.of(name, tensor) for name, tensor in tensors.items()]
+    file = file_name(table.name, rank, world_size, save_id)
+    digest = write_shard(folder / file, metadata, groups, on_progress)
+    return Shard(file, len(ids), *digest)
+
+
+def _rows_group(table: HashTable, rows: Tensor, columns: dict[str, Tensor]) -> TensorGroup:
+    """Return ids and policies' columns, weights and slots, to be read together."""
+    store, count = table.rows, len(rows)
+    specs = {key: TensorSpec(column.dtype, tuple(column.shape)) for key, column in columns.items()}
+    specs["weights"] = TensorSpec(table.dtype, (count, table.embedding_dim))
+    for name, words in store.slots.items():
+        specs[SLOT_PREFIX + name] = TensorSpec(torch.float32, (count, words))
+
+    def read(start: int, stop: int) -> Mapping[str, Tensor]:
+        weights, slots = store.read(rows[start:stop])
+        return {
+            **{key: column[start:stop] for key, column in columns.items()},
+            "weights": weights,
+            **{SLOT_PREFIX + name: slot for name, slot in slots.items()},
+        }
+
+    return TensorGroup(specs, read)
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, with the names joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+__all__ = ["tables_by_name", "write_shards"]

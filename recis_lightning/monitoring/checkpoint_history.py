@@ -1,0 +1,128 @@
+"""History of a run and figures of its tables, read from a checkpoint of Lightning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from recis_lightning.checkpoint.reader import CheckpointReader, read_lightning_file
+from recis_lightning.checkpoint.saved_tables import TableContents
+from recis_lightning.monitoring.history import RunHistory
+from recis_lightning.ops.hash_index import capacity_for
+from recis_lightning.table.scan import Rows, RowSurvey, survey
+
+__all__ = ["SavedRun", "read_run"]
+
+_CHUNK_ROWS = 1 << 16
+_ENTRY_BYTES = 16
+_POLICY_COLUMNS = ("last_seen", "counts", "ages_us")
+
+
+class SavedRun(NamedTuple):
+    """Tables and history of a run.
+
+    Attributes:
+        path: The checkpoint.
+        tables: Layout of each table, by name.
+        history: That of its ``MetricReportHook``; without one, a single point.
+    """
+
+    path: Path
+    tables: dict[str, TableContents]
+    history: RunHistory
+
+
+def read_run(path: str | os.PathLike[str]) -> SavedRun:
+    """Read a checkpoint of Lightning, and all rows of its tables.
+
+    Args:
+        path: Its file, or a folder: then the newest file ``*.ckpt`` in it, or below it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of Lightning, or holds no tables.
+    """
+    file = _checkpoint_file(Path(path))
+    try:
+        checkpoint = read_lightning_file(file)
+    except Exception as error:
+        raise ValueError(f"source: {file} is no checkpoint that can be read: {error}") from error
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"source: {file} is no checkpoint of Lightning")
+    reader = CheckpointReader.of_lightning(file, checkpoint)
+    tables = {name: reader.contents(name) for name in reader.names()}
+    history, figures = _history(checkpoint), {}
+    for name, contents in tables.items():
+        found, num_columns = _survey(reader, name, contents.step)
+        figures[name] = _figures(contents, num_columns, found)
+        history.distributions[f"table/{name}/norms"] = found.norms
+        if found.ages is not None:
+            history.distributions[f"table/{name}/ages"] = found.ages
+    if not len(history):
+        history.append(int(checkpoint.get("global_step", 0)), _values(figures))
+    return SavedRun(file, tables, history)
+
+
+def _checkpoint_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise FileNotFoundError(f"source: no checkpoint (*.ckpt) at {path}")
+    return files[-1]
+
+
+def _history(checkpoint: Mapping[str, Any]) -> RunHistory:
+    """Return the history that a callback saved; empty if none did."""
+    history = RunHistory()
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, Mapping) and isinstance(state.get("history"), Mapping):
+            history.load_state_dict(dict(state["history"]))
+    return history
+
+
+def _survey(reader: CheckpointReader, name: str, step: int) -> tuple[RowSurvey, int]:
+    """Return the survey of a table's rows, and the number of its policies' columns."""
+    num_columns = 0
+
+    def chunks() -> Iterator[Rows]:
+        nonlocal num_columns
+        first = 0
+        for chunk in reader.chunks(name, _CHUNK_ROWS):
+            count = chunk.pop("ids").numel()
+            columns = {key: chunk.pop(key) for key in _POLICY_COLUMNS if key in chunk}
+            weights, num_columns = chunk.pop("weights"), len(columns)
+            ages = (step - columns["last_seen"]).clamp_(min=0) if "last_seen" in columns else None
+            yield Rows(torch.arange(first, first + count), weights, [*chunk.values()], ages)
+            first += count
+
+    return survey(chunks()), num_columns
+
+
+def _figures(contents: TableContents, num_columns: int, found: RowSurvey) -> dict[str, float]:
+    """Return the figures that ``TableWatch`` records under the same names."""
+    num_rows = sum(contents.rows)
+    capacity = capacity_for(num_rows)
+    return {
+        "rows": num_rows,
+        "capacity": capacity,
+        "load": num_rows / capacity,
+        "index_bytes": _ENTRY_BYTES * (capacity + 1),
+        "weight_bytes": num_rows * contents.embedding_dim * contents.dtype.itemsize,
+        "state_bytes": num_rows * 4 * sum(contents.slots.values()),
+        "column_bytes": num_rows * 8 * num_columns,
+        "nonfinite_rows": found.nonfinite_rows.numel(),
+    }
+
+
+def _values(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the figures of each table and of all tables, under the names of a history."""
+    values = {f"table/{name}/{key}": v for name in figures for key, v in figures[name].items()}
+    for key in next(iter(figures.values())):
+        values[f"tables/{key}"] = sum(of_table[key] for of_table in figures.values())
+    values["tables/load"] = values["tables/rows"] / values["tables/capacity"]
+    return values
