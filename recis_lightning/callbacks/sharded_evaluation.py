@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from recis_lightning.lookup.sharded import finish_evaluation
+from recis_lightning.lookup import finish_evaluation
 
 __all__ = ["ShardedEvaluation"]
 
