@@ -6,58 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_ids, check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.initializers import Initializer, Normal
-from recis_lightning.jagged import Bags, Jagged, read_bags
-from recis_lightning.lookup.group import Feature, TableGroup
-from recis_lightning.lookup.sharded import make_group
+from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
+from recis_lightning.jagged import FeatureBags, Jagged, read_bags
+from recis_lightning.lookup.current_groups import CurrentGroups
+from recis_lightning.lookup.features import Feature
+from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.table.hash_table import HashTable
 
 _BAG_MODES = ("sum", "mean")
-_DEFAULT_INITIALIZER = Normal(std=0.01)
 
 
-class _Embedding(nn.Module):
-    """One table, one feature."""
-
-    def __init__(self, table: HashTable, mode: str, padding_idx: int | None) -> None:
-        super().__init__()
-        self.table = table
-        self.mode = mode
-        self.padding_idx = check_padding_idx(padding_idx)
-        self._group: TableGroup | None = None
-
-    @property
-    def embedding_dim(self) -> int:
-        """Weights in a row."""
-        return self.table.embedding_dim
-
-    def _look_up(self, bags: Bags) -> Tensor:
-        group = self._group
-        if group is None or not group.is_current():
-            (group,) = self.current_groups()
-        return group.look_up([bags], self.training)[0]
-
-    def current_groups(self) -> list[TableGroup]:
-        """Return the group of the one feature, as its table is now."""
-        if self._group is None or not self._group.is_current():
-            feature = Feature("ids", self.table, self.mode, self.padding_idx)
-            self._group = make_group([feature])
-        return [self._group]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None}
-
-    def extra_repr(self) -> str:
-        """See ``torch.nn.Module.extra_repr``."""
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.embedding_dim}{padding}"
-
-
-class DynamicEmbedding(_Embedding):
+class DynamicEmbedding(nn.Module):
     """An embedding of any int64 id: rows appear on first use.
 
     Mirrors ``torch.nn.Embedding`` without ``num_embeddings``. In training mode an unknown id gets
@@ -65,9 +29,9 @@ class DynamicEmbedding(_Embedding):
 
     Args:
         embedding_dim: Size of each vector.
-        initializer: How a new row starts; ``Normal(std=0.01)`` by default.
-        admission: Which unknown ids get a row; None admits all.
-        eviction: Which rows leave when the table evicts; None none.
+        initializer: Distribution of new rows; ``Normal(std=0.01)`` by default.
+        admission: Policy that says which unknown ids get a row; None admits all.
+        eviction: Policy that says which rows the table evicts; None evicts none.
         padding_idx: An id that reads as zeros, gets no row and no gradient.
         dtype: torch.float32 or torch.bfloat16.
         device: Where the table lives.
@@ -86,7 +50,7 @@ class DynamicEmbedding(_Embedding):
         self,
         embedding_dim: int,
         *,
-        initializer: Initializer = _DEFAULT_INITIALIZER,
+        initializer: Initializer = DEFAULT_INITIALIZER,
         admission: Admission | None = None,
         eviction: Eviction | None = None,
         padding_idx: int | None = None,
@@ -95,17 +59,22 @@ class DynamicEmbedding(_Embedding):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        table = HashTable(
-            embedding_dim,
-            initializer=initializer,
-            admission=admission,
-            eviction=eviction,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            name=name,
+        super().__init__()
+        self.table = _make_table(
+            embedding_dim, initializer, admission, eviction, dtype, device, seed, name
         )
-        super().__init__(table, "none", padding_idx)
+        self.mode = "none"
+        self.padding_idx = check_padding_idx(padding_idx)
+        self._groups = CurrentGroups()
+
+    @property
+    def embedding_dim(self) -> int:
+        """Weights in a row."""
+        return self.table.embedding_dim
+
+    def current_groups(self) -> list[LookupGroup]:
+        """Return the group of the one feature, as its table is now."""
+        return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
     def forward(self, ids: Tensor) -> Tensor:
@@ -121,11 +90,15 @@ class DynamicEmbedding(_Embedding):
             TypeError: ``ids`` is not int64.
         """
         flat = check_ids(ids).reshape(-1).contiguous()
-        out = self._look_up(Bags(flat, flat.numel(), 1, None, None, tuple(ids.shape)))
-        return out.view(*ids.shape, self.embedding_dim)
+        rows = _look_up(self.current_groups(), FeatureBags([flat]), self.training)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    @override
+    def extra_repr(self) -> str:
+        return _describe(self.embedding_dim, self.padding_idx)
 
 
-class DynamicEmbeddingBag(_Embedding):
+class DynamicEmbeddingBag(nn.Module):
     """Sums or means of bags of any int64 ids.
 
     Mirrors ``torch.nn.EmbeddingBag``: 2-D ids are bags of one length, 1-D ids need ``offsets``;
@@ -135,8 +108,8 @@ class DynamicEmbeddingBag(_Embedding):
         embedding_dim: Size of each vector.
         mode: "sum" or "mean".
         initializer: As for ``DynamicEmbedding``, like all that follow.
-        admission: Which unknown ids get a row.
-        eviction: Which rows leave when the table evicts.
+        admission: Policy that says which unknown ids get a row.
+        eviction: Policy that says which rows the table evicts.
         padding_idx: An id that adds nothing; "mean" does not count it.
         dtype: torch.float32 or torch.bfloat16.
         device: Where the table lives.
@@ -155,7 +128,7 @@ class DynamicEmbeddingBag(_Embedding):
         embedding_dim: int,
         *,
         mode: str = "mean",
-        initializer: Initializer = _DEFAULT_INITIALIZER,
+        initializer: Initializer = DEFAULT_INITIALIZER,
         admission: Admission | None = None,
         eviction: Eviction | None = None,
         padding_idx: int | None = None,
@@ -176,18 +149,23 @@ class DynamicEmbeddingBag(_Embedding):
                     "sparsely, and are not renormalised in a lookup"
                 )
             raise TypeError(f"DynamicEmbeddingBag got an unexpected argument {argument!r}")
-        table = HashTable(
-            embedding_dim,
-            initializer=initializer,
-            admission=admission,
-            eviction=eviction,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            name=name,
+        super().__init__()
+        self.table = _make_table(
+            embedding_dim, initializer, admission, eviction, dtype, device, seed, name
         )
-        super().__init__(table, mode, padding_idx)
+        self.mode = mode
+        self.padding_idx = check_padding_idx(padding_idx)
         self.include_last_offset = include_last_offset
+        self._groups = CurrentGroups()
+
+    @property
+    def embedding_dim(self) -> int:
+        """Weights in a row."""
+        return self.table.embedding_dim
+
+    def current_groups(self) -> list[LookupGroup]:
+        """Return the group of the one feature, as its table is now."""
+        return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
     def forward(
@@ -218,13 +196,13 @@ class DynamicEmbeddingBag(_Embedding):
         if isinstance(ids, Jagged) or (isinstance(ids, Tensor) and ids.is_nested):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets, per_sample_weights: expected None for ragged ids")
-            return self._look_up(read_bags(ids, "ids"))
+            return self._look_up(ids)
         check_ids(ids)
         if ids.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets: expected None for 2-D ids, whose rows are the bags")
             feature = ids if per_sample_weights is None else (ids, per_sample_weights)
-            return self._look_up(read_bags(feature, "ids"))
+            return self._look_up(feature)
         if ids.dim() != 1:
             raise ValueError(f"ids: expected shape [N] or [B, L], got {tuple(ids.shape)}")
         if offsets is None:
@@ -233,11 +211,47 @@ class DynamicEmbeddingBag(_Embedding):
         if not self.include_last_offset:
             # Not torch.cat: a tensor of one number from the host would wait for a GPU.
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=ids.numel())
-        return self._look_up(read_bags(Jagged(ids, offsets, per_sample_weights), "ids"))
+        return self._look_up(Jagged(ids, offsets, per_sample_weights))
 
+    def _look_up(self, feature: Any) -> Tensor:
+        bags = FeatureBags.of([read_bags(feature, "ids")])
+        return _look_up(self.current_groups(), bags, self.training)
+
+    @override
     def extra_repr(self) -> str:
-        """See ``torch.nn.Module.extra_repr``."""
-        return f"{super().extra_repr()}, mode={self.mode!r}"
+        return f"{_describe(self.embedding_dim, self.padding_idx)}, mode={self.mode!r}"
+
+
+def _make_table(
+    embedding_dim: int,
+    initializer: Initializer,
+    admission: Admission | None,
+    eviction: Eviction | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    seed: int,
+    name: str | None,
+) -> HashTable:
+    return HashTable(
+        embedding_dim,
+        initializer=initializer,
+        admission=admission,
+        eviction=eviction,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        name=name,
+    )
+
+
+def _look_up(groups: list[LookupGroup], bags: FeatureBags, training: bool) -> Tensor:
+    """Return the rows of the one feature of the one group."""
+    return look_up_groups(groups, [bags], training)[0][0]
+
+
+def _describe(embedding_dim: int, padding_idx: int | None) -> str:
+    padding = "" if padding_idx is None else f", padding_idx={padding_idx}"
+    return f"{embedding_dim}{padding}"
 
 
 __all__ = ["DynamicEmbedding", "DynamicEmbeddingBag"]

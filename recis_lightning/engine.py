@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_padding_idx
 from recis_lightning.eviction import Eviction
-from recis_lightning.initializers import Initializer, Normal
-from recis_lightning.jagged import Bags, Jagged, PlainBags, read_features, read_keyed_jagged
-from recis_lightning.lookup.group import Feature, TableGroup
-from recis_lightning.lookup.sharded import look_up_groups, make_group
+from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
+from recis_lightning.jagged import Bags, Jagged, read_features, read_keyed_jagged
+from recis_lightning.lookup.current_groups import CurrentGroups
+from recis_lightning.lookup.features import Feature
+from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.ops.embedding_bag import MODES
 from recis_lightning.table.hash_table import HashTable
 
-_DEFAULT_INITIALIZER = Normal(std=0.01)
 _FEATURE_FIELDS = ("table", "mode", "padding_idx", "tile_len")  # the rest belongs to the table
 
 
 @dataclass
 class EmbeddingOption:
-    """How one feature is embedded.
+    """Settings of a feature: of its lookup, and of its table.
 
     Args:
         embedding_dim: Size of a row.
-        table: Whose rows it reads; the feature's own name by default. Options that name the same
-            table share its rows, and must agree on everything the table owns.
+        table: Name of the table that has its rows; the feature's name by default. Options that
+            name the same table share its rows, and must agree on everything the table owns.
         mode: "none" (a row an id), "sum", "mean" or "tile" (the first ``tile_len`` rows of a bag
             side by side, zero padded).
-        initializer: How a new row starts.
-        admission: Which unknown ids get a row; None admits all.
-        eviction: Which rows leave when the table evicts; None none.
+        initializer: Distribution of new rows.
+        admission: Policy that says which unknown ids get a row; None admits all.
+        eviction: Policy that says which rows the table evicts; None evicts none.
         padding_idx: An id of this feature that reads as zeros and gets no row.
         dtype: torch.float32 or torch.bfloat16, also by name.
         device: Where the table lives.
@@ -50,7 +50,7 @@ class EmbeddingOption:
     embedding_dim: int
     table: str | None = None
     mode: Literal["none", "sum", "mean", "tile"] = "none"
-    initializer: Initializer = _DEFAULT_INITIALIZER
+    initializer: Initializer = DEFAULT_INITIALIZER
     admission: Admission | None = None
     eviction: Eviction | None = None
     padding_idx: int | None = None
@@ -86,7 +86,7 @@ class EmbeddingEngine(nn.Module):
     and one gather a step, however many features it has and however they pool.
 
     Args:
-        options: Feature -> how it is embedded.
+        options: Feature -> its settings.
 
     Raises:
         TypeError: An option is no ``EmbeddingOption``.
@@ -123,7 +123,7 @@ class EmbeddingEngine(nn.Module):
                 continue
             owners[name] = feature
             self.tables[name] = _make_table(name, option)
-        self._groups: list[tuple[list[str], TableGroup]] | None = None
+        self._groups = CurrentGroups()
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]
@@ -167,35 +167,21 @@ class EmbeddingEngine(nn.Module):
             missing = sorted(self.options.keys() - features.keys())
             unknown = sorted(features.keys() - self.options.keys())
             raise ValueError(f"features: missing {missing}, unknown {unknown}")
-        found: dict[str, Any] = dict.fromkeys(self.options)
-        groups = self._current_groups()
-        bags = [read_features(features, names) for names, _ in groups]
-        rows = look_up_groups([group for _, group in groups], bags, self.training)
-        for (names, _), parts, outputs in zip(groups, bags, rows, strict=True):
-            if isinstance(parts, PlainBags):
-                found.update(zip(names, outputs, strict=True))
-                continue
-            for name, bag, out in zip(names, parts, outputs, strict=True):
-                found[name] = _shape(out, bag, self.options[name].mode)
-        return found
+        groups = self.current_groups()
+        bags = [read_features(features, group.layout.names) for group in groups]
+        outputs = look_up_groups(groups, bags, self.training)
+        embeddings: dict[str, Any] = dict.fromkeys(self.options)
+        for group, parts, rows in zip(groups, bags, outputs, strict=True):
+            names = group.layout.names
+            embeddings.update(zip(names, rows, strict=True))
+            for name, bag in zip(names, parts.details, strict=False):  # none if all are plain
+                mode = self.options[name].mode
+                embeddings[name] = _shape(embeddings[name], bag, mode)
+        return embeddings
 
-    def current_groups(self) -> list[TableGroup]:
+    def current_groups(self) -> list[LookupGroup]:
         """Return the groups of the features, as their tables are now."""
-        return [group for _, group in self._current_groups()]
-
-    def _current_groups(self) -> list[tuple[list[str], TableGroup]]:
-        groups = self._groups
-        if groups is None or not all(group.is_current() for _, group in groups):
-            members: dict[tuple[Any, ...], list[str]] = {}
-            for name in self.options:
-                table = self._table(name)
-                key = (table.device, table.dtype, table.embedding_dim)
-                members.setdefault(key, []).append(name)
-            groups = self._groups = [
-                (names, make_group([self._feature(name) for name in names]))
-                for names in members.values()
-            ]
-        return groups
+        return self._groups.of(lambda: map(self._feature, self.options))
 
     def _table(self, feature: str) -> HashTable:
         table = self.tables[self.options[feature].table or feature]
@@ -207,9 +193,6 @@ class EmbeddingEngine(nn.Module):
         return Feature(
             name, self._table(name), option.mode, option.padding_idx, option.tile_len or 0
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": None}
 
 
 def _make_table(name: str, option: EmbeddingOption) -> HashTable:

@@ -157,7 +157,10 @@ class XavierNormal(Initializer):
         return row_init.NORMAL, (0.0, self.gain * math.sqrt(2 / (self.fan_in + embedding_dim)))
 
 
+DEFAULT_INITIALIZER = Normal(std=0.01)  # of tables that are given none
+
 __all__ = [
+    "DEFAULT_INITIALIZER",
     "Constant",
     "Initializer",
     "Normal",

@@ -31,20 +31,20 @@ class Jagged(NamedTuple):
 
     @property
     def num_bags(self) -> int:
-        """B."""
+        """Number of bags, B."""
         return self.offsets.numel() - 1
 
 
 class Bags(NamedTuple):
-    """A feature as the lookup takes it: flat ids and how they fall into bags.
+    """Bags of a feature, as a lookup takes them: flat ids and how they fall into bags.
 
     Attributes:
         ids: int64 [n], contiguous.
         num_bags: B.
-        bag_length: Ids in every bag, or -1 where offsets tell.
+        bag_length: Ids in every bag, or -1 where ``offsets`` says it.
         offsets: int64 [B + 1] or None.
         weights: float32 [n] or None.
-        shape: Of the ids as given, for a dense feature; None for a ragged one.
+        shape: Shape of the ids as given, for a dense feature; None for a ragged one.
         nested: Whether it came as a torch NestedTensor.
     """
 
@@ -56,28 +56,61 @@ class Bags(NamedTuple):
     shape: tuple[int, ...] | None
     nested: bool = False
 
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Return the bag of each id, and the id's position in it, int64 [n] each.
 
-class PlainBags(Sequence[Bags]):
-    """Features of one id a bag, as most of a model are: 1-D, contiguous, without weights.
+        Example:
+            >>> bags = read_bags(Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 2, 2, 3])), "f")
+            >>> [part.tolist() for part in bags.positions()]
+            [[0, 0, 2], [0, 1, 0]]
+        """
+        index = torch.arange(self.ids.numel(), device=self.ids.device)
+        if self.offsets is None:
+            bag = index // max(self.bag_length, 1)
+            return bag, index - bag * self.bag_length
+        # Not repeat_interleave: a GPU's would wait to know how long the result is.
+        bag = torch.searchsorted(self.offsets[1:], index, right=True)
+        bag = bag.clamp(max=max(self.num_bags - 1, 0))
+        return bag, index - self.offsets[bag]
 
-    A model may have hundreds, so what is so for all of them is noted once, not in a ``Bags`` each.
+
+class FeatureBags(Sequence[Bags]):
+    """Bags of several features.
+
+    Most features of a model are plain: one id a bag, 1-D, contiguous, without weights. A model may
+    have hundreds, so where all are plain, no ``Bags`` is made for each of them.
 
     Args:
         ids: int64 [n_i] for each feature, contiguous.
+        details: As the attribute.
 
     Attributes:
         sizes: Their n_i.
+        details: Bags of all features; empty if all features are plain.
+
+    Example:
+        >>> bags = FeatureBags([torch.tensor([4, 5]), torch.tensor([6])])
+        >>> bags.sizes, bags[1].num_bags, bags.details
+        ([2, 1], 1, ())
     """
 
-    def __init__(self, ids: list[Tensor]) -> None:
-        self.ids, self.sizes = ids, list(map(Tensor.numel, ids))
+    def __init__(self, ids: list[Tensor], details: Sequence[Bags] = ()) -> None:
+        self.ids, self.details = ids, details
+        self.sizes = list(map(Tensor.numel, ids))
+
+    @classmethod
+    def of(cls, details: Sequence[Bags]) -> FeatureBags:
+        """Join the bags of features."""
+        return cls([bags.ids for bags in details], details)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return PlainBags(self.ids[index])
+            return FeatureBags(self.ids[index], self.details[index])
+        if self.details:
+            return self.details[index]
         size = self.sizes[index]
         return Bags(self.ids[index], size, 1, None, None, (size,))
 
@@ -85,12 +118,12 @@ class PlainBags(Sequence[Bags]):
 _dtype = attrgetter("dtype")
 
 
-def read_features(features: Mapping[str, Any], names: Sequence[str]) -> Sequence[Bags]:
+def read_features(features: Mapping[str, Any], names: Sequence[str]) -> FeatureBags:
     """Read several features, of the kinds that ``read_bags`` takes.
 
     Args:
         features: Feature -> what ``read_bags`` takes.
-        names: Which of them.
+        names: The features to read, in this order.
     """
     given = [features[name] for name in names]
     if (
@@ -99,8 +132,8 @@ def read_features(features: Mapping[str, Any], names: Sequence[str]) -> Sequence
         and set(map(_dtype, given)) == {torch.int64}
         and all(map(Tensor.is_contiguous, given))
     ):
-        return PlainBags(given)
-    return list(map(read_bags, given, names))
+        return FeatureBags(given)
+    return FeatureBags.of(list(map(read_bags, given, names)))
 
 
 def read_bags(feature: Any, name: str) -> Bags:
@@ -109,7 +142,7 @@ def read_bags(feature: Any, name: str) -> Bags:
     Args:
         feature: int64 [*] (the last dimension of two or more is the bag), a dense pair
             ``(ids, weights)``, a torch jagged NestedTensor [B, j], or a ``Jagged``.
-        name: What errors call it.
+        name: The feature's name, for errors.
 
     Raises:
         TypeError, ValueError: It is none of these.
@@ -209,4 +242,11 @@ def read_keyed_jagged(features: Any) -> dict[str, Jagged]:
     return read
 
 
-__all__ = ["Bags", "Jagged", "read_bags", "read_keyed_jagged"]
+__all__ = [
+    "Bags",
+    "FeatureBags",
+    "Jagged",
+    "read_bags",
+    "read_features",
+    "read_keyed_jagged",
+]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from recis_lightning import Jagged
-from recis_lightning.jagged import PlainBags, read_bags, read_features
+from recis_lightning.jagged import read_bags, read_features
 
 VALUES, OFFSETS = torch.arange(7), torch.tensor([0, 2, 2, 7])
 
@@ -115,7 +115,7 @@ def test_many_plain_features_are_read_as_each_alone():
     names = ["c", "a", "b"]
     together = read_features(features, names)
     apart = [read_bags(features[name], name) for name in names]
-    assert isinstance(together, PlainBags)
+    assert not together.details
     assert together.sizes == [5, 3, 0]
     pairs = [*zip(together, apart, strict=True), (together[-1], apart[-1])]
     for one, two in [*pairs, *zip(together[1:], apart[1:], strict=True)]:
@@ -135,7 +135,7 @@ def test_many_plain_features_are_read_as_each_alone():
 def test_features_of_several_kinds_are_read_one_by_one(other):
     """One that is not plain is enough."""
     bags = read_features({"a": torch.arange(3), "b": other}, ["a", "b"])
-    assert not isinstance(bags, PlainBags)
+    assert len(bags.details) == 2
     assert bags[1].ids.is_contiguous()
     assert bags[1][1:2] == read_bags(other, "b")[1:2]
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from recis_lightning.lookup.sharded import finish_evaluation
+from recis_lightning.lookup import finish_evaluation
 
 __all__ = ["ShardedEvaluation"]
 

@@ -1,8 +1,8 @@
-"""Memory for the outputs of many features, allocated a few times rather than once a feature.
+"""Output buffers of many features, allocated a few times rather than once a feature.
 
 An allocation costs torch microseconds, which hundreds of small features feel. So small outputs of
 one width share memory, though none is a view of another: each can be changed in place and has its
-own version. A shared piece is small, because whoever keeps one of its outputs keeps all of it.
+own version. A shared buffer is small, because whoever keeps one of its outputs keeps all of it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 _SMALL_BYTES = 1 << 16  # an output up to here shares memory
-_PIECE_BYTES = 1 << 20
+_SHARED_BYTES = 1 << 20
 
-# Tensors that share memory are views, with restrictions, only where this key has its say.
+# Tensors that share memory are views, with restrictions, only where this key is not excluded.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
-def new_outputs(counts: Sequence[int], widths: Sequence[int], prototype: Tensor) -> list[Tensor]:
+def allocate_outputs(
+    counts: Sequence[int], widths: Sequence[int], prototype: Tensor
+) -> list[Tensor]:
     """Allocate uninitialised outputs [counts[i], widths[i]] of the prototype's dtype and device."""
     new_empty, item = prototype.new_empty, prototype.element_size()
     outputs: list[Tensor] = []
@@ -28,7 +30,7 @@ def new_outputs(counts: Sequence[int], widths: Sequence[int], prototype: Tensor)
         width, last = widths[first], first + 1
         rows = counts[first]
         if rows * width * item <= _SMALL_BYTES:
-            room = _PIECE_BYTES // max(width * item, 1)
+            room = _SHARED_BYTES // max(width * item, 1)
             while last < total and widths[last] == width and rows + counts[last] <= room:
                 if counts[last] * width * item > _SMALL_BYTES:
                     break
@@ -46,4 +48,4 @@ def new_outputs(counts: Sequence[int], widths: Sequence[int], prototype: Tensor)
     return outputs
 
 
-__all__ = ["new_outputs"]
+__all__ = ["allocate_outputs"]

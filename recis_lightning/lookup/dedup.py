@@ -1,4 +1,4 @@
-"""The distinct ids of a lookup, sorted by the rank that owns them."""
+"""Deduplication of a lookup's ids, sorted by the rank that owns them."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ from recis_lightning.ops.layout import (
 )
 
 
-class DistinctIds(NamedTuple):
-    """What of a lookup has to travel.
+class DeduplicatedIds(NamedTuple):
+    """Ids of a lookup, each once, by the rank that owns them.
 
     Attributes:
         ids: int64 [u], by owner, then table, then first occurrence.
         counts: int64 [num_ranks, num_tables], how many of each owner and table.
-        places: int64 [n], for each position of the lookup that of its id in ``ids``, or PADDING.
+        inverse: int64 [n], for each position of the lookup that of its id in ``ids``, or PADDING.
     """
 
     ids: Tensor
     counts: npt.NDArray[np.int64]
-    places: Tensor
+    inverse: Tensor
 
-    def num_sighted(self) -> Tensor:
+    def occurrences(self) -> Tensor:
         """Return int64 [u], how often each of ``ids`` occurs."""
         size = len(self.ids)
-        if self.places.is_cpu:
-            return torch.bincount(self.places[self.places >= 0], minlength=size)
-        counts = self.places.new_zeros(size + 1)  # bincount would wait; padding goes to the last
+        if self.inverse.is_cpu:
+            return torch.bincount(self.inverse[self.inverse >= 0], minlength=size)
+        counts = self.inverse.new_zeros(size + 1)  # bincount would wait; padding goes to the last
         counts.index_add_(
             0,
-            self.places.remainder(size + 3).clamp(max=size),
-            counts.new_ones(1).expand_as(self.places),
+            self.inverse.remainder(size + 3).clamp(max=size),
+            counts.new_ones(1).expand_as(self.inverse),
         )
         return counts[:size]
 
 
-class DistinctIdFinder:
-    """Finds the distinct ids of a group's lookups, with the index that finds rows.
+class Deduplicator:
+    """Removes the duplicate ids of a group's lookups, with the index that finds rows.
 
     Each lookup starts an empty index a table and inserts the ids: the row that an id gets is its
-    number, the same for every order in which threads run.
+    label, the same for every order in which threads run.
 
     Args:
         segments: As the group describes its features to ``find_or_insert``; headers and the
             INSERT flags are replaced.
         segment_tables: For each segment, its table's position.
-        num_tables: Of the group.
+        num_tables: Tables in the group.
         num_ranks: Ranks that own ids.
         device: Where ids are.
     """
@@ -82,32 +82,37 @@ class DistinctIdFinder:
     ) -> None:
         self._segment_tables = list(segment_tables)
         self._num_ranks, self._device = num_ranks, device
-        self._owners = torch.tensor(self._segment_tables, device=device)
+        self._tables_of_segments = torch.tensor(self._segment_tables, device=device)
         self._seen = [_SeenIds(device) for _ in range(num_tables)]
         self._segments = segments.copy()
         self._segments[:, SEGMENT_FLAGS] = segments[:, SEGMENT_FLAGS] & HAS_PADDING | INSERT
         headers = [self._seen[table].header.address for table in segment_tables]
         self._segments[:, SEGMENT_HEADER] = headers
 
-    def find(self, ids: Sequence[Tensor]) -> DistinctIds:
-        """Return the distinct ids of each table among ``ids``, int64 [n_i] for each segment."""
+    def deduplicate(self, ids: Sequence[Tensor]) -> DeduplicatedIds:
+        """Return each id of each table once.
+
+        Args:
+            ids: int64 [n_i] for each segment.
+        """
         num_tables, num_ids = len(self._seen), hash_index.describe(self._segments, ids)
         starts = self._segments[:, SEGMENT_START]
         sizes = np.diff(starts, append=num_ids)
         per_table = np.bincount(self._segment_tables, sizes, num_tables).astype(np.int64)
-        # An id's number is at least that of all ids of the tables before: numbers are distinct
+        # An id's label is at least the number of ids of the tables before: labels are distinct
         # over tables, with gaps.
-        numbers = np.cumsum(per_table) - per_table
-        for seen, size, number in zip(
-            self._seen, per_table.tolist(), numbers.tolist(), strict=True
+        first_labels = np.cumsum(per_table) - per_table
+        for seen, size, label in zip(
+            self._seen, per_table.tolist(), first_labels.tolist(), strict=True
         ):
-            seen.start(size, number)
-        rows, new = hash_index.find_or_insert(
+            seen.start(size, label)
+        labels, new = hash_index.find_or_insert(
             self._segments, num_ids, self._seen, self._segment_tables, self._device
         )
         num_keys = self._num_ranks * num_tables
         if new is None:
-            return DistinctIds(rows[:0], np.zeros((self._num_ranks, num_tables), np.int64), rows)
+            no_counts = np.zeros((self._num_ranks, num_tables), np.int64)
+            return DeduplicatedIds(labels[:0], no_counts, labels)
         is_new = None
         if backend.runs_later(self._device):  # then -1 fills up what is not new
             is_new, new = new >= 0, new.clamp(min=0)
@@ -117,14 +122,14 @@ class DistinctIdFinder:
         if num_tables > 1:
             if is_new is None:
                 bounds = torch.from_numpy(np.append(starts, num_ids))
-                found = torch.searchsorted(new, bounds).diff()
-                owners = torch.repeat_interleave(self._owners, found)
+                new_counts = torch.searchsorted(new, bounds).diff()
+                tables = torch.repeat_interleave(self._tables_of_segments, new_counts)
             else:
                 segments = (
                     torch.searchsorted(to_device_async(starts, self._device), new, right=True) - 1
                 )
-                owners = self._owners[segments]
-            keys = keys * num_tables + owners
+                tables = self._tables_of_segments[segments]
+            keys = keys * num_tables + tables
         if is_new is None:
             order = _stable_order(keys, num_keys)
             counts = torch.bincount(keys, minlength=num_keys).numpy()
@@ -133,11 +138,12 @@ class DistinctIdFinder:
             ends = torch.arange(num_keys + 1, device=self._device)
             cuts = torch.searchsorted(keys, ends).cpu().numpy()  # waits: it must know what to send
             counts, order = np.diff(cuts), order[: int(cuts[-1])]
-        # -1 and -2, the rows of ids without one, index from the end.
-        places = rows.new_empty(num_ids + 2)
-        places[num_ids], places[num_ids + 1] = PADDING, UNKNOWN
-        places[rows[new[order]]] = torch.arange(len(order), device=self._device)
-        return DistinctIds(distinct[order], counts.reshape(-1, num_tables), places[rows])
+        # -1 and -2, the labels of ids without one, index from the end.
+        position_of = labels.new_empty(num_ids + 2)
+        position_of[num_ids], position_of[num_ids + 1] = PADDING, UNKNOWN
+        position_of[labels[new[order]]] = torch.arange(len(order), device=self._device)
+        counts = counts.reshape(-1, num_tables)
+        return DeduplicatedIds(distinct[order], counts, position_of[labels])
 
 
 class _SeenIds:
@@ -200,4 +206,4 @@ def _stable_order(keys: Tensor, num_keys: int) -> Tensor:
     return torch.argsort(keys, stable=True)
 
 
-__all__ = ["DistinctIdFinder", "DistinctIds"]
+__all__ = ["DeduplicatedIds", "Deduplicator"]

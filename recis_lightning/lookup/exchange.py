@@ -1,20 +1,24 @@
-"""One lookup's way over the ranks: ids to their owners, rows home, gradients to the owners.
+"""All-to-all of one lookup: ids to their owners, rows back, gradients to the owners.
 
-All tables of a group travel together. A message to a rank holds the ids of the first table, then
-those of the second, and so on, each id once; a matrix of counts goes ahead and says how many of
-each table come. So nothing but ids, rows and gradients travels with an id.
+TorchRec's names: *input_dist* sends ids, *lookup* finds their rows at the owner, *output_dist*
+sends rows back. All tables of a group travel together. A message to a rank holds the ids of the
+first table, then those of the second, and so on, each id once; a matrix of counts goes ahead. So
+nothing but ids, rows and gradients travels with an id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from recis_lightning.distributed import collectives
-from recis_lightning.lookup.dedup import DistinctIds
+from recis_lightning.lookup.dedup import DeduplicatedIds
+from recis_lightning.lookup.features import FeatureLayout, header_addresses, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_update
 from recis_lightning.ops.async_copy import to_device_async
@@ -34,131 +38,188 @@ from recis_lightning.table.hash_table import HashTable, write_segment
 from recis_lightning.table.pending_gradient import PendingGradient
 
 
-class ShardExchange:
-    """Where the ids of one lookup went, and how rows and gradients travel between.
+def exchange_rows(
+    layout: FeatureLayout, deduplicated: DeduplicatedIds, training: bool
+) -> Generator[None, None, ShardExchange]:
+    """Fetch the rows of deduplicated ids from their owners; pause while messages are under way.
 
     Args:
-        tables: The group's tables; of each this rank has a shard.
-        distinct: The distinct ids of this rank's lookup.
+        layout: The group's features; of each table this rank has a shard.
+        deduplicated: The ids that this rank looks up.
         training: Insert unknown ids and stamp rows; otherwise only read.
-        signature: Says what is looked up and how; the ranks' must agree.
+
+    Raises:
+        RuntimeError: Another rank looks up something else.
+    """
+    signature = layout.signature << 1 | training
+    recv_counts, signatures = yield from _exchange_counts(layout, deduplicated.counts, signature)
+    _check_signatures(layout, training, signatures, signature)
+    num_sent: list[int] = deduplicated.counts.sum(1).tolist()
+    num_received: list[int] = recv_counts.sum(1).tolist()
+    counts_occurrences = training and any(
+        table.admission is not None or table.stamps for table in layout.tables
+    )
+    message = deduplicated.ids
+    if counts_occurrences:
+        message = torch.stack([message, deduplicated.occurrences()], 1)
+    message = yield from _all_to_all(message, num_received, num_sent)
+    ids, occurrences = message, None
+    if counts_occurrences:
+        ids, occurrences = message.T.contiguous().unbind()
+    owned = _look_up(layout, recv_counts, ids, occurrences, training)
+    rows = yield from _all_to_all(_gather(layout, owned), num_sent, num_received)
+    header, blocks = _header_over(rows)
+    return ShardExchange(layout, num_sent, num_received, owned, rows, header, blocks)
+
+
+def _exchange_counts(
+    layout: FeatureLayout, send_counts: npt.NDArray[np.int64], signature: int
+) -> Generator[None, None, tuple[npt.NDArray[np.int64], list[int]]]:
+    """Return how many ids of each table come from each rank, and the ranks' signatures."""
+    ones = [1] * len(send_counts)
+    signed = np.append(send_counts, np.full((len(ones), 1), signature), 1)
+    received = yield from _all_to_all(to_device_async(signed, layout.device), ones, ones)
+    recv_counts = received.cpu().numpy()
+    return recv_counts[:, :-1], recv_counts[:, -1].tolist()
+
+
+def _all_to_all(
+    message: Tensor, output_splits: list[int], input_splits: list[int]
+) -> Generator[None, None, Tensor]:
+    """Return what the other ranks send, after a pause in which it travels."""
+    received, work = collectives.all_to_all(message, output_splits, input_splits)
+    yield
+    work.wait()
+    return received
+
+
+def _check_signatures(
+    layout: FeatureLayout, training: bool, signatures: list[int], own: int
+) -> None:
+    for rank, signature in enumerate(signatures):
+        if signature != own:
+            raise RuntimeError(
+                f"rank {rank} looks up other features or tables than this rank does (here: "
+                f"tables {[table.name for table in layout.tables]}, "
+                f"{'training' if training else 'evaluation'}); all ranks must look up "
+                "the same features in the same order and mode, with empty ids where a rank "
+                "has none"
+            )
+
+
+class OwnedIds(NamedTuple):
+    """Ids that this rank owns and was asked for: a part for each rank and table, by rank.
 
     Attributes:
-        rows: dtype [u, embedding_dim], the rows of ``distinct.ids``, once ``steps`` are done.
-        header: A table's header by which kernels find ``rows``.
+        part_tables: Table of each part that is not empty.
+        plan: int64 [num_parts, PLAN_SIZE], of those parts.
+        rows: int64 [r], this shard's rows of the ids.
     """
 
-    def __init__(
-        self, tables: Sequence[HashTable], distinct: DistinctIds, training: bool, signature: int
-    ) -> None:
-        self.tables, self.distinct, self.training = tables, distinct, training
-        self.signature = signature
-        self.embedding_dim, self.dtype = tables[0].embedding_dim, tables[0].dtype
-        self.device = tables[0].device
-        self.num_sent: list[int] = distinct.counts.sum(1).tolist()
+    part_tables: list[HashTable]
+    plan: Plan
+    rows: Tensor
 
-    def steps(self) -> Iterator[None]:
-        """Look up; pause while messages are under way, so that other groups can send theirs."""
-        counts = self.distinct.counts
-        told = np.append(counts, np.full((len(counts), 1), self.signature), 1)
-        message, ones = to_device_async(told, self.device), [1] * len(counts)
-        answer, work = collectives.all_to_all(message, ones, ones)
-        yield
-        work.wait()
-        heard = answer.cpu().numpy()
-        self._check_signatures(heard[:, -1].tolist())
-        counts = heard[:, :-1]
-        self.num_received: list[int] = counts.sum(1).tolist()
-        ids = self.distinct.ids
-        counting = self.training and any(
-            table.admission is not None or table.stamps for table in self.tables
-        )
-        if counting:
-            ids = torch.stack([ids, self.distinct.num_sighted()], 1)
-        message, work = collectives.all_to_all(ids, self.num_received, self.num_sent)
-        yield
-        work.wait()
-        self._note_parts(counts)
-        ids, sightings = (message, None) if not counting else message.T.contiguous().unbind()
-        self.owner_rows = self._find_rows(ids, sightings)
-        found = self._gather_rows()
-        self.rows, work = collectives.all_to_all(found, self.num_sent, self.num_received)
-        yield
-        work.wait()
-        self.header, self._blocks = _header_over(self.rows)
 
-    def _check_signatures(self, signatures: list[int]) -> None:
-        for rank, signature in enumerate(signatures):
-            if signature != self.signature:
-                raise RuntimeError(
-                    f"rank {rank} looks up other features or tables than this rank does (here: "
-                    f"tables {[table.name for table in self.tables]}, "
-                    f"{'training' if self.training else 'evaluation'}); all ranks must look up "
-                    "the same features in the same order and mode, with empty ids where a rank "
-                    "has none"
-                )
+def _look_up(
+    layout: FeatureLayout,
+    recv_counts: npt.NDArray[np.int64],
+    ids: Tensor,
+    occurrences: Tensor | None,
+    training: bool,
+) -> OwnedIds:
+    """Find this shard's rows of received ids, int64 [r]; in training insert unknown ids.
 
-    def _note_parts(self, counts: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
-        """Note which of the received ids are of which table: a line of a plan for each part."""
-        sizes = counts.reshape(-1)
-        starts = np.cumsum(sizes) - sizes
-        used = np.flatnonzero(sizes)
-        self.part_sizes = sizes
-        self.part_tables = (used % len(self.tables)).tolist()
-        plan = np.zeros((len(used), PLAN_SIZE), np.int64)
-        headers = np.array([table.header.address for table in self.tables], np.int64)
-        plan[:, embedding_bag.HEADER] = headers[self.part_tables]
-        plan[:, embedding_bag.MODE] = embedding_bag.NONE
-        plan[:, embedding_bag.FIRST_ID] = starts[used]
-        plan[:, embedding_bag.NUM_BAGS] = plan[:, embedding_bag.NUM_IDS] = sizes[used]
-        plan[:, embedding_bag.BAG_LENGTH] = 1
-        self.plan: Plan = plan
-
-    def _find_rows(self, ids: Tensor, sightings: Tensor | None) -> Tensor:
-        """Return int64 [r], this shard's rows of the received ids."""
-        segments = np.zeros((len(self.tables), SEGMENT_SIZE), np.int64)
-        for line, table in zip(segments, self.tables, strict=True):
-            write_segment(line, table, self.training, None)
-        # Tables that got no ids too: a lookup is one of all shards.
-        segments = np.tile(segments, (len(self.num_sent), 1))
-        sizes = self.part_sizes
-        segments[:, SEGMENT_START] = np.cumsum(sizes) - sizes
-        segments[:, SEGMENT_IDS] = ids.data_ptr()
-        if not self.training:
-            return hash_index.find(segments, ids.numel(), self.device)
-        owners = [*range(len(self.tables))] * len(self.num_sent)
+    Args:
+        layout: The group's features.
+        recv_counts: int64 [num_ranks, num_tables].
+        ids: int64 [r], by rank, then table.
+        occurrences: int64 [r], how often each id occurs at its rank; None if nobody counts.
+        training: As for ``exchange_rows``.
+    """
+    tables, num_ranks = layout.tables, len(recv_counts)
+    sizes = recv_counts.reshape(-1)
+    starts = np.cumsum(sizes) - sizes
+    segments = np.zeros((len(tables), SEGMENT_SIZE), np.int64)
+    for line, table in zip(segments, tables, strict=True):
+        write_segment(line, table, training, None)
+    # Tables that got no ids too: a lookup is one of all shards.
+    segments = np.tile(segments, (num_ranks, 1))
+    segments[:, SEGMENT_START] = starts
+    segments[:, SEGMENT_IDS] = ids.data_ptr()
+    if training:
         parts = ids.split(sizes.tolist())
-        rows, _ = find_or_insert_rows(segments, parts, ids.numel(), self.tables, owners, sightings)
-        if sightings is not None:
-            self._count_refused(rows, sightings)
-        return rows
+        part_tables = [*range(len(tables))] * num_ranks
+        rows, _ = find_or_insert_rows(
+            layout, segments, parts, ids.numel(), part_tables, occurrences
+        )
+        if occurrences is not None:
+            _count_rejections(tables, sizes.tolist(), rows, occurrences)
+    else:
+        rows = hash_index.find(segments, ids.numel(), layout.device)
+    used = np.flatnonzero(sizes)
+    used_tables = used % len(tables)
+    plan = np.zeros((len(used), PLAN_SIZE), np.int64)
+    plan[:, embedding_bag.HEADER] = header_addresses(tables)[used_tables]
+    plan[:, embedding_bag.MODE] = embedding_bag.NONE
+    plan[:, embedding_bag.FIRST_ID] = starts[used]
+    plan[:, embedding_bag.NUM_BAGS] = plan[:, embedding_bag.NUM_IDS] = sizes[used]
+    plan[:, embedding_bag.BAG_LENGTH] = 1
+    point_to_rows(plan, rows)
+    return OwnedIds([tables[table] for table in used_tables.tolist()], plan, rows)
 
-    def _count_refused(self, rows: Tensor, sightings: Tensor) -> None:
-        """Count occurrences that a table refuses unscreened: the index counts a rank's ids once."""
-        missed = torch.where(rows == UNKNOWN, sightings - 1, 0)
-        for number, part in enumerate(missed.split(self.part_sizes.tolist())):
-            table = self.tables[number % len(self.tables)]
-            if table.sightings is None:
-                table.header.tensor[NUM_REFUSED] += part.sum()
 
-    def _gather_rows(self) -> Tensor:
-        rows, plan = self.owner_rows, self.plan
-        found = torch.empty(rows.numel(), self.embedding_dim, dtype=self.dtype, device=self.device)
-        plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * plan[:, embedding_bag.FIRST_ID]
-        _point_to(plan, found)
-        embedding_bag.gather(plan, self.embedding_dim, self.dtype, self.device)
-        return found
+def _count_rejections(
+    tables: list[HashTable], sizes: list[int], rows: Tensor, occurrences: Tensor
+) -> None:
+    """Count occurrences that a table rejects unseen: the index counts a rank's ids once."""
+    rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
+    for index, part in enumerate(rejected.split(sizes)):
+        table = tables[index % len(tables)]
+        if table.sightings is None:
+            table.header.tensor[NUM_REFUSED] += part.sum()
 
-    def return_gradients(self, plan: Plan, touched: Tensor | None) -> list[HashTable]:
+
+def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
+    """Return the rows of owned ids, dtype [r, embedding_dim]."""
+    size, device = owned.rows.numel(), layout.device
+    values = torch.empty(size, layout.embedding_dim, dtype=layout.dtype, device=device)
+    _point_to_data(owned.plan, values)
+    embedding_bag.gather(owned.plan, *layout.row_type)
+    return values
+
+
+class ShardExchange(NamedTuple):
+    """Rows of a lookup that came from their owners, and the way back for their gradients.
+
+    Attributes:
+        layout: The group's features.
+        num_sent: How many ids went to each rank.
+        num_received: How many came from each rank.
+        owned: The ids that came.
+        rows: dtype [u, embedding_dim], the rows of this rank's deduplicated ids.
+        header: A table's header by which kernels find ``rows``.
+        blocks: Where ``header`` points to.
+    """
+
+    layout: FeatureLayout
+    num_sent: list[int]
+    num_received: list[int]
+    owned: OwnedIds
+    rows: Tensor
+    header: Header
+    blocks: Tensor
+
+    def return_gradients(self, plan: Plan, has_gradient: Tensor | None) -> list[HashTable]:
         """Send gradients to the owners, who keep them with their tables as pending.
 
         Gradients are added up by id, in the order of the lookup, before they travel, and divided by
         the number of ranks: the owner's sum over ranks is the average that DDP takes of dense ones.
 
         Args:
-            plan: int64 [num_features, PLAN_SIZE] of the features that have a gradient; DATA holds
-                it, ROWS the places of their ids in ``distinct.ids``.
-            touched: bool [u], which ids have a gradient; None if all do.
+            plan: int64 [num_features, PLAN_SIZE] of the features that have a gradient; DATA points
+                to it, ROWS to the inverse of the deduplicated ids.
+            has_gradient: bool [u], which deduplicated ids have one; None if all do.
 
         Returns:
             The tables that have a gradient to apply on this rank.
@@ -166,35 +227,36 @@ class ShardExchange:
         size, dim = self.rows.shape
         # Behind each gradient stands whether it is one: without a gradient a row is left alone,
         # with one of zeros its moments decay.
-        sums = torch.zeros(size, dim + 1, device=self.device)
+        sums = torch.zeros(size, dim + 1, device=self.layout.device)
         if size and len(plan):
             _sum_gradients(plan, sums, 1 / len(self.num_sent))
-        sums[:, dim] = 1.0 if touched is None else touched.to(sums.dtype)
+        sums[:, dim] = 1.0 if has_gradient is None else has_gradient.to(sums.dtype)
         received, work = collectives.all_to_all(sums, self.num_received, self.num_sent)
         work.wait()
         return self._leave_pending(received)
 
     def _leave_pending(self, received: Tensor) -> list[HashTable]:
-        rows, plan = self.owner_rows, self.plan.copy()
-        is_used = np.array([self.tables[table].trainable for table in self.part_tables], bool)
-        bare = received[:, -1] == 0
-        if bool(bare.any()):
-            rows = rows.masked_fill(bare, UNKNOWN)
-            parts = bare.split(plan[:, embedding_bag.NUM_IDS].tolist())
+        part_tables, plan, rows = self.owned
+        plan = plan.copy()
+        is_used = np.array([table.trainable for table in part_tables], bool)
+        is_missing = received[:, -1] == 0
+        if bool(is_missing.any()):
+            rows = rows.masked_fill(is_missing, UNKNOWN)
+            parts = is_missing.split(plan[:, embedding_bag.NUM_IDS].tolist())
             is_used &= ~torch.stack([part.all() for part in parts]).cpu().numpy()
-        plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * plan[:, embedding_bag.FIRST_ID]
-        _point_to(plan, received)
+            point_to_rows(plan, rows)
+        _point_to_data(plan, received)
         used = np.flatnonzero(is_used)
-        part_tables = [self.tables[self.part_tables[part]] for part in used.tolist()]
-        tables = list(dict.fromkeys(part_tables))
-        record = PendingGradient(part_tables, plan[used], rows, [received])
+        used_tables = [part_tables[part] for part in used.tolist()]
+        record = PendingGradient(used_tables, plan[used], rows, [received])
+        tables = list(dict.fromkeys(used_tables))
         for table in tables:
             table.pending.append(record)
         return tables
 
 
-def _point_to(plan: Plan, data: Tensor) -> None:
-    """Let a plan's DATA be the rows of ``data``, the first of each line at its FIRST_ID."""
+def _point_to_data(plan: Plan, data: Tensor) -> None:
+    """Point each line of a plan to its rows of ``data``, which start at its FIRST_ID."""
     stride = data.stride(0) * data.element_size()
     plan[:, embedding_bag.DATA] = data.data_ptr() + stride * plan[:, embedding_bag.FIRST_ID]
     plan[:, embedding_bag.DATA_STRIDE] = stride
@@ -212,7 +274,7 @@ def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
 
 
 def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
-    """Add gradients up by place into ``sums``, float32 [u, embedding_dim + 1], which is zeros.
+    """Add up the gradients of each id into ``sums``, float32 [u, embedding_dim + 1] of zeros.
 
     What the update does to a row of weights, it does here to a row of zeros: SGD with a learning
     rate of -1 adds the reduced gradient.
@@ -226,8 +288,8 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     hyper = np.zeros(row_update.HYPER_SIZE, np.float32)
     hyper[[row_update.LR, row_update.DECAY]] = -1, 1
     hyper[[row_update.SCALE, row_update.CLIP]] = scale, np.inf
-    values = to_device_async(hyper, sums.device)
-    blocks = np.array([[sums.data_ptr(), values.data_ptr()]], np.int64)
+    hyper_on_device = to_device_async(hyper, sums.device)
+    blocks = np.array([[sums.data_ptr(), hyper_on_device.data_ptr()]], np.int64)
     size, width = sums.shape
     layout = row_update.RowLayout(
         width - 1, torch.float32, 4 * width, size.bit_length(), sums.device
@@ -235,4 +297,4 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), row_update.SGD)
 
 
-__all__ = ["ShardExchange"]
+__all__ = ["ShardExchange", "exchange_rows"]

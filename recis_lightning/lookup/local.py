@@ -1,49 +1,137 @@
-"""Give ids rows in their tables: what a training lookup does, on one rank or at an owner."""
+"""Rows of tables that lie on this rank: find ids, insert unknown ones, initialise their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import hash_index, row_init
+from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.ops import embedding_bag, hash_index, row_init
+from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.layout import SEGMENT_START
+from recis_lightning.ops.header import Header
+from recis_lightning.ops.layout import SEGMENT_START, UNKNOWN
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.pending_gradient import PendingGradient
+
+
+class LocalRows:
+    """``RowSource`` of tables whose rows all lie on this rank.
+
+    One pass finds ids and fills the outputs wherever no id has to be inserted. In training that
+    shows only at its end, so it is tried when the last lookup found every id known.
+
+    Args:
+        layout: The group's features.
+    """
+
+    def __init__(self, layout: FeatureLayout) -> None:
+        self._layout = layout
+        admissions = [table.admission for table in layout.tables if table.admission is not None]
+        self._may_reject = bool(admissions)
+        self._all_tables_admit = all(admission.admits for admission in admissions)
+        self._all_known = False  # whether the last training lookup found nothing to insert
+
+    def fetch(
+        self, ids: Sequence[Tensor], plan: Plan, training: bool
+    ) -> Generator[None, None, FetchedLocalRows]:
+        """Look ids up and fill the outputs, without a pause."""
+        yield from ()
+        layout = self._layout
+        segments = layout.training if training else layout.evaluation
+        hash_index.write_addresses(segments, ids)
+        if embedding_bag.fuses(layout.device, training) and (self._all_known or not training):
+            rows = torch.empty(layout.num_ids, dtype=torch.int64, device=layout.device)
+            point_to_rows(plan, rows)
+            if not embedding_bag.find_and_gather(plan, segments, training, *layout.row_type):
+                if training:
+                    tables = layout.index_tables
+                    hash_index.note_known(segments, rows, tables, layout.segment_tables)
+                return FetchedLocalRows(rows, layout)
+        if training:
+            rows = self._find_or_insert(segments, ids)
+        else:
+            rows = hash_index.find(segments, layout.num_ids, layout.device)
+        point_to_rows(plan, rows)
+        embedding_bag.gather(plan, *layout.row_type)
+        return FetchedLocalRows(rows, layout)
+
+    def _find_or_insert(self, segments: Segments, ids: Sequence[Tensor]) -> Tensor:
+        layout = self._layout
+        rows, new = find_or_insert_rows(
+            layout, segments, ids, layout.num_ids, layout.segment_tables
+        )
+        # That a frozen table does not know an id is counted only here, not in the one pass.
+        fuses = embedding_bag.fuses(layout.device, training=True)
+        self._all_known = fuses and new is None and self._all_tables_admit
+        if self._all_known and self._may_reject:
+            self._all_known = not bool((rows == UNKNOWN).any())
+        return rows
+
+
+class FetchedLocalRows(NamedTuple):
+    """``FetchedRows`` in the tables' own blocks.
+
+    Attributes:
+        rows: int64 [n].
+        layout: The group's features.
+    """
+
+    rows: Tensor
+    layout: FeatureLayout
+
+    def header_of(self, feature: int) -> Header:
+        """Return the header of the feature's table."""
+        return self.layout.feature_tables[feature].header
+
+    def return_gradients(self, gradients: OutputGradients) -> None:
+        """Leave gradients with the tables as pending."""
+        features = gradients.features
+        if not features:
+            return
+        tables, distinct = self.layout.feature_tables, self.layout.tables
+        if len(features) < len(tables):
+            tables = [tables[feature] for feature in features]
+            distinct = list(dict.fromkeys(tables))
+        record = PendingGradient(tables, gradients.plan, self.rows, gradients.buffers())
+        for table in distinct:
+            table.pending.append(record)
 
 
 def find_or_insert_rows(
+    layout: FeatureLayout,
     segments: Segments,
     ids: Sequence[Tensor],
     num_ids: int,
-    tables: Sequence[HashTable],
     segment_tables: Sequence[int],
-    sightings: Tensor | None = None,
+    occurrences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the rows of ids, giving those that are admitted and have none an initial one.
+    """Return the rows of ids, and insert and initialise those that are admitted and have none.
 
     Args:
+        layout: The group's features.
         segments: int64 [num_segments, SEGMENT_SIZE], which say where the ids lie.
         ids: int64 [n_i] for each segment.
         num_ids: n, in all segments together.
-        tables: Of one device, dtype and dim.
-        segment_tables: For each segment, its table's position in ``tables``.
-        sightings: int64 [n], occurrences that each position stands for; None means 1.
+        segment_tables: For each segment, its table's position in ``layout.tables``.
+        occurrences: int64 [n], how many each position stands for; None means 1.
 
     Returns:
         As ``hash_index.find_or_insert``: rows, int64 [n], and which positions are new.
     """
-    first = tables[0]
     rows, new = hash_index.find_or_insert(
-        segments, num_ids, tables, segment_tables, first.device, sightings
+        segments, num_ids, layout.index_tables, segment_tables, layout.device, occurrences
     )
     if new is not None:
-        bfloat16 = first.dtype is torch.bfloat16
-        row_init.init_rows_(rows, new, segments, first.embedding_dim, bfloat16)
-        if any(table.readmissions is not None for table in tables):
-            _note_new(segments, ids, new, [tables[table] for table in segment_tables])
+        bfloat16 = layout.dtype is torch.bfloat16
+        row_init.init_rows_(rows, new, segments, layout.embedding_dim, bfloat16)
+        if any(table.readmissions is not None for table in layout.tables):
+            _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
 
 
@@ -52,11 +140,11 @@ def _note_new(
 ) -> None:
     """Tell the tables that track readmissions which of their ids are new."""
     starts, new = segments[:, SEGMENT_START], new[new >= 0]
-    cuts = [*np.searchsorted(new.cpu().numpy(), starts), new.numel()]
-    for number, table in enumerate(tables):
+    ends = [*np.searchsorted(new.cpu().numpy(), starts), new.numel()]
+    for i, table in enumerate(tables):
         if table.readmissions is not None:
-            mine = new[cuts[number] : cuts[number + 1]] - int(starts[number])
-            table.readmissions.note_new(ids[number][mine].cpu())
+            new_of_segment = new[ends[i] : ends[i + 1]] - int(starts[i])
+            table.readmissions.note_new(ids[i][new_of_segment].cpu())
 
 
-__all__ = ["find_or_insert_rows"]
+__all__ = ["FetchedLocalRows", "LocalRows", "find_or_insert_rows"]

@@ -1,260 +1,135 @@
-"""A group of tables whose rows are spread over ranks.
+"""Rows of tables that are sharded over ranks.
 
-A lookup is a few local ops with three messages between: counts, ids, rows. The groups of an engine
-take their steps in turn, so that one group's messages travel while another one works.
+A lookup is a few local ops with three messages between: counts, ids, rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
-from recis_lightning.jagged import Bags
-from recis_lightning.lookup import surroundings, transfer
-from recis_lightning.lookup.dedup import DistinctIdFinder
-from recis_lightning.lookup.exchange import ShardExchange
-from recis_lightning.lookup.group import Feature, TableGroup
+from recis_lightning.lookup.dedup import Deduplicator
+from recis_lightning.lookup.exchange import ShardExchange, exchange_rows
+from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.header import Header
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
 
 
-class ShardedGroup(TableGroup):
-    """Features whose tables are sharded over the ranks of torch's default process group.
+class ShardedRows:
+    """``RowSource`` of tables sharded over the ranks of torch's default process group.
 
     Every rank looks up the same features in the same order, with empty ids where it has none, and
     runs the same backward passes: a lookup or backward pass is one collective operation.
 
     Args:
-        features: As for ``TableGroup``.
-
-    Attributes:
-        signature: By which ranks recognise the group.
-        no_bags: A feature of which a rank has nothing.
+        layout: The group's features.
 
     Raises:
-        RuntimeError: Lightning runs a strategy that tables do not work under.
+        ValueError: The process group cannot carry what the tables' device holds.
     """
 
-    def __init__(self, features: Sequence[Feature]) -> None:
-        runner = surroundings.runner_of([feature.table for feature in features])
-        super().__init__(features)
-        self.runner = runner
-        collectives.check_backend(self.tables[0].name, self.device)
-        for table in self.tables:
+    def __init__(self, layout: FeatureLayout) -> None:
+        self._layout = layout
+        collectives.check_backend(layout.tables[0].name, layout.device)
+        for table in layout.tables:
             table.may_hold_foreign_rows = True  # those of a time with another number of ranks
-        self._distinct = DistinctIdFinder(
-            self._training,
-            self.segment_tables,
-            len(self.tables),
+        self._deduplicator = Deduplicator(
+            layout.training,
+            layout.segment_tables,
+            len(layout.tables),
             collectives.world_size(),
-            self.device,
+            layout.device,
         )
-        said = [
-            (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len) for f in self.features
-        ]
-        self.signature = _digest((said, self.embedding_dim, self.dtype))
-        no_ids = torch.empty(0, dtype=torch.int64, device=self.device)
-        self.no_bags = Bags(no_ids, 0, 1, None, None, (0,))
 
-    def look_up(self, bags: Sequence[Bags], training: bool) -> list[Tensor]:
-        """See ``TableGroup.look_up``; ids that this rank does not own are asked of their owners."""
-        return look_up_groups([self], [bags], training)[0]
-
-    def steps(self, bags: Sequence[Bags], training: bool, outputs: list[Tensor]) -> Iterator[None]:
-        """Look up, pausing while messages are under way; at the end ``outputs`` is filled."""
-        asking = bags[0].ids.device
-        crosses = self.device.type == "cpu" and asking.type == "cuda"
-        if crosses:
-            bags = transfer.bags_from_device(bags, asking)
-        ids = self._check(bags, training)
-        for table in self.tables:
+    def fetch(
+        self, ids: Sequence[Tensor], plan: Plan, training: bool
+    ) -> Generator[None, None, FetchedShardedRows]:
+        """Ask ids of the ranks that own them, and fill the outputs."""
+        layout = self._layout
+        for table in layout.tables:
             if table.may_hold_foreign_rows:
-                keep_own_rows(table)
-        distinct = self._distinct.find(ids)
-        signature = self.signature << 1 | training
-        way = ShardExchange(self.tables, distinct, training, signature)
-        yield from way.steps()
-        pooled, plan = self._allocate(bags)
-        places = distinct.places
-        plan[:, embedding_bag.HEADER] = way.header.address
-        plan[:, embedding_bag.ROWS] = places.data_ptr() + 8 * self._starts
-        embedding_bag.gather(plan, self.embedding_dim, self.dtype, self.device)
-        found = self._recorded(bags, places, plan, pooled, training, way)
-        outputs += transfer.outputs_to_device(found, asking) if crosses else found
+                drop_rows_of_other_ranks(table)
+        deduplicated = self._deduplicator.deduplicate(ids)
+        exchange = yield from exchange_rows(layout, deduplicated, training)
+        inverse = deduplicated.inverse
+        plan[:, embedding_bag.HEADER] = exchange.header.address
+        point_to_rows(plan, inverse)
+        embedding_bag.gather(plan, *layout.row_type)
+        return FetchedShardedRows(inverse, layout, exchange)
 
-    def _leave_gradients(
-        self,
-        plan: Plan,
-        used: Sequence[int],
-        bags: Sequence[Bags],
-        rows: Tensor,
-        kept: list[Tensor],
-        way: ShardExchange | None,
-    ) -> None:
+
+class FetchedShardedRows(NamedTuple):
+    """``FetchedRows`` that came from the ranks that own them.
+
+    Attributes:
+        rows: int64 [n], the inverse of the deduplicated ids.
+        layout: The group's features.
+        exchange: The way that the rows came.
+    """
+
+    rows: Tensor
+    layout: FeatureLayout
+    exchange: ShardExchange
+
+    def header_of(self, feature: int) -> Header:
+        """Return the header of the received rows."""
+        return self.exchange.header
+
+    def return_gradients(self, gradients: OutputGradients) -> None:
         """Send gradients to the owners of ids, and leave those that come with the tables."""
-        assert way is not None
-        touched = self._touched(plan, used, bags, len(way.rows), rows)
-        applied = way.return_gradients(plan, touched)
+        plan = gradients.plan
+        updated = self.exchange.return_gradients(plan, self._has_gradient(gradients))
         # Ids of other ranks: nothing to apply here, but the table's update has this rank's part.
-        for table in dict.fromkeys(self.features[index].table for index in used):
-            if table not in applied:
-                table.pending.append(PendingGradient([], plan[:0], rows[:0], []))
+        tables = (self.layout.feature_tables[feature] for feature in gradients.features)
+        for table in dict.fromkeys(tables):
+            if table not in updated:
+                table.pending.append(PendingGradient([], plan[:0], self.rows[:0], []))
 
-    def _touched(
-        self, plan: Plan, used: Sequence[int], bags: Sequence[Bags], size: int, places: Tensor
-    ) -> Tensor | None:
-        """Return bool [size], which distinct ids have a gradient; None if all do."""
-        tiled = any(self.features[index].mode == "tile" for index in used)
-        if len(used) == len(self.features) and not tiled:
+    def _has_gradient(self, gradients: OutputGradients) -> Tensor | None:
+        """Return bool [u], which deduplicated ids have a gradient; None if all do."""
+        features = self.layout.features
+        is_tiled = any(features[index].mode == "tile" for index in gradients.features)
+        if len(gradients.features) == len(features) and not is_tiled:
             return None
-        found = torch.zeros(size + 1, dtype=torch.bool, device=self.device)
-        for line, index in zip(plan, used, strict=True):
+        size = len(self.exchange.rows)
+        has_gradient = torch.zeros(size + 1, dtype=torch.bool, device=self.rows.device)
+        for line, index in zip(gradients.plan, gradients.features, strict=True):
             first = int(line[embedding_bag.FIRST_ID])
-            mine = places[first : first + int(line[embedding_bag.NUM_IDS])]
-            feature, bag = self.features[index], bags[index]
-            if feature.mode == "tile":
-                within = torch.arange(mine.numel(), device=self.device)
-                if bag.offsets is None:
-                    within = within % max(bag.bag_length, 1)
-                else:
-                    bags_of = torch.searchsorted(bag.offsets[1:], within, right=True)
-                    within = within - bag.offsets[bags_of.clamp(max=max(bag.num_bags - 1, 0))]
-                mine = mine.masked_fill(within >= feature.tile_len, -1)
-            found[torch.where(mine < 0, size, mine)] = True  # no mask: a GPU's would wait
-        return found[:size]
+            rows = self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
+            if features[index].mode == "tile":
+                _, position = gradients.bags[index].positions()
+                rows = rows.masked_fill(position >= features[index].tile_len, -1)
+            has_gradient[torch.where(rows < 0, size, rows)] = True  # no mask: a GPU's would wait
+        return has_gradient[:size]
 
 
-def keep_own_rows(table: HashTable) -> None:
+def drop_rows_of_other_ranks(table: HashTable) -> None:
     """Forget what a table knows of ids that other ranks own.
 
     Loading one state on every rank, and inserting the same ids on each, brings such rows.
     """
     ids, rows = table.ids_map()
-    gone = torch.zeros(table.rows.num_rows, dtype=torch.bool, device=table.device)
-    gone[rows[_is_foreign(ids)]] = True
-    if bool(gone.any()):
-        table.remove_rows(gone)
+    dropped = torch.zeros(table.rows.num_rows, dtype=torch.bool, device=table.device)
+    dropped[rows[_is_of_other_rank(ids)]] = True
+    if bool(dropped.any()):
+        table.remove_rows(dropped)
     if table.sightings is not None:
         counted = table.sightings.state().get("pending_ids", ids[:0])
-        table.sightings.forget(counted[_is_foreign(counted)])
+        table.sightings.forget(counted[_is_of_other_rank(counted)])
     table.may_hold_foreign_rows = False
 
 
-def _is_foreign(ids: Tensor) -> Tensor:
+def _is_of_other_rank(ids: Tensor) -> Tensor:
     return owner_of(ids, collectives.world_size()) != collectives.rank()
 
 
-def make_group(features: Sequence[Feature]) -> TableGroup:
-    """Return a group of features: sharded if there are several ranks."""
-    return ShardedGroup(features) if collectives.world_size() > 1 else TableGroup(features)
-
-
-def look_up_groups(
-    groups: Sequence[TableGroup], bags: Sequence[Sequence[Bags]], training: bool
-) -> list[list[Tensor]]:
-    """Look groups up together; sharded ones send their messages before they wait for any.
-
-    Args:
-        groups: All sharded, or none.
-        bags: For each group what ``look_up`` takes.
-        training: See ``TableGroup.look_up``.
-
-    Returns:
-        For each group what ``look_up`` returns.
-    """
-    sharded = [group for group in groups if isinstance(group, ShardedGroup)]
-    if not sharded:
-        pairs = zip(groups, bags, strict=True)
-        return [group.look_up(parts, training) for group, parts in pairs]
-    if training:
-        return _take_steps(sharded, bags, training)
-    for group in sharded:
-        group.runner.join_evaluation()
-    # Ranks that have finished learn from it what to answer; the others have nothing to wait for.
-    _, work = _say(_signature(sharded), sharded[0].device)
-    found = _take_steps(sharded, bags, training)
-    work.wait()
-    return found
-
-
-def finish_evaluation(module: nn.Module) -> None:
-    """Answer the evaluation lookups of other ranks until all have finished theirs.
-
-    Every rank has a part of every table, so an evaluation lookup needs all of them. In a loop of
-    one's own where ranks may have unequal numbers of batches, each calls this after its last.
-    Under Lightning a callback does.
-
-    Args:
-        module: Whose evaluation it is; a lookup of another one cannot be answered.
-
-    Raises:
-        RuntimeError: Another rank looks up what ``module`` does not have.
-    """
-    known: dict[int, list[ShardedGroup]] = {}
-    for part in module.modules():
-        current_groups = getattr(part, "current_groups", None)
-        if current_groups is not None and collectives.world_size() > 1:
-            groups = [group for group in current_groups() if isinstance(group, ShardedGroup)]
-            known[_signature(groups)] = groups
-    if not known:
-        return
-    device = next(iter(known.values()))[0].device
-    while True:
-        answer, work = _say(_FINISHED, device)
-        work.wait()
-        asked = {signature for signature in answer.tolist() if signature != _FINISHED}
-        if not asked:
-            return
-        if len(asked) > 1 or not asked <= known.keys():
-            raise RuntimeError(
-                "this rank has finished its evaluation, and others look up features that it does "
-                "not know, or each others; all ranks must evaluate the same module"
-            )
-        groups = known[asked.pop()]
-        empty = [[group.no_bags for _ in group.features] for group in groups]
-        _take_steps(groups, empty, training=False)
-
-
-def _take_steps(
-    groups: Sequence[ShardedGroup], bags: Sequence[Sequence[Bags]], training: bool
-) -> list[list[Tensor]]:
-    found: list[list[Tensor]] = [[] for _ in groups]
-    running = [
-        group.steps(parts, training, outputs)
-        for group, parts, outputs in zip(groups, bags, found, strict=True)
-    ]
-    while running:
-        running = [steps for steps in running if next(steps, _DONE) is not _DONE]
-    return found
-
-
-def _say(word: int, device: torch.device) -> tuple[Tensor, Any]:
-    """Tell every rank a number; return what each says, and the work to wait for before."""
-    ones = [1] * collectives.world_size()
-    return collectives.all_to_all(
-        torch.full((collectives.world_size(),), word, device=device), ones, ones
-    )
-
-
-def _signature(groups: Sequence[ShardedGroup]) -> int:
-    """Return a number, not negative, by which ranks recognise what is looked up."""
-    return _digest([group.signature for group in groups])
-
-
-def _digest(what: object) -> int:
-    digest = hashlib.blake2b(repr(what).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
-
-
-_FINISHED = -1
-_DONE = object()
-
-__all__ = ["ShardedGroup", "finish_evaluation", "look_up_groups", "make_group"]
+__all__ = ["FetchedShardedRows", "ShardedRows", "drop_rows_of_other_ranks"]

@@ -1,4 +1,4 @@
-"""A model on a GPU and its tables on the CPU: ids and rows cross by pinned memory."""
+"""Host-device transfer for a model on a GPU whose tables are on the CPU, by pinned memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recis_lightning.jagged import Bags
+from recis_lightning.jagged import FeatureBags
 
 
-def bags_from_device(bags: Sequence[Bags], device: torch.device) -> list[Bags]:
+def bags_from_device(bags: FeatureBags, device: torch.device) -> FeatureBags:
     """Copy bags to the CPU, all at once, and wait for them once."""
-    copies = [
+    ids = list(map(_to_pinned, bags.ids))
+    details = [
         bag._replace(
-            ids=_pinned(bag.ids),
-            offsets=None if bag.offsets is None else _pinned(bag.offsets),
-            weights=None if bag.weights is None else _weights(bag.weights),
+            ids=copy,
+            offsets=None if bag.offsets is None else _to_pinned(bag.offsets),
+            weights=None if bag.weights is None else _weights_to_pinned(bag.weights),
         )
-        for bag in bags
+        for bag, copy in zip(bags.details, ids, strict=False)  # no details if all are plain
     ]
     _wait_for(device)
-    return copies
+    return FeatureBags(ids, details)
 
 
 def outputs_to_device(outputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -31,13 +32,13 @@ def outputs_to_device(outputs: Sequence[Tensor], device: torch.device) -> list[T
     return list(_ToDevice.apply(device, *outputs))  # type: ignore[no-untyped-call]
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def _to_pinned(tensor: Tensor) -> Tensor:
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
 
 
-def _weights(weights: Tensor) -> Tensor:
-    return weights.cpu() if weights.requires_grad else _pinned(weights)
+def _weights_to_pinned(weights: Tensor) -> Tensor:
+    return weights.cpu() if weights.requires_grad else _to_pinned(weights)
 
 
 class _ToDevice(torch.autograd.Function):
@@ -54,7 +55,7 @@ class _ToDevice(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        copies = [None if gradient is None else _pinned(gradient) for gradient in gradients]
+        copies = [None if gradient is None else _to_pinned(gradient) for gradient in gradients]
         _wait_for(ctx.device)
         return (None, *copies)
 

@@ -11,7 +11,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal, Uniform
-from recis_lightning.lookup.sharded import finish_evaluation
+from recis_lightning.lookup import finish_evaluation
 from recis_lightning.ops import backend
 from recis_lightning.optim import SparseAdam, SparseSGD
 from recis_lightning.table.hash_table import hash_tables

@@ -13,14 +13,16 @@ from recis_lightning import (
     EmbeddingEngine,
     EmbeddingOption,
     Jagged,
-    embedding,
-    engine,
     hash_tables,
     optim,
 )
 from recis_lightning.distributed import collectives
 from recis_lightning.initializers import Normal
-from recis_lightning.lookup.sharded import ShardedGroup
+from recis_lightning.lookup import current_groups
+from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.group import LookupGroup
+from recis_lightning.lookup.sharded import ShardedRows
+from recis_lightning.lookup.surroundings import NoRunner
 from recis_lightning.ops import backend
 
 GLOBAL_BATCH = 24
@@ -103,11 +105,15 @@ def train_on(which, **kwargs):
         return train(**kwargs)
 
 
+def _make_sharded_group(features):
+    layout = FeatureLayout(features)
+    return LookupGroup(layout, ShardedRows(layout), NoRunner())
+
+
 def train_alone(group_backend, **kwargs):
     """Train as ``train`` does, one rank that takes the way of many and owns all ids."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        for module in (embedding, engine):
-            stack.enter_context(patch.object(module, "make_group", ShardedGroup))
+        stack.enter_context(patch.object(current_groups, "make_group", _make_sharded_group))
         where = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
         distributed.init_process_group(group_backend, **where)
         return train(**kwargs)

@@ -1,7 +1,7 @@
 import torch
 
 from recis_lightning import EmbeddingEngine, EmbeddingOption
-from recis_lightning.lookup.buffers import new_outputs
+from recis_lightning.lookup.buffers import allocate_outputs
 
 FLOAT = torch.empty(0)
 
@@ -13,7 +13,7 @@ def _pieces(outputs):
 def test_outputs_have_their_shapes_and_no_byte_in_common():
     """Whatever counts and widths, each output is contiguous and none overlaps another."""
     counts, widths = [3, 0, 5, 5000, 7, 7, 1], [4, 4, 4, 4, 4, 8, 8]
-    outputs = new_outputs(counts, widths, FLOAT)
+    outputs = allocate_outputs(counts, widths, FLOAT)
     assert [tuple(out.shape) for out in outputs] == list(zip(counts, widths, strict=True))
     for number, out in enumerate(outputs):
         assert out.is_contiguous()
@@ -24,16 +24,16 @@ def test_outputs_have_their_shapes_and_no_byte_in_common():
 
 def test_small_outputs_share_memory_in_small_pieces():
     """Hundreds of small ones cost few allocations; keeping one keeps at most a megabyte."""
-    outputs = new_outputs([256] * 400, [16] * 400, FLOAT)
+    outputs = allocate_outputs([256] * 400, [16] * 400, FLOAT)
     assert 1 < len(_pieces(outputs)) < 10
     assert max(out.untyped_storage().nbytes() for out in outputs) <= 1 << 20
-    large = new_outputs([2048] * 3, [16] * 3, FLOAT)
+    large = allocate_outputs([2048] * 3, [16] * 3, FLOAT)
     assert len(_pieces(large)) == 3
 
 
 def test_outputs_are_no_views_of_each_other():
     """Each has its own version, so that one changed in place does not spoil another's gradient."""
-    first, second = new_outputs([4, 4], [2, 2], FLOAT)
+    first, second = allocate_outputs([4, 4], [2, 2], FLOAT)
     assert not first._is_view()
     first.add_(1)
     assert (first._version, second._version) == (1, 0)

@@ -18,9 +18,11 @@ from recis_lightning import (
     hash_tables,
 )
 from recis_lightning.admission import BloomCount, MinCount, Probability
-from recis_lightning.jagged import Jagged, read_bags
+from recis_lightning.jagged import FeatureBags, Jagged, read_bags
 from recis_lightning.lookup import transfer
-from recis_lightning.lookup.group import Feature, TableGroup
+from recis_lightning.lookup.current_groups import make_group
+from recis_lightning.lookup.features import Feature
+from recis_lightning.lookup.group import look_up_groups
 from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import embedding_bag, layout
 from recis_lightning.ops.gpu import embedding_bag as embedding_bag_gpu
@@ -119,22 +121,35 @@ def test_sightings_move_with_their_table(admission):
 
 def _crossing_group(trainable):
     options = [HashTable(3, name=name, trainable=trainable) for name in "ab"]
-    group = TableGroup([Feature("a", options[0], "sum"), Feature("b", options[1], "none")])
+    group = make_group([Feature("a", options[0], "sum"), Feature("b", options[1], "none")])
     weights = torch.tensor([0.5, -2.0, 1.0, 3.0], requires_grad=True)
     jagged = Jagged(torch.tensor([5, 6, 5, 9]), torch.tensor([0, 1, 1, 4]), weights)
-    return group, [read_bags(jagged, "a"), read_bags(torch.tensor([[7, 8]]), "b")], weights
+    bags = FeatureBags.of([read_bags(jagged, "a"), read_bags(torch.tensor([[7, 8]]), "b")])
+    return group, bags, weights
+
+
+def _look_up(group, bags):
+    return look_up_groups([group], [bags], training=True)[0]
+
+
+def _look_up_from_device(group, bags):
+    """Look up as for a model on a GPU."""
+    outputs = _look_up(group, transfer.bags_from_device(bags, CPU))
+    return transfer.outputs_to_device(outputs, CPU)
 
 
 def test_lookups_from_afar_are_those_from_near():
     """Outputs, gradients of rows and of weights cross as they are; here from the CPU to itself."""
     results = []
-    for look_up in (TableGroup.look_up, TableGroup._look_up_from_device):
+    for look_up in (_look_up, _look_up_from_device):
         group, bags, weights = _crossing_group(True)
-        optimizer = SparseSGD(group.tables, lr=1.0)
-        outputs = look_up(group, bags, True)
+        optimizer = SparseSGD(group.layout.tables, lr=1.0)
+        outputs = look_up(group, bags)
         sum(out.square().sum() for out in outputs).backward()
         optimizer.step()
-        results.append([*outputs, weights.grad, *(t.embeddings(t.ids()) for t in group.tables)])
+        results.append(
+            [*outputs, weights.grad, *(t.embeddings(t.ids()) for t in group.layout.tables)]
+        )
     for near, afar in zip(*results, strict=True):
         assert torch.equal(near, afar)
     copies = transfer.bags_from_device(bags, CPU)

@@ -1,0 +1,58 @@
+"""Groups of a module's features, made anew when tables have moved or ranks have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from recis_lightning.distributed import collectives
+from recis_lightning.lookup import surroundings
+from recis_lightning.lookup.features import Feature, FeatureLayout
+from recis_lightning.lookup.group import LookupGroup
+from recis_lightning.lookup.local import LocalRows
+from recis_lightning.lookup.sharded import ShardedRows
+
+
+def make_group(features: Sequence[Feature]) -> LookupGroup:
+    """Return a group of features: with several ranks, their rows are sharded over these.
+
+    Args:
+        features: Their tables must agree on device, dtype and embedding_dim.
+
+    Raises:
+        RuntimeError: Lightning runs a strategy that tables do not work under.
+    """
+    layout = FeatureLayout(features)
+    if collectives.world_size() == 1:
+        return LookupGroup(layout, LocalRows(layout), surroundings.NoRunner())
+    runner = surroundings.runner_of(layout.tables)
+    return LookupGroup(layout, ShardedRows(layout), runner)
+
+
+class CurrentGroups:
+    """Groups of a module's features; a copy of them, pickled or not, starts empty."""
+
+    def __init__(self) -> None:
+        self._groups: list[LookupGroup] = []
+
+    def of(self, features: Callable[[], Iterable[Feature]]) -> list[LookupGroup]:
+        """Return the groups as long as they are current, else new ones.
+
+        Args:
+            features: Returns the module's features; their order is that of a group's.
+        """
+        groups = self._groups
+        if not groups or not all(group.is_current() for group in groups):
+            members: dict[tuple[Any, ...], list[Feature]] = {}
+            for feature in features():
+                table = feature.table
+                key = (table.device, table.dtype, table.embedding_dim)
+                members.setdefault(key, []).append(feature)
+            groups = self._groups = list(map(make_group, members.values()))
+        return groups
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CurrentGroups, ()
+
+
+__all__ = ["CurrentGroups", "make_group"]

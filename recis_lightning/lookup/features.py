@@ -1,0 +1,161 @@
+"""Features of a group, described as the ops take them: by segments and by a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.jagged import FeatureBags
+from recis_lightning.lookup.buffers import allocate_outputs
+from recis_lightning.lookup.signature import digest
+from recis_lightning.ops import embedding_bag, hash_index
+from recis_lightning.ops.embedding_bag import MODES, Plan
+from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.table.hash_table import HashTable, write_segment
+from recis_lightning.table.storage import storage_epoch
+
+
+class Feature(NamedTuple):
+    """Settings of a feature's lookup.
+
+    Attributes:
+        name: The feature's name, for errors.
+        table: The table that has its rows.
+        mode: "none", "sum", "mean" or "tile".
+        padding_idx: An id that reads as zeros, or None.
+        tile_len: Rows of a bag for "tile".
+    """
+
+    name: str
+    table: HashTable
+    mode: str
+    padding_idx: int | None = None
+    tile_len: int = 0
+
+
+class FeatureLayout:
+    """Features of one device, dtype and dim, laid out for the ops.
+
+    Segments (``ops.hash_index``) and plan (``ops.embedding_bag``) have a line a feature. They are
+    kept from lookup to lookup, and sizes are written only when they change.
+
+    Args:
+        features: Their tables must agree on device, dtype and embedding_dim.
+
+    Attributes:
+        names: Name of each feature.
+        feature_tables: Table of each feature; always the same list, by which an update knows it.
+        tables: The tables, each once.
+        index_tables: ``tables``, as index ops take them.
+        segment_tables: For each feature, its table's position in ``tables``.
+        row_type: (embedding_dim, dtype, device), as ops take them.
+        training: Segments that insert.
+        evaluation: Segments that only read.
+        num_ids: Number of all ids of the batch that was described last.
+    """
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        self._epoch = storage_epoch()
+        self.features = list(features)
+        self.names = [feature.name for feature in features]
+        self.feature_tables = [feature.table for feature in features]
+        self.tables = list(dict.fromkeys(self.feature_tables))
+        self.index_tables: Sequence[hash_index.Table] = self.tables
+        positions = {table: position for position, table in enumerate(self.tables)}
+        self.segment_tables = [positions[table] for table in self.feature_tables]
+        first = self.tables[0]
+        self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
+        self.row_type = (self.embedding_dim, self.dtype, self.device)
+        self.training = self._segments(insert=True)
+        self.evaluation = self._segments(insert=False)
+        self.num_ids = 0
+        self._sizes: Sequence[Any] = ()  # of the last batch: segments and plan are right for them
+        self._has_row_per_id = np.array([feature.mode == "none" for feature in features])
+        self._widths = [
+            self.embedding_dim * (feature.tile_len if feature.mode == "tile" else 1)
+            for feature in features
+        ]
+        self._prototype = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._plan = self._plan_without_sizes()
+
+    def _segments(self, insert: bool) -> Segments:
+        segments = np.zeros((len(self.features), SEGMENT_SIZE), np.int64)
+        for line, feature in zip(segments, self.features, strict=True):
+            write_segment(line, feature.table, insert, feature.padding_idx)
+        return segments
+
+    def _plan_without_sizes(self) -> Plan:
+        plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
+        headers = header_addresses(self.tables)
+        plan[:, embedding_bag.HEADER] = headers[self.segment_tables]
+        plan[:, embedding_bag.MODE] = [MODES[feature.mode] for feature in self.features]
+        plan[:, embedding_bag.TILE_LEN] = [feature.tile_len for feature in self.features]
+        plan[:, embedding_bag.DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
+        return plan
+
+    def is_current(self) -> bool:
+        """Return whether the tables' storage is where it was when the layout was made."""
+        return self._epoch == storage_epoch()
+
+    @cached_property
+    def signature(self) -> int:
+        """Number by which ranks recognise the features."""
+        settings = [
+            (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len) for f in self.features
+        ]
+        return digest((settings, self.embedding_dim, self.dtype))
+
+    def set_sizes(self, bags: FeatureBags) -> None:
+        """Write the sizes of a batch into segments and plan, unless the last one had the same."""
+        sizes: Sequence[Any] = bags.sizes
+        if bags.details:
+            pairs = zip(bags.sizes, bags.details, strict=True)
+            sizes = [(size, bag.num_bags, bag.bag_length) for size, bag in pairs]
+        if sizes == self._sizes:
+            return
+        self._sizes = sizes
+        if bags.details:
+            num_ids, num_bags, lengths = np.array(sizes, np.int64).T
+        else:
+            num_ids = num_bags = np.array(sizes, np.int64)
+            lengths = np.ones_like(num_ids)
+        starts = np.cumsum(num_ids) - num_ids
+        self.num_ids = int(num_ids.sum())
+        self.training[:, SEGMENT_START] = self.evaluation[:, SEGMENT_START] = starts
+        plan = self._plan
+        plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = starts, num_ids
+        plan[:, embedding_bag.NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
+        plan[:, embedding_bag.BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
+
+    def allocate(self, bags: FeatureBags) -> tuple[list[Tensor], Plan]:
+        """Return uninitialised outputs, and the plan that fills them once it points to rows."""
+        plan = self._plan.copy()
+        counts = plan[:, embedding_bag.NUM_BAGS].tolist()
+        outputs = allocate_outputs(counts, self._widths, self._prototype)
+        plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, outputs))
+        for line, bag in zip(plan, bags.details, strict=False):  # none if all are plain
+            if bag.offsets is not None and line[embedding_bag.BAG_LENGTH] < 0:
+                line[embedding_bag.OFFSETS] = bag.offsets.data_ptr()
+            if bag.weights is not None:
+                line[embedding_bag.WEIGHTS] = bag.weights.data_ptr()
+        return outputs, plan
+
+
+def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:
+    """Return where kernels find the header of each table, int64 [num_tables]."""
+    return np.array([table.header.address for table in tables], np.int64)
+
+
+def point_to_rows(plan: Plan, rows: Tensor) -> None:
+    """Point each line of a plan to the rows of its ids, which start at its FIRST_ID in ``rows``."""
+    plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * plan[:, embedding_bag.FIRST_ID]
+
+
+__all__ = ["Feature", "FeatureLayout", "header_addresses", "point_to_rows"]

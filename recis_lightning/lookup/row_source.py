@@ -1,0 +1,71 @@
+"""Row sources: where a lookup gets rows from, and where their gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from recis_lightning.jagged import FeatureBags
+from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.header import Header
+
+
+class OutputGradients(NamedTuple):
+    """Gradients of a lookup's outputs.
+
+    Attributes:
+        features: Positions of the features that have a gradient and train.
+        plan: int64 [len(features), PLAN_SIZE]; DATA points to gradients.
+        bags: Of all features.
+        tensors: The gradients, float32, one for each of ``features``.
+    """
+
+    features: Sequence[int]
+    plan: Plan
+    bags: FeatureBags
+    tensors: list[Tensor]
+
+    def buffers(self) -> list[Tensor]:
+        """Return all tensors that ``plan`` points into, rows apart."""
+        details = self.bags.details
+        offsets = [bag.offsets for bag in details if bag.offsets is not None]
+        weights = [bag.weights for bag in details if bag.weights is not None]
+        return [*self.tensors, *offsets, *weights]
+
+
+class FetchedRows(Protocol):
+    """Rows of one lookup, and the way back for their gradients."""
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [n], the row of each id in its feature's header; UNKNOWN or PADDING if none."""
+
+    def header_of(self, feature: int) -> Header:
+        """Return the header by which kernels find the rows of the feature at a position."""
+
+    def return_gradients(self, gradients: OutputGradients) -> None:
+        """Leave gradients as pending with the tables that own the rows, on whatever rank."""
+
+
+class RowSource(Protocol):
+    """Source of the rows of one group of tables."""
+
+    def fetch(
+        self, ids: Sequence[Tensor], plan: Plan, training: bool
+    ) -> Generator[None, None, FetchedRows]:
+        """Look ids up and fill the outputs; pause while messages are under way.
+
+        The groups of an engine take turns at the pauses, so that one group's messages travel while
+        another group works.
+
+        Args:
+            ids: int64 [n_i] for each feature, on the tables' device.
+            plan: int64 [num_features, PLAN_SIZE]; DATA points to the outputs. HEADER and ROWS are
+                overwritten.
+            training: Insert unknown ids and stamp rows; otherwise only read.
+        """
+
+
+__all__ = ["FetchedRows", "OutputGradients", "RowSource"]
