@@ -156,7 +156,7 @@ class _ShardedSave:
     ) -> None:
         """Let Lightning write its file, with tables' states that refer to the shards."""
         for table in tables:
-            table.reference = {
+            table.shard_reference = {
                 "schema": table_state.SCHEMA,
                 "name": table.name,
                 "embedding_dim": table.embedding_dim,
@@ -167,7 +167,7 @@ class _ShardedSave:
                 self._save(filepath, *args, **kwargs)
         finally:
             for table in tables:
-                table.reference = None
+                table.shard_reference = None
 
 
 @contextmanager

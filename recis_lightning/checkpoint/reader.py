@@ -18,7 +18,6 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.saving import TableSaving
 
 COMMIT_FILE = "checkpoint.json"
 KEY = "recis_lightning"  # of the commit in Lightning's checkpoint
@@ -107,7 +106,7 @@ class Source:
         fresh = not any(len(table) or table.step or table.num_updates for table in own.values())
         if not all(collectives.gather(fresh)):
             collectives.run_on_all_ranks(lambda: check(shards, progress))
-        before = {table: table.settings() for table in own.values()}
+        before = {table: table_state.settings(table) for table in own.values()}
 
         def restore() -> None:
             with shown(progress)("Loading tables", shards.num_bytes()) as advance:
@@ -118,7 +117,7 @@ class Source:
             collectives.run_on_all_ranks(restore)
         except BaseException:
             for table, settings in before.items():
-                table.reset(settings)
+                table_state.reset(table, settings)
             raise
 
     def pieces(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
@@ -210,9 +209,8 @@ def note_loaded(state: Any, tables: Iterable[HashTable]) -> None:
     _Known.state, _Known.tables = state, frozenset(tables)
 
 
-def _take_up(table: TableSaving, state: dict[str, Any]) -> None:
+def _take_up(table: HashTable, state: dict[str, Any]) -> None:
     """Let a table take up this rank's part of what a checkpoint says of it."""
-    assert isinstance(table, HashTable)
     if table_state.REFERENCE in state:
         known = state[table_state.REFERENCE]
         if known is _Known.state and table in _Known.tables:
@@ -243,10 +241,10 @@ def _take_up(table: TableSaving, state: dict[str, Any]) -> None:
     }
     part["weights"] = state["weights"][rows]
     part["slots"] = {name: slot[rows] for name, slot in state["slots"].items()}
-    table.load_state(part)
+    table_state.load(table, part)
 
 
-TableSaving.take_up = _take_up
+table_state.set_shard_loader(_take_up)
 
 __all__ = [
     "COMMIT_FILE",

@@ -111,7 +111,7 @@ def file_name(table: str, rank: int, world_size: int, save_id: str) -> str:
 
 def num_bytes(table: HashTable) -> int:
     """Return about how many bytes a table's shard will have."""
-    return len(table) * (4 * table.rows.row_words + 8 * (1 + table.keeps_last_seen))
+    return len(table) * (4 * table.storage.rows.row_words + 8 * (1 + table.storage.keeps_last_seen))
 
 
 def write_table(
@@ -119,15 +119,15 @@ def write_table(
 ) -> Shard:
     """Write this rank's rows of a table to a file of their own; see ``shard_file.write_shard``."""
     ids, rows = table.ids_map()
-    if world_size > 1 and table.may_hold_foreign_rows:
+    if world_size > 1 and table.needs_reshard:
         mine = owner_of(ids, world_size) == rank
         ids, rows = ids[mine], rows[mine]
-    fields = _flat(table.saved_fields(rows))
+    fields = _flat(table_state.saved_fields(table, rows))
     tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
     metadata = {key: value for key, value in fields.items() if key not in tensors}
     metadata |= {"format": FORMAT, "save_id": save_id, "table": table.name, "rows": len(ids)}
     metadata |= {"rank": rank, "world_size": world_size}
-    store, columns = table.rows, {"ids": ids}
+    store, columns = table.storage.rows, {"ids": ids}
     columns |= {key: tensors.pop(key) for key in table_state.row_columns(tensors)}
     kinds = {key: Kind(column.dtype, tuple(column.shape)) for key, column in columns.items()}
     kinds["weights"] = Kind(table.dtype, (len(ids), table.embedding_dim))
@@ -213,10 +213,10 @@ class TableShards:
             raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
         if strict and dtype is not table.dtype:
             raise ValueError(f"{where} has dtype {dtype}, the model's {table.dtype}")
-        if strict and table.optimizer is not None and slots != table.rows.slots:
+        if strict and table.optimizer is not None and slots != table.storage.rows.slots:
             raise ValueError(
                 f"{where} has optimizer state {slots or 'of no kind'}, "
-                f"{type(table.optimizer).__name__} keeps {table.rows.slots or 'none'}: "
+                f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
                 "resume with the optimizer that the checkpoint was trained with"
             )
 
@@ -272,7 +272,8 @@ class TableShards:
             row: dict[str, Any] = {"weights": torch.empty(count, dim, dtype=dtype, device="meta")}
             row["slots"] = {key: torch.empty(count, n, device="meta") for key, n in slots.items()}
             table_state.check_state({**state, **row}, table.name, table.embedding_dim)
-            table.restore(
+            table_state.restore(
+                table,
                 state,
                 slots,
                 lambda rows: _write_rows(table, files, kept, rows, list(slots), advance),
@@ -387,7 +388,9 @@ def _write_rows(
         if chosen is not None:
             parts = [part[chosen] for part in parts]
         weights, *states = parts
-        table.rows.write(targets, weights.to(table.dtype), dict(zip(slots, states, strict=True)))
+        table.storage.rows.write(
+            targets, weights.to(table.dtype), dict(zip(slots, states, strict=True))
+        )
         return done
 
     in_pieces(len(pieces), write, advance)

@@ -71,7 +71,8 @@ class ShardExchange:
         self.num_received: list[int] = counts.sum(1).tolist()
         ids = self.distinct.ids
         counting = self.training and any(
-            table.admission is not None or table.stamps for table in self.tables
+            table.admission is not None or table.storage.keeps_access_metadata
+            for table in self.tables
         )
         if counting:
             ids = torch.stack([ids, self.distinct.num_sighted()], 1)
@@ -106,7 +107,7 @@ class ShardExchange:
         self.part_sizes = sizes
         self.part_tables = (used % len(self.tables)).tolist()
         plan = np.zeros((len(used), PLAN_SIZE), np.int64)
-        headers = np.array([table.header.address for table in self.tables], np.int64)
+        headers = np.array([table.storage.header.address for table in self.tables], np.int64)
         plan[:, embedding_bag.HEADER] = headers[self.part_tables]
         plan[:, embedding_bag.MODE] = embedding_bag.NONE
         plan[:, embedding_bag.FIRST_ID] = starts[used]
@@ -138,8 +139,8 @@ class ShardExchange:
         missed = torch.where(rows == UNKNOWN, sightings - 1, 0)
         for number, part in enumerate(missed.split(self.part_sizes.tolist())):
             table = self.tables[number % len(self.tables)]
-            if table.sightings is None:
-                table.header.tensor[NUM_REFUSED] += part.sum()
+            if table.storage.admission_counter is None:
+                table.storage.header.tensor[NUM_REFUSED] += part.sum()
 
     def _gather_rows(self) -> Tensor:
         rows, plan = self.owner_rows, self.plan

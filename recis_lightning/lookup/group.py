@@ -29,7 +29,8 @@ from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START, UNKNOWN
 from recis_lightning.table.hash_table import HashTable, write_segment
 from recis_lightning.table.pending_gradient import PendingGradient
-from recis_lightning.table.storage import storage_epoch
+from recis_lightning.table.storage import Storage
+from recis_lightning.table.versions import layout_version
 
 # For maps over hundreds of tables and tensors.
 _trains, _generation, _pending, _dtype, _device, _is_cpu = map(
@@ -68,10 +69,11 @@ class TableGroup:
     def __init__(self, features: Sequence[Feature]) -> None:
         self.features = list(features)
         self.tables = list(dict.fromkeys(feature.table for feature in features))
+        self._storages = [table.storage for table in self.tables]  # of this layout version
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.segment_tables = [self.tables.index(feature.table) for feature in features]
-        self._epoch, self._num_ranks = storage_epoch(), collectives.world_size()
+        self._epoch, self._num_ranks = layout_version(), collectives.world_size()
         admissions = [table.admission for table in self.tables if table.admission is not None]
         self._refuses = bool(admissions)
         self._is_frozen = not all(admission.admits for admission in admissions)
@@ -89,7 +91,7 @@ class TableGroup:
         self._evaluation = self._template(insert=False)
         self._plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
         for line, feature in zip(self._plan, self.features, strict=True):
-            line[embedding_bag.HEADER] = feature.table.header.address
+            line[embedding_bag.HEADER] = feature.table.storage.header.address
             line[embedding_bag.MODE] = MODES[feature.mode]
             line[embedding_bag.TILE_LEN] = feature.tile_len
         self._plan[:, embedding_bag.DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
@@ -102,7 +104,7 @@ class TableGroup:
 
     def is_current(self) -> bool:
         """Whether the tables' storage and the ranks are still what the group has noted."""
-        return self._epoch == storage_epoch() and self._num_ranks == collectives.world_size()
+        return self._epoch == layout_version() and self._num_ranks == collectives.world_size()
 
     def look_up(self, bags: Sequence[Bags], training: bool) -> list[Tensor]:
         """Return each feature's rows, pooled.
@@ -244,7 +246,7 @@ class TableGroup:
             plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * self._starts
             if not embedding_bag.find_and_gather(plan, segments, training, *layout):
                 if training:
-                    hash_index.note_known(segments, rows, self.tables, self.segment_tables)
+                    hash_index.note_known(segments, rows, self._storages, self.segment_tables)
                 return rows
         if training:
             rows, new = find_or_insert_rows(
@@ -375,15 +377,15 @@ class _Lookup(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.group, ctx.bags, ctx.rows, ctx.plan, ctx.weighted = group, bags, rows, plan, weighted
         ctx.way = way
-        ctx.generations = list(map(_generation, group.tables))
+        ctx.generations = list(map(_generation, group._storages))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         group: TableGroup = ctx.group
-        if ctx.generations != list(map(_generation, group.tables)):
-            _refuse_stale_rows(group.tables, ctx.generations)
+        if ctx.generations != list(map(_generation, group._storages)):
+            _refuse_stale_rows(group._storages, ctx.generations)
         places, given, strides = _given(gradients)
         whole = dict(zip(places, given, strict=True)) if ctx.weighted else {}
         if not all(map(_trains, group.tables)):
@@ -417,8 +419,8 @@ def _given(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tens
     return places, given, [4 * outer for outer, _ in strides]
 
 
-def _refuse_stale_rows(tables: Sequence[HashTable], generations: Sequence[int]) -> None:
-    for table, generation in zip(tables, generations, strict=True):
+def _refuse_stale_rows(storages: Sequence[Storage], generations: Sequence[int]) -> None:
+    for table, generation in zip(storages, generations, strict=True):
         if table.generation != generation:
             raise RuntimeError(
                 f"table {table.name!r} lost rows between a lookup and its backward pass "
@@ -432,7 +434,7 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
     for index in ctx.weighted:
         bags, first = ctx.bags[index], int(ctx.plan[index, embedding_bag.FIRST_ID])
         rows = ctx.rows[first : first + bags.ids.numel()]
-        source = ctx.group.features[index].table if ctx.way is None else ctx.way
+        source = ctx.group.features[index].table.storage if ctx.way is None else ctx.way
         header = source.header
         gradient = gradients.get(index)
         found.append(

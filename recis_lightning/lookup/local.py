@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from recis_lightning.ops import hash_index, row_init
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_START
 from recis_lightning.table.hash_table import HashTable
+
+_storage = attrgetter("storage")  # for a map over hundreds of tables
 
 
 def find_or_insert_rows(
@@ -37,12 +40,12 @@ def find_or_insert_rows(
     """
     first = tables[0]
     rows, new = hash_index.find_or_insert(
-        segments, num_ids, tables, segment_tables, first.device, sightings
+        segments, num_ids, list(map(_storage, tables)), segment_tables, first.device, sightings
     )
     if new is not None:
         bfloat16 = first.dtype is torch.bfloat16
         row_init.init_rows_(rows, new, segments, first.embedding_dim, bfloat16)
-        if any(table.readmissions is not None for table in tables):
+        if any(table.evictor.readmissions is not None for table in tables):
             _note_new(segments, ids, new, [tables[table] for table in segment_tables])
     return rows, new
 
@@ -54,9 +57,10 @@ def _note_new(
     starts, new = segments[:, SEGMENT_START], new[new >= 0]
     cuts = [*np.searchsorted(new.cpu().numpy(), starts), new.numel()]
     for number, table in enumerate(tables):
-        if table.readmissions is not None:
+        tracker = table.evictor.readmissions
+        if tracker is not None:
             mine = new[cuts[number] : cuts[number + 1]] - int(starts[number])
-            table.readmissions.note_new(ids[number][mine].cpu())
+            tracker.note_new(ids[number][mine].cpu())
 
 
 __all__ = ["find_or_insert_rows"]

@@ -49,7 +49,7 @@ class ShardedGroup(TableGroup):
         self.runner = runner
         collectives.check_backend(self.tables[0].name, self.device)
         for table in self.tables:
-            table.may_hold_foreign_rows = True  # those of a time with another number of ranks
+            table.needs_reshard = True  # those of a time with another number of ranks
         self._distinct = DistinctIdFinder(
             self._training,
             self.segment_tables,
@@ -76,7 +76,7 @@ class ShardedGroup(TableGroup):
             bags = transfer.bags_from_device(bags, asking)
         ids = self._check(bags, training)
         for table in self.tables:
-            if table.may_hold_foreign_rows:
+            if table.needs_reshard:
                 keep_own_rows(table)
         distinct = self._distinct.find(ids)
         signature = self.signature << 1 | training
@@ -138,14 +138,15 @@ def keep_own_rows(table: HashTable) -> None:
     Loading one state on every rank, and inserting the same ids on each, brings such rows.
     """
     ids, rows = table.ids_map()
-    gone = torch.zeros(table.rows.num_rows, dtype=torch.bool, device=table.device)
+    gone = torch.zeros(table.storage.rows.num_rows, dtype=torch.bool, device=table.device)
     gone[rows[_is_foreign(ids)]] = True
     if bool(gone.any()):
-        table.remove_rows(gone)
-    if table.sightings is not None:
-        counted = table.sightings.state().get("pending_ids", ids[:0])
-        table.sightings.forget(counted[_is_foreign(counted)])
-    table.may_hold_foreign_rows = False
+        table.storage.remove_rows(gone)
+    counter = table.storage.admission_counter
+    if counter is not None:
+        counted = counter.state().get("pending_ids", ids[:0])
+        counter.forget(counted[_is_foreign(counted)])
+    table.needs_reshard = False
 
 
 def _is_foreign(ids: Tensor) -> Tensor:

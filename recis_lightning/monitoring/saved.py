@@ -14,7 +14,7 @@ from recis_lightning.checkpoint import inspect
 from recis_lightning.checkpoint.reader import KEY, Source
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.ops.hash_index import capacity_for
-from recis_lightning.table.scan import Rows, RowSurvey, survey
+from recis_lightning.table.scan import RowChunk, RowSurvey, scan_chunks
 
 __all__ = ["SavedTable", "SavedTables", "read_saved"]
 
@@ -107,7 +107,7 @@ def _tables_in_shards(file: Path) -> Iterator[SavedTable]:
     for name, told in inspect(file).items():
         num_columns = 0
 
-        def pieces(name: str = name, step: int = told.step) -> Iterator[Rows]:
+        def pieces(name: str = name, step: int = told.step) -> Iterator[RowChunk]:
             nonlocal num_columns
             first = 0
             for piece in source.pieces(name, _PIECE_ROWS):
@@ -117,10 +117,10 @@ def _tables_in_shards(file: Path) -> Iterator[SavedTable]:
                 ages = (
                     (step - columns["last_seen"]).clamp_(min=0) if "last_seen" in columns else None
                 )
-                yield Rows(torch.arange(first, first + count), weights, [*piece.values()], ages)
+                yield RowChunk(torch.arange(first, first + count), weights, [*piece.values()], ages)
                 first += count
 
-        found, num_rows = survey(pieces()), sum(told.rows)
+        found, num_rows = scan_chunks(pieces()), sum(told.rows)
         capacity = capacity_for(num_rows)
         figures: dict[str, float] = {
             "rows": num_rows,
@@ -141,7 +141,7 @@ def _is_table(state: Any) -> bool:
 
 
 def _table(name: str, state: Mapping[str, Any]) -> SavedTable:
-    found = survey(_pieces(state))
+    found = scan_chunks(_pieces(state))
     num_rows, capacity = state["ids"].numel(), capacity_for(state["ids"].numel())
     columns = [state[key] for key in _COLUMNS if key in state]
     figures: dict[str, float] = {
@@ -157,14 +157,14 @@ def _table(name: str, state: Mapping[str, Any]) -> SavedTable:
     return SavedTable(name, state["embedding_dim"], state["dtype"], figures, found)
 
 
-def _pieces(state: Mapping[str, Any]) -> Iterator[Rows]:
+def _pieces(state: Mapping[str, Any]) -> Iterator[RowChunk]:
     num_rows, last_seen = state["ids"].numel(), state.get("last_seen")
     for start in range(0, max(num_rows, 1), _PIECE_ROWS):
         part = slice(start, min(start + _PIECE_ROWS, num_rows))
         slots: list[Tensor] = [slot[part] for slot in state["slots"].values()]
         ages = None if last_seen is None else (state["step"] - last_seen[part]).clamp_(min=0)
         rows = torch.arange(part.start, part.stop)
-        yield Rows(rows, state["weights"][part], slots, ages)
+        yield RowChunk(rows, state["weights"][part], slots, ages)
 
 
 def _history(checkpoint: Mapping[str, Any], tables: list[SavedTable]) -> RunHistory:

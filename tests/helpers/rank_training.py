@@ -22,6 +22,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.initializers import Normal
 from recis_lightning.lookup.sharded import ShardedGroup
 from recis_lightning.ops import backend
+from recis_lightning.table import state as table_state
 
 GLOBAL_BATCH = 24
 # What part of a global batch each rank has, by number of ranks: uneven, and once nothing.
@@ -174,7 +175,7 @@ def _moved(batch, device):
 
 def shard(table):
     """Return what a table holds here, by id, as arrays."""
-    state = table._whole_state()
+    state = table_state.export(table)
     order = state["ids"].argsort()
     held = {"ids": state["ids"], "weights": state["weights"].float(), **state["slots"]}
     if "last_seen" in state:
