@@ -1,4 +1,4 @@
-"""Eviction of a table's rows: by policy, around pins and pending gradients, with listeners."""
+"""Eviction of a table's rows, and counts of admitted, evicted and re-admitted ids."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
+from recis_lightning.ops.layout import NUM_IDS, NUM_REFUSED
 from recis_lightning.table.pending_gradient import PendingGradient
-from recis_lightning.table.statistics import ReadmissionTracker
+from recis_lightning.table.statistics import ReadmissionTracker, TableStatistics
 from recis_lightning.table.storage import Storage
 
 _CHUNK_ROWS = 1 << 16  # rows whose norms are taken at once
@@ -101,7 +102,7 @@ def clock_of(policy: Eviction | None) -> Callable[[], float]:
 
 
 class Evictor:
-    """Eviction of one table.
+    """Eviction of one table, and its statistics.
 
     Args:
         policy: Which rows ``evict`` removes; None none.
@@ -153,6 +154,26 @@ class Evictor:
         handle = RemovableHandle(self._listeners)
         self._listeners[handle.id] = _Listener(callback, with_rows)
         return handle
+
+    def statistics(self) -> TableStatistics:
+        """Return the table's sizes, and what came and went since it was made."""
+        storage, tracker = self.storage, self.readmissions
+        counts = storage.header.read_counts()
+        num_ids, capacity = int(counts[NUM_IDS]), storage.capacity
+        state_bytes = storage.rows.state_bytes
+        return TableStatistics(
+            rows=num_ids,
+            capacity=capacity,
+            load=num_ids / capacity,
+            index_bytes=storage.entries.nbytes,
+            weight_bytes=storage.rows.nbytes - state_bytes,
+            state_bytes=state_bytes,
+            column_bytes=storage.column_bytes + self.nbytes,
+            admitted=num_ids + storage.num_removed - storage.num_loaded,
+            refused=int(counts[NUM_REFUSED]),
+            evicted=self.num_evicted,
+            readmitted=0 if tracker is None else tracker.count,
+        )
 
     def track_readmissions(self, capacity: int) -> None:
         """Count from now on how many of the ``capacity`` ids evicted last come back."""

@@ -27,7 +27,6 @@ from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
 from recis_lightning.ops.layout import (
     HAS_PADDING,
     INSERT,
-    NUM_IDS,
     NUM_REFUSED,
     NUM_UPDATES,
     SCREEN,
@@ -39,6 +38,7 @@ from recis_lightning.ops.layout import (
 )
 from recis_lightning.table import state as table_state
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
+from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
@@ -283,23 +283,7 @@ class HashTable(nn.Module):
             >>> statistics.rows, statistics.capacity, statistics.admitted
             (3, 64, 3)
         """
-        storage, evictor = self.storage, self.evictor
-        rows, tracker = storage.rows, evictor.readmissions
-        counts = storage.header.read_counts()
-        num_ids, capacity, state_bytes = int(counts[NUM_IDS]), storage.capacity, rows.state_bytes
-        return TableStatistics(
-            rows=num_ids,
-            capacity=capacity,
-            load=num_ids / capacity,
-            index_bytes=storage.entries.nbytes,
-            weight_bytes=rows.nbytes - state_bytes,
-            state_bytes=state_bytes,
-            column_bytes=storage.column_bytes + evictor.nbytes,
-            admitted=num_ids + storage.num_removed - storage.num_loaded,
-            refused=int(counts[NUM_REFUSED]),
-            evicted=evictor.num_evicted,
-            readmitted=0 if tracker is None else tracker.count,
-        )
+        return self.evictor.statistics()
 
     def survey(
         self, start: float = 0.0, stop: float = 1.0, rows: Tensor | None = None
@@ -372,43 +356,9 @@ class HashTable(nn.Module):
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
                 f"got {tuple(embeddings.shape)}"
             )
-        storage = self.storage
-        values = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
-        rows, new = self._find_or_insert(flat, storage.segments(flat, insert=True))
+        weights = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
         self.needs_reshard = True
-        if storage.admission_counter is not None:
-            storage.admission_counter.forget(flat)
-        if new is not None and new.numel() == rows.numel():
-            storage.rows.write(rows, values, {})
-            return
-        if new is not None:
-            storage.rows.write(rows[new], values[new], {})
-        chosen = _last_occurrences(rows, storage.rows.num_rows)
-        embedding_bag.write_rows_(storage.header, rows[chosen], values[chosen].contiguous())
-
-    def _insert(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids, int64 [n], giving unknown ones an initial row."""
-        segments = self.storage.segments(ids, insert=True)
-        rows, new = self._find_or_insert(ids, segments)
-        if new is not None:
-            bfloat16 = self.dtype is torch.bfloat16
-            row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
-        return rows
-
-    def _find_or_insert(
-        self, ids: Tensor, segments: hash_index.Segments
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return each id's row and the positions of new ids, whose rows hold nothing yet."""
-        storage, tracker = self.storage, self.evictor.readmissions
-        rows, new = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], self.device)
-        if new is not None:
-            if (
-                new.numel() and int(new[-1]) < 0
-            ):  # a device's backend fills up what it did not count
-                new = new[new >= 0]
-            if tracker is not None:
-                tracker.note_new(ids[new].cpu())
-        return rows, new
+        insert_rows(self.storage, self.evictor.readmissions, flat, weights)
 
     # ---- removing rows
 
@@ -603,17 +553,6 @@ class HashTable(nn.Module):
 
 # Made anew; storage and pins are filled from the saved state.
 _NOT_COPIED = ("storage", "evictor", "pending", "shard_reference", "_optimizer", "_original")
-
-
-def _last_occurrences(rows: Tensor, num_rows: int) -> Tensor:
-    """Return the last position of each row that occurs in ``rows``, int64 [m]."""
-    count, known = rows.numel(), rows.cpu().numpy()
-    if 8 * count < num_rows:
-        last = np.unique(known[::-1], return_index=True)[1]
-        return torch.from_numpy(count - 1 - last).to(rows.device)
-    last, positions = np.empty(num_rows, np.int64), np.arange(count)
-    last[known] = positions  # of equal indices NumPy keeps the last
-    return torch.from_numpy(np.flatnonzero(last[known] == positions)).to(rows.device)
 
 
 def write_segment(

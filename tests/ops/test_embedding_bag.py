@@ -9,6 +9,7 @@ from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import gather_rows, write_rows_
 from recis_lightning.ops.layout import PADDING, UNKNOWN
 from tests.helpers.gather_plans import Feature, mixed_features, ragged_offsets, random_rows
+from tests.helpers.sample_tables import insert_initial
 
 DIMS = [1, 2, 3, 7, 8, 10, 16, 24, 33, 64, 128]
 NAN = float("nan")
@@ -20,7 +21,7 @@ def _table(dim, dtype=torch.float32, num_rows=500, state=0):
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=f"{dim}")
     if state:
         table.storage.rows.relayout({"state": state}, 0.0)
-    table._insert(torch.arange(num_rows))
+    insert_initial(table, torch.arange(num_rows))
     return table
 
 
@@ -200,12 +201,12 @@ def test_rows_of_many_blocks(backend):
     """Rows far apart, in blocks that were allocated at different times, are found."""
     table = HashTable(64, initializer=Normal())
     for batch in torch.arange(6000).split(1000):
-        table._insert(batch)
+        insert_initial(table, batch)
     assert len(table.storage.rows.addresses) > 4
     rows = torch.tensor([0, 5999, 1023, 1024, 4095, 3000])
     copies = gather_rows(table.storage.header, rows, 64, torch.float32)
     fresh = HashTable(64, initializer=Normal())
-    fresh._insert(rows)
+    insert_initial(fresh, rows)
     assert torch.equal(copies, fresh.embeddings(rows))
 
 

@@ -11,6 +11,7 @@ from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops.layout import PADDING, SEGMENT_SIZE, UNKNOWN
 from recis_lightning.table.hash_table import write_segment
 from tests.helpers.gather_plans import Feature, mixed_features, ragged_offsets
+from tests.helpers.sample_tables import insert_initial
 
 CPU = torch.device("cpu")
 LOWEST = -(2**63)
@@ -21,7 +22,7 @@ def _table(dim, dtype=torch.float32):
     table = HashTable(
         dim, dtype=dtype, initializer=Normal(), eviction=GlobalStepFilter(5), name="user"
     )
-    table._insert(torch.cat([torch.tensor([LOWEST]), torch.arange(1, 500) * 77]))
+    insert_initial(table, torch.cat([torch.tensor([LOWEST]), torch.arange(1, 500) * 77]))
     table.update_step(3)
     return table
 

@@ -26,6 +26,7 @@ from recis_lightning.ops.row_update import (
     RowLayout,
 )
 from tests.helpers.gather_plans import Feature, mixed_features, random_rows
+from tests.helpers.sample_tables import insert_initial
 
 DIMS = [1, 2, 3, 7, 8, 10, 16, 24, 33, 64, 128]
 NUM_ROWS = 500
@@ -52,7 +53,7 @@ def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     """Return a table with the state of ``rule``, none of it zero, whose row r is known."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=name)
     table.storage.rows.relayout(SLOTS[rule](dim), 0.0)
-    table._insert(torch.arange(num_rows))
+    insert_initial(table, torch.arange(num_rows))
     generator = torch.Generator().manual_seed(dim)
     weights, slots = table.storage.rows.read(torch.arange(num_rows))
     for slot in slots.values():
@@ -235,7 +236,7 @@ def test_rules_are_those_of_torch(backend, rule, dim):
     kernel_rule = ADAM if rule == "adamw" else rule
     table = HashTable(dim, initializer=Normal(), name="torch")
     table.storage.rows.relayout(SLOTS[kernel_rule](dim), 0.0)
-    table._insert(torch.arange(NUM_ROWS))
+    insert_initial(table, torch.arange(NUM_ROWS))
     weight = _state(table)["weights"]
     generator, gradients = torch.Generator().manual_seed(dim), []
     for step in range(1, 6 if backend != "triton" else 3):

@@ -8,7 +8,7 @@ import torch
 
 from recis_lightning import HashTable
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
+from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES, NUM_SCAN_NUMBERS, RowSurvey
 from tests.helpers.sample_tables import EXTREMES
 
 
@@ -98,3 +98,24 @@ def test_spans_are_checked():
     for start, stop in ((-0.1, 1.0), (0.5, 0.4), (0.0, 1.1)):
         with pytest.raises(ValueError, match="expected 0 <= start <= stop <= 1, got start="):
             HashTable(1).survey(start, stop)
+
+
+def test_parts_merge_to_the_whole_also_when_they_come_from_other_ranks():
+    """All but the numbers of ruined rows travels, and of these how many they are."""
+    for eviction in (None, GlobalStepFilter(100)):
+        table = HashTable(1, eviction=eviction, name="t")
+        ids = torch.cat([EXTREMES, torch.arange(100, 160)])
+        table.insert(ids, torch.arange(1, len(ids) + 1)[:, None].float())
+        table.update_step(5)
+        table.insert(ids[3:5], torch.tensor([[math.nan], [math.inf]]))
+        whole = table.survey()
+        parts = [table.survey(*span) for span in pairwise([0.0, 0.3, 0.6, 1.0])]
+        merged = RowSurvey.merge(parts)
+        assert merged.nonfinite_rows.sort().values.tolist() == [3, 4]
+        told = [part.to_numbers() for part in parts]
+        assert {len(numbers) for numbers in told} == {NUM_SCAN_NUMBERS}
+        of_ranks = RowSurvey.merge([RowSurvey.from_numbers(numbers) for numbers in told])
+        assert of_ranks.nonfinite_rows.tolist() == [-1, -1]
+        for found in (merged, of_ranks):
+            assert found.num_nonfinite == 2
+            assert found._replace(nonfinite_rows=0) == whole._replace(nonfinite_rows=0)

@@ -13,6 +13,7 @@ from recis_lightning.ops.cpu import hash_bulk as hash_bulk_cpu
 from recis_lightning.ops.cpu import hash_index as hash_index_cpu
 from recis_lightning.ops.cpu import hash_partition
 from recis_lightning.ops.layout import HAS_PADDING, PADDING, SEGMENT_FLAGS, SEGMENT_PADDING
+from tests.helpers.sample_tables import insert_initial
 
 CPU = torch.device("cpu")
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -56,7 +57,7 @@ def calls(monkeypatch):
 
 def _table(known):
     table = HashTable(4, eviction=GlobalStepFilter(5), name="user")
-    table._insert(known)
+    insert_initial(table, known)
     return table
 
 
@@ -158,7 +159,7 @@ def test_old_entries_move_to_the_larger_index(special, dealt):
     """Those of a large table too, which several threads deal out, and that of the id ``EMPTY``."""
     known = torch.arange(300_000) * 7 + 1
     table = HashTable(4, name="user")
-    table._insert(torch.cat([known, torch.tensor([LOWEST])]) if special else known)
+    insert_initial(table, torch.cat([known, torch.tensor([LOWEST])]) if special else known)
     dealt.clear()
     ids = _ids("new", 300_000)
     count, capacity = len(table), table.capacity

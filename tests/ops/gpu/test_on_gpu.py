@@ -32,7 +32,7 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdam, SparseAdamW, SparseRowwiseAdagrad, SparseSGD
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, everything, trainer
-from tests.helpers.sample_tables import EXTREMES, by_id, filled, same, trained
+from tests.helpers.sample_tables import EXTREMES, by_id, filled, insert_initial, same, trained
 from tests.table.test_hash_table_machine import TableAgainstDict
 
 pytestmark = [
@@ -58,7 +58,7 @@ def test_a_million_duplicates_of_few_ids(distinct):
     """Many lanes want one entry: each id gets one row, in the order of first appearance."""
     table = HashTable(4, device="cuda", name="t")
     ids = torch.randint(0, distinct, (1_000_000,), generator=torch.Generator().manual_seed(0))
-    table._insert(ids.cuda())
+    insert_initial(table, ids.cuda())
     assert len(table) == len(ids.unique())
     assert torch.equal(_rows_of(table, ids.cuda()), _first_appearances(ids))
 
@@ -67,7 +67,7 @@ def test_a_million_new_ids():
     """All are inserted at once, the ends of int64 among them."""
     table = HashTable(1, device="cuda", name="t")
     ids = torch.cat([EXTREMES, torch.randperm(1_000_000) * 7919 + 5])
-    table._insert(ids.cuda())
+    insert_initial(table, ids.cuda())
     assert len(table) == len(ids)
     assert torch.equal(_rows_of(table, ids.cuda()), torch.arange(len(ids)))
 
@@ -84,7 +84,7 @@ def test_blocks_racing_for_one_slot():
     ids = candidates[slots == slots[0]].repeat(50)
     assert len(ids.unique()) > 100
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    table._insert(ids.cuda())
+    insert_initial(table, ids.cuda())
     assert torch.equal(_rows_of(table, ids.cuda()), _first_appearances(ids))
 
 
@@ -96,7 +96,7 @@ def test_rows_are_reused_under_churn():
         ids = torch.randint(-5000, 5000, (4000,), generator=generator)
         gone = torch.randint(-5000, 5000, (2000,), generator=generator)
         for table in (ours, wanted):
-            table._insert(ids.to(table.device))
+            insert_initial(table, ids.to(table.device))
         assert torch.equal(_rows_of(ours, ids), _rows_of(wanted, ids))
         assert ours.delete(gone) == wanted.delete(gone)
     assert torch.equal(ours.storage.rows.free_rows.cpu(), wanted.storage.rows.free_rows)
