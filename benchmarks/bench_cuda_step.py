@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import append_result, print_table, zipf_ranks
-from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
+from recis_lightning import (
+    DynamicEmbedding,
+    EmbeddingEngine,
+    EmbeddingOption,
+    HashTable,
+    hash_tables,
+)
+from recis_lightning.ops import hash_index, row_init
 from recis_lightning.optim import SparseAdam, SparseOptimizer, SparseSGD
 
 NUM_TABLES, NUM_ROWS, DIM, LOOKUPS, EXPONENT = 10, 1_677_721, 128, 104_857, 1.05
@@ -55,8 +62,17 @@ def filled_engine(
     engine = EmbeddingEngine(options)
     for table in hash_tables(engine):
         for ids in torch.arange(num_rows, device=device).split(1 << 17):
-            table._insert(ids)
+            insert_initial(table, ids)
     return engine
+
+
+def insert_initial(table: HashTable, ids: Tensor) -> None:
+    """Give ids, int64 [n], an initial row each."""
+    storage = table.storage
+    segments = storage.segments(ids, insert=True)
+    rows, new = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], table.device)
+    if new is not None:
+        row_init.init_rows_(rows, new, segments, table.embedding_dim, False)
 
 
 def check(device: torch.device, num_rows: int = 500, lookups: int = 400) -> None:
@@ -133,9 +149,9 @@ def keys_per_second(device: torch.device, rounds: int, scale: int) -> float:
     """Return how many keys of a half full index are found, and their rows gathered, a second."""
     num_keys, asked = NUM_KEYS // scale, KEYS_ASKED // scale
     keys = DynamicEmbedding(KEY_DIM, device=device, name="keys").eval()
-    keys.table.reserve_ids(num_keys)
+    keys.table.storage.reserve_ids(num_keys)
     for ids in torch.arange(num_keys, device=device).split(1 << 22):
-        keys.table._insert(ids)
+        insert_initial(keys.table, ids)
     assert len(keys.table) == num_keys
     wanted = torch.randint(0, num_keys, (asked,), device=device)
     return asked / event_ms(lambda: keys(wanted), rounds) * 1e3

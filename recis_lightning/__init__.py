@@ -12,13 +12,13 @@ from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.table import hash_table
 from recis_lightning.table.averaged_model import share_tables_with_averaged_models
 from recis_lightning.table.hash_table import HashTable, hash_tables
-from recis_lightning.table.saving import TableSaving
+from recis_lightning.table.state import set_shard_loader
 
 __version__ = "0.1.0"
 
 share_tables_with_averaged_models()
 trainer_bridge.register()
-TableSaving.take_up = SHARD_LOADER.load  # type: ignore[assignment]
+set_shard_loader(SHARD_LOADER.load)
 
 # Pickles of 0.1.0 name modules by paths they had then.
 for _path, _module in {"hash_table": hash_table}.items():

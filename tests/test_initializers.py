@@ -12,6 +12,7 @@ from recis_lightning.initializers import (
     XavierNormal,
     XavierUniform,
 )
+from tests.helpers.sample_tables import insert_initial
 
 ROWS, DIM = 8192, 16
 IDS = {
@@ -26,7 +27,7 @@ IDS = {
 def _sample(initializer, ids=IDS["consecutive"], dim=DIM):
     """Return float64 [ids, dim], first weights of a table."""
     table = HashTable(dim, initializer=initializer, name="sample")
-    table._insert(ids)
+    insert_initial(table, ids)
     return table.embeddings(ids).double()
 
 

@@ -157,7 +157,7 @@ def _states_refer_to(commit: Commit, tables: list[HashTable]) -> Iterator[None]:
     """Let the states of tables refer to shards, in place of rows."""
     state = commit.to_state()
     for table in tables:
-        table.reference = {
+        table.shard_reference = {
             "schema": table_state.SCHEMA,
             "name": table.name,
             "embedding_dim": table.embedding_dim,
@@ -167,7 +167,7 @@ def _states_refer_to(commit: Commit, tables: list[HashTable]) -> Iterator[None]:
         yield
     finally:
         for table in tables:
-            table.reference = None
+            table.shard_reference = None
 
 
 @contextmanager

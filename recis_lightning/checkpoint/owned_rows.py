@@ -106,7 +106,7 @@ class OwnedRows:
             if chosen is not None:
                 parts = [part[chosen] for part in parts]
             weights, *slots = parts
-            table.rows.write(
+            table.storage.rows.write(
                 targets, weights.to(table.dtype), dict(zip(self._slots, slots, strict=True))
             )
             return num_bytes

@@ -51,7 +51,7 @@ class ShardLoader:
             return
         table_state.check_state(state, table.name, table.embedding_dim)
         rank, world_size = collectives.rank(), collectives.world_size()
-        table.load_state(_owned_part(state, rank, world_size))
+        table_state.load(table, _owned_part(state, rank, world_size))
 
     def _load_shards(self, table: HashTable, name: str, commit: Any) -> None:
         if commit is self._checked and table in self._loaded:

@@ -82,10 +82,10 @@ class ShardTables(SavedTables):
             raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
         if strict and dtype is not table.dtype:
             raise ValueError(f"{where} has dtype {dtype}, the model's {table.dtype}")
-        if strict and table.optimizer is not None and slots != table.rows.slots:
+        if strict and table.optimizer is not None and slots != table.storage.rows.slots:
             raise ValueError(
                 f"{where} has optimizer state {slots or 'of no kind'}, "
-                f"{type(table.optimizer).__name__} keeps {table.rows.slots or 'none'}: "
+                f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
                 "resume with the optimizer that the checkpoint was trained with"
             )
 
@@ -95,7 +95,7 @@ class ShardTables(SavedTables):
         empty = not any(len(table) or table.step or table.num_updates for table in tables.values())
         if not all(collectives.gather(empty)):
             collectives.run_on_all_ranks(partial(self.check, progress))
-        before = {table: table.settings() for table in tables.values()}
+        before = {table: table_state.settings(table) for table in tables.values()}
 
         def restore() -> None:
             with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
@@ -106,7 +106,7 @@ class ShardTables(SavedTables):
             collectives.run_on_all_ranks(restore)
         except BaseException:
             for table, settings in before.items():
-                table.reset(settings)
+                table_state.reset(table, settings)
             raise
 
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
@@ -154,7 +154,9 @@ class ShardTables(SavedTables):
             owned = OwnedRows(files, list(slots), self._rank, ranks)
             state = owned.state()
             _check_state(state, table, dim, dtype, slots)
-            table.restore(state, slots, lambda rows: owned.write(table, rows, on_progress))
+            table_state.restore(
+                table, state, slots, lambda rows: owned.write(table, rows, on_progress)
+            )
 
 
 def _open(folder: Path, commit: Commit, name: str, rank: int) -> ShardFile:

@@ -98,7 +98,7 @@ def write_shards(
 
 def _num_bytes(table: HashTable) -> int:
     """Return about how many bytes a table's shard will have."""
-    return len(table) * (4 * table.rows.row_words + 8 * (1 + table.keeps_last_seen))
+    return len(table) * (4 * table.storage.rows.row_words + 8 * (1 + table.storage.keeps_last_seen))
 
 
 def _write_table(
@@ -111,10 +111,10 @@ def _write_table(
 ) -> Shard:
     """Write this rank's rows of a table to a file of their own."""
     ids, rows = table.ids_map()
-    if world_size > 1 and table.may_hold_foreign_rows:
+    if world_size > 1 and table.needs_reshard:
         own = owner_of(ids, world_size) == rank
         ids, rows = ids[own], rows[own]
-    fields = _flat(table.saved_fields(rows))
+    fields = _flat(table_state.saved_fields(table, rows))
     tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
     metadata = {key: value for key, value in fields.items() if key not in tensors}
     metadata |= {"format": FORMAT, "save_id": save_id, "table": table.name, "rows": len(ids)}
@@ -129,7 +129,7 @@ def _write_table(
 
 def _rows_group(table: HashTable, rows: Tensor, columns: dict[str, Tensor]) -> TensorGroup:
     """Return ids and policies' columns, weights and slots, to be read together."""
-    store, count = table.rows, len(rows)
+    store, count = table.storage.rows, len(rows)
     specs = {key: TensorSpec(column.dtype, tuple(column.shape)) for key, column in columns.items()}
     specs["weights"] = TensorSpec(table.dtype, (count, table.embedding_dim))
     for name, words in store.slots.items():

@@ -77,7 +77,7 @@ class LookupFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.bags, ctx.plan, ctx.fetched = layout, bags, plan, fetched
         ctx.weighted = weighted
-        ctx.generations = list(map(_generation, layout.tables))
+        ctx.generations = list(map(_generation, layout.storages))
         return tuple(outputs)
 
     @staticmethod
@@ -85,7 +85,7 @@ class LookupFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         layout: FeatureLayout = ctx.layout
-        generations = list(map(_generation, layout.tables))
+        generations = list(map(_generation, layout.storages))
         if generations != ctx.generations:
             _raise_stale_rows(layout.tables, ctx.generations, generations)
         features, tensors, strides = _present(gradients)

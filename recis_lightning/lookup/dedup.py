@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.ops import backend, hash_index
 from recis_lightning.ops.async_copy import to_device_async
-from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     HAS_PADDING,
@@ -146,8 +147,8 @@ class Deduplicator:
         return DeduplicatedIds(distinct[order], counts, position_of[labels])
 
 
-class _SeenIds:
-    """The ids of one table that a lookup has met, as a table that index ops know."""
+class _SeenIds(TableMemory):
+    """Distinct ids of one table in a lookup, as a table that index ops know."""
 
     def __init__(self, device: torch.device) -> None:
         self.header = Header(device, backend.runs_later(device))
@@ -166,36 +167,17 @@ class _SeenIds:
         self.header.fields[[NUM_IDS, NUM_FREE, NEXT_ROW]] = 0, 0, first_number
         self.header.publish_counts()
 
+    @override
     def reserve_ids(self, num_new: int) -> None:
-        """``start`` has made room for all."""
+        pass  # ``start`` has made room for all
 
-    def larger_index(self, num_new: int) -> None:
-        """``start`` has made room for all."""
-
-    def take_index(self, entries: Tensor) -> None:
-        """There is no larger one."""
-
+    @override
     def reserve_rows(self, num_new: int) -> None:
-        """Rows are numbers only."""
+        pass  # rows are numbers only
 
-    def sure_room(self) -> int:
-        """``start`` has made room for all."""
-        return sys.maxsize
-
-    def reserve_ahead(self, num_new: int, num_ids: int) -> None:
-        """The next ``start`` makes room for all."""
-
-    def read_clock(self) -> None:
-        """No times are kept."""
-
-    def rebuild_index(self) -> None:
-        """The next ``start`` empties the index."""
-
-    def begin_screening(self) -> None:
-        """No segment asks for it."""
-
-    def reserve_sightings(self, at_most: int, count: Callable[[], int] | None = None) -> None:
-        """No segment asks for it."""
+    @override
+    def guaranteed_free(self) -> int:
+        return sys.maxsize  # ``start`` has made room for all
 
 
 def _stable_order(keys: Tensor, num_keys: int) -> Tensor:

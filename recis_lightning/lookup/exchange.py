@@ -57,7 +57,8 @@ def exchange_rows(
     num_sent: list[int] = deduplicated.counts.sum(1).tolist()
     num_received: list[int] = recv_counts.sum(1).tolist()
     counts_occurrences = training and any(
-        table.admission is not None or table.stamps for table in layout.tables
+        table.admission is not None or table.storage.keeps_access_metadata
+        for table in layout.tables
     )
     message = deduplicated.ids
     if counts_occurrences:
@@ -176,8 +177,8 @@ def _count_rejections(
     rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
     for index, part in enumerate(rejected.split(sizes)):
         table = tables[index % len(tables)]
-        if table.sightings is None:
-            table.header.tensor[NUM_REFUSED] += part.sum()
+        if table.storage.admission_counter is None:
+            table.storage.header.tensor[NUM_REFUSED] += part.sum()
 
 
 def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:

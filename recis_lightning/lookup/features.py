@@ -14,12 +14,13 @@ from torch import Tensor
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.buffers import allocate_outputs
 from recis_lightning.lookup.signature import digest
-from recis_lightning.ops import embedding_bag, hash_index
+from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.table.hash_table import HashTable, write_segment
-from recis_lightning.table.storage import storage_epoch
+from recis_lightning.table.storage import Storage
+from recis_lightning.table.versions import layout_version
 
 
 class Feature(NamedTuple):
@@ -53,7 +54,7 @@ class FeatureLayout:
         names: Name of each feature.
         feature_tables: Table of each feature; always the same list, by which an update knows it.
         tables: The tables, each once.
-        index_tables: ``tables``, as index ops take them.
+        storages: Of ``tables``, as index ops take them.
         segment_tables: For each feature, its table's position in ``tables``.
         row_type: (embedding_dim, dtype, device), as ops take them.
         training: Segments that insert.
@@ -62,12 +63,12 @@ class FeatureLayout:
     """
 
     def __init__(self, features: Sequence[Feature]) -> None:
-        self._epoch = storage_epoch()
+        self._layout_version = layout_version()
         self.features = list(features)
         self.names = [feature.name for feature in features]
         self.feature_tables = [feature.table for feature in features]
         self.tables = list(dict.fromkeys(self.feature_tables))
-        self.index_tables: Sequence[hash_index.Table] = self.tables
+        self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]
         first = self.tables[0]
@@ -102,7 +103,7 @@ class FeatureLayout:
 
     def is_current(self) -> bool:
         """Return whether the tables' storage is where it was when the layout was made."""
-        return self._epoch == storage_epoch()
+        return self._layout_version == layout_version()
 
     @cached_property
     def signature(self) -> int:
@@ -150,7 +151,7 @@ class FeatureLayout:
 
 def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:
     """Return where kernels find the header of each table, int64 [num_tables]."""
-    return np.array([table.header.address for table in tables], np.int64)
+    return np.array([table.storage.header.address for table in tables], np.int64)
 
 
 def point_to_rows(plan: Plan, rows: Tensor) -> None:

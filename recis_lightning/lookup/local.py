@@ -50,7 +50,7 @@ class LocalRows:
             point_to_rows(plan, rows)
             if not embedding_bag.find_and_gather(plan, segments, training, *layout.row_type):
                 if training:
-                    tables = layout.index_tables
+                    tables = layout.storages
                     hash_index.note_known(segments, rows, tables, layout.segment_tables)
                 return FetchedLocalRows(rows, layout)
         if training:
@@ -87,7 +87,7 @@ class FetchedLocalRows(NamedTuple):
 
     def header_of(self, feature: int) -> Header:
         """Return the header of the feature's table."""
-        return self.layout.feature_tables[feature].header
+        return self.layout.feature_tables[feature].storage.header
 
     def return_gradients(self, gradients: OutputGradients) -> None:
         """Leave gradients with the tables as pending."""
@@ -125,12 +125,12 @@ def find_or_insert_rows(
         As ``hash_index.find_or_insert``: rows, int64 [n], and which positions are new.
     """
     rows, new = hash_index.find_or_insert(
-        segments, num_ids, layout.index_tables, segment_tables, layout.device, occurrences
+        segments, num_ids, layout.storages, segment_tables, layout.device, occurrences
     )
     if new is not None:
         bfloat16 = layout.dtype is torch.bfloat16
         row_init.init_rows_(rows, new, segments, layout.embedding_dim, bfloat16)
-        if any(table.readmissions is not None for table in layout.tables):
+        if any(table.evictor.readmissions is not None for table in layout.tables):
             _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
 
@@ -142,9 +142,10 @@ def _note_new(
     starts, new = segments[:, SEGMENT_START], new[new >= 0]
     ends = [*np.searchsorted(new.cpu().numpy(), starts), new.numel()]
     for i, table in enumerate(tables):
-        if table.readmissions is not None:
+        tracker = table.evictor.readmissions
+        if tracker is not None:
             new_of_segment = new[ends[i] : ends[i + 1]] - int(starts[i])
-            table.readmissions.note_new(ids[i][new_of_segment].cpu())
+            tracker.note_new(ids[i][new_of_segment].cpu())
 
 
 __all__ = ["FetchedLocalRows", "LocalRows", "find_or_insert_rows"]

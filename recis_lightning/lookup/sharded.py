@@ -41,7 +41,7 @@ class ShardedRows:
         self._layout = layout
         collectives.check_backend(layout.tables[0].name, layout.device)
         for table in layout.tables:
-            table.may_hold_foreign_rows = True  # those of a time with another number of ranks
+            table.needs_reshard = True  # those of a time with another number of ranks
         self._deduplicator = Deduplicator(
             layout.training,
             layout.segment_tables,
@@ -56,7 +56,7 @@ class ShardedRows:
         """Ask ids of the ranks that own them, and fill the outputs."""
         layout = self._layout
         for table in layout.tables:
-            if table.may_hold_foreign_rows:
+            if table.needs_reshard:
                 drop_rows_of_other_ranks(table)
         deduplicated = self._deduplicator.deduplicate(ids)
         exchange = yield from exchange_rows(layout, deduplicated, training)
@@ -118,14 +118,15 @@ def drop_rows_of_other_ranks(table: HashTable) -> None:
     Loading one state on every rank, and inserting the same ids on each, brings such rows.
     """
     ids, rows = table.ids_map()
-    dropped = torch.zeros(table.rows.num_rows, dtype=torch.bool, device=table.device)
+    dropped = torch.zeros(table.storage.rows.num_rows, dtype=torch.bool, device=table.device)
     dropped[rows[_is_of_other_rank(ids)]] = True
     if bool(dropped.any()):
-        table.remove_rows(dropped)
-    if table.sightings is not None:
-        counted = table.sightings.state().get("pending_ids", ids[:0])
-        table.sightings.forget(counted[_is_of_other_rank(counted)])
-    table.may_hold_foreign_rows = False
+        table.storage.remove_rows(dropped)
+    counter = table.storage.admission_counter
+    if counter is not None:
+        counted = counter.state().get("pending_ids", ids[:0])
+        counter.forget(counted[_is_of_other_rank(counted)])
+    table.needs_reshard = False
 
 
 def _is_of_other_rank(ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from recis_lightning.checkpoint.reader import CheckpointReader, read_lightning_f
 from recis_lightning.checkpoint.saved_tables import TableContents
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.ops.hash_index import capacity_for
-from recis_lightning.table.scan import Rows, RowSurvey, survey
+from recis_lightning.table.scan import RowChunk, RowSurvey, scan_chunks
 
 __all__ = ["SavedRun", "read_run"]
 
@@ -89,7 +89,7 @@ def _survey(reader: CheckpointReader, name: str, step: int) -> tuple[RowSurvey, 
     """Return the survey of a table's rows, and the number of its policies' columns."""
     num_columns = 0
 
-    def chunks() -> Iterator[Rows]:
+    def chunks() -> Iterator[RowChunk]:
         nonlocal num_columns
         first = 0
         for chunk in reader.chunks(name, _CHUNK_ROWS):
@@ -97,10 +97,10 @@ def _survey(reader: CheckpointReader, name: str, step: int) -> tuple[RowSurvey, 
             columns = {key: chunk.pop(key) for key in _POLICY_COLUMNS if key in chunk}
             weights, num_columns = chunk.pop("weights"), len(columns)
             ages = (step - columns["last_seen"]).clamp_(min=0) if "last_seen" in columns else None
-            yield Rows(torch.arange(first, first + count), weights, [*chunk.values()], ages)
+            yield RowChunk(torch.arange(first, first + count), weights, [*chunk.values()], ages)
             first += count
 
-    return survey(chunks()), num_columns
+    return scan_chunks(chunks()), num_columns
 
 
 def _figures(contents: TableContents, num_columns: int, found: RowSurvey) -> dict[str, float]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +31,7 @@ from recis_lightning.ops import backend
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MISSING, SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
+from recis_lightning.ops.table_memory import TableMemory
 
 # Aliases until all rooms name the fields of ops.layout.
 NUM_COUNTED = fields.ADMISSION_NUM_COUNTED
@@ -53,25 +53,10 @@ MAX_COUNTER = fields.MAX_COUNTER
 Screen = Callable[[Tensor | None, Tensor], Tensor | None]
 
 
-class Screened(Protocol):
-    """What screening needs of a table."""
-
-    def begin_screening(self) -> None:
-        """Count one training lookup."""
-
-    def reserve_sightings(self, at_most: int, count: Callable[[], int] | None = None) -> None:
-        """Make room for sightings of ``at_most`` more ids.
-
-        Args:
-            at_most: How many there may be.
-            count: Waits for the device and tells of how many there are; None if ``at_most`` does.
-        """
-
-
 def screening(
     segments: npt.NDArray[np.int64],
     num_ids: int,
-    tables: Sequence[Screened],
+    tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
     device: torch.device,
     sightings: Tensor | None,
@@ -97,7 +82,7 @@ def screening(
         return None
     numbers = dict.fromkeys(segment_tables[segment] for segment in screened)
     for number in numbers:
-        tables[number].begin_screening()
+        tables[number].count_lookup()
     weights = None if sightings is None else sightings.contiguous()
 
     starts = segments[:, SEGMENT_START]
@@ -119,7 +104,7 @@ def screening(
             for number, num_sighted in at_most.items():
                 if num_sighted:
                     count = None if misses is not None else partial(_count, rows, parts[number])
-                    tables[number].reserve_sightings(num_sighted, count)
+                    tables[number].reserve_counts(num_sighted, count)
             module.screen(segments, num_ids, misses, rows, weights)
             return None if misses is None else misses[rows[misses] != UNKNOWN]
 
@@ -158,4 +143,4 @@ def forget_(memory: Header, ids: Tensor) -> None:
     backend.module("admission", ids.device).forget_(memory, ids)
 
 
-__all__ = ["Screen", "Screened", "fade_", "forget_", "screening"]
+__all__ = ["Screen", "fade_", "forget_", "screening"]

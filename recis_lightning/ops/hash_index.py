@@ -12,7 +12,6 @@ what its padding id is. Positions count the ids of all features, one feature aft
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +34,7 @@ from recis_lightning.ops.layout import (
     SHIFT,
     STAMP,
 )
+from recis_lightning.ops.table_memory import TableMemory
 
 Segments = npt.NDArray[np.int64]
 
@@ -42,36 +42,6 @@ MIN_CAPACITY = 64
 # Entries an id may take at most, by size: small indices live in cache and can afford air, in
 # large ones memory counts (two thirds full at the growth of a doubling index, on average).
 _MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
-
-
-class Table(admission.Screened, Protocol):
-    """What an index op needs of a table: its header, and room when it asks for it."""
-
-    header: Header
-
-    def reserve_ids(self, num_new: int) -> None:
-        """Make room in the index for ``num_new`` more ids."""
-
-    def larger_index(self, num_new: int) -> Tensor | None:
-        """Allocate an index on the CPU, not cleared, if ``num_new`` more ids need a larger one."""
-
-    def take_index(self, entries: Tensor) -> None:
-        """Make an index, with all ids in it, the table's own."""
-
-    def reserve_rows(self, num_new: int) -> None:
-        """Make room in the row store for ``num_new`` more rows."""
-
-    def read_clock(self) -> None:
-        """Enter the time into the header, if the table keeps times."""
-
-    def sure_room(self) -> int:
-        """Return how many more ids there is room for, surely, without waiting for the device."""
-
-    def reserve_ahead(self, num_new: int, num_ids: int) -> None:
-        """Make room for more than ``num_new`` ids, so that later lookups need not ask again."""
-
-    def rebuild_index(self) -> None:
-        """Drop entries that were claimed but got no row, after a failed insertion."""
 
 
 def max_load(capacity: int) -> float:
@@ -160,7 +130,7 @@ def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
 def find_or_insert(
     segments: Segments,
     num_ids: int,
-    tables: Sequence[Table],
+    tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
     device: torch.device,
     sightings: Tensor | None = None,
@@ -208,7 +178,7 @@ def find_or_insert(
 
 
 def note_known(
-    segments: Segments, rows: Tensor, tables: Sequence[Table], segment_tables: Sequence[int]
+    segments: Segments, rows: Tensor, tables: Sequence[TableMemory], segment_tables: Sequence[int]
 ) -> None:
     """Do for policies what ``find_or_insert`` does, after a training lookup without misses.
 
@@ -226,7 +196,7 @@ def note_known(
 def _stamp(
     segments: Segments,
     rows: Tensor,
-    tables: Sequence[Table],
+    tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
     sightings: Tensor | None,
 ) -> None:
@@ -300,7 +270,7 @@ __all__ = [
     "NO_ROW",
     "PADDING",
     "Segments",
-    "Table",
+    "TableMemory",
     "capacity_for",
     "describe",
     "empty_entries",

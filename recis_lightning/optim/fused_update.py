@@ -19,7 +19,7 @@ from recis_lightning.ops.layout import NUM_UPDATES
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
-from recis_lightning.table.row_store import block_moves
+from recis_lightning.table.versions import block_version
 
 _pending = attrgetter("pending")
 
@@ -37,10 +37,11 @@ class UpdatePass:
     def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
         self.tables, self.groups = list(tables), list(groups)
         self.device = self.tables[0].device
-        self._fields = [table.header.fields for table in self.tables]
+        self._storages = [table.storage for table in self.tables]
+        self._fields = [storage.header.fields for storage in self._storages]
         self._hyper = np.ones((len(self.tables), row_update.HYPER_SIZE), np.float32)
         # Where the update reads them: beside a GPU that is a copy, always at the same place.
-        self._is_copied = self.tables[0].header.is_mirrored
+        self._is_copied = self._storages[0].header.is_mirrored
         self._values = torch.from_numpy(self._hyper)
         if self._is_copied:
             self._values = to_device_async(self._hyper, self.device)
@@ -100,11 +101,11 @@ class UpdatePass:
 
     def _note_blocks(self) -> None:
         """Note where the rows are and how they are numbered, unless that is known."""
-        if self._moves == block_moves():
+        if self._moves == block_version():
             return
-        self._moves = block_moves()
-        rows = self.tables[0].rows
-        addresses = [table.rows.addresses for table in self.tables]
+        self._moves = block_version()
+        rows = self._storages[0].rows
+        addresses = [storage.rows.addresses for storage in self._storages]
         counts = np.array([part.size for part in addresses])
         bases = (np.cumsum(counts) - counts) << rows.block_shift
         self._base_of: dict[object, int] = dict(zip(self.tables, bases.tolist(), strict=True))

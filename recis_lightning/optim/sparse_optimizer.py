@@ -21,7 +21,7 @@ from recis_lightning.ops import row_update
 from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.fused_update import UpdatePass
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.storage import storage_epoch
+from recis_lightning.table.versions import layout_version
 
 
 class SparseOptimizer(Optimizer):
@@ -81,7 +81,7 @@ class SparseOptimizer(Optimizer):
         super().__init__(groups, defaults)
         for table in self.tables:
             table.optimizer = self
-            table.set_slots(self.slots(table.embedding_dim), self.state_fill())
+            table.storage.set_slots(self.slots(table.embedding_dim), self.state_fill())
 
     @property
     def tables(self) -> list[HashTable]:
@@ -103,7 +103,7 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients that no step has used."""
         for table in self.tables:
-            table.drop_pending()
+            table.pending.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -140,8 +140,8 @@ class SparseOptimizer(Optimizer):
 
     def _passes(self) -> list[UpdatePass]:
         """Split the tables that have gradients so that each part is updated in one pass."""
-        if self._epoch != storage_epoch():
-            self._epoch, self._all_tables = storage_epoch(), self.tables
+        if self._epoch != layout_version():
+            self._epoch, self._all_tables = layout_version(), self.tables
             self._given_away = {table for table in self._all_tables if table.optimizer is not self}
             self._all_passes = self._split(self._all_tables)
             self._last_found = []
@@ -201,7 +201,7 @@ class SparseOptimizer(Optimizer):
         if "_tables" in state:  # unpickled or copied: these are other tables
             for table in self.tables:
                 table.optimizer = self
-                table.set_slots(self.slots(table.embedding_dim), self.state_fill())
+                table.storage.set_slots(self.slots(table.embedding_dim), self.state_fill())
 
 
 _KEPT = ("_tables", "clip_grad_norm", "clip_grad_value")

@@ -1,4 +1,4 @@
-"""What a screening admission policy remembers of ids that have no row."""
+"""Counts of ids that have no row yet, by which an admission policy decides."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from recis_lightning.ops.layout import CAPACITY, NO_ROW, NUM_IDS
 _MAX_LOAD = 0.7
 
 
-class Sightings:
-    """The memory of one table, behind a header of its own; ``ops.admission`` says how it works.
+class AdmissionCounter:
+    """Admission counts of one table, behind a header of its own; ``ops.admission`` says how.
 
     Args:
-        screening: What the policy wants.
+        screening: What the policy asks to count, and its threshold.
         device: Where the table is.
+
+    Attributes:
+        screening: As given.
+        header: By which kernels find entries and counters.
     """
 
     def __init__(self, screening: Screening, device: torch.device) -> None:
@@ -33,11 +37,9 @@ class Sightings:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all sightings; the number of lookups stays."""
-        kind = self.screening.kind
-        counts = kind == admission.COUNT
+        """Forget all counts; the number of lookups stays."""
         self._entries = torch.empty(0, dtype=torch.int64, device=self.header.device)
-        if counts:
+        if self.screening.kind == admission.COUNT:
             self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         size = self.screening.num_hashes * self.screening.width
         # Whole words: kernels may have no compare-and-swap of bytes.
@@ -62,8 +64,8 @@ class Sightings:
         """Training lookups so far."""
         return int(self.header.fields[admission.NUM_LOOKUPS])
 
-    def begin_lookup(self) -> None:
-        """Count a training lookup, and let a sketch fade when it is due.
+    def count_lookup(self) -> None:
+        """Count a training lookup, and let a sketch decay when it is due.
 
         Raises:
             OverflowError: There were 2**30 lookups already.
@@ -76,12 +78,13 @@ class Sightings:
             admission.fade_(self.header, self._padded_counters, self.screening.fade_after)
 
     def reserve(self, at_most: int, count: Callable[[], int] | None = None) -> None:
-        """Make room for ``at_most`` ids more; what says nothing any more goes first.
+        """Make room for ``at_most`` ids more; expired entries go first.
 
         Args:
             at_most: How many ids there may be.
-            count: See ``ops.admission.Screened``: it is asked where room might run out. Room is
-                then made for two more lookups as well, by which time counts have come.
+            count: Waits for the device and returns how many there are, where room might run out;
+                None if ``at_most`` does. Room is then made for two more lookups as well, by which
+                time counts have come.
         """
         if self.screening.kind != admission.COUNT:
             return
@@ -106,7 +109,7 @@ class Sightings:
         return _MAX_LOAD * int(self.header.fields[CAPACITY])
 
     def compact(self) -> None:
-        """Let go of what says nothing any more, and of the memory it took."""
+        """Drop expired entries, and give back the memory they took."""
         if self.screening.kind == admission.COUNT:
             self._rebuild(0)
 
@@ -121,37 +124,37 @@ class Sightings:
         self._set_count(NUM_IDS, num_live)
 
     def _live(self) -> Tensor:
-        """Return bool [entries], those whose id was sighted too seldom, and not too long ago."""
+        """Return bool [entries], those of ids below the threshold that were counted recently."""
         cells = self._entries[:, 1]
         live = (cells != NO_ROW) & (cells & admission.COUNT_MASK < self.screening.threshold)
         age = self.num_lookups - (cells >> 32)
         return live & (age <= self.screening.forget_after)
 
     def forget(self, ids: Tensor) -> None:
-        """Forget the sightings of ids, int64 [n]; a sketch cannot."""
+        """Forget the counts of ids, int64 [n]; a sketch cannot."""
         if self.screening.kind == admission.COUNT:
             admission.forget_(self.header, ids.to(self.header.device))
 
     def state(self) -> dict[str, Any]:
-        """Return what a saved table must know: tensors on the CPU and primitives."""
-        found: dict[str, Any] = {"num_lookups": self.num_lookups}
+        """Return the counts as a table saves them: tensors on the CPU and primitives."""
+        state: dict[str, Any] = {"num_lookups": self.num_lookups}
         if self.screening.kind == admission.COUNT:
             kept = self._entries[self._live()]
             kept = kept[kept[:, 0].argsort()].cpu()
-            found["pending_ids"] = kept[:, 0].clone()
-            found["pending_counts"] = kept[:, 1] & admission.COUNT_MASK
-            found["pending_lookups"] = kept[:, 1] >> 32
+            state["pending_ids"] = kept[:, 0].clone()
+            state["pending_counts"] = kept[:, 1] & admission.COUNT_MASK
+            state["pending_lookups"] = kept[:, 1] >> 32
         elif self.screening.kind == admission.SKETCH:
-            found["sketch"] = self._counters.to("cpu", copy=True)
-            found["num_sketched"] = int(self.header.read_counts()[admission.NUM_COUNTED])
-        return found
+            state["sketch"] = self._counters.to("cpu", copy=True)
+            state["num_sketched"] = int(self.header.read_counts()[admission.NUM_COUNTED])
+        return state
 
     def load_state(self, state: dict[str, Any], table: str) -> None:
-        """Take up what a table saved; a state without sightings has none.
+        """Replace all counts by those of a saved table, none if it has none.
 
         Args:
             state: A table's state.
-            table: Whose, for warnings.
+            table: The table's name, for warnings.
         """
         self.clear()
         self.header.fields[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
@@ -159,7 +162,7 @@ class Sightings:
         if self.screening.kind == admission.COUNT and "pending_ids" in state:
             ids = state["pending_ids"]
             self.reserve(ids.numel())
-            # Under a lower threshold than before, an id comes in when it is next sighted.
+            # Under a lower threshold than before, an id is admitted when it is next looked up.
             counts = state["pending_counts"].clamp(max=self.screening.threshold - 1)
             values = (state["pending_lookups"] << 32) | counts
             entries = torch.stack([ids, values], dim=1).to(self.header.device)
@@ -167,7 +170,7 @@ class Sightings:
         if self.screening.kind == admission.SKETCH and "sketch" in state:
             if state["sketch"].shape != self._counters.shape:
                 warnings.warn(
-                    f"table {table!r}: the saved sketch of sightings has shape "
+                    f"table {table!r}: the saved sketch of admission counts has shape "
                     f"{tuple(state['sketch'].shape)}, this policy's has "
                     f"{tuple(self._counters.shape)}; counting starts anew",
                     stacklevel=2,
@@ -184,4 +187,4 @@ def _zeros(size: int, device: torch.device) -> Tensor:
         raise MemoryError(f"{size} bytes on {device}") from error
 
 
-__all__ = ["Sightings"]
+__all__ = ["AdmissionCounter"]

@@ -1,4 +1,4 @@
-"""Throwing rows out of a table, and counting who came, went and came back."""
+"""Eviction of a table's rows, and counts of admitted, evicted and re-admitted ids."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from recis_lightning.arguments import check_ids, check_int
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
-from recis_lightning.ops.layout import NUM_IDS, NUM_REFUSED, STEP, TIME
+from recis_lightning.ops.layout import NUM_IDS, NUM_REFUSED
 from recis_lightning.table.pending_gradient import PendingGradient
-from recis_lightning.table.readmissions import Readmissions
-from recis_lightning.table.statistics import TableStatistics
-from recis_lightning.table.storage import TableStorage
+from recis_lightning.table.statistics import ReadmissionTracker, TableStatistics
+from recis_lightning.table.storage import Storage
 
-_PIECE_ROWS = 1 << 16  # rows whose norms are taken at once
+_CHUNK_ROWS = 1 << 16  # rows whose norms are taken at once
 
 
 class EvictionReport(int):
-    """How many rows an eviction threw out, or would; an int that can tell more.
+    """Number of rows that an eviction removed, or would; an int that can tell more.
 
     Attributes:
         by_policy: How many rows each policy of a composition named, by its ``repr``.
@@ -49,7 +47,7 @@ class EvictionReport(int):
         bytes_returned: int,
         dry_run: bool,
     ) -> EvictionReport:
-        """Make a report."""
+        """Return a report of ``num_rows``, with its attributes."""
         report = cls(num_rows)
         report.by_policy, report.dry_run = by_policy, dry_run
         report.bytes_freed, report.bytes_returned = bytes_freed, bytes_returned
@@ -61,7 +59,7 @@ class EvictionReport(int):
 
 
 class Evicted(NamedTuple):
-    """What an ``on_evict`` callback gets.
+    """Rows about to be evicted, as an ``on_evict`` callback gets them.
 
     Attributes:
         table: The table's name.
@@ -81,264 +79,205 @@ class _Listener(NamedTuple):
     with_rows: bool
 
 
-class TableEviction(TableStorage):
-    """The storage of a table whose rows leave by a policy."""
+def kept_columns(policy: Eviction | None) -> tuple[str, ...]:
+    """Return the columns that a table has to keep for a policy.
 
-    eviction: Eviction | None
-    pending: list[PendingGradient]
-    readmissions: Readmissions | None
+    Raises:
+        ValueError: The policy asks for a column that does not exist.
+    """
+    wanted = frozenset() if policy is None else policy.columns
+    if unknown := wanted - set(COLUMNS):
+        raise ValueError(f"eviction: columns are {COLUMNS}, got {sorted(unknown)}")
+    return tuple(name for name in KEPT_COLUMNS if name in wanted)
 
-    def start_eviction(self) -> None:
-        """Keep the columns that the policy asks for, count from 0, and track nothing."""
-        wanted = frozenset() if self.eviction is None else self.eviction.columns
-        if unknown := wanted - set(COLUMNS):
-            raise ValueError(f"eviction: columns are {COLUMNS}, got {sorted(unknown)}")
-        self.kept_columns = tuple(name for name in KEPT_COLUMNS if name in wanted)
-        self._num_evicted = self._num_removed = self._num_loaded = 0
-        self.readmissions = None
+
+def clock_of(policy: Eviction | None) -> Callable[[], float]:
+    """Return a function that returns the time in seconds by which a policy ages rows."""
+
+    def now() -> float:
+        source = None if policy is None else policy.time_source
+        return (source or time.time)()
+
+    return now
+
+
+class Evictor:
+    """Eviction of one table, and its statistics.
+
+    Args:
+        policy: Which rows ``evict`` removes; None none.
+        storage: Where the rows are.
+        pending: The table's pending gradients, the list itself: their rows stay.
+
+    Attributes:
+        storage: As given; a table that moves replaces it.
+        pinned: int64 [n], the ids that are never evicted, ascending; None before any was pinned.
+        num_evicted: Rows that ``evict`` removed.
+        readmissions: Counts evicted ids that come back, if the table was asked to track them.
+    """
+
+    def __init__(
+        self, policy: Eviction | None, storage: Storage, pending: list[PendingGradient]
+    ) -> None:
+        self.storage, self._policy, self._pending = storage, policy, pending
+        self.pinned: Tensor | None = None
+        self.num_evicted = 0
+        self.readmissions: ReadmissionTracker | None = None
         self._listeners: OrderedDict[int, _Listener] = OrderedDict()
 
     @property
-    def step(self) -> int:
-        """What training lookups stamp rows with; ``HashTableFilterHook`` advances it."""
-        return int(self.header.fields[STEP])
+    def policy(self) -> Eviction | None:
+        """Which rows ``evict`` removes."""
+        return self._policy
 
-    # ---- the time, for policies that ask for it
-
-    def _now(self) -> float:
-        source = None if self.eviction is None else self.eviction.time_source
-        return (source or time.time)()
-
-    def read_clock(self) -> None:
-        """Enter the time into the header, if the table keeps times."""
-        if "last_time" in self.kept_columns:
-            self.header.fields[TIME] = round(self._now() * 1e6)
-            self.header.publish()
-
-    def ages(self, rows: Tensor) -> Tensor:
-        """Return for each row the microseconds since its last training lookup, int64 [n]."""
-        return round(self._now() * 1e6) - self._columns["last_time"][rows]
-
-    def set_ages(self, rows: Tensor, ages: Tensor) -> None:
-        """Set what ``ages`` returns."""
-        self._columns["last_time"][rows] = round(self._now() * 1e6) - ages
-
-    # ---- the keep list
-
-    _pinned: Tensor | None = None  # ascending
+    @policy.setter
+    def policy(self, policy: Eviction | None) -> None:
+        self._policy, self.storage.now = policy, clock_of(policy)
 
     @property
-    def pinned(self) -> Tensor:
-        """int64 [n], the ids that are never evicted, ascending."""
-        return torch.empty(0, dtype=torch.int64) if self._pinned is None else self._pinned
+    def nbytes(self) -> int:
+        """Bytes of pins and of evicted ids that are remembered."""
+        tracked = 0 if self.readmissions is None else self.readmissions.nbytes
+        return tracked + (0 if self.pinned is None else self.pinned.nbytes)
 
     def pin(self, ids: Tensor) -> None:
-        """Never evict these ids; ``delete`` and ``clear`` still remove their rows.
-
-        An id need not have a row yet. Pins are part of a saved table.
-
-        Args:
-            ids: int64 [*].
-        """
-        self._pinned = torch.cat([self.pinned, check_ids(ids).reshape(-1).cpu()]).unique()
+        """Never evict these ids, int64 [n] on the CPU."""
+        self.pinned = (ids if self.pinned is None else torch.cat([self.pinned, ids])).unique()
 
     def unpin(self, ids: Tensor) -> None:
-        """Let these ids be evicted again; those that are not pinned are passed over.
+        """Let these ids, int64 [n] on the CPU, be evicted again."""
+        if self.pinned is not None:
+            self.pinned = self.pinned[~torch.isin(self.pinned, ids)]
 
-        Args:
-            ids: int64 [*].
-        """
-        going = check_ids(ids).reshape(-1).cpu()
-        self._pinned = self.pinned[~torch.isin(self.pinned, going)]
-
-    # ---- evicting
-
-    def on_evict(
-        self, callback: Callable[[Evicted], None], with_rows: bool = False
-    ) -> RemovableHandle:
-        """Have ``callback`` called with what an eviction is about to throw out.
-
-        It is called before rows go, not for a dry run or where nothing goes; if it raises, all
-        rows stay. It must leave the table alone. Copies of the table do not have it.
-
-        Args:
-            callback: Gets an ``Evicted``.
-            with_rows: Whether it gets weights and optimizer state too.
-
-        Returns:
-            A handle whose ``remove()`` ends it.
-        """
+    def listen(self, callback: Callable[[Evicted], None], with_rows: bool) -> RemovableHandle:
+        """Call ``callback`` before rows go; the handle's ``remove()`` ends it."""
         handle = RemovableHandle(self._listeners)
         self._listeners[handle.id] = _Listener(callback, with_rows)
         return handle
 
-    def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
-        """Throw out the rows that the eviction policy names.
-
-        Weights, optimizer state and columns of an evicted id are gone; when it returns it must be
-        admitted again, and starts from its initial row. Pinned ids stay, and rows with a pending
-        gradient until the optimizer has stepped. When half of the memory for rows would do for
-        those that are left, memory is given back, unless gradients are pending; rows then have
-        other numbers.
-
-        With several ranks, a ``MaxRows`` must be asked on all of them together.
-
-        Args:
-            policy: Used instead of the table's own; it may ask only for columns that the table
-                keeps for its own policy, or that need not be kept ("ids", "norms").
-            dry_run: Change nothing, and say what would go.
-
-        Returns:
-            How many rows went, an int, with ``by_policy``, ``bytes_freed``, ``bytes_returned``.
-
-        Raises:
-            TypeError: ``policy`` is no policy.
-            ValueError: It asks for a column that the table does not keep.
-        """
-        policy = self.eviction if policy is None else policy
-        if policy is None:
-            return EvictionReport.of(0, {}, 0, 0, dry_run)
-        if not isinstance(policy, Eviction):
-            raise TypeError(f"policy: expected an Eviction, got {policy!r}")
-        gone, by_policy = self._name_rows(policy)
-        num_gone = count_marked(gone)
-        freed = num_gone * (4 * self.rows.row_words + 8 * len(self._columns))
-        if dry_run or not num_gone:
-            return EvictionReport.of(num_gone, by_policy, freed, 0, dry_run)
-        self._tell(gone)
-        before = self.nbytes
-        self.remove_rows(gone)
-        self._num_evicted += num_gone
-        if 2 * self.rows.blocks_for(len(self)) <= len(self.rows.addresses) and not self.pending:
-            self.compact()
-        return EvictionReport.of(num_gone, by_policy, freed, max(before - self.nbytes, 0), False)
-
-    def _name_rows(self, policy: Eviction) -> tuple[Tensor, dict[str, int]]:
-        """Return the rows that go, bool [rows], and how many each policy names."""
-        wanted = policy.columns
-        if missing := wanted & set(KEPT_COLUMNS) - set(self.kept_columns):
-            raise ValueError(
-                f"policy: {policy!r} asks for {sorted(missing)}, which table {self.name!r} does "
-                "not keep; give it an eviction policy that does"
-            )
-        occupied = self._live_rows()
-        evictable = occupied.clone()
-        for record in self.pending:
-            rows = record.rows_of(self)
-            evictable[rows[rows >= 0]] = False
-        if self._pinned is not None and self._pinned.numel():
-            rows = self._find(self._pinned)
-            evictable[rows[rows >= 0]] = False
-        columns = RowColumns(
-            self.step,
-            occupied=occupied,
-            evictable=evictable,
-            sum_over_ranks=lambda part: collectives.sum_over_ranks(part.to(self.header.device)).to(
-                part.device
-            ),
-        )
-        found: dict[str, Any] = {
-            name: self._columns[name][: self.rows.num_rows]
-            for name in ("last_seen", "counts")
-            if name in wanted
-        }
-        if "last_time" in wanted:
-            found["last_time"] = self._columns["last_time"][: self.rows.num_rows].double() / 1e6
-            found["now"] = self._now()
-        if "ids" in wanted:
-            found["ids"] = hash_index.id_of_row(self.header, self.rows.num_rows)[0]
-        if "norms" in wanted:
-            found["norms"] = self._norms()
-        by_policy: dict[str, int] = {}
-        return policy.name_rows(columns._replace(**found), by_policy), by_policy
-
-    def _find(self, ids: Tensor) -> Tensor:
-        """Return int64 [n], the row of each id, negative where there is none."""
-        raise NotImplementedError
-
-    def _norms(self) -> Tensor:
-        norms = torch.empty(self.rows.num_rows, device=self.header.device)
-        for start in range(0, len(norms), _PIECE_ROWS):
-            rows = torch.arange(start, min(start + _PIECE_ROWS, len(norms)), device=norms.device)
-            weights = embedding_bag.gather_rows(self.header, rows, self.embedding_dim, self.dtype)
-            norms[rows] = torch.linalg.vector_norm(weights.float(), dim=1)
-        return norms
-
-    def _tell(self, gone: Tensor) -> None:
-        """Tell whoever listens which ids go."""
-        if self.readmissions is None and not self._listeners:
-            return
-        rows = gone.nonzero().squeeze(1)
-        ids = hash_index.id_of_row(self.header, self.rows.num_rows)[0][rows]
-        read: tuple[Any, Any] = (None, None)
-        if any(listener.with_rows for listener in self._listeners.values()):
-            read = self.rows.read(rows)
-        before = (self.generation, len(self))
-        for callback, with_rows in list(self._listeners.values()):
-            weights, slots = read if with_rows else (None, None)
-            callback(Evicted(self.name, ids, weights, slots))
-            if (self.generation, len(self)) != before:
-                raise RuntimeError(f"an on_evict callback changed table {self.name!r}")
-        if self.readmissions is not None:
-            self.readmissions.note_evicted(ids.cpu())
-
-    def remove_rows(self, gone: Tensor) -> int:
-        """See ``TableStorage``."""
-        removed = super().remove_rows(gone)
-        self._num_removed += removed
-        return removed
-
-    # ---- counts
-
-    @property
-    def column_bytes(self) -> int:
-        """Bytes of what policies keep."""
-        tracked = 0 if self.readmissions is None else self.readmissions.nbytes
-        pinned = 0 if self._pinned is None else self._pinned.nbytes
-        return super().column_bytes + tracked + pinned
-
     def statistics(self) -> TableStatistics:
-        """Return sizes now, and counts since the table was made.
-
-        Example:
-            >>> import torch
-            >>> from recis_lightning import HashTable
-            >>> table = HashTable(2)
-            >>> table.insert(torch.tensor([7, 8, 9]), torch.ones(3, 2))
-            >>> statistics = table.statistics()
-            >>> statistics.rows, statistics.capacity, statistics.admitted
-            (3, 64, 3)
-        """
-        counts = self.header.read_counts()
-        num_ids, capacity = int(counts[NUM_IDS]), self.capacity
-        state, readmissions = self.rows.state_bytes, self.readmissions
+        """Return the table's sizes, and what came and went since it was made."""
+        storage, tracker = self.storage, self.readmissions
+        counts = storage.header.read_counts()
+        num_ids, capacity = int(counts[NUM_IDS]), storage.capacity
+        state_bytes = storage.rows.state_bytes
         return TableStatistics(
             rows=num_ids,
             capacity=capacity,
             load=num_ids / capacity,
-            index_bytes=self._entries.nbytes,
-            weight_bytes=self.rows.nbytes - state,
-            state_bytes=state,
-            column_bytes=self.column_bytes,
-            admitted=num_ids + self._num_removed - self._num_loaded,
+            index_bytes=storage.entries.nbytes,
+            weight_bytes=storage.rows.nbytes - state_bytes,
+            state_bytes=state_bytes,
+            column_bytes=storage.column_bytes + self.nbytes,
+            admitted=num_ids + storage.num_removed - storage.num_loaded,
             refused=int(counts[NUM_REFUSED]),
-            evicted=self._num_evicted,
-            readmitted=0 if readmissions is None else readmissions.count,
+            evicted=self.num_evicted,
+            readmitted=0 if tracker is None else tracker.count,
         )
 
-    def track_readmissions(self, capacity: int = 1 << 20) -> None:
-        """Count from now on how many evicted ids come back, for ``statistics().readmitted``.
-
-        Args:
-            capacity: Evicted ids remembered, at about 17 bytes each; of more, those evicted first
-                are forgotten. A call that changes nothing keeps what is remembered.
-
-        Raises:
-            TypeError, ValueError: ``capacity`` is no int >= 1.
-        """
-        check_int("capacity", capacity, least=1)
+    def track_readmissions(self, capacity: int) -> None:
+        """Count from now on how many of the ``capacity`` ids evicted last come back."""
         if self.readmissions is None or self.readmissions.capacity != capacity:
-            self.readmissions = Readmissions(capacity)
+            self.readmissions = ReadmissionTracker(capacity)
+
+    def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
+        """Remove the rows that a policy names; ``HashTable.evict`` describes it in full."""
+        policy = self._policy if policy is None else policy
+        if policy is None:
+            return EvictionReport.of(0, {}, 0, 0, dry_run)
+        if not isinstance(policy, Eviction):
+            raise TypeError(f"policy: expected an Eviction, got {policy!r}")
+        storage = self.storage
+        gone, by_policy = self._name_rows(policy)
+        num_gone = count_marked(gone)
+        freed = num_gone * (4 * storage.rows.row_words + 8 * len(storage.columns))
+        if dry_run or not num_gone:
+            return EvictionReport.of(num_gone, by_policy, freed, 0, dry_run)
+        self._notify(gone)
+        before = storage.nbytes
+        storage.remove_rows(gone)
+        self.num_evicted += num_gone
+        num_blocks = len(storage.rows.addresses)
+        if 2 * storage.rows.blocks_for(len(storage)) <= num_blocks and not self._pending:
+            storage.compact()
+        returned = max(before - storage.nbytes, 0)
+        return EvictionReport.of(num_gone, by_policy, freed, returned, False)
+
+    def _name_rows(self, policy: Eviction) -> tuple[Tensor, dict[str, int]]:
+        """Return the rows that go, bool [rows], and how many each policy names."""
+        storage, wanted = self.storage, policy.columns
+        if missing := wanted & set(KEPT_COLUMNS) - set(storage.kept_columns):
+            raise ValueError(
+                f"policy: {policy!r} asks for {sorted(missing)}, which table {storage.name!r} does "
+                "not keep; give it an eviction policy that does"
+            )
+        by_policy: dict[str, int] = {}
+        return policy.name_rows(self._columns_for(policy), by_policy), by_policy
+
+    def _columns_for(self, policy: Eviction) -> RowColumns:
+        """Return what a policy decides by."""
+        storage, wanted = self.storage, policy.columns
+        device, num_rows = storage.header.device, storage.rows.num_rows
+        occupied = storage.occupied_rows()
+        columns = RowColumns(
+            storage.step,
+            occupied=occupied,
+            evictable=self._evictable(occupied),
+            sum_over_ranks=lambda part: collectives.sum_over_ranks(part.to(device)).to(part.device),
+        )
+        fields: dict[str, Any] = {
+            name: storage.columns[name][:num_rows]
+            for name in ("last_seen", "counts")
+            if name in wanted
+        }
+        if "last_time" in wanted:
+            fields["last_time"] = storage.columns["last_time"][:num_rows].double() / 1e6
+            fields["now"] = storage.now()
+        if "ids" in wanted:
+            fields["ids"] = hash_index.id_of_row(storage.header, num_rows)[0]
+        if "norms" in wanted:
+            fields["norms"] = self._norms()
+        return columns._replace(**fields)
+
+    def _evictable(self, occupied: Tensor) -> Tensor:
+        """Return bool [rows], the occupied ones without pin or pending gradient."""
+        evictable = occupied.clone()
+        for record in self._pending:
+            rows = record.rows_of(self.storage.header)
+            evictable[rows[rows >= 0]] = False
+        if self.pinned is not None and self.pinned.numel():
+            rows = self.storage.find(self.pinned)
+            evictable[rows[rows >= 0]] = False
+        return evictable
+
+    def _norms(self) -> Tensor:
+        """Return float32 [rows], the L2 norm of each row's weights."""
+        storage = self.storage
+        norms = torch.empty(storage.rows.num_rows, device=storage.header.device)
+        layout = (storage.embedding_dim, storage.dtype)
+        for start in range(0, len(norms), _CHUNK_ROWS):
+            rows = torch.arange(start, min(start + _CHUNK_ROWS, len(norms)), device=norms.device)
+            weights = embedding_bag.gather_rows(storage.header, rows, *layout)
+            norms[rows] = torch.linalg.vector_norm(weights.float(), dim=1)
+        return norms
+
+    def _notify(self, gone: Tensor) -> None:
+        """Tell listeners and the readmission tracker which ids go."""
+        if self.readmissions is None and not self._listeners:
+            return
+        storage, rows = self.storage, gone.nonzero().squeeze(1)
+        ids = hash_index.id_of_row(storage.header, storage.rows.num_rows)[0][rows]
+        read: tuple[Any, Any] = (None, None)
+        if any(listener.with_rows for listener in self._listeners.values()):
+            read = storage.rows.read(rows)
+        before = (storage.generation, len(storage))
+        for callback, with_rows in list(self._listeners.values()):
+            weights, slots = read if with_rows else (None, None)
+            callback(Evicted(storage.name, ids, weights, slots))
+            if (self.storage.generation, len(self.storage)) != before:
+                raise RuntimeError(f"an on_evict callback changed table {storage.name!r}")
+        if self.readmissions is not None:
+            self.readmissions.note_evicted(ids.cpu())
 
 
-__all__ = ["Evicted", "EvictionReport", "TableEviction"]
+__all__ = ["Evicted", "EvictionReport", "Evictor", "clock_of", "kept_columns"]

@@ -1,12 +1,13 @@
 """The dynamic hash table: any int64 id, rows appear on first use.
 
-A table owns its index, its rows and its policy columns. Its tensors are plain attributes, neither
-parameters nor buffers: they grow, DDP must not broadcast them, and optimizers for dense
-parameters must not see them. They travel through ``state_dict`` as extra state.
+A table owns a ``Storage`` (index, rows, policy columns) and an ``Evictor``. Their tensors are plain
+attributes, neither parameters nor buffers: they grow, DDP must not broadcast them, and optimizers
+for dense parameters must not see them. They travel through ``state_dict`` as extra state.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable
@@ -15,39 +16,47 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids
+from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids, check_int
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
 from recis_lightning.ops.layout import (
     HAS_PADDING,
     INSERT,
+    NUM_REFUSED,
     NUM_UPDATES,
     SCREEN,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_PADDING,
-    SEGMENT_SIZE,
     STAMP,
     STEP,
 )
+from recis_lightning.table import state as table_state
+from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
+from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.pending_gradient import PendingGradient
-from recis_lightning.table.saving import TableSaving
+from recis_lightning.table.scan import RowSurvey, scan
+from recis_lightning.table.statistics import TableStatistics
+from recis_lightning.table.storage import Storage
+from recis_lightning.table.versions import layout_version
 
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
 
-class HashTable(TableSaving, nn.Module):
-    """A table of rows by id.
+class HashTable(nn.Module):
+    """Table of rows by id.
 
     Args:
         embedding_dim: Weights in a row.
         initializer: How a new row starts.
         admission: Which unknown ids get a row; None admits all.
-        eviction: Which rows ``evict`` throws out; None none.
+        eviction: Which rows ``evict`` removes; None none.
         dtype: torch.float32 or torch.bfloat16; optimizer state is float32.
         device: Where the table lives: "cpu", and there it stays when its module moves to a GPU, or
             "cuda". By default it is made on torch's default device and moves with its module.
@@ -55,6 +64,15 @@ class HashTable(TableSaving, nn.Module):
         name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
             place in the module, or "table" if it is used before.
         trainable: Whether lookups leave gradients.
+
+    Attributes:
+        storage: Ids, rows and columns; another one once the table has moved.
+        evictor: What evicts rows.
+        pending: Gradients that no optimizer step has used, always the same list.
+        needs_reshard: Whether rows came that no lookup brought; of several ranks, others may own
+            them.
+        shard_reference: While a checkpoint is written whose rows are in files of their own: the
+            state that names these files.
 
     Raises:
         TypeError, ValueError: An argument is not what it should be.
@@ -91,44 +109,91 @@ class HashTable(TableSaving, nn.Module):
             if not isinstance(value, kind):
                 wanted = getattr(kind, "__name__", str(kind))
                 raise TypeError(f"{argument}: expected {wanted}, got {value!r}")
-        self.embedding_dim = check_embedding_dim(embedding_dim)
-        self.dtype = check_dtype(dtype)
-        self.initializer, self.admission, self.eviction = initializer, admission, eviction
-        self.device = backend.check_device(
+        dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
+        self.initializer, self.admission = initializer, admission
+        made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
         )
-        self._stays = device is not None and self.device.type == "cpu"
-        self.seed, self._name, self.trainable = seed, name, trainable
-        self._start()
+        self._stays = device is not None and made_on.type == "cpu"
+        self.seed, self.given_name, self.trainable = seed, name, trainable
+        self._start(dim, dtype, made_on, eviction)
 
-    def _start(self) -> None:
-        """Make the storage of an empty table."""
-        self.start_eviction()
-        self.start_storage()
-        self.start_sightings(None if self.admission is None else self.admission.screening)
-        self._write_initializer()
+    def _start(
+        self, dim: int, dtype: torch.dtype, device: torch.device, eviction: Eviction | None
+    ) -> None:
+        """Make the parts of an empty table."""
+        self.storage = self._new_storage(
+            dim, dtype, device, kept_columns(eviction), clock_of(eviction)
+        )
         self.pending: list[PendingGradient] = []
-        self.may_hold_foreign_rows = False
+        self.evictor = Evictor(eviction, self.storage, self.pending)
+        self.needs_reshard = False
+        self.shard_reference: dict[str, Any] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._original: weakref.ref[HashTable] | None = None
         _live[next(_birth)] = self
 
-    def _write_initializer(self) -> None:
-        row_init.write_distribution(self.header, *self.initializer.distribution(self.embedding_dim))
-        row_init.write_key(self.header, self.seed, self.name)
+    def _new_storage(
+        self,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        columns: tuple[str, ...],
+        now: Callable[[], float],
+    ) -> Storage:
+        """Return an empty storage whose new rows start as this table's do."""
+        screening = None if self.admission is None else self.admission.screening
+        storage = Storage(
+            *(dim, dtype, device),
+            kept_columns=columns,
+            screening=screening,
+            now=now,
+            name=self.name,
+        )
+        row_init.write_distribution(storage.header, *self.initializer.distribution(dim))
+        storage.set_key(self.seed, self.name)
+        return storage
 
     # ---- what it is
 
     @property
     def name(self) -> str:
         """The table's name, "table" as long as it has none."""
-        return "table" if self._name is None else self._name
+        return "table" if self.given_name is None else self.given_name
 
     def set_default_name(self, name: str) -> None:
         """Name the table unless it has a name or rows already."""
-        if self._name is None:
-            self._name = name if self.rows.num_rows == 0 else self.name
-            row_init.write_key(self.header, self.seed, self.name)
+        if self.given_name is None:
+            self.set_key(name if self.storage.rows.num_rows == 0 else self.name, self.seed)
+
+    def set_key(self, name: str | None, seed: int) -> None:
+        """Name the table, and let new rows depend on name and seed."""
+        self.given_name, self.seed = name, seed
+        self.storage.set_key(seed, self.name)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Weights in a row."""
+        return self.storage.embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids and rows are."""
+        return self.storage.device
+
+    @property
+    def eviction(self) -> Eviction | None:
+        """Which rows ``evict`` removes."""
+        return self.evictor.policy
+
+    @eviction.setter
+    def eviction(self, policy: Eviction | None) -> None:
+        self.evictor.policy = policy
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -138,30 +203,35 @@ class HashTable(TableSaving, nn.Module):
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self.start_epoch()
+        layout_version.advance()
 
     @property
-    def original(self) -> HashTable | None:
-        """The table that this one is a deep copy of, as long as it lives."""
-        return None if self._original is None else self._original()
+    def has_optimizer(self) -> bool:
+        """Whether an optimizer has laid out the rows, even if it is gone."""
+        return self._optimizer is not None
 
+    @override
     def extra_repr(self) -> str:
-        """See ``torch.nn.Module.extra_repr``."""
         policies = {"admission": self.admission, "eviction": self.eviction}
         shown = [f"{key}={policy}" for key, policy in policies.items() if policy is not None]
         return ", ".join([f"{self.embedding_dim}", f"name={self.name!r}", *shown])
 
-    # ---- steps and stamps
+    # ---- steps
+
+    @property
+    def step(self) -> int:
+        """Step with which training lookups mark rows; ``HashTableFilterHook`` advances it."""
+        return self.storage.step
 
     def update_step(self, n: int = 1) -> None:
         """Advance ``step`` by ``n``."""
-        header = self.header.fields
-        header[STEP] = header.item(STEP) + int(n)  # two times as fast as +=
+        fields = self.storage.header.fields
+        fields[STEP] = fields.item(STEP) + int(n)  # two times as fast as +=
 
     @property
     def num_updates(self) -> int:
         """Optimizer steps that found a gradient for this table; Adam's bias correction counts."""
-        count: int = self.header.fields.item(NUM_UPDATES)
+        count: int = self.storage.header.fields.item(NUM_UPDATES)
         return count
 
     def last_seen(self, ids: Tensor) -> Tensor:
@@ -174,39 +244,82 @@ class HashTable(TableSaving, nn.Module):
             int64 [*].
 
         Raises:
-            RuntimeError: No policy of this table keeps stamps.
+            RuntimeError: No policy of this table keeps the step.
         """
-        if not self.keeps_last_seen:
+        storage = self.storage
+        if not storage.keeps_last_seen:
             raise RuntimeError(
                 f"table {self.name!r} keeps no last_seen; give it a policy that does, such as "
                 "eviction=GlobalStepFilter(filter_step=...)"
             )
-        rows = self._find(ids)
-        return torch.where(rows >= 0, self._last_seen[rows.clamp(min=0)], -1).view(ids.shape)
+        rows, last_seen = self._find(ids), storage.columns["last_seen"]
+        return torch.where(rows >= 0, last_seen[rows.clamp(min=0)], -1).view(ids.shape)
+
+    # ---- sizes
+
+    def __len__(self) -> int:
+        return len(self.storage)
+
+    def __bool__(self) -> bool:
+        return True  # an empty table is still a table
+
+    @property
+    def capacity(self) -> int:
+        """Entries of the index; it grows before they are full."""
+        return self.storage.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of index, rows (weights and optimizer state) and what policies keep."""
+        return self.storage.nbytes + self.evictor.nbytes
+
+    def statistics(self) -> TableStatistics:
+        """Return sizes now, and counts since the table was made.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([7, 8, 9]), torch.ones(3, 2))
+            >>> statistics = table.statistics()
+            >>> statistics.rows, statistics.capacity, statistics.admitted
+            (3, 64, 3)
+        """
+        return self.evictor.statistics()
+
+    def survey(
+        self, start: float = 0.0, stop: float = 1.0, rows: Tensor | None = None
+    ) -> RowSurvey:
+        """Scan all rows, or some, for their ages and norms and for NaN and Inf.
+
+        Ids lie in the index in the order of their hashes: those of a part of it are a random sample
+        of all. Memory stays flat, however many rows are scanned.
+
+        Args:
+            start: Where in the index to begin, in [0, 1].
+            stop: Where to end, in [start, 1].
+            rows: int64 [n], scan these rows instead; negative ones are passed over.
+
+        Raises:
+            ValueError: ``start`` and ``stop`` are out of range.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([7, 8]), torch.tensor([[3.0, 4.0], [0.0, torch.nan]]))
+            >>> survey = table.survey()
+            >>> survey.num_rows, survey.norm_max, table.ids()[survey.nonfinite_rows].tolist()
+            (2, 5.0, [8])
+        """
+        return scan(self.storage, start, stop, rows)
 
     # ---- reading and writing rows
 
-    def segments(self, ids: Tensor, insert: bool = False) -> hash_index.Segments:
-        """Return the one segment of a lookup that asks this table only, whatever its policy.
-
-        Args:
-            ids: int64 [n], contiguous; kept by the caller.
-            insert: Give unknown ids a row.
-        """
-        segments = np.zeros((1, SEGMENT_SIZE), np.int64)
-        write_segment(segments[0], self, False, None)
-        segments[0, SEGMENT_FLAGS] = INSERT * insert | STAMP * (insert and self.stamps)
-        hash_index.write_addresses(segments, [ids])
-        return segments
-
     def _find(self, ids: Tensor) -> Tensor:
         """Return int64 [n], the row of each id, negative where there is none."""
-        flat = check_ids(ids).reshape(-1).to(self.device).contiguous()
-        return hash_index.find(self.segments(flat), flat.numel(), self.device)
+        return self.storage.find(check_ids(ids))
 
     def ids_map(self) -> tuple[Tensor, Tensor]:
         """Return all ids and their rows, int64 [len] each, by row."""
-        ids, occupied = hash_index.id_of_row(self.header, self.rows.num_rows)
+        storage = self.storage
+        ids, occupied = hash_index.id_of_row(storage.header, storage.rows.num_rows)
         rows = occupied.nonzero().squeeze(1)
         return ids[rows], rows
 
@@ -224,14 +337,14 @@ class HashTable(TableSaving, nn.Module):
             [*, embedding_dim] in the table's dtype, zeros for unknown ids; carries no gradient.
         """
         rows = self._find(ids)
-        found = embedding_bag.gather_rows(self.header, rows, self.embedding_dim, self.dtype)
+        found = embedding_bag.gather_rows(self.storage.header, rows, self.embedding_dim, self.dtype)
         return found.view(*ids.shape, self.embedding_dim)
 
     def insert(self, ids: Tensor, embeddings: Tensor) -> None:
         """Set the weights of ids, giving the unknown ones a row whatever the admission policy.
 
-        Known ids keep their optimizer state; new ones start with an empty one. All are stamped
-        with ``step``. Of an id that occurs twice, the last row counts.
+        Known ids keep their optimizer state; new ones start with an empty one. All count as seen
+        at ``step``. Of an id that occurs twice, the last row counts.
 
         Args:
             ids: int64 [*].
@@ -243,42 +356,11 @@ class HashTable(TableSaving, nn.Module):
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
                 f"got {tuple(embeddings.shape)}"
             )
-        values = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
-        rows, new = self._find_or_insert(flat, self.segments(flat, insert=True))
-        self.may_hold_foreign_rows = True
-        if self.sightings is not None:
-            self.sightings.forget(flat)
-        if new is not None and new.numel() == rows.numel():
-            self.rows.write(rows, values, {})
-            return
-        if new is not None:
-            self.rows.write(rows[new], values[new], {})
-        chosen = _last_sights(rows, self.rows.num_rows)
-        embedding_bag.write_rows_(self.header, rows[chosen], values[chosen].contiguous())
+        weights = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
+        self.needs_reshard = True
+        insert_rows(self.storage, self.evictor.readmissions, flat, weights)
 
-    def _insert(self, ids: Tensor) -> Tensor:
-        segments = self.segments(ids, insert=True)
-        rows, new = self._find_or_insert(ids, segments)
-        if new is not None:
-            bfloat16 = self.dtype is torch.bfloat16
-            row_init.init_rows_(rows, new, segments, self.embedding_dim, bfloat16)
-        return rows
-
-    def _find_or_insert(
-        self, ids: Tensor, segments: hash_index.Segments
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return each id's row and the positions of new ids, whose rows hold nothing yet."""
-        rows, new = hash_index.find_or_insert(segments, ids.numel(), [self], [0], self.device)
-        if new is not None:
-            if (
-                new.numel() and int(new[-1]) < 0
-            ):  # a device's backend fills up what it did not count
-                new = new[new >= 0]
-            if self.readmissions is not None:
-                self.readmissions.note_new(ids[new].cpu())
-        return rows, new
-
-    # ---- removing rows: by policy in TableEviction
+    # ---- removing rows
 
     def delete(self, ids: Tensor) -> int:
         """Remove ids, their rows and their pending gradients; return how many were known.
@@ -286,51 +368,191 @@ class HashTable(TableSaving, nn.Module):
         Args:
             ids: int64 [*]; unknown ids are passed over.
         """
-        rows = self._find(ids)
-        gone = torch.zeros(self.rows.num_rows, dtype=torch.bool, device=self.device)
+        storage, rows = self.storage, self._find(ids)
+        gone = torch.zeros(storage.rows.num_rows, dtype=torch.bool, device=self.device)
         gone[rows[rows >= 0]] = True
         for record in self.pending:
-            record.forget(self, gone)
-        return self.remove_rows(gone)
+            record.forget(storage.header, gone)
+        return storage.remove_rows(gone)
 
     def clear(self) -> None:
-        """Remove all ids, sightings and pending gradients; ``step`` and the optimizer stay."""
-        self.drop_pending()
-        self.generation += 1
-        self._num_removed += len(self)
-        if self.sightings is not None:
-            self.sightings.clear()
-        self.empty_storage(self.rows.slots, self.rows.state_fill)
-
-    def drop_pending(self) -> None:
-        """Forget the gradients that no optimizer step has used."""
+        """Remove all ids, admission counts and pending gradients; step and optimizer stay."""
         self.pending.clear()  # a record may still serve other tables, and a retained graph
+        self.storage.clear()
 
-    # ---- moving; saving and loading are in TableSaving
+    def compact(self) -> None:
+        """Give back the memory of rows and entries that are not needed for the ids there are.
 
+        Rows get other numbers; so there must be no pending gradient.
+        """
+        self.storage.compact()
+
+    def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
+        """Remove the rows that the eviction policy names.
+
+        Weights, optimizer state and columns of an evicted id are gone; when it returns it must be
+        admitted again, and starts from its initial row. Pinned ids stay, and rows with a pending
+        gradient until the optimizer has stepped. When half of the memory for rows would do for
+        those that are left, memory is given back, unless gradients are pending; rows then have
+        other numbers.
+
+        With several ranks, a ``MaxRows`` must be asked on all of them together.
+
+        Args:
+            policy: Used instead of the table's own; it may ask only for columns that the table
+                keeps for its own policy, or that need not be kept ("ids", "norms").
+            dry_run: Change nothing, and report what would go.
+
+        Returns:
+            How many rows went, an int, with ``by_policy``, ``bytes_freed``, ``bytes_returned``.
+
+        Raises:
+            TypeError: ``policy`` is no policy.
+            ValueError: It asks for a column that the table does not keep.
+        """
+        return self.evictor.evict(policy, dry_run)
+
+    @property
+    def pinned(self) -> Tensor:
+        """int64 [n], the ids that are never evicted, ascending."""
+        pinned = self.evictor.pinned
+        return torch.empty(0, dtype=torch.int64) if pinned is None else pinned
+
+    def pin(self, ids: Tensor) -> None:
+        """Never evict these ids; ``delete`` and ``clear`` still remove their rows.
+
+        An id need not have a row yet. Pins are part of a saved table.
+
+        Args:
+            ids: int64 [*].
+        """
+        self.evictor.pin(check_ids(ids).reshape(-1).cpu())
+
+    def unpin(self, ids: Tensor) -> None:
+        """Let these ids be evicted again; those that are not pinned are passed over.
+
+        Args:
+            ids: int64 [*].
+        """
+        self.evictor.unpin(check_ids(ids).reshape(-1).cpu())
+
+    def on_evict(
+        self, callback: Callable[[Evicted], None], with_rows: bool = False
+    ) -> RemovableHandle:
+        """Have ``callback`` called with the rows that an eviction is about to remove.
+
+        It is called before rows go, not for a dry run or where nothing goes; if it raises, all
+        rows stay. It must leave the table alone. Copies of the table do not have it.
+
+        Args:
+            callback: Gets an ``Evicted``.
+            with_rows: Whether it gets weights and optimizer state too.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        return self.evictor.listen(callback, with_rows)
+
+    def track_readmissions(self, capacity: int = 1 << 20) -> None:
+        """Count from now on how many evicted ids come back, for ``statistics().readmitted``.
+
+        Args:
+            capacity: Evicted ids remembered, at about 17 bytes each; of more, those evicted first
+                are forgotten. A call that changes nothing keeps what is remembered.
+
+        Raises:
+            TypeError, ValueError: ``capacity`` is no int >= 1.
+        """
+        self.evictor.track_readmissions(check_int("capacity", capacity, least=1))
+
+    # ---- saving, copying and moving
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return everything the table holds, as tensors and primitives, ids by row.
+
+        Raises:
+            RuntimeError: Several ranks train; only rank 0's rows would be saved.
+        """
+        if self.shard_reference is not None:
+            return self.shard_reference
+        table_state.refuse_many_ranks("saving a table")
+        return table_state.export(self)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Replace everything the table holds.
+
+        Seed and step come from ``state``, the name too if the table has none, so that a resumed
+        run goes on exactly as the saved one would have. Weights are converted to the table's
+        dtype, as those of a parameter are.
+
+        Raises:
+            ValueError: ``state`` is of another kind of table; the table is as it was.
+        """
+        table_state.check_and_load(self, state)
+
+    @property
+    def original(self) -> HashTable | None:
+        """The table that this one is a deep copy of, as long as it lives."""
+        return None if self._original is None else self._original()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickling and deepcopy take: rows and state, but no pending gradients.
+
+        A pickled ``nn.Parameter`` leaves its ``grad`` behind in the same way.
+        """
+        state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
+        parts = (self.embedding_dim, self.dtype, self.device, self.eviction)
+        saved = table_state.to_arrays(table_state.export(self))
+        return {**state, "_parts": parts, "_saved": saved}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._original = weakref.ref(self)
+        return copied
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts, saved = state.pop("_parts"), state.pop("_saved")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._start(*parts)
+        table_state.load(self, table_state.from_arrays(saved))
+
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
         check_dtype(probe.dtype)
         if device != self.device:
-            self.move(device)
+            self._move(device)
         if probe.dtype is not self.dtype:
-            state = self._whole_state()
-            self.set_dtype(probe.dtype)
-            self.load_state(state)
+            state = table_state.export(self)
+            self.storage.set_dtype(probe.dtype)
+            table_state.load(self, state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _move(self, device: torch.device) -> None:
+        """Move everything to a storage on another device; pending gradients are forgotten.
 
-def _last_sights(rows: Tensor, num_rows: int) -> Tensor:
-    """Return the last position of each row that occurs in ``rows``, int64 [m]."""
-    count, known = rows.numel(), rows.cpu().numpy()
-    if 8 * count < num_rows:
-        last = np.unique(known[::-1], return_index=True)[1]
-        return torch.from_numpy(count - 1 - last).to(rows.device)
-    last, positions = np.empty(num_rows, np.int64), np.arange(count)
-    last[known] = positions  # of equal indices NumPy keeps the last
-    return torch.from_numpy(np.flatnonzero(last[known] == positions)).to(rows.device)
+        Raises:
+            MemoryError: No room there; the table is as it was.
+        """
+        old, state = self.storage, table_state.export(self)
+        new = self._new_storage(self.embedding_dim, self.dtype, device, old.kept_columns, old.now)
+        new.num_removed, new.num_loaded = old.num_removed + len(old), old.num_loaded
+        table_state.fill(new, state)
+        new.header.read_counts()[NUM_REFUSED] = old.header.read_counts()[NUM_REFUSED]
+        new.header.publish_counts()
+        # Row numbers that a lookup noted are void, whichever storage it asks about them.
+        old.generation = new.generation = old.generation + 1
+        self.storage = self.evictor.storage = new
+        self.pending.clear()
+        self.needs_reshard = True
+
+
+# Made anew; storage and pins are filled from the saved state.
+_NOT_COPIED = ("storage", "evictor", "pending", "shard_reference", "_optimizer", "_original")
 
 
 def write_segment(
@@ -339,12 +561,13 @@ def write_segment(
     insert: bool,
     padding_idx: int | None,
 ) -> None:
-    """Describe what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids lie."""
-    line[SEGMENT_HEADER] = table.header.address
+    """Enter what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids are."""
+    storage = table.storage
+    line[SEGMENT_HEADER] = storage.header.address
     admits = table.admission is None or table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
-    line[SEGMENT_FLAGS] |= SCREEN * (insert and table.sightings is not None)
-    line[SEGMENT_FLAGS] |= STAMP * (insert and table.stamps)
+    line[SEGMENT_FLAGS] |= SCREEN * (insert and storage.admission_counter is not None)
+    line[SEGMENT_FLAGS] |= STAMP * (insert and storage.keeps_access_metadata)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
 
 

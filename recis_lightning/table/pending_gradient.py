@@ -11,12 +11,13 @@ from torch import Tensor
 
 from recis_lightning.ops import distinct_rows, embedding_bag
 from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import UNKNOWN
 
 
 @dataclass(eq=False)
 class PendingGradient:
-    """What a backward pass left for the optimizer: gradients of bags, and where ids lie in them.
+    """Gradients of bags that a backward pass left for the optimizer, and the rows of their ids.
 
     Attributes:
         tables: The table of each feature.
@@ -30,16 +31,16 @@ class PendingGradient:
     rows: Tensor
     keep: list[Tensor]
 
-    def rows_of(self, table: object) -> Tensor:
-        """Return the rows that ``table`` has a gradient for; negative ones among them."""
-        parts = list(self._parts(table))
+    def rows_of(self, header: Header) -> Tensor:
+        """Return the rows that a table has a gradient for, by its header; negative ones too."""
+        parts = list(self._parts(header))
         return torch.cat(parts) if parts else self.rows[:0]
 
     def lines_of(self, numbers: Mapping[object, int]) -> distinct_rows.Lines:
-        """Say where the rows of several tables stand, for ``ops.distinct_rows``.
+        """Return where the rows of several tables are, for ``ops.distinct_rows``.
 
         Args:
-            numbers: Of each table that is asked for, at least 0.
+            numbers: Index of each table that is asked for, at least 0.
         """
         lines = np.empty((len(self.tables), distinct_rows.LINE_SIZE), np.int64)
         lines[:, distinct_rows.TABLE] = [numbers.get(table, -1) for table in self.tables]
@@ -47,18 +48,17 @@ class PendingGradient:
         lines[:, distinct_rows.NUM_ROWS] = self.plan[:, embedding_bag.NUM_IDS]
         return lines[lines[:, distinct_rows.TABLE] >= 0]
 
-    def forget(self, table: object, gone: Tensor) -> None:
-        """Drop the gradients of ``table``'s rows that ``gone`` (bool [rows]) marks."""
-        for part in self._parts(table):
+    def forget(self, header: Header, gone: Tensor) -> None:
+        """Drop the gradients of a table's rows that ``gone`` (bool [rows]) marks, by its header."""
+        for part in self._parts(header):
             known = (part >= 0).nonzero().squeeze(1)
             part[known[gone[part[known]]]] = UNKNOWN
 
-    def _parts(self, table: object) -> Iterator[Tensor]:
-        """Yield views of ``rows``, one for each feature of ``table``."""
-        for owner, line in zip(self.tables, self.plan, strict=True):
-            if owner is table:
-                first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
-                yield self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
+    def _parts(self, header: Header) -> Iterator[Tensor]:
+        """Yield views of ``rows``, one for each feature of the table with this header."""
+        for line in self.plan[self.plan[:, embedding_bag.HEADER] == header.address]:
+            first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
+            yield self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
 
 
 __all__ = ["PendingGradient"]

@@ -25,21 +25,11 @@ from recis_lightning.ops.layout import (
     STATE_FILL,
 )
 from recis_lightning.ops.row_io import Column
+from recis_lightning.table.versions import block_version
 
 _BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
 _GPU_BLOCK_BYTES = 1 << 21  # on a GPU allocations are dear, and block addresses travel each step
-_PIECE_ROWS = 1 << 16  # rows read or written at once where all of them are copied
-
-
-class _Moves:
-    """Counts moments at which some store's blocks changed."""
-
-    number = 0
-
-
-def block_moves() -> int:
-    """Return a number that changes when the blocks of some store do."""
-    return _Moves.number
+_CHUNK_ROWS = 1 << 16  # rows read or written at once where all of them are copied
 
 
 class RowStore:
@@ -65,8 +55,15 @@ class RowStore:
         self.embedding_dim = embedding_dim
         self.dtype = dtype
         self._set_counts(0, 0)
-        self._chunks: list[npt.NDArray[np.float32] | Tensor] = []
-        self._set_layout(dict(slots or {}), state_fill)
+        self.slots, self.state_fill = dict(slots or {}), state_fill
+        words = self.weight_words + sum(self.slots.values())
+        # A GPU's lanes load four words at once, from where rows lie at multiples of 16 bytes.
+        self.row_words = -(-words // 4) * 4 if header.is_mirrored else words
+        block_bytes = _BLOCK_BYTES if header.device.type == "cpu" else _GPU_BLOCK_BYTES
+        self.block_shift = max(3, (block_bytes // (4 * self.row_words)).bit_length() - 1)
+        self._allocations: list[npt.NDArray[np.float32] | Tensor] = []
+        self._enter_layout()
+        self._set_addresses(np.empty(0, np.int64))
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
 
     def _set_counts(self, next_row: int, num_free: int) -> None:
@@ -75,26 +72,18 @@ class RowStore:
         self.header.publish_counts()
 
     def _set_addresses(self, addresses: npt.NDArray[np.int64]) -> None:
-        _Moves.number += 1
+        block_version.advance()
         self.addresses = addresses
         self._addresses = torch.from_numpy(addresses).to(self.header.device)
         self.header.fields[BLOCKS] = self._addresses.data_ptr()
         self.header.publish()
 
-    def _set_layout(self, slots: dict[str, int], state_fill: float) -> None:
-        self.slots, self.state_fill = slots, state_fill
-        words = self.weight_words + sum(slots.values())
-        # A GPU's lanes load four words at once, from where rows lie at multiples of 16 bytes.
-        self.row_words = -(-words // 4) * 4 if self.header.is_mirrored else words
-        row_bytes = 4 * self.row_words
-        block_bytes = _BLOCK_BYTES if self.header.device.type == "cpu" else _GPU_BLOCK_BYTES
-        shift = max(3, (block_bytes // row_bytes).bit_length() - 1)
-        self.block_shift = shift
-        header = self.header.fields
-        header[ROW_BYTES], header[BLOCK_SHIFT] = row_bytes, shift
-        header[NUM_STATE] = sum(slots.values())
-        header[STATE_FILL] = np.float64(state_fill).view(np.int64)
-        self._set_addresses(np.empty(0, np.int64))
+    def _enter_layout(self) -> None:
+        """Enter the layout of a row into the header; ``_set_addresses`` publishes it."""
+        fields = self.header.fields
+        fields[ROW_BYTES], fields[BLOCK_SHIFT] = 4 * self.row_words, self.block_shift
+        fields[NUM_STATE] = sum(self.slots.values())
+        fields[STATE_FILL] = np.float64(self.state_fill).view(np.int64)
 
     @property
     def weight_words(self) -> int:
@@ -136,10 +125,10 @@ class RowStore:
         missing = -(-(num_new - unused) // block_rows)
         num_blocks = max(missing, len(self.addresses) // 8)
         words = num_blocks * block_rows * self.row_words
-        chunk = _allocate(words, self.header.device)
-        self._chunks.append(chunk)
+        allocation = _allocate(words, self.header.device)
+        self._allocations.append(allocation)
         size = 4 * self.row_words * block_rows
-        new = _address_of(chunk) + size * np.arange(num_blocks, dtype=np.int64)
+        new = _address_of(allocation) + size * np.arange(num_blocks, dtype=np.int64)
         self._set_addresses(np.concatenate([self.addresses, new]))
 
     def blocks_for(self, num_rows: int) -> int:
@@ -153,13 +142,13 @@ class RowStore:
             source: int64 [n].
             target: int64 [n], distinct, none of them in ``source``.
         """
-        count = min(source.numel(), _PIECE_ROWS)
+        count = min(source.numel(), _CHUNK_ROWS)
         words = torch.empty(count, self.row_words, device=self.header.device)
-        for start in range(0, source.numel(), _PIECE_ROWS):
-            piece = slice(start, min(start + _PIECE_ROWS, source.numel()))
-            columns = [Column(words[: piece.stop - piece.start], 0)]
-            row_io.read_columns(self.header, source[piece], columns)
-            row_io.write_columns_(self.header, target[piece], columns)
+        for start in range(0, source.numel(), _CHUNK_ROWS):
+            chunk = slice(start, min(start + _CHUNK_ROWS, source.numel()))
+            columns = [Column(words[: chunk.stop - chunk.start], 0)]
+            row_io.read_columns(self.header, source[chunk], columns)
+            row_io.write_columns_(self.header, target[chunk], columns)
 
     def shrink(self, num_rows: int) -> None:
         """Keep the first ``num_rows`` rows, none of them freed, and the blocks that hold them.
@@ -168,21 +157,22 @@ class RowStore:
         """
         num_blocks = self.blocks_for(num_rows)
         kept, first = [], 0
-        for chunk in self._chunks:
-            blocks = chunk.nbytes // (4 * self.row_words << self.block_shift)
+        for allocation in self._allocations:
+            blocks = allocation.nbytes // (4 * self.row_words << self.block_shift)
             wanted = min(blocks, num_blocks - first)
             if wanted == blocks:
-                kept.append(chunk)
+                kept.append(allocation)
             elif wanted > 0:
                 words = (wanted << self.block_shift) * self.row_words
                 smaller = _allocate(words, self.header.device)
-                smaller[:] = chunk[:words]  # type: ignore[assignment]  # both are of one kind
+                smaller[:] = allocation[:words]  # type: ignore[assignment]  # both are of one kind
                 kept.append(smaller)
             first += blocks
-        self._chunks = kept
+        self._allocations = kept
         size = 4 * self.row_words << self.block_shift
         starts = [
-            _address_of(chunk) + np.arange(0, chunk.nbytes, size, dtype=np.int64) for chunk in kept
+            _address_of(allocation) + np.arange(0, allocation.nbytes, size, dtype=np.int64)
+            for allocation in kept
         ]
         self._set_addresses(np.concatenate([np.empty(0, np.int64), *starts]))
         self._set_counts(num_rows, 0)
@@ -208,32 +198,28 @@ class RowStore:
         """
         if list(slots.items()) == list(self.slots.items()):
             self.state_fill = state_fill
-            self.header.fields[STATE_FILL] = np.float64(state_fill).view(np.int64)
+            self._enter_layout()
             self.header.publish()
             return
-        old = RowStore.__new__(RowStore)
-        old.__dict__.update(self.__dict__)
-        old.header = self.header.copy()
-        self._chunks = []
-        self._set_layout(dict(slots), state_fill)
-        count, free = self.num_rows, int(self.header.fields[NUM_FREE])
-        self._set_counts(0, 0)
-        try:
-            self.reserve(count)
-        except MemoryError:
-            header = self.header
-            self.__dict__.update(old.__dict__)
-            self.header = header
-            header.fields[:] = old.header.fields
-            header.publish()
-            header.publish_counts()
-            raise
-        self._set_counts(count, free)
-        for start in range(0, count, _PIECE_ROWS):
-            rows = torch.arange(start, min(start + _PIECE_ROWS, count), device=self.header.device)
-            weights, state = old._read(rows)
-            kept = {name: state[name] for name in slots if old.slots.get(name) == slots[name]}
-            self._write(rows, weights, kept)
+        # Behind a header of its own: until all rows are there, nothing of this store changes.
+        other = RowStore(self.header.copy(), self.embedding_dim, self.dtype, slots, state_fill)
+        num_rows = self.num_rows
+        other.reserve(num_rows)
+        kept = [name for name in slots if self.slots.get(name) == slots[name]]
+        for start in range(0, num_rows, _CHUNK_ROWS):
+            stop = min(start + _CHUNK_ROWS, num_rows)
+            rows = torch.arange(start, stop, device=self.header.device)
+            weights, state = self._read(rows)
+            other._write(rows, weights, {name: state[name] for name in kept})
+        self._take_blocks(other)
+
+    def _take_blocks(self, other: RowStore) -> None:
+        """Take over the blocks of another store, and their layout; header and counts stay."""
+        self.slots, self.state_fill = other.slots, other.state_fill
+        self.row_words, self.block_shift = other.row_words, other.block_shift
+        self._allocations = other._allocations
+        self._enter_layout()
+        self._set_addresses(other.addresses)
 
     def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Copy rows out.
@@ -250,11 +236,11 @@ class RowStore:
         n = rows.numel()
         weights = torch.empty(n, self.embedding_dim, dtype=self.dtype)
         slots = {name: torch.empty(n, words) for name, words in self.slots.items()}
-        for start in range(0, n, _PIECE_ROWS):  # so that the device need not hold them twice
-            piece = slice(start, min(start + _PIECE_ROWS, n))
-            weights[piece], state = self._read(rows[piece])
+        for start in range(0, n, _CHUNK_ROWS):  # so that the device need not hold them twice
+            chunk = slice(start, min(start + _CHUNK_ROWS, n))
+            weights[chunk], state = self._read(rows[chunk])
             for name, slot in state.items():
-                slots[name][piece] = slot
+                slots[name][chunk] = slot
         return weights, slots
 
     def read_whole(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,10 +280,10 @@ class RowStore:
         if weights.device == device:
             self._write(rows, weights, slots)
             return
-        for start in range(0, rows.numel(), _PIECE_ROWS):
-            piece = slice(start, start + _PIECE_ROWS)
-            state = {name: slot[piece].to(device) for name, slot in slots.items()}
-            self._write(rows[piece], weights[piece].to(device), state)
+        for start in range(0, rows.numel(), _CHUNK_ROWS):
+            chunk = slice(start, start + _CHUNK_ROWS)
+            state = {name: slot[chunk].to(device) for name, slot in slots.items()}
+            self._write(rows[chunk], weights[chunk].to(device), state)
 
     def _write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
         filled = {
@@ -309,7 +295,7 @@ class RowStore:
         row_io.write_columns_(self.header, rows, columns)
 
     def _columns(self, weights: Tensor, slots: dict[str, Tensor]) -> list[Column]:
-        """Say where in a row weights and slots stand."""
+        """Return where in a row weights and slots stand."""
         columns, words = [Column(weights, 0)], self.weight_words
         for name, width in self.slots.items():
             columns.append(Column(slots[name], 4 * words))
@@ -327,8 +313,8 @@ def _allocate(words: int, device: torch.device) -> npt.NDArray[np.float32] | Ten
     return host_memory.empty(4 * words).view(np.float32)
 
 
-def _address_of(chunk: npt.NDArray[np.float32] | Tensor) -> int:
-    return chunk.data_ptr() if isinstance(chunk, Tensor) else chunk.ctypes.data
+def _address_of(allocation: npt.NDArray[np.float32] | Tensor) -> int:
+    return allocation.data_ptr() if isinstance(allocation, Tensor) else allocation.ctypes.data
 
 
-__all__ = ["RowStore", "block_moves"]
+__all__ = ["RowStore"]

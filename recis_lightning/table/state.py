@@ -1,18 +1,26 @@
-"""What the saved state of a table looks like: a dict of tensors and primitives, ids by row."""
+"""State of a table: its schema, and its way out of and into a table.
+
+A saved table is a dict of tensors and primitives, ids by row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recis_lightning.arguments import check_dtype
+from recis_lightning.distributed import collectives
+from recis_lightning.ops import hash_index
+from recis_lightning.ops.layout import NUM_UPDATES, STEP
+from recis_lightning.table.evictor import Evictor
+from recis_lightning.table.storage import Storage
 
 SCHEMA = 1
-REFERENCE = "shards"  # of a state whose rows are in files of their own: what names these
+REFERENCE = "shards"  # in a state whose rows are in files of their own: the key of their names
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": (str, type(None)),
     "embedding_dim": int,
@@ -25,9 +33,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "weights": Tensor,
     "slots": dict,
 }
-# What only some policies keep: ints, and tensors whose items belong to ids, with the field that
-# holds these ids. When a state is spread over another number of ranks, an id takes its items with
-# it; of ints the largest counts, and tensors that are not here are joined by their maximum.
+# Fields that only some policies keep: ints, and tensors whose items belong to ids, with the field
+# that holds these ids. When a state is spread over another number of ranks, an id takes its items
+# with it; of ints the largest counts, and tensors that are not here are joined by their maximum.
 _OPTIONAL_INTS = ("num_lookups", "num_sketched")
 KEYED_BY = {
     "ids": "ids",
@@ -50,7 +58,7 @@ def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
     """Raise unless ``state`` is whole and of a table of ``embedding_dim``.
 
     Args:
-        state: What a table saved.
+        state: Of a saved table.
         table: The name of the table that would load it, for errors.
         embedding_dim: Its dim.
 
@@ -97,18 +105,241 @@ def check_state(state: dict[str, Any], table: str, embedding_dim: int) -> None:
             )
 
 
+class StatefulTable(Protocol):
+    """A table as its state knows it; ``HashTable`` is the only one.
+
+    Attributes:
+        storage: Ids, rows and columns.
+        evictor: Pins.
+        given_name: The table's name, None as long as it has none.
+        seed: Of new rows.
+        needs_reshard: Whether rows came that no lookup brought: other ranks may own them.
+    """
+
+    storage: Storage
+    evictor: Evictor
+    given_name: str | None
+    seed: int
+    needs_reshard: bool
+
+    @property
+    def name(self) -> str:
+        """Name for errors."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether an optimizer has laid out the rows."""
+
+    def ids_map(self) -> tuple[Tensor, Tensor]:
+        """Return all ids and their rows, int64 [len] each, by row."""
+
+    def clear(self) -> None:
+        """Remove all ids, admission counts and pending gradients."""
+
+    def set_key(self, name: str | None, seed: int) -> None:
+        """Name the table, and let new rows depend on name and seed."""
+
+
+ShardLoader = Callable[[Any, dict[str, Any]], None]
+
+_shard_loader: ShardLoader | None = None
+
+
+def set_shard_loader(loader: ShardLoader) -> None:
+    """Register how a table loads its rank's part of a state, or the shards that it refers to.
+
+    Args:
+        loader: Called with a ``HashTable`` and the state.
+    """
+    global _shard_loader
+    _shard_loader = loader
+
+
+# ---- out of a table
+
+
+def export(table: StatefulTable) -> dict[str, Any]:
+    """Return everything a table holds, as tensors on the CPU and primitives, ids by row."""
+    ids, rows = table.ids_map()
+    weights, slots = table.storage.rows.read(rows)
+    fields = saved_fields(table, rows)
+    return {**fields, "ids": ids.cpu(), "weights": weights, "slots": slots}
+
+
+def saved_fields(table: StatefulTable, rows: Tensor) -> dict[str, Any]:
+    """Return all of a table's state but ids, weights and slots.
+
+    Args:
+        table: The table.
+        rows: int64 [n], those whose columns to return.
+    """
+    storage, columns = table.storage, table.storage.columns
+    state: dict[str, Any] = {
+        "schema": SCHEMA,
+        "name": table.given_name,
+        "embedding_dim": storage.embedding_dim,
+        "dtype": str(storage.dtype).removeprefix("torch."),
+        "seed": table.seed,
+        "step": storage.step,
+        "num_updates": int(storage.header.fields[NUM_UPDATES]),
+        "state_fill": storage.rows.state_fill,
+    }
+    for name in ("last_seen", "counts"):
+        if name in columns:
+            state[name] = columns[name][rows].cpu()
+    if "last_time" in columns:
+        state["ages_us"] = storage.ages(rows).cpu()
+    if table.evictor.pinned is not None:
+        state["pinned_ids"] = table.evictor.pinned
+    if storage.admission_counter is not None:
+        state |= storage.admission_counter.state()
+    return state
+
+
+def refuse_many_ranks(what: str) -> None:
+    """Raise if several ranks run, each with a shard of every table."""
+    if collectives.world_size() > 1:
+        raise RuntimeError(
+            f"{what} on {collectives.world_size()} ranks: each has a shard of the table, "
+            "and this would keep rank 0's alone; Trainer(callbacks=[CheckpointHook()]) or "
+            "recis_lightning.checkpoint.save keeps all"
+        )
+
+
+# ---- into a table
+
+
+def check_and_load(table: StatefulTable, state: Any) -> None:
+    """Replace everything a table holds by a state of whatever origin.
+
+    Raises:
+        ValueError: ``state`` is of another kind of table; the table is as it was.
+    """
+    if isinstance(state, dict) and (REFERENCE in state or collectives.world_size() > 1):
+        assert _shard_loader is not None
+        _shard_loader(table, state)
+        return
+    check_state(state, table.name, table.storage.embedding_dim)
+    load(table, state)
+
+
+def load(table: StatefulTable, state: dict[str, Any]) -> None:
+    """Replace everything a table holds by a whole state that was checked."""
+    _replace(table, state, lambda storage: fill(storage, state))
+
+
+def restore(
+    table: StatefulTable,
+    state: dict[str, Any],
+    slots: dict[str, int],
+    write: Callable[[Tensor], None],
+) -> None:
+    """Replace everything a table holds; if that fails on the way, nothing is left in it.
+
+    Args:
+        table: The table.
+        state: As ``saved_fields`` returned it, and the ``ids``, int64 [n], none twice.
+        slots: Optimizer state of the rows: name -> float32 words.
+        write: Called with the ids' rows, int64 [n]; writes weights and all slots to them.
+    """
+    _replace(table, state, lambda storage: _fill(storage, state, slots, write))
+
+
+def _replace(
+    table: StatefulTable, state: dict[str, Any], fill_storage: Callable[[Storage], None]
+) -> None:
+    storage = table.storage
+    layout = (storage.rows.slots, storage.rows.state_fill) if table.has_optimizer else None
+    table.set_key(state["name"] if table.given_name is None else table.given_name, state["seed"])
+    table.clear()
+    try:
+        fill_storage(storage)
+        table.needs_reshard = True
+        if "pinned_ids" in state:  # a state that knows of no pins leaves those there are
+            table.evictor.pinned = state["pinned_ids"].unique()
+    except BaseException:
+        table.clear()
+        raise
+    if layout is not None:  # the state's slots may not be those of this table's optimizer
+        storage.set_slots(*layout)
+
+
+def fill(storage: Storage, state: dict[str, Any]) -> None:
+    """Fill an empty storage with a whole state; weights are converted to its dtype."""
+    weights, slots = state["weights"].to(storage.dtype), state["slots"]
+    words = {name: slot.shape[1] for name, slot in slots.items()}
+    _fill(storage, state, words, lambda rows: storage.rows.write(rows, weights, slots))
+
+
+def _fill(
+    storage: Storage,
+    state: dict[str, Any],
+    slots: dict[str, int],
+    write: Callable[[Tensor], None],
+) -> None:
+    storage.set_slots(slots, state["state_fill"])
+    fields, device = storage.header.fields, storage.device
+    fields[STEP], fields[NUM_UPDATES] = state["step"], state["num_updates"]
+    ids = state["ids"].to(device).contiguous()
+    segments = storage.segments(ids, insert=True)
+    # No initial rows: all of each is written.
+    rows, _ = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], device)
+    storage.num_loaded += len(storage)
+    if len(storage) != ids.numel():
+        raise ValueError(
+            f"state of table {storage.name!r}: of {ids.numel()} ids, "
+            f"{ids.numel() - len(storage)} occur twice"
+        )
+    write(rows)
+    for name in ("last_seen", "counts"):
+        if name in storage.columns and name in state:
+            storage.columns[name][rows] = state[name].to(device)
+    if "last_time" in storage.columns and "ages_us" in state:
+        storage.set_ages(rows, state["ages_us"].to(device))
+    if storage.admission_counter is not None:
+        storage.admission_counter.load_state(state, storage.name)
+
+
+# ---- settings, which a failed load of several tables gives back
+
+
+def settings(table: StatefulTable) -> dict[str, Any]:
+    """Return what a load changes beside rows and what policies keep."""
+    storage = table.storage
+    return {
+        "name": table.given_name,
+        "seed": table.seed,
+        "step": storage.step,
+        "num_updates": int(storage.header.fields[NUM_UPDATES]),
+        "slots": storage.rows.slots,
+        "state_fill": storage.rows.state_fill,
+    }
+
+
+def reset(table: StatefulTable, settings: dict[str, Any]) -> None:
+    """Empty a table and give it settings that it had."""
+    table.clear()
+    fields = table.storage.header.fields
+    fields[STEP], fields[NUM_UPDATES] = settings["step"], settings["num_updates"]
+    table.storage.set_slots(settings["slots"], settings["state_fill"])
+    table.set_key(settings["name"], settings["seed"])
+
+
+# ---- pickling
+
+
 def to_arrays(state: dict[str, Any]) -> dict[str, Any]:
     """Return ``state`` with NumPy arrays for tensors, as pickling takes it.
 
-    Of a tensor a spawned process gets the place in shared memory, and these tensors are gone
-    before it starts.
+    A spawned process gets a tensor's place in shared memory, and these tensors are gone before it
+    starts.
     """
     # NumPy has no bfloat16.
     return _converted({**state, "weights": state["weights"].float()}, Tensor, Tensor.numpy)
 
 
 def from_arrays(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``to_arrays`` was given; weights are float32."""
+    """Return the state that ``to_arrays`` was given; weights are float32."""
     return _converted(state, np.ndarray, torch.from_numpy)
 
 
@@ -128,8 +359,20 @@ __all__ = [
     "KEYED_BY",
     "REFERENCE",
     "SCHEMA",
+    "ShardLoader",
+    "StatefulTable",
+    "check_and_load",
     "check_state",
+    "export",
+    "fill",
     "from_arrays",
+    "load",
+    "refuse_many_ranks",
+    "reset",
+    "restore",
     "row_columns",
+    "saved_fields",
+    "set_shard_loader",
+    "settings",
     "to_arrays",
 ]

@@ -1,8 +1,14 @@
-"""What a table can tell of itself: ``HashTable.statistics()``."""
+"""Statistics of a table, and the memory of evicted ids by which it counts readmissions."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+_FLUSH_IDS = 1 << 16  # new ids kept until they are compared, all at once
 
 
 class TableStatistics(NamedTuple):
@@ -15,11 +21,11 @@ class TableStatistics(NamedTuple):
         index_bytes: Of the index.
         weight_bytes: Of the weights that there is room for, and of the lists of blocks and rows.
         state_bytes: Of the optimizer state that there is room for.
-        column_bytes: Of what policies keep.
+        column_bytes: Of what policies keep: columns, admission counts, pins, evicted ids.
         admitted: Ids given a row, by a training lookup or ``insert``.
-        refused: Occurrences in training lookups that read zeros because the admission policy let
-            their id have no row.
-        evicted: Rows thrown out by ``evict``.
+        refused: Occurrences in training lookups that read zeros because the admission policy
+            rejected their id.
+        evicted: Rows removed by ``evict``.
         readmitted: Ids given a row after an eviction; 0 without ``track_readmissions``.
     """
 
@@ -36,4 +42,66 @@ class TableStatistics(NamedTuple):
     readmitted: int
 
 
-__all__ = ["TableStatistics"]
+class ReadmissionTracker:
+    """Bounded memory of the ids evicted last, and how many of them have come back.
+
+    Args:
+        capacity: Evicted ids remembered; of more, those evicted first are forgotten.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._count = 0
+        self._ids = np.empty(0, np.int64)  # ascending
+        self._evictions = np.empty(0, np.int64)  # number of the eviction of each
+        self._away = np.empty(0, np.bool_)  # whether each is still without a row
+        self._num_evictions = 0
+        self._new: list[npt.NDArray[np.int64]] = []  # not compared yet
+
+    def note_new(self, ids: Tensor) -> None:
+        """Note distinct ids, int64 [n], that were given a row."""
+        if not len(self._ids) or not ids.numel():
+            return
+        self._new.append(ids.numpy())
+        if sum(map(len, self._new)) > _FLUSH_IDS:
+            self._flush()
+
+    def note_evicted(self, ids: Tensor) -> None:
+        """Remember distinct ids, int64 [n], that were evicted."""
+        self._flush()
+        self._num_evictions += 1
+        kept, new = self._away, np.sort(ids.numpy())
+        old, when = self._ids[kept], self._evictions[kept]
+        places = np.searchsorted(old, new)
+        self._ids = np.insert(old, places, new)
+        self._evictions = np.insert(when, places, self._num_evictions)
+        surplus = len(self._ids) - self.capacity
+        if surplus > 0:
+            stays = np.sort(np.argsort(self._evictions, kind="stable")[surplus:])
+            self._ids, self._evictions = self._ids[stays], self._evictions[stays]
+        self._away = np.ones(len(self._ids), np.bool_)
+
+    def _flush(self) -> None:
+        if not self._new:
+            return
+        # An id may be there twice: deleted and given a row again since it came back.
+        new = np.unique(np.concatenate(self._new))
+        self._new = []
+        places = np.minimum(np.searchsorted(self._ids, new), len(self._ids) - 1)
+        back = places[(self._ids[places] == new) & self._away[places]]
+        self._away[back] = False
+        self._count += len(back)
+
+    @property
+    def count(self) -> int:
+        """Ids that came back so far."""
+        self._flush()
+        return self._count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ids remembered."""
+        return self._ids.nbytes + self._evictions.nbytes + self._away.nbytes
+
+
+__all__ = ["ReadmissionTracker", "TableStatistics"]

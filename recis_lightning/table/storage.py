@@ -1,4 +1,4 @@
-"""What a table holds: index, rows and policy columns behind one header, and room for more."""
+"""Storage of a table: index, rows, policy columns and admission counts, reached by one header."""
 
 from __future__ import annotations
 
@@ -7,119 +7,130 @@ import ctypes
 import os
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from recis_lightning.admission import Screening
-from recis_lightning.ops import backend, hash_index, host_memory
+from recis_lightning.ops import backend, hash_index, host_memory, row_init
+from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     CAPACITY,
     CLAIMED,
     COUNTS,
+    INSERT,
     LAST_SEEN,
     LAST_TIME,
     NUM_IDS,
+    SEGMENT_FLAGS,
+    SEGMENT_HEADER,
+    SEGMENT_SIZE,
     SIGHTINGS,
+    STAMP,
+    STEP,
+    TIME,
 )
-from recis_lightning.table.admission_counter import Sightings
+from recis_lightning.table.admission_counter import AdmissionCounter
 from recis_lightning.table.row_store import RowStore
-from recis_lightning.table.scan_rows import TableSurvey
+from recis_lightning.table.versions import layout_version
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
-_AHEAD_ROWS = 1 << 16  # beside a GPU, room ahead is for so many ids, or a quarter of the table
+_HEADROOM_ROWS = 1 << 16  # beside a GPU, headroom is for so many ids, or a quarter of the table
 
 
-class _Epoch:
-    """Counts moments at which what others have noted of a table's storage may be out of date."""
+class Storage(TableMemory):
+    """Memory of one table on one device; it grows when an op asks for room.
 
-    number = 0
-
-    def advance(self) -> None:
-        self.number += 1
-
-
-_epoch = _Epoch()
-
-
-def storage_epoch() -> int:
-    """Return a number that changes when some table has a new header, dtype or optimizer."""
-    return _epoch.number
-
-
-class TableStorage(TableSurvey):
-    """The storage of a table, and the table that index ops know (``ops.hash_index.Table``).
-
-    It grows when an op asks for room; kernels find everything through ``header``.
+    Args:
+        embedding_dim: Weights in a row.
+        dtype: Of the weights.
+        device: Where ids and rows are.
+        kept_columns: Columns of policies, of ``eviction.KEPT_COLUMNS``.
+        screening: Counts of ids without a row that the admission policy asks for; None for none.
+        now: Returns the time in seconds, for the column "last_time".
+        name: For errors; ``set_key`` changes it.
 
     Attributes:
-        header: int64 [HEADER_SIZE], at one address as long as the storage lives.
+        header: By which kernels find everything, at one address as long as the storage lives.
+        entries: int64 [capacity + 1, 2], the index.
         rows: Weights and optimizer state.
-        generation: Grows when rows go: rows that a lookup noted before are void.
+        columns: Name -> int64 [rows.capacity], what policies keep of rows.
+        admission_counter: Counts of ids without a row, or None.
+        generation: Grows when rows go: row numbers that a lookup noted before are void.
+        num_removed: Rows that went since the table was made, by whatever way.
+        num_loaded: Rows that came with a loaded state.
     """
 
-    embedding_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    sightings: Sightings | None
-    kept_columns: tuple[str, ...]
-    generation = 0
+    entries: Tensor
+    rows: RowStore
+    columns: dict[str, Tensor]
 
-    @property
-    def name(self) -> str:
-        """What errors call the table."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        kept_columns: tuple[str, ...],
+        screening: Screening | None,
+        now: Callable[[], float],
+        name: str,
+    ) -> None:
+        self.embedding_dim, self.dtype, self.device = embedding_dim, dtype, device
+        self.kept_columns, self.now, self.name = kept_columns, now, name
+        self.generation = self.num_removed = self.num_loaded = 0
+        self.header = Header(device, backend.runs_later(device))
+        self.admission_counter: AdmissionCounter | None = None
+        self.empty({}, 0.0)
+        if screening is not None:
+            with _Allocation(self, "admission counts"):
+                self.admission_counter = AdmissionCounter(screening, device)
+            self.header.fields[SIGHTINGS] = self.admission_counter.header.address
+            self.header.publish()
+        layout_version.advance()
 
-    @property
-    def keeps_last_seen(self) -> bool:
-        """Whether a policy asks for the step of each row's last training lookup."""
-        return "last_seen" in self.kept_columns
-
-    @property
-    def stamps(self) -> bool:
-        """Whether a training lookup must note more of a row than its step."""
-        return "counts" in self.kept_columns or "last_time" in self.kept_columns
-
-    @property
-    def _last_seen(self) -> Tensor:
-        return self._columns["last_seen"]
-
-    def _set_columns(self, columns: dict[str, Tensor]) -> None:
-        self._columns = columns
-        for name, field in _COLUMN_FIELDS.items():
-            column = columns.get(name)
-            self.header.fields[field] = (
-                0 if column is None or not column.numel() else column.data_ptr()
-            )
-        self.header.publish()
-
-    def start_storage(self) -> None:
-        """Make a header and empty storage."""
-        self.header = Header(self.device, backend.runs_later(self.device))
-        self.empty_storage({}, 0.0)
-        _epoch.advance()
-
-    def start_epoch(self) -> None:
-        """Tell who noted something of the storage that it may be out of date."""
-        _epoch.advance()
-
-    def empty_storage(self, slots: dict[str, int], state_fill: float) -> None:
+    def empty(self, slots: dict[str, int], state_fill: float) -> None:
         """Start anew with no ids, behind the same header; rows are laid out for ``slots``."""
-        self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
+        self.entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, state_fill)
-        empty = torch.empty(0, dtype=torch.int64, device=self.device)
-        self._set_columns(dict.fromkeys(self.kept_columns, empty))
+        no_rows = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._set_columns(dict.fromkeys(self.kept_columns, no_rows))
+
+    def clear(self) -> None:
+        """Remove all ids and admission counts; step, number of updates and row layout stay."""
+        self.generation += 1
+        self.num_removed += len(self)
+        if self.admission_counter is not None:
+            self.admission_counter.clear()
+        self.empty(self.rows.slots, self.rows.state_fill)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Give weights another dtype from the next ``empty_storage`` on."""
+        """Give weights another dtype from the next ``empty`` or ``clear`` on."""
         self.dtype = dtype
-        _epoch.advance()
+        layout_version.advance()
+
+    def set_key(self, seed: int, name: str) -> None:
+        """Let new rows depend on seed and name, beside their id."""
+        self.name = name
+        row_init.write_key(self.header, seed, name)
+
+    def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
+        """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.
+
+        Weights, and slots that stay, are kept.
+        """
+        with _Allocation(self, "rows laid out for another optimizer"):
+            self.rows.relayout(slots, state_fill)
+
+    # ---- sizes
 
     def __len__(self) -> int:
         return int(self.header.read_counts()[NUM_IDS])
 
     def __bool__(self) -> bool:
-        return True  # an empty table is still a table
+        return True  # an empty storage is still a storage
 
     @property
     def capacity(self) -> int:
@@ -128,45 +139,89 @@ class TableStorage(TableSurvey):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of index, rows (weights and optimizer state) and policy columns."""
-        return self._entries.nbytes + self.rows.nbytes + self.column_bytes
+        """Bytes of index, rows (weights and optimizer state), columns and admission counts."""
+        return self.entries.nbytes + self.rows.nbytes + self.column_bytes
 
     @property
     def column_bytes(self) -> int:
-        """Bytes of what policies keep."""
-        sightings = 0 if self.sightings is None else self.sightings.nbytes
-        return 8 * sum(map(Tensor.numel, self._columns.values())) + sightings
+        """Bytes of columns and admission counts."""
+        counts = 0 if self.admission_counter is None else self.admission_counter.nbytes
+        return 8 * sum(map(Tensor.numel, self.columns.values())) + counts
 
-    def reserve_ids(self, num_new: int) -> None:
-        """Make room in the index for ``num_new`` ids more."""
-        capacity = hash_index.capacity_for(len(self) + num_new)
-        if capacity > self.capacity:
-            with _Memory(self, f"an index of {capacity} entries"):
-                self._entries, _ = hash_index.rebuild(self.header, capacity)
+    # ---- finding ids
 
-    def larger_index(self, num_new: int) -> Tensor | None:
-        """Allocate an index on the CPU, not cleared, if ``num_new`` more ids need a larger one."""
-        capacity = hash_index.capacity_for(len(self) + num_new)
-        if capacity <= self.capacity:
-            return None
-        with _Memory(self, f"an index of {capacity} entries"):
-            return host_memory.empty_int64(2 * (capacity + 1)).view(-1, 2)
+    def segments(self, ids: Tensor, insert: bool = False) -> Segments:
+        """Return the one segment of a lookup that asks this table only, whatever its policy.
 
-    def take_index(self, entries: Tensor) -> None:
-        """Make an index, with all ids in it, the table's own."""
-        hash_index.enter_entries(self.header, entries)
-        self._entries = entries
+        Args:
+            ids: int64 [n], contiguous; kept by the caller.
+            insert: Give unknown ids a row.
+        """
+        segments = np.zeros((1, SEGMENT_SIZE), np.int64)
+        segments[0, SEGMENT_HEADER] = self.header.address
+        touch = STAMP * self.keeps_access_metadata
+        segments[0, SEGMENT_FLAGS] = (INSERT | touch) * insert
+        hash_index.write_addresses(segments, [ids])
+        return segments
 
-    def reserve_rows(self, num_new: int) -> None:
-        """Make room for ``num_new`` rows more."""
-        with _Memory(self, f"{num_new} rows more"):
-            self.rows.reserve(num_new)
-            self._fit_columns()
+    def find(self, ids: Tensor) -> Tensor:
+        """Return int64 [n], the row of each id, negative where there is none."""
+        flat = ids.reshape(-1).to(self.device).contiguous()
+        return hash_index.find(self.segments(flat), flat.numel(), self.device)
+
+    def occupied_rows(self) -> Tensor:
+        """Return bool [rows], those that an id has."""
+        occupied = torch.ones(self.rows.num_rows, dtype=torch.bool, device=self.device)
+        occupied[self.rows.free_rows] = False
+        return occupied
+
+    # ---- columns of policies
+
+    @property
+    def step(self) -> int:
+        """Step with which training lookups mark rows as seen."""
+        return int(self.header.fields[STEP])
+
+    @property
+    def keeps_last_seen(self) -> bool:
+        """Whether a policy asks for the step of each row's last training lookup."""
+        return "last_seen" in self.kept_columns
+
+    @property
+    def keeps_access_metadata(self) -> bool:
+        """Whether a training lookup must note frequency or time of a row beside its step."""
+        return "counts" in self.kept_columns or "last_time" in self.kept_columns
+
+    @override
+    def read_clock(self) -> None:
+        if "last_time" in self.kept_columns:
+            self.header.fields[TIME] = self._now_us()
+            self.header.publish()
+
+    def ages(self, rows: Tensor) -> Tensor:
+        """Return for each row the microseconds since its last training lookup, int64 [n]."""
+        return self._now_us() - self.columns["last_time"][rows]
+
+    def set_ages(self, rows: Tensor, ages: Tensor) -> None:
+        """Set what ``ages`` returns."""
+        self.columns["last_time"][rows] = self._now_us() - ages
+
+    def _now_us(self) -> int:
+        return round(self.now() * 1e6)
+
+    def _set_columns(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+        for name, field in _COLUMN_FIELDS.items():
+            column = columns.get(name)
+            self.header.fields[field] = (
+                0 if column is None or not column.numel() else column.data_ptr()
+            )
+        self.header.publish()
 
     def _fit_columns(self) -> None:
         """Give columns as many items as there are rows, keeping what both have."""
         capacity, fitting = self.rows.capacity, {}
-        for name, old in self._columns.items():
+        for name, old in self.columns.items():
             if old.numel() == capacity:
                 return
             fitting[name] = new = _new_column(capacity, self.device)
@@ -175,114 +230,113 @@ class TableStorage(TableSurvey):
             new[kept:] = 0
         self._set_columns(fitting)
 
-    def sure_room(self) -> int:
-        """Return how many more ids there is room for, surely, without waiting for the device.
+    # ---- growing, as ops ask for it
 
-        Below 0 where more ids than the host has seen may have filled it already.
-        """
+    @override
+    def reserve_ids(self, num_new: int) -> None:
+        capacity = hash_index.capacity_for(len(self) + num_new)
+        if capacity > self.capacity:
+            with _Allocation(self, f"an index of {capacity} entries"):
+                self.entries, _ = hash_index.rebuild(self.header, capacity)
+
+    @override
+    def larger_index(self, num_new: int) -> Tensor | None:
+        capacity = hash_index.capacity_for(len(self) + num_new)
+        if capacity <= self.capacity:
+            return None
+        with _Allocation(self, f"an index of {capacity} entries"):
+            return host_memory.empty_int64(2 * (capacity + 1)).view(-1, 2)
+
+    @override
+    def take_index(self, entries: Tensor) -> None:
+        hash_index.enter_entries(self.header, entries)
+        self.entries = entries
+
+    @override
+    def rebuild_index(self) -> None:
+        self.entries, _ = hash_index.rebuild(self.header, self.capacity)
+
+    @override
+    def reserve_rows(self, num_new: int) -> None:
+        with _Allocation(self, f"{num_new} rows more"):
+            self.rows.reserve(num_new)
+            self._fit_columns()
+
+    @override
+    def guaranteed_free(self) -> int:
         room = self.header.cached_free()
         if room is None:
-            unseen, fields = self.header.unacknowledged(), self.header.fields
+            unacknowledged, fields = self.header.unacknowledged(), self.header.fields
             capacity = fields.item(CAPACITY)
             entries = int(capacity * hash_index.max_load(capacity)) - fields.item(NUM_IDS)
-            room = min(entries, self.rows.unused) - unseen
+            room = min(entries, self.rows.unused) - unacknowledged
             self.header.cache_free(room)
         return room
 
-    def reserve_ahead(self, num_new: int, num_ids: int) -> None:
-        """Make room, if there is memory, so that later lookups need not ask again.
-
-        Args:
-            num_new: Ids about to be inserted, for which there is room already.
-            num_ids: Ids of a lookup, known and unknown.
-        """
+    @override
+    def reserve_headroom(self, num_new: int, num_ids: int) -> None:
         if self.header.is_mirrored:
             # Twice: the counts that tell how few were new come while the next lookup is launched.
-            ahead = num_new + min(2 * num_ids, max(_AHEAD_ROWS, len(self) // 4))
+            headroom = num_new + min(2 * num_ids, max(_HEADROOM_ROWS, len(self) // 4))
             with contextlib.suppress(MemoryError):
-                self.reserve_ids(ahead)
-                self.reserve_rows(ahead)
+                self.reserve_ids(headroom)
+                self.reserve_rows(headroom)
 
-    def start_sightings(self, screening: Screening | None) -> None:
-        """Remember sightings of ids without a row as an admission policy asks."""
-        self.sightings = None
-        self.header.fields[SIGHTINGS] = 0
-        if screening is not None:
-            with _Memory(self, "sightings"):
-                self.sightings = Sightings(screening, self.device)
-            self.header.fields[SIGHTINGS] = self.sightings.header.address
-        self.header.publish()
+    @override
+    def count_lookup(self) -> None:
+        if self.admission_counter is not None:
+            self.admission_counter.count_lookup()
 
-    def begin_screening(self) -> None:
-        """Count one training lookup."""
-        assert self.sightings is not None
-        self.sightings.begin_lookup()
+    @override
+    def reserve_counts(self, at_most: int, count: Callable[[], int] | None = None) -> None:
+        if self.admission_counter is not None:
+            with _Allocation(self, f"admission counts of {at_most} ids more"):
+                self.admission_counter.reserve(at_most, count)
 
-    def reserve_sightings(self, at_most: int, count: Callable[[], int] | None = None) -> None:
-        """Make room for sightings of ``at_most`` ids more; see ``ops.admission.Screened``."""
-        assert self.sightings is not None
-        with _Memory(self, f"sightings of {at_most} ids more"):
-            self.sightings.reserve(at_most, count)
-
-    def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
-        """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.
-
-        Weights, and slots that stay, are kept.
-        """
-        with _Memory(self, "rows laid out for another optimizer"):
-            self.rows.relayout(slots, state_fill)
-
-    def rebuild_index(self) -> None:
-        """Rebuild the index at its size; entries without a row go."""
-        self._entries, _ = hash_index.rebuild(self.header, self.capacity)
+    # ---- shrinking
 
     def remove_rows(self, gone: Tensor) -> int:
         """Remove the ids of the rows that ``gone`` (bool [rows]) marks; return how many."""
-        self._entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
+        self.entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
         if not removed:
             return 0
         freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
         self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
-        for column in self._columns.values():
+        for column in self.columns.values():
             column[freed] = 0
         self.generation += 1
+        self.num_removed += removed
         return removed
 
     def compact(self) -> None:
         """Give back the memory of rows and entries that are not needed for the ids there are.
 
-        Rows from the end move into the places of freed ones; so rows that a lookup noted before
-        are void, and there must be no pending gradient.
+        Rows from the end move into the places of freed ones; so row numbers that a lookup noted
+        before are void, and there must be no pending gradient.
         """
-        num_ids, live = len(self), self._live_rows()
+        num_ids, occupied = len(self), self.occupied_rows()
         capacity = hash_index.capacity_for(num_ids)
         if capacity < self.capacity:
-            self._entries, _ = hash_index.rebuild(self.header, capacity)
-        source = live[num_ids:].nonzero().squeeze(1) + num_ids
-        target = (~live[:num_ids]).nonzero().squeeze(1)
+            self.entries, _ = hash_index.rebuild(self.header, capacity)
+        source = occupied[num_ids:].nonzero().squeeze(1) + num_ids
+        target = (~occupied[:num_ids]).nonzero().squeeze(1)
         if source.numel():
-            renumbered = torch.arange(live.numel(), device=self.device)
+            renumbered = torch.arange(occupied.numel(), device=self.device)
             renumbered[source] = target
-            rows = self._entries[:, 1]
+            rows = self.entries[:, 1]
             known = rows < CLAIMED
             rows[known] = renumbered[rows[known]]
             self.rows.move(source, target)
-            for column in self._columns.values():
+            for column in self.columns.values():
                 column[target] = column[source]
         self.rows.shrink(num_ids)
         self._fit_columns()
-        for column in self._columns.values():
+        for column in self.columns.values():
             column[num_ids:] = 0
-        if self.sightings is not None:
-            self.sightings.compact()
+        if self.admission_counter is not None:
+            self.admission_counter.compact()
         self.generation += 1
         _return_to_system()
-
-    def _live_rows(self) -> Tensor:
-        """Return bool [rows], those that an id has."""
-        live = torch.ones(self.rows.num_rows, dtype=torch.bool, device=self.device)
-        live[self.rows.free_rows] = False
-        return live
 
 
 def _return_to_system() -> None:
@@ -295,23 +349,19 @@ def _return_to_system() -> None:
 def _new_column(count: int, device: torch.device) -> Tensor:
     """Return an uninitialised int64 [count]."""
     with torch.inference_mode(False):  # what is made in inference mode nothing outside may change
-        return _allocate_column(count, device)
+        if device.type == "cpu":
+            return host_memory.empty_int64(count)
+        try:
+            return torch.empty(count, dtype=torch.int64, device=device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{8 * count} bytes on {device}") from error
 
 
-def _allocate_column(count: int, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return host_memory.empty_int64(count)
-    try:
-        return torch.empty(count, dtype=torch.int64, device=device)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{8 * count} bytes on {device}") from error
-
-
-class _Memory:
+class _Allocation:
     """Turns a failed allocation into an error that names the table."""
 
-    def __init__(self, table: TableStorage, wanted: str) -> None:
-        self.table, self.wanted = table, wanted
+    def __init__(self, storage: Storage, wanted: str) -> None:
+        self.storage, self.wanted = storage, wanted
 
     def __enter__(self) -> None:
         pass
@@ -319,9 +369,9 @@ class _Memory:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, MemoryError):
             raise MemoryError(
-                f"table {self.table.name!r}, with {len(self.table)} rows in "
-                f"{self.table.nbytes} bytes, found no memory for {self.wanted}"
+                f"table {self.storage.name!r}, with {len(self.storage)} rows in "
+                f"{self.storage.nbytes} bytes, found no memory for {self.wanted}"
             ) from error
 
 
-__all__ = ["TableStorage", "storage_epoch"]
+__all__ = ["Storage"]

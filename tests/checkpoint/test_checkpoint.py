@@ -13,6 +13,7 @@ from recis_lightning.admission import BloomCount, MinCount
 from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdagrad, SparseAdam, SparseRowwiseAdagrad, SparseSGD
+from recis_lightning.table import state as table_state
 from tests.helpers.full_disk import largest_file
 from tests.helpers.sample_tables import EXTREMES, by_id, same, trained
 
@@ -46,7 +47,7 @@ def train(module, steps=4, size=500):
 def held(module):
     """Return all that the tables of a module hold."""
     return {
-        table.name: by_id(table) | table.settings() | {"dtype": table.dtype}
+        table.name: by_id(table) | table_state.settings(table) | {"dtype": table.dtype}
         for table in hash_tables(module)
     }
 

@@ -32,7 +32,7 @@ class Feature:
     def line(self):
         line = np.zeros(PLAN_SIZE, np.int64)
         for field, value in {
-            fields.PLAN_HEADER: self.table.header.address,
+            fields.PLAN_HEADER: self.table.storage.header.address,
             fields.PLAN_MODE: MODES[self.mode],
             fields.PLAN_NUM_BAGS: self.num_bags,
             fields.PLAN_BAG_LENGTH: self.length,

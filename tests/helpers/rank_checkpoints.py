@@ -21,6 +21,7 @@ from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.ops.layout import NUM_UPDATES
 from recis_lightning.optim import SparseAdagrad, SparseAdam
+from recis_lightning.table import state as table_state
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, trainer
 from tests.helpers.rank_trainers import as_torchrun, train_loader
@@ -49,13 +50,13 @@ def filled(seed=0, count=20_000):
             ids = owned(part)
             table.insert(ids, torch.randn(len(ids), table.embedding_dim))
             rows = table.ids_map()[1]
-            weights, slots = table.rows.read(rows)
+            weights, slots = table.storage.rows.read(rows)
             slots = {name: torch.rand_like(slot) for name, slot in slots.items()}
-            table.rows.write(rows, weights, slots)
+            table.storage.rows.write(rows, weights, slots)
             table.update_step(step + 3)
-            table.header.fields[NUM_UPDATES] += 1
+            table.storage.header.fields[NUM_UPDATES] += 1
     waiting = owned(draws + 1)
-    table.sightings.load_state(
+    table.storage.admission_counter.load_state(
         {
             "num_lookups": 9,
             "pending_ids": waiting,
@@ -72,8 +73,8 @@ def held(made):
     states = {}
     for table in made:
         ids, rows = table.ids_map()
-        weights, slots = table.rows.read(rows)
-        fields = table.saved_fields(rows)
+        weights, slots = table.storage.rows.read(rows)
+        fields = table_state.saved_fields(table, rows)
         state = {"ids": ids, "weights": weights.float(), **slots}
         state |= {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}
         order = {True: ids.argsort()}
@@ -81,7 +82,7 @@ def held(made):
             order[False] = state["pending_ids"].argsort()
         for key, value in state.items():
             states[table.name, key] = value[order[not key.startswith("pending")]].numpy()
-        states[table.name, "settings"] = (table.settings(), fields.get("num_lookups"))
+        states[table.name, "settings"] = (table_state.settings(table), fields.get("num_lookups"))
     return states
 
 

@@ -24,6 +24,7 @@ from recis_lightning.lookup.group import LookupGroup
 from recis_lightning.lookup.sharded import ShardedRows
 from recis_lightning.lookup.surroundings import NoRunner
 from recis_lightning.ops import backend
+from recis_lightning.table import state as table_state
 
 GLOBAL_BATCH = 24
 # What part of a global batch each rank has, by number of ranks: uneven, and once nothing.
@@ -180,7 +181,7 @@ def _moved(batch, device):
 
 def shard(table):
     """Return what a table holds here, by id, as arrays."""
-    state = table._whole_state()
+    state = table_state.export(table)
     order = state["ids"].argsort()
     held = {"ids": state["ids"], "weights": state["weights"].float(), **state["slots"]}
     if "last_seen" in state:

@@ -4,6 +4,7 @@ import torch
 
 from recis_lightning import DynamicEmbedding, HashTable, hash_tables
 from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.ops import hash_index, row_init
 from recis_lightning.optim import SparseAdam
 
 LOW, HIGH = -(2**63), 2**63 - 1
@@ -16,6 +17,16 @@ def filled(dim=3, count=5, **kwargs):
     ids = torch.arange(count)
     table.insert(ids, ids[:, None].expand(count, dim).float())
     return table
+
+
+def insert_initial(table, ids):
+    """Give ids, int64 [n], an initial row, whatever the admission policy; return their rows."""
+    segments = table.storage.segments(ids, insert=True)
+    rows, new = hash_index.find_or_insert(segments, ids.numel(), [table.storage], [0], table.device)
+    if new is not None:
+        bfloat16 = table.dtype is torch.bfloat16
+        row_init.init_rows_(rows, new, segments, table.embedding_dim, bfloat16)
+    return rows
 
 
 def trained(optimizer=SparseAdam, dtype=torch.float32):

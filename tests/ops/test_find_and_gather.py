@@ -11,6 +11,7 @@ from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops.layout import PADDING, SEGMENT_SIZE, UNKNOWN
 from recis_lightning.table.hash_table import write_segment
 from tests.helpers.gather_plans import Feature, mixed_features, ragged_offsets
+from tests.helpers.sample_tables import insert_initial
 
 CPU = torch.device("cpu")
 LOWEST = -(2**63)
@@ -21,7 +22,7 @@ def _table(dim, dtype=torch.float32):
     table = HashTable(
         dim, dtype=dtype, initializer=Normal(), eviction=GlobalStepFilter(5), name="user"
     )
-    table._insert(torch.cat([torch.tensor([LOWEST]), torch.arange(1, 500) * 77]))
+    insert_initial(table, torch.cat([torch.tensor([LOWEST]), torch.arange(1, 500) * 77]))
     table.update_step(3)
     return table
 
@@ -93,7 +94,7 @@ def test_training_stamps_what_it_finds_and_counts_what_it_misses():
     offsets = torch.tensor([0, 3, 3, 7])
     features = [Feature(table, rows.clone(), "sum", offsets=offsets), Feature(table, rows, "none")]
     assert _in_one_pass(table, features, True) == 4
-    seen = table._last_seen[: table.rows.num_rows]
+    seen = table.storage.columns["last_seen"][: table.storage.rows.num_rows]
     assert (seen == 3).nonzero().squeeze(1).tolist() == [0, 5, 499]
     assert len(table) == 500
 
@@ -106,7 +107,7 @@ def test_many_ids_in_one_feature():
     feature = Feature(table, rows.clone(), "none")
     assert _in_one_pass(table, [feature], False) == 0
     assert torch.equal(feature.rows, rows)
-    assert torch.equal(feature.output(), table.rows.read(torch.arange(500))[0][rows])
+    assert torch.equal(feature.output(), table.storage.rows.read(torch.arange(500))[0][rows])
 
 
 @pytest.mark.parametrize("bad", ["descends", "starts late", "ends early"])

@@ -28,6 +28,7 @@ from recis_lightning.ops.layout import (
 )
 from recis_lightning.ops.row_update import RowLayout
 from tests.helpers.gather_plans import Feature, mixed_features, random_rows
+from tests.helpers.sample_tables import insert_initial
 
 DIMS = [1, 2, 3, 7, 8, 10, 16, 24, 33, 64, 128]
 NUM_ROWS = 500
@@ -53,13 +54,13 @@ HYPER = {
 def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     """Return a table with the state of ``rule``, none of it zero, whose row r is known."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=name)
-    table.rows.relayout(SLOTS[rule](dim), 0.0)
-    table._insert(torch.arange(num_rows))
+    table.storage.rows.relayout(SLOTS[rule](dim), 0.0)
+    insert_initial(table, torch.arange(num_rows))
     generator = torch.Generator().manual_seed(dim)
-    weights, slots = table.rows.read(torch.arange(num_rows))
+    weights, slots = table.storage.rows.read(torch.arange(num_rows))
     for slot in slots.values():
         slot.copy_(torch.rand(slot.shape, generator=generator))
-    table.rows.write(torch.arange(num_rows), weights, slots)
+    table.storage.rows.write(torch.arange(num_rows), weights, slots)
     return table
 
 
@@ -70,12 +71,12 @@ def _gradients(features, hyper=HYPER):
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
     for line, wanted in zip(values, per_table, strict=True):
         line[list(wanted)] = list(wanted.values())
-    rows = tables[0].rows
+    rows = tables[0].storage.rows
     addresses, bases = [], {}
     for number, table in enumerate(tables):
         bases[table] = len(addresses) << rows.block_shift
         at = values.ctypes.data + number * values.strides[0]
-        addresses += [(block, at) for block in table.rows.addresses.tolist()]
+        addresses += [(block, at) for block in table.storage.rows.addresses.tolist()]
     plan = np.stack([feature.line() for feature in features])
     sizes = plan[:, fields.PLAN_NUM_IDS]
     plan[:, fields.PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
@@ -124,7 +125,7 @@ def _dense_gradient(features, table, num_rows=NUM_ROWS):
 
 
 def _state(table, num_rows=NUM_ROWS):
-    weights, slots = table.rows.read(torch.arange(num_rows))
+    weights, slots = table.storage.rows.read(torch.arange(num_rows))
     return {"weights": weights, **slots}
 
 
@@ -240,8 +241,8 @@ def test_rules_are_those_of_torch(backend, rule, dim):
     """
     kernel_rule = ADAM if rule == "adamw" else rule
     table = HashTable(dim, initializer=Normal(), name="torch")
-    table.rows.relayout(SLOTS[kernel_rule](dim), 0.0)
-    table._insert(torch.arange(NUM_ROWS))
+    table.storage.rows.relayout(SLOTS[kernel_rule](dim), 0.0)
+    insert_initial(table, torch.arange(NUM_ROWS))
     weight = _state(table)["weights"]
     generator, gradients = torch.Generator().manual_seed(dim), []
     for step in range(1, 6 if backend != "triton" else 3):
@@ -337,7 +338,7 @@ def test_hot_rows_and_large_batches(backend):
     feature = Feature(table, rows, "none")
     # Small whole numbers: float32 sums are exact in every order.
     feature.buffer = torch.randint(-3, 4, feature.buffer.shape, generator=generator).float()
-    table.rows.write(torch.arange(5000), torch.zeros(5000, 2), {})
+    table.storage.rows.write(torch.arange(5000), torch.zeros(5000, 2), {})
     _update([feature], SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
     wanted = -_dense_gradient_of_rows(feature, 5000)
     assert torch.equal(_state(table, 5000)["weights"], wanted)
@@ -349,7 +350,7 @@ def test_gradients_of_a_row_are_added_in_the_order_of_the_batch():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 70, (40_000,), generator=generator)
     features = [Feature(table, part, "none").fill_gradient(generator) for part in rows.split(9000)]
-    table.rows.write(torch.arange(70), torch.zeros(70, 1), {})
+    table.storage.rows.write(torch.arange(70), torch.zeros(70, 1), {})
     _update(features, SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
     values = torch.cat([feature.buffer[:, 0] for feature in features]).numpy()
     sums = np.zeros(70, np.float32)

@@ -99,7 +99,7 @@ def test_blocks_start_on_a_cache_line_and_do_not_overlap():
     store = _store(5, slots={"sum": 5})
     for _ in range(30):
         _hand_out(store, 3000)
-    for chunk in store._chunks:
+    for chunk in store._allocations:
         assert chunk.ctypes.data % 64 == 0
     gaps = np.diff(np.sort(store.addresses))
     assert gaps.min() >= 4 * store.row_words << store.block_shift
@@ -116,7 +116,7 @@ def test_growth_is_geometric_and_small_tables_are_small():
     large = _store(16)
     for _ in range(2000):
         _hand_out(large, 2000)
-    assert len(large._chunks) < 60
+    assert len(large._allocations) < 60
     assert large.capacity < 1.2 * large.num_rows
 
 

@@ -8,7 +8,7 @@ import torch
 
 from recis_lightning import HashTable
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
+from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES, NUM_SCAN_NUMBERS, RowSurvey
 from tests.helpers.sample_tables import EXTREMES
 
 
@@ -39,13 +39,13 @@ def test_norms_and_rows_that_are_ruined(backend):
 
 def test_nan_in_optimizer_state_ruins_a_row(backend):
     table = HashTable(2, name="t")
-    table.set_slots({"exp_avg": 2, "exp_avg_sq": 2}, 0.0)
+    table.storage.set_slots({"exp_avg": 2, "exp_avg_sq": 2}, 0.0)
     table.insert(torch.arange(4), torch.ones(4, 2))
-    weights, slots = table.rows.read(torch.arange(4))
+    weights, slots = table.storage.rows.read(torch.arange(4))
     slots["exp_avg_sq"][1, 1] = math.nan
     slots["exp_avg"][3, 0] = -math.inf
     slots["exp_avg"][0] = 3e38  # its sum overflows, and it is finite
-    table.rows.write(torch.arange(4), weights, slots)
+    table.storage.rows.write(torch.arange(4), weights, slots)
     found = table.survey()
     assert found.nonfinite_rows.sort().values.tolist() == [1, 3]
     assert sum(found.norms) == 4
@@ -66,7 +66,7 @@ def test_ages(backend):
 
 
 def test_parts_of_the_index_hold_each_id_once(backend, monkeypatch):
-    monkeypatch.setattr("recis_lightning.table.scan_rows._PIECE_ENTRIES", 7)
+    monkeypatch.setattr("recis_lightning.table.scan._CHUNK_ENTRIES", 7)
     table = HashTable(1, name="t")
     ids = torch.cat([EXTREMES, torch.arange(100, 160)])
     table.insert(ids, torch.arange(1, len(ids) + 1)[:, None].float())
@@ -98,3 +98,24 @@ def test_spans_are_checked():
     for start, stop in ((-0.1, 1.0), (0.5, 0.4), (0.0, 1.1)):
         with pytest.raises(ValueError, match="expected 0 <= start <= stop <= 1, got start="):
             HashTable(1).survey(start, stop)
+
+
+def test_parts_merge_to_the_whole_also_when_they_come_from_other_ranks():
+    """All but the numbers of ruined rows travels, and of these how many they are."""
+    for eviction in (None, GlobalStepFilter(100)):
+        table = HashTable(1, eviction=eviction, name="t")
+        ids = torch.cat([EXTREMES, torch.arange(100, 160)])
+        table.insert(ids, torch.arange(1, len(ids) + 1)[:, None].float())
+        table.update_step(5)
+        table.insert(ids[3:5], torch.tensor([[math.nan], [math.inf]]))
+        whole = table.survey()
+        parts = [table.survey(*span) for span in pairwise([0.0, 0.3, 0.6, 1.0])]
+        merged = RowSurvey.merge(parts)
+        assert merged.nonfinite_rows.sort().values.tolist() == [3, 4]
+        told = [part.to_numbers() for part in parts]
+        assert {len(numbers) for numbers in told} == {NUM_SCAN_NUMBERS}
+        of_ranks = RowSurvey.merge([RowSurvey.from_numbers(numbers) for numbers in told])
+        assert of_ranks.nonfinite_rows.tolist() == [-1, -1]
+        for found in (merged, of_ranks):
+            assert found.num_nonfinite == 2
+            assert found._replace(nonfinite_rows=0) == whole._replace(nonfinite_rows=0)

@@ -233,7 +233,7 @@ def _count_distinct(staged, rows, num_tables):
 
 def tables_without_room(staged, tables):
     """Return how many ids the host knows to fit in each table, and which tables may lack room."""
-    rooms = [table.sure_room() for table in tables]
+    rooms = [table.guaranteed_free() for table in tables]
     asked = zip(staged.ids_to_insert, rooms, strict=True)
     return rooms, [number for number, (n, room) in enumerate(asked) if n > room]
 
@@ -252,7 +252,7 @@ def make_room(staged, rows, tables, short):
     for number in short:
         tables[number].reserve_rows(counts[number])
     for number in short:
-        tables[number].reserve_ahead(counts[number], staged.ids_to_insert[number])
+        tables[number].reserve_headroom(counts[number], staged.ids_to_insert[number])
     return {number: counts[number] for number in short}
 
 
@@ -295,7 +295,7 @@ def note_insertions(staged, tables, rooms, counted):
         if asked:
             inserted = counted.get(number, asked)
             table.header.note_insertion(inserted)
-            room = table.sure_room() if number in counted else rooms[number] - inserted
+            room = table.guaranteed_free() if number in counted else rooms[number] - inserted
             if 4 * asked > room:  # soon the host would have to wait
                 soon.append(table.header)
     watch_counts(soon)

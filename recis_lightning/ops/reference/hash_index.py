@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.admission import Screen
-from recis_lightning.ops.hash_index import Segments, Table
+from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import CLAIMED, EMPTY, MISSING, NO_ROW, PADDING, UNKNOWN
 from recis_lightning.ops.reference.index import Index, segment_of, segments_of
@@ -43,7 +43,7 @@ def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
 def find_or_insert(
     segments: Segments,
     num_ids: int,
-    tables: Sequence[Table],
+    tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
     screen: Screen | None,
     device: torch.device,

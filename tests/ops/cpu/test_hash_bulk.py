@@ -13,6 +13,7 @@ from recis_lightning.ops.cpu import hash_bulk as hash_bulk_cpu
 from recis_lightning.ops.cpu import hash_index as hash_index_cpu
 from recis_lightning.ops.cpu import hash_partition
 from recis_lightning.ops.layout import HAS_PADDING, PADDING, SEGMENT_FLAGS, SEGMENT_PADDING
+from tests.helpers.sample_tables import insert_initial
 
 CPU = torch.device("cpu")
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -56,15 +57,15 @@ def calls(monkeypatch):
 
 def _table(known):
     table = HashTable(4, eviction=GlobalStepFilter(5), name="user")
-    table._insert(known)
+    insert_initial(table, known)
     return table
 
 
 def _look_up(table, ids):
-    segments = table.segments(ids, insert=True)
+    segments = table.storage.segments(ids, insert=True)
     segments[0, SEGMENT_FLAGS] |= HAS_PADDING
     segments[0, SEGMENT_PADDING] = PADDING_ID
-    return hash_index.find_or_insert(segments, ids.numel(), [table], [0], CPU)
+    return hash_index.find_or_insert(segments, ids.numel(), [table.storage], [0], CPU)
 
 
 def _ids(kind, count=8_000):
@@ -142,7 +143,7 @@ def test_an_index_that_is_large_enough(kind, dealt):
     for name in ("reference", "cpu"):
         with ops_backend.use(name):
             table = _table(torch.arange(1000))
-            table.reserve_ids(30_000)
+            table.storage.reserve_ids(30_000)
             capacity = table.capacity
             found = _look_up(table, ids)
             assert table.capacity == capacity
@@ -158,7 +159,7 @@ def test_old_entries_move_to_the_larger_index(special, dealt):
     """Those of a large table too, which several threads deal out, and that of the id ``EMPTY``."""
     known = torch.arange(300_000) * 7 + 1
     table = HashTable(4, name="user")
-    table._insert(torch.cat([known, torch.tensor([LOWEST])]) if special else known)
+    insert_initial(table, torch.cat([known, torch.tensor([LOWEST])]) if special else known)
     dealt.clear()
     ids = _ids("new", 300_000)
     count, capacity = len(table), table.capacity
@@ -169,7 +170,7 @@ def test_old_entries_move_to_the_larger_index(special, dealt):
     assert rows.tolist() == list(range(count, count + len(ids)))
     assert torch.equal(table.ids()[: len(known)], known)
     assert len(table) == count + len(ids)
-    found = hash_index.find(table.segments(known), len(known), CPU)
+    found = hash_index.find(table.storage.segments(known), len(known), CPU)
     assert found.tolist() == list(range(len(known)))
     assert table.ids()[count - 1] == (LOWEST if special else known[-1])
 
@@ -191,14 +192,14 @@ def test_mostly_known_ids_go_the_usual_way(calls):
 def test_no_room_leaves_the_table_as_it_was(what, monkeypatch, calls):
     """A failed insertion takes back all of its ids, and the next one works."""
     table, ids = _table(torch.arange(1000)), _ids("duplicates")
-    reserve = getattr(table, what)
+    reserve = getattr(table.storage, what)
 
     def fail(count):
         if count > 1000:
             raise MemoryError(f"no room for {count}")
         return reserve(count)
 
-    monkeypatch.setattr(table, what, fail)
+    monkeypatch.setattr(table.storage, what, fail)
     with pytest.raises(MemoryError, match="no room"):
         _look_up(table, ids)
     assert calls

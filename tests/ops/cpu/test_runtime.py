@@ -13,6 +13,7 @@ from recis_lightning import DynamicEmbeddingBag, EmbeddingEngine, EmbeddingOptio
 from recis_lightning.ops.cpu import runtime
 from recis_lightning.ops.cpu.intrinsics import atomic_add, load_i64
 from recis_lightning.optim import SparseAdam
+from tests.helpers.sample_tables import insert_initial
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_python_threads_train_their_own_tables_at_once(num_threads):
 
 def _look_up_in_child(bag, ids, connection):
     table = bag.table
-    rows = table._insert(ids)
+    rows = insert_initial(table, ids)
     with torch.no_grad():
         pooled = bag.eval()(ids.view(-1, 4))
     connection.send((len(table), rows[-1].item(), pooled[-1].tolist()))
@@ -132,7 +133,7 @@ def test_a_forked_child_looks_ids_up(num_threads):
     """OpenMP's threads do not survive a fork; the child works with threads of its own."""
     num_threads(3)
     bag, ids = DynamicEmbeddingBag(4, mode="sum", name="forked"), torch.arange(40_000)
-    bag.table._insert(ids[:20_000])
+    insert_initial(bag.table, ids[:20_000])
     context = multiprocessing.get_context("fork")
     answers = []
     for _ in range(2):
@@ -147,7 +148,7 @@ def test_a_forked_child_looks_ids_up(num_threads):
         child.join(60)
         assert child.exitcode == 0
     assert len(bag.table) == 20_000
-    rows = bag.table._insert(ids)
+    rows = insert_initial(bag.table, ids)
     wanted = (40_000, rows[-1].item(), bag.eval()(ids.view(-1, 4))[-1].tolist())
     assert answers == [wanted, wanted]
 

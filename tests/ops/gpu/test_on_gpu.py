@@ -32,7 +32,7 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdam, SparseAdamW, SparseRowwiseAdagrad, SparseSGD
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, everything, trainer
-from tests.helpers.sample_tables import EXTREMES, by_id, filled, same, trained
+from tests.helpers.sample_tables import EXTREMES, by_id, filled, insert_initial, same, trained
 from tests.table.test_hash_table_machine import TableAgainstDict
 
 pytestmark = [
@@ -58,7 +58,7 @@ def test_a_million_duplicates_of_few_ids(distinct):
     """Many lanes want one entry: each id gets one row, in the order of first appearance."""
     table = HashTable(4, device="cuda", name="t")
     ids = torch.randint(0, distinct, (1_000_000,), generator=torch.Generator().manual_seed(0))
-    table._insert(ids.cuda())
+    insert_initial(table, ids.cuda())
     assert len(table) == len(ids.unique())
     assert torch.equal(_rows_of(table, ids.cuda()), _first_appearances(ids))
 
@@ -67,7 +67,7 @@ def test_a_million_new_ids():
     """All are inserted at once, the ends of int64 among them."""
     table = HashTable(1, device="cuda", name="t")
     ids = torch.cat([EXTREMES, torch.randperm(1_000_000) * 7919 + 5])
-    table._insert(ids.cuda())
+    insert_initial(table, ids.cuda())
     assert len(table) == len(ids)
     assert torch.equal(_rows_of(table, ids.cuda()), torch.arange(len(ids)))
 
@@ -75,7 +75,7 @@ def test_a_million_new_ids():
 def test_blocks_racing_for_one_slot():
     """Ids whose search starts at one slot form one long run of entries, and none is lost."""
     table = HashTable(1, device="cuda", name="t")
-    table.reserve_ids(1 << 15)
+    table.storage.reserve_ids(1 << 15)
     shift = 64 - (table.capacity.bit_length() - 1)
     candidates = torch.arange(1 << 24)
     mixed = candidates * (0x9E3779B97F4A7C15 - 2**64)
@@ -84,7 +84,7 @@ def test_blocks_racing_for_one_slot():
     ids = candidates[slots == slots[0]].repeat(50)
     assert len(ids.unique()) > 100
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    table._insert(ids.cuda())
+    insert_initial(table, ids.cuda())
     assert torch.equal(_rows_of(table, ids.cuda()), _first_appearances(ids))
 
 
@@ -96,11 +96,11 @@ def test_rows_are_reused_under_churn():
         ids = torch.randint(-5000, 5000, (4000,), generator=generator)
         gone = torch.randint(-5000, 5000, (2000,), generator=generator)
         for table in (ours, wanted):
-            table._insert(ids.to(table.device))
+            insert_initial(table, ids.to(table.device))
         assert torch.equal(_rows_of(ours, ids), _rows_of(wanted, ids))
         assert ours.delete(gone) == wanted.delete(gone)
-    assert torch.equal(ours.rows.free_rows.cpu(), wanted.rows.free_rows)
-    assert ours.rows.num_rows == wanted.rows.num_rows < 10_500
+    assert torch.equal(ours.storage.rows.free_rows.cpu(), wanted.storage.rows.free_rows)
+    assert ours.storage.rows.num_rows == wanted.storage.rows.num_rows < 10_500
 
 
 def _pair(optimizer, dtype=torch.float32, admission=None, **kwargs):
@@ -228,9 +228,9 @@ def test_out_of_memory_names_the_table_and_changes_nothing():
     table = filled(3, 1000, device="cuda")
     held = by_id_without_stamps(table)
     with pytest.raises(MemoryError, match=r"table 't', with 1000 rows in \d+ bytes, .* rows more"):
-        table.reserve_rows(1 << 44)
+        table.storage.reserve_rows(1 << 44)
     with pytest.raises(MemoryError, match=r"table 't', .* an index of \d+ entries"):
-        table.reserve_ids(1 << 44)
+        table.storage.reserve_ids(1 << 44)
     after = by_id_without_stamps(table)
     assert all(torch.equal(held[name], after[name]) for name in held)
     table.insert(torch.tensor([5000]), torch.ones(1, 3))
@@ -389,7 +389,7 @@ def test_admission_on_the_gpu(admission):
             module(torch.cat([batch, EXTREMES]).to(device))
         table = module.table
         ids = table.ids().cpu().sort().values
-        states.append({**table.sightings.state(), "ids": ids})
+        states.append({**table.storage.admission_counter.state(), "ids": ids})
         states[-1]["refused"] = table.statistics().refused
         assert states[-1]["refused"] > 0
     assert same(*states)

@@ -1,0 +1,54 @@
+"""Insertion of ids and their rows into one table, whatever its admission policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_lightning.ops import embedding_bag, hash_index
+from recis_lightning.table.statistics import ReadmissionTracker
+from recis_lightning.table.storage import Storage
+
+
+def insert_rows(
+    storage: Storage, tracker: ReadmissionTracker | None, ids: Tensor, weights: Tensor
+) -> None:
+    """Set the weights of ids, giving unknown ones a row; of a repeated id the last row counts.
+
+    Args:
+        storage: The table's.
+        tracker: Counts evicted ids that come back, or None.
+        ids: int64 [n], on the storage's device, contiguous.
+        weights: [n, embedding_dim] in the storage's dtype, there too.
+    """
+    segments = storage.segments(ids, insert=True)
+    rows, new = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], storage.device)
+    if new is not None:
+        if new.numel() and int(new[-1]) < 0:  # a backend that does not wait fills up with -1
+            new = new[new >= 0]
+        if tracker is not None:
+            tracker.note_new(ids[new].cpu())
+    if storage.admission_counter is not None:
+        storage.admission_counter.forget(ids)
+    if new is not None and new.numel() == rows.numel():
+        storage.rows.write(rows, weights, {})
+        return
+    if new is not None:
+        storage.rows.write(rows[new], weights[new], {})
+    chosen = _last_occurrences(rows, storage.rows.num_rows)
+    embedding_bag.write_rows_(storage.header, rows[chosen], weights[chosen].contiguous())
+
+
+def _last_occurrences(rows: Tensor, num_rows: int) -> Tensor:
+    """Return the last position of each row that occurs in ``rows``, int64 [m]."""
+    count, known = rows.numel(), rows.cpu().numpy()
+    if 8 * count < num_rows:
+        last = np.unique(known[::-1], return_index=True)[1]
+        return torch.from_numpy(count - 1 - last).to(rows.device)
+    last, positions = np.empty(num_rows, np.int64), np.arange(count)
+    last[known] = positions  # of equal indices NumPy keeps the last
+    return torch.from_numpy(np.flatnonzero(last[known] == positions)).to(rows.device)
+
+
+__all__ = ["insert_rows"]
