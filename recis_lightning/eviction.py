@@ -297,7 +297,7 @@ class AnyOf(_Composition):
     many.
 
     Args:
-        policies: At least one; others of this kind among them are fine.
+        policies: At least one, in the order in which they are applied; compositions are fine.
 
     Raises:
         TypeError, ValueError: ``policies`` is empty or holds something else.
@@ -331,7 +331,7 @@ class AllOf(_Composition):
     Each policy gets all rows, and counts those that it evicts itself.
 
     Args:
-        policies: At least one; others of this kind among them are fine.
+        policies: At least one, in any order; compositions are fine.
 
     Raises:
         TypeError, ValueError: ``policies`` is empty or holds something else.
@@ -342,17 +342,17 @@ class AllOf(_Composition):
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", _check_policies(self.policies))
 
-    @property
-    @override
-    def members(self) -> Sequence[Eviction]:
-        return self.policies
-
     @override
     def name_rows(self, rows: RowColumns, tally: dict[str, int]) -> Tensor:
         expired = rows.evictable.clone()
         for policy in self.policies:
             expired &= policy.name_rows(rows, tally)
         return expired
+
+    @property
+    @override
+    def members(self) -> Sequence[Eviction]:
+        return self.policies
 
 
 def count_marked(mask: Tensor) -> int:
