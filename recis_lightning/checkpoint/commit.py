@@ -76,7 +76,7 @@ class Commit:
                 raise ValueError
             return cls(**fields, tables=tables)
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"{where}: what it says of tables is damaged") from None
+            raise ValueError(f"{where}: its list of tables is damaged") from None
 
     @classmethod
     def read(cls, file: Path) -> Commit:

@@ -1,4 +1,4 @@
-"""``CheckpointHook`` under a Trainer, on one process; many ranks are in another file."""
+"""``CheckpointHook`` under a Trainer on one process; many ranks are in another file."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ ALL = ["item", "tags", "user"]
     "settings", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-true"}]
 )
 def test_resuming_is_as_if_nothing_had_happened(tmp_path, settings):
-    """With the hook and without it: dense weights, rows, slots, stamps and steps."""
+    """With the hook and without it: dense weights, rows, slots, last-seen steps and steps."""
     model = Model()
     saving(tmp_path, LoggerHook(3), settings=settings).fit(model, ResumableLoader())
     assert shards_of(tmp_path, "step=5.ckpt") == ALL
@@ -79,7 +79,7 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path, settings):
 
 
 def test_load_from_checkpoint(tmp_path):
-    """No Trainer, no hook; and the functions that need neither."""
+    """The module, and the functions of ``checkpoint``, need neither Trainer nor hook."""
     model = Model()
     saving(tmp_path, every=16).fit(model, ResumableLoader())
     file = tmp_path / "step=16.ckpt"
@@ -209,7 +209,7 @@ def test_async_checkpoints(tmp_path):
 
 
 class HeldIO(TorchCheckpointIO):
-    """Writes files; from the second on, only once it is told to, or fails if it is told that."""
+    """Writes files; from the second on, waits for ``go``, and raises ``error`` if there is one."""
 
     def __init__(self):
         self.files, self.go, self.error = 0, threading.Event(), None
@@ -223,7 +223,7 @@ class HeldIO(TorchCheckpointIO):
 
 
 def test_an_async_checkpoint_ends_while_the_next_is_written(tmp_path, monkeypatch):
-    """What it clears away is of checkpoints before it, never of the one that is on its way."""
+    """It removes files of the checkpoints before it, never those of the next."""
     model, held = Model(), HeldIO()
     run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
     run.fit(model, ResumableLoader())
@@ -270,7 +270,7 @@ def test_a_checkpoint_removed_before_it_was_written(tmp_path):
 
 
 def test_an_async_checkpoint_that_fails(tmp_path):
-    """The save that tells of it is not made either; the checkpoint before both stays whole."""
+    """The next save raises its error and fails too; the checkpoint before both stays whole."""
     held = HeldIO()
     run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
     run.fit(Model(), ResumableLoader())
@@ -301,7 +301,7 @@ def test_weight_averaging(tmp_path):
 
 
 def test_a_moved_checkpoint(tmp_path):
-    """Where it was moved with its folder the hook finds it; without the hook an error says how."""
+    """The hook finds a folder that was moved with its file; without the hook it is an error."""
     model = Model()
     saving(tmp_path / "a", every=5).fit(model, ResumableLoader())
     (tmp_path / "a").rename(tmp_path / "b")
@@ -325,7 +325,7 @@ def harm(file, table):
 @pytest.mark.parametrize("table", ALL)
 @pytest.mark.parametrize("hook", [True, False])
 def test_a_damaged_shard_changes_nothing(tmp_path, table, hook):
-    """Whichever table's it is: no other one is loaded before it is found."""
+    """No other table is loaded before the damage is found."""
     saving(tmp_path).fit(Model(), ResumableLoader())
     harm(tmp_path / "step=5.ckpt", table)
     model = Model(seed=1)
@@ -363,7 +363,7 @@ class OtherTables(Model):
     ],
 )
 def test_another_model_is_refused(tmp_path, kind, message):
-    """Before a step is taken."""
+    """The error comes before the first step."""
     saving(tmp_path).fit(Model(), ResumableLoader())
     model = kind(seed=1)
     model.on_train_batch_start = lambda *_: pytest.fail("it trains")
@@ -408,7 +408,7 @@ def test_what_the_hook_refuses(tmp_path):
 
 
 def test_a_model_without_tables(tmp_path):
-    """Has nothing to do with us."""
+    """It is saved by Lightning alone."""
     run = saving(tmp_path, every=5)
     run.fit(Model(tables=False, separate=True), ResumableLoader())
     assert not list(tmp_path.glob("*.tables"))

@@ -55,8 +55,8 @@ def held(module):
 @pytest.mark.parametrize("optimizer", [SparseAdam, SparseAdagrad, SparseRowwiseAdagrad, SparseSGD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loads_as_saved(tmp_path, optimizer, dtype):
-    """Every id, weight, slot, stamp and count; training goes on alike."""
-    # More rows than one piece of a file has.
+    """Every id, weight, slot, last-seen step and count is loaded; training goes on alike."""
+    # More rows than one chunk of a file has.
     module = train(model(dtype=dtype, optimizer=optimizer), size=35_000)
     checkpoint.save(tmp_path / "new" / "folder", module)
     other = model(dtype=dtype, optimizer=optimizer)
@@ -69,7 +69,7 @@ def test_loads_as_saved(tmp_path, optimizer, dtype):
 
 @pytest.mark.parametrize("admission", [MinCount(3), BloomCount(3, 2**21)])
 def test_counts_of_ids_without_a_row(tmp_path, admission):
-    """What admission policies know is part of a checkpoint."""
+    """Counts of admission policies are part of a checkpoint."""
     first, other = (DynamicEmbedding(2, name="t", admission=admission) for _ in range(2))
     first(torch.tensor([5, 5, -7, 9]))
     checkpoint.save(tmp_path, first)
@@ -82,7 +82,7 @@ def test_counts_of_ids_without_a_row(tmp_path, admission):
 
 
 def test_no_optimizer_takes_the_state_along(tmp_path):
-    """A table for evaluation holds on to what training needs."""
+    """A table without optimizer keeps the optimizer state that was saved."""
     module = train(model())
     checkpoint.save(tmp_path, module)
     other = model(optimizer=None)
@@ -91,7 +91,7 @@ def test_no_optimizer_takes_the_state_along(tmp_path):
 
 
 def test_a_second_save_replaces_the_first(tmp_path):
-    """Files of the first go once the second is whole; what is not ours stays."""
+    """Files of the first save go once the second is whole; files of others stay."""
     module = train(model())
     checkpoint.save(tmp_path, module)
     (tmp_path / "notes.txt").write_text("mine")
@@ -130,7 +130,7 @@ def cut(folder):
 
 
 def swap(folder):
-    """Put the file of another save, of the same tables, in the place of ours."""
+    """Replace a file by that of another save of the same tables."""
     saved(folder / "other")
     shutil.copy(a_file(folder / "other"), a_file(folder))
 
@@ -171,7 +171,7 @@ def age(folder):
 )
 @pytest.mark.parametrize("fresh", [True, False])
 def test_what_is_damaged_changes_nothing(tmp_path, harm, message, fresh):
-    """Not even a table whose own file is well; and the model trains on."""
+    """Tables whose own files are whole stay too; and the model trains on."""
     saved(tmp_path / "a")
     harm(tmp_path / "a")
     module = model() if fresh else train(model(), steps=2)
@@ -194,7 +194,7 @@ def test_what_is_damaged_changes_nothing(tmp_path, harm, message, fresh):
     ],
 )
 def test_another_model_is_refused(tmp_path, other, message):
-    """By dim, dtype, optimizer and tables; the model is as it was."""
+    """Another dim, dtype, optimizer or set of tables is an error; the model is as it was."""
     saved(tmp_path)
     module = train(model(**other), steps=1)
     before = held(module)
@@ -204,7 +204,7 @@ def test_another_model_is_refused(tmp_path, other, message):
 
 
 def test_arguments(tmp_path):
-    """What cannot be saved is named."""
+    """Tables that cannot be saved are named in the error."""
     with pytest.raises(ValueError, match="two have the name 'a'"):
         checkpoint.save(tmp_path, [HashTable(2, name="a"), HashTable(3, name="a")])
     with pytest.raises(TypeError, match="expected HashTable, got Linear"):
@@ -213,7 +213,7 @@ def test_arguments(tmp_path):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
-    """The error is the disk's own, nothing is left of the save, and the older one loads."""
+    """The error is the system's, nothing is left of the save, and the older one loads."""
     module = saved(tmp_path)
     files, before = sorted(tmp_path.iterdir()), held(module)
     train(module)
@@ -226,7 +226,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
 
 
 def test_inspect(tmp_path):
-    """What is in a checkpoint, without its rows."""
+    """``inspect`` returns sizes and layout."""
     module = saved(tmp_path)
     found = checkpoint.inspect(tmp_path)
     assert set(found) == {"user", "item/ä"}
@@ -250,7 +250,7 @@ def same_arrays(found, table):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_read_a_table(tmp_path, dtype):
-    """Into NumPy and pandas, and to Parquet."""
+    """A table is read into NumPy and pandas, and written to Parquet."""
     module = saved(tmp_path, dtype=dtype)
     found = checkpoint.read_table(tmp_path, "user")
     same_arrays(found, module[0].table)
@@ -267,7 +267,7 @@ def test_read_a_table(tmp_path, dtype):
 
 
 def test_read_an_empty_table(tmp_path):
-    """It has columns all the same."""
+    """A table without rows has columns all the same."""
     checkpoint.save(tmp_path, model())
     found = checkpoint.read_table(tmp_path, "user")
     assert {key: value.shape for key, value in found.items()} == {
@@ -280,7 +280,7 @@ def test_read_an_empty_table(tmp_path):
 
 
 def test_reading_checks_too(tmp_path):
-    """A damaged table is no array, and no Parquet file."""
+    """A damaged table gives no array and no Parquet file."""
     saved(tmp_path)
     flip(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
@@ -306,7 +306,7 @@ def test_a_state_dict_is_a_checkpoint_too(tmp_path):
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    """Files that hold something else."""
+    """Files with other content are errors."""
     (tmp_path / "text").write_text("hello")
     torch.save([1, 2], tmp_path / "list")
     torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Processes that are killed while they save: what is left loads, and nothing is lost."""
+"""Processes that are killed while they save: the checkpoint loads, and nothing is lost."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ IDS, STEPS = torch.arange(-400, 400), 40
 
 
 def killed_after(seconds, works):
-    """Run functions in processes of their own, kill -9 all after some time; return their words."""
+    """Run functions in processes of their own, kill -9 all after a time; return what they sent."""
     ours, theirs = _FORK.Pipe(duplex=False)
     processes = [_FORK.Process(target=work, args=(theirs,)) for work in works]
     for process in processes:
@@ -68,7 +68,7 @@ def tables():
 
 
 def save_on(folder, store, rank, world_size):
-    """Return what a rank does: save again and again, each save all of one number."""
+    """Return the work of a rank: save again and again, in each save one number only."""
 
     def work(pipe):
         torch.set_num_threads(1)
@@ -115,7 +115,7 @@ class OneEpoch(ResumableLoader):
 
 
 def training(path, resume):
-    """Return what a process does: train, saving after every batch, from where the last one was."""
+    """Return the work of a process: train on from the last checkpoint, save after every batch."""
 
     def work(pipe):
         torch.set_num_threads(1)

@@ -51,7 +51,7 @@ def count_of(run):
     ],
 )
 def test_resuming_is_as_if_nothing_had_happened(tmp_path, step, settings):
-    """Mid-epoch: dense weights, rows, slots, stamps, steps, rates and counts, bit by bit."""
+    """Mid-epoch: dense weights, rows, slots, last-seen steps, rates and counts, bit by bit."""
     whole, model = saving(tmp_path, **settings), Scheduled()
     whole.fit(model, ResumableLoader())
     again, resumed = saving(tmp_path / "again", **settings), Scheduled(seed=1)
@@ -98,7 +98,7 @@ def test_checkpoints_load_safely(tmp_path):
 
 
 def test_load_from_checkpoint(tmp_path):
-    """Rows come along with the weights, and evaluation gives what it gave."""
+    """Rows are loaded with the weights, and evaluation gives the same figures."""
     model, run = Model(), trainer(tmp_path)
     run.fit(model, loader())
     file = tmp_path / "model.ckpt"
@@ -169,7 +169,7 @@ def test_copies_of_a_trained_module(tmp_path, copier):
 
 
 def test_a_second_fit_goes_on(tmp_path):
-    """Moments and update counts are part of a table; a new optimizer takes them up."""
+    """Moments and update counts are part of a table; a new optimizer continues from them."""
     model = Model()
     trainer(tmp_path).fit(model, loader())
     held = everything(model)

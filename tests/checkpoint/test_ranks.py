@@ -98,7 +98,7 @@ def test_lightning_without_the_hook(tmp_path, ranks):
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
-def test_ranks_are_told_that_the_main_file_was_not_written(tmp_path, ranks):
+def test_all_ranks_raise_if_the_main_file_is_not_written(tmp_path, ranks):
     """None waits for rank 0; the checkpoint there was stays whole, and the next one is saved."""
     answers = ranks.run(
         2, checkpoint_ranks.save_where_the_main_file_fails, tmp_path, group_timeout_s=60
@@ -112,7 +112,7 @@ def test_ranks_are_told_that_the_main_file_was_not_written(tmp_path, ranks):
 
 
 @pytest.mark.parametrize(("failing_rank", "of_module"), [(0, False), (1, True)])
-def test_ranks_are_told_that_one_has_no_state_to_save(tmp_path, ranks, failing_rank, of_module):
+def test_all_ranks_raise_if_one_has_no_state_to_save(tmp_path, ranks, failing_rank, of_module):
     """Lightning asks callbacks and module on every rank, and one of them may raise there alone."""
     answers = ranks.run(
         2,
@@ -123,15 +123,15 @@ def test_ranks_are_told_that_one_has_no_state_to_save(tmp_path, ranks, failing_r
         group_timeout_s=60,
     )
     assert answers[failing_rank][0] == "KeyError: 'no state'"
-    told = f"RuntimeError: rank {failing_rank} failed: KeyError: 'no state'"
-    assert answers[1 - failing_rank][0] == told
+    error = f"RuntimeError: rank {failing_rank} failed: KeyError: 'no state'"
+    assert answers[1 - failing_rank][0] == error
     assert max(waited for _, waited in answers) < 30
     for name in ("a.ckpt", "b.ckpt"):
         assert len(list((tmp_path / f"{name}.tables").iterdir())) == 2 * 3
         checkpoint.read_table(tmp_path / name, "user")
 
 
-def test_ranks_are_told_that_one_does_not_see_the_shards(tmp_path, ranks):
+def test_all_ranks_raise_if_one_does_not_see_the_shards(tmp_path, ranks):
     """As on a machine that does not share the folder: none waits for the one that fails."""
     ranks.run(2, checkpoint_ranks.fit, tmp_path, save_top_k=1)
     answers = ranks.run(

@@ -1,4 +1,4 @@
-"""What ranks do in tests of checkpoints; each function runs in every process of a group."""
+"""Functions that ranks run in tests of checkpoints, each in every process of a group."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def tables():
 
 
 def filled(seed=0, count=20_000):
-    """Return tables with this rank's part of what all ranks draw alike."""
+    """Return tables with this rank's part of rows that all ranks draw alike."""
     made, optimizers = tables()
     for table in made:
         generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def filled(seed=0, count=20_000):
 
 
 def held(made):
-    """Return all that tables hold, in NumPy, by id."""
+    """Return the state of tables, as NumPy arrays in the order of ids."""
     states = {}
     for table in made:
         ids, rows = table.ids_map()
@@ -125,7 +125,7 @@ def load_and_save(folder, target=None):
 
 
 def refused(folder, rank_with_tables=None):
-    """Load what cannot be loaded; return the error, after seeing that nothing changed."""
+    """Load a damaged checkpoint; check that nothing changed, and return the error."""
     made, _optimizers = filled(seed=1, count=300)
     before = held(made)
     own = made[:1] if collectives.rank() == rank_with_tables else made
@@ -138,7 +138,7 @@ def refused(folder, rank_with_tables=None):
 
 
 def save_with_full_disk(folder, full_rank):
-    """Save where one rank's disk is full; return the error and what files there are."""
+    """Save where one rank's disk is full; return the error and the files of the folder."""
     made, _optimizers = filled(seed=1, count=300)
     reserve = shard_file._reserve
     if collectives.rank() == full_rank:
@@ -180,7 +180,7 @@ def state_dict_alone():
 
 
 def fit(path, ckpt_path=None, max_epochs=1, **kept):
-    """Train an epoch under Lightning, saving every second step; return what this rank has."""
+    """Train an epoch under Lightning, saving every second step; return this rank's tables."""
     model = Model()
     keep = ModelCheckpoint(
         path, "{step}", every_n_train_steps=2, monitor="step", mode="max", **kept
@@ -217,7 +217,7 @@ def save_where_the_main_file_fails(path):
 
 
 def save_where_a_hook_fails(path, failing_rank, of_module):
-    """Save while what Lightning asks on one rank raises, and again; return as the one above."""
+    """Save while a hook raises on one rank, and again; return the error and how long it took."""
 
     def on_save_checkpoint(*args):
         raise KeyError("no state")
@@ -242,7 +242,7 @@ def save_where_a_hook_fails(path, failing_rank, of_module):
 
 
 def load_where_the_folder_is_missing(path, blind_rank):
-    """Load where one rank does not see the shards; return as those above."""
+    """Load where one rank does not see the shards; return the error and how long it took."""
     find_folder, error = Commit.find_folder, ""
     if collectives.rank() == blind_rank:
 
@@ -261,7 +261,7 @@ def load_where_the_folder_is_missing(path, blind_rank):
 
 
 def load_in_trainer(path, hook=True):
-    """Let a Trainer load a checkpoint; return what this rank has of it."""
+    """Let a Trainer load a checkpoint; return this rank's tables."""
     model = Model(seed=1)
     with as_torchrun() as settings:
         run = trainer(path.parent / "x", *([CheckpointHook()] if hook else []), **settings)
