@@ -27,7 +27,7 @@ class Sightings:
 
     def __init__(self, screening: Screening, device: torch.device) -> None:
         self.screening = screening
-        self.header = Header(device, backend.runs_later(device))
+        self.header = Header(device, backend.is_async(device))
         for field, value in screening.fields().items():
             self.header.fields[field] = value
         self.clear()
@@ -73,7 +73,7 @@ class Sightings:
         self.header.fields[admission.NUM_LOOKUPS] += 1
         self.header.publish()
         if self.screening.fade_after:
-            admission.fade_(self.header, self._padded_counters, self.screening.fade_after)
+            admission.decay_(self.header, self._padded_counters, self.screening.fade_after)
 
     def reserve(self, at_most: int, count: Callable[[], int] | None = None) -> None:
         """Make room for ``at_most`` ids more; what says nothing any more goes first.

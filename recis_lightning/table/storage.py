@@ -95,7 +95,7 @@ class TableStorage(TableSurvey):
 
     def start_storage(self) -> None:
         """Make a header and empty storage."""
-        self.header = Header(self.device, backend.runs_later(self.device))
+        self.header = Header(self.device, backend.is_async(self.device))
         self.empty_storage({}, 0.0)
         _epoch.advance()
 
