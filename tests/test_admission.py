@@ -172,7 +172,7 @@ def test_positions_may_stand_for_several_occurrences(backend):
         lines = table.storage.segments(asked, insert=True)
         lines[0, SEGMENT_FLAGS] |= SCREEN
         rows, _ = hash_index.find_or_insert(
-            lines, 3, [table.storage], [0], table.device, sightings=ids(2, 3, 1)
+            lines, 3, [table.storage], [0], table.device, occurrences=ids(2, 3, 1)
         )
         assert known(module) == expected
         assert (rows >= 0).tolist() == [False, bool(expected), False]
@@ -232,7 +232,7 @@ def test_backends_agree_with_the_reference(kernels, admission):
                 lines = table.storage.segments(asked, insert=True)
                 lines[0, SEGMENT_FLAGS] |= SCREEN
                 hash_index.find_or_insert(
-                    lines, asked.numel(), [table.storage], [0], table.device, sightings=weights
+                    lines, asked.numel(), [table.storage], [0], table.device, occurrences=weights
                 )
             memory = table.storage.admission_counter.state()
             states.append({**memory, "ids": table.ids(), "refused": table.statistics().refused})

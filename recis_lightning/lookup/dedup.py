@@ -115,7 +115,7 @@ class Deduplicator:
             no_counts = np.zeros((self._num_ranks, num_tables), np.int64)
             return DeduplicatedIds(labels[:0], no_counts, labels)
         is_new = None
-        if backend.runs_later(self._device):  # then -1 fills up what is not new
+        if backend.is_async(self._device):  # then -1 fills up what is not new
             is_new, new = new >= 0, new.clamp(min=0)
         joined = ids[0] if len(ids) == 1 else torch.cat(list(ids))
         distinct = joined[new]
@@ -151,7 +151,7 @@ class _SeenIds(TableMemory):
     """Distinct ids of one table in a lookup, as a table that index ops know."""
 
     def __init__(self, device: torch.device) -> None:
-        self.header = Header(device, backend.runs_later(device))
+        self.header = Header(device, backend.is_async(device))
         self._entries = self._empty_entry = torch.empty(0, 2, dtype=torch.int64, device=device)
         self._capacity = 0
 

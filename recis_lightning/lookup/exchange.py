@@ -265,7 +265,7 @@ def _point_to_data(plan: Plan, data: Tensor) -> None:
 
 def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
     """Return a table's header for rows that lie one after the other, and what it points to."""
-    header = Header(rows.device, backend.runs_later(rows.device))
+    header = Header(rows.device, backend.is_async(rows.device))
     blocks = to_device_async(np.array([rows.data_ptr()]), rows.device)
     header.fields[BLOCKS] = blocks.data_ptr()
     header.fields[BLOCK_SHIFT] = len(rows).bit_length()

@@ -1,1 +1,1 @@
-"""Ops on tables: a contract a file, with kernels by backend in the folders below."""
+"""Ops on tables: one contract a file, and its implementations in a folder for each backend."""

@@ -1,20 +1,20 @@
-"""Which unknown ids of a lookup are let in: the contract, and the memory of sightings.
+"""Admission of unknown ids: the contract of the check, and of the counts that it keeps.
 
-A table whose policy *screens* remembers something of ids without a row, behind a header of its own
-(the *memory*), which the table's header points to. ``find_or_insert`` screens what it did not find,
-between finding and inserting: positions whose id may come in stay MISSING, others become UNKNOWN.
-So known ids cost nothing, and the index of rows holds none but admitted ids.
+A table whose policy checks ids keeps an *admission counter* of ids without a row, with a header of
+its own that the table's header points to. ``find_or_insert`` checks the ids that it did not find,
+between finding and inserting: positions of admitted ids stay MISSING, the others become UNKNOWN. So
+known ids cost nothing, and the index of rows holds admitted ids only.
 
-The clock of a memory is the number of its table's training lookups. Three kinds of memory:
+The counter's clock is the number of its table's training lookups. There are three kinds:
 
-- ``COUNT``: open addressing as in ``hash_index``, entries ``(id, lookup << 32 | count)``: how often
-  the id was sighted, and in which lookup last. An entry says nothing (it is as good as absent) if
-  its id was let in before, or was not sighted in the last FORGET_AFTER lookups. Such entries go
-  when the memory would otherwise grow.
-- ``SKETCH``: a count-min sketch of bytes, one row of it a hash function.
-- ``DRAW``: none; whether an id comes in is a hash of the table's key, the id and the lookup.
+- ``COUNT``: open addressing as in ``hash_index``, with entries ``(id, lookup << 32 | count)``: the
+  id's occurrences, and the last lookup that had it. An entry is void (as good as absent) if its id
+  was admitted before, or did not occur in the last ADMISSION_FORGET_AFTER lookups. Void entries are
+  dropped when the counter would otherwise grow.
+- ``SKETCH``: a count-min sketch of bytes, with one row for each hash function.
+- ``DRAW``: no counts; a hash of the table's key, the id and the lookup decides.
 
-Counts stop at THRESHOLD, so a sum does not depend on the order in which threads add to it.
+Counts stop at ADMISSION_THRESHOLD, so a sum does not depend on the order in which threads add.
 """
 
 from __future__ import annotations
@@ -50,97 +50,98 @@ COUNT_MASK = fields.COUNT_MASK
 MAX_LOOKUPS = fields.MAX_LOOKUPS
 MAX_COUNTER = fields.MAX_COUNTER
 
-Screen = Callable[[Tensor | None, Tensor], Tensor | None]
+CheckFunction = Callable[[Tensor | None, Tensor], Tensor | None]
+"""Function of misses and rows, as ``begin_check`` returns it."""
 
 
-def screening(
+def begin_check(
     segments: npt.NDArray[np.int64],
     num_ids: int,
     tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
     device: torch.device,
-    sightings: Tensor | None,
-) -> Screen | None:
-    """Begin a training lookup; return what it asks about the ids that it does not find.
+    occurrences: Tensor | None,
+) -> CheckFunction | None:
+    """Begin a training lookup; return the admission check of the ids that it does not find.
 
     Args:
         segments: As for ``find_or_insert``, like all that follow.
         num_ids: n.
         tables: The group's tables.
-        segment_tables: For each segment, its table's position in ``tables``.
-        device: Where the ids are.
-        sightings: int64 [n], occurrences that each position stands for; None means 1.
+        segment_tables: For each segment, the index of its table in ``tables``.
+        device: Device of the ids.
+        occurrences: int64 [n], how many occurrences each position stands for; None means 1.
 
     Returns:
-        None if no table screens. Else a function of misses (int64 [m], ascending positions) and
-        rows (int64 [n]) that marks in ``rows`` whose id may not come in, and returns the others.
-        Where the host does not wait for the device, misses are None: those that ``rows`` has as
-        MISSING; and so is what is returned.
+        None if no table's policy checks ids. Else a function of misses (int64 [m], ascending
+        positions) and rows (int64 [n]): it marks refused positions in ``rows`` as UNKNOWN and
+        returns the other misses. Where the host does not wait for the device, misses are None,
+        which stands for the positions that are MISSING in ``rows``, and so is the result.
     """
-    screened = np.flatnonzero(segments[:, SEGMENT_FLAGS] & SCREEN).tolist()
-    if not screened:
+    checked = np.flatnonzero(segments[:, SEGMENT_FLAGS] & SCREEN).tolist()
+    if not checked:
         return None
-    numbers = dict.fromkeys(segment_tables[segment] for segment in screened)
+    numbers = dict.fromkeys(segment_tables[segment] for segment in checked)
     for number in numbers:
         tables[number].count_lookup()
-    weights = None if sightings is None else sightings.contiguous()
+    counted = None if occurrences is None else occurrences.contiguous()
 
     starts = segments[:, SEGMENT_START]
 
-    def screen(misses: Tensor | None, rows: Tensor) -> Tensor | None:
+    def check(misses: Tensor | None, rows: Tensor) -> Tensor | None:
         with backend.region("recis::screen"):
             module = backend.module("admission", device)
             if misses is None:
-                cuts = np.append(starts, num_ids)
+                bounds = np.append(starts, num_ids)
             else:
-                cuts = np.append(np.searchsorted(misses.cpu().numpy(), starts), len(misses))
+                bounds = np.append(np.searchsorted(misses.cpu().numpy(), starts), len(misses))
             at_most = dict.fromkeys(numbers, 0)
-            parts: dict[int, list[tuple[int, int]]] = {number: [] for number in numbers}
-            for segment in screened:
+            spans: dict[int, list[tuple[int, int]]] = {number: [] for number in numbers}
+            for segment in checked:
                 number = segment_tables[segment]
-                low, high = int(cuts[segment]), int(cuts[segment + 1])
+                low, high = int(bounds[segment]), int(bounds[segment + 1])
                 at_most[number] += high - low
-                parts[number].append((low, high))
-            for number, num_sighted in at_most.items():
-                if num_sighted:
-                    count = None if misses is not None else partial(_count, rows, parts[number])
-                    tables[number].reserve_counts(num_sighted, count)
-            module.screen(segments, num_ids, misses, rows, weights)
+                spans[number].append((low, high))
+            for number, num_counted in at_most.items():
+                if num_counted:
+                    count = None if misses is not None else partial(_count, rows, spans[number])
+                    tables[number].reserve_counts(num_counted, count)
+            module.check_(segments, num_ids, misses, rows, counted)
             return None if misses is None else misses[rows[misses] != UNKNOWN]
 
-    return screen
+    return check
 
 
-def _count(rows: Tensor, parts: list[tuple[int, int]]) -> int:
-    """Return how many positions of some stretches of ``rows`` are MISSING; waits for them."""
-    return int(torch.stack([(rows[low:high] == MISSING).sum() for low, high in parts]).sum())
+def _count(rows: Tensor, spans: list[tuple[int, int]]) -> int:
+    """Return how many positions in some spans of ``rows`` are MISSING; waits for the device."""
+    return int(torch.stack([(rows[low:high] == MISSING).sum() for low, high in spans]).sum())
 
 
-def fade_(memory: Header, counters: Tensor, window: int) -> None:
+def decay_(counter: Header, sketch: Tensor, window: int) -> None:
     """Halve a sketch, rounding down, if ``window`` occurrences were added since the last time.
 
     Args:
-        memory: Its header; NUM_COUNTED starts again from 0 then.
-        counters: uint8 [num_hashes * width], padded to whole words of 4 bytes.
-        window: Occurrences.
+        counter: Header of the admission counter; ADMISSION_NUM_COUNTED then restarts from 0.
+        sketch: uint8 [num_hashes * width], padded to whole words of 4 bytes.
+        window: Number of occurrences.
     """
-    if memory.is_mirrored:  # only the device knows whether it is due
-        backend.module("admission", memory.device).fade_(memory, counters, window)
+    if counter.is_mirrored:  # only the device knows whether it is due
+        backend.module("admission", counter.device).decay_(counter, sketch, window)
         return
-    values = memory.fields
-    if values[NUM_COUNTED] >= window:
-        counters >>= 1
-        values[NUM_COUNTED] = 0
+    values = counter.fields
+    if values[fields.ADMISSION_NUM_COUNTED] >= window:
+        sketch >>= 1
+        values[fields.ADMISSION_NUM_COUNTED] = 0
 
 
-def forget_(memory: Header, ids: Tensor) -> None:
-    """Make a COUNT memory say nothing of some ids.
+def forget_(counter: Header, ids: Tensor) -> None:
+    """Void the counts of some ids in a COUNT counter.
 
     Args:
-        memory: Its header.
+        counter: Header of the admission counter.
         ids: int64 [n].
     """
-    backend.module("admission", ids.device).forget_(memory, ids)
+    backend.module("admission", ids.device).forget_(counter, ids)
 
 
-__all__ = ["Screen", "fade_", "forget_", "screening"]
+__all__ = ["CheckFunction", "begin_check", "decay_", "forget_"]

@@ -1,4 +1,4 @@
-"""Copies from the host that never make it wait for a device."""
+"""Asynchronous copies from host to device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def to_device_async(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Copy an array to a device in the order of its stream, without waiting for it.
 
     Args:
-        values: Read before this returns: the caller may change it then.
-        device: Where to; the CPU too.
+        values: Read before this returns, so the caller may change it afterwards.
+        device: Target device, which may be the CPU.
 
     Returns:
         A tensor of its shape and dtype.
@@ -24,12 +24,17 @@ def to_device_async(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 def copy_async_(target: Tensor, values: npt.NDArray[Any]) -> None:
-    """Overwrite a tensor on a device with an array as ``to_device_async`` copies one."""
+    """Overwrite a tensor with an array, in the order of its device's stream, without waiting.
+
+    Args:
+        target: Tensor of the array's shape and dtype.
+        values: Read before this returns, so the caller may change it afterwards.
+    """
     target.copy_(_pinned(values, target.device), non_blocking=True)
 
 
 def _pinned(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Return values copied to where a device can take them without the host waiting."""
+    """Return a copy of values in pinned memory, from which a device copies asynchronously."""
     if device.type == "cpu":
         return torch.from_numpy(values.copy())
     return torch.from_numpy(np.ascontiguousarray(values)).pin_memory()

@@ -1,4 +1,4 @@
-"""Which module runs an op: the kernels of the tensors' device, or the plain-torch reference."""
+"""Dispatch of ops to the kernels of the tensors' device, or to the plain-torch reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
 def check_device(device: torch.device) -> torch.device:
-    """Return ``device``, with its number if it is a GPU, if tables can live there.
+    """Return ``device``, with its index if it is a GPU, if tables can live there.
 
     Raises:
         ValueError: No kernels for the device, no such device here, or no Triton.
@@ -45,7 +45,7 @@ def check_device(device: torch.device) -> torch.device:
 def use(name: str) -> Iterator[None]:
     """Run ops with backend ``name``, ``"cpu"``, ``"triton"`` or ``"reference"``, on any device.
 
-    ``"triton"`` runs over the CPU's memory where kernels are interpreted; see ``launch_gpu``.
+    ``"triton"`` runs over the CPU's memory where kernels are interpreted; see ``ops.gpu.runtime``.
     """
     global _forced
     if name not in _FOLDERS:
@@ -60,20 +60,20 @@ def use(name: str) -> Iterator[None]:
 def module(op: str, device: torch.device) -> Any:
     """Return the module that implements ``op`` (an op file's name) on ``device``."""
     name = _forced or _KERNELS[device.type]
-    found = _loaded.get((op, name))
-    if found is None:
-        found = importlib.import_module(f"recis_lightning.ops.{_FOLDERS[name]}.{op}")
-        _loaded[op, name] = found
-    return found
+    loaded = _loaded.get((op, name))
+    if loaded is None:
+        loaded = importlib.import_module(f"recis_lightning.ops.{_FOLDERS[name]}.{op}")
+        _loaded[op, name] = loaded
+    return loaded
 
 
-def runs_later(device: torch.device) -> bool:
-    """Whether kernels of tables on ``device`` run later than the host that launches them."""
+def is_async(device: torch.device) -> bool:
+    """Return whether kernels of tables on ``device`` run asynchronously to the host."""
     return (_forced or _KERNELS[device.type]) == "triton"
 
 
 def region(name: str) -> AbstractContextManager[object]:
-    """Name what runs inside in a trace; costs next to nothing while no profiler runs."""
+    """Return a context that names its block in a trace; nearly free while no profiler runs."""
     if torch._C._autograd._profiler_enabled():
         return torch.profiler.record_function(name)
     return nullcontext()

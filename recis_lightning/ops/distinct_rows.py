@@ -1,4 +1,4 @@
-"""Count the distinct rows that a batch asked of each table: the contract."""
+"""Counts of the distinct rows that a batch asked of each table: the contract."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ from torch import Tensor
 from recis_lightning.ops import backend
 from recis_lightning.ops import layout as fields
 
+Spans = npt.NDArray[np.int64]
+
 # Aliases until all rooms name the fields of ops.layout.
 LINE_SIZE = fields.SPAN_SIZE
 ADDRESS = fields.SPAN_ADDRESS
 NUM_ROWS = fields.SPAN_NUM_ROWS
 TABLE = fields.SPAN_TABLE
+Lines = Spans
 
-Lines = npt.NDArray[np.int64]
 
-
-def count_distinct(lookups: Sequence[tuple[Tensor, Lines]], num_tables: int) -> Lines:
+def count_distinct(
+    lookups: Sequence[tuple[Tensor, Spans]], num_tables: int
+) -> npt.NDArray[np.int64]:
     """Count, for each table, the distinct rows and all rows of several lookups.
 
     Args:
-        lookups: For each int64 [n], rows, all on one device, and int64 [num_lines, LINE_SIZE],
-            which parts of them are to be counted. Negative rows count for nothing.
-        num_tables: One more than the last table's number.
+        lookups: For each lookup its rows, int64 [n], all on one device, and the spans of them to
+            count, int64 [num_spans, SPAN_SIZE]. Negative rows are not counted.
+        num_tables: One more than the last table's index.
 
     Returns:
         int64 [num_tables, 2], distinct rows and rows of each table.
     """
-    counts: Lines = np.zeros((num_tables, 2), np.int64)
+    counts = np.zeros((num_tables, 2), np.int64)
     if lookups:
         module = backend.module("distinct_rows", lookups[0][0].device)
         module.count_distinct(lookups, counts)
     return counts
 
 
-__all__ = ["Lines", "count_distinct"]
+__all__ = ["Spans", "count_distinct"]

@@ -1,9 +1,9 @@
-"""Gather rows and pool them into bags: the contract.
+"""Gathering of rows and pooling into bags: the contract.
 
-All features of a group go in one call, each with its own pooling; a feature is described by one
-line of a *plan*, an int64 matrix [num_features, PLAN_SIZE] on the CPU. The same plan, with
-gradients in the place of outputs, later tells the row update where each id's gradient lies, so no
-gradient is ever copied to one row an id.
+All features of a group go in one call, each with its own pooling. A *plan*, int64
+[num_features, PLAN_SIZE] on the CPU, describes a feature in each line. Later the row update takes
+the same plan, with gradients in place of outputs, and reads each id's gradient where it lies. So
+gradients of bags are never copied to one row per id.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ NONE = fields.NONE
 SUM = fields.SUM
 MEAN = fields.MEAN
 TILE = fields.TILE
-MODES = {"none": NONE, "sum": SUM, "mean": MEAN, "tile": TILE}
+
+MODES = {"none": fields.NONE, "sum": fields.SUM, "mean": fields.MEAN, "tile": fields.TILE}
 
 Plan = npt.NDArray[np.int64]
 
@@ -49,31 +50,32 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
 
     ``none``: one row an id. ``sum``: sum of a bag's rows, times weights if any. ``mean``: the sum
     over the number of ids that are not padding, or over the sum of their weights. ``tile``: the
-    first TILE_LEN rows of a bag side by side, zeros behind. Ids without a row are zeros; an empty
-    bag is zeros.
+    first PLAN_TILE_LEN rows of a bag side by side, padded with zeros. Ids without a row give zeros,
+    and so does an empty bag.
 
     Args:
         plan: int64 [num_features, PLAN_SIZE].
         embedding_dim: Weights in a row.
-        dtype: Of weights and outputs.
-        device: Where rows and outputs are.
+        dtype: Dtype of weights and outputs.
+        device: Device of rows and outputs.
 
     Raises:
-        ValueError: Offsets that do not ascend from 0 to the number of ids.
+        ValueError: Offsets do not ascend from 0 to the number of ids. Beside a GPU a later call
+            raises it.
     """
     with backend.region("recis::gather"):
         module = backend.module("embedding_bag", device)
-        bad = module.gather(plan, embedding_dim, dtype is torch.bfloat16, device)
-    _check_offsets(plan, bad)
+        malformed = module.gather(plan, embedding_dim, dtype is torch.bfloat16, device)
+    _check_offsets(plan, malformed)
 
 
 def fuses(device: torch.device, training: bool) -> bool:
     """Return whether the device's kernels have ``find_and_gather``.
 
-    In training the host must know at once whether there are ids to insert; it does not wait for a
-    device that runs later.
+    In training the host must know at once whether there are ids to insert, and it does not wait for
+    an asynchronous device.
     """
-    if training and backend.runs_later(device):
+    if training and backend.is_async(device):
         return False
     return hasattr(backend.module("embedding_bag", device), "find_and_gather")
 
@@ -91,15 +93,15 @@ def find_and_gather(
     Where ids are to be inserted first, the outputs are not those of the lookup.
 
     Args:
-        plan: As for ``gather``; what ROWS points to is written, not read.
+        plan: As for ``gather``, but the memory that PLAN_ROWS points to is written, not read.
         segments: As for ``hash_index.find``, one for each line of the plan.
-        training: Stamp the rows that are found, and look for ids to insert.
+        training: Update last-seen steps of known rows, and look for ids to insert.
         embedding_dim: Weights in a row.
-        dtype: Of weights and outputs.
-        device: Where ids and outputs are.
+        dtype: Dtype of weights and outputs.
+        device: Device of ids and outputs.
 
     Returns:
-        How many ids have no row and are to be inserted; 0 unless training.
+        Number of ids without a row that are to be inserted; 0 unless training.
 
     Raises:
         ValueError: As ``gather``.
@@ -108,16 +110,17 @@ def find_and_gather(
         module = backend.module("embedding_bag", device)
         bfloat16 = dtype is torch.bfloat16
         layout = (embedding_dim, bfloat16, device)
-        bad, misses = module.find_and_gather(plan, segments, training, *layout)
-    _check_offsets(plan, bad)
-    return int(misses)
+        malformed, num_misses = module.find_and_gather(plan, segments, training, *layout)
+    _check_offsets(plan, malformed)
+    return int(num_misses)
 
 
-def _check_offsets(plan: Plan, bad: int) -> None:
-    if bad >= 0:
+def _check_offsets(plan: Plan, malformed: int) -> None:
+    """Raise if a feature has malformed offsets; -1 stands for none."""
+    if malformed >= 0:
         raise ValueError(
-            f"offsets: of the call's feature number {bad} must start at 0, never descend and end "
-            f"at its number of ids, {int(plan[bad, NUM_IDS])}"
+            f"offsets: of the call's feature number {malformed} must start at 0, never descend and "
+            f"end at its number of ids, {int(plan[malformed, fields.PLAN_NUM_IDS])}"
         )
 
 
@@ -128,26 +131,31 @@ def gather_rows(header: Header, rows: Tensor, embedding_dim: int, dtype: torch.d
         header: The table's header.
         rows: int64 [n]; negative rows give zeros.
         embedding_dim: Weights in a row.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Returns:
         dtype [n, embedding_dim].
     """
     out = torch.empty(rows.numel(), embedding_dim, dtype=dtype, device=rows.device)
-    plan = np.zeros((1, PLAN_SIZE), np.int64)
-    plan[0, [HEADER, MODE, NUM_BAGS, BAG_LENGTH]] = header.address, NONE, rows.numel(), 1
-    plan[0, [DATA, DATA_STRIDE]] = out.data_ptr(), embedding_dim * out.element_size()
-    plan[0, [ROWS, NUM_IDS]] = rows.data_ptr(), rows.numel()
+    plan = np.zeros((1, fields.PLAN_SIZE), np.int64)
+    line = plan[0]
+    line[fields.PLAN_HEADER] = header.address
+    line[fields.PLAN_MODE] = fields.NONE
+    line[fields.PLAN_NUM_BAGS] = line[fields.PLAN_NUM_IDS] = rows.numel()
+    line[fields.PLAN_BAG_LENGTH] = 1
+    line[fields.PLAN_DATA] = out.data_ptr()
+    line[fields.PLAN_DATA_STRIDE] = embedding_dim * out.element_size()
+    line[fields.PLAN_ROWS] = rows.data_ptr()
     gather(plan, embedding_dim, dtype, rows.device)
     return out
 
 
 def write_rows_(header: Header, rows: Tensor, values: Tensor) -> None:
-    """Overwrite the front of rows of one table.
+    """Overwrite the first words of rows of one table.
 
     Args:
         header: The table's header.
         rows: int64 [n], distinct, none negative.
-        values: [n, words], contiguous; as many bytes as it has are written from each row's start.
+        values: [n, words], contiguous; its bytes are written from each row's start on.
     """
     backend.module("embedding_bag", rows.device).write_rows_(header, rows, values)

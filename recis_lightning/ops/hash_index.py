@@ -1,12 +1,13 @@
-"""The hash index: id -> row. Contract of find, find_or_insert and rebuild.
+"""Hash index of ids to rows: the contract.
 
-Open addressing with linear probing from the first entry of a cache line; entries ``(key, row)``
-stand side by side, so that nearly every search is one memory transaction. The line is named by the
-top bits of a mixed hash, so doubling the index maps old lines to new ones in order: growth streams
-through memory. No tombstones: removal rebuilds.
+Open addressing with linear probing from the first entry of a cache line. Entries ``(key, row)`` are
+contiguous, so nearly every search is one memory transaction. The top bits of a mixed hash select
+the line, so a doubling of the index maps old lines to new ones in order: growth streams through
+memory. There are no tombstones: a removal rebuilds the index.
 
-Ops take a *group* of tables: one segment a feature says where its ids lie, which table they ask and
-what its padding id is. Positions count the ids of all features, one feature after the other.
+Ops take a *group* of tables. Each feature has a *segment*, which holds the address of its ids, the
+header of its table and its padding id. Positions count the ids of all features, one feature after
+the other.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from recis_lightning.ops.table_memory import TableMemory
 Segments = npt.NDArray[np.int64]
 
 MIN_CAPACITY = 64
-# Entries an id may take at most, by size: small indices live in cache and can afford air, in
-# large ones memory counts (two thirds full at the growth of a doubling index, on average).
+# Load limits by size: a small index stays in cache and can use a lower load factor, in a large one
+# memory counts.
 _MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
 
 
@@ -70,8 +71,8 @@ def empty_entries(header: Header, capacity: int) -> Tensor:
         capacity: Number of entries, a power of two.
 
     Returns:
-        int64 [capacity + 1, 2]; the last entry is the one of the id ``EMPTY`` itself. The caller
-        keeps it alive as long as the header points to it.
+        int64 [capacity + 1, 2]; the last entry is that of the id ``EMPTY`` itself. The caller keeps
+        the tensor alive as long as the header points to it.
     """
     entries: Tensor = backend.module("hash_index", header.device).allocate_entries(
         capacity, header.device
@@ -83,7 +84,7 @@ def empty_entries(header: Header, capacity: int) -> Tensor:
 
 
 def enter_entries(header: Header, entries: Tensor) -> None:
-    """Let a header point to an index, int64 [capacity + 1, 2]; the caller keeps that alive."""
+    """Point a header to an index, int64 [capacity + 1, 2]; the caller keeps the tensor alive."""
     values, capacity = header.fields, len(entries) - 1
     values[ENTRIES] = entries.data_ptr()
     values[SHIFT] = 64 - (capacity.bit_length() - 1)
@@ -92,11 +93,11 @@ def enter_entries(header: Header, entries: Tensor) -> None:
 
 
 def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
-    """Enter into segments where their ids lie; return how many there are.
+    """Enter start and address of their ids into segments; return the number of all ids.
 
     Args:
         segments: int64 [num_segments, SEGMENT_SIZE]; start and address are overwritten.
-        ids: int64 [n_i] for each segment, contiguous; the caller keeps them as long as the
+        ids: int64 [n_i] for each segment, contiguous; the caller keeps them alive as long as the
             segments are used.
     """
     sizes = np.array([part.numel() for part in ids], np.int64)
@@ -106,18 +107,18 @@ def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
 
 
 def write_addresses(segments: Segments, ids: Sequence[Tensor]) -> None:
-    """Enter where ids lie into segments that know already where each of them starts."""
+    """Enter addresses of ids into segments whose starts are entered already."""
     addresses = np.array([part.data_ptr() for part in ids], np.int64)
     segments[:, SEGMENT_IDS] = addresses - 8 * segments[:, SEGMENT_START]
 
 
 def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
-    """Look ids up and change nothing.
+    """Return the rows of ids; changes nothing.
 
     Args:
         segments: int64 [num_segments, SEGMENT_SIZE], by start; duplicate ids allowed.
         num_ids: n, in all segments together.
-        device: Where the ids are.
+        device: Device of the ids.
 
     Returns:
         int64 [n], rows; ``UNKNOWN`` (-1) where there is none, ``PADDING`` (-2) for a padding id.
@@ -133,93 +134,94 @@ def find_or_insert(
     tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
     device: torch.device,
-    sightings: Tensor | None = None,
+    occurrences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Look ids up, give unknown ones a row, and stamp rows with their table's step.
+    """Return the rows of ids, insert unknown ones, and write last-seen steps.
 
-    Only segments with the INSERT flag insert, and all segments of one table carry the same flags:
-    whether it inserts is the table's policy. Those with the SCREEN flag insert what the table's
-    memory of sightings lets in (``ops.admission``). Only tables with a column stamp; those with
-    the STAMP flag note more than the step (``ops.row_access``).
+    Only segments with the INSERT flag insert, and all segments of one table have the same flags:
+    the table's policy decides. Segments with the SCREEN flag insert the ids that the table's policy
+    admits (``ops.admission``). Tables with a column LAST_SEEN write their step to it; segments with
+    the STAMP flag keep further access metadata (``ops.row_access``).
 
-    Rows are handed out in the order in which ids first appear, freed rows first: the result does
-    not depend on how many threads ran. Rows of new ids are not initialised here.
+    Rows are assigned in the order in which ids first appear, freed rows first, so the result does
+    not depend on the number of threads. Rows of new ids are not initialised here.
 
     Args:
         segments: As for ``find``.
         num_ids: n.
-        tables: The group's tables; each is asked for room as it is needed.
-        segment_tables: For each segment, its table's position in ``tables``.
-        device: Where the ids are.
-        sightings: int64 [n], how many occurrences each position stands for, for policies that
+        tables: The group's tables; each reserves room as it is needed.
+        segment_tables: For each segment, the index of its table in ``tables``.
+        device: Device of the ids.
+        occurrences: int64 [n], how many occurrences each position stands for, for policies that
             count; None means 1.
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
-        new: int64 [m], positions of the first sight of each new id, ascending; None if none. A
-            backend that does not wait for the device fills it up with -1.
+        new: int64 [m], position of each new id's first occurrence, ascending; None if there is
+            none. A backend that does not wait for the device returns [n], filled up with -1.
 
     Source: linear probing, Knuth, TAOCP vol. 3, 6.4, Algorithm L; the claim by compare-and-swap
     and the minimum over first positions are ours.
     """
     with backend.region("recis::find_or_insert"):
         module = backend.module("hash_index", device)
-        screen = None
-        asks = segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN  # as a rule no policy does
-        if asks:
-            screen = admission.screening(
-                segments, num_ids, tables, segment_tables, device, sightings
+        check = None
+        has_policies = segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN
+        if has_policies:
+            check = admission.begin_check(
+                segments, num_ids, tables, segment_tables, device, occurrences
             )
-        found: tuple[Tensor, Tensor | None]
-        found = module.find_or_insert(segments, num_ids, tables, segment_tables, screen, device)
-        if asks:
-            _stamp(segments, found[0], tables, segment_tables, sightings)
-    return found
+        rows: Tensor
+        new: Tensor | None
+        rows, new = module.find_or_insert(segments, num_ids, tables, segment_tables, check, device)
+        if has_policies:
+            _touch(segments, rows, tables, segment_tables, occurrences)
+    return rows, new
 
 
 def note_known(
     segments: Segments, rows: Tensor, tables: Sequence[TableMemory], segment_tables: Sequence[int]
 ) -> None:
-    """Do for policies what ``find_or_insert`` does, after a training lookup without misses.
+    """Update policies' counts and times as ``find_or_insert`` does, for a lookup without misses.
 
     Args:
         segments: As for ``find_or_insert``, like all but ``rows``.
-        rows: int64 [n], what was found.
+        rows: int64 [n], the rows that were found.
         tables: The group's tables.
-        segment_tables: For each segment, its table's position in ``tables``.
+        segment_tables: For each segment, the index of its table in ``tables``.
     """
     if segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN:
-        admission.screening(segments, rows.numel(), tables, segment_tables, rows.device, None)
-        _stamp(segments, rows, tables, segment_tables, None)
+        admission.begin_check(segments, rows.numel(), tables, segment_tables, rows.device, None)
+        _touch(segments, rows, tables, segment_tables, None)
 
 
-def _stamp(
+def _touch(
     segments: Segments,
     rows: Tensor,
     tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
-    sightings: Tensor | None,
+    occurrences: Tensor | None,
 ) -> None:
-    stamped = np.flatnonzero(segments[:, SEGMENT_FLAGS] & STAMP).tolist()
-    if not stamped:
+    touching = np.flatnonzero(segments[:, SEGMENT_FLAGS] & STAMP).tolist()
+    if not touching:
         return
-    for number in {segment_tables[segment] for segment in stamped}:
-        tables[number].read_clock()
-    weights = None if sightings is None else sightings.contiguous()
-    row_access.stamp_(segments, rows, weights, rows.device)
+    for i in {segment_tables[segment] for segment in touching}:
+        tables[i].read_clock()
+    counted = None if occurrences is None else occurrences.contiguous()
+    row_access.touch_(segments, rows, counted, rows.device)
 
 
 def rebuild(header: Header, capacity: int, evicted: Tensor | None = None) -> tuple[Tensor, int]:
-    """Move the ids of a table into a new index, leaving out those of evicted rows.
+    """Move the ids of a table into a new index, except those of evicted rows.
 
     Args:
         header: int64 [HEADER_SIZE]; afterwards it points to the new index.
         capacity: Capacity of the new index, a power of two.
-        evicted: bool [rows], the rows whose ids are left out; None keeps all. On return it holds
-            only rows that did have an id.
+        evicted: bool [rows], rows whose ids are removed; None keeps all. On return only rows that
+            had an id are set.
 
     Returns:
-        The new entries, and how many ids were left out.
+        The new entries, and the number of removed ids.
     """
     with backend.region("recis::rebuild"):
         old = _entries(header)
@@ -248,15 +250,15 @@ def fill(header: Header, entries: Tensor) -> None:
 
 
 def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Turn the index around.
+    """Return the id of each row, the inverse of the index.
 
     Returns:
         ids: int64 [num_rows]; undefined where no id has the row.
-        occupied: bool [num_rows].
+        occupied: bool [num_rows], whether an id has the row.
     """
-    turned: tuple[Tensor, Tensor]
-    turned = backend.module("hash_index", header.device).id_of_row(header, num_rows)
-    return turned
+    inverse: tuple[Tensor, Tensor]
+    inverse = backend.module("hash_index", header.device).id_of_row(header, num_rows)
+    return inverse
 
 
 def _entries(header: Header) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""Header of a table, as host and kernels share it: one vector on the CPU, mirrored beside a GPU.
+"""Header of a table: one vector that host and kernels share on the CPU, mirrored beside a GPU.
 
-A GPU's kernels run later than the host that launched them. So there the header is *mirrored*: the
-host writes a copy of its own and publishes it in the order of the stream. Counts (how many ids,
-rows, freed rows, rejections) are the kernels' to change; the host keeps the last ones it has seen
-and an upper bound of what was inserted since, and waits for the device only when it must know them.
+A GPU's kernels run asynchronously to the host. So there the header is *mirrored*: the host writes a
+copy of its own and publishes it in the order of the stream. Counts (of ids, rows, freed rows and
+rejections) are changed by kernels. The host keeps the last counts that it received and an upper
+bound of the insertions since, and waits for the device only when it needs exact counts.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Header:
     """Header of zeros.
 
     Args:
-        device: Where kernels read it.
+        device: Device whose kernels read the header.
         is_mirrored: Whether the host has a copy of its own; else the header lies on the CPU.
 
     Attributes:
         tensor: int64 [HEADER_SIZE] that kernels read, at one address as long as the header lives.
-        address: Where that is.
-        device: Of the tensor.
+        address: Address of the tensor.
+        device: Device of the tensor.
         fields: int64 [HEADER_SIZE] that the host reads and writes. Beside a GPU its counts are
-            those last seen, and ``publish`` sends what was written.
+            those last received, and ``publish`` sends the other fields.
         is_mirrored: Whether ``fields`` is a copy of ``tensor``; else both are the same memory.
     """
 
@@ -57,14 +57,14 @@ class Header:
         self.fields: npt.NDArray[np.int64] = (
             np.zeros(HEADER_SIZE, np.int64) if is_mirrored else self.tensor.numpy()
         )
-        # Ids that may have been inserted since the counts were seen; beside a GPU only.
+        # Ids that may have been inserted since the counts were received; beside a GPU only.
         self._unacknowledged = 0
-        # Counts on their way here, when they will have come, and the above at that moment.
+        # Counts in flight, the event of their arrival, and the above when they were asked for.
         self._in_flight: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         self._free: int | None = None
 
     def copy(self) -> Header:
-        """Return a header of its own with the same fields, for the host only: it is unpublished."""
+        """Return a copy for the host; its fields are not published."""
         copied = Header(self.device, self.is_mirrored)
         copied.tensor.copy_(self.tensor)
         if self.is_mirrored:
@@ -85,21 +85,21 @@ class Header:
             self._unacknowledged, self._in_flight, self._free = 0, None, None
 
     def read_counts(self) -> npt.NDArray[np.int64]:
-        """Wait for what kernels have counted; return ``fields`` with it."""
+        """Wait for the kernels' counts; return ``fields`` with them."""
         if self.is_mirrored:
             self.fields[_COUNTS] = self.tensor[_COUNTS].cpu().numpy()
             self._unacknowledged, self._in_flight, self._free = 0, None, None
         return self.fields
 
     def note_insertion(self, at_most: int) -> None:
-        """Take note that kernels may from now on insert up to ``at_most`` ids more."""
+        """Record that kernels may insert up to ``at_most`` more ids from now on."""
         if self.is_mirrored:
             self._unacknowledged += at_most
             if self._free is not None:
                 self._free -= at_most
 
     def unacknowledged(self) -> int:
-        """Return how many ids may have been inserted beyond the host's counts; never waits."""
+        """Return how many ids may have been inserted beyond the host's counts; does not wait."""
         if self._in_flight is not None:
             values, event, before = self._in_flight
             if event is None or event.query():
@@ -109,34 +109,34 @@ class Header:
         return self._unacknowledged
 
     def cached_free(self) -> int | None:
-        """Return what ``cache_free`` was given, less insertions since; None if it has changed."""
+        """Return what ``cache_free`` was given, less insertions since; None if that is outdated."""
         if self._in_flight is not None:
             self.unacknowledged()
         return self._free
 
     def cache_free(self, num_ids: int) -> None:
-        """Note for how many more ids there is room, as the host knows: each lookup asks."""
+        """Keep the number of ids that are sure to fit, which every lookup asks for."""
         if self.is_mirrored:
             self._free = num_ids
 
 
 def watch_counts(headers: Sequence[Header]) -> None:
-    """Ask for counts as they will be after what was launched so far, and do not wait.
+    """Request the counts after all launches so far, without waiting for them.
 
     Args:
-        headers: On one device; all their counts come in one copy.
+        headers: Headers on one device; all their counts come in one copy.
     """
-    asked = [header for header in headers if header.is_mirrored and header._in_flight is None]
-    if not asked:
+    watched = [header for header in headers if header.is_mirrored and header._in_flight is None]
+    if not watched:
         return
-    device = asked[0].device
-    values, event = torch.stack([header.tensor[_COUNTS] for header in asked]), None
+    device = watched[0].device
+    values, event = torch.stack([header.tensor[_COUNTS] for header in watched]), None
     if device.type != "cpu":
         pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True)
         values = pinned.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
-    for header, counts in zip(asked, values.unbind(), strict=True):
+    for header, counts in zip(watched, values.unbind(), strict=True):
         header._in_flight = counts, event, header._unacknowledged
 
 

@@ -1,7 +1,7 @@
-"""Notes of training lookups on rows, beside ``last_seen``: how often and when; the contract.
+"""Access metadata of rows, use counts and times of last use: the contract.
 
-Only segments with the STAMP flag do it, whose tables have a column COUNTS or LAST_TIME. The index
-stamps ``last_seen`` itself, in the pass that finds rows.
+Only segments with the STAMP flag keep them, whose tables have a column COUNTS or LAST_TIME. The
+index writes ``last_seen`` itself, in the pass that finds rows.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from recis_lightning.ops import backend
 
 
-def stamp_(
-    segments: npt.NDArray[np.int64], rows: Tensor, sightings: Tensor | None, device: torch.device
+def touch_(
+    segments: npt.NDArray[np.int64], rows: Tensor, occurrences: Tensor | None, device: torch.device
 ) -> None:
-    """Add to each row's count, and write the time of its table's header.
+    """Add to each row's use count, and write its time of last use from its table's header.
 
     Args:
         segments: As for ``find_or_insert``.
-        rows: int64 [n], what it returned; negative ones are passed over.
-        sightings: int64 [n], occurrences that each position stands for; None means 1.
-        device: Where rows are.
+        rows: int64 [n], as ``find_or_insert`` returned them; negative ones are skipped.
+        occurrences: int64 [n], how many occurrences each position stands for; None means 1.
+        device: Device of the rows.
     """
     with backend.region("recis::stamp"):
-        backend.module("row_access", device).stamp_(segments, rows, sightings)
+        backend.module("row_access", device).touch_(segments, rows, occurrences)
 
 
-__all__ = ["stamp_"]
+__all__ = ["touch_"]

@@ -36,8 +36,9 @@ def write_distribution(header: Header, kind: int, args: tuple[float, ...]) -> No
 
     Args:
         header: int64 [HEADER_SIZE].
-        kind: ``CONSTANT`` (value), ``UNIFORM`` (low, high), ``NORMAL`` (mean, std) or
-            ``TRUNCATED_NORMAL`` (mean, std, low, high; bounds in standard deviations from mean).
+        kind: ``INIT_CONSTANT`` (value), ``INIT_UNIFORM`` (low, high), ``INIT_NORMAL`` (mean, std)
+            or ``INIT_TRUNCATED_NORMAL`` (mean, std, low, high; bounds in standard deviations from
+            the mean).
         args: The values named above.
     """
     values = header.fields
@@ -60,8 +61,8 @@ def init_rows_(
     """Write initial weights and empty optimizer state into the rows of new ids.
 
     Args:
-        rows: int64 [n], what ``find_or_insert`` returned.
-        new: int64 [m], positions of the new ids, ascending; then, perhaps, -1.
+        rows: int64 [n], as ``find_or_insert`` returned them.
+        new: int64 [m], positions of the new ids, ascending, then any number of -1.
         segments: As given to ``find_or_insert``.
         embedding_dim: Weights in a row.
         bfloat16: Whether weights are bfloat16 (else float32).

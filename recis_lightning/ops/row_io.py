@@ -1,7 +1,7 @@
-"""Copy parts of rows out of a table, or into it: the contract.
+"""Gathering and scattering of row fields: the contract.
 
 A saved table has its weights, and each slot of optimizer state, in a tensor of its own; in the
-table they stand side by side in a row. One pass over the rows fills or reads all of these tensors.
+table they are fields of one row. One pass over the rows fills or reads all of these tensors.
 """
 
 from __future__ import annotations
@@ -26,52 +26,54 @@ NUM_BYTES = fields.ROW_FIELD_NUM_BYTES
 Plan = npt.NDArray[np.int64]
 
 
-class Column(NamedTuple):
-    """A part of each row, in a tensor of its own.
+class RowField(NamedTuple):
+    """Field of each row, in a tensor of its own.
 
     Attributes:
         data: [n, k], rows contiguous; [1, k] writes the same to all rows.
-        first_byte: Where in a row the part begins.
+        first_byte: Offset of the field in a row.
     """
 
     data: Tensor
     first_byte: int
 
 
-def read_columns(header: Header, rows: Tensor, columns: list[Column]) -> None:
-    """Copy parts of rows to tensors.
+def gather_fields(header: Header, rows: Tensor, row_fields: list[RowField]) -> None:
+    """Copy fields of rows to tensors.
 
     Args:
         header: The table's header.
         rows: int64 [n], none negative.
-        columns: What to fill, [n, k] each.
+        row_fields: Tensors to fill, [n, k] each.
     """
     with backend.region("recis::read_columns"):
         module = backend.module("row_io", rows.device)
-        module.read_columns(header, rows, plan_of(columns, rows.numel()))
+        module.gather_fields(header, rows, _plan_of(row_fields, rows.numel()))
 
 
-def write_columns_(header: Header, rows: Tensor, columns: list[Column]) -> None:
-    """Overwrite parts of rows.
+def scatter_fields_(header: Header, rows: Tensor, row_fields: list[RowField]) -> None:
+    """Overwrite fields of rows.
 
     Args:
         header: The table's header.
         rows: int64 [n], distinct, none negative.
-        columns: What to write.
+        row_fields: Tensors to write.
     """
     with backend.region("recis::write_columns"):
         module = backend.module("row_io", rows.device)
-        module.write_columns_(header, rows, plan_of(columns, rows.numel()))
+        module.scatter_fields_(header, rows, _plan_of(row_fields, rows.numel()))
 
 
-def plan_of(columns: list[Column], num_rows: int) -> Plan:
-    """Describe columns to a kernel: int64 [len(columns), PLAN_SIZE]."""
-    plan = np.empty((len(columns), PLAN_SIZE), np.int64)
-    for line, (data, first_byte) in zip(plan, columns, strict=True):
+def _plan_of(row_fields: list[RowField], num_rows: int) -> Plan:
+    """Describe fields to a kernel: int64 [num_fields, ROW_FIELD_SIZE]."""
+    plan = np.empty((len(row_fields), fields.ROW_FIELD_SIZE), np.int64)
+    for line, (data, first_byte) in zip(plan, row_fields, strict=True):
         num_bytes = data.shape[1] * data.element_size()
-        stride = num_bytes if data.shape[0] == num_rows else 0
-        line[:] = data.data_ptr(), stride, first_byte, num_bytes
+        line[fields.ROW_FIELD_DATA] = data.data_ptr()
+        line[fields.ROW_FIELD_STRIDE] = num_bytes if data.shape[0] == num_rows else 0
+        line[fields.ROW_FIELD_FIRST_BYTE] = first_byte
+        line[fields.ROW_FIELD_NUM_BYTES] = num_bytes
     return plan
 
 
-__all__ = ["Column", "read_columns", "write_columns_"]
+__all__ = ["RowField", "gather_fields", "scatter_fields_"]

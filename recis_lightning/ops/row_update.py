@@ -1,8 +1,8 @@
-"""Reduce gradients by row and update rows in place: one contract for every optimizer.
+"""Reduction of gradients by row and update of rows in place: the contract for all optimizers.
 
-The gradients of all lookups since the last step, of all tables of one optimizer with the same row
-layout, are one call: rows are numbered through (a table's first row has its FLAT_BASE), positions
-are sorted by row with a stable radix sort, and each row's gradients are added up in the order of
+One call takes the gradients of all lookups since the last step, of all tables of one optimizer with
+the same row layout. Rows are numbered through, a table's rows from its PLAN_FLAT_BASE on. Positions
+are sorted by row with a stable radix sort; then each row's gradients are added up in the order of
 the batch and applied at once. Nothing is added atomically, so the result does not depend on
 threads.
 """
@@ -38,14 +38,14 @@ ADAM = fields.ADAM
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a row of the call's tables looks.
+    """Layout of a row of the call's tables.
 
     Attributes:
         embedding_dim: Weights in a row.
-        dtype: float32 or bfloat16 weights; state is float32 and follows them.
-        row_bytes: From one row to the next.
+        dtype: Dtype of the weights, float32 or bfloat16; float32 state follows them.
+        row_bytes: Bytes from one row to the next.
         block_shift: log2(rows in a block).
-        device: Where rows and gradients are.
+        device: Device of rows and gradients.
     """
 
     embedding_dim: int
@@ -60,12 +60,11 @@ class Gradients:
     """Gradients of one update call, sorted by row; made by ``sort_gradients``.
 
     Attributes:
-        plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
+        plan: int64 [num_features, PLAN_SIZE]; PLAN_DATA points to gradients.
         blocks: int64 [num_blocks, 2]: address of each block, and of its table's hyperparameters.
-        layout: Of the rows.
-        work: What the backend keeps between sorting and updating. Unless ``outlive_next_sort``
-            says otherwise, it lies in scratch memory that the thread's next sort writes over: use
-            it before, on the thread that sorted.
+        layout: Layout of the rows.
+        work: State of the backend between sorting and updating. Unless ``outlive_next_sort`` says
+            otherwise, it is scratch memory, valid on the thread that sorted until its next sort.
     """
 
     plan: Plan
@@ -75,8 +74,8 @@ class Gradients:
 
 
 def outlive_next_sort(device: torch.device) -> bool:
-    """Whether sorted gradients on ``device`` are good also after others were sorted."""
-    return backend.runs_later(device)
+    """Return whether sorted gradients on ``device`` stay valid after others were sorted."""
+    return backend.is_async(device)
 
 
 def sort_gradients(
@@ -88,10 +87,10 @@ def sort_gradients(
     """Sort the positions of ``plan`` by row, stably.
 
     Args:
-        plan: int64 [num_features, PLAN_SIZE]; FIRST_ID numbers the positions of all features
-            through, DATA and DATA_STRIDE describe float32 gradients.
+        plan: int64 [num_features, PLAN_SIZE]; PLAN_FIRST_ID numbers the positions of all features
+            through, PLAN_DATA and PLAN_DATA_STRIDE describe float32 gradients.
         blocks: int64 [num_blocks, 2].
-        layout: Of the rows.
+        layout: Layout of the rows.
         blocks_on_device: ``blocks`` as a tensor on the device, if the caller has one there.
 
     Returns:
@@ -109,7 +108,7 @@ def squared_norm(gradients: Gradients) -> Tensor:
     """Add up the squares of all rows' reduced gradients, in a fixed order.
 
     Returns:
-        float64 [], where the gradients are: nobody waits for a device.
+        float64 [] on the gradients' device: the host does not wait for it.
     """
     with backend.region("recis::gradient_norm"):
         module = backend.module("row_update", gradients.layout.device)
@@ -119,13 +118,18 @@ def squared_norm(gradients: Gradients) -> Tensor:
 def update_rows_(gradients: Gradients, rule: int) -> None:
     """Apply one optimizer step to every row that has a gradient.
 
-    With g the row's reduced gradient, times SCALE and clamped to CLIP, in float32:
+    With g the row's reduced gradient, times SCALE and clamped to CLIP, in float32, and
+    hyperparameters named as in ``ops.layout`` without HYPER_:
 
     - ``SGD``: w = w * DECAY - LR * g
     - ``ADAGRAD``: s += g * g; w -= LR * g / (sqrt(s) + EPS)
     - ``ROWWISE_ADAGRAD``: s += mean(g * g), one s a row; w as above
-    - ``ADAM``: m += NEW_SHARE1 * (g - m); v += NEW_SHARE2 * (g * g - v);
+    - ``ADAM``: m += ONE_MINUS_BETA1 * (g - m); v += ONE_MINUS_BETA2 * (g * g - v);
       w = w * DECAY - LR * m / (sqrt(v) * INV_SQRT_BIAS2 + EPS)
+
+    Args:
+        gradients: The sorted gradients.
+        rule: ``SGD``, ``ADAGRAD``, ``ROWWISE_ADAGRAD`` or ``ADAM``.
 
     Source: Duchi et al., 2011; Kingma and Ba, 2015; Loshchilov and Hutter, 2019; row-wise as in
     FBGEMM.

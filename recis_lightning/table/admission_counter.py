@@ -31,7 +31,7 @@ class AdmissionCounter:
 
     def __init__(self, screening: Screening, device: torch.device) -> None:
         self.screening = screening
-        self.header = Header(device, backend.runs_later(device))
+        self.header = Header(device, backend.is_async(device))
         for field, value in screening.fields().items():
             self.header.fields[field] = value
         self.clear()
@@ -75,7 +75,7 @@ class AdmissionCounter:
         self.header.fields[admission.NUM_LOOKUPS] += 1
         self.header.publish()
         if self.screening.fade_after:
-            admission.fade_(self.header, self._padded_counters, self.screening.fade_after)
+            admission.decay_(self.header, self._padded_counters, self.screening.fade_after)
 
     def reserve(self, at_most: int, count: Callable[[], int] | None = None) -> None:
         """Make room for ``at_most`` ids more; expired entries go first.

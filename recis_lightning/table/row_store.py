@@ -24,7 +24,7 @@ from recis_lightning.ops.layout import (
     ROW_BYTES,
     STATE_FILL,
 )
-from recis_lightning.ops.row_io import Column
+from recis_lightning.ops.row_io import RowField
 from recis_lightning.table.versions import block_version
 
 _BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
@@ -146,9 +146,9 @@ class RowStore:
         words = torch.empty(count, self.row_words, device=self.header.device)
         for start in range(0, source.numel(), _CHUNK_ROWS):
             chunk = slice(start, min(start + _CHUNK_ROWS, source.numel()))
-            columns = [Column(words[: chunk.stop - chunk.start], 0)]
-            row_io.read_columns(self.header, source[chunk], columns)
-            row_io.write_columns_(self.header, target[chunk], columns)
+            columns = [RowField(words[: chunk.stop - chunk.start], 0)]
+            row_io.gather_fields(self.header, source[chunk], columns)
+            row_io.scatter_fields_(self.header, target[chunk], columns)
 
     def shrink(self, num_rows: int) -> None:
         """Keep the first ``num_rows`` rows, none of them freed, and the blocks that hold them.
@@ -256,7 +256,7 @@ class RowStore:
         first = self.weight_words
         size = first + sum(self.slots.values())
         words = torch.empty(rows.numel(), size, device=rows.device)
-        row_io.read_columns(self.header, rows, [Column(words, 0)])
+        row_io.gather_fields(self.header, rows, [RowField(words, 0)])
         words = words.cpu()
         weights = words if self.dtype is torch.float32 else words.view(self.dtype)
         return weights[:, : self.embedding_dim], words[:, first:]
@@ -265,7 +265,7 @@ class RowStore:
         n, device = rows.numel(), rows.device
         weights = torch.empty(n, self.embedding_dim, dtype=self.dtype, device=device)
         slots = {name: torch.empty(n, words, device=device) for name, words in self.slots.items()}
-        row_io.read_columns(self.header, rows, self._columns(weights, slots))
+        row_io.gather_fields(self.header, rows, self._columns(weights, slots))
         return weights, slots
 
     def write(self, rows: Tensor, weights: Tensor, slots: dict[str, Tensor]) -> None:
@@ -292,13 +292,13 @@ class RowStore:
         }
         given = {name: slots[name].contiguous() for name in self.slots if name in slots}
         columns = self._columns(weights.contiguous(), {**filled, **given})
-        row_io.write_columns_(self.header, rows, columns)
+        row_io.scatter_fields_(self.header, rows, columns)
 
-    def _columns(self, weights: Tensor, slots: dict[str, Tensor]) -> list[Column]:
+    def _columns(self, weights: Tensor, slots: dict[str, Tensor]) -> list[RowField]:
         """Return where in a row weights and slots stand."""
-        columns, words = [Column(weights, 0)], self.weight_words
+        columns, words = [RowField(weights, 0)], self.weight_words
         for name, width in self.slots.items():
-            columns.append(Column(slots[name], 4 * words))
+            columns.append(RowField(slots[name], 4 * words))
             words += width
         return columns
 

@@ -81,7 +81,7 @@ class Storage(TableMemory):
         self.embedding_dim, self.dtype, self.device = embedding_dim, dtype, device
         self.kept_columns, self.now, self.name = kept_columns, now, name
         self.generation = self.num_removed = self.num_loaded = 0
-        self.header = Header(device, backend.runs_later(device))
+        self.header = Header(device, backend.is_async(device))
         self.admission_counter: AdmissionCounter | None = None
         self.empty({}, 0.0)
         if screening is not None:

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Ops whose result's size or value the host must see.
+# Ops whose result's size or value the host must know.
 _READS = {
     "_local_scalar_dense",
     "_unique2",
@@ -21,11 +21,11 @@ _READS = {
     "unique_dim",
 }
 _METHODS = ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
-# Where what is read lies on the host already: counts that have come, and what only the interpreter
-# reads at once.
+# Functions that read what is on the host already: counts that arrived, and flags that only
+# interpreted kernels set at once.
 _ALLOWED = {
     ("header.py", "unacknowledged"),
-    ("embedding_bag.py", "_feature_with_bad_offsets"),
+    ("offset_check.py", "malformed_feature"),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import NEXT_ROW
-from recis_lightning.ops.row_io import Column, read_columns, write_columns_
+from recis_lightning.ops.row_io import RowField, gather_fields, scatter_fields_
 from recis_lightning.table.row_store import RowStore
 
 
@@ -27,11 +27,11 @@ def test_parts_are_copied_byte_by_byte(backend, num_rows, num_bytes):
     whole = store.read(rows)[0].view(torch.uint8)
     first = 148 - num_bytes
     part, front = (torch.full((num_rows, n), 99, dtype=torch.uint8) for n in (num_bytes, 4))
-    read_columns(store.header, rows, [Column(part, first), Column(front, 0)])
+    gather_fields(store.header, rows, [RowField(part, first), RowField(front, 0)])
     assert torch.equal(part, whole[:, first:])
     assert torch.equal(front, whole[:, :4])
     back = rows.flip(0)
-    write_columns_(store.header, back, [Column(part, first)])
+    scatter_fields_(store.header, back, [RowField(part, first)])
     assert torch.equal(store.read(back)[0].view(torch.uint8)[:, first:], part)
     assert torch.equal(store.read(rows)[0].view(torch.uint8)[:, :first], whole[:, :first])
 
@@ -39,7 +39,7 @@ def test_parts_are_copied_byte_by_byte(backend, num_rows, num_bytes):
 def test_one_part_for_all_rows(backend):
     """A tensor of one row is written to every row."""
     store, rows = store_of(300, 5)
-    write_columns_(store.header, rows[::2].contiguous(), [Column(torch.full((1, 2), -1.0), 4)])
+    scatter_fields_(store.header, rows[::2].contiguous(), [RowField(torch.full((1, 2), -1.0), 4)])
     values = store.read(rows)[0]
     assert (values[::2, 1:3] == -1).all()
     assert (values[1::2] >= 0).all()

@@ -271,7 +271,7 @@ def _forget_kernel(args):
                 store_i64(place + 8, NO_ROW)
 
 
-def screen(segments, num_ids, misses, rows, weights):
+def check_(segments, num_ids, misses, rows, weights):
     """See ``admission.screening``."""
     places = np.empty(misses.numel(), np.int64)
     where = (

@@ -53,7 +53,7 @@ def _stamp_kernel(args):
             i = end
 
 
-def stamp_(segments, rows, sightings):
+def touch_(segments, rows, sightings):
     """See the contract."""
     launch(
         _stamp_kernel,

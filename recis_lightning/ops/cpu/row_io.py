@@ -87,14 +87,14 @@ def _launch(header, rows, plan, writing):
     _columns_kernel.launch(num_chunks(n, _ROWS_PER_CHUNK), _ROWS_PER_CHUNK, n, *where, writing)
 
 
-def read_columns(header, rows, plan):
+def gather_fields(header, rows, plan):
     """See the contract."""
     _launch(header, rows, plan, 0)
 
 
-def write_columns_(header, rows, plan):
+def scatter_fields_(header, rows, plan):
     """See the contract."""
     _launch(header, rows, plan, 1)
 
 
-__all__ = ["read_columns", "write_columns_"]
+__all__ = ["gather_fields", "scatter_fields_"]

@@ -1,236 +1,225 @@
-"""Admission in Triton: sight all misses, then judge each of them."""
+"""Admission checks in Triton: one kernel counts all misses, a second one admits or refuses them."""
 
 import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.gpu.probe import (
+from recis_lightning.ops.gpu.layout import (
+    ADMISSION_COUNTERS,
+    ADMISSION_FORGET_AFTER,
+    ADMISSION_KIND,
+    ADMISSION_NUM_COUNTED,
+    ADMISSION_NUM_HASHES,
+    ADMISSION_NUM_LOOKUPS,
+    ADMISSION_PER_BATCH,
+    ADMISSION_THRESHOLD,
+    ADMISSION_WIDTH,
+    CAPACITY,
+    COUNT,
+    COUNT_MASK,
     EMPTY,
-    FIRST_CHUNK,
-    FLAGS,
-    HEADER,
-    IDS,
-    LANES,
-    LINE_BYTES,
-    MISSING,
+    ENTRIES,
+    INIT_KEY,
+    MAX_COUNTER,
     NO_ROW,
+    NUM_IDS,
+    NUM_REFUSED,
+    SCREEN,
+    SEGMENT_FLAGS,
+    SEGMENT_HEADER,
+    SHIFT,
+    SIGHTINGS,
+    SKETCH,
     UNKNOWN,
+)
+from recis_lightning.ops.gpu.probe import (
+    LANES,
     VARIANT,
-    positions_of,
-    slot_of,
+    claim_slot,
+    find_entry,
+    ids_at,
+    is_missing,
+    own_ids,
     staged_segments,
 )
 from recis_lightning.ops.gpu.row_init import mix
 from recis_lightning.ops.gpu.runtime import (
-    CAPACITY,
-    ENTRIES,
-    SHIFT,
     any_of,
     device_function,
     field,
     int64_at,
     kernel,
-    line_of,
     num_programs_at_once,
     sum_over,
 )
 
-INIT_KEY = tl.constexpr(fields.INIT_KEY)
-NUM_IDS = tl.constexpr(fields.NUM_IDS)
-NUM_REFUSED = tl.constexpr(fields.NUM_REFUSED)
-SCREEN = tl.constexpr(fields.SCREEN)
-SIGHTINGS = tl.constexpr(fields.SIGHTINGS)
-KIND = tl.constexpr(fields.ADMISSION_KIND)
-THRESHOLD = tl.constexpr(fields.ADMISSION_THRESHOLD)
-NUM_LOOKUPS = tl.constexpr(fields.ADMISSION_NUM_LOOKUPS)
-FORGET_AFTER = tl.constexpr(fields.ADMISSION_FORGET_AFTER)
-PER_BATCH = tl.constexpr(fields.ADMISSION_PER_BATCH)
-COUNTERS = tl.constexpr(fields.ADMISSION_COUNTERS)
-WIDTH = tl.constexpr(fields.ADMISSION_WIDTH)
-NUM_HASHES = tl.constexpr(fields.ADMISSION_NUM_HASHES)
-NUM_COUNTED = tl.constexpr(fields.ADMISSION_NUM_COUNTED)
-COUNT = tl.constexpr(fields.COUNT)
-SKETCH = tl.constexpr(fields.SKETCH)
-COUNT_MASK = tl.constexpr(fields.COUNT_MASK)
-MAX_COUNTER = tl.constexpr(fields.MAX_COUNTER)
 _SECOND_HASH = tl.constexpr(0x9E3779B97F4A7C15)
 _DRAW_KEY = tl.constexpr(0xD1B54A32D192ED03)
 
 
 @device_function
-def _place_of(memory, key, asked, own):
-    """Return each id's entry, claiming an empty one where it is absent; idle lanes get ``own``."""
+def _count_entry_of(counter, key, asked, dummy):
+    """Return the address of each id's count entry, claiming one where the id has none."""
     entries, shift, capacity = (
-        field(memory, ENTRIES),
-        field(memory, SHIFT),
-        field(memory, CAPACITY),
+        field(counter, ENTRIES),
+        field(counter, SHIFT),
+        field(counter, CAPACITY),
     )
-    place = tl.where(asked, entries + 16 * (capacity + key * 0), own)
-    slot = slot_of(key, shift)
-    searching = asked & (key != EMPTY)
-    while any_of(searching):
-        at = entries + 16 * slot
-        there = tl.load(int64_at(at), searching, 0)
-        wants = searching & (there == EMPTY)
-        if any_of(wants):
-            # A compare-and-swap has no mask: idle lanes swap a place of their own.
-            got = tl.atomic_cas(
-                int64_at(tl.where(wants, at, own)),
-                key * 0 + EMPTY,
-                tl.where(wants, key, EMPTY),
-                sem="relaxed",
-            )
-            there = tl.where(wants, got, there)
-            claimed = wants & (got == EMPTY)
-            number = sum_over(claimed.to(tl.int64), 0)
-            if number != 0:
-                tl.atomic_add(int64_at(memory + 8 * NUM_IDS), number, sem="relaxed")
-        done = searching & ((there == key) | (there == EMPTY))
-        place = tl.where(done, at, place)
-        searching = searching & (done == 0)
-        slot = (slot + 1) & (capacity - 1)
-    return place
+    entry, claimed = claim_slot(entries, shift, capacity, key, asked, dummy)
+    num_claimed = sum_over(claimed.to(tl.int64), 0)
+    if num_claimed != 0:
+        tl.atomic_add(int64_at(counter + 8 * NUM_IDS), num_claimed, sem="relaxed")
+    return entry
 
 
 @device_function
-def _add_sightings(memory, cell, weight, adding, own):
-    """Add to entries' counts, from 0 if what they say is void, up to the threshold."""
-    now, wanted = field(memory, NUM_LOOKUPS), field(memory, THRESHOLD)
-    forget_after, per_batch = field(memory, FORGET_AFTER), field(memory, PER_BATCH) != 0
+def _add_to_counts(counter, cell, occurrences, adding, dummy):
+    """Add to entries' counts, from 0 if they are void, up to the threshold."""
+    now, wanted = field(counter, ADMISSION_NUM_LOOKUPS), field(counter, ADMISSION_THRESHOLD)
+    forget_after = field(counter, ADMISSION_FORGET_AFTER)
+    per_batch = field(counter, ADMISSION_PER_BATCH) != 0
     before = tl.load(int64_at(cell), adding, NO_ROW)
     while any_of(adding):
         last, count = before >> 32, before & COUNT_MASK
-        now_too = (before != NO_ROW) & (last == now)
-        void = (count >= wanted) | (now - last > forget_after)
-        count = tl.where((before == NO_ROW) | (void & (now_too == 0)), 0, count)
-        after = (now << 32) | tl.minimum(count + weight, wanted)
-        after = tl.where(per_batch, tl.where(now_too, before, after), after)
+        is_counted_now = (before != NO_ROW) & (last == now)
+        is_void = (count >= wanted) | (now - last > forget_after)
+        count = tl.where((before == NO_ROW) | (is_void & (is_counted_now == 0)), 0, count)
+        after = (now << 32) | tl.minimum(count + occurrences, wanted)
+        after = tl.where(per_batch, tl.where(is_counted_now, before, after), after)
         adding = adding & (after != before)
         if any_of(adding):
-            got = tl.atomic_cas(
-                int64_at(tl.where(adding, cell, own)),
+            swapped = tl.atomic_cas(
+                int64_at(tl.where(adding, cell, dummy)),
                 tl.where(adding, before, EMPTY),
                 tl.where(adding, after, EMPTY),
                 sem="relaxed",
             )
-            adding = adding & (got != before)
-            before = tl.where(adding, got, before)
+            adding = adding & (swapped != before)
+            before = tl.where(adding, swapped, before)
 
 
 @device_function
-def _counter_of(memory, first, number):
-    """Return the address of the counter of ids, whose first hash is ``first``."""
-    width = field(memory, WIDTH)
+def _sketch_cell(counter, first, i):
+    """Return the address of a byte of the sketch: that of hash ``i``; ``first`` is hash 0."""
+    width = field(counter, ADMISSION_WIDTH)
     second = mix(first ^ _SECOND_HASH)
-    high = (first + number.to(tl.uint64) * second) >> 32
-    index = (high * width.to(tl.uint64)) >> 32
-    return field(memory, COUNTERS) + number * width + index.to(tl.int64)
+    high = (first + i.to(tl.uint64) * second) >> 32
+    column = (high * width.to(tl.uint64)) >> 32
+    return field(counter, ADMISSION_COUNTERS) + i * width + column.to(tl.int64)
 
 
 @device_function
-def _add_to_counters(memory, first, weight, adding, own):
+def _add_to_sketch(counter, first, occurrences, adding, dummy):
     """Add to the bytes of a sketch, by compare-and-swap of the word around each."""
-    number = field(memory, NUM_HASHES) * 0
-    while number < field(memory, NUM_HASHES):
-        cell = _counter_of(memory, first, number)
-        number += 1
+    i = field(counter, ADMISSION_NUM_HASHES) * 0
+    while i < field(counter, ADMISSION_NUM_HASHES):
+        cell = _sketch_cell(counter, first, i)
+        i += 1
         word = cell & -4
         shift = ((cell & 3) * 8).to(tl.int32)
         waiting = adding
         before = tl.load(word.to(tl.pointer_type(tl.int32)), waiting, 0)
         while any_of(waiting):
             count = (before >> shift) & 255
-            sum_now = tl.minimum(count.to(tl.int64) + weight, MAX_COUNTER).to(tl.int32)
-            after = (before & ~(255 << shift)) | (sum_now << shift)
+            total = tl.minimum(count.to(tl.int64) + occurrences, MAX_COUNTER).to(tl.int32)
+            after = (before & ~(255 << shift)) | (total << shift)
             waiting = waiting & (after != before)
             if any_of(waiting):
-                got = tl.atomic_cas(
-                    tl.where(waiting, word, own).to(tl.pointer_type(tl.int32)),
+                swapped = tl.atomic_cas(
+                    tl.where(waiting, word, dummy).to(tl.pointer_type(tl.int32)),
                     tl.where(waiting, before, 0),
                     tl.where(waiting, after, 0),
                     sem="relaxed",
                 )
-                waiting = waiting & (got != before)
-                before = tl.where(waiting, got, before)
+                waiting = waiting & (swapped != before)
+                before = tl.where(waiting, swapped, before)
+
+
+@device_function
+def _checked_ids(segments, num_segments, rows, LANES: tl.constexpr):
+    """Return a program's segment, positions, which of them miss, and whether to check these."""
+    _, segment, position, inside = own_ids(segments, num_segments, LANES)
+    missing = is_missing(rows, position, inside)
+    has_check = (field(segment, SEGMENT_FLAGS) & SCREEN) != 0
+    return segment, position, missing, has_check & any_of(missing)
+
+
+@device_function
+def _occurrences_at(occurrences, position, mask, WEIGHTED: tl.constexpr):
+    """Return how many occurrences each position stands for."""
+    count = position * 0 + 1
+    if WEIGHTED:
+        count = tl.load(int64_at(occurrences + 8 * position), mask, 0)
+    return count
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
-def _sight_kernel(
+def _count_kernel(
     segments: tl.int64,
     num_segments: tl.int64,
     rows: tl.int64,
-    places: tl.int64,
-    weights: tl.int64,
+    slots: tl.int64,
+    occurrences: tl.int64,
     WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    line = line_of(segments, num_segments, LINE_BYTES, FIRST_CHUNK, chunk)
-    position, inside = positions_of(line, chunk, LANES)
-    asked = tl.load(int64_at(rows + 8 * position), inside, 0) == MISSING
-    if ((field(line, FLAGS) & SCREEN) != 0) & any_of(asked):
-        memory = field(field(line, HEADER), SIGHTINGS)
-        key = tl.load(int64_at(field(line, IDS) + 8 * position), asked, 0)
-        own = places + 8 * position
-        weight = position * 0 + 1
-        if WEIGHTED:
-            weight = tl.load(int64_at(weights + 8 * position), asked, 0)
-        kind = field(memory, KIND)
+    segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
+    if checks:
+        counter = field(field(segment, SEGMENT_HEADER), SIGHTINGS)
+        key = ids_at(segment, position, missing)
+        slot = slots + 8 * position
+        added = _occurrences_at(occurrences, position, missing, WEIGHTED)
+        kind = field(counter, ADMISSION_KIND)
         if kind == COUNT:
-            place = _place_of(memory, key, asked, own)
-            counted = tl.where(field(memory, PER_BATCH) != 0, 1, weight)
-            _add_sightings(memory, place + 8, counted, asked, own)
-            tl.store(int64_at(own), place, asked)
+            entry = _count_entry_of(counter, key, missing, slot)
+            counted = tl.where(field(counter, ADMISSION_PER_BATCH) != 0, 1, added)
+            _add_to_counts(counter, entry + 8, counted, missing, slot)
+            tl.store(int64_at(slot), entry, missing)
         if kind == SKETCH:
             first = mix(key.to(tl.uint64, bitcast=True))
-            _add_to_counters(memory, first, weight, asked, own)
-            added = sum_over(tl.where(asked, weight, 0), 0)
-            tl.atomic_add(int64_at(memory + 8 * NUM_COUNTED), added, sem="relaxed")
+            _add_to_sketch(counter, first, added, missing, slot)
+            total = sum_over(tl.where(missing, added, 0), 0)
+            tl.atomic_add(int64_at(counter + 8 * ADMISSION_NUM_COUNTED), total, sem="relaxed")
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
-def _judge_kernel(
+def _admit_kernel(
     segments: tl.int64,
     num_segments: tl.int64,
     rows: tl.int64,
-    places: tl.int64,
-    weights: tl.int64,
+    slots: tl.int64,
+    occurrences: tl.int64,
     WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    line = line_of(segments, num_segments, LINE_BYTES, FIRST_CHUNK, chunk)
-    position, inside = positions_of(line, chunk, LANES)
-    asked = tl.load(int64_at(rows + 8 * position), inside, 0) == MISSING
-    if ((field(line, FLAGS) & SCREEN) != 0) & any_of(asked):
-        header = field(line, HEADER)
-        memory = field(header, SIGHTINGS)
-        kind, wanted = field(memory, KIND), field(memory, THRESHOLD)
-        key = tl.load(int64_at(field(line, IDS) + 8 * position), asked, 0)
+    segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
+    if checks:
+        header = field(segment, SEGMENT_HEADER)
+        counter = field(header, SIGHTINGS)
+        kind, wanted = field(counter, ADMISSION_KIND), field(counter, ADMISSION_THRESHOLD)
+        key = ids_at(segment, position, missing)
         first = mix(key.to(tl.uint64, bitcast=True))
         count = position * 0
         if kind == COUNT:
-            place = tl.load(int64_at(places + 8 * position), asked, 0)
-            count = tl.load(int64_at(place + 8), asked, 0) & COUNT_MASK
+            entry = tl.load(int64_at(slots + 8 * position), missing, 0)
+            count = tl.load(int64_at(entry + 8), missing, 0) & COUNT_MASK
         elif kind == SKETCH:
             count = position * 0 + MAX_COUNTER
-            number = field(memory, NUM_HASHES) * 0
-            while number < field(memory, NUM_HASHES):
-                cell = _counter_of(memory, first, number)
-                number += 1
-                byte = tl.load(cell.to(tl.pointer_type(tl.uint8)), asked, 0)
+            i = field(counter, ADMISSION_NUM_HASHES) * 0
+            while i < field(counter, ADMISSION_NUM_HASHES):
+                cell = _sketch_cell(counter, first, i)
+                i += 1
+                byte = tl.load(cell.to(tl.pointer_type(tl.uint8)), missing, 0)
                 count = tl.minimum(count, byte.to(tl.int64))
         else:
-            its_key = mix(field(header, INIT_KEY).to(tl.uint64, bitcast=True) ^ _DRAW_KEY)
-            now = field(memory, NUM_LOOKUPS).to(tl.uint64, bitcast=True)
-            bits = mix(mix(key.to(tl.uint64, bitcast=True) ^ its_key) ^ now)
+            table_key = mix(field(header, INIT_KEY).to(tl.uint64, bitcast=True) ^ _DRAW_KEY)
+            now = field(counter, ADMISSION_NUM_LOOKUPS).to(tl.uint64, bitcast=True)
+            bits = mix(mix(key.to(tl.uint64, bitcast=True) ^ table_key) ^ now)
             count = tl.where((bits >> 11).to(tl.int64) < wanted, wanted, -1)
-        refused = asked & (count < wanted)
+        refused = missing & (count < wanted)
         tl.store(int64_at(rows + 8 * position), position * 0 + UNKNOWN, refused)
-        weight = position * 0 + 1
-        if WEIGHTED:
-            weight = tl.load(int64_at(weights + 8 * position), asked, 0)
-        total = sum_over(tl.where(refused, weight, 0), 0)
+        added = _occurrences_at(occurrences, position, missing, WEIGHTED)
+        total = sum_over(tl.where(refused, added, 0), 0)
         if total != 0:
             tl.atomic_add(int64_at(header + 8 * NUM_REFUSED), total, sem="relaxed")
 
@@ -247,68 +236,61 @@ def _forget_kernel(
     position = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     inside = position < num_ids
     key = tl.load(int64_at(ids + 8 * position), inside, 0)
-    slot = tl.where(key == EMPTY, capacity, slot_of(key, position * 0 + shift))
-    looking = inside
-    found = position < 0
-    place = entries + 16 * slot
-    while any_of(looking):
-        at = entries + 16 * slot
-        there = tl.load(int64_at(at), looking, EMPTY)
-        hit = looking & (there == key)
-        place = tl.where(hit, at, place)
-        found = found | hit
-        looking = looking & (hit == 0) & (there != EMPTY)
-        slot = (slot + 1) & (capacity - 1)
-    tl.store(int64_at(place + 8), position * 0 + NO_ROW, found)
+    entry, count = find_entry(entries, position * 0 + shift, capacity, key, inside)
+    tl.store(int64_at(entry + 8), position * 0 + NO_ROW, count != NO_ROW)
 
 
 @kernel(VARIANT)
-def _fade_kernel(
-    memory: tl.int64, counters: tl.int64, num_words: tl.int64, window: tl.int64, LANES: tl.constexpr
+def _decay_kernel(
+    counter: tl.int64,
+    sketch: tl.int64,
+    num_words: tl.int64,
+    window: tl.int64,
+    LANES: tl.constexpr,
 ):
-    if field(memory, NUM_COUNTED) >= window:
+    if field(counter, ADMISSION_NUM_COUNTED) >= window:
         stride = tl.num_programs(0).to(tl.int64) * LANES
         first = tl.program_id(0).to(tl.int64) * LANES
         while first < num_words:
-            place = first + tl.arange(0, LANES)
-            word = (counters + 4 * place).to(tl.pointer_type(tl.int32))
-            four = tl.load(word, place < num_words, 0)
-            tl.store(word, (four >> 1) & 0x7F7F7F7F, place < num_words)  # four bytes, each halved
+            i = first + tl.arange(0, LANES)
+            word = (sketch + 4 * i).to(tl.pointer_type(tl.int32))
+            four = tl.load(word, i < num_words, 0)
+            tl.store(word, (four >> 1) & 0x7F7F7F7F, i < num_words)  # four bytes, each halved
             first += stride
 
 
 @kernel({})
-def _restart_kernel(memory: tl.int64, window: tl.int64):
-    if field(memory, NUM_COUNTED) >= window:
-        tl.store(int64_at(memory + 8 * NUM_COUNTED), window * 0)
+def _restart_kernel(counter: tl.int64, window: tl.int64):
+    if field(counter, ADMISSION_NUM_COUNTED) >= window:
+        tl.store(int64_at(counter + 8 * ADMISSION_NUM_COUNTED), window * 0)
 
 
-def fade_(memory, counters, window):
-    """See the contract; whether it is due, the device decides."""
-    num_words = counters.numel() // 4
-    programs = min(-(-num_words // LANES), num_programs_at_once(memory.device))
-    where = (memory.address, counters.data_ptr(), num_words, window)
-    _fade_kernel.launch(memory.device, programs, *where, LANES=LANES)
-    _restart_kernel.launch(memory.device, 1, memory.address, window)  # when all have seen it
+def decay_(counter, sketch, window):
+    # The device decides whether a decay is due.
+    num_words = sketch.numel() // 4
+    programs = min(-(-num_words // LANES), num_programs_at_once(counter.device))
+    where = (counter.address, sketch.data_ptr(), num_words, window)
+    _decay_kernel.launch(counter.device, programs, *where, LANES=LANES)
+    # A launch of its own, after every program of the first has read the number.
+    _restart_kernel.launch(counter.device, 1, counter.address, window)
 
 
-def screen(segments, num_ids, misses, rows, weights):
-    """See ``admission.screening``; a program looks for the misses among its positions itself."""
+def check_(segments, num_ids, misses, rows, occurrences):
+    # A program finds the misses among its positions itself.
     staged = staged_segments(segments, num_ids, rows.device)
-    places = torch.zeros(num_ids + LANES, dtype=torch.int64, device=rows.device)
-    where = (*staged.where, rows.data_ptr(), places.data_ptr())
-    where += (0 if weights is None else weights.data_ptr(),)
-    constants = {"WEIGHTED": weights is not None, "LANES": LANES}
-    _sight_kernel.launch(rows.device, staged.num_programs, *where, **constants)
-    _judge_kernel.launch(rows.device, staged.num_programs, *where, **constants)
+    slots = torch.zeros(num_ids + LANES, dtype=torch.int64, device=rows.device)
+    where = (*staged.where, rows.data_ptr(), slots.data_ptr())
+    where += (0 if occurrences is None else occurrences.data_ptr(),)
+    constants = {"WEIGHTED": occurrences is not None, "LANES": LANES}
+    _count_kernel.launch(rows.device, staged.num_programs, *where, **constants)
+    _admit_kernel.launch(rows.device, staged.num_programs, *where, **constants)
 
 
-def forget_(memory, ids):
-    """See the contract."""
-    values = memory.fields
-    numbers = [int(values[f]) for f in (fields.ENTRIES, fields.SHIFT, fields.CAPACITY)]
+def forget_(counter, ids):
+    values = counter.fields
+    index = [int(values[f]) for f in (fields.ENTRIES, fields.SHIFT, fields.CAPACITY)]
     programs = -(-ids.numel() // LANES)
-    _forget_kernel.launch(ids.device, programs, *numbers, ids.data_ptr(), ids.numel(), LANES=LANES)
+    _forget_kernel.launch(ids.device, programs, *index, ids.data_ptr(), ids.numel(), LANES=LANES)
 
 
-__all__ = ["fade_", "forget_", "screen"]
+__all__ = ["check_", "decay_", "forget_"]

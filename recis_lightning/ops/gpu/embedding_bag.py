@@ -1,4 +1,4 @@
-"""Gather and pool in Triton: a program pools some bags of one feature and writes each once.
+"""Gathering and pooling in Triton: a program pools some bags of one feature and writes each once.
 
 An evaluation lookup finds the rows in the same launch.
 """
@@ -6,27 +6,43 @@ An evaluation lookup finds the rows in the same launch.
 import functools
 
 import numpy as np
-import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.gpu.probe import (
-    FLAGS,
-    HAS_PADDING,
-    IDS,
-    NO_ROW,
-    PADDING,
-    PADDING_IDX,
-    START,
-    UNKNOWN,
-    row_of,
-)
-from recis_lightning.ops.gpu.row_io import copy_parts
-from recis_lightning.ops.gpu.runtime import (
+from recis_lightning.ops.gpu.layout import (
     BLOCK_SHIFT,
     BLOCKS,
+    HAS_PADDING,
+    MEAN,
+    NO_ROW,
+    PADDING,
+    PLAN_AND_SEGMENT_BYTES,
+    PLAN_BAG_LENGTH,
+    PLAN_BYTES,
+    PLAN_DATA,
+    PLAN_DATA_STRIDE,
+    PLAN_FIRST_CHUNK,
+    PLAN_HEADER,
+    PLAN_MODE,
+    PLAN_NUM_BAGS,
+    PLAN_NUM_IDS,
+    PLAN_OFFSETS,
+    PLAN_ROWS,
+    PLAN_TILE_LEN,
+    PLAN_WEIGHTS,
     ROW_BYTES,
-    any_of,
+    SEGMENT_FLAGS,
+    SEGMENT_IDS,
+    SEGMENT_PADDING,
+    SEGMENT_START,
+    SUM,
+    TILE,
+    UNKNOWN,
+)
+from recis_lightning.ops.gpu.offset_check import are_malformed, malformed_feature, new_flag
+from recis_lightning.ops.gpu.probe import row_of
+from recis_lightning.ops.gpu.row_io import copy_field
+from recis_lightning.ops.gpu.runtime import (
     cells_at,
     device_function,
     field,
@@ -42,25 +58,6 @@ from recis_lightning.ops.gpu.runtime import (
     stage,
     to_bfloat16,
 )
-from recis_lightning.ops.layout import SEGMENT_SIZE
-
-LINE_BYTES = tl.constexpr(8 * fields.PLAN_SIZE)
-BOTH_BYTES = tl.constexpr(8 * (fields.PLAN_SIZE + SEGMENT_SIZE))  # a line, and behind it a segment
-HEADER = tl.constexpr(fields.PLAN_HEADER)
-MODE = tl.constexpr(fields.PLAN_MODE)
-NUM_BAGS = tl.constexpr(fields.PLAN_NUM_BAGS)
-BAG_LENGTH = tl.constexpr(fields.PLAN_BAG_LENGTH)
-OFFSETS = tl.constexpr(fields.PLAN_OFFSETS)
-WEIGHTS = tl.constexpr(fields.PLAN_WEIGHTS)
-TILE_LEN = tl.constexpr(fields.PLAN_TILE_LEN)
-DATA = tl.constexpr(fields.PLAN_DATA)
-DATA_STRIDE = tl.constexpr(fields.PLAN_DATA_STRIDE)
-FIRST_CHUNK = tl.constexpr(fields.PLAN_FIRST_CHUNK)
-ROWS = tl.constexpr(fields.PLAN_ROWS)
-NUM_IDS = tl.constexpr(fields.PLAN_NUM_IDS)
-SUM = tl.constexpr(fields.SUM)
-MEAN = tl.constexpr(fields.MEAN)
-TILE = tl.constexpr(fields.TILE)
 
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
@@ -70,12 +67,12 @@ _LANES = lanes(128, 4096)  # ids that a program looks up at a time
 @device_function
 def bag_ends(line, bag, inside):
     """Return where bags start and end, kept inside the feature whatever its offsets say."""
-    length = field(line, BAG_LENGTH)
-    num_ids = field(line, NUM_IDS)
+    length = field(line, PLAN_BAG_LENGTH)
+    num_ids = field(line, PLAN_NUM_IDS)
     start = bag * length
     end = start + length
     if length < 0:
-        offsets = field(line, OFFSETS)
+        offsets = field(line, PLAN_OFFSETS)
         start = tl.load(int64_at(offsets + 8 * bag), inside, 0)
         end = tl.load(int64_at(offsets + 8 * bag + 8), inside, 0)
         start = tl.minimum(tl.maximum(start, 0), num_ids)
@@ -112,17 +109,6 @@ def store_weights(address, column, value, mask, BFLOAT16: tl.constexpr, ALIGNED:
 
 
 @device_function
-def _offsets_are_wrong(line, bag, inside):
-    """Tell whether the offsets of some bags, or the feature's first or last, are malformed."""
-    offsets, num_bags = field(line, OFFSETS), field(line, NUM_BAGS)
-    begin = tl.load(int64_at(offsets + 8 * bag), inside, 0)
-    wrong = begin > tl.load(int64_at(offsets + 8 * bag + 8), inside, 0)
-    wrong = wrong & inside
-    wrong = wrong | (field(offsets, 0) != 0) | (field(offsets, num_bags) != field(line, NUM_IDS))
-    return any_of(wrong)
-
-
-@device_function
 def _pool(
     line,
     bag,
@@ -133,25 +119,25 @@ def _pool(
     COLUMNS: tl.constexpr,
 ):
     """Write the outputs of BAGS bags, from the row numbers of their ids."""
-    header, mode = field(line, HEADER), field(line, MODE)
+    header, mode = field(line, PLAN_HEADER), field(line, PLAN_MODE)
     blocks, shift = field(header, BLOCKS), field(header, BLOCK_SHIFT)
-    row_bytes, rows = field(header, ROW_BYTES), field(line, ROWS)
-    weights = field(line, WEIGHTS)
-    inside = bag < field(line, NUM_BAGS)
+    row_bytes, rows = field(header, ROW_BYTES), field(line, PLAN_ROWS)
+    weights = field(line, PLAN_WEIGHTS)
+    inside = bag < field(line, PLAN_NUM_BAGS)
     start, end = bag_ends(line, bag, inside)
     item = 4
     if BFLOAT16:
         item = 2
-    out = field(line, DATA) + bag * field(line, DATA_STRIDE)
+    out = field(line, PLAN_DATA) + bag * field(line, PLAN_DATA_STRIDE)
     if (mode == SUM) | (mode == MEAN):
         most = largest(end - start)
         for first_column in tl.static_range(0, DIM, COLUMNS):
             column = first_column + tl.arange(0, COLUMNS)
             total = tl.full((BAGS, COLUMNS), 0.0, tl.float32)
             divisor = tl.full((BAGS,), 0.0, tl.float32)
-            done = most * 0
-            while done < most:
-                i = start + done
+            step = most * 0
+            while step < most:
+                i = start + step
                 on = i < end
                 row = tl.load(int64_at(rows + 8 * i), on, PADDING)
                 scale = scale_of(weights, i, on)
@@ -160,7 +146,7 @@ def _pool(
                 mask = known[:, None] & (column < DIM)[None, :]
                 total += load_weights(address, column, mask, BFLOAT16, ALIGNED) * scale[:, None]
                 divisor += tl.where(row != PADDING, scale, 0.0)
-                done += 1
+                step += 1
             if mode == MEAN:
                 empty = divisor == 0
                 divisor = tl.where(empty, 1.0, divisor)
@@ -168,7 +154,7 @@ def _pool(
             mask = inside[:, None] & (column < DIM)[None, :]
             store_weights(out, column, total, mask, BFLOAT16, ALIGNED)
     else:
-        tiles = tl.where(mode == TILE, field(line, TILE_LEN), 1)
+        tiles = tl.where(mode == TILE, field(line, PLAN_TILE_LEN), 1)
         tile = tiles * 0
         while tile < tiles:
             i = start + tile
@@ -198,7 +184,7 @@ _VARIANTS = (
 def _gather_kernel(
     plan: tl.int64,
     num_features: tl.int64,
-    bad: tl.int64,
+    malformed: tl.int64,
     DIM: tl.constexpr,
     BFLOAT16: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -206,11 +192,11 @@ def _gather_kernel(
     COLUMNS: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    line = line_of(plan, num_features, LINE_BYTES, FIRST_CHUNK, chunk)
-    bag = (chunk - field(line, FIRST_CHUNK)) * BAGS + tl.arange(0, BAGS)
-    if field(line, BAG_LENGTH) < 0:
-        if _offsets_are_wrong(line, bag, bag < field(line, NUM_BAGS)):
-            tl.store(int64_at(bad), (line - plan) // LINE_BYTES)
+    line = line_of(plan, num_features, PLAN_BYTES, PLAN_FIRST_CHUNK, chunk)
+    bag = (chunk - field(line, PLAN_FIRST_CHUNK)) * BAGS + tl.arange(0, BAGS)
+    if field(line, PLAN_BAG_LENGTH) < 0:
+        if are_malformed(line, bag, bag < field(line, PLAN_NUM_BAGS)):
+            tl.store(int64_at(malformed), (line - plan) // PLAN_BYTES)
     _pool(line, bag, DIM, BFLOAT16, ALIGNED, BAGS, COLUMNS)
 
 
@@ -218,7 +204,7 @@ def _gather_kernel(
 def _find_and_gather_kernel(
     lines: tl.int64,
     num_features: tl.int64,
-    bad: tl.int64,
+    malformed: tl.int64,
     tiles: tl.int64,
     DIM: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -230,42 +216,42 @@ def _find_and_gather_kernel(
     # First a lane an id: all ids of the program's bags are on their way at once. Then, with their
     # rows known, tiles of bags times columns.
     chunk = tl.program_id(0).to(tl.int64)
-    line = line_of(lines, num_features, BOTH_BYTES, FIRST_CHUNK, chunk)
-    first_bag = (chunk - field(line, FIRST_CHUNK)) * BAGS * tiles
+    line = line_of(lines, num_features, PLAN_AND_SEGMENT_BYTES, PLAN_FIRST_CHUNK, chunk)
+    first_bag = (chunk - field(line, PLAN_FIRST_CHUNK)) * BAGS * tiles
     lane = tl.arange(0, LANES)
     bag = first_bag + lane
-    inside = (lane < BAGS * tiles) & (bag < field(line, NUM_BAGS))
-    if field(line, BAG_LENGTH) < 0:
-        if _offsets_are_wrong(line, bag, inside):
-            tl.store(int64_at(bad), (line - lines) // BOTH_BYTES)
+    inside = (lane < BAGS * tiles) & (bag < field(line, PLAN_NUM_BAGS))
+    if field(line, PLAN_BAG_LENGTH) < 0:
+        if are_malformed(line, bag, inside):
+            tl.store(int64_at(malformed), (line - lines) // PLAN_AND_SEGMENT_BYTES)
     start, end = bag_ends(line, bag, inside)
     # Malformed offsets too: no row is read below that is not written here.
     end = largest(tl.where(inside, end, 0))
     first = -largest(tl.where(inside, -start, -end))
-    segment = line + LINE_BYTES
-    header, rows = field(line, HEADER), field(line, ROWS)
-    ids = field(segment, IDS) + 8 * field(segment, START)
-    has_padding = (field(segment, FLAGS) & HAS_PADDING) != 0
+    segment = line + PLAN_BYTES
+    header, rows = field(line, PLAN_HEADER), field(line, PLAN_ROWS)
+    ids = field(segment, SEGMENT_IDS) + 8 * field(segment, SEGMENT_START)
+    has_padding = (field(segment, SEGMENT_FLAGS) & HAS_PADDING) != 0
     while first < end:
         i = first + lane
         on = i < end
         key = tl.load(int64_at(ids + 8 * i), on, 0)
-        is_padding = (key == field(segment, PADDING_IDX)) & has_padding
+        is_padding = (key == field(segment, SEGMENT_PADDING)) & has_padding
         row = row_of(header, key, on & (is_padding == 0))
         row = tl.where(row == NO_ROW, UNKNOWN, row)
         tl.store(int64_at(rows + 8 * i), tl.where(is_padding, PADDING, row), on)
         first += LANES
-    tl.debug_barrier()  # what one lane wrote others read
+    tl.debug_barrier()  # rows that one lane wrote are read by others
     tile = tiles * 0
     while tile < tiles:
-        its_bags = first_bag + tile * BAGS + tl.arange(0, BAGS)
-        _pool(line, its_bags, DIM, BFLOAT16, ALIGNED, BAGS, COLUMNS)
+        tile_bags = first_bag + tile * BAGS + tl.arange(0, BAGS)
+        _pool(line, tile_bags, DIM, BFLOAT16, ALIGNED, BAGS, COLUMNS)
         tile += 1
 
 
 @functools.lru_cache(64)
 def _split(num_bags, bags_in_program):
-    # Without bags too: a feature's offsets are checked.
+    # A feature without bags has a program too, which checks its offsets.
     chunks = np.maximum(-(-np.frombuffer(num_bags, np.int64) // bags_in_program), 1)
     return np.cumsum(chunks) - chunks, int(chunks.sum())
 
@@ -274,7 +260,7 @@ def split_plan(plan, bags_in_program):
     """Number the programs that a plan's features take; return how many there are.
 
     Args:
-        plan: int64 [num_features, PLAN_SIZE or more]; FIRST_CHUNK is overwritten.
+        plan: int64 [num_features, PLAN_SIZE or more]; PLAN_FIRST_CHUNK is overwritten.
         bags_in_program: How many bags a program pools.
     """
     first_chunks, num_programs = _split(plan[:, fields.PLAN_NUM_BAGS].tobytes(), bags_in_program)
@@ -282,82 +268,31 @@ def split_plan(plan, bags_in_program):
     return num_programs
 
 
-class _MalformedOffsets:
-    """Which feature of an earlier lookup had malformed offsets: known later, without waiting."""
-
-    def __init__(self):
-        self.coming = []
-
-    def watch(self, bad, plan):
-        values = torch.empty(1, dtype=torch.int64, pin_memory=True)
-        values.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(bad.device))
-        self.coming.append((values, event, plan))
-
-    def check(self):
-        while self.coming and self.coming[0][1].query():
-            values, _, plan = self.coming.pop(0)
-            feature = int(values[0])
-            if feature >= 0:
-                self.coming.clear()
-                raise ValueError(
-                    f"offsets: in a lookup before this one, feature number {feature}'s did not "
-                    "start at 0, ascend and end at its number of ids, "
-                    f"{int(plan[feature, fields.PLAN_NUM_IDS])}; on a GPU this is found out later"
-                )
-
-
-_malformed = _MalformedOffsets()
-
-
 def gather(plan, embedding_dim, bfloat16, device):
-    """See the contract; returns a feature with malformed offsets, or -1.
-
-    Beside a GPU such a feature is reported by a later call.
-    """
     columns, bags_in_program = _tile(embedding_dim)
     num_programs = split_plan(plan, bags_in_program)
-    staged, bad = stage(plan, device), _room_for_malformed(plan, device)
+    staged, malformed = stage(plan, device), new_flag(plan, device)
     _gather_kernel.launch(
         device,
         num_programs,
         staged.data_ptr(),
         len(plan),
-        0 if bad is None else bad.data_ptr(),
+        0 if malformed is None else malformed.data_ptr(),
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
-        ALIGNED=lies_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
+        ALIGNED=is_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
         BAGS=bags_in_program,
         COLUMNS=columns,
     )
-    return _feature_with_bad_offsets(plan, bad)
+    return malformed_feature(plan, malformed)
 
 
-def _room_for_malformed(plan, device):
-    """Return where a kernel notes a feature with malformed offsets; None if none has offsets."""
-    if min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) >= 0:
-        return None
-    return torch.full((1,), -1, dtype=torch.int64, device=device)
-
-
-def _feature_with_bad_offsets(plan, bad):
-    """Return the number of a feature whose offsets the kernel found malformed, if it is known."""
-    if bad is None:
-        return -1
-    if bad.device.type == "cpu":
-        return int(bad)
-    _malformed.check()
-    _malformed.watch(bad, plan.copy())
-    return -1
-
-
-def lies_aligned(plan, row_bytes):
-    """Tell whether all that DATA points to lies at multiples of 16 bytes, as rows of tables do.
+def is_aligned(plan, row_bytes):
+    """Tell whether all rows of outputs or gradients lie at multiples of 16 bytes.
 
     Args:
         plan: int64 [num_features, PLAN_SIZE].
-        row_bytes: Of one row of it.
+        row_bytes: Bytes of one row that PLAN_DATA points to.
     """
     bits = np.bitwise_or.reduce(plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1], axis=None)
     return row_bytes % 16 == 0 and int(bits) % 16 == 0
@@ -370,8 +305,7 @@ def _tile(embedding_dim):
 
 
 def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
-    """See the contract; for evaluation alone. Returns what ``gather`` returns, and no misses."""
-    assert not training  # what is missing the host would have to wait for
+    assert not training  # the host would have to wait to learn what is missing
     columns, tile = _tile(embedding_dim)
     lanes = max(_LANES, tile)
     # As many tiles as make a lane an id, but enough programs to keep the device busy.
@@ -379,28 +313,37 @@ def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
     tiles = max(1, min(lanes // tile, busy))
     num_programs = split_plan(plan, tile * tiles)
     staged = stage(np.concatenate([plan, segments], 1), device)
-    bad = _room_for_malformed(plan, device)
+    malformed = new_flag(plan, device)
     _find_and_gather_kernel.launch(
         device,
         num_programs,
         staged.data_ptr(),
         len(plan),
-        0 if bad is None else bad.data_ptr(),
+        0 if malformed is None else malformed.data_ptr(),
         tiles,
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
-        ALIGNED=lies_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
+        ALIGNED=is_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
         BAGS=tile,
         COLUMNS=columns,
         LANES=lanes,
     )
-    return _feature_with_bad_offsets(plan, bad), 0
+    return malformed_feature(plan, malformed), 0
 
 
 def write_rows_(header, rows, values):
-    """See the contract."""
     num_bytes = values.shape[1] * values.element_size()
-    copy_parts(header, rows, (values.data_ptr(), num_bytes, 0, num_bytes), True)
+    copy_field(header, rows, (values.data_ptr(), num_bytes, 0, num_bytes), True)
 
 
-__all__ = ["find_and_gather", "gather", "write_rows_"]
+__all__ = [
+    "bag_ends",
+    "find_and_gather",
+    "gather",
+    "is_aligned",
+    "load_weights",
+    "scale_of",
+    "split_plan",
+    "store_weights",
+    "write_rows_",
+]

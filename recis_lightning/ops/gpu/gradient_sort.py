@@ -1,33 +1,32 @@
-"""Sort the positions of an update by row, and split them into pieces, in Triton.
+"""Sorting of an update's positions by row, and their split into pieces, in Triton.
 
-torch sorts (a stable radix sort). A row's positions then stand side by side, in the order of the
-batch; where a row has very many of them, they are cut at every ``PIECE``-th place, so that many
-programs share the row, and always in the same way.
+torch sorts (a stable radix sort). A row's positions are then contiguous, in the order of the batch.
+Every ``PIECE``-th index of the sorted positions starts a new piece, so that many programs share a
+row that has very many of them, and always in the same way.
 """
 
 import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.gpu.embedding_bag import (
-    DATA,
-    DATA_STRIDE,
-    FIRST_CHUNK,
-    LINE_BYTES,
+from recis_lightning.ops.gpu.embedding_bag import bag_ends, is_aligned, scale_of, split_plan
+from recis_lightning.ops.gpu.layout import (
     MEAN,
-    MODE,
-    NUM_BAGS,
-    ROWS,
+    PADDING,
+    PLAN_BYTES,
+    PLAN_DATA,
+    PLAN_DATA_STRIDE,
+    PLAN_FIRST_CHUNK,
+    PLAN_FIRST_ID,
+    PLAN_FLAT_BASE,
+    PLAN_MODE,
+    PLAN_NUM_BAGS,
+    PLAN_ROWS,
+    PLAN_TILE_LEN,
+    PLAN_WEIGHTS,
     TILE,
-    TILE_LEN,
-    WEIGHTS,
-    bag_ends,
-    lies_aligned,
-    scale_of,
-    split_plan,
 )
 from recis_lightning.ops.gpu.prefix_sum import add_up_
-from recis_lightning.ops.gpu.probe import PADDING
 from recis_lightning.ops.gpu.runtime import (
     device_function,
     field,
@@ -42,19 +41,17 @@ from recis_lightning.ops.gpu.runtime import (
     sums_up_to,
 )
 
-FIRST_ID = tl.constexpr(fields.PLAN_FIRST_ID)
-FLAT_BASE = tl.constexpr(fields.PLAN_FLAT_BASE)
 PIECE = 32
 _BAGS = lanes(128, 4096)
 _LANES = lanes(256, 1 << 16)
 
 
 @device_function
-def key_at(keys, place, mask, WIDE: tl.constexpr):
+def key_at(keys, i, mask, WIDE: tl.constexpr):
     """Load sorted rows, int64."""
     if WIDE:
-        return tl.load(int64_at(keys + 8 * place), mask, -1)
-    return tl.load((keys + 4 * place).to(tl.pointer_type(tl.int32)), mask, -1).to(tl.int64)
+        return tl.load(int64_at(keys + 8 * i), mask, -1)
+    return tl.load((keys + 4 * i).to(tl.pointer_type(tl.int32)), mask, -1).to(tl.int64)
 
 
 @kernel(
@@ -76,31 +73,31 @@ def _key_kernel(
     BAGS: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    line = line_of(plan, num_features, LINE_BYTES, FIRST_CHUNK, chunk)
-    mode, rows, weights = field(line, MODE), field(line, ROWS), field(line, WEIGHTS)
-    tile_len, first = field(line, TILE_LEN), field(line, FIRST_ID)
-    bag = (chunk - field(line, FIRST_CHUNK)) * BAGS + tl.arange(0, BAGS)
-    start, end = bag_ends(line, bag, bag < field(line, NUM_BAGS))
+    line = line_of(plan, num_features, PLAN_BYTES, PLAN_FIRST_CHUNK, chunk)
+    mode, rows, weights = field(line, PLAN_MODE), field(line, PLAN_ROWS), field(line, PLAN_WEIGHTS)
+    tile_len, first = field(line, PLAN_TILE_LEN), field(line, PLAN_FIRST_ID)
+    bag = (chunk - field(line, PLAN_FIRST_CHUNK)) * BAGS + tl.arange(0, BAGS)
+    start, end = bag_ends(line, bag, bag < field(line, PLAN_NUM_BAGS))
     most = largest(end - start)
     divisor = tl.full((BAGS,), 1.0, tl.float32)
     if SCALED:
         if mode == MEAN:
             divisor = divisor - 1
-            done = most * 0
-            while done < most:
-                on = start + done < end
-                row = tl.load(int64_at(rows + 8 * (start + done)), on, PADDING)
-                scale = scale_of(weights, start + done, on)
+            step = most * 0
+            while step < most:
+                on = start + step < end
+                row = tl.load(int64_at(rows + 8 * (start + step)), on, PADDING)
+                scale = scale_of(weights, start + step, on)
                 divisor += tl.where(row != PADDING, scale, 0.0)
-                done += 1
-    address = field(line, DATA) + bag * field(line, DATA_STRIDE)
-    done = most * 0
-    while done < most:
-        i = start + done
+                step += 1
+    address = field(line, PLAN_DATA) + bag * field(line, PLAN_DATA_STRIDE)
+    step = most * 0
+    while step < most:
+        i = start + step
         on = i < end
         row = tl.load(int64_at(rows + 8 * i), on, -1)
-        used = (row >= 0) & ((mode != TILE) | (done < tile_len))
-        key = tl.where(used, row + field(line, FLAT_BASE), num_rows)
+        used = (row >= 0) & ((mode != TILE) | (step < tile_len))
+        key = tl.where(used, row + field(line, PLAN_FLAT_BASE), num_rows)
         if WIDE:
             tl.store(int64_at(keys + 8 * (first + i)), key, on)
         else:
@@ -113,15 +110,15 @@ def _key_kernel(
             scale = scale_of(weights, i, on)
             scale = tl.where(divisor == 0, 0.0, scale / tl.where(divisor == 0, 1.0, divisor))
             tl.store(float_at(scales + 4 * (first + i)), scale, on)
-        done += 1
+        step += 1
 
 
 @device_function
-def _starts_piece(keys, place, n, num_rows, WIDE: tl.constexpr, PIECE: tl.constexpr):
-    inside = place < n
-    key = key_at(keys, place, inside, WIDE)
-    before = key_at(keys, place - 1, inside & (place > 0), WIDE)
-    return inside & ((key != before) | (place % PIECE == 0)) & (key < num_rows)
+def _starts_piece(keys, i, n, num_rows, WIDE: tl.constexpr, PIECE: tl.constexpr):
+    inside = i < n
+    key = key_at(keys, i, inside, WIDE)
+    before = key_at(keys, i - 1, inside & (i > 0), WIDE)
+    return inside & ((key != before) | (i % PIECE == 0)) & (key < num_rows)
 
 
 _PIECE_VARIANTS = [{"WIDE": wide, "PIECE": PIECE, "LANES": 256} for wide in (True, False)]
@@ -154,26 +151,30 @@ def _list_pieces_kernel(
     LANES: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    place = chunk * LANES + tl.arange(0, LANES)
-    starts = _starts_piece(keys, place, n, num_rows, WIDE, PIECE)
-    number = field(counts, chunk) + sums_up_to(starts.to(tl.int64))
-    tl.store(int64_at(pieces + 8 * (number - 1)), place, starts)
-    # Behind the last piece stands where it ends: at the first id without a row, or at the end.
-    key = key_at(keys, place, place < n, WIDE)
-    following = key_at(keys, place + 1, place + 1 < n, WIDE)
-    is_last = (place < n) & (key < num_rows) & ((place + 1 == n) | (following >= num_rows))
-    tl.store(int64_at(pieces + 8 * number), place + 1, is_last)
+    i = chunk * LANES + tl.arange(0, LANES)
+    starts = _starts_piece(keys, i, n, num_rows, WIDE, PIECE)
+    piece = field(counts, chunk) + sums_up_to(starts.to(tl.int64))
+    tl.store(int64_at(pieces + 8 * (piece - 1)), i, starts)
+    # Behind the last piece follows its end: the first id without a row, or the end of all.
+    key = key_at(keys, i, i < n, WIDE)
+    following = key_at(keys, i + 1, i + 1 < n, WIDE)
+    is_last = (i < n) & (key < num_rows) & ((i + 1 == n) | (following >= num_rows))
+    tl.store(int64_at(pieces + 8 * piece), i + 1, is_last)
 
 
 class SortedGradients:
-    """What lies on the device between sorting and updating; addresses go to kernels.
+    """Gradients on the device between sorting and updating.
 
     Attributes:
+        n: Number of positions.
+        num_rows: Number of rows in all blocks, and the key of ids without a row.
         keys: int32 or int64 [n], rows in ascending order; ids without one are at the end.
-        order: int64 [n], the position of each.
-        addresses: int64 [n], where the gradient of a position lies.
-        scales: float32 [n], what a position's gradient is multiplied by, or None.
-        pieces: int64 [num_pieces + 1], where pieces of one row start; longer than that.
+        wide: Whether keys are int64.
+        order: int64 [n], the position of each key.
+        addresses: int64 [n], address of each position's gradient.
+        scales: float32 [n], factor of each position's gradient; None if all are 1.
+        pieces: int64 [num_pieces + 1], start of each piece and end of the last one; the
+            tensor is longer.
         num_pieces: Address of int64 [1].
         blocks: int64 [num_blocks, 2].
         aligned: Whether all gradients lie at multiples of 16 bytes.
@@ -185,7 +186,7 @@ class SortedGradients:
         self.num_rows = num_rows = len(blocks) << layout.block_shift
         self.device = device
         self.blocks = stage(blocks, device) if blocks_on_device is None else blocks_on_device
-        self.aligned = lies_aligned(plan, 4 * layout.embedding_dim)
+        self.aligned = is_aligned(plan, 4 * layout.embedding_dim)
         self.wide = num_rows >= 2**31 - 1
         dtype = torch.int64 if self.wide else torch.int32
         keys = torch.empty(n, dtype=dtype, device=device)
@@ -217,9 +218,9 @@ class SortedGradients:
 
     def _split(self):
         programs = -(-self.n // _LANES)
-        # First the pieces, then, while they are numbered, how many of them each program finds.
-        numbers = torch.empty(self.n + programs + 2, dtype=torch.int64, device=self.device)
-        self.pieces, counts = numbers, numbers.data_ptr() + 8 * (self.n + 1)
+        # One allocation: the pieces, and behind them how many of them each program finds.
+        memory = torch.empty(self.n + programs + 2, dtype=torch.int64, device=self.device)
+        self.pieces, counts = memory, memory.data_ptr() + 8 * (self.n + 1)
         self.num_pieces = counts + 8 * programs
         where = (self.keys.data_ptr(), counts, self.n, self.num_rows)
         constants = {"WIDE": self.wide, "PIECE": PIECE, "LANES": _LANES}
@@ -227,3 +228,6 @@ class SortedGradients:
         add_up_(self.device, counts, programs)
         pieces = self.pieces.data_ptr()
         _list_pieces_kernel.launch(self.device, programs, *where, pieces, **constants)
+
+
+__all__ = ["PIECE", "SortedGradients", "key_at"]

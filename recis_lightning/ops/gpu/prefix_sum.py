@@ -1,4 +1,4 @@
-"""Numbering what programs find: each counts its own, one program adds the counts up."""
+"""Prefix sum over the counts of programs, by which they number what they find."""
 
 import triton.language as tl
 
@@ -12,10 +12,10 @@ def _add_up_kernel(counts: tl.int64, num_counts: tl.int64, LANES: tl.constexpr):
     first = num_counts * 0
     before = num_counts * 0
     while first < num_counts:
-        place = first + tl.arange(0, LANES)
-        count = tl.load(int64_at(counts + 8 * place), place < num_counts, 0)
+        i = first + tl.arange(0, LANES)
+        count = tl.load(int64_at(counts + 8 * i), i < num_counts, 0)
         up_to = before + sums_up_to(count)
-        tl.store(int64_at(counts + 8 * place), up_to - count, place < num_counts)
+        tl.store(int64_at(counts + 8 * i), up_to - count, i < num_counts)
         before += sum_over(count, 0)
         first += LANES
     tl.store(int64_at(counts + 8 * num_counts), before)
@@ -27,9 +27,9 @@ def add_up_(device, counts, num_counts):
     One program does it, in one launch: the counts of a lookup of a million ids are four thousand.
 
     Args:
-        device: Where they are.
+        device: Device of the counts.
         counts: Address of int64 [num_counts + 1]; the last is overwritten with the sum of all.
-        num_counts: How many there are.
+        num_counts: Number of counts.
     """
     _add_up_kernel.launch(device, 1, counts, num_counts, LANES=_LANES)
 

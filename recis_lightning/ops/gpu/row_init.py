@@ -1,15 +1,28 @@
-"""Initial rows in Triton: one hash, one uniform and one inverse normal a column."""
+"""Initial rows in Triton: a hash, a uniform number and an inverse normal for each column."""
 
 import math
 
 import triton.language as tl
 
-from recis_lightning.ops import layout as fields
-from recis_lightning.ops.gpu.probe import HEADER, IDS, LINE_BYTES, START, staged_segments
-from recis_lightning.ops.gpu.runtime import (
+from recis_lightning.ops.gpu.layout import (
     BLOCK_SHIFT,
     BLOCKS,
+    INIT_ARGS,
+    INIT_CONSTANT,
+    INIT_KEY,
+    INIT_KIND,
+    INIT_TRUNCATED_NORMAL,
+    INIT_UNIFORM,
+    NUM_STATE,
     ROW_BYTES,
+    SEGMENT_HEADER,
+    SEGMENT_IDS,
+    SEGMENT_START,
+    STAGED_SEGMENT_BYTES,
+    STATE_FILL,
+)
+from recis_lightning.ops.gpu.probe import staged_segments
+from recis_lightning.ops.gpu.runtime import (
     any_of,
     device_function,
     float_at,
@@ -23,14 +36,6 @@ from recis_lightning.ops.gpu.runtime import (
     to_bfloat16,
 )
 
-INIT_KEY = tl.constexpr(fields.INIT_KEY)
-INIT_KIND = tl.constexpr(fields.INIT_KIND)
-INIT_ARGS = tl.constexpr(fields.INIT_ARGS)
-NUM_STATE = tl.constexpr(fields.NUM_STATE)
-STATE_FILL = tl.constexpr(fields.STATE_FILL)
-CONSTANT = tl.constexpr(fields.INIT_CONSTANT)
-UNIFORM = tl.constexpr(fields.INIT_UNIFORM)
-TRUNCATED_NORMAL = tl.constexpr(fields.INIT_TRUNCATED_NORMAL)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _COLUMN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -114,7 +119,7 @@ def _init_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
     stride = tl.num_programs(0).to(tl.int64) * ROWS
-    # New positions ascend and then are -1: a program that finds none has no more to do.
+    # New positions ascend, then -1 follows: a program that finds none has no more to do.
     while first < num_new:
         index = first + tl.arange(0, ROWS)
         position = tl.load(int64_at(new + 8 * index), index < num_new, -1)
@@ -127,12 +132,12 @@ def _init_kernel(
             size = num_segments
             while size > 1:
                 half = size // 2
-                start = segments + (low + half) * LINE_BYTES + 8 * START
+                start = segments + (low + half) * STAGED_SEGMENT_BYTES + 8 * SEGMENT_START
                 low = tl.where(tl.load(int64_at(start), known, 0) <= position, low + half, low)
                 size -= half
-            line = segments + low * LINE_BYTES
-            header = tl.load(int64_at(line + 8 * HEADER), known, 0)
-            key = tl.load(int64_at(line + 8 * IDS), known, 0) + 8 * position
+            line = segments + low * STAGED_SEGMENT_BYTES
+            header = tl.load(int64_at(line + 8 * SEGMENT_HEADER), known, 0)
+            key = tl.load(int64_at(line + 8 * SEGMENT_IDS), known, 0) + 8 * position
             key = tl.load(int64_at(key), known, 0)
             row = tl.load(int64_at(rows + 8 * position), known, 0)
             blocks = tl.load(int64_at(header + 8 * BLOCKS), known, 0)
@@ -142,7 +147,7 @@ def _init_kernel(
             kind = tl.load(int64_at(header + 8 * INIT_KIND), known, 0)
             one, two = _argument(header, 0, known), _argument(header, 1, known)
             low_bound, high_bound = _argument(header, 2, known), _argument(header, 3, known)
-            truncated = kind == TRUNCATED_NORMAL
+            truncated = kind == INIT_TRUNCATED_NORMAL
             begin = tl.where(truncated, tl.erf(low_bound * _ROOT_HALF), -1.0)
             span = tl.where(truncated, tl.erf(high_bound * _ROOT_HALF) - begin, 2.0)
             low_bound = tl.where(truncated, low_bound, -_INFINITY)
@@ -162,8 +167,8 @@ def _init_kernel(
                 normal = tl.minimum(tl.maximum(normal, low_bound[:, None]), high_bound[:, None])
                 scaled = one[:, None] + two[:, None] * normal
                 spread = one[:, None] + (two - one)[:, None] * uniform
-                value = tl.where((kind == UNIFORM)[:, None], spread, scaled)
-                value = tl.where((kind == CONSTANT)[:, None], one[:, None], value)
+                value = tl.where((kind == INIT_UNIFORM)[:, None], spread, scaled)
+                value = tl.where((kind == INIT_CONSTANT)[:, None], one[:, None], value)
                 inside = known[:, None] & (column < DIM)[None, :]
                 if BFLOAT16:
                     at = target.to(tl.pointer_type(tl.bfloat16))[:, None] + column[None, :]
@@ -187,7 +192,6 @@ def _init_kernel(
 
 
 def init_rows_(rows, new, segments, embedding_dim, bfloat16):
-    """See the contract."""
     device, num_new = rows.device, new.numel()
     staged = staged_segments(segments, rows.numel(), device)
     programs = min(-(-num_new // _ROWS), num_programs_at_once(device))

@@ -1,19 +1,11 @@
-"""Copy parts of rows in Triton: a lane a word, one launch a part."""
+"""Gathering and scattering of row fields in Triton: a lane a word, one launch a field."""
 
 import math
 
 import triton.language as tl
 
-from recis_lightning.ops.gpu.runtime import (
-    BLOCK_SHIFT,
-    BLOCKS,
-    ROW_BYTES,
-    field,
-    int64_at,
-    kernel,
-    lanes,
-    row_address,
-)
+from recis_lightning.ops.gpu.layout import BLOCK_SHIFT, BLOCKS, ROW_BYTES
+from recis_lightning.ops.gpu.runtime import field, int64_at, kernel, lanes, row_address
 
 _LANES = lanes(256, 1 << 16)
 
@@ -38,16 +30,16 @@ def _copy_kernel(
     LANES: tl.constexpr,
 ):
     cell = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    number = cell // num_words
-    inside = number < num_rows
-    word = (cell - number * num_words) * WORD_BYTES
-    row = tl.load(int64_at(rows + 8 * number), inside, 0)
+    i = cell // num_words
+    inside = i < num_rows
+    byte = (cell - i * num_words) * WORD_BYTES
+    row = tl.load(int64_at(rows + 8 * i), inside, 0)
     blocks, shift = field(header, BLOCKS), field(header, BLOCK_SHIFT)
-    part = row_address(blocks, shift, field(header, ROW_BYTES), row, inside) + first_byte + word
-    outside = data + number * stride + word
-    source, target = outside, part
+    in_table = row_address(blocks, shift, field(header, ROW_BYTES), row, inside) + first_byte + byte
+    in_data = data + i * stride + byte
+    source, target = in_data, in_table
     if not WRITES:
-        source, target = part, outside
+        source, target = in_table, in_data
     if WORD_BYTES == 4:
         value = tl.load(source.to(tl.pointer_type(tl.int32)), inside, 0)
         tl.store(target.to(tl.pointer_type(tl.int32)), value, inside)
@@ -59,9 +51,9 @@ def _copy_kernel(
         tl.store(target.to(tl.pointer_type(tl.int8)), value, inside)
 
 
-def copy_parts(header, rows, part, writes):
-    """Copy one part of all rows; ``part`` is a line of ``row_columns``' plan."""
-    data, stride, first_byte, num_bytes = map(int, part)
+def copy_field(header, rows, line, writes):
+    """Copy one field of all rows, as a line of a plan of ``ops.row_io`` describes it."""
+    data, stride, first_byte, num_bytes = map(int, line)
     size = math.gcd(data, stride, first_byte, num_bytes, 4)
     cells = rows.numel() * (num_bytes // size)
     where = (header.address, rows.data_ptr(), rows.numel(), data, stride, first_byte)
@@ -69,16 +61,14 @@ def copy_parts(header, rows, part, writes):
     _copy_kernel.launch(rows.device, -(-cells // _LANES), *where, num_bytes // size, **constants)
 
 
-def read_columns(header, rows, plan):
-    """See the contract."""
-    for part in plan:
-        copy_parts(header, rows, part, False)
+def gather_fields(header, rows, plan):
+    for line in plan:
+        copy_field(header, rows, line, False)
 
 
-def write_columns_(header, rows, plan):
-    """See the contract."""
-    for part in plan:
-        copy_parts(header, rows, part, True)
+def scatter_fields_(header, rows, plan):
+    for line in plan:
+        copy_field(header, rows, line, True)
 
 
-__all__ = ["copy_parts", "read_columns", "write_columns_"]
+__all__ = ["copy_field", "gather_fields", "scatter_fields_"]

@@ -1,8 +1,8 @@
-"""Reduce and update in Triton: a row's gradients are added up and its row is written, in one pass.
+"""Reduction and row update in Triton, in one pass over the sorted gradients.
 
 A row with few gradients is one piece: its program adds them up and updates the row at once. Of a
-row with many, each program adds up one piece, and one more program the pieces' sums, in their
-order. So no row keeps one program busy for long, and every sum is taken in the same order always.
+row with many, each program adds up one piece, and one more program adds the sums of the pieces, in
+their order. So no row keeps one program busy for long, and sums are always taken in the same order.
 """
 
 import torch
@@ -11,6 +11,21 @@ import triton.language as tl
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
 from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
+from recis_lightning.ops.gpu.layout import (
+    ADAGRAD,
+    ADAM,
+    HYPER_CLIP,
+    HYPER_DECAY,
+    HYPER_EPS,
+    HYPER_INV_SQRT_BIAS2,
+    HYPER_LR,
+    HYPER_ONE_MINUS_BETA1,
+    HYPER_ONE_MINUS_BETA2,
+    HYPER_SCALE,
+    NORM,
+    ROWWISE_ADAGRAD,
+    SGD,
+)
 from recis_lightning.ops.gpu.runtime import (
     cells_at,
     device_function,
@@ -24,20 +39,7 @@ from recis_lightning.ops.gpu.runtime import (
     sum_over,
 )
 
-SGD = tl.constexpr(fields.SGD)
-ADAGRAD = tl.constexpr(fields.ADAGRAD)
-ROWWISE_ADAGRAD = tl.constexpr(fields.ROWWISE_ADAGRAD)
-ADAM = tl.constexpr(fields.ADAM)
-_NORM = -1  # a rule that updates nothing
-NORM = tl.constexpr(_NORM)
-LR = tl.constexpr(fields.HYPER_LR)
-EPS = tl.constexpr(fields.HYPER_EPS)
-NEW_SHARE1 = tl.constexpr(fields.HYPER_ONE_MINUS_BETA1)
-NEW_SHARE2 = tl.constexpr(fields.HYPER_ONE_MINUS_BETA2)
-INV_SQRT_BIAS2 = tl.constexpr(fields.HYPER_INV_SQRT_BIAS2)
-DECAY = tl.constexpr(fields.HYPER_DECAY)
-SCALE = tl.constexpr(fields.HYPER_SCALE)
-CLIP = tl.constexpr(fields.HYPER_CLIP)
+NORM.value = -1  # a rule that updates nothing
 
 _CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
 _SUMS = lanes(16, 64)  # of pieces, at once
@@ -63,7 +65,7 @@ def _update(
     BFLOAT16: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Apply the reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` that ``mask`` has."""
+    """Apply reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` where ``mask`` is set."""
     column = tl.arange(0, COLUMNS)
     cells = mask[:, None] & (column < DIM)[None, :]
     if RULE == NORM:
@@ -76,37 +78,38 @@ def _update(
         state = row + 4 * DIM
         if BFLOAT16:
             state = row + 4 * ((DIM + 1) // 2)
-        lr = _hyper(hyper, LR, mask)
-        clip = _hyper(hyper, CLIP, mask)
-        g = g * _hyper(hyper, SCALE, mask)
+        lr = _hyper(hyper, HYPER_LR, mask)
+        clip = _hyper(hyper, HYPER_CLIP, mask)
+        g = g * _hyper(hyper, HYPER_SCALE, mask)
         g = tl.where(g > clip, clip, g)  # a comparison with NaN is false: NaN stays
         g = tl.where(g < -clip, -clip, g)
         w = load_weights(row, column, cells, BFLOAT16, ALIGNED)
         if RULE == SGD:
-            w = w * _hyper(hyper, DECAY, mask) - lr * g
+            w = w * _hyper(hyper, HYPER_DECAY, mask) - lr * g
         if RULE == ADAGRAD:
             at = cells_at(float_at(state), column, ALIGNED)
             s = tl.load(at, cells, 0) + g * g
             tl.store(at, s, cells)
-            w = w - lr * (g / (tl.sqrt(s) + _hyper(hyper, EPS, mask)))
+            w = w - lr * (g / (tl.sqrt(s) + _hyper(hyper, HYPER_EPS, mask)))
         if RULE == ROWWISE_ADAGRAD:
             s = tl.load(float_at(state), mask, 0) + sum_over(g * g, 1) / DIM
             tl.store(float_at(state), s, mask)
-            w = w - lr * (g / (tl.sqrt(s)[:, None] + _hyper(hyper, EPS, mask)))
+            w = w - lr * (g / (tl.sqrt(s)[:, None] + _hyper(hyper, HYPER_EPS, mask)))
         if RULE == ADAM:
             at1 = cells_at(float_at(state), column, ALIGNED)
             at2 = cells_at(float_at(state + 4 * DIM), column, ALIGNED)
             m, v = tl.load(at1, cells, 0), tl.load(at2, cells, 0)
-            m = m + _hyper(hyper, NEW_SHARE1, mask) * (g - m)
-            v = v + _hyper(hyper, NEW_SHARE2, mask) * (g * g - v)
+            m = m + _hyper(hyper, HYPER_ONE_MINUS_BETA1, mask) * (g - m)
+            v = v + _hyper(hyper, HYPER_ONE_MINUS_BETA2, mask) * (g * g - v)
             tl.store(at1, m, cells)
             tl.store(at2, v, cells)
-            root = tl.sqrt(v) * _hyper(hyper, INV_SQRT_BIAS2, mask) + _hyper(hyper, EPS, mask)
-            w = w * _hyper(hyper, DECAY, mask) - lr * (m / root)
+            inv_sqrt_bias2 = _hyper(hyper, HYPER_INV_SQRT_BIAS2, mask)
+            root = tl.sqrt(v) * inv_sqrt_bias2 + _hyper(hyper, HYPER_EPS, mask)
+            w = w * _hyper(hyper, HYPER_DECAY, mask) - lr * (m / root)
         store_weights(row, column, w, cells, BFLOAT16, ALIGNED)
 
 
-_RULES = (_NORM, fields.SGD, fields.ADAGRAD, fields.ROWWISE_ADAGRAD, fields.ADAM)
+_RULES = (NORM.value, fields.SGD, fields.ADAGRAD, fields.ROWWISE_ADAGRAD, fields.ADAM)
 _WIDE = {
     "DIM": 128,
     "COLUMNS": 128,
@@ -160,22 +163,22 @@ def _update_kernel(
         whole = inside & (before != flat) & (behind != flat)
         g = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
         most = largest(end - start)
-        done = most * 0
-        while done < most:
-            place = start + done
-            on = place < end
-            position = tl.load(int64_at(order + 8 * place), on, 0)
+        step = most * 0
+        while step < most:
+            i = start + step
+            on = i < end
+            position = tl.load(int64_at(order + 8 * i), on, 0)
             address = tl.load(int64_at(addresses + 8 * position), on, 0)
             at = cells_at(float_at(address), column, ALIGNED)
             value = tl.load(at, on[:, None] & (column < DIM)[None, :], 0)
             if SCALED:
                 value = value * tl.load(float_at(scales + 4 * position), on, 0)[:, None]
             g += value
-            done += 1
-        # The two sums that a stretch of PIECE places may leave: of the row that comes from before,
-        # and of the one that goes on behind it.
-        number = start // PIECE * 2 + tl.where(start % PIECE == 0, 0, 1)
-        at = cells_at(float_at(partial_sums + 4 * number * DIM), column, ALIGNED)
+            step += 1
+        # A stretch of PIECE indices may leave two sums: of the row that began before it, and of the
+        # row that goes on behind it.
+        sum_index = start // PIECE * 2 + tl.where(start % PIECE == 0, 0, 1)
+        at = cells_at(float_at(partial_sums + 4 * sum_index * DIM), column, ALIGNED)
         tl.store(at, g, (inside & (whole == 0))[:, None] & (column < DIM)[None, :])
         norm = norms + 4 * piece
         _update(
@@ -217,20 +220,20 @@ def _update_long_kernel(
     PIECE: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    # One program a stretch of PIECE places: it updates the row that begins in it and goes on
-    # behind it, if there is one.
+    # One program a stretch of PIECE indices: it updates the row that begins in the stretch and goes
+    # on behind it, if there is one.
     stretch = tl.program_id(0).to(tl.int64)
     first, behind = stretch * PIECE, (stretch + 1) * PIECE
-    place = tl.arange(0, 1)
-    flat = key_at(keys, behind - 1 + place, place == 0, WIDE)
-    ours = (flat < num_rows) & (key_at(keys, behind + place, place == 0, WIDE) == flat)
-    ours = ours & (key_at(keys, first - 1 + place, place + first > 0, WIDE) != flat)
-    if largest(ours.to(tl.int32)) != 0:
+    zero = tl.arange(0, 1)
+    flat = key_at(keys, behind - 1 + zero, zero == 0, WIDE)
+    is_long = (flat < num_rows) & (key_at(keys, behind + zero, zero == 0, WIDE) == flat)
+    is_long = is_long & (key_at(keys, first - 1 + zero, zero + first > 0, WIDE) != flat)
+    if largest(is_long.to(tl.int32)) != 0:
         column = tl.arange(0, COLUMNS)
         inside = (column < DIM)[None, :]
-        from_start = key_at(keys, first + place, place == 0, WIDE) == flat
-        number = 2 * stretch + tl.where(from_start, 0, 1)
-        at = cells_at(float_at(partial_sums + 4 * number * DIM), column, ALIGNED)
+        from_start = key_at(keys, first + zero, zero == 0, WIDE) == flat
+        sum_index = 2 * stretch + tl.where(from_start, 0, 1)
+        at = cells_at(float_at(partial_sums + 4 * sum_index * DIM), column, ALIGNED)
         g = tl.load(at, inside, 0)
         key = largest(flat)
         other = stretch + 1
@@ -243,13 +246,13 @@ def _update_long_kernel(
             g += sum_over(tl.load(sums, on[:, None] & inside, 0), 0)[None, :]
             other += SUMS
             more = sum_over(on.to(tl.int32), 0) == SUMS
-        norm = norms + 4 * stretch + 4 * place
+        norm = norms + 4 * stretch + 4 * zero
         _update(
             blocks,
             block_shift,
             row_bytes,
             flat,
-            ours,
+            is_long,
             g,
             norm,
             RULE,
@@ -261,7 +264,6 @@ def _update_long_kernel(
 
 
 def sort_gradients(plan, blocks, layout, blocks_on_device):
-    """See the contract."""
     return SortedGradients(plan, blocks, layout, blocks_on_device)
 
 
@@ -271,7 +273,7 @@ def _launch(gradients, rule):
     dim, columns = layout.embedding_dim, power_of_two(layout.embedding_dim)
     stretches = -(-n // PIECE)
     partial_sums = torch.empty(2 * stretches * dim, dtype=torch.float32, device=device)
-    is_norm = rule == _NORM
+    is_norm = rule == NORM.value
     norms, at = None, 0
     if is_norm:
         norms = torch.zeros(n + stretches, dtype=torch.float32, device=device)
@@ -309,7 +311,7 @@ def _launch(gradients, rule):
     )
     _update_long_kernel.launch(
         device,
-        (n - 1) // PIECE,  # no row goes on behind the last place
+        (n - 1) // PIECE,  # no row goes on behind the last stretch
         work.keys.data_ptr(),
         work.blocks.data_ptr(),
         partial_sums.data_ptr(),
@@ -325,12 +327,10 @@ def _launch(gradients, rule):
 
 
 def squared_norm(gradients):
-    """See the contract."""
-    return _launch(gradients, _NORM).sum(dtype=torch.float64)
+    return _launch(gradients, NORM.value).sum(dtype=torch.float64)
 
 
 def update_rows_(gradients, rule):
-    """See the contract."""
     _launch(gradients, rule)
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how they are declared, launched and, without a GPU, interpreted.
+"""Declaration and launch of Triton kernels, interpreted without a GPU, and functions they share.
 
 A kernel takes addresses and numbers, int64 all, and constants of compilation; it reads tables,
 segments and plans through their addresses, exactly as the CPU's kernels do. So one launch serves a
@@ -14,7 +14,6 @@ import os
 
 import torch
 
-from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import to_device_async
 
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
@@ -25,12 +24,6 @@ import triton.language as tl
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1" if "TRITON_INTERPRET" in os.environ else False
 
-CAPACITY = tl.constexpr(fields.CAPACITY)
-ENTRIES = tl.constexpr(fields.ENTRIES)
-SHIFT = tl.constexpr(fields.SHIFT)
-BLOCKS = tl.constexpr(fields.BLOCKS)
-BLOCK_SHIFT = tl.constexpr(fields.BLOCK_SHIFT)
-ROW_BYTES = tl.constexpr(fields.ROW_BYTES)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -43,7 +36,7 @@ class Kernel:
 
     Args:
         function: All arguments are annotated, ``tl.int64`` or ``tl.constexpr``.
-        variants: For the test that compiles every kernel: its constants.
+        variants: Constants of each compilation, for the test that compiles every kernel.
         num_warps: Warps of 32 lanes (64 on AMD) that run one program.
     """
 
@@ -58,15 +51,15 @@ class Kernel:
         # One compilation serves every address and size.
         self.jit = triton.jit(function, do_not_specialize=numbers)
         self.name = function.__name__
-        self._compiled = {}  # (device's number, *constants) -> what launches it, and its constants
+        self._compiled = {}  # (device's index, *constants) -> compiled kernel, ordered constants
         KERNELS.append(self)
 
     def launch(self, device, num_programs, *numbers, **constants):
         """Run ``num_programs`` programs on ``device``'s current stream; none is fine.
 
         Triton looks at every argument of every launch, to find the compilation for it: 14 to 47 us
-        on a cloud Xeon (``benchmarks.fake_cuda``). Ours are all int64, so the constants alone tell,
-        and with what Triton compiled for them in hand a launch takes 5 to 7 us.
+        on a cloud Xeon (``benchmarks.fake_cuda``). Ours are all int64, so the constants alone name
+        the compilation; with it in hand a launch takes 5 to 7 us.
         """
         if num_programs <= 0:
             return
@@ -83,7 +76,7 @@ class Kernel:
         found = self._compiled.get(key)
         if found is None:
             compiled = self.jit[(num_programs,)](*numbers, **constants, **self.options)
-            if compiled is not None:  # else a hook of Triton's took it over
+            if compiled is not None:  # None if a hook of Triton's took the launch over
                 ordered = tuple(constants[name] for name in self.constants)
                 self._compiled[key] = compiled, ordered
             return
@@ -108,7 +101,7 @@ class Kernel:
 
 
 def kernel(*variants, num_warps=4):
-    """Declare a kernel; see ``Kernel``."""
+    """Declare a kernel; arguments are those of ``Kernel``."""
     return lambda function: Kernel(function, variants, num_warps)
 
 
@@ -121,19 +114,19 @@ def device_function(function):
 
 
 def _is_watched():
-    """Tell whether someone, such as Triton's profiler, asks to be told of launches."""
+    """Tell whether a hook, such as that of Triton's profiler, observes launches."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def lanes(compiled, interpreted):
-    """Choose how many items a program handles; interpreted, a program costs what its steps cost."""
+    """Choose how many items a program handles: interpreted, only its steps cost time."""
     return interpreted if INTERPRETED else compiled
 
 
 @functools.cache
 def num_programs_at_once(device):
-    """Return how many programs keep the device busy, where each takes its share in turn."""
+    """Return how many programs keep the device busy, where each of them loops over its share."""
     if INTERPRETED:
         return 2
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -193,7 +186,7 @@ def float_at(address):
 def cells_at(rows, column, ALIGNED: tl.constexpr):
     """Turn pointers to rows into those to some of their columns.
 
-    ALIGNED says that rows lie at multiples of 16 bytes: then a lane loads four words at once.
+    ALIGNED: rows lie at multiples of 16 bytes, so a lane may load four words at once.
     """
     at = rows[:, None] + column[None, :]
     if ALIGNED:
@@ -233,7 +226,7 @@ def line_of(lines, num_lines, line_bytes, first_field, chunk):
 
 @device_function
 def row_address(blocks, shift, row_bytes, row, known):
-    """Return where rows lie; those that are not ``known`` lie nowhere."""
+    """Return the addresses of rows; undefined where not ``known``."""
     block = tl.load((blocks + 8 * (row >> shift)).to(tl.pointer_type(tl.int64)), known, 0)
     one = row * 0 + 1
     return block + (row & ((one << shift) - 1)) * row_bytes

@@ -1,4 +1,4 @@
-"""Admission in plain torch."""
+"""Admission checks in plain torch."""
 
 from __future__ import annotations
 
@@ -25,95 +25,95 @@ _SECOND_HASH = signed(0x9E3779B97F4A7C15)
 _DRAW_KEY = signed(0xD1B54A32D192ED03)
 
 
-def screen(
-    segments: Segments, num_ids: int, misses: Tensor, rows: Tensor, weights: Tensor | None
+def check_(
+    segments: Segments, num_ids: int, misses: Tensor, rows: Tensor, occurrences: Tensor | None
 ) -> None:
-    """See ``admission.screening``: first everything is sighted, then everything is judged."""
-    given = torch.ones(num_ids, dtype=torch.int64) if weights is None else weights
-    for segment, mine in _screened(segments, num_ids, misses):
-        sighted, ids = _memory_of(segment), segment.ids[mine - segment.start]
-        if sighted[fields.ADMISSION_KIND] == fields.COUNT:
-            _count(sighted, ids, given[mine])
-        elif sighted[fields.ADMISSION_KIND] == fields.SKETCH:
-            _sketch(sighted, ids, given[mine])
-    for segment, mine in _screened(segments, num_ids, misses):
-        sighted, ids = _memory_of(segment), segment.ids[mine - segment.start]
-        if sighted[fields.ADMISSION_KIND] == fields.COUNT:
-            counts = Index.of(sighted).rows(ids) & fields.COUNT_MASK
-        elif sighted[fields.ADMISSION_KIND] == fields.SKETCH:
-            counts = _counters(sighted)[_cells(sighted, ids)].long().min(0).values
+    # All ids are counted before the first one is admitted.
+    given = torch.ones(num_ids, dtype=torch.int64) if occurrences is None else occurrences
+    for segment, positions in _checked(segments, num_ids, misses):
+        counter, ids = _counter_of(segment), segment.ids[positions - segment.start]
+        if counter[fields.ADMISSION_KIND] == fields.COUNT:
+            _count(counter, ids, given[positions])
+        elif counter[fields.ADMISSION_KIND] == fields.SKETCH:
+            _add_to_sketch(counter, ids, given[positions])
+    for segment, positions in _checked(segments, num_ids, misses):
+        counter, ids = _counter_of(segment), segment.ids[positions - segment.start]
+        if counter[fields.ADMISSION_KIND] == fields.COUNT:
+            counts = Index.of(counter).rows(ids) & fields.COUNT_MASK
+        elif counter[fields.ADMISSION_KIND] == fields.SKETCH:
+            counts = _sketch(counter)[_sketch_cells(counter, ids)].long().min(0).values
         else:
             key = mix(segment.header[fields.INIT_KEY] ^ _DRAW_KEY)
-            bits = mix(mix(ids ^ key) ^ sighted[fields.ADMISSION_NUM_LOOKUPS])
+            bits = mix(mix(ids ^ key) ^ counter[fields.ADMISSION_NUM_LOOKUPS])
             # Admitted where the draw is below the threshold: turned into a count that reaches it.
-            drawn = shift_right(bits, 11) < sighted[fields.ADMISSION_THRESHOLD]
-            counts = torch.where(drawn, sighted[fields.ADMISSION_THRESHOLD], -1)
-        refused = mine[counts < sighted[fields.ADMISSION_THRESHOLD]]
+            drawn = shift_right(bits, 11) < counter[fields.ADMISSION_THRESHOLD]
+            counts = torch.where(drawn, counter[fields.ADMISSION_THRESHOLD], -1)
+        refused = positions[counts < counter[fields.ADMISSION_THRESHOLD]]
         rows[refused] = UNKNOWN
         segment.header[fields.NUM_REFUSED] += given[refused].sum()
 
 
-def forget_(memory: Header, ids: Tensor) -> None:
-    """See ``admission.forget_``."""
-    index = Index.of(memory.tensor)
+def forget_(counter: Header, ids: Tensor) -> None:
+    index = Index.of(counter.tensor)
     slots = index.slots(ids)
     index.entries[slots[index.entries[slots, 0] == ids], 1] = NO_ROW
 
 
-def _screened(segments: Segments, num_ids: int, misses: Tensor) -> Iterator[tuple[Segment, Tensor]]:
+def _checked(segments: Segments, num_ids: int, misses: Tensor) -> Iterator[tuple[Segment, Tensor]]:
+    """Yield each segment whose policy checks ids, with its misses, if it has any."""
     for segment in segments_of(segments, num_ids):
         end = segment.start + segment.ids.numel()
-        mine = misses[(misses >= segment.start) & (misses < end)]
-        if segment.screens and mine.numel():
-            yield segment, mine
+        positions = misses[(misses >= segment.start) & (misses < end)]
+        if segment.screens and positions.numel():
+            yield segment, positions
 
 
-def _memory_of(segment: Segment) -> Tensor:
+def _counter_of(segment: Segment) -> Tensor:
     return header_at(int(segment.header[fields.SIGHTINGS]))
 
 
-def _count(sighted: Tensor, ids: Tensor, weights: Tensor) -> None:
-    now, wanted = sighted[fields.ADMISSION_NUM_LOOKUPS], sighted[fields.ADMISSION_THRESHOLD]
+def _count(counter: Tensor, ids: Tensor, occurrences: Tensor) -> None:
+    now, wanted = counter[fields.ADMISSION_NUM_LOOKUPS], counter[fields.ADMISSION_THRESHOLD]
     ids, inverse = torch.unique(ids, return_inverse=True)
-    added = torch.zeros_like(ids).index_add_(0, inverse, weights)
-    index = Index.of(sighted)
+    added = torch.zeros_like(ids).index_add_(0, inverse, occurrences)
+    index = Index.of(counter)
     first = ids[index.entries[index.slots(ids), 0] != ids]
     index.add(first, torch.full_like(first, NO_ROW))
-    # The extra entry has the key of its id from the start, so it is never a first one.
-    sighted[fields.NUM_IDS] += first.numel()
+    # The last entry holds the key of its id from the start, so that id is never among the first.
+    counter[fields.NUM_IDS] += first.numel()
     slots = index.slots(ids)
     before = index.entries[slots, 1]
     last, counts = before >> 32, before & fields.COUNT_MASK
-    void = (
+    is_void = (
         (before == NO_ROW)
         | (counts >= wanted)
-        | (now - last > sighted[fields.ADMISSION_FORGET_AFTER])
+        | (now - last > counter[fields.ADMISSION_FORGET_AFTER])
     )
     this_lookup = (before != NO_ROW) & (last == now)
-    counts = torch.where(void & ~this_lookup, 0, counts)
-    if sighted[fields.ADMISSION_PER_BATCH]:
+    counts = torch.where(is_void & ~this_lookup, 0, counts)
+    if counter[fields.ADMISSION_PER_BATCH]:
         added = torch.where(this_lookup, 0, 1)
     index.entries[slots, 1] = (now << 32) | (counts + added).clamp(max=wanted)
 
 
-def _sketch(sighted: Tensor, ids: Tensor, weights: Tensor) -> None:
-    counters = _counters(sighted)
-    added = torch.zeros(counters.numel(), dtype=torch.int64)
-    for cells in _cells(sighted, ids):
-        added.index_add_(0, cells, weights)
-    counters.copy_((counters + added).clamp(max=fields.MAX_COUNTER))
-    sighted[fields.ADMISSION_NUM_COUNTED] += weights.sum()
+def _add_to_sketch(counter: Tensor, ids: Tensor, occurrences: Tensor) -> None:
+    sketch = _sketch(counter)
+    added = torch.zeros(sketch.numel(), dtype=torch.int64)
+    for cells in _sketch_cells(counter, ids):
+        added.index_add_(0, cells, occurrences)
+    sketch.copy_((sketch + added).clamp(max=fields.MAX_COUNTER))
+    counter[fields.ADMISSION_NUM_COUNTED] += occurrences.sum()
 
 
-def _counters(sighted: Tensor) -> Tensor:
-    count = int(sighted[fields.ADMISSION_WIDTH] * sighted[fields.ADMISSION_NUM_HASHES])
-    return memory(int(sighted[fields.ADMISSION_COUNTERS]), count, torch.uint8)
+def _sketch(counter: Tensor) -> Tensor:
+    count = int(counter[fields.ADMISSION_WIDTH] * counter[fields.ADMISSION_NUM_HASHES])
+    return memory(int(counter[fields.ADMISSION_COUNTERS]), count, torch.uint8)
 
 
-def _cells(sighted: Tensor, ids: Tensor) -> Tensor:
-    """Return the counters of each id, int64 [num_hashes, n]."""
-    width = int(sighted[fields.ADMISSION_WIDTH])
+def _sketch_cells(counter: Tensor, ids: Tensor) -> Tensor:
+    """Return the indices of each id's bytes in the sketch, int64 [num_hashes, n]."""
+    width = int(counter[fields.ADMISSION_WIDTH])
     first = mix(ids)
     second = mix(first ^ _SECOND_HASH)
-    hashes = torch.arange(int(sighted[fields.ADMISSION_NUM_HASHES]))[:, None]
+    hashes = torch.arange(int(counter[fields.ADMISSION_NUM_HASHES]))[:, None]
     return shift_right(shift_right(first + hashes * second, 32) * width, 32) + hashes * width

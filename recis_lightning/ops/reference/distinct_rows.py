@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,14 +15,13 @@ from recis_lightning.ops.reference.storage import memory
 
 
 def count_distinct(
-    lookups: Sequence[tuple[Tensor, distinct_rows.Lines]], counts: distinct_rows.Lines
+    lookups: Sequence[tuple[Tensor, distinct_rows.Spans]], counts: npt.NDArray[np.int64]
 ) -> None:
-    """See ``distinct_rows.count_distinct``."""
     for table, count in enumerate(counts):
         rows: list[int] = []
-        for line in (line for _, lines in lookups for line in lines.tolist()):
-            if line[fields.SPAN_TABLE] == table:
-                size = line[fields.SPAN_NUM_ROWS]
-                rows += memory(line[fields.SPAN_ADDRESS], size, torch.int64).tolist()
+        for span in (span for _, spans in lookups for span in spans.tolist()):
+            if span[fields.SPAN_TABLE] == table:
+                size = span[fields.SPAN_NUM_ROWS]
+                rows += memory(span[fields.SPAN_ADDRESS], size, torch.int64).tolist()
         known = [row for row in rows if row >= 0]
         count[:] = len(set(known)), len(known)

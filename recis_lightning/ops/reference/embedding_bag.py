@@ -1,4 +1,4 @@
-"""Gathering and pooling in plain torch."""
+"""Gathering and pooling in plain torch, and the reader of a plan's features."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import PADDING
-from recis_lightning.ops.reference.storage import (
-    Rows,
-    header_at,
-    memory,
-    weights_of,
-)
+from recis_lightning.ops.reference.storage import Rows, header_at, memory, weights_of
 
 
 class Feature:
-    """One line of a plan, with its rows and how they fall into bags."""
+    """Feature of a plan: its rows, and their bags."""
 
     def __init__(self, line: npt.NDArray[np.int64]) -> None:
         self.line = line
@@ -35,8 +30,8 @@ class Feature:
             self.offsets = memory(int(line[fields.PLAN_OFFSETS]), self.num_bags + 1, torch.int64)
         sizes = self.offsets.diff()
         ends = (int(self.offsets[0]), int(self.offsets[-1]))
-        self.is_whole = ends == (0, count) and bool((sizes >= 0).all())
-        if self.is_whole:
+        self.has_valid_offsets = ends == (0, count) and bool((sizes >= 0).all())
+        if self.has_valid_offsets:
             self.bag = torch.repeat_interleave(torch.arange(self.num_bags), sizes)
             self.place = torch.arange(count) - self.offsets[self.bag]
             self.used = self.rows >= 0
@@ -44,7 +39,7 @@ class Feature:
                 self.used &= self.place < self.tile_len
 
     def scales(self) -> Tensor:
-        """Return what each id's row is multiplied by on its way into the output, float64 [n]."""
+        """Return the factor of each id's row in the output, float64 [n]."""
         scales = torch.ones(self.rows.numel(), dtype=torch.float64)
         if self.line[fields.PLAN_WEIGHTS]:
             scales *= memory(int(self.line[fields.PLAN_WEIGHTS]), scales.numel(), torch.float32)
@@ -57,25 +52,22 @@ class Feature:
     def data(self, embedding_dim: int, dtype: torch.dtype) -> Tensor:
         """View the output, or its gradient, [num_bags, tile_len or 1, embedding_dim]."""
         tiles = self.tile_len if self.mode == fields.TILE else 1
-        width, stride = (
-            tiles * embedding_dim,
-            int(self.line[fields.PLAN_DATA_STRIDE]) // dtype.itemsize,
-        )
-        reach = (self.num_bags - 1) * stride + width if self.num_bags else 0
-        flat = memory(int(self.line[fields.PLAN_DATA]), reach, dtype)
+        width = tiles * embedding_dim
+        stride = int(self.line[fields.PLAN_DATA_STRIDE]) // dtype.itemsize
+        count = (self.num_bags - 1) * stride + width if self.num_bags else 0
+        flat = memory(int(self.line[fields.PLAN_DATA]), count, dtype)
         return flat.as_strided((self.num_bags, tiles, embedding_dim), (stride, embedding_dim, 1))
 
     def tile(self) -> Tensor:
-        """Return which of its bag's tiles each id goes to; 0 where there is but one."""
+        """Return each id's tile in its bag, int64 [n]; 0 unless the mode is ``tile``."""
         return self.place if self.mode == fields.TILE else torch.zeros_like(self.place)
 
 
 def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device) -> int:
-    """See ``embedding_bag.gather``; returns a feature with malformed offsets, or -1."""
     features = [Feature(line) for line in plan]
-    for number, feature in enumerate(features):
-        if not feature.is_whole:
-            return number
+    for i, feature in enumerate(features):
+        if not feature.has_valid_offsets:
+            return i
     for feature in features:
         header = header_at(int(feature.line[fields.PLAN_HEADER]))
         words = Rows.of(header, feature.rows).read(feature.rows)
@@ -89,7 +81,6 @@ def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device)
 
 
 def write_rows_(header: Header, rows: Tensor, values: Tensor) -> None:
-    """See ``embedding_bag.write_rows_``."""
     store = Rows.of(header.tensor, rows)
     words = store.read(rows)
     num_bytes = values.shape[1] * values.element_size()

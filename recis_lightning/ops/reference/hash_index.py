@@ -1,4 +1,4 @@
-"""The hash index in plain torch."""
+"""Hash index in plain torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.admission import Screen
+from recis_lightning.ops.admission import CheckFunction
 from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import CLAIMED, EMPTY, MISSING, NO_ROW, PADDING, UNKNOWN
 from recis_lightning.ops.reference.index import Index, segment_of, segments_of
-from recis_lightning.ops.reference.storage import (
-    memory,
-)
+from recis_lightning.ops.reference.storage import memory
 
 
 def allocate_entries(capacity: int, device: torch.device) -> Tensor:
-    """See ``hash_index.empty_entries``: entries without ids."""
     return torch.tensor([[EMPTY, NO_ROW]], device=device).repeat(capacity + 1, 1)
 
 
@@ -36,7 +33,6 @@ def _look_up(segments: Segments, num_ids: int, missing: int) -> Tensor:
 
 
 def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
-    """See ``hash_index.find``."""
     return _look_up(segments, num_ids, UNKNOWN)
 
 
@@ -45,74 +41,69 @@ def find_or_insert(
     num_ids: int,
     tables: Sequence[TableMemory],
     segment_tables: Sequence[int],
-    screen: Screen | None,
+    check: CheckFunction | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
-    """See ``hash_index.find_or_insert``; room is made for all tables before an id is added."""
     rows = _look_up(segments, num_ids, MISSING)
     for segment in segments_of(segments, num_ids):
         refused = rows[segment.start : segment.start + segment.ids.numel()] == UNKNOWN
         segment.header[fields.NUM_REFUSED] += refused.sum()
-    if screen is not None:
-        screen((rows == MISSING).nonzero().squeeze(1), rows)
+    if check is not None:
+        check((rows == MISSING).nonzero().squeeze(1), rows)
     owner = torch.tensor(segment_tables)[segment_of(torch.arange(num_ids), segments)]
     ids = torch.cat([segment.ids for segment in segments_of(segments, num_ids)])
     new = {}
-    for number in range(len(tables)):
-        misses = ((rows == MISSING) & (owner == number)).nonzero().squeeze(1)
+    for i in range(len(tables)):
+        misses = ((rows == MISSING) & (owner == i)).nonzero().squeeze(1)
         _, first = np.unique(ids[misses].numpy(), return_index=True)
         if len(first):
-            new[number] = misses[np.sort(first)]
-    for number, positions in new.items():
-        tables[number].reserve_ids(positions.numel())
-        tables[number].reserve_rows(positions.numel())
-    for number, positions in new.items():
-        header = tables[number].header.tensor
+            new[i] = misses[np.sort(first)]
+    # All tables get room before the first id is added: a failure changes nothing.
+    for i, positions in new.items():
+        tables[i].reserve_ids(positions.numel())
+        tables[i].reserve_rows(positions.numel())
+    for i, positions in new.items():
+        header = tables[i].header.tensor
         Index.of(header).add(ids[positions], _take_rows(header, positions.numel()))
-    found = _look_up(segments, num_ids, UNKNOWN)
-    rows = torch.where(rows == MISSING, found, rows)
+    rows = torch.where(rows == MISSING, _look_up(segments, num_ids, UNKNOWN), rows)
     for segment in segments_of(segments, num_ids):
         if int(segment.header[fields.LAST_SEEN]):
             seen = rows[segment.start : segment.start + segment.ids.numel()]
             seen = seen[seen >= 0]
             count = int(seen.max()) + 1 if seen.numel() else 0
-            stamps = memory(int(segment.header[fields.LAST_SEEN]), count, torch.int64)
-            stamps[seen] = segment.header[fields.STEP]
+            last_seen = memory(int(segment.header[fields.LAST_SEEN]), count, torch.int64)
+            last_seen[seen] = segment.header[fields.STEP]
     return rows, torch.cat(list(new.values())).sort().values if new else None
 
 
 def _take_rows(header: Tensor, count: int) -> Tensor:
-    """Hand out rows: freed ones from the top of the stack, then those never used."""
+    """Return rows for new ids: freed ones from the top of the stack, then those never used."""
     num_free, next_row = int(header[fields.NUM_FREE]), int(header[fields.NEXT_ROW])
     reused = min(num_free, count)
     stack = memory(int(header[fields.FREE_ROWS]), num_free, torch.int64)
-    fresh = torch.arange(next_row, next_row + count - reused)
+    unused = torch.arange(next_row, next_row + count - reused)
     header[fields.NUM_FREE] -= reused
     header[fields.NEXT_ROW] += count - reused
     header[fields.NUM_IDS] += count
-    return torch.cat([stack[num_free - reused :].flip(0), fresh])
+    return torch.cat([stack[num_free - reused :].flip(0), unused])
 
 
 def rebuild(old: tuple[int, int], header: Header, evicted: Tensor | None) -> int:
-    """See ``hash_index.rebuild``; ``old`` is (address, capacity) of the entries to move."""
     entries = Index(*old).entries
     entries = entries[entries[:, 1] < CLAIMED]
-    leaving = torch.zeros(len(entries), dtype=torch.bool)
+    removed = torch.zeros(len(entries), dtype=torch.bool)
     if evicted is not None:
-        leaving = evicted[entries[:, 1]]
+        removed = evicted[entries[:, 1]]
         evicted.zero_()
-        evicted[entries[leaving, 1]] = True
-    Index.of(header.tensor).add(entries[~leaving, 0], entries[~leaving, 1])
-    return int(leaving.sum())
+        evicted[entries[removed, 1]] = True
+    Index.of(header.tensor).add(entries[~removed, 0], entries[~removed, 1])
+    return int(removed.sum())
 
 
 def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
-    """See ``hash_index.id_of_row``."""
     entries = Index.of(header.tensor).entries
     entries = entries[entries[:, 1] != NO_ROW]
-    ids, occupied = (
-        torch.zeros(num_rows, dtype=torch.int64),
-        torch.zeros(num_rows, dtype=torch.bool),
-    )
+    ids = torch.zeros(num_rows, dtype=torch.int64)
+    occupied = torch.zeros(num_rows, dtype=torch.bool)
     ids[entries[:, 1]], occupied[entries[:, 1]] = entries[:, 0], True
     return ids, occupied

@@ -1,4 +1,4 @@
-"""The index and the segments of a lookup, in plain torch: what ``reference`` looks up with."""
+"""Readers of the hash index and of a lookup's segments, in plain torch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ def signed(value: int) -> int:
 
 
 _SLOT_MIX_1, _SLOT_MIX_2 = signed(0x9E3779B97F4A7C15), signed(0xD6E8FEB86659FD93)
-
-
 _ID_MIX_1, _ID_MIX_2 = signed(0xBF58476D1CE4E5B9), signed(0x94D049BB133111EB)
 
 
@@ -38,7 +36,7 @@ def mix(values: Tensor) -> Tensor:
 
 
 class Index:
-    """A table's entries, int64 [capacity + 1, 2], and where probing for an id starts."""
+    """Entries of a hash index, int64 [capacity + 1, 2], with linear probing."""
 
     def __init__(self, address: int, capacity: int) -> None:
         self.entries = memory(address, 2 * (capacity + 1), torch.int64).view(-1, 2)
@@ -46,7 +44,7 @@ class Index:
 
     @classmethod
     def of(cls, header: Tensor) -> Index:
-        """Return the index behind a header."""
+        """Return the index that a header points to."""
         return cls(int(header[fields.ENTRIES]), int(header[fields.CAPACITY]))
 
     def _first_slots(self, ids: Tensor) -> Tensor:
@@ -61,36 +59,36 @@ class Index:
     def slots(self, ids: Tensor) -> Tensor:
         """Return each id's entry, an empty one where it has none."""
         slots = self._first_slots(ids)
-        looking = torch.arange(ids.numel())
-        while looking.numel():
-            there = self.entries[slots[looking], 0]
-            looking = looking[(there != ids[looking]) & (there != EMPTY)]
-            slots[looking] = self._next_slots(slots[looking])
+        searching = torch.arange(ids.numel())
+        while searching.numel():
+            keys = self.entries[slots[searching], 0]
+            searching = searching[(keys != ids[searching]) & (keys != EMPTY)]
+            slots[searching] = self._next_slots(slots[searching])
         return slots
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return each id's row, ``NO_ROW`` where it has none."""
         slots = self.slots(ids)
-        found = self.entries[slots, 0] == ids
-        return torch.where(found, self.entries[slots, 1], NO_ROW)
+        known = self.entries[slots, 0] == ids
+        return torch.where(known, self.entries[slots, 1], NO_ROW)
 
     def add(self, ids: Tensor, rows: Tensor) -> None:
-        """Add distinct ids that are not there yet."""
+        """Add distinct ids that the index does not have yet."""
         slots = self._first_slots(ids)
-        homeless = torch.arange(ids.numel())
-        while homeless.numel():
-            wanted = slots[homeless]
-            free = self.entries[wanted, 0] == EMPTY
-            # Several may want one empty entry: one of them, whichever, is written last and has it.
-            self.entries[wanted[free], 0] = ids[homeless[free]]
-            housed = self.entries[wanted, 0] == ids[homeless]
-            self.entries[wanted[housed], 1] = rows[homeless[housed]]
-            homeless = homeless[~housed]
-            slots[homeless] = self._next_slots(slots[homeless])
+        remaining = torch.arange(ids.numel())
+        while remaining.numel():
+            tried = slots[remaining]
+            free = self.entries[tried, 0] == EMPTY
+            # Several ids may try one empty entry: whichever is written last gets it.
+            self.entries[tried[free], 0] = ids[remaining[free]]
+            placed = self.entries[tried, 0] == ids[remaining]
+            self.entries[tried[placed], 1] = rows[remaining[placed]]
+            remaining = remaining[~placed]
+            slots[remaining] = self._next_slots(slots[remaining])
 
 
 class Segment(NamedTuple):
-    """A segment, with its ids and its table's header as tensors."""
+    """Segment of a lookup, with its ids and its table's header as tensors."""
 
     start: int
     ids: Tensor

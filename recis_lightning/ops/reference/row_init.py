@@ -10,18 +10,13 @@ from torch import Tensor
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.reference.index import mix, segment_of, segments_of, shift_right, signed
-from recis_lightning.ops.reference.storage import (
-    Rows,
-    float_field,
-    state_of,
-    weights_of,
-)
+from recis_lightning.ops.reference.storage import Rows, float_field, state_of, weights_of
 
 _COLUMN = signed(0x9E3779B97F4A7C15)
 
 
 def _initial_weights(header: Tensor, ids: Tensor, embedding_dim: int) -> Tensor:
-    """Return the first weights of ids, float64 [n, embedding_dim]."""
+    """Return the initial weights of ids, float64 [n, embedding_dim]."""
     bits = mix(mix(ids) ^ header[fields.INIT_KEY])[:, None] + torch.arange(embedding_dim) * _COLUMN
     uniform = (2 * shift_right(mix(bits), 41) + 1).double() * 2.0**-24
     kind = int(header[fields.INIT_KIND])
@@ -43,14 +38,13 @@ def _initial_weights(header: Tensor, ids: Tensor, embedding_dim: int) -> Tensor:
 def init_rows_(
     rows: Tensor, new: Tensor, segments: Segments, embedding_dim: int, bfloat16: bool
 ) -> None:
-    """See ``row_init.init_rows_``."""
     owner = segment_of(new, segments)
-    for number, (start, ids, header, *_) in enumerate(segments_of(segments, rows.numel())):
-        positions = new[owner == number]
-        mine = rows[positions]
-        store = Rows.of(header, mine)
-        words = torch.zeros(mine.numel(), store.words)
+    for i, (start, ids, header, *_) in enumerate(segments_of(segments, rows.numel())):
+        positions = new[owner == i]
+        new_rows = rows[positions]
+        store = Rows.of(header, new_rows)
+        words = torch.zeros(new_rows.numel(), store.words)
         initial = _initial_weights(header, ids[positions - start], embedding_dim)
         weights_of(words, embedding_dim, bfloat16).copy_(initial.float())
         state_of(words, embedding_dim, bfloat16).fill_(float_field(header, fields.STATE_FILL))
-        store.write(mine, words)
+        store.write(new_rows, words)

@@ -12,17 +12,12 @@ from torch import Tensor
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.reference.embedding_bag import Feature
-from recis_lightning.ops.reference.storage import (
-    Rows,
-    memory,
-    state_of,
-    weights_of,
-)
+from recis_lightning.ops.reference.storage import Rows, memory, state_of, weights_of
 from recis_lightning.ops.row_update import Gradients, RowLayout
 
 
 class _Reduced(NamedTuple):
-    """Rows that have a gradient, int64 [n] ascending, and their gradients, float64 [n, dim]."""
+    """Reduced gradients: rows, int64 [n] ascending, and their gradients, float64 [n, dim]."""
 
     rows: Tensor
     gradients: Tensor
@@ -34,27 +29,24 @@ def sort_gradients(
     layout: RowLayout,
     blocks_on_device: Tensor | None,
 ) -> _Reduced:
-    """See ``row_update.sort_gradients``; here the gradients are reduced at once."""
     rows, gradients = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, layout.embedding_dim)]
     for feature in (Feature(line) for line in plan):
         used = feature.used
         data = feature.data(layout.embedding_dim, torch.float32)
-        picked = data[feature.bag[used], feature.tile()[used]]
-        gradients.append(picked * feature.scales()[used, None])
+        per_id = data[feature.bag[used], feature.tile()[used]]
+        gradients.append(per_id * feature.scales()[used, None])
         rows.append(feature.rows[used] + int(feature.line[fields.PLAN_FLAT_BASE]))
-    distinct, which = torch.unique(torch.cat(rows), return_inverse=True)
+    distinct, inverse = torch.unique(torch.cat(rows), return_inverse=True)
     total = torch.zeros(distinct.numel(), layout.embedding_dim, dtype=torch.float64)
-    return _Reduced(distinct, total.index_add_(0, which, torch.cat(gradients).double()))
+    return _Reduced(distinct, total.index_add_(0, inverse, torch.cat(gradients).double()))
 
 
 def squared_norm(gradients: Gradients) -> float:
-    """See ``row_update.squared_norm``."""
     assert isinstance(gradients.work, _Reduced)
     return float(gradients.work.gradients.square().sum())
 
 
 def update_rows_(gradients: Gradients, rule: int) -> None:
-    """See ``row_update.update_rows_``."""
     layout, dim = gradients.layout, gradients.layout.embedding_dim
     bfloat16 = layout.dtype is torch.bfloat16
     assert isinstance(gradients.work, _Reduced)
@@ -65,8 +57,8 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     hyper = torch.stack(hypers)[rows >> layout.block_shift]
     words = store.read(rows)
     weights, state = weights_of(words, dim, bfloat16), state_of(words, dim, bfloat16)
-    w, field = weights.double(), hyper.double().unbind(1)
-    lr, eps, share1, share2, inv_sqrt_bias2, decay, scale, clip = (f[:, None] for f in field)
+    w, columns = weights.double(), hyper.double().unbind(1)
+    lr, eps, rate1, rate2, inv_sqrt_bias2, decay, scale, clip = (c[:, None] for c in columns)
     g = torch.minimum(torch.maximum(g * scale, -clip), clip)
     if rule == fields.SGD:
         w = w * decay - lr * g
@@ -78,7 +70,7 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
         w = w - lr * g / (s.sqrt() + eps)
     else:
         m, v = state[:, :dim].double(), state[:, dim:].double()
-        m, v = m + share1 * (g - m), v + share2 * (g.square() - v)
+        m, v = m + rate1 * (g - m), v + rate2 * (g.square() - v)
         state.copy_(torch.cat([m, v], 1))
         w = w * decay - lr * m / (v.sqrt() * inv_sqrt_bias2 + eps)
     weights.copy_(w.float())

@@ -1,4 +1,4 @@
-"""What tables and plans point to, as tensors: plain torch's way to the kernels' memory."""
+"""Readers of the memory that tables and plans point to, as tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_lightning.ops import layout as fields
 
 
 def memory(address: int, count: int, dtype: torch.dtype) -> Tensor:
-    """View ``count`` items at an address; whoever owns the memory keeps it alive."""
+    """View ``count`` items at an address; the owner of the memory keeps it alive."""
     if count <= 0:
         return torch.empty(0, dtype=dtype)
     buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
@@ -20,7 +20,7 @@ def memory(address: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def header_at(address: int) -> Tensor:
-    """View a table's header, whose address segments and plans name."""
+    """View the header at an address, as segments and plans hold it."""
     return memory(address, fields.HEADER_SIZE, torch.int64)
 
 
@@ -30,40 +30,41 @@ def float_field(header: Tensor, field: int) -> float:
 
 
 class Rows:
-    """The rows of blocks at known addresses, read and written as float32 words."""
+    """Rows of a table's blocks, read and written as float32 words."""
 
     def __init__(self, addresses: Tensor, block_shift: int, row_bytes: int) -> None:
         self.addresses, self.shift, self.words = addresses, block_shift, row_bytes // 4
 
     @classmethod
     def of(cls, header: Tensor, rows: Tensor) -> Rows:
-        """Return the rows of a table; only the blocks up to the last of ``rows`` are known."""
+        """Return a table's rows, as far as the block of the last of ``rows``."""
         shift = int(header[fields.BLOCK_SHIFT])
         num_blocks = (int(rows.max()) >> shift) + 1 if rows.numel() else 0
         addresses = memory(int(header[fields.BLOCKS]), num_blocks, torch.int64)
         return cls(addresses, shift, int(header[fields.ROW_BYTES]))
 
     def _per_block(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield a block [block_rows, words], which of ``rows`` are in it, and where in it."""
+        """Yield each block [block_rows, words] with indices in ``rows`` and in the block."""
         blocks = rows >> self.shift
         for block in torch.unique(blocks).tolist():
             if block >= 0:
                 size = self.words << self.shift
                 content = memory(int(self.addresses[block]), size, torch.float32)
-                mine = (blocks == block).nonzero().squeeze(1)
-                yield content.view(-1, self.words), mine, rows[mine] & ((1 << self.shift) - 1)
+                indices = (blocks == block).nonzero().squeeze(1)
+                inside = rows[indices] & ((1 << self.shift) - 1)
+                yield content.view(-1, self.words), indices, inside
 
     def read(self, rows: Tensor) -> Tensor:
         """Copy rows to float32 [n, words], zeros for negative rows."""
         values = torch.zeros(rows.numel(), self.words)
-        for block, mine, places in self._per_block(rows):
-            values[mine] = block[places]
+        for block, indices, inside in self._per_block(rows):
+            values[indices] = block[inside]
         return values
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Overwrite whole rows with float32 [n, words]."""
-        for block, mine, places in self._per_block(rows):
-            block[places] = values[mine]
+        for block, indices, inside in self._per_block(rows):
+            block[inside] = values[indices]
 
 
 def weights_of(words: Tensor, embedding_dim: int, bfloat16: bool) -> Tensor:
