@@ -94,6 +94,10 @@ class DynamicEmbedding(nn.Module):
         return rows.view(*ids.shape, self.embedding_dim)
 
     @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
+
+    @override
     def extra_repr(self) -> str:
         return _describe(self.embedding_dim, self.padding_idx)
 
@@ -216,6 +220,10 @@ class DynamicEmbeddingBag(nn.Module):
     def _look_up(self, feature: Any) -> Tensor:
         bags = FeatureBags.of([read_bags(feature, "ids")])
         return _look_up(self.current_groups(), bags, self.training)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
 
     @override
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_padding_idx
@@ -182,6 +183,10 @@ class EmbeddingEngine(nn.Module):
     def current_groups(self) -> list[LookupGroup]:
         """Return the groups of the features, as their tables are now."""
         return self._groups.of(lambda: map(self._feature, self.options))
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
 
     def _table(self, feature: str) -> HashTable:
         table = self.tables[self.options[feature].table or feature]

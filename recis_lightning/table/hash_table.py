@@ -501,9 +501,8 @@ class HashTable(nn.Module):
         A pickled ``nn.Parameter`` leaves its ``grad`` behind in the same way.
         """
         state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
-        parts = (self.embedding_dim, self.dtype, self.device, self.eviction)
-        saved = table_state.to_arrays(table_state.export(self))
-        return {**state, "_parts": parts, "_saved": saved}
+        state |= {name: getattr(self, name) for name in _PARTS_ARE_MADE_OF}
+        return {**state, "_saved": table_state.to_arrays(table_state.export(self))}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -513,7 +512,10 @@ class HashTable(nn.Module):
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        parts, saved = state.pop("_parts"), state.pop("_saved")
+        saved, parts = state.pop("_saved"), [state.pop(name) for name in _PARTS_ARE_MADE_OF]
+        if "_name" in state:  # pickled by 0.1.0
+            state["given_name"] = state.pop("_name")
+            state = {key: value for key, value in state.items() if key not in _FIELDS_OF_0_1_0}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start(*parts)
         table_state.load(self, table_state.from_arrays(saved))
@@ -552,6 +554,12 @@ class HashTable(nn.Module):
 
 
 # Made anew; storage and pins are filled from the saved state.
+_PARTS_ARE_MADE_OF = ("embedding_dim", "dtype", "device", "eviction")
+# Fields of tables that 0.1.0 pickled, which parts have now.
+_FIELDS_OF_0_1_0 = {
+    *("kept_columns", "generation", "may_hold_foreign_rows"),
+    *("_num_evicted", "_num_removed", "_num_loaded"),
+}
 _NOT_COPIED = ("storage", "evictor", "pending", "shard_reference", "_optimizer", "_original")
 
 
