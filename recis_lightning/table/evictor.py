@@ -110,7 +110,7 @@ class Evictor:
         pending: The table's pending gradients, the list itself: their rows stay.
 
     Attributes:
-        storage: As given; a table that moves replaces it.
+        storage: As given; a table that moves to another device replaces it.
         pinned: int64 [n], the ids that are never evicted, ascending; None before any was pinned.
         num_evicted: Rows that ``evict`` removed.
         readmissions: Counts evicted ids that come back, if the table was asked to track them.
@@ -127,7 +127,7 @@ class Evictor:
 
     @property
     def policy(self) -> Eviction | None:
-        """Which rows ``evict`` removes."""
+        """Policy by which ``evict`` removes rows; None removes none."""
         return self._policy
 
     @policy.setter

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from recis_lightning.admission import Admission
+from recis_lightning.admission import Admission, Screening
 from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids, check_int
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
@@ -67,7 +67,7 @@ class HashTable(nn.Module):
 
     Attributes:
         storage: Ids, rows and columns; another one once the table has moved.
-        evictor: What evicts rows.
+        evictor: Eviction of rows: policy, pins, listeners and counts.
         pending: Gradients that no optimizer step has used, always the same list.
         needs_reshard: Whether rows came that no lookup brought; of several ranks, others may own
             them.
@@ -122,8 +122,9 @@ class HashTable(nn.Module):
         self, dim: int, dtype: torch.dtype, device: torch.device, eviction: Eviction | None
     ) -> None:
         """Make the parts of an empty table."""
+        screening = None if self.admission is None else self.admission.screening
         self.storage = self._new_storage(
-            dim, dtype, device, kept_columns(eviction), clock_of(eviction)
+            dim, dtype, device, kept_columns(eviction), screening, clock_of(eviction)
         )
         self.pending: list[PendingGradient] = []
         self.evictor = Evictor(eviction, self.storage, self.pending)
@@ -139,10 +140,10 @@ class HashTable(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         columns: tuple[str, ...],
+        screening: Screening | None,
         now: Callable[[], float],
     ) -> Storage:
         """Return an empty storage whose new rows start as this table's do."""
-        screening = None if self.admission is None else self.admission.screening
         storage = Storage(
             *(dim, dtype, device),
             kept_columns=columns,
@@ -154,7 +155,7 @@ class HashTable(nn.Module):
         storage.set_key(self.seed, self.name)
         return storage
 
-    # ---- what it is
+    # ---- identity and settings
 
     @property
     def name(self) -> str:
@@ -178,7 +179,7 @@ class HashTable(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Data type of the weights."""
         return self.storage.dtype
 
     @property
@@ -188,7 +189,7 @@ class HashTable(nn.Module):
 
     @property
     def eviction(self) -> Eviction | None:
-        """Which rows ``evict`` removes."""
+        """Policy by which ``evict`` removes rows; None removes none."""
         return self.evictor.policy
 
     @eviction.setter
@@ -337,8 +338,10 @@ class HashTable(nn.Module):
             [*, embedding_dim] in the table's dtype, zeros for unknown ids; carries no gradient.
         """
         rows = self._find(ids)
-        found = embedding_bag.gather_rows(self.storage.header, rows, self.embedding_dim, self.dtype)
-        return found.view(*ids.shape, self.embedding_dim)
+        weights = embedding_bag.gather_rows(
+            self.storage.header, rows, self.embedding_dim, self.dtype
+        )
+        return weights.view(*ids.shape, self.embedding_dim)
 
     def insert(self, ids: Tensor, embeddings: Tensor) -> None:
         """Set the weights of ids, giving the unknown ones a row whatever the admission policy.
@@ -541,7 +544,11 @@ class HashTable(nn.Module):
             MemoryError: No room there; the table is as it was.
         """
         old, state = self.storage, table_state.export(self)
-        new = self._new_storage(self.embedding_dim, self.dtype, device, old.kept_columns, old.now)
+        counter = old.admission_counter
+        screening = None if counter is None else counter.screening
+        new = self._new_storage(
+            self.embedding_dim, self.dtype, device, old.kept_columns, screening, old.now
+        )
         new.num_removed, new.num_loaded = old.num_removed + len(old), old.num_loaded
         table_state.fill(new, state)
         new.header.read_counts()[NUM_REFUSED] = old.header.read_counts()[NUM_REFUSED]
