@@ -10,23 +10,25 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from recis_lightning.ops.cpu import runtime
-from recis_lightning.ops.cpu.embedding_bag import bag_divisor, bag_start, feature_at, split_plan
-from recis_lightning.ops.cpu.intrinsics import atomic_add, load_f32, load_i64, store_f32, store_i64
-from recis_lightning.ops.cpu.runtime import address_of, num_chunks, workspace
+from recis_lightning.ops.cpu.intrinsics import inlined, load_f32, load_i64, store_f32, store_i64
+from recis_lightning.ops.cpu.plan import (
+    PLAN_BYTES,
+    bag_divisor,
+    bag_start,
+    bags_of_chunk,
+    feature_at,
+    split_plan,
+)
+from recis_lightning.ops.cpu.runtime import kernel, num_chunks, workspace
 from recis_lightning.ops.layout import (
     MEAN,
-    PLAN_BAGS_PER_CHUNK,
     PLAN_DATA,
     PLAN_DATA_STRIDE,
-    PLAN_FIRST_CHUNK,
     PLAN_FIRST_ID,
     PLAN_FLAT_BASE,
     PLAN_MODE,
-    PLAN_NUM_BAGS,
     PLAN_NUM_IDS,
     PLAN_ROWS,
-    PLAN_SIZE,
     PLAN_TILE_LEN,
     PLAN_WEIGHTS,
     TILE,
@@ -38,160 +40,133 @@ _INSERTION_SORT = 32  # fewer keys of a table are sorted without counting
 _F = np.float32
 
 
-@runtime.kernel
-def _key_kernel(args):
-    plan, num_features = load_i64(args + 16), load_i64(args + 24)
-    keys, addresses, scales = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
-    position_bits, none, dim_bytes = (
-        load_i64(args + 56),
-        load_i64(args + 64),
-        load_i64(args + 72),
-    )
-    chunks = load_i64(args + 8)
-    while True:
-        chunk = atomic_add(args, 1)
-        if chunk >= chunks:
-            break
-        line = plan + feature_at(plan, num_features, chunk) * 8 * PLAN_SIZE
-        mode, first = load_i64(line + 8 * PLAN_MODE), load_i64(line + 8 * PLAN_FIRST_ID)
-        rows, base = load_i64(line + 8 * PLAN_ROWS), load_i64(line + 8 * PLAN_FLAT_BASE)
-        weights, tile_len = load_i64(line + 8 * PLAN_WEIGHTS), load_i64(line + 8 * PLAN_TILE_LEN)
-        data, stride = load_i64(line + 8 * PLAN_DATA), load_i64(line + 8 * PLAN_DATA_STRIDE)
-        per_chunk = load_i64(line + 8 * PLAN_BAGS_PER_CHUNK)
-        low = (chunk - load_i64(line + 8 * PLAN_FIRST_CHUNK)) * per_chunk
-        high = min(low + per_chunk, load_i64(line + 8 * PLAN_NUM_BAGS))
-        for bag in range(low, high):
-            start, end = bag_start(line, bag), bag_start(line, bag + 1)
-            divisor = bag_divisor(mode, rows, weights, start, end)
-            address = data + bag * stride
-            for i in range(start, end):
-                row = load_i64(rows + 8 * i)
-                flat = base + row
-                if row < 0 or (mode == TILE and i - start >= tile_len):
-                    flat = none
-                position = first + i
-                store_i64(keys + 8 * position, (flat << position_bits) | position)
-                store_i64(addresses + 8 * position, address)
-                if mode == TILE:
-                    address += dim_bytes
-                if scales:
-                    scale = load_f32(weights + 4 * i) if weights else _F(1)
-                    if mode == MEAN:
-                        scale = scale / divisor if divisor != _F(0) else _F(0)
-                    store_f32(scales + 4 * position, scale)
+@kernel
+def _key_kernel(
+    chunk, plan, num_features, keys, addresses, scales, position_bits, no_row, dim_bytes
+):
+    line = plan + feature_at(plan, num_features, chunk) * PLAN_BYTES
+    mode, first = load_i64(line + 8 * PLAN_MODE), load_i64(line + 8 * PLAN_FIRST_ID)
+    rows, base = load_i64(line + 8 * PLAN_ROWS), load_i64(line + 8 * PLAN_FLAT_BASE)
+    weights, tile_len = load_i64(line + 8 * PLAN_WEIGHTS), load_i64(line + 8 * PLAN_TILE_LEN)
+    data, stride = load_i64(line + 8 * PLAN_DATA), load_i64(line + 8 * PLAN_DATA_STRIDE)
+    low, high = bags_of_chunk(line, chunk)
+    for bag in range(low, high):
+        start, end = bag_start(line, bag), bag_start(line, bag + 1)
+        divisor = bag_divisor(mode, rows, weights, start, end)
+        address = data + bag * stride
+        for i in range(start, end):
+            row = load_i64(rows + 8 * i)
+            flat = base + row
+            if row < 0 or (mode == TILE and i - start >= tile_len):
+                flat = no_row
+            position = first + i
+            store_i64(keys + 8 * position, (flat << position_bits) | position)
+            store_i64(addresses + 8 * position, address)
+            if mode == TILE:
+                address += dim_bytes
+            if scales:
+                scale = load_f32(weights + 4 * i) if weights else _F(1)
+                if mode == MEAN:
+                    scale = scale / divisor if divisor != _F(0) else _F(0)
+                store_f32(scales + 4 * position, scale)
 
 
-@runtime.kernel
-def _count_digits_kernel(args):
-    chunk_size, n = load_i64(args + 16), load_i64(args + 24)
-    keys, counts = load_i64(args + 32), load_i64(args + 40)
-    shift, digits = np.uint64(load_i64(args + 48)), load_i64(args + 56)
-    mask = np.uint64(digits - 1)
-    chunks = load_i64(args + 8)
-    while True:
-        chunk = atomic_add(args, 1)
-        if chunk >= chunks:
-            break
-        mine = counts + 8 * digits * chunk
-        for digit in range(digits):
-            store_i64(mine + 8 * digit, 0)
-        for i in range(chunk * chunk_size, min((chunk + 1) * chunk_size, n)):
-            digit = np.int64((np.uint64(load_i64(keys + 8 * i)) >> shift) & mask)
-            store_i64(mine + 8 * digit, load_i64(mine + 8 * digit) + 1)
+@kernel
+def _count_digits_kernel(low, high, chunk, keys, counts, low_bit, num_digits):
+    shift, mask = np.uint64(low_bit), np.uint64(num_digits - 1)
+    own = counts + 8 * num_digits * chunk
+    for digit in range(num_digits):
+        store_i64(own + 8 * digit, 0)
+    for i in range(low, high):
+        digit = np.int64((np.uint64(load_i64(keys + 8 * i)) >> shift) & mask)
+        store_i64(own + 8 * digit, load_i64(own + 8 * digit) + 1)
 
 
-@runtime.kernel
-def _start_digits_kernel(args):
-    # One chunk: turns counts [chunks, digits] into each chunk's first place of each digit.
-    num_counts, counts, digits = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
+@kernel
+def _digit_offsets_kernel(counts, num_counts, num_digits):
+    # One chunk: turns counts [chunks, digits] into each chunk's first offset of each digit.
     total = np.int64(0)
-    for digit in range(digits):
-        for chunk in range(num_counts):
-            place = counts + 8 * (chunk * digits + digit)
-            count = load_i64(place)
-            store_i64(place, total)
+    for digit in range(num_digits):
+        for i in range(num_counts):
+            cell = counts + 8 * (i * num_digits + digit)
+            count = load_i64(cell)
+            store_i64(cell, total)
             total += count
 
 
-@runtime.kernel
-def _move_by_digit_kernel(args):
-    chunk_size, n = load_i64(args + 16), load_i64(args + 24)
-    keys, counts = load_i64(args + 32), load_i64(args + 40)
-    shift, digits, out = np.uint64(load_i64(args + 48)), load_i64(args + 56), load_i64(args + 64)
-    mask = np.uint64(digits - 1)
-    chunks = load_i64(args + 8)
-    while True:
-        chunk = atomic_add(args, 1)
-        if chunk >= chunks:
-            break
-        mine = counts + 8 * digits * chunk
-        for i in range(chunk * chunk_size, min((chunk + 1) * chunk_size, n)):
-            key = load_i64(keys + 8 * i)
-            place = mine + 8 * np.int64((np.uint64(key) >> shift) & mask)
-            target = load_i64(place)
-            store_i64(place, target + 1)
-            store_i64(out + 8 * target, key)
+@kernel
+def _scatter_digits_kernel(low, high, chunk, keys, counts, low_bit, num_digits, out):
+    shift, mask = np.uint64(low_bit), np.uint64(num_digits - 1)
+    own = counts + 8 * num_digits * chunk
+    for i in range(low, high):
+        key = load_i64(keys + 8 * i)
+        cell = own + 8 * np.int64((np.uint64(key) >> shift) & mask)
+        target = load_i64(cell)
+        store_i64(cell, target + 1)
+        store_i64(out + 8 * target, key)
 
 
-@runtime.kernel
-def _sort_tables_kernel(args):
+@inlined
+def _insertion_sort(keys, n):
+    for i in range(1, n):
+        key = load_i64(keys + 8 * i)
+        j = i
+        while j > 0 and load_i64(keys + 8 * j - 8) > key:
+            store_i64(keys + 8 * j, load_i64(keys + 8 * j - 8))
+            j -= 1
+        store_i64(keys + 8 * j, key)
+
+
+@inlined
+def _bit_length(n):
+    bits = np.int64(0)
+    while n >> bits:
+        bits += 1
+    return bits
+
+
+@kernel
+def _sort_tables_kernel(chunk, thread, keys, spare, ranges, position_bits, all_counts):
     # A chunk is one table: its keys fit a cache, and its rows need fewer digits than all rows.
-    keys, spare, ranges = load_i64(args + 16), load_i64(args + 24), load_i64(args + 32)
-    position_bits, scratch = load_i64(args + 40), load_i64(args + 48)
-    chunks = load_i64(args + 8)
-    counts = scratch + 8 * (atomic_add(args + 56, 1) << _DIGIT_BITS)
-    while True:
-        chunk = atomic_add(args, 1)
-        if chunk >= chunks:
-            break
-        first, n = load_i64(ranges + 32 * chunk), load_i64(ranges + 32 * chunk + 8)
-        base, num_rows = load_i64(ranges + 32 * chunk + 16), load_i64(ranges + 32 * chunk + 24)
-        here, there = keys + 8 * first, spare + 8 * first
-        if n <= _INSERTION_SORT:
-            for i in range(1, n):
-                key = load_i64(here + 8 * i)
-                j = i
-                while j > 0 and load_i64(here + 8 * j - 8) > key:
-                    store_i64(here + 8 * j, load_i64(here + 8 * j - 8))
-                    j -= 1
-                store_i64(here + 8 * j, key)
-            continue
-        row_bits, count_bits = np.int64(0), np.int64(0)
-        while num_rows >> row_bits:
-            row_bits += 1
-        while n >> count_bits:
-            count_bits += 1
-        widest = np.int64(min(max(count_bits - 2, 4), _DIGIT_BITS - 1))
-        passes = (row_bits + widest - 1) // widest
-        low = np.int64(0)
-        for done in range(passes):
-            bits = row_bits // passes
-            if done < row_bits % passes:
-                bits += 1
-            digits = np.int64(1) << bits
-            for digit in range(digits):
-                store_i64(counts + 8 * digit, 0)
-            for i in range(n):
-                row = min((load_i64(here + 8 * i) >> position_bits) - base, num_rows)
-                place = counts + 8 * ((row >> low) & (digits - 1))
-                store_i64(place, load_i64(place) + 1)
-            total = np.int64(0)
-            for digit in range(digits):
-                count = load_i64(counts + 8 * digit)
-                store_i64(counts + 8 * digit, total)
-                total += count
-            for i in range(n):
-                key = load_i64(here + 8 * i)
-                row = min((key >> position_bits) - base, num_rows)
-                place = counts + 8 * ((row >> low) & (digits - 1))
-                target = load_i64(place)
-                store_i64(place, target + 1)
-                store_i64(there + 8 * target, key)
-            here, there = there, here
-            low += bits
-        if passes & 1:
-            for i in range(n):
-                store_i64(there + 8 * i, load_i64(here + 8 * i))
+    counts = all_counts + 8 * (thread << _DIGIT_BITS)
+    first, n = load_i64(ranges + 32 * chunk), load_i64(ranges + 32 * chunk + 8)
+    base, num_rows = load_i64(ranges + 32 * chunk + 16), load_i64(ranges + 32 * chunk + 24)
+    source, target = keys + 8 * first, spare + 8 * first
+    if n <= _INSERTION_SORT:
+        _insertion_sort(source, n)
+        return
+    row_bits = _bit_length(num_rows)
+    widest = np.int64(min(max(_bit_length(n) - 2, 4), _DIGIT_BITS - 1))
+    passes = (row_bits + widest - 1) // widest
+    low_bit = np.int64(0)
+    for index in range(passes):
+        bits = row_bits // passes
+        if index < row_bits % passes:
+            bits += 1
+        num_digits = np.int64(1) << bits
+        for digit in range(num_digits):
+            store_i64(counts + 8 * digit, 0)
+        for i in range(n):
+            row = min((load_i64(source + 8 * i) >> position_bits) - base, num_rows)
+            cell = counts + 8 * ((row >> low_bit) & (num_digits - 1))
+            store_i64(cell, load_i64(cell) + 1)
+        total = np.int64(0)
+        for digit in range(num_digits):
+            count = load_i64(counts + 8 * digit)
+            store_i64(counts + 8 * digit, total)
+            total += count
+        for i in range(n):
+            key = load_i64(source + 8 * i)
+            row = min((key >> position_bits) - base, num_rows)
+            cell = counts + 8 * ((row >> low_bit) & (num_digits - 1))
+            offset = load_i64(cell)
+            store_i64(cell, offset + 1)
+            store_i64(target + 8 * offset, key)
+        source, target = target, source
+        low_bit += bits
+    if passes & 1:
+        for i in range(n):
+            store_i64(target + 8 * i, load_i64(source + 8 * i))
 
 
 def _table_ranges(plan, num_rows):
@@ -220,20 +195,28 @@ def _radix_sort(keys, spare, n, low_bit, num_bits):
     passes = -(-num_bits // _DIGIT_BITS)
     chunks = 1 if n < _SORT_SERIAL else torch.get_num_threads()
     chunk_size = max(num_chunks(n, chunks), 1)
-    for done in range(passes):
-        bits = num_bits // passes + (done < num_bits % passes)
-        digits = 1 << bits
-        counts = address_of(workspace.take("digit_counts", chunks * digits, np.int64))
-        where = (chunk_size, n, address_of(keys), counts, low_bit, digits)
-        _count_digits_kernel.launch(num_chunks(n, chunk_size), *where)
-        _start_digits_kernel.launch(1, num_chunks(n, chunk_size), counts, digits)
-        _move_by_digit_kernel.launch(num_chunks(n, chunk_size), *where, address_of(spare))
+    for index in range(passes):
+        bits = num_bits // passes + (index < num_bits % passes)
+        shared = {
+            "keys": keys,
+            "counts": workspace.take("digit_counts", chunks << bits, np.int64),
+            "low_bit": low_bit,
+            "num_digits": 1 << bits,
+        }
+        _count_digits_kernel.launch(n, chunk_size, **shared)
+        _digit_offsets_kernel.launch(
+            1,
+            1,
+            counts=shared["counts"],
+            num_counts=num_chunks(n, chunk_size),
+            num_digits=1 << bits,
+        )
+        _scatter_digits_kernel.launch(n, chunk_size, **shared, out=spare)
         keys, spare, low_bit = spare, keys, low_bit + bits
     return keys
 
 
 def sort_gradients(plan, blocks, layout, blocks_on_device):
-    """See the contract."""
     n = int(plan[:, PLAN_NUM_IDS].sum())
     num_rows = len(blocks) << layout.block_shift
     position_bits = max(n - 1, 1).bit_length()
@@ -249,20 +232,27 @@ def sort_gradients(plan, blocks, layout, blocks_on_device):
         scales = workspace.take("gradient_scales", n, np.float32)
     _key_kernel.launch(
         split_plan(plan),
-        address_of(plan),
-        len(plan),
-        address_of(keys),
-        address_of(addresses),
-        0 if scales is None else address_of(scales),
-        position_bits,
-        num_rows,
-        4 * layout.embedding_dim,
+        1,
+        plan=plan,
+        num_features=len(plan),
+        keys=keys,
+        addresses=addresses,
+        scales=scales,
+        position_bits=position_bits,
+        no_row=num_rows,
+        dim_bytes=4 * layout.embedding_dim,
     )
     threads = torch.get_num_threads()
     if n < _SORT_SERIAL or ranges[:, 1].max() * threads * 2 <= n:
-        counts = workspace.take("digit_counts", threads << _DIGIT_BITS, np.int64)
-        where = (address_of(keys), address_of(spare), address_of(ranges), position_bits)
-        _sort_tables_kernel.launch(len(ranges), *where, address_of(counts), 0)
+        _sort_tables_kernel.launch(
+            len(ranges),
+            1,
+            keys=keys,
+            spare=spare,
+            ranges=ranges,
+            position_bits=position_bits,
+            all_counts=workspace.take("digit_counts", threads << _DIGIT_BITS, np.int64),
+        )
     else:
         keys = _radix_sort(keys, spare, n, position_bits, row_bits)
     return keys, addresses, scales, n, position_bits

@@ -1,4 +1,4 @@
-"""What Numba lacks for C-like kernels: raw loads and stores, prefetch, atomics, float vectors.
+"""Intrinsics that Numba lacks: raw loads and stores, prefetch, atomics, float vectors.
 
 Kernels work on addresses (int64), so that one launch can walk many tables through a pointer
 table. Vectors are first-class values of ``width`` float32 lanes: LLVM maps them to whatever the
@@ -12,13 +12,20 @@ signature's argument types, and would give one kernel the code made for another 
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F32 = ir.FloatType()
+
+# Decorator of functions that kernels call: LLVM inlines them, and no wrappers are compiled to call
+# them from Python. Division is C's: Numba's own checks for a zero and so is not vectorised.
+_OPTIONS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inlined: Any = njit(forceinline=True, error_model="numpy", **_OPTIONS)
 
 
 def _memory_ops(numba_type, llvm_type, align):
@@ -53,7 +60,7 @@ load_f64, store_f64 = _memory_ops(types.float64, ir.DoubleType(), 8)
 
 @intrinsic
 def prefetch(typingctx, address):
-    """Ask for the cache line at ``address``; any address is safe."""
+    """Prefetch the cache line at ``address``; any address is safe."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], _I8.as_pointer())
@@ -84,7 +91,7 @@ atomic_min = _atomic("min")
 
 @intrinsic
 def compare_and_swap(typingctx, address, expected, desired):
-    """Store ``desired`` where ``expected`` stands; return what stood there before."""
+    """Store ``desired`` if the memory holds ``expected``; return the value before."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], _I64.as_pointer())
@@ -96,7 +103,7 @@ def compare_and_swap(typingctx, address, expected, desired):
 
 @intrinsic
 def compare_and_swap_u8(typingctx, address, expected, desired):
-    """Do it for one byte."""
+    """Compare and swap one byte."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], _I8.as_pointer())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
-from numba import njit
 
-from recis_lightning.ops.cpu import runtime
 from recis_lightning.ops.cpu.intrinsics import (
-    atomic_add,
     bits_of_float,
     float_of_bits,
+    inlined,
     load_f32,
     load_f64,
     load_i64,
@@ -20,11 +17,10 @@ from recis_lightning.ops.cpu.intrinsics import (
     store_f32,
     store_weights,
 )
-from recis_lightning.ops.cpu.probe import segment_at, segment_start
-from recis_lightning.ops.cpu.runtime import address_of, num_chunks
+from recis_lightning.ops.cpu.probe import SEGMENT_BYTES, next_segment, segment_at
+from recis_lightning.ops.cpu.row_blocks import row_address, row_blocks_of
+from recis_lightning.ops.cpu.runtime import kernel_template, num_chunks
 from recis_lightning.ops.layout import (
-    BLOCK_SHIFT,
-    BLOCKS,
     INIT_ARGS,
     INIT_CONSTANT,
     INIT_KEY,
@@ -32,10 +28,8 @@ from recis_lightning.ops.layout import (
     INIT_TRUNCATED_NORMAL,
     INIT_UNIFORM,
     NUM_STATE,
-    ROW_BYTES,
     SEGMENT_HEADER,
     SEGMENT_IDS,
-    SEGMENT_SIZE,
     STATE_FILL,
 )
 
@@ -47,7 +41,7 @@ _COLUMN = np.uint64(0x9E3779B97F4A7C15)
 _S27, _S30, _S31, _S41 = (np.uint64(n) for n in (27, 30, 31, 41))
 
 
-@njit
+@inlined
 def mix(value):
     """Hash uint64: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014)."""
     value = (value ^ (value >> _S30)) * _MIX_1
@@ -55,7 +49,7 @@ def mix(value):
     return value ^ (value >> _S31)
 
 
-@njit(error_model="numpy")  # Numba's own would check for a zero, one column at a time
+@inlined
 def _log(x):
     # log of a positive normal float32: exponent * ln 2 + 2 atanh((m - 1) / (m + 1)).
     bits = bits_of_float(x) - np.int32(0x3F3504F3)
@@ -67,7 +61,7 @@ def _log(x):
     return exponent * _F(0.6931471805599453) + (_F(2) * s + s * tail)
 
 
-@njit
+@inlined
 def _erfinv(x):
     # Giles, "Approximating the erfinv function", GPU Computing Gems, 2010: single precision.
     w = -_log((_F(1) - x) * (_F(1) + x))
@@ -94,14 +88,14 @@ def _erfinv(x):
     return (near if w < _F(5) else far) * x
 
 
-@njit
+@inlined
 def _uniform(base, column):
     # 23 bits and a half: exact in float32, never 0 or 1.
     bits = mix(base + np.uint64(column) * _COLUMN) >> _S41
     return (_F(2) * _F(np.int32(bits)) + _F(1)) * _F(2.0**-24)
 
 
-@njit
+@inlined
 def _fill(kind, args, base, target, embedding_dim):
     first, second = _F(load_f64(args)), _F(load_f64(args + 8))
     if kind == INIT_CONSTANT:
@@ -125,78 +119,60 @@ def _fill(kind, args, base, target, embedding_dim):
             store_f32(target + 4 * column, first + second * normal)
 
 
-@functools.cache
+@kernel_template
 def _init_kernel(bfloat16):
-    def init(args):
-        chunk_size, n = load_i64(args + 16), load_i64(args + 24)
-        rows, new = load_i64(args + 32), load_i64(args + 40)
-        segments, num_segments, num_ids = (
-            load_i64(args + 48),
-            load_i64(args + 56),
-            load_i64(args + 64),
-        )
-        embedding_dim, scratch = load_i64(args + 72), load_i64(args + 80)
-        chunks = load_i64(args + 8)
+    def init(
+        low,
+        high,
+        chunk,
+        rows,
+        new,
+        segments,
+        num_segments,
+        num_ids,
+        embedding_dim,
+        all_scratch,
+    ):
         weight_bytes = 4 * embedding_dim
         if bfloat16:
             weight_bytes = 4 * ((embedding_dim + 1) >> 1)
-        while True:
-            chunk = atomic_add(args, 1)
-            if chunk >= chunks:
-                break
-            low = chunk * chunk_size
-            segment = segment_at(segments, num_segments, load_i64(new + 8 * low)) - 1
-            end = np.int64(-1)
-            header, ids = np.int64(0), np.int64(0)
-            for i in range(low, min(low + chunk_size, n)):
-                position = load_i64(new + 8 * i)
-                while position >= end:
-                    segment += 1
-                    end = segment_start(segments, segment + 1, num_segments, num_ids)
-                    info = segments + segment * 8 * SEGMENT_SIZE
-                    header = load_i64(info + 8 * SEGMENT_HEADER)
-                    ids = load_i64(info + 8 * SEGMENT_IDS)
-                row = load_i64(rows + 8 * position)
-                shift = load_i64(header + 8 * BLOCK_SHIFT)
-                target = load_i64(load_i64(header + 8 * BLOCKS) + 8 * (row >> shift))
-                target += (row & ((np.int64(1) << shift) - 1)) * load_i64(header + 8 * ROW_BYTES)
-                key = np.uint64(load_i64(header + 8 * INIT_KEY))
-                base = mix(key ^ mix(np.uint64(load_i64(ids + 8 * position))))
-                weights = target
-                if bfloat16:
-                    weights = scratch + chunk * 4 * embedding_dim
-                _fill(
-                    load_i64(header + 8 * INIT_KIND),
-                    header + 8 * INIT_ARGS,
-                    base,
-                    weights,
-                    embedding_dim,
-                )
-                if bfloat16:
-                    for column in range(embedding_dim):
-                        value = splat(1, load_f32(weights + 4 * column))
-                        store_weights(1, target + 2 * column, value)
-                fill = _F(load_f64(header + 8 * STATE_FILL))
-                for word in range(load_i64(header + 8 * NUM_STATE)):
-                    store_f32(target + weight_bytes + 4 * word, fill)
+        segment, end = segment_at(segments, num_segments, load_i64(new + 8 * low)), np.int64(-1)
+        header, ids = np.int64(0), np.int64(0)
+        for i in range(low, high):
+            position = load_i64(new + 8 * i)
+            if position >= end:
+                segment, end = next_segment(position, segment, segments, num_segments, num_ids)
+                line = segments + segment * SEGMENT_BYTES
+                header, ids = load_i64(line + 8 * SEGMENT_HEADER), load_i64(line + 8 * SEGMENT_IDS)
+            target = row_address(load_i64(rows + 8 * position), row_blocks_of(header))
+            key = np.uint64(load_i64(header + 8 * INIT_KEY))
+            base = mix(key ^ mix(np.uint64(load_i64(ids + 8 * position))))
+            weights = target
+            if bfloat16:
+                weights = all_scratch + chunk * 4 * embedding_dim
+            kind, args = load_i64(header + 8 * INIT_KIND), header + 8 * INIT_ARGS
+            _fill(kind, args, base, weights, embedding_dim)
+            if bfloat16:
+                for column in range(embedding_dim):
+                    value = splat(1, load_f32(weights + 4 * column))
+                    store_weights(1, target + 2 * column, value)
+            fill = _F(load_f64(header + 8 * STATE_FILL))
+            for word in range(load_i64(header + 8 * NUM_STATE)):
+                store_f32(target + weight_bytes + 4 * word, fill)
 
-    return runtime.kernel(init)
+    return init
 
 
 def init_rows_(rows, new, segments, embedding_dim, bfloat16):
-    """See the contract."""
-    n = new.numel()
-    chunks = num_chunks(n, _CHUNK)
-    scratch = np.empty(chunks * embedding_dim if bfloat16 else 0, np.float32)
+    num_scratch = num_chunks(new.numel(), _CHUNK) * embedding_dim if bfloat16 else 0
     _init_kernel(int(bfloat16)).launch(
-        chunks,
+        new.numel(),
         _CHUNK,
-        n,
-        rows.data_ptr(),
-        new.data_ptr(),
-        address_of(segments),
-        len(segments),
-        rows.numel(),
-        embedding_dim,
-        address_of(scratch),
+        rows=rows,
+        new=new,
+        segments=segments,
+        num_segments=len(segments),
+        num_ids=rows.numel(),
+        embedding_dim=embedding_dim,
+        all_scratch=np.empty(num_scratch, np.float32),
     )

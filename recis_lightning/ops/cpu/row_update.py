@@ -1,23 +1,19 @@
 """Reduce and update in Numba.
 
-The update walks the sorted words of ``gradient_sort_cpu``: a row's gradients are added up in vector
+The update walks the sorted words of ``gradient_sort``: a row's gradients are added up in vector
 registers and the row's weights and state are read and written once.
 """
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 
-from recis_lightning.ops.cpu import runtime
 from recis_lightning.ops.cpu.gradient_sort import sort_gradients
 from recis_lightning.ops.cpu.intrinsics import (
     add,
     at_least,
     at_most,
-    atomic_add,
     div,
     fma,
     lane_sum,
@@ -36,7 +32,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     sub,
     vector_width,
 )
-from recis_lightning.ops.cpu.runtime import address_of, num_chunks
+from recis_lightning.ops.cpu.runtime import kernel_template, num_chunks
 from recis_lightning.ops.layout import (
     ADAGRAD,
     HYPER_CLIP,
@@ -57,17 +53,26 @@ _AHEAD = 12  # positions between prefetch and use
 _F = np.float32
 
 
-@functools.cache
+@kernel_template
 def _update_kernel(rule, width, bfloat16):
     item = 2 if bfloat16 else 4
 
-    def update(args):
-        chunk_size, n = load_i64(args + 16), load_i64(args + 24)
-        keys, addresses, scales = load_i64(args + 32), load_i64(args + 40), load_i64(args + 48)
-        blocks, num_rows = load_i64(args + 56), load_i64(args + 64)
-        block_shift, row_bytes = load_i64(args + 72), load_i64(args + 80)
-        embedding_dim, norms = load_i64(args + 88), load_i64(args + 96)
-        position_bits = load_i64(args + 104)
+    def update(
+        low,
+        high,
+        num_items,
+        chunk,
+        keys,
+        addresses,
+        scales,
+        blocks,
+        num_rows,
+        block_shift,
+        row_bytes,
+        embedding_dim,
+        norms,
+        position_bits,
+    ):
         position_mask = (np.int64(1) << position_bits) - 1
         block_mask = (np.int64(1) << block_shift) - 1
         state_at = embedding_dim * 4
@@ -75,110 +80,104 @@ def _update_kernel(rule, width, bfloat16):
             state_at = ((embedding_dim + 1) >> 1) << 2
         dim_bytes = 4 * embedding_dim
         zero = splat(width, _F(0))
-        chunks = load_i64(args + 8)
-        while True:
-            chunk = atomic_add(args, 1)
-            if chunk >= chunks:
-                break
-            start = chunk * chunk_size
-            high = min(start + chunk_size, n)
-            norm = np.float64(0)
-            if start > 0:  # a run that began before belongs to the chunk before
-                before = load_i64(keys + 8 * start - 8) >> position_bits
-                while start < high and load_i64(keys + 8 * start) >> position_bits == before:
-                    start += 1
-            for i in range(start, min(start + _AHEAD, n)):
-                key = load_i64(keys + 8 * i)
-                gradient = load_i64(addresses + 8 * (key & position_mask))
-                for byte in range(0, dim_bytes, 64):
-                    prefetch(gradient + byte)
-            while start < high:
-                flat = load_i64(keys + 8 * start) >> position_bits
-                if flat >= num_rows:  # ids without a row
-                    start += 1
-                    continue
-                end = start
-                while end < n and load_i64(keys + 8 * end) >> position_bits == flat:
-                    if end + 2 * _AHEAD < n:
-                        key = load_i64(keys + 8 * (end + 2 * _AHEAD))
-                        prefetch(addresses + 8 * (key & position_mask))
-                    if end + _AHEAD < n:
-                        key = load_i64(keys + 8 * (end + _AHEAD))
-                        gradient = load_i64(addresses + 8 * (key & position_mask))
-                        for byte in range(0, dim_bytes, 64):
-                            prefetch(gradient + byte)
-                        later = key >> position_bits
-                        last = load_i64(keys + 8 * (end + _AHEAD - 1)) >> position_bits
-                        if later != last and later < num_rows:
-                            row = load_i64(blocks + 16 * (later >> block_shift))
-                            row += (later & block_mask) * row_bytes
-                            for byte in range(0, row_bytes, 64):
-                                prefetch(row + byte)
-                    end += 1
-                line = blocks + 16 * (flat >> block_shift)
-                row = load_i64(line) + (flat & block_mask) * row_bytes
-                hyper = load_i64(line + 8)
-                state = row + state_at
-                lr = splat(width, -load_f32(hyper + 4 * HYPER_LR))
-                eps = splat(width, load_f32(hyper + 4 * HYPER_EPS))
-                decay = splat(width, load_f32(hyper + 4 * HYPER_DECAY))
-                scale = splat(width, load_f32(hyper + 4 * HYPER_SCALE))
-                clip = splat(width, load_f32(hyper + 4 * HYPER_CLIP))
-                no_clip = splat(width, -load_f32(hyper + 4 * HYPER_CLIP))
-                # Row-wise Adagrad needs the whole gradient's mean square before the first weight.
-                sweeps = 2 if rule == ROWWISE_ADAGRAD else 1
-                squares = np.float64(0)
-                for sweep in range(sweeps):
-                    if rule == ROWWISE_ADAGRAD and sweep == 1:
-                        mean = _F(squares / embedding_dim)
-                        store_f32(state, load_f32(state) + mean)
-                    for d in range(0, embedding_dim, width):
-                        g = zero
-                        for i in range(start, end):
-                            position = load_i64(keys + 8 * i) & position_mask
-                            gradient = load_i64(addresses + 8 * position) + 4 * d
-                            value = load_vector(width, gradient)
-                            if scales:
-                                weight = splat(width, load_f32(scales + 4 * position))
-                                g = fma(value, weight, g)
-                            else:
-                                g = add(g, value)
-                        if rule == _NORM:
-                            norm += lane_sum(mul(g, g))
-                            continue
-                        g = at_least(at_most(mul(g, scale), clip), no_clip)
-                        if rule == ROWWISE_ADAGRAD and sweep == 0:
-                            squares += lane_sum(mul(g, g))
-                            continue
-                        w = load_weights(width, bfloat16, row + item * d)
-                        if rule == SGD:
-                            w = fma(lr, g, mul(w, decay))
-                        elif rule == ADAGRAD:
-                            s = fma(g, g, load_vector(width, state + 4 * d))
-                            store_vector(state + 4 * d, s)
-                            w = fma(lr, div(g, add(sqrt(s), eps)), w)
-                        elif rule == ROWWISE_ADAGRAD:
-                            s = splat(width, load_f32(state))
-                            w = fma(lr, div(g, add(sqrt(s), eps)), w)
+        start = low
+        norm = np.float64(0)
+        if start > 0:  # a run that began before belongs to the chunk before
+            before = load_i64(keys + 8 * start - 8) >> position_bits
+            while start < high and load_i64(keys + 8 * start) >> position_bits == before:
+                start += 1
+        for i in range(start, min(start + _AHEAD, num_items)):
+            key = load_i64(keys + 8 * i)
+            gradient = load_i64(addresses + 8 * (key & position_mask))
+            for byte in range(0, dim_bytes, 64):
+                prefetch(gradient + byte)
+        while start < high:
+            flat = load_i64(keys + 8 * start) >> position_bits
+            if flat >= num_rows:  # ids without a row
+                start += 1
+                continue
+            end = start
+            while end < num_items and load_i64(keys + 8 * end) >> position_bits == flat:
+                if end + 2 * _AHEAD < num_items:
+                    key = load_i64(keys + 8 * (end + 2 * _AHEAD))
+                    prefetch(addresses + 8 * (key & position_mask))
+                if end + _AHEAD < num_items:
+                    key = load_i64(keys + 8 * (end + _AHEAD))
+                    gradient = load_i64(addresses + 8 * (key & position_mask))
+                    for byte in range(0, dim_bytes, 64):
+                        prefetch(gradient + byte)
+                    later = key >> position_bits
+                    last = load_i64(keys + 8 * (end + _AHEAD - 1)) >> position_bits
+                    if later != last and later < num_rows:
+                        row = load_i64(blocks + 16 * (later >> block_shift))
+                        row += (later & block_mask) * row_bytes
+                        for byte in range(0, row_bytes, 64):
+                            prefetch(row + byte)
+                end += 1
+            line = blocks + 16 * (flat >> block_shift)
+            row = load_i64(line) + (flat & block_mask) * row_bytes
+            hyper = load_i64(line + 8)
+            state = row + state_at
+            lr = splat(width, -load_f32(hyper + 4 * HYPER_LR))
+            eps = splat(width, load_f32(hyper + 4 * HYPER_EPS))
+            decay = splat(width, load_f32(hyper + 4 * HYPER_DECAY))
+            scale = splat(width, load_f32(hyper + 4 * HYPER_SCALE))
+            clip = splat(width, load_f32(hyper + 4 * HYPER_CLIP))
+            no_clip = splat(width, -load_f32(hyper + 4 * HYPER_CLIP))
+            # Row-wise Adagrad needs the whole gradient's mean square before the first weight.
+            sweeps = 2 if rule == ROWWISE_ADAGRAD else 1
+            squares = np.float64(0)
+            for sweep in range(sweeps):
+                if rule == ROWWISE_ADAGRAD and sweep == 1:
+                    mean = _F(squares / embedding_dim)
+                    store_f32(state, load_f32(state) + mean)
+                for d in range(0, embedding_dim, width):
+                    g = zero
+                    for i in range(start, end):
+                        position = load_i64(keys + 8 * i) & position_mask
+                        gradient = load_i64(addresses + 8 * position) + 4 * d
+                        value = load_vector(width, gradient)
+                        if scales:
+                            weight = splat(width, load_f32(scales + 4 * position))
+                            g = fma(value, weight, g)
                         else:
-                            share1 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA1))
-                            share2 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA2))
-                            inverse = splat(width, load_f32(hyper + 4 * HYPER_INV_SQRT_BIAS2))
-                            second = state + dim_bytes
-                            m = load_vector(width, state + 4 * d)
-                            v = load_vector(width, second + 4 * d)
-                            m = fma(share1, sub(g, m), m)
-                            v = fma(share2, sub(mul(g, g), v), v)
-                            store_vector(state + 4 * d, m)
-                            store_vector(second + 4 * d, v)
-                            w = mul(w, decay)
-                            w = fma(lr, div(m, fma(sqrt(v), inverse, eps)), w)
-                        store_weights(bfloat16, row + item * d, w)
-                start = end
-            if rule == _NORM:
-                store_f64(norms + 8 * chunk, norm)
+                            g = add(g, value)
+                    if rule == _NORM:
+                        norm += lane_sum(mul(g, g))
+                        continue
+                    g = at_least(at_most(mul(g, scale), clip), no_clip)
+                    if rule == ROWWISE_ADAGRAD and sweep == 0:
+                        squares += lane_sum(mul(g, g))
+                        continue
+                    w = load_weights(width, bfloat16, row + item * d)
+                    if rule == SGD:
+                        w = fma(lr, g, mul(w, decay))
+                    elif rule == ADAGRAD:
+                        s = fma(g, g, load_vector(width, state + 4 * d))
+                        store_vector(state + 4 * d, s)
+                        w = fma(lr, div(g, add(sqrt(s), eps)), w)
+                    elif rule == ROWWISE_ADAGRAD:
+                        s = splat(width, load_f32(state))
+                        w = fma(lr, div(g, add(sqrt(s), eps)), w)
+                    else:
+                        share1 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA1))
+                        share2 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA2))
+                        inverse = splat(width, load_f32(hyper + 4 * HYPER_INV_SQRT_BIAS2))
+                        second = state + dim_bytes
+                        m = load_vector(width, state + 4 * d)
+                        v = load_vector(width, second + 4 * d)
+                        m = fma(share1, sub(g, m), m)
+                        v = fma(share2, sub(mul(g, g), v), v)
+                        store_vector(state + 4 * d, m)
+                        store_vector(second + 4 * d, v)
+                        w = mul(w, decay)
+                        w = fma(lr, div(m, fma(sqrt(v), inverse, eps)), w)
+                    store_weights(bfloat16, row + item * d, w)
+            start = end
+        if rule == _NORM:
+            store_f64(norms + 8 * chunk, norm)
 
-    return runtime.kernel(update)
+    return update
 
 
 def _launch(gradients, rule):
@@ -188,30 +187,27 @@ def _launch(gradients, rule):
     norms = np.zeros(chunks if rule == _NORM else 0, np.float64)
     bfloat16 = int(layout.dtype is torch.bfloat16)
     _update_kernel(rule, vector_width(layout.embedding_dim), bfloat16).launch(
-        chunks,
-        _POSITIONS_PER_CHUNK,
         n,
-        address_of(keys),
-        address_of(addresses),
-        0 if scales is None else address_of(scales),
-        address_of(gradients.blocks),
-        len(gradients.blocks) << layout.block_shift,
-        layout.block_shift,
-        layout.row_bytes,
-        layout.embedding_dim,
-        address_of(norms),
-        position_bits,
+        _POSITIONS_PER_CHUNK,
+        keys=keys,
+        addresses=addresses,
+        scales=scales,
+        blocks=gradients.blocks,
+        num_rows=len(gradients.blocks) << layout.block_shift,
+        block_shift=layout.block_shift,
+        row_bytes=layout.row_bytes,
+        embedding_dim=layout.embedding_dim,
+        norms=norms,
+        position_bits=position_bits,
     )
     return norms
 
 
 def squared_norm(gradients):
-    """See the contract."""
     return _launch(gradients, _NORM).sum()
 
 
 def update_rows_(gradients, rule):
-    """See the contract."""
     _launch(gradients, rule)
 
 

@@ -12,18 +12,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import inspect
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from llvmlite import ir
 from numba import types
-from numba.core.ccallback import CFunc
+from numba.core import compiler
+from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+_I64 = ir.IntType(64)
 
 _forked = False
 
@@ -38,16 +45,57 @@ def _mark_forked() -> None:
 os.register_at_fork(after_in_child=_mark_forked)
 
 
-def kernel(function: Callable[[int], None]) -> Kernel:
-    """Compile ``function(args_address)`` at its first launch; later processes load it from disk."""
+# State of a launch, int64: these words, then the kernel's own arguments.
+_NEXT_CHUNK, _NUM_CHUNKS, _NEXT_THREAD, _NUM_ITEMS, _ITEMS_PER_CHUNK, _ARGUMENTS = range(6)
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """Declare a kernel; it is compiled at its first launch, and later processes load it from disk.
+
+    Parameters of these names are given by the chunk loop; all others are int64, given at the
+    launch. A body may return early, which ends its chunk.
+
+    - ``low``, ``high``: the chunk's items.
+    - ``num_items``: the items of all chunks.
+    - ``chunk``, ``num_chunks``: the chunk's index, and how many there are.
+    - ``next_chunk``: the chunk that the same thread will run next, or ``num_chunks`` or more.
+    - ``thread``: the thread's index in the launch, for its share of a scratch buffer.
+
+    Example:
+        Clear an index in chunks of 4096 entries, with torch's threads::
+
+            @kernel
+            def _clear_kernel(low, high, entries):
+                for i in range(low, high):
+                    store_i64(entries + 16 * i, EMPTY)
+
+            _clear_kernel.launch(len(index), 4096, entries=index)
+    """
     return Kernel(function)
+
+
+def kernel_template(make: Callable[..., Callable[..., None]]) -> Callable[..., Kernel]:
+    """Declare kernels that differ in compile-time constants, as ``make(*constants)`` builds them.
+
+    The constants (int) tell one machine code on disk from another.
+    """
+
+    @functools.cache
+    def specialize(*constants: int) -> Kernel:
+        return Kernel(make(*constants), constants)
+
+    return specialize
 
 
 class Kernel:
     """One compiled chunk kernel; ``launch`` runs it over all chunks."""
 
-    def __init__(self, function: Callable[[int], None]) -> None:
+    def __init__(self, function: Callable[..., None], constants: tuple[int, ...] = ()) -> None:
         self.function = function
+        self.constants = constants
+        names = inspect.signature(function).parameters
+        self._names = [name for name in names if name not in _CHUNK_VALUES]
+        self._keys = set(self._names)
         self._lock = threading.Lock()
         self._address = 0
 
@@ -57,48 +105,177 @@ class Kernel:
         if not self._address:
             with self._lock:
                 if not self._address:
-                    self._compiled = _compile(self.function)
+                    self._compiled = _compile(self.function, self.constants)
                     self._call = _SIGNATURE(self._compiled.address)
                     self._address = self._compiled.address
         return self._address
 
-    def launch(self, num_chunks: int, *args: int) -> ctypes.Array[ctypes.c_int64]:
-        """Run chunks ``0 ... num_chunks - 1``.
+    def launch(self, num_items: int, items_per_chunk: int, **arguments: Any) -> None:
+        """Run the kernel over ``num_items`` in chunks.
 
-        Returns:
-            The argument vector after the run; ``args[i]`` stands at ``i + 2``.
+        Args:
+            num_items: Where the last chunk ends.
+            items_per_chunk: Size of the others.
+            arguments: The kernel's own, by name: an int, or a tensor, array or ctypes value whose
+                address is meant; None is 0.
         """
-        vector = (ctypes.c_int64 * (len(args) + 2))(0, num_chunks, *args)
+        num_chunks = -(-num_items // items_per_chunk)
+        if arguments.keys() != self._keys:
+            expected, names = ", ".join(self._names), ", ".join(arguments)
+            raise TypeError(f"{self.function.__qualname__} takes {expected}; got {names}")
+        words = [
+            value if type(value) is int else _as_word(value)
+            for value in map(arguments.__getitem__, self._names)
+        ]
+        state = (ctypes.c_int64 * (len(words) + _ARGUMENTS))(
+            0, num_chunks, 0, num_items, items_per_chunk, *words
+        )
         address = self._address or self.address
         num_threads = min(num_chunks, torch.get_num_threads())
         if num_threads <= 1:
             if num_threads == 1:
-                self._call(ctypes.addressof(vector))
-            return vector
+                self._call(ctypes.addressof(state))
+            return
         openmp = None if _forked else _gomp_parallel()
         if openmp is not None:
-            openmp(address, ctypes.addressof(vector), num_threads, 0)
-            return vector
-        pointer = ctypes.addressof(vector)
-        waiting = [_thread_pool().submit(self._call, pointer) for _ in range(num_threads - 1)]
+            openmp(address, ctypes.addressof(state), num_threads, 0)
+            return
+        pointer = ctypes.addressof(state)
+        running = [_thread_pool().submit(self._call, pointer) for _ in range(num_threads - 1)]
         self._call(pointer)
-        for future in waiting:
+        for future in running:
             future.result()
-        return vector
 
 
-def _compile(function: Callable[[int], None]) -> Any:
-    """Do what ``numba.cfunc(..., cache=True)`` does, with a cache that sees all kernel files.
+def _as_word(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if isinstance(value, np.ndarray):
+        return address_of(value)
+    if isinstance(value, ctypes.c_int64):
+        return ctypes.addressof(value)
+    return 0 if value is None else int(value)
+
+
+_CHUNK_VALUES = ("low", "high", "num_items", "chunk", "num_chunks", "next_chunk", "thread")
+
+
+def _compile(function: Callable[..., None], constants: tuple[int, ...]) -> _Compiled:
+    """Compile a kernel, or load it from a disk cache that sees all kernel files.
 
     Numba recompiles when the file that defines a function changes; a change in another one, of an
     intrinsic or of a field of the header, would leave machine code in use that no longer fits.
     """
-    compiled: Any = CFunc(function, ((types.int64,), types.void), locals={}, options={})
-    compiled.enable_caching()
-    cache_file = compiled._cache._cache_file
+    names = list(inspect.signature(function).parameters)
+    signature = types.void(*[types.int64] * len(names))
+    cache = _KernelCache(function)
+    cache.constants = constants
+    cache_file = cache._cache_file
     cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
-    compiled.compile()
-    return compiled
+    with global_compiler_lock:
+        result = cache.load_overload(signature, cpu_target.target_context)
+        is_cached = result is not None
+        if not is_cached:
+            flags = compiler.Flags()
+            cpu_target.options.parse_as_flags(flags, {})
+            flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+            result = compiler.compile_extra(
+                cpu_target.typing_context,
+                cpu_target.target_context,
+                function,
+                signature.args,
+                signature.return_type,
+                flags,
+                locals={},
+            )
+            _add_chunk_loop(result, names)
+            cache.save_overload(signature, result)
+        name = _LOOP_NAME + result.fndesc.llvm_func_name
+        return _Compiled(result.library, result.library.get_pointer_to_function(name), is_cached)
+
+
+class _Compiled(NamedTuple):
+    library: Any  # keeps the machine code
+    address: int
+    is_cached: bool  # loaded from disk
+
+
+class _KernelCache(FunctionCache):
+    """Disk cache of a kernel, which its constants tell from others of the same function."""
+
+    constants: tuple[int, ...] = ()
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (sig, codegen.magic_tuple(), self.constants)
+
+
+_LOOP_NAME = "chunk_loop."
+
+
+def _add_chunk_loop(result, names):
+    """Add the function that each thread runs: it calls the kernel until no chunk is left.
+
+    It is written in LLVM's terms, since Numba would take half as long again for a second function
+    around each kernel.
+    """
+    context, fndesc = result.target_context, result.fndesc
+    module = context.create_module("chunk_loop")
+    callee_type = context.call_conv.get_function_type(fndesc.restype, fndesc.argtypes)
+    callee = ir.Function(module, callee_type, fndesc.llvm_func_name)
+    loop_type = ir.FunctionType(ir.VoidType(), [_I64])
+    loop = ir.Function(module, loop_type, _LOOP_NAME + fndesc.llvm_func_name)
+    entry, head, body, done = (loop.append_basic_block(n) for n in ("", "head", "body", "done"))
+    builder = ir.IRBuilder(entry)
+    (state,) = loop.args
+
+    def pointer_to(index):
+        return builder.inttoptr(builder.add(state, _I64(8 * index)), _I64.as_pointer())
+
+    def load(index):
+        return builder.load(pointer_to(index), align=8)
+
+    def take(index):
+        return builder.atomic_rmw("add", pointer_to(index), _I64(1), "seq_cst")
+
+    own = (name for name in names if name not in _CHUNK_VALUES)
+    values = {name: load(_ARGUMENTS + i) for i, name in enumerate(own)}
+    num_items, items_per_chunk = load(_NUM_ITEMS), load(_ITEMS_PER_CHUNK)
+    num_chunks, thread = load(_NUM_CHUNKS), take(_NEXT_THREAD)
+    takes_ahead = "next_chunk" in names
+    first_chunk = take(_NEXT_CHUNK) if takes_ahead else None
+    builder.branch(head)
+
+    builder.position_at_end(head)
+    if takes_ahead:
+        chunk = builder.phi(_I64)
+        chunk.add_incoming(first_chunk, entry)
+    else:
+        chunk = take(_NEXT_CHUNK)
+    builder.cbranch(builder.icmp_signed("<", chunk, num_chunks), body, done)
+
+    builder.position_at_end(body)
+    low = builder.mul(chunk, items_per_chunk)
+    high = builder.add(low, items_per_chunk)
+    is_last = builder.icmp_signed(">", high, num_items)
+    values |= {
+        "low": low,
+        "high": builder.select(is_last, num_items, high),
+        "num_items": num_items,
+        "chunk": chunk,
+        "num_chunks": num_chunks,
+        "thread": thread,
+    }
+    if takes_ahead:
+        values["next_chunk"] = take(_NEXT_CHUNK)
+        chunk.add_incoming(values["next_chunk"], body)
+    context.call_conv.call_function(
+        builder, callee, fndesc.restype, fndesc.argtypes, [values[name] for name in names]
+    )
+    builder.branch(head)
+
+    builder.position_at_end(done)
+    builder.ret_void()
+    result.library.add_ir_module(module)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Many ids at once go another way through the index, and come to the same end."""
+"""Bulk insertion of ids, against the reference."""
 
 import functools
 
@@ -28,30 +28,30 @@ def _few_are_many(monkeypatch):
 
 
 @pytest.fixture
-def dealt(monkeypatch):
-    """List what was dealt out."""
+def partitioned(monkeypatch):
+    """List what was partitioned."""
     listed = []
-    deal = hash_bulk_cpu.deal
+    partition = hash_bulk_cpu.partition
 
     def listing(*args):
-        listed.append(deal(*args))
+        listed.append(partition(*args))
         return listed[-1]
 
-    monkeypatch.setattr(hash_bulk_cpu, "deal", listing)
+    monkeypatch.setattr(hash_bulk_cpu, "partition", listing)
     return listed
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the calls that went the other way."""
+    """Count the bulk insertions."""
     counted = []
-    insert_many = hash_index_cpu.insert_many
+    bulk_insert = hash_index_cpu.bulk_insert
 
     def counting(*args):
         counted.append(args)
-        return insert_many(*args)
+        return bulk_insert(*args)
 
-    monkeypatch.setattr(hash_index_cpu, "insert_many", counting)
+    monkeypatch.setattr(hash_index_cpu, "bulk_insert", counting)
     return counted
 
 
@@ -123,21 +123,21 @@ def test_rows_are_those_of_the_reference(kind, freed, calls):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("region_shift", [2, 3, 8, 30])
-@pytest.mark.parametrize("left_over", [0, 64])
-def test_regions_of_any_size(kind, region_shift, left_over, monkeypatch, dealt):
-    """Ids are dealt out into their own regions or apart, and few of a region's, or all, remain."""
+@pytest.mark.parametrize("max_overflow", [0, 64])
+def test_regions_of_any_size(kind, region_shift, max_overflow, monkeypatch, partitioned):
+    """Ids lie in their own regions or apart, and few of a region's, or all, overflow."""
     monkeypatch.setattr(hash_partition, "_REGION_SHIFT", region_shift)
     monkeypatch.setattr(hash_partition, "_MAX_REGIONS", 1 << 20)
-    monkeypatch.setattr(hash_bulk_cpu, "_LEFT_OVER", left_over)
+    monkeypatch.setattr(hash_bulk_cpu, "_MAX_OVERFLOW", max_overflow)
     _agrees_with_the_reference(kind, 37)
     if (kind == "crowded" and region_shift < 30) or region_shift == 2:
-        assert dealt[-1].items is not None
+        assert partitioned[-1].items is not None
     elif kind == "new" and region_shift >= 8:
-        assert dealt[-1].items is None
+        assert partitioned[-1].items is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_index_that_is_large_enough(kind, dealt):
+def test_an_index_that_is_large_enough(kind, partitioned):
     """Ids are entered beside those that are there."""
     ids = _ids(kind)
     for name in ("reference", "cpu"):
@@ -149,23 +149,23 @@ def test_an_index_that_is_large_enough(kind, dealt):
             assert table.capacity == capacity
             if name == "reference":
                 wanted = found
-    assert dealt[-1].items is not None
+    assert partitioned[-1].items is not None
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_old_entries_move_to_the_larger_index(special, dealt):
-    """Those of a large table too, which several threads deal out, and that of the id ``EMPTY``."""
+def test_old_entries_move_to_the_larger_index(special, partitioned):
+    """Also those of a large table, shared by several threads, and that of the id ``EMPTY``."""
     known = torch.arange(300_000) * 7 + 1
     table = HashTable(4, name="user")
     insert_initial(table, torch.cat([known, torch.tensor([LOWEST])]) if special else known)
-    dealt.clear()
+    partitioned.clear()
     ids = _ids("new", 300_000)
     count, capacity = len(table), table.capacity
     rows, new = _look_up(table, ids)
     assert table.capacity > capacity
-    assert dealt
+    assert partitioned
     assert new.tolist() == list(range(len(ids)))
     assert rows.tolist() == list(range(count, count + len(ids)))
     assert torch.equal(table.ids()[: len(known)], known)
@@ -190,7 +190,7 @@ def test_mostly_known_ids_go_the_usual_way(calls):
 
 @pytest.mark.parametrize("what", ["larger_index", "reserve_rows"])
 def test_no_room_leaves_the_table_as_it_was(what, monkeypatch, calls):
-    """A failed insertion takes back all of its ids, and the next one works."""
+    """A failed insertion is rolled back, and the next one works."""
     table, ids = _table(torch.arange(1000)), _ids("duplicates")
     reserve = getattr(table.storage, what)
 

@@ -11,7 +11,7 @@ import torch
 
 from recis_lightning import DynamicEmbeddingBag, EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.ops.cpu import runtime
-from recis_lightning.ops.cpu.intrinsics import atomic_add, load_i64
+from recis_lightning.ops.cpu.intrinsics import atomic_add, load_i64, store_i64
 from recis_lightning.optim import SparseAdam
 from tests.helpers.sample_tables import insert_initial
 
@@ -25,14 +25,32 @@ def num_threads():
 
 
 @runtime.kernel
-def _count_chunks_kernel(args):
-    counts = load_i64(args + 16)
-    chunks = load_i64(args + 8)
-    while True:
-        chunk = atomic_add(args, 1)
-        if chunk >= chunks:
-            break
+def _count_chunks_kernel(chunk, counts, unused):
+    atomic_add(counts + 8 * chunk, 1)
+
+
+@runtime.kernel
+def _count_chunks_ahead_kernel(next_chunk, unused, chunk, counts):
+    if next_chunk > chunk:
         atomic_add(counts + 8 * chunk, 1)
+
+
+@runtime.kernel
+def _note_items_kernel(num_items, high, low, num_chunks, chunk, out, thread, by_thread):
+    for i in range(low, high):
+        store_i64(out + 24 * i, chunk)
+        store_i64(out + 24 * i + 8, num_items)
+        store_i64(out + 24 * i + 16, num_chunks)
+    atomic_add(by_thread + 8 * thread, high - low)
+
+
+@runtime.kernel_template
+def _add_kernel(constant):
+    def add(low, high, values):
+        for i in range(low, high):
+            store_i64(values + 8 * i, load_i64(values + 8 * i) + constant)
+
+    return add
 
 
 def _train(seed=0):
@@ -74,16 +92,42 @@ def _all_equal(ours, theirs):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("openmp", [True, False])
-def test_every_chunk_runs_once(num_threads, monkeypatch, threads, openmp):
+@pytest.mark.parametrize("kernel", [_count_chunks_kernel, _count_chunks_ahead_kernel])
+def test_every_chunk_runs_once(num_threads, monkeypatch, threads, openmp, kernel):
     """No chunk is left out and none runs twice, on OpenMP's threads and on Python's."""
     num_threads(threads)
     if not openmp:
         monkeypatch.setattr(runtime, "_gomp_parallel", lambda: None)
     for chunks in (0, 1, 2, 5, 20_000):
         counts = np.zeros(chunks + 1, np.int64)
-        vector = _count_chunks_kernel.launch(chunks, counts.ctypes.data, 17)
+        kernel.launch(chunks, 1, counts=counts, unused=17)
         assert counts.tolist() == [1] * chunks + [0]
-        assert list(vector)[1:] == [chunks, counts.ctypes.data, 17]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_kernel_gets_what_its_parameters_name(num_threads, threads):
+    """Items are covered once by the chunks, the last of which is short; threads have indices."""
+    num_threads(threads)
+    out, by_thread = np.full((10, 3), -1), np.zeros(threads, np.int64)
+    _note_items_kernel.launch(9, 4, out=torch.from_numpy(out), by_thread=by_thread)
+    assert out.tolist() == [[i // 4, 9, 3] for i in range(9)] + [[-1] * 3]
+    assert by_thread.sum() == 9
+
+
+def test_constants_tell_kernels_apart():
+    """One definition gives a kernel for each set of constants, and the same one again."""
+    values = np.zeros(3, np.int64)
+    for constant in (1, 10, 1):
+        _add_kernel(constant).launch(3, 2, values=values)
+    assert values.tolist() == [12] * 3
+    assert _add_kernel(1) is _add_kernel(1)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"counts": 0}, {"counts": 0, "unsued": 0}])
+def test_a_launch_names_all_arguments(arguments):
+    """A missing or misspelt argument is an error."""
+    with pytest.raises(TypeError, match="takes counts, unused"):
+        _count_chunks_kernel.launch(1, 1, **arguments)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -163,7 +207,7 @@ def _report_cache():
     """Train, and print each kernel with how often it was loaded from the disk."""
     _train()
     for kernel in _kernels():
-        print(kernel.function.__qualname__, kernel._compiled.cache_hits)
+        print(kernel.function.__qualname__, int(kernel._compiled.is_cached))
 
 
 def test_a_second_process_compiles_nothing():
@@ -183,13 +227,13 @@ def test_a_second_process_compiles_nothing():
 def test_kernels_compile_once_whoever_comes_first():
     """Threads that launch a new kernel together share one compilation."""
 
-    def function(args):
-        atomic_add(load_i64(args + 16), 1)
+    def function(counts):
+        atomic_add(counts, 1)
 
     kernel, counts, addresses = runtime.kernel(function), np.zeros(1, np.int64), []
 
     def work():
-        kernel.launch(1, counts.ctypes.data)
+        kernel.launch(1, 1, counts=counts)
         addresses.append(kernel.address)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
