@@ -33,15 +33,18 @@ class LookupGroup:
         layout: The features.
         rows: The source of their rows.
         runner: The loop that runs the lookups.
+
+    Attributes:
+        num_ranks: Number of ranks that the group was made for.
     """
 
     def __init__(self, layout: FeatureLayout, rows: RowSource, runner: Runner) -> None:
         self.layout, self.rows, self.runner = layout, rows, runner
-        self._num_ranks = collectives.world_size()
+        self.num_ranks = collectives.world_size()
 
     def is_current(self) -> bool:
         """Return whether the tables' storage and the ranks are as they were for the layout."""
-        return self.layout.is_current() and self._num_ranks == collectives.world_size()
+        return self.layout.is_current() and self.num_ranks == collectives.world_size()
 
     def look_up(self, bags: FeatureBags, training: bool) -> Generator[None, None, list[Tensor]]:
         """Look features up and pool their rows; pause while messages are under way.
@@ -120,7 +123,7 @@ def look_up_groups(
     Returns:
         For each group, the outputs of its features.
     """
-    if training or collectives.world_size() == 1:
+    if training or groups[0].num_ranks == 1:
         return run_lookups(groups, bags, training)
     for group in groups:
         group.runner.join_evaluation()
@@ -135,18 +138,21 @@ def run_lookups(
     groups: Sequence[LookupGroup], bags: Sequence[FeatureBags], training: bool
 ) -> list[list[Tensor]]:
     """Run the groups' lookups in turn, each up to its next pause, until all are done."""
-    running = {
-        i: group.look_up(parts, training)
-        for i, (group, parts) in enumerate(zip(groups, bags, strict=True))
-    }
     outputs: list[list[Tensor]] = [[] for _ in groups]
+    running = [
+        (i, group.look_up(parts, training))
+        for i, (group, parts) in enumerate(zip(groups, bags, strict=True))
+    ]
     while running:
-        for i, lookup in list(running.items()):
+        paused = []
+        for i, lookup in running:
             try:
                 next(lookup)
             except StopIteration as end:
                 outputs[i] = end.value
-                del running[i]
+            else:
+                paused.append((i, lookup))
+        running = paused
     return outputs
 
 

@@ -30,6 +30,8 @@ class OutputGradients(NamedTuple):
     def buffers(self) -> list[Tensor]:
         """Return all tensors that ``plan`` points into, rows apart."""
         details = self.bags.details
+        if not details:
+            return self.tensors
         offsets = [bag.offsets for bag in details if bag.offsets is not None]
         weights = [bag.weights for bag in details if bag.weights is not None]
         return [*self.tensors, *offsets, *weights]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from typing_extensions import override
+
 from recis_lightning.arguments import check_bound
 from recis_lightning.ops import row_update
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
 
@@ -15,13 +18,15 @@ class SparseAdagrad(SparseOptimizer):
     """Adagrad on the rows with a gradient, as ``torch.optim.Adagrad`` on sparse gradients.
 
     Args:
-        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own hyperparameters.
         lr: Learning rate.
         lr_decay: The rate of update number n is ``lr / (1 + (n - 1) * lr_decay)``.
-        initial_accumulator_value: What the sum of squares starts from.
+        initial_accumulator_value: Initial value of the sum of squares.
         eps: Added to its root.
-        clip_grad_norm: See ``SparseOptimizer``.
-        clip_grad_value: See ``SparseOptimizer``.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
 
     Source: Duchi, Hazan and Singer, 2011.
     """
@@ -39,32 +44,25 @@ class SparseAdagrad(SparseOptimizer):
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
     ) -> None:
-        check_bound("lr_decay", lr_decay)
-        check_bound("initial_accumulator_value", initial_accumulator_value)
-        check_bound("eps", eps)
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "eps": eps,
-        }
-        super().__init__(tables, defaults, clip_grad_norm, clip_grad_value)
+        defaults = _adagrad_defaults(lr, lr_decay, initial_accumulator_value, eps)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        super().__init__(groups, defaults)
+        self._own_tables()
 
+    @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        """See ``SparseOptimizer``."""
         return {"sum": embedding_dim}
 
+    @override
     def state_fill(self) -> float:
-        """See ``SparseOptimizer``."""
         return float(self.defaults["initial_accumulator_value"])
 
+    @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        """See ``SparseOptimizer``."""
-        lr = group["lr"] / (1 + (num_updates - 1) * group["lr_decay"])
-        return {row_update.LR: lr, row_update.EPS: group["eps"]}
+        return _adagrad_fields(group, num_updates)
 
 
-class SparseRowwiseAdagrad(SparseAdagrad):
+class SparseRowwiseAdagrad(SparseOptimizer):
     """Adagrad with one sum a row: it adds up the mean square of the row's gradient.
 
     Arguments are those of ``SparseAdagrad``. Its state is 4 bytes a row, whatever the dim.
@@ -74,9 +72,52 @@ class SparseRowwiseAdagrad(SparseAdagrad):
 
     rule = row_update.ROWWISE_ADAGRAD
 
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        defaults = _adagrad_defaults(lr, lr_decay, initial_accumulator_value, eps)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        super().__init__(groups, defaults)
+        self._own_tables()
+
+    @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        """See ``SparseOptimizer``."""
         return {"sum": 1}
+
+    @override
+    def state_fill(self) -> float:
+        return float(self.defaults["initial_accumulator_value"])
+
+    @override
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        return _adagrad_fields(group, num_updates)
+
+
+def _adagrad_defaults(
+    lr: float, lr_decay: float, initial_accumulator_value: float, eps: float
+) -> dict[str, Any]:
+    check_bound("lr_decay", lr_decay)
+    check_bound("initial_accumulator_value", initial_accumulator_value)
+    check_bound("eps", eps)
+    return {
+        "lr": lr,
+        "lr_decay": lr_decay,
+        "initial_accumulator_value": initial_accumulator_value,
+        "eps": eps,
+    }
+
+
+def _adagrad_fields(group: dict[str, Any], num_updates: int) -> dict[int, float]:
+    lr = group["lr"] / (1 + (num_updates - 1) * group["lr_decay"])
+    return {row_update.LR: lr, row_update.EPS: group["eps"]}
 
 
 __all__ = ["SparseAdagrad", "SparseRowwiseAdagrad"]

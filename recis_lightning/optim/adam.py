@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from recis_lightning.arguments import check_bound
 from recis_lightning.ops import row_update
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
 
@@ -19,12 +22,14 @@ class SparseAdam(SparseOptimizer):
     updates, and ``eps`` is added before it, as torch has it.
 
     Args:
-        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own hyperparameters.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
-        clip_grad_norm: See ``SparseOptimizer``.
-        clip_grad_value: See ``SparseOptimizer``.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
 
     Source: Kingma and Ba, 2015.
     """
@@ -42,40 +47,44 @@ class SparseAdam(SparseOptimizer):
         clip_grad_value: float | None = None,
     ) -> None:
         defaults = _adam_defaults(lr, betas, eps)
-        super().__init__(tables, defaults, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        super().__init__(groups, defaults)
+        self._own_tables()
 
+    @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        """See ``SparseOptimizer``."""
-        return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim}
+        return _adam_slots(embedding_dim)
 
+    @override
+    def state_fill(self) -> float:
+        return 0.0
+
+    @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        """See ``SparseOptimizer``."""
-        bias1, root = _bias_corrections(group, num_updates)
-        return {
-            row_update.LR: group["lr"] / bias1,
-            row_update.EPS: group["eps"] / root,
-            row_update.NEW_SHARE1: 1 - group["betas"][0],
-            row_update.NEW_SHARE2: 1 - group["betas"][1],
-            row_update.INV_SQRT_BIAS2: 1 / root,
-        }
+        fields, root = _adam_fields(group, num_updates)
+        return {**fields, row_update.EPS: group["eps"] / root}
 
 
-class SparseAdamW(SparseAdam):
+class SparseAdamW(SparseOptimizer):
     """AdamW on the rows with a gradient, as ``torch.optim.AdamW`` where every row has one.
 
     Weight decay touches the rows of the step only; ``eps`` is added after the bias correction.
 
     Args:
-        tables: ``hash_tables(module)``, or dicts with their own hyperparameters.
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own hyperparameters.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Weights are multiplied by ``1 - lr * weight_decay`` first.
-        clip_grad_norm: See ``SparseOptimizer``.
-        clip_grad_value: See ``SparseOptimizer``.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
 
     Source: Loshchilov and Hutter, 2019.
     """
+
+    rule = row_update.ADAM
 
     def __init__(
         self,
@@ -90,14 +99,23 @@ class SparseAdamW(SparseAdam):
     ) -> None:
         check_bound("weight_decay", weight_decay)
         defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
-        SparseOptimizer.__init__(self, tables, defaults, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        super().__init__(groups, defaults)
+        self._own_tables()
 
+    @override
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        return _adam_slots(embedding_dim)
+
+    @override
+    def state_fill(self) -> float:
+        return 0.0
+
+    @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        """See ``SparseOptimizer``."""
-        fields = super().hyperparameters(group, num_updates)
-        fields[row_update.EPS] = group["eps"]
-        fields[row_update.DECAY] = 1 - group["lr"] * group["weight_decay"]
-        return fields
+        fields, _ = _adam_fields(group, num_updates)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        return {**fields, row_update.EPS: group["eps"], row_update.DECAY: decay}
 
 
 def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
@@ -107,10 +125,21 @@ def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, A
     return {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
 
 
-def _bias_corrections(group: dict[str, Any], num_updates: int) -> tuple[float, float]:
-    """Return ``1 - beta1 ** n`` and the root of ``1 - beta2 ** n``."""
+def _adam_slots(embedding_dim: int) -> dict[str, int]:
+    return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim}
+
+
+def _adam_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, float], float]:
+    """Return the fields that Adam and AdamW share, and the root of ``1 - beta2 ** n``."""
     beta1, beta2 = group["betas"]
-    return 1 - beta1**num_updates, math.sqrt(1 - beta2**num_updates)
+    root = math.sqrt(1 - beta2**num_updates)
+    fields = {
+        row_update.LR: group["lr"] / (1 - beta1**num_updates),
+        row_update.NEW_SHARE1: 1 - beta1,
+        row_update.NEW_SHARE2: 1 - beta2,
+        row_update.INV_SQRT_BIAS2: 1 / root,
+    }
+    return fields, root
 
 
 __all__ = ["SparseAdam", "SparseAdamW"]

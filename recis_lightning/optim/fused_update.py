@@ -1,4 +1,4 @@
-"""Tables that one pass updates, and what of it stays the same from step to step.
+"""Fused update: tables updated by one kernel call, with the state reused between steps.
 
 A model may have hundreds of tables: what a step does in Python for each of them is what it costs.
 """
@@ -24,14 +24,14 @@ from recis_lightning.table.versions import block_version
 _pending = attrgetter("pending")
 
 
-class UpdatePass:
-    """Tables of one optimizer whose rows look the same.
+class FusedUpdate:
+    """Update of tables of one optimizer with the same row layout, by one kernel call.
 
-    It is good as long as the storage epoch lasts.
+    Valid while the storage epoch lasts.
 
     Args:
         tables: At least one.
-        groups: For each table, its optimizer's parameter group that it belongs to.
+        groups: For each table, the parameter group that it belongs to.
     """
 
     def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
@@ -40,39 +40,40 @@ class UpdatePass:
         self._storages = [table.storage for table in self.tables]
         self._fields = [storage.header.fields for storage in self._storages]
         self._hyper = np.ones((len(self.tables), row_update.HYPER_SIZE), np.float32)
-        # Where the update reads them: beside a GPU that is a copy, always at the same place.
+        # Where kernels read them: beside a GPU that is a copy, always at the same address.
         self._is_copied = self._storages[0].header.is_mirrored
         self._values = torch.from_numpy(self._hyper)
         if self._is_copied:
             self._values = to_device_async(self._hyper, self.device)
         self._moves = -1  # of blocks, for which their addresses are right
-        self._owners: Sequence[object] = ()  # of the features for which the next is right
-        self._owner_bases: list[int] = []
+        # Tables of features, as the last record listed them, and the first row of each.
+        self._feature_tables: Sequence[object] = ()
+        self._feature_bases: list[int] = []
 
     def set_hyperparameters(
         self, hyperparameters: Callable[[int, int], dict[int, float]], clip: float
     ) -> None:
-        """Enter what the update rule needs.
+        """Write the hyperparameters of the update rule.
 
         Args:
             hyperparameters: (parameter group, number of the update from 1) -> values by field.
             clip: Bound of every element of a gradient.
         """
-        numbers = self._numbers = [fields.item(NUM_UPDATES) for fields in self._fields]
-        kinds = set(zip(self.groups, numbers, strict=True))
+        num_updates = self._num_updates = [fields.item(NUM_UPDATES) for fields in self._fields]
+        kinds = set(zip(self.groups, num_updates, strict=True))
         alike: dict[tuple[int, int], slice | list[int]] = {}
         if len(kinds) == 1:
             alike[kinds.pop()] = slice(None)
         else:
             members: dict[tuple[int, int], list[int]] = defaultdict(list)
-            for place, kind in enumerate(zip(self.groups, numbers, strict=True)):
-                members[kind].append(place)
+            for index, kind in enumerate(zip(self.groups, num_updates, strict=True)):
+                members[kind].append(index)
             alike.update(members)
         hyper = self._hyper
         hyper[:, row_update.SCALE], hyper[:, row_update.CLIP] = 1, clip
-        for (group, number), places in alike.items():
-            for field, value in hyperparameters(group, number + 1).items():
-                hyper[places, field] = value
+        for (group, count), tables in alike.items():
+            for field, value in hyperparameters(group, count + 1).items():
+                hyper[tables, field] = value
 
     def gradients(self) -> Gradients | None:
         """Join the pending gradients of the tables, and sort them by row."""
@@ -89,10 +90,10 @@ class UpdatePass:
         return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
 
     def send_hyperparameters(self, scale: Tensor | None) -> None:
-        """Make known to the device what was set.
+        """Send the hyperparameters to the device.
 
         Args:
-            scale: float64 [], what gradients are multiplied by; None means 1.
+            scale: float64 [], factor of the gradients; None means 1.
         """
         if self._is_copied:
             copy_async_(self._values, self._hyper)
@@ -100,7 +101,7 @@ class UpdatePass:
             self._values[:, row_update.SCALE] = scale.to(self._values.device)
 
     def _note_blocks(self) -> None:
-        """Note where the rows are and how they are numbered, unless that is known."""
+        """Note the addresses and the numbering of the rows, unless they are known."""
         if self._moves == block_version():
             return
         self._moves = block_version()
@@ -109,11 +110,11 @@ class UpdatePass:
         counts = np.array([part.size for part in addresses])
         bases = (np.cumsum(counts) - counts) << rows.block_shift
         self._base_of: dict[object, int] = dict(zip(self.tables, bases.tolist(), strict=True))
-        self._owners = ()
+        self._feature_tables = ()
         self._blocks = np.empty((counts.sum(), 2), np.int64)
         self._blocks[:, 0] = np.concatenate(addresses)
-        places = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()
-        self._blocks[:, 1] = np.repeat(places, counts)
+        hypers = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()
+        self._blocks[:, 1] = np.repeat(hypers, counts)
         self._blocks_on_device = (
             to_device_async(self._blocks, self.device) if self._is_copied else None
         )
@@ -128,30 +129,30 @@ class UpdatePass:
         if len(first) == 1 and len(first[0].tables) == len(pending):
             record = first[0]
             if pending == [first] * len(pending):  # one lookup, each table once: the usual case
-                if record.tables is not self._owners:
-                    self._owners = record.tables
-                    self._owner_bases = [self._base_of[table] for table in record.tables]
-                record.plan[:, embedding_bag.FLAT_BASE] = self._owner_bases
+                if record.tables is not self._feature_tables:
+                    self._feature_tables = record.tables
+                    self._feature_bases = [self._base_of[table] for table in record.tables]
+                record.plan[:, embedding_bag.FLAT_BASE] = self._feature_bases
                 return [record.plan]
-        waiting: dict[PendingGradient, set[object]] = defaultdict(set)
+        tables_of: dict[PendingGradient, set[object]] = defaultdict(set)
         for table, records in zip(self.tables, pending, strict=True):
             for record in records:
-                waiting[record].add(table)
-        return [self._plan_of(record, tables) for record, tables in waiting.items()]
+                tables_of[record].add(table)
+        return [self._plan_of(record, tables) for record, tables in tables_of.items()]
 
     def _plan_of(self, record: PendingGradient, tables: set[object]) -> embedding_bag.Plan:
         # A table may stand there twice, and one of another optimizer too.
-        mine = [place for place, table in enumerate(record.tables) if table in tables]
-        plan = record.plan if len(mine) == len(record.tables) else record.plan[mine]
-        plan[:, embedding_bag.FLAT_BASE] = [self._base_of[record.tables[place]] for place in mine]
+        features = [i for i, table in enumerate(record.tables) if table in tables]
+        plan = record.plan if len(features) == len(record.tables) else record.plan[features]
+        plan[:, embedding_bag.FLAT_BASE] = [self._base_of[record.tables[i]] for i in features]
         return plan
 
     def finish(self) -> None:
         """Count the update and forget the gradients that it used."""
-        for fields, number in zip(self._fields, self._numbers, strict=True):
-            fields[NUM_UPDATES] = number + 1
+        for fields, count in zip(self._fields, self._num_updates, strict=True):
+            fields[NUM_UPDATES] = count + 1
         for pending in map(_pending, self.tables):
             pending.clear()
 
 
-__all__ = ["UpdatePass"]
+__all__ = ["FusedUpdate"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from typing_extensions import override
+
 from recis_lightning.ops import row_update
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
 
@@ -14,10 +17,12 @@ class SparseSGD(SparseOptimizer):
     """``w = w - lr * g`` on the rows with a gradient, as ``torch.optim.SGD``.
 
     Args:
-        tables: ``hash_tables(module)``, or dicts with their own ``lr``.
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own ``lr``.
         lr: Learning rate.
-        clip_grad_norm: See ``SparseOptimizer``.
-        clip_grad_value: See ``SparseOptimizer``.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
     """
 
     rule = row_update.SGD
@@ -30,14 +35,20 @@ class SparseSGD(SparseOptimizer):
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
     ) -> None:
-        super().__init__(tables, {"lr": lr}, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        super().__init__(groups, {"lr": lr})
+        self._own_tables()
 
+    @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        """See ``SparseOptimizer``."""
         return {}
 
+    @override
+    def state_fill(self) -> float:
+        return 0.0
+
+    @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        """See ``SparseOptimizer``."""
         return {row_update.LR: group["lr"]}
 
 

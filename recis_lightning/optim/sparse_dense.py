@@ -1,4 +1,4 @@
-"""One optimizer for Lightning out of a dense one and sparse ones."""
+"""One optimizer for Lightning that joins a dense optimizer and sparse ones."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SparseDenseOptimizer(Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Returns:
-            What ``closure`` returned.
+            The loss that ``closure`` returned, or None.
         """
         loss = None
         if closure is not None:
@@ -104,7 +104,7 @@ class SparseDenseOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of all parts; rows and their state come with the module's state."""
+        """Load the state of all parts; rows and their state are in the module's state."""
         super().load_state_dict(state_dict)
         self._share()
         self.dense.__setstate__({"state": self.state, "param_groups": self.dense.param_groups})

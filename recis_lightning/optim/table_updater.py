@@ -1,0 +1,203 @@
+"""Step of an optimizer of tables: add up gradients by row, and update each row once."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from recis_lightning.arguments import check_bound
+from recis_lightning.distributed import collectives
+from recis_lightning.ops import row_update
+from recis_lightning.ops.row_update import Gradients
+from recis_lightning.optim.fused_update import FusedUpdate
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.versions import layout_version
+
+
+class TableUpdater:
+    """Tables of one optimizer, and the fused updates that step them.
+
+    Args:
+        tables: All tables, each once.
+        groups: For each table, the parameter group that it belongs to.
+        clip_grad_norm: Scale all gradients down so that the norm of them together is at most this;
+            None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[HashTable],
+        groups: Sequence[int],
+        clip_grad_norm: float | None,
+        clip_grad_value: float | None,
+    ) -> None:
+        self.tables, self.groups = list(tables), list(groups)
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self._layout_version = -1  # of the tables' storage, for which the following is valid
+        self._updates: list[FusedUpdate] = []  # of all tables
+        self._given_away: set[HashTable] = set()
+        self._last_found: list[bool] = []  # which tables had gradients, when not all had
+        self._last_updates: list[FusedUpdate] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        bounds = (self.clip_grad_norm, self.clip_grad_value)
+        return TableUpdater, (self.tables, self.groups, *bounds)
+
+    def forget_updates(self) -> None:
+        """Make the fused updates anew in the next step."""
+        self._layout_version = -1
+
+    def step(
+        self,
+        owner: Optimizer,
+        rule: int,
+        hyperparameters: Callable[[int, int], dict[int, float]],
+    ) -> None:
+        """Update every row that has a gradient, and use the gradients up.
+
+        Args:
+            owner: The optimizer that steps.
+            rule: Update rule of ``ops.row_update``.
+            hyperparameters: (parameter group, number of the update from 1) -> values by field.
+
+        Raises:
+            RuntimeError: A table with a gradient has another optimizer by now.
+        """
+        clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
+        updates = self._current_updates(owner)
+        for update in updates:
+            update.set_hyperparameters(hyperparameters, clip)
+        scale, sorted_gradients = None, dict[FusedUpdate, Gradients]()
+        if self.clip_grad_norm is not None:
+            scale, sorted_gradients = self._clip_norm(updates, self.clip_grad_norm)
+        for update in reversed(updates):  # what is sorted comes before what is sorted now
+            gradients = sorted_gradients.pop(update, None) or update.gradients()
+            if gradients is not None:
+                update.send_hyperparameters(scale)
+                row_update.update_rows_(gradients, rule)
+        for update in updates:
+            update.finish()
+
+    def _current_updates(self, owner: Optimizer) -> list[FusedUpdate]:
+        """Return the updates of the tables that have gradients on any rank."""
+        tables = self.tables
+        if self._layout_version != layout_version():
+            self._layout_version = layout_version()
+            self._given_away = {table for table in tables if table.optimizer is not owner}
+            self._updates = self._fuse([True] * len(tables))
+            self._last_found = []
+        # A table's update is one of all its shards, also of those that got no gradient.
+        found = collectives.any_rank([bool(table.pending) for table in tables], tables[0].device)
+        if all(found) and not self._given_away:
+            return self._updates
+        if found == self._last_found:
+            return self._last_updates
+        for table, has_gradient in zip(tables, found, strict=True):
+            if has_gradient and table in self._given_away:
+                raise RuntimeError(
+                    f"table {table.name!r} was given to another optimizer since, "
+                    f"{type(table.optimizer).__name__}; a table has one optimizer at a time"
+                )
+        self._last_found, self._last_updates = found, self._fuse(found)
+        return self._last_updates
+
+    def _fuse(self, is_used: Sequence[bool]) -> list[FusedUpdate]:
+        """Return the updates of the tables that are used: one for all with the same row layout."""
+        alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for index, table in enumerate(self.tables):
+            if is_used[index]:
+                alike[str(table.device), table.dtype, table.embedding_dim].append(index)
+        return [
+            FusedUpdate([self.tables[i] for i in members], [self.groups[i] for i in members])
+            for members in alike.values()
+        ]
+
+    def _clip_norm(
+        self, updates: Sequence[FusedUpdate], max_norm: float
+    ) -> tuple[Tensor, dict[FusedUpdate, Gradients]]:
+        """Return the factor of all gradients, as ``torch.nn.utils.clip_grad_norm_`` has it.
+
+        Returns:
+            float64 [], on the first table's device: the host does not wait for it. And the
+            gradients that were sorted for it and need not be sorted again.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.tables[0].device)
+        kept: dict[FusedUpdate, Gradients] = {}
+        for update in updates:
+            gradients = update.gradients()
+            if gradients is not None:
+                total += row_update.squared_norm(gradients).to(total.device)
+                if not row_update.outlive_next_sort(update.device):
+                    kept = {one: its for one, its in kept.items() if one.device != update.device}
+                kept[update] = gradients
+        scale = max_norm / (collectives.sum_over_ranks(total).sqrt() + 1e-6)
+        return torch.where(scale < 1, scale, 1.0), kept
+
+
+def make_updater(
+    tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+    lr: float,
+    clip_grad_norm: float | None,
+    clip_grad_value: float | None,
+) -> tuple[TableUpdater, list[dict[str, Any]]]:
+    """Return the updater of an optimizer's tables, and the optimizer's parameter groups.
+
+    Args:
+        tables: Tables, or dicts ``{"params": tables, "lr": ...}`` with their own hyperparameters.
+        lr: Learning rate of groups that do not have their own.
+        clip_grad_norm: As for ``TableUpdater``.
+        clip_grad_value: As for ``TableUpdater``.
+
+    Raises:
+        TypeError: ``tables`` holds something that is no table.
+        ValueError: A hyperparameter out of range, no tables, or a table twice.
+    """
+    check_bound("lr", lr)
+    _check_positive("clip_grad_norm", clip_grad_norm)
+    _check_positive("clip_grad_value", clip_grad_value)
+    if isinstance(tables, (HashTable, torch.Tensor)):
+        raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
+    given: list[Any] = list(tables)
+    if not given:
+        raise ValueError("tables: expected at least one HashTable, got none")
+    if not isinstance(given[0], dict):
+        given = [{"params": given}]
+    members: list[HashTable] = []
+    member_groups: list[int] = []
+    param_groups = []
+    for index, group in enumerate(given):
+        joined = _read_tables(group["params"], members)
+        members += joined
+        member_groups += [index] * len(joined)
+        name = f"sparse{index}" if len(given) > 1 else "sparse"
+        param_groups.append({"name": name, **group, "params": []})
+    updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value)
+    return updater, param_groups
+
+
+def _check_positive(name: str, bound: float | None) -> None:
+    if bound is not None and not bound > 0:
+        raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
+
+
+def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
+    members = [tables] if isinstance(tables, HashTable) else list(tables)
+    for table in members:
+        if not isinstance(table, HashTable):
+            raise TypeError(
+                f"tables: expected HashTable, got {type(table).__name__}; pass "
+                "hash_tables(module), not module.parameters()"
+            )
+        if table in known or members.count(table) > 1:
+            raise ValueError(f"tables: table {table.name!r} is there twice")
+    return members
+
+
+__all__ = ["TableUpdater", "make_updater"]
