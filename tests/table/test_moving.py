@@ -27,7 +27,7 @@ from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import embedding_bag, layout
 from recis_lightning.ops.gpu import embedding_bag as embedding_bag_gpu
 from recis_lightning.ops.gpu import hash_insert as hash_insert_gpu
-from recis_lightning.ops.header import Header, watch_counts
+from recis_lightning.ops.header import Header
 from recis_lightning.optim import SparseAdam, SparseRowwiseAdagrad, SparseSGD
 from recis_lightning.table.row_store import RowStore
 from tests.helpers.sample_tables import EXTREMES, by_id, same, trained
@@ -219,21 +219,3 @@ def test_a_steady_training_step_waits_for_nothing(monkeypatch):
             for _ in range(6):
                 step()
         assert len(engine.tables["one"]) > before  # ids came all the while
-
-
-def test_the_host_knows_what_may_have_been_inserted():
-    """It takes every id for new until it sees the counts, and never waits for them."""
-    header, other, whole = (Header(CPU, is_mirrored) for is_mirrored in (True, True, False))
-    header.note_insertion(10)
-    header.tensor[3], other.tensor[3] = 4, 6  # what kernels counted
-    watch_counts([header, whole, other])
-    watch_counts([whole])
-    assert other.unacknowledged() == 0
-    assert other.fields[3] == 6
-    header.note_insertion(5)
-    assert header.unacknowledged() == 5
-    assert header.fields[3] == 4
-    header.tensor[3] = 9
-    assert header.unacknowledged() == 5  # nobody has asked since
-    assert header.read_counts()[3] == 9
-    assert header.unacknowledged() == 0
