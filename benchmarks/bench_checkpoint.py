@@ -70,10 +70,10 @@ def fill(num_ids: int) -> Model:
     model, ids = Model(), torch.randint(-(2**63), 2**63 - 1, (num_ids,))
     table = model.table
     for part in ids.split(1 << 18):
-        segments = table.segments(part, insert=True)
+        segments = table.storage.segments(part, insert=True)
         rows, _ = hash_index.find_or_insert(segments, len(part), [table], [0], table.device)
         slots = {name: torch.rand(part.numel(), DIM) for name in ("exp_avg", "exp_avg_sq")}
-        table.rows.write(rows, torch.randn(part.numel(), DIM), slots)
+        table.storage.rows.write(rows, torch.randn(part.numel(), DIM), slots)
     return model
 
 

@@ -131,7 +131,7 @@ def keys_per_second(device: torch.device, rounds: int, scale: int) -> float:
     """Return how many keys of a half full index are found, and their rows gathered, a second."""
     num_keys, asked = NUM_KEYS // scale, KEYS_ASKED // scale
     keys = DynamicEmbedding(KEY_DIM, device=device, name="keys").eval()
-    keys.table.reserve_ids(num_keys)
+    keys.table.storage.reserve_ids(num_keys)
     for ids in torch.arange(num_keys, device=device).split(1 << 22):
         keys.table._insert(ids)
     assert len(keys.table) == num_keys

@@ -51,7 +51,7 @@ class Ageing:
 
     def touch(self, ids: Tensor) -> None:
         """Look ids up as training does: unknown ones get a row, all are stamped."""
-        segments = self.table.segments(ids, insert=True)
+        segments = self.table.storage.segments(ids, insert=True)
         rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], ids.device)
         if new is not None:
             row_init.init_rows_(rows, new, segments, DIM, False)
@@ -84,7 +84,7 @@ def check(num_ids: int = 20_000) -> None:
         assert torch.equal(table.embeddings(ageing.young), young)
         assert not table.embeddings(ageing.old).any()
         assert torch.equal(table.ids().sort()[0], ageing.young.sort()[0])
-    assert table.rows.num_rows == num_ids, "freed rows were not used again"
+    assert table.storage.rows.num_rows == num_ids, "freed rows were not used again"
 
 
 def measure(num_ids: int, rounds: int) -> dict[str, Any]:

@@ -135,14 +135,14 @@ class Ours:
         self.optimizer = SparseAdam(hash_tables(self.table), lr=1e-3)
 
     def insert(self, ids: Tensor) -> Tensor:
-        segments = self.table.segments(ids, insert=True)
+        segments = self.table.storage.segments(ids, insert=True)
         rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], ids.device)
         if self.rows and new is not None:
             row_init.init_rows_(rows, new, segments, DIM, False)
         return rows
 
     def find(self, ids: Tensor) -> Tensor:
-        return hash_index.find(self.table.segments(ids), len(ids), ids.device)
+        return hash_index.find(self.table.storage.segments(ids), len(ids), ids.device)
 
 
 def make_ids(num_ids: int) -> Tensor:

@@ -57,8 +57,8 @@ def measure(stubbed: bool, steps: int) -> None:
             engine = EmbeddingEngine({key: EmbeddingOption(shape.DIM) for key in batches[0]})
             sparse = optimizer(hash_tables(engine), lr=1e-3)
             for table in hash_tables(engine):
-                table.reserve_ids(ROWS)
-                table.reserve_rows(ROWS)
+                table.storage.reserve_ids(ROWS)
+                table.storage.reserve_rows(ROWS)
             turn = iter(range(10**9))
 
             def forward(engine: EmbeddingEngine = engine, turn=turn) -> list[torch.Tensor]:

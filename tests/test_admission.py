@@ -98,10 +98,10 @@ def test_sightings_do_not_grow_without_end(backend):
     assert len(module.table) == 0
     assert max(sizes[15:]) == max(sizes[:15])
     assert len(pending(module)) == 600
-    assert module.table.sightings.nbytes <= 64 * 4 * 700
-    module.table.sightings.compact()
+    assert module.table.storage.admission_counter.nbytes <= 64 * 4 * 700
+    module.table.storage.admission_counter.compact()
     assert len(pending(module)) == 600
-    assert module.table.sightings.nbytes <= 16 * 2049
+    assert module.table.storage.admission_counter.nbytes <= 16 * 2049
 
 
 def test_an_evicted_id_must_qualify_again(backend):
@@ -127,7 +127,7 @@ def test_evaluation_and_padding_are_no_sightings(backend):
     module(ids(1, 0, 0, 0))
     for _ in range(3):
         module.eval()(ids(1, 2))
-    assert module.table.sightings.num_lookups == 1
+    assert module.table.storage.admission_counter.num_lookups == 1
     module.train()(ids(2))
     assert pending(module) == {1: 1, 2: 1}
 
@@ -169,7 +169,7 @@ def test_positions_may_stand_for_several_occurrences(backend):
     for per, expected in (("occurrence", [7]), ("batch", [])):
         module = table_of(MinCount(3, per=per))
         table, asked = module.table, ids(5, 7, 8)
-        lines = table.segments(asked, insert=True)
+        lines = table.storage.segments(asked, insert=True)
         lines[0, SEGMENT_FLAGS] |= SCREEN
         rows, _ = hash_index.find_or_insert(
             lines, 3, [table], [0], table.device, sightings=ids(2, 3, 1)
@@ -229,12 +229,12 @@ def test_backends_agree_with_the_reference(kernels, admission):
             for _ in range(3):
                 asked = torch.cat([EXTREMES, torch.randint(0, 40, (60,), generator=generator)])
                 weights = torch.randint(1, 4, asked.shape, generator=generator)
-                lines = table.segments(asked, insert=True)
+                lines = table.storage.segments(asked, insert=True)
                 lines[0, SEGMENT_FLAGS] |= SCREEN
                 hash_index.find_or_insert(
                     lines, asked.numel(), [table], [0], table.device, sightings=weights
                 )
-            memory = table.sightings.state()
+            memory = table.storage.admission_counter.state()
             states.append({**memory, "ids": table.ids(), "refused": table.statistics().refused})
     wanted, ours = states
     assert wanted["refused"] > 0
@@ -259,14 +259,14 @@ def test_bloom_count_never_counts_too_low(backend):
 def test_a_sketch_is_halved_when_enough_was_added(backend):
     """Before the next lookup; so old sightings fade, and memory is what it was."""
     module = table_of(BloomCount(5, num_counters=4096))  # halved after 1024 sightings
-    size = module.table.sightings.nbytes
+    size = module.table.storage.admission_counter.nbytes
     module(ids(1, 1, 1, 2))
     module(torch.full((1020,), 7))
     module(ids(1, 1, 1))  # 3 halved is 1, and 3 more is 4
     assert known(module) == [7]
     module(ids(1))
     assert known(module) == [1, 7]
-    assert module.table.sightings.nbytes == size == 4096
+    assert module.table.storage.admission_counter.nbytes == size == 4096
 
 
 def test_counters_are_full_at_255(backend):
@@ -353,7 +353,7 @@ def test_lookups_of_known_ids_count_as_lookups(backend):
     module(ids(1, 1, 2))
     for number in range(3):
         module(ids(1))
-        assert module.table.sightings.num_lookups == number + 2
+        assert module.table.storage.admission_counter.num_lookups == number + 2
     module(ids(1))
     module(ids(2))
     assert pending(module) == {2: 1}

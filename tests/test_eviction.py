@@ -69,7 +69,7 @@ def test_known_ids_are_counted_in_every_lookup(backend):
     for _ in range(4):
         module(ids(3, 3, 0, 5))
     rows = module.table._find(ids(3, 5))
-    assert module.table._columns["counts"][rows].tolist() == [8, 4]
+    assert module.table.storage.columns["counts"][rows].tolist() == [8, 4]
 
 
 def test_one_of_equal_counts_is_chosen_by_step_then_by_id(backend):
@@ -91,7 +91,7 @@ def test_exactly_n_of_many_are_left_and_they_are_the_right_ones():
     counts = torch.randint(0, 40, (len(many),), generator=generator)
     counts[::50] <<= 33
     steps = torch.randint(0, 3, (len(many),), generator=generator)
-    table._columns["counts"][rows], table._columns["last_seen"][rows] = counts, steps
+    table.storage.columns["counts"][rows], table.storage.columns["last_seen"][rows] = counts, steps
     order = sorted(zip(counts.tolist(), steps.tolist(), many.tolist(), strict=True))
     for n in (4321, 4320, 100, 1):
         table.evict(MaxRows(n, by="count"))
@@ -188,7 +188,7 @@ def test_the_usual_clock_is_that_on_the_wall():
     module = DynamicEmbedding(2, eviction=TimeToLive(3600), name="t")
     module(ids(1))
     assert module.table.evict() == 0
-    module.table._columns["last_time"] -= 3601 * 10**6
+    module.table.storage.columns["last_time"] -= 3601 * 10**6
     assert module.table.evict() == 1
 
 
@@ -205,7 +205,7 @@ def test_rows_of_a_small_norm_go(backend, dtype):
     report = module.table.evict()
     assert report == 2
     assert left(module) == {1, 3, 5}
-    assert not module.table._columns
+    assert not module.table.storage.columns
 
 
 # ---- composition

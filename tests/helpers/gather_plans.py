@@ -32,7 +32,7 @@ class Feature:
     def line(self):
         line = np.zeros(PLAN_SIZE, np.int64)
         for field, value in {
-            embedding_bag.HEADER: self.table.header.address,
+            embedding_bag.HEADER: self.table.storage.header.address,
             embedding_bag.MODE: MODES[self.mode],
             embedding_bag.NUM_BAGS: self.num_bags,
             embedding_bag.BAG_LENGTH: self.length,

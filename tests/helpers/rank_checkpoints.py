@@ -49,13 +49,13 @@ def filled(seed=0, count=20_000):
             ids = owned(part)
             table.insert(ids, torch.randn(len(ids), table.embedding_dim))
             rows = table.ids_map()[1]
-            weights, slots = table.rows.read(rows)
+            weights, slots = table.storage.rows.read(rows)
             slots = {name: torch.rand_like(slot) for name, slot in slots.items()}
-            table.rows.write(rows, weights, slots)
+            table.storage.rows.write(rows, weights, slots)
             table.update_step(step + 3)
-            table.header.fields[NUM_UPDATES] += 1
+            table.storage.header.fields[NUM_UPDATES] += 1
     waiting = owned(draws + 1)
-    table.sightings.load_state(
+    table.storage.admission_counter.load_state(
         {
             "num_lookups": 9,
             "pending_ids": waiting,
@@ -72,7 +72,7 @@ def held(made):
     states = {}
     for table in made:
         ids, rows = table.ids_map()
-        weights, slots = table.rows.read(rows)
+        weights, slots = table.storage.rows.read(rows)
         fields = table.saved_fields(rows)
         state = {"ids": ids, "weights": weights.float(), **slots}
         state |= {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}

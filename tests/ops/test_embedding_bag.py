@@ -19,7 +19,7 @@ def _table(dim, dtype=torch.float32, num_rows=500, state=0):
     """Return a table whose row r holds the r-th id, so that rows can be named without an index."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=f"{dim}")
     if state:
-        table.rows.relayout({"state": state}, 0.0)
+        table.storage.rows.relayout({"state": state}, 0.0)
     table._insert(torch.arange(num_rows))
     return table
 
@@ -55,7 +55,7 @@ def test_bags_are_those_of_torch(backend, dim, mode, ragged):
     """``nn.EmbeddingBag`` over the same rows pools to the same values, padding included."""
     generator = torch.Generator().manual_seed(dim)
     table = _table(dim)
-    weight = table.rows.read(torch.arange(500))[0]
+    weight = table.storage.rows.read(torch.arange(500))[0]
     offsets = ragged_offsets(generator, 50) if ragged else torch.arange(51) * 6
     ids = torch.randint(0, 20, (int(offsets[-1]),), generator=generator)
     rows = torch.where(ids == 3, PADDING, ids)
@@ -71,7 +71,7 @@ def test_weighted_sums_are_those_of_torch(backend):
     """``per_sample_weights`` multiply rows before they are added."""
     generator = torch.Generator().manual_seed(0)
     table, offsets = _table(8), ragged_offsets(generator, 50)
-    weight = table.rows.read(torch.arange(500))[0]
+    weight = table.storage.rows.read(torch.arange(500))[0]
     rows = random_rows(generator, int(offsets[-1]), holes=False)
     weights = torch.randn(rows.numel(), generator=generator)
     theirs = torch.nn.functional.embedding_bag(
@@ -86,17 +86,17 @@ def test_rows_without_pooling_are_exact_copies(backend):
     generator = torch.Generator().manual_seed(0)
     for dim in DIMS:
         table = _table(dim)
-        weight = table.rows.read(torch.arange(500))[0]
+        weight = table.storage.rows.read(torch.arange(500))[0]
         rows = random_rows(generator, 700)
         wanted = torch.where((rows >= 0)[:, None], weight[rows.clamp(min=0)], 0)
         assert torch.equal(_gather(Feature(table, rows, "none"))[0], wanted)
-        assert torch.equal(gather_rows(table.header, rows, dim, torch.float32), wanted)
+        assert torch.equal(gather_rows(table.storage.header, rows, dim, torch.float32), wanted)
 
 
 def test_means_count_unknown_ids_but_no_padding(backend):
     """An unknown id pulls a mean towards zero; a bag of nothing but padding is zero."""
     table = _table(2)
-    first, second = table.rows.read(torch.arange(2))[0]
+    first, second = table.storage.rows.read(torch.arange(2))[0]
     rows = torch.tensor([0, 1, UNKNOWN, PADDING, PADDING, PADDING, UNKNOWN])
     offsets = torch.tensor([0, 2, 4, 6, 6, 7])
     (pooled,) = _gather(Feature(table, rows, "mean", offsets=offsets))
@@ -119,7 +119,7 @@ def test_weights_that_add_up_to_nothing_give_zeros(backend):
 def test_tiles_stand_side_by_side(backend):
     """Short bags end in zeros, long bags are cut, holes are zeros in their place."""
     table = _table(2)
-    weight = table.rows.read(torch.arange(500))[0]
+    weight = table.storage.rows.read(torch.arange(500))[0]
     rows = torch.tensor([5, 6, 7, 8, 9, PADDING, 4])
     offsets = torch.tensor([0, 4, 4, 5, 7])
     (tiles,) = _gather(Feature(table, rows, "tile", offsets=offsets, tile_len=3, gap=1))
@@ -133,7 +133,7 @@ def test_long_bags_and_many_bags(backend):
     """One bag of 5,000 ids beside 5,000 bags of one id: the split of the work does not show."""
     count = 5000 if backend != "triton" else 200  # interpreted, each id of a bag takes a while
     table = _table(10)
-    weight = table.rows.read(torch.arange(500))[0].double()
+    weight = table.storage.rows.read(torch.arange(500))[0].double()
     generator = torch.Generator().manual_seed(0)
     rows = random_rows(generator, count, holes=False)
     offsets = torch.cat([torch.zeros(count // 2), torch.full((count // 2,), count)]).long()
@@ -165,9 +165,9 @@ def test_nothing_to_do_is_done(backend):
     outputs = _gather(*nothing[:3], Feature(table, torch.arange(4), "sum", 2), *nothing[3:])
     assert [tuple(out.shape) for out in outputs[:3]] == [(0, 3), (0, 3), (5, 3)]
     assert not torch.cat([out.flatten() for out in outputs[:3] + outputs[4:]]).any()
-    weight = table.rows.read(torch.arange(4))[0]
+    weight = table.storage.rows.read(torch.arange(4))[0]
     torch.testing.assert_close(outputs[3], weight.reshape(2, 2, 3).sum(1))
-    assert gather_rows(table.header, empty, 3, torch.float32).shape == (0, 3)
+    assert gather_rows(table.storage.header, empty, 3, torch.float32).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_rows_of_many_blocks(backend):
     table = HashTable(64, initializer=Normal())
     for batch in torch.arange(6000).split(1000):
         table._insert(batch)
-    assert len(table.rows.addresses) > 4
+    assert len(table.storage.rows.addresses) > 4
     rows = torch.tensor([0, 5999, 1023, 1024, 4095, 3000])
-    copies = gather_rows(table.header, rows, 64, torch.float32)
+    copies = gather_rows(table.storage.header, rows, 64, torch.float32)
     fresh = HashTable(64, initializer=Normal())
     fresh._insert(rows)
     assert torch.equal(copies, fresh.embeddings(rows))
@@ -215,13 +215,13 @@ def test_write_rows_overwrites_the_front(backend, dim, dtype):
     """The weights of the named rows change, bit by bit; their state and other rows do not."""
     table = _table(dim, dtype, num_rows=3000, state=2)
     everything = torch.arange(3000)
-    weights, slots = table.rows.read(everything)
+    weights, slots = table.storage.rows.read(everything)
     rows = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:1500]
     values = torch.randn(1500, dim).to(dtype)
     values[0] = NAN
-    write_rows_(table.header, rows, values)
+    write_rows_(table.storage.header, rows, values)
     weights[rows] = values
-    after, slots_after = table.rows.read(everything)
+    after, slots_after = table.storage.rows.read(everything)
     torch.testing.assert_close(after, weights, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(slots_after["state"], slots["state"])
-    write_rows_(table.header, rows[:0], values[:0])
+    write_rows_(table.storage.header, rows[:0], values[:0])

@@ -93,7 +93,7 @@ def test_training_stamps_what_it_finds_and_counts_what_it_misses():
     offsets = torch.tensor([0, 3, 3, 7])
     features = [Feature(table, rows.clone(), "sum", offsets=offsets), Feature(table, rows, "none")]
     assert _in_one_pass(table, features, True) == 4
-    seen = table._last_seen[: table.rows.num_rows]
+    seen = table.storage.columns["last_seen"][: table.storage.rows.num_rows]
     assert (seen == 3).nonzero().squeeze(1).tolist() == [0, 5, 499]
     assert len(table) == 500
 
@@ -106,7 +106,7 @@ def test_many_ids_in_one_feature():
     feature = Feature(table, rows.clone(), "none")
     assert _in_one_pass(table, [feature], False) == 0
     assert torch.equal(feature.rows, rows)
-    assert torch.equal(feature.output(), table.rows.read(torch.arange(500))[0][rows])
+    assert torch.equal(feature.output(), table.storage.rows.read(torch.arange(500))[0][rows])
 
 
 @pytest.mark.parametrize("bad", ["descends", "starts late", "ends early"])

@@ -112,7 +112,7 @@ def test_every_int64_is_an_id(backend):
     (rows,), new = _find_or_insert(Feature(table, ids))
     assert rows.tolist() == [0, 1, 2, 3, 2, 4, 5, 6]
     assert new == [0, 1, 2, 3, 5, 6, 7]
-    table.reserve_ids(10_000)
+    table.storage.reserve_ids(10_000)
     assert _find(Feature(table, ids)).tolist() == rows.tolist()
     assert sorted(table.ids().tolist()) == sorted(set(ids.tolist()))
 
@@ -190,18 +190,20 @@ def test_rebuild_leaves_evicted_rows_out(backend, count):
     table = HashTable(1)
     ids = torch.cat([torch.arange(count) * 7919, torch.tensor([LOWEST, HIGHEST])])
     _find_or_insert(Feature(table, ids))
-    evicted = torch.zeros(table.rows.capacity, dtype=torch.bool)
+    evicted = torch.zeros(table.storage.rows.capacity, dtype=torch.bool)
     evicted[1::3] = True
     evicted[count] = True  # the lowest id's row
     marked = evicted.clone()
-    table._entries, removed = hash_index.rebuild(table.header, table.capacity, evicted)
+    table.storage.entries, removed = hash_index.rebuild(
+        table.storage.header, table.capacity, evicted
+    )
     gone = marked[: count + 2]
     assert removed == int(gone.sum()) == int(evicted.sum())
     assert torch.equal(evicted[: count + 2], gone)
     assert len(table) == count + 2 - removed
     found = _find(Feature(table, ids))
     assert torch.equal(found, torch.where(gone, UNKNOWN, torch.arange(count + 2)))
-    found_ids, occupied = hash_index.id_of_row(table.header, count + 2)
+    found_ids, occupied = hash_index.id_of_row(table.storage.header, count + 2)
     assert torch.equal(occupied, ~gone)
     assert torch.equal(found_ids[occupied], ids[~gone])
 
@@ -211,15 +213,15 @@ def test_freed_rows_are_reused_from_the_top_of_the_stack(backend):
     table = HashTable(1)
     _find_or_insert(Feature(table, torch.arange(10)))
     table.delete(torch.tensor([7, 2, 4]))
-    table.rows.set_free_rows(torch.tensor([4, 2, 7]))
+    table.storage.rows.set_free_rows(torch.tensor([4, 2, 7]))
     (first, second), new = _find_or_insert(
         Feature(table, torch.tensor([3, 50, 51, 50])), Feature(table, torch.tensor([52, 51, 53]))
     )
     assert first.tolist() == [3, 7, 2, 7]
     assert second.tolist() == [4, 2, 10]
     assert new == [1, 2, 4, 6]
-    assert table.rows.free_rows.tolist() == []
-    assert table.rows.num_rows == 11
+    assert table.storage.rows.free_rows.tolist() == []
+    assert table.storage.rows.num_rows == 11
 
 
 def _zipf(generator, size):
@@ -292,7 +294,7 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
         _find_or_insert(Feature(table, before))
         table.delete(torch.tensor([-3, -9]))
     contents = [_contents(table) for table in tables]
-    fields = [table.header.fields[[NEXT_ROW, NUM_FREE]].tolist() for table in tables]
+    fields = [table.storage.header.fields[[NEXT_ROW, NUM_FREE]].tolist() for table in tables]
     # Many duplicates first: the kernel then inserts a batch of this size in rounds.
     new = torch.cat([torch.zeros(size - 80, dtype=torch.int64), torch.arange(80)])
     features = [Feature(tables[0], new), Feature(tables[1], new + 1)]
@@ -304,14 +306,14 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
 
     setattr(tables[1], method, fails_later)
     if not rebuilds:
-        tables[0].rebuild_index = tables[1].rebuild_index = _refuse
+        tables[0].storage.rebuild_index = tables[1].storage.rebuild_index = _refuse
     with pytest.raises(MemoryError, match="no room"):
         _find_or_insert(*features)
     delattr(tables[1], method)
     for table, content, field in zip(tables, contents, fields, strict=True):
         assert _contents(table) == content
         assert len(table) == 18
-        assert table.header.fields[[NEXT_ROW, NUM_FREE]].tolist() == field
+        assert table.storage.header.fields[[NEXT_ROW, NUM_FREE]].tolist() == field
         assert _find(Feature(table, new)).max() == UNKNOWN
     rows, _ = _find_or_insert(*features)
     assert rows[0][-80:].tolist() == [11, 17, *range(20, 98)]
@@ -334,10 +336,10 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
 def test_probes_stay_short_for_patterned_ids(ids):
     """Ids as users have them spread like random ones, at the index's highest load."""
     table = HashTable(1)
-    table.reserve_ids(60_000)
+    table.storage.reserve_ids(60_000)
     _find_or_insert(Feature(table, ids))
     assert table.capacity == 1 << 17
-    occupied = (table._entries[:-1, 1] < table.capacity).int()
+    occupied = (table.storage.entries[:-1, 1] < table.capacity).int()
     # An id's probe ends at the latest at the end of its run of occupied entries.
     borders = torch.cat([torch.ones(1), occupied.diff(), torch.ones(1)]).nonzero().squeeze(1)
     runs = borders.diff()[occupied[borders[:-1]] == 1].double()
@@ -368,7 +370,7 @@ def test_backends_share_a_table():
     for turn in range(8):
         with ops_backend.use(("reference", "cpu", "triton")[turn % 3]):
             features = [Feature(table, _random_ids(generator, 300, 1000))]
-            free = table.rows.free_rows.flip(0).tolist()
+            free = table.storage.rows.free_rows.flip(0).tolist()
             before = set(known)
             (rows,), _ = _find_or_insert(*features)
             for key, row in zip(features[0].ids.tolist(), rows.tolist(), strict=True):

@@ -56,7 +56,7 @@ def _initial(ids, dim=4, **options):
     """Return the initial weights of distinct ids, by position."""
     table = HashTable(dim, **{"name": "user", **options})
     (rows,) = _admit(Feature(table, ids))
-    return table.rows.read(rows)[0]
+    return table.storage.rows.read(rows)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,21 +124,21 @@ def test_bfloat16_rows_are_rounded_float32_rows(backend):
 def test_whole_rows_and_no_others_are_written(backend, dim, dtype):
     """Weights and state of new rows leave no NaN behind; other rows keep theirs."""
     table = HashTable(dim, dtype=dtype, initializer=Constant(2.0))
-    table.rows.relayout({"sum": dim, "count": 3}, 0.25)
+    table.storage.rows.relayout({"sum": dim, "count": 3}, 0.25)
     _admit(Feature(table, torch.arange(100, 120)))
-    table.reserve_rows(3000)
-    poisoned = table.rows.capacity
-    for chunk in table.rows._chunks:
+    table.storage.reserve_rows(3000)
+    poisoned = table.storage.rows.capacity
+    for chunk in table.storage.rows._chunks:
         chunk.view(np.uint32).fill(0x7FC07FC0)  # NaN as float32, and both halves as bfloat16
     _admit(Feature(table, torch.arange(90, 2000)))
-    weights, slots = table.rows.read(torch.arange(20, table.rows.num_rows))
+    weights, slots = table.storage.rows.read(torch.arange(20, table.storage.rows.num_rows))
     assert (weights == 2).all()
     assert (slots["sum"] == 0.25).all()
     assert (slots["count"] == 0.25).all()
-    before, slots = table.rows.read(torch.arange(20))
+    before, slots = table.storage.rows.read(torch.arange(20))
     assert before.isnan().all()
     assert slots["sum"].isnan().all()
-    after, _ = table.rows.read(torch.arange(table.rows.num_rows, poisoned))
+    after, _ = table.storage.rows.read(torch.arange(table.storage.rows.num_rows, poisoned))
     assert after.isnan().all()
 
 
@@ -170,7 +170,7 @@ def test_features_of_several_tables_in_one_call(backend):
 def test_no_new_ids_write_nothing(backend):
     """An empty list of new positions is a legal call."""
     table, empty = HashTable(2), torch.empty(0, dtype=torch.int64)
-    row_init.init_rows_(empty, empty, table.segments(empty, insert=True), 2, False)
+    row_init.init_rows_(empty, empty, table.storage.segments(empty, insert=True), 2, False)
     assert len(table) == 0
 
 

@@ -51,13 +51,13 @@ HYPER = {
 def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     """Return a table with the state of ``rule``, none of it zero, whose row r is known."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=name)
-    table.rows.relayout(SLOTS[rule](dim), 0.0)
+    table.storage.rows.relayout(SLOTS[rule](dim), 0.0)
     table._insert(torch.arange(num_rows))
     generator = torch.Generator().manual_seed(dim)
-    weights, slots = table.rows.read(torch.arange(num_rows))
+    weights, slots = table.storage.rows.read(torch.arange(num_rows))
     for slot in slots.values():
         slot.copy_(torch.rand(slot.shape, generator=generator))
-    table.rows.write(torch.arange(num_rows), weights, slots)
+    table.storage.rows.write(torch.arange(num_rows), weights, slots)
     return table
 
 
@@ -68,12 +68,12 @@ def _gradients(features, hyper=HYPER):
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
     for line, fields in zip(values, per_table, strict=True):
         line[list(fields)] = list(fields.values())
-    rows = tables[0].rows
+    rows = tables[0].storage.rows
     addresses, bases = [], {}
     for number, table in enumerate(tables):
         bases[table] = len(addresses) << rows.block_shift
         at = values.ctypes.data + number * values.strides[0]
-        addresses += [(block, at) for block in table.rows.addresses.tolist()]
+        addresses += [(block, at) for block in table.storage.rows.addresses.tolist()]
     plan = np.stack([feature.line() for feature in features])
     sizes = plan[:, embedding_bag.NUM_IDS]
     plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
@@ -122,7 +122,7 @@ def _dense_gradient(features, table, num_rows=NUM_ROWS):
 
 
 def _state(table, num_rows=NUM_ROWS):
-    weights, slots = table.rows.read(torch.arange(num_rows))
+    weights, slots = table.storage.rows.read(torch.arange(num_rows))
     return {"weights": weights, **slots}
 
 
@@ -234,7 +234,7 @@ def test_rules_are_those_of_torch(backend, rule, dim):
     """
     kernel_rule = ADAM if rule == "adamw" else rule
     table = HashTable(dim, initializer=Normal(), name="torch")
-    table.rows.relayout(SLOTS[kernel_rule](dim), 0.0)
+    table.storage.rows.relayout(SLOTS[kernel_rule](dim), 0.0)
     table._insert(torch.arange(NUM_ROWS))
     weight = _state(table)["weights"]
     generator, gradients = torch.Generator().manual_seed(dim), []
@@ -329,7 +329,7 @@ def test_hot_rows_and_large_batches(backend):
     feature = Feature(table, rows, "none")
     # Small whole numbers: float32 sums are exact in every order.
     feature.buffer = torch.randint(-3, 4, feature.buffer.shape, generator=generator).float()
-    table.rows.write(torch.arange(5000), torch.zeros(5000, 2), {})
+    table.storage.rows.write(torch.arange(5000), torch.zeros(5000, 2), {})
     _update([feature], SGD, {LR: 1.0, CLIP: math.inf})
     wanted = -_dense_gradient_of_rows(feature, 5000)
     assert torch.equal(_state(table, 5000)["weights"], wanted)
@@ -341,7 +341,7 @@ def test_gradients_of_a_row_are_added_in_the_order_of_the_batch():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 70, (40_000,), generator=generator)
     features = [Feature(table, part, "none").fill_gradient(generator) for part in rows.split(9000)]
-    table.rows.write(torch.arange(70), torch.zeros(70, 1), {})
+    table.storage.rows.write(torch.arange(70), torch.zeros(70, 1), {})
     _update(features, SGD, {LR: 1.0, CLIP: math.inf})
     values = torch.cat([feature.buffer[:, 0] for feature in features]).numpy()
     sums = np.zeros(70, np.float32)

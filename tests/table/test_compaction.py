@@ -39,14 +39,14 @@ def test_what_stays_is_what_it_was(backend, pieces, kept):
         key: value[:kept] if not isinstance(value, dict) else value
         for key, value in by_id(table).items()
     }
-    before, size = table.rows.capacity, table.nbytes
+    before, size = table.storage.rows.capacity, table.nbytes
     report = table.evict()
     assert report == 3000 - kept
     assert len(table) == kept
     assert same(by_id(table), expected)
     assert sorted(table.ids().tolist()) == list(range(kept))
     if kept <= 700:
-        assert table.rows.capacity < before / 2
+        assert table.storage.rows.capacity < before / 2
         assert table.nbytes < size / 2
         assert report.bytes_returned == size - table.nbytes
         assert sorted(table.ids_map()[1].tolist()) == list(range(kept))
@@ -65,7 +65,7 @@ def test_compacted_and_not_train_alike():
         embedding(stay)
     module.table.evict()
     twin.table.delete(torch.tensor([i for i in range(6000) if i % 9]))
-    assert module.table.rows.capacity < twin.table.rows.capacity / 2
+    assert module.table.storage.rows.capacity < twin.table.storage.rows.capacity / 2
     later = torch.cat([torch.arange(2000), EXTREMES])
     for embedding, optimizer in ((module, sparse), (twin, twin_sparse)):
         for _ in range(3):
@@ -80,14 +80,14 @@ def test_a_pending_gradient_puts_it_off():
     table = module.table
     table.update_step(2)
     module(torch.arange(10)).sum().backward()
-    capacity = table.rows.capacity
+    capacity = table.storage.rows.capacity
     assert table.evict() == 5990
-    assert table.rows.capacity == capacity
+    assert table.storage.rows.capacity == capacity
     sparse.step()
     table.update_step(2)
     module(torch.arange(5))
     assert table.evict() == 5
-    assert table.rows.capacity < capacity / 10
+    assert table.storage.rows.capacity < capacity / 10
 
 
 def test_backward_through_a_compaction_is_an_error():
@@ -104,11 +104,11 @@ def test_sightings_that_say_nothing_go_too():
     """The memory of admission is part of what is given back."""
     module, _ = large(2000, 1, MinCount(1))
     table = module.table
-    assert table.sightings.nbytes > 2000 * 16
+    assert table.storage.admission_counter.nbytes > 2000 * 16
     table.update_step(2)
     module(torch.arange(3))
     table.evict()
-    assert table.sightings.nbytes == 16 * 65
+    assert table.storage.admission_counter.nbytes == 16 * 65
 
 
 def test_small_tables_are_left_alone():
@@ -117,9 +117,9 @@ def test_small_tables_are_left_alone():
     table.insert(torch.arange(100), torch.ones(100, 2))
     table.update_step(2)
     table.insert(torch.arange(3), torch.ones(3, 2))
-    capacity = table.rows.capacity
+    capacity = table.storage.rows.capacity
     assert table.evict() == 97
-    assert table.rows.capacity == capacity
+    assert table.storage.rows.capacity == capacity
 
 
 def resident_bytes():

@@ -82,7 +82,7 @@ def test_rows_freed_are_reused_first():
     loop = Loop(2, 1)
     for number in range(40):
         loop.train(number, 1000 + number)
-    assert loop.table.rows.num_rows <= 8
+    assert loop.table.storage.rows.num_rows <= 8
     assert len(loop.table) <= 6
 
 
@@ -138,9 +138,9 @@ def test_nothing_is_rebuilt_for_rows_that_are_free():
     loop.train(1, 2, 3)
     loop.train(4)
     loop.train(4)
-    entries = loop.table._entries
+    entries = loop.table.storage.entries
     loop.train(4)
-    assert loop.table._entries is entries
+    assert loop.table.storage.entries is entries
 
 
 @pytest.mark.parametrize(

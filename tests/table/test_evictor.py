@@ -60,7 +60,7 @@ def test_rows_that_wait_for_the_optimizer_stay(backend):
     sparse = SparseSGD(hash_tables(module), lr=1.0)
     module.table.update_step()
     module(ids(1)).sum().backward()
-    module.table._columns["last_seen"].zero_()
+    module.table.storage.columns["last_seen"].zero_()
     assert module.table.evict() == 2
     assert left(module) == {1}
     module(ids(4))
@@ -113,7 +113,7 @@ def test_listeners_get_what_goes():
     module.table.evict()
     assert len(plain) == 1
     assert rich[1].ids.tolist() == [5]
-    assert len(copy.deepcopy(module).table._listeners) == 0
+    assert len(copy.deepcopy(module).table.evictor._listeners) == 0
 
 
 def test_a_listener_that_fails_keeps_the_rows():

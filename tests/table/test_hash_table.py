@@ -67,14 +67,16 @@ def test_insert_takes_the_last_of_two_and_keeps_optimizer_state():
 def test_insert_keeps_the_last_sight_of_known_and_new_ids(num_rows):
     """Whatever the table's size beside the call's, and new rows start with empty state."""
     table = HashTable(2, name="user")
-    table.set_slots({"sum": 1}, 0.5)
+    table.storage.set_slots({"sum": 1}, 0.5)
     table.insert(torch.arange(num_rows), torch.zeros(num_rows, 2))
     ids = torch.tensor([7, 1, 7, 5000, 1, 5000, 2])
     table.insert(ids, torch.arange(7.0)[:, None].expand(7, 2))
     wanted = torch.tensor([[2.0], [4.0], [5.0], [6.0]]).expand(4, 2)
     asked = torch.tensor([7, 1, 5000, 2])
     assert torch.equal(table.embeddings(asked), wanted)
-    assert torch.equal(table.rows.read(table._find(asked))[1]["sum"], torch.full((4, 1), 0.5))
+    assert torch.equal(
+        table.storage.rows.read(table._find(asked))[1]["sum"], torch.full((4, 1), 0.5)
+    )
 
 
 def test_insert_overrules_admission():

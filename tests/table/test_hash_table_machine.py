@@ -139,7 +139,7 @@ class TableAgainstDict(RuleBasedStateMachine):
             return set(ids) if policy is None else set()
         if isinstance(policy, Probability):
             probe = self.new_module()
-            probe.table.sightings.header.fields[NUM_LOOKUPS] = now - 1
+            probe.table.storage.admission_counter.header.fields[NUM_LOOKUPS] = now - 1
             probe(torch.tensor(ids, dtype=torch.int64))
             return set(probe.table.ids().tolist())
         per_batch = getattr(policy, "per", "") == "batch"
@@ -269,7 +269,9 @@ class TableAgainstDict(RuleBasedStateMachine):
         assert table.step == self.step
         assert table.pinned.tolist() == sorted(self.pinned)
         rows = table._find(asked)
-        assert table._columns["counts"][rows].tolist() == [e.count for e in self.known.values()]
+        assert table.storage.columns["counts"][rows].tolist() == [
+            e.count for e in self.known.values()
+        ]
         state = table.get_extra_state()
         sums = [self.known[i].sum for i in state["ids"].tolist()]
         expected = torch.tensor(np.array(sums).reshape(-1, DIM), dtype=torch.float32)

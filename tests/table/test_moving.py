@@ -41,16 +41,16 @@ def test_a_table_moves_with_all_it_holds(there, dtype):
     module, optimizer = trained(dtype=dtype)
     stayed, its_optimizer = copy.deepcopy((module, optimizer))
     table = module.table
-    held, statistics, header = by_id(table), table.statistics(), table.header
+    held, statistics, header = by_id(table), table.statistics(), table.storage.header
     with ops_backend.use(there):
-        table.move(CPU)
-        assert table.header.is_mirrored == (there == "triton")
+        table._move(CPU)
+        assert table.storage.header.is_mirrored == (there == "triton")
         assert same(by_id(table), held)
         module(EXTREMES).float().sum().backward()
         optimizer.step()
-    table.move(CPU)
-    assert table.header is not header
-    assert not table.header.is_mirrored
+    table._move(CPU)
+    assert table.storage.header is not header
+    assert not table.storage.header.is_mirrored
     stayed(EXTREMES).float().sum().backward()
     its_optimizer.step()
     ours, wanted = by_id(table), by_id(stayed.table)
@@ -68,16 +68,16 @@ def test_a_move_without_room_changes_nothing(monkeypatch):
     """The table goes on where it was."""
     module, optimizer = trained()
     table = module.table
-    held, header = by_id(table), table.header
+    held, header = by_id(table), table.storage.header
 
     def no_room(*_):
         raise MemoryError("no room")
 
     monkeypatch.setattr(HashTable, "restore", no_room)
     with pytest.raises(MemoryError, match="no room"):
-        table.move(CPU)
+        table._move(CPU)
     monkeypatch.undo()
-    assert table.header is header
+    assert table.storage.header is header
     assert same(by_id(table), held)
     module(EXTREMES).sum().backward()
     optimizer.step()
@@ -108,13 +108,16 @@ def test_sightings_move_with_their_table(admission):
     module, stayed = (DynamicEmbedding(2, admission=admission, name="t") for _ in range(2))
     for start, there in enumerate(("cpu", "triton", "cpu")):
         with ops_backend.use(there):
-            module.table.move(CPU)
-            assert module.table.sightings.header.is_mirrored == (there == "triton")
+            module.table._move(CPU)
+            assert module.table.storage.admission_counter.header.is_mirrored == (there == "triton")
             for batch in batches[2 * start : 2 * start + 2]:
                 module(batch)
         for batch in batches[2 * start : 2 * start + 2]:
             stayed(batch)
-    assert same(module.table.sightings.state(), stayed.table.sightings.state())
+    assert same(
+        module.table.storage.admission_counter.state(),
+        stayed.table.storage.admission_counter.state(),
+    )
     assert torch.equal(module.table.ids().sort().values, stayed.table.ids().sort().values)
     assert module.table.statistics().refused == stayed.table.statistics().refused > 0
 
@@ -168,10 +171,10 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
     with ops_backend.use("triton"):
         table = HashTable(dim)
         optimizer([table], lr=0.1)
-        table.reserve_rows(5000)
-        fields = table.header.fields
+        table.storage.reserve_rows(5000)
+        fields = table.storage.header.fields
         assert fields[layout.ROW_BYTES] % 16 == 0
-        assert not (table.rows.addresses % 16).any()
+        assert not (table.storage.rows.addresses % 16).any()
     assert HashTable(3).rows.row_words == 3
 
 

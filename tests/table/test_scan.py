@@ -39,13 +39,13 @@ def test_norms_and_rows_that_are_ruined(backend):
 
 def test_nan_in_optimizer_state_ruins_a_row(backend):
     table = HashTable(2, name="t")
-    table.set_slots({"exp_avg": 2, "exp_avg_sq": 2}, 0.0)
+    table.storage.set_slots({"exp_avg": 2, "exp_avg_sq": 2}, 0.0)
     table.insert(torch.arange(4), torch.ones(4, 2))
-    weights, slots = table.rows.read(torch.arange(4))
+    weights, slots = table.storage.rows.read(torch.arange(4))
     slots["exp_avg_sq"][1, 1] = math.nan
     slots["exp_avg"][3, 0] = -math.inf
     slots["exp_avg"][0] = 3e38  # its sum overflows, and it is finite
-    table.rows.write(torch.arange(4), weights, slots)
+    table.storage.rows.write(torch.arange(4), weights, slots)
     found = table.survey()
     assert found.nonfinite_rows.sort().values.tolist() == [1, 3]
     assert sum(found.norms) == 4
@@ -66,7 +66,7 @@ def test_ages(backend):
 
 
 def test_parts_of_the_index_hold_each_id_once(backend, monkeypatch):
-    monkeypatch.setattr("recis_lightning.table.scan_rows._PIECE_ENTRIES", 7)
+    monkeypatch.setattr("recis_lightning.table.scan._CHUNK_ENTRIES", 7)
     table = HashTable(1, name="t")
     ids = torch.cat([EXTREMES, torch.arange(100, 160)])
     table.insert(ids, torch.arange(1, len(ids) + 1)[:, None].float())

@@ -8,7 +8,7 @@ import torch
 from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, HashTable
 from recis_lightning.admission import ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.table.readmissions import Readmissions
+from recis_lightning.table.statistics import ReadmissionTracker
 from tests.helpers.sample_tables import filled, trained
 
 
@@ -27,9 +27,9 @@ def test_sizes_add_up():
     assert statistics.load == 7 / 64
     assert sum(statistics[3:7]) == table.nbytes
     assert statistics.index_bytes == 16 * 65
-    assert statistics.state_bytes == 2 * 4 * 3 * table.rows.capacity
-    assert statistics.weight_bytes >= 4 * 3 * table.rows.capacity
-    assert statistics.column_bytes == 8 * table.rows.capacity
+    assert statistics.state_bytes == 2 * 4 * 3 * table.storage.rows.capacity
+    assert statistics.weight_bytes >= 4 * 3 * table.storage.rows.capacity
+    assert statistics.column_bytes == 8 * table.storage.rows.capacity
 
 
 def test_rows_are_admitted_and_evicted(backend):
@@ -122,7 +122,7 @@ def test_evicted_ids_that_return_are_counted_once():
 
 def test_the_memory_of_the_evicted_is_bounded():
     """Of too many, those that went first are forgotten."""
-    memory = Readmissions(capacity=3)
+    memory = ReadmissionTracker(capacity=3)
     memory.note_evicted(ids(5))
     memory.note_evicted(ids(1, 7))
     memory.note_evicted(ids(9))

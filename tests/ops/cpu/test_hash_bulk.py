@@ -61,7 +61,7 @@ def _table(known):
 
 
 def _look_up(table, ids):
-    segments = table.segments(ids, insert=True)
+    segments = table.storage.segments(ids, insert=True)
     segments[0, SEGMENT_FLAGS] |= HAS_PADDING
     segments[0, SEGMENT_PADDING] = PADDING_ID
     return hash_index.find_or_insert(segments, ids.numel(), [table], [0], CPU)
@@ -142,7 +142,7 @@ def test_an_index_that_is_large_enough(kind, dealt):
     for name in ("reference", "cpu"):
         with ops_backend.use(name):
             table = _table(torch.arange(1000))
-            table.reserve_ids(30_000)
+            table.storage.reserve_ids(30_000)
             capacity = table.capacity
             found = _look_up(table, ids)
             assert table.capacity == capacity
@@ -169,7 +169,7 @@ def test_old_entries_move_to_the_larger_index(special, dealt):
     assert rows.tolist() == list(range(count, count + len(ids)))
     assert torch.equal(table.ids()[: len(known)], known)
     assert len(table) == count + len(ids)
-    found = hash_index.find(table.segments(known), len(known), CPU)
+    found = hash_index.find(table.storage.segments(known), len(known), CPU)
     assert found.tolist() == list(range(len(known)))
     assert table.ids()[count - 1] == (LOWEST if special else known[-1])
 

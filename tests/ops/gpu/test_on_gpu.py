@@ -75,7 +75,7 @@ def test_a_million_new_ids():
 def test_blocks_racing_for_one_slot():
     """Ids whose search starts at one slot form one long run of entries, and none is lost."""
     table = HashTable(1, device="cuda", name="t")
-    table.reserve_ids(1 << 15)
+    table.storage.reserve_ids(1 << 15)
     shift = 64 - (table.capacity.bit_length() - 1)
     candidates = torch.arange(1 << 24)
     mixed = candidates * (0x9E3779B97F4A7C15 - 2**64)
@@ -228,9 +228,9 @@ def test_out_of_memory_names_the_table_and_changes_nothing():
     table = filled(3, 1000, device="cuda")
     held = by_id_without_stamps(table)
     with pytest.raises(MemoryError, match=r"table 't', with 1000 rows in \d+ bytes, .* rows more"):
-        table.reserve_rows(1 << 44)
+        table.storage.reserve_rows(1 << 44)
     with pytest.raises(MemoryError, match=r"table 't', .* an index of \d+ entries"):
-        table.reserve_ids(1 << 44)
+        table.storage.reserve_ids(1 << 44)
     after = by_id_without_stamps(table)
     assert all(torch.equal(held[name], after[name]) for name in held)
     table.insert(torch.tensor([5000]), torch.ones(1, 3))
@@ -389,7 +389,7 @@ def test_admission_on_the_gpu(admission):
             module(torch.cat([batch, EXTREMES]).to(device))
         table = module.table
         ids = table.ids().cpu().sort().values
-        states.append({**table.sightings.state(), "ids": ids})
+        states.append({**table.storage.admission_counter.state(), "ids": ids})
         states[-1]["refused"] = table.statistics().refused
         assert states[-1]["refused"] > 0
     assert same(*states)

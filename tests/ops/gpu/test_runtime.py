@@ -142,17 +142,17 @@ def test_room_is_counted_anew_after_a_table_lost_it():
         table = HashTable(2)
         table.insert(torch.arange(1000), torch.ones(1000, 2))
         table.insert(torch.arange(3), torch.ones(3, 2))
-        assert table.sure_room() > 900
+        assert table.storage.guaranteed_free() > 900
         table.clear()
-        assert table.sure_room() < 64
+        assert table.storage.guaranteed_free() < 64
         table.insert(torch.arange(1000), torch.ones(1000, 2))
         table.delete(torch.arange(10, 1000))
         table.compact()
-        room = table.sure_room()
+        room = table.storage.guaranteed_free()
         assert 10 + room <= table.capacity * 0.5
         table.insert(torch.arange(100), torch.ones(100, 2))
         assert len(table) == 100
-        assert table.sure_room() >= 0
+        assert table.storage.guaranteed_free() >= 0
 
 
 @pytest.mark.parametrize("dims", [(4, 4), (4, 8)])
