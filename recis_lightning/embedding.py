@@ -119,7 +119,7 @@ class DynamicEmbeddingBag(nn.Module):
         device: Where the table lives.
         seed: With ``name`` and the id, what a new row's values depend on.
         name: For logs and checkpoints.
-        include_last_offset: Whether ``offsets`` ends with the number of ids.
+        include_last_offset: ``offsets`` ends with the number of ids.
 
     Example:
         >>> tags = DynamicEmbeddingBag(8, mode="sum", name="tags")

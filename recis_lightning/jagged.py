@@ -1,4 +1,4 @@
-"""Ragged features, and reading the layouts we accept."""
+"""Ragged features, and readers of the layouts that lookups accept."""
 
 from __future__ import annotations
 

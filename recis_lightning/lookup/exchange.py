@@ -191,16 +191,16 @@ def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
 
 
 class ShardExchange(NamedTuple):
-    """Rows of a lookup that came from their owners, and the way back for their gradients.
+    """Finished exchange: rows fetched from their owners; returns gradients to the owners.
 
     Attributes:
         layout: The group's features.
-        num_sent: How many ids went to each rank.
-        num_received: How many came from each rank.
-        owned: The ids that came.
+        num_sent: Number of ids sent to each rank.
+        num_received: Number of ids received from each rank.
+        owned: The ids received.
         rows: dtype [u, embedding_dim], the rows of this rank's deduplicated ids.
         header: A table's header by which kernels find ``rows``.
-        blocks: Where ``header`` points to.
+        blocks: The block addresses that ``header`` points to.
     """
 
     layout: FeatureLayout
@@ -277,8 +277,7 @@ def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
 def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     """Add up the gradients of each id into ``sums``, float32 [u, embedding_dim + 1] of zeros.
 
-    What the update does to a row of weights, it does here to a row of zeros: SGD with a learning
-    rate of -1 adds the reduced gradient.
+    The row update does it, on rows of zeros: SGD with a learning rate of -1 adds the gradient.
     """
     plan = plan.copy()
     sizes = plan[:, embedding_bag.NUM_IDS]

@@ -1,4 +1,4 @@
-"""Row sources: where a lookup gets rows from, and where their gradients go."""
+"""Row sources: they fetch the rows of a lookup, and return the gradients of rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class OutputGradients(NamedTuple):
 
 
 class FetchedRows(Protocol):
-    """Rows of one lookup, and the way back for their gradients."""
+    """Rows of one lookup; returns their gradients to where the rows came from."""
 
     @property
     def rows(self) -> Tensor:

@@ -41,7 +41,11 @@ class ShardedRows:
         self._layout = layout
         collectives.check_backend(layout.tables[0].name, layout.device)
         for table in layout.tables:
+<<<<<<< HEAD
             table.needs_reshard = True  # those of a time with another number of ranks
+=======
+            table.may_hold_foreign_rows = True  # from a run with another number of ranks
+>>>>>>> lookup
         self._deduplicator = Deduplicator(
             layout.training,
             layout.segment_tables,
@@ -73,7 +77,7 @@ class FetchedShardedRows(NamedTuple):
     Attributes:
         rows: int64 [n], the inverse of the deduplicated ids.
         layout: The group's features.
-        exchange: The way that the rows came.
+        exchange: The exchange that fetched the rows.
     """
 
     rows: Tensor

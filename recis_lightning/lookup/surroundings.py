@@ -1,7 +1,7 @@
-"""Surroundings of a sharded lookup: what runs it, if anything does.
+"""Surroundings of a sharded lookup: the loop that runs it, if it is not written by hand.
 
-The core knows no Trainer. What it must ask of one goes through the one object registered here,
-which ``recis_lightning.trainer_bridge`` provides.
+The core knows no Trainer. It asks the one object that is registered here, which
+``recis_lightning.trainer_bridge`` provides.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from recis_lightning.table.hash_table import HashTable
 
 
 class Runner(Protocol):
-    """Whatever runs the lookups of some tables."""
+    """Loop that runs the lookups of some tables."""
 
     def join_evaluation(self) -> None:
         """Keep ranks that finish an evaluation early serving the lookups of the others."""
 
 
 class Surroundings(Protocol):
-    """Finds what runs the lookups of tables."""
+    """Finds the loop that runs the lookups of tables."""
 
     def runner_of(self, tables: Sequence[HashTable]) -> Runner:
-        """Return what runs the lookups of ``tables``; asked once for each group of tables.
+        """Return the loop that runs the lookups of ``tables``; asked once for each group.
 
         Raises:
             RuntimeError: It cannot train sharded tables.
@@ -31,7 +31,7 @@ class Surroundings(Protocol):
 
 
 class NoRunner:
-    """Nothing of ours to ask: a loop written by hand."""
+    """Loop written by hand, of which nothing can be asked."""
 
     def join_evaluation(self) -> None:
         """Do nothing: such a loop calls ``finish_evaluation`` itself."""
@@ -47,7 +47,7 @@ def register(surroundings: Surroundings | None) -> None:
 
 
 def runner_of(tables: Sequence[HashTable]) -> Runner:
-    """Return what runs the lookups of ``tables``, as ``Surroundings`` says."""
+    """Return the loop that runs the lookups of ``tables``, as the registered object says."""
     return NoRunner() if _registered is None else _registered.runner_of(tables)
 
 

@@ -43,7 +43,7 @@ class TableUpdater:
         self._layout_version = -1  # of the tables' storage, for which the following is valid
         self._updates: list[FusedUpdate] = []  # of all tables
         self._given_away: set[HashTable] = set()
-        self._last_found: list[bool] = []  # which tables had gradients, when not all had
+        self._last_waiting: list[bool] = []  # which tables had gradients, when not all had
         self._last_updates: list[FusedUpdate] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,20 +92,20 @@ class TableUpdater:
             self._layout_version = layout_version()
             self._given_away = {table for table in tables if table.optimizer is not owner}
             self._updates = self._fuse([True] * len(tables))
-            self._last_found = []
+            self._last_waiting = []
         # A table's update is one of all its shards, also of those that got no gradient.
-        found = collectives.any_rank([bool(table.pending) for table in tables], tables[0].device)
-        if all(found) and not self._given_away:
+        waiting = collectives.any_rank([bool(table.pending) for table in tables], tables[0].device)
+        if all(waiting) and not self._given_away:
             return self._updates
-        if found == self._last_found:
+        if waiting == self._last_waiting:
             return self._last_updates
-        for table, has_gradient in zip(tables, found, strict=True):
+        for table, has_gradient in zip(tables, waiting, strict=True):
             if has_gradient and table in self._given_away:
                 raise RuntimeError(
                     f"table {table.name!r} was given to another optimizer since, "
                     f"{type(table.optimizer).__name__}; a table has one optimizer at a time"
                 )
-        self._last_found, self._last_updates = found, self._fuse(found)
+        self._last_waiting, self._last_updates = waiting, self._fuse(waiting)
         return self._last_updates
 
     def _fuse(self, is_used: Sequence[bool]) -> list[FusedUpdate]:

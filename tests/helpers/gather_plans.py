@@ -32,6 +32,7 @@ class Feature:
     def line(self):
         line = np.zeros(PLAN_SIZE, np.int64)
         for field, value in {
+<<<<<<< HEAD
             fields.PLAN_HEADER: self.table.storage.header.address,
             fields.PLAN_MODE: MODES[self.mode],
             fields.PLAN_NUM_BAGS: self.num_bags,
@@ -43,6 +44,19 @@ class Feature:
             fields.PLAN_DATA_STRIDE: self.buffer.stride(0) * self.buffer.element_size(),
             fields.PLAN_ROWS: self.rows.data_ptr(),
             fields.PLAN_NUM_IDS: self.rows.numel(),
+=======
+            embedding_bag.HEADER: self.table.storage.header.address,
+            embedding_bag.MODE: MODES[self.mode],
+            embedding_bag.NUM_BAGS: self.num_bags,
+            embedding_bag.BAG_LENGTH: self.length,
+            embedding_bag.OFFSETS: 0 if self.offsets is None else self.offsets.data_ptr(),
+            embedding_bag.WEIGHTS: 0 if self.weights is None else self.weights.data_ptr(),
+            embedding_bag.TILE_LEN: self.tile_len,
+            embedding_bag.DATA: self.buffer.data_ptr(),
+            embedding_bag.DATA_STRIDE: self.buffer.stride(0) * self.buffer.element_size(),
+            embedding_bag.ROWS: self.rows.data_ptr(),
+            embedding_bag.NUM_IDS: self.rows.numel(),
+>>>>>>> lookup
         }.items():
             line[field] = value
         return line

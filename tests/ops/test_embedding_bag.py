@@ -21,7 +21,11 @@ def _table(dim, dtype=torch.float32, num_rows=500, state=0):
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=f"{dim}")
     if state:
         table.storage.rows.relayout({"state": state}, 0.0)
+<<<<<<< HEAD
     insert_initial(table, torch.arange(num_rows))
+=======
+    table._insert(torch.arange(num_rows))
+>>>>>>> lookup
     return table
 
 
@@ -201,7 +205,11 @@ def test_rows_of_many_blocks(backend):
     """Rows far apart, in blocks that were allocated at different times, are found."""
     table = HashTable(64, initializer=Normal())
     for batch in torch.arange(6000).split(1000):
+<<<<<<< HEAD
         insert_initial(table, batch)
+=======
+        table._insert(batch)
+>>>>>>> lookup
     assert len(table.storage.rows.addresses) > 4
     rows = torch.tensor([0, 5999, 1023, 1024, 4095, 3000])
     copies = gather_rows(table.storage.header, rows, 64, torch.float32)

@@ -130,7 +130,11 @@ def test_whole_rows_and_no_others_are_written(backend, dim, dtype):
     _admit(Feature(table, torch.arange(100, 120)))
     table.storage.reserve_rows(3000)
     poisoned = table.storage.rows.capacity
+<<<<<<< HEAD
     for chunk in table.storage.rows._allocations:
+=======
+    for chunk in table.storage.rows._chunks:
+>>>>>>> lookup
         chunk.view(np.uint32).fill(0x7FC07FC0)  # NaN as float32, and both halves as bfloat16
     _admit(Feature(table, torch.arange(90, 2000)))
     weights, slots = table.storage.rows.read(torch.arange(20, table.storage.rows.num_rows))

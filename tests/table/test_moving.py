@@ -176,7 +176,11 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
         fields = table.storage.header.fields
         assert fields[layout.ROW_BYTES] % 16 == 0
         assert not (table.storage.rows.addresses % 16).any()
+<<<<<<< HEAD
     assert HashTable(3).storage.rows.row_words == 3
+=======
+    assert HashTable(3).rows.row_words == 3
+>>>>>>> lookup
 
 
 @pytest.mark.parametrize(
