@@ -11,7 +11,7 @@ NAN = float("nan")
 
 
 class Feature:
-    """One line of a plan, and the tensors that it points to."""
+    """Feature of a plan: its line, and the tensors that the line points to."""
 
     def __init__(
         self, table, rows, mode="sum", length=-1, offsets=None, weights=None, tile_len=0, gap=0
@@ -26,7 +26,7 @@ class Feature:
         else:
             self.num_bags = count // length
         self.width = table.embedding_dim * (tile_len if mode == "tile" else 1)
-        # Outputs start as NaN: what a kernel forgets shows. The columns of the gap stay NaN.
+        # Outputs start as NaN, which stays where a kernel writes nothing, as in the gap's columns.
         self.buffer = torch.full((self.num_bags, self.width + gap), NAN, dtype=table.dtype)
 
     def line(self):

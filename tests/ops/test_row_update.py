@@ -64,7 +64,7 @@ def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
 
 
 def _gradients(features, hyper=HYPER):
-    """Sort the gradients of features; returns also what must live as long as they do."""
+    """Sort the gradients of features; return also the objects that they point to."""
     tables = list(dict.fromkeys(feature.table for feature in features))
     values = np.ones((len(tables), HYPER_SIZE), np.float32)
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
@@ -180,7 +180,7 @@ def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
 
 @pytest.mark.parametrize("dim", [1, 7, 16])
 def test_gradients_are_those_of_autograd(backend, dim):
-    """What reaches a row is the gradient that torch computes, for every mode and layout."""
+    """A row's gradient is the one that torch computes, for every mode and layout."""
     table = _table(dim)
     generator = torch.Generator().manual_seed(dim)
     features = [f.fill_gradient(generator) for f in mixed_features(table, generator, 20)]

@@ -173,7 +173,7 @@ def test_lanes_load_four_words_only_where_all_of_them_can(addresses, strides, ro
     """One output, or gradient, that lies askew is enough: a GPU refuses to load there."""
     plan = np.zeros((2, embedding_bag.PLAN_SIZE), np.int64)
     plan[:, embedding_bag.DATA], plan[:, embedding_bag.DATA_STRIDE] = addresses, strides
-    assert embedding_bag_gpu.lies_aligned(plan, row_bytes) == aligned
+    assert embedding_bag_gpu.is_aligned(plan, row_bytes) == aligned
 
 
 @pytest.mark.interpreted

@@ -32,16 +32,7 @@ from recis_lightning.ops.gpu.layout import (
     SKETCH,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.probe import (
-    LANES,
-    VARIANT,
-    claim_slot,
-    find_entry,
-    ids_at,
-    is_missing,
-    own_ids,
-    staged_segments,
-)
+from recis_lightning.ops.gpu.probe import claim_slot, find_entry
 from recis_lightning.ops.gpu.row_init import mix
 from recis_lightning.ops.gpu.runtime import (
     any_of,
@@ -51,6 +42,14 @@ from recis_lightning.ops.gpu.runtime import (
     kernel,
     num_programs_at_once,
     sum_over,
+)
+from recis_lightning.ops.gpu.segments import (
+    LANES,
+    VARIANT,
+    ids_at,
+    is_missing,
+    own_ids,
+    staged_segments,
 )
 
 _SECOND_HASH = tl.constexpr(0x9E3779B97F4A7C15)

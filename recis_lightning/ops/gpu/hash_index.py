@@ -27,17 +27,16 @@ from recis_lightning.ops.gpu.layout import (
     SEGMENT_STEP,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.probe import (
+from recis_lightning.ops.gpu.probe import claim_slot, row_of
+from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, sum_over
+from recis_lightning.ops.gpu.segments import (
     LANES,
     VARIANT,
     StagedSegments,
-    claim_slot,
     ids_at,
     own_ids,
-    row_of,
     stage_lookup,
 )
-from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, sum_over
 
 
 @kernel(

@@ -10,8 +10,8 @@ from recis_lightning.ops.gpu.layout import (
     STAMP,
     TIME,
 )
-from recis_lightning.ops.gpu.probe import LANES, VARIANT, own_ids, staged_segments
 from recis_lightning.ops.gpu.runtime import field, int64_at, kernel
+from recis_lightning.ops.gpu.segments import LANES, VARIANT, own_ids, staged_segments
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})

@@ -64,7 +64,7 @@ def _checked(segments: Segments, num_ids: int, misses: Tensor) -> Iterator[tuple
     for segment in segments_of(segments, num_ids):
         end = segment.start + segment.ids.numel()
         positions = misses[(misses >= segment.start) & (misses < end)]
-        if segment.screens and positions.numel():
+        if segment.has_check and positions.numel():
             yield segment, positions
 
 

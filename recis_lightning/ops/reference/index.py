@@ -94,8 +94,8 @@ class Segment(NamedTuple):
     ids: Tensor
     header: Tensor
     inserts: bool
-    screens: bool
-    stamps: bool
+    has_check: bool
+    touches: bool
     padding: int | None
 
 
