@@ -7,14 +7,14 @@ from recis_lightning import HashTable
 from recis_lightning.admission import BloomCount, MinCount, Probability
 from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import hash_index
-from recis_lightning.ops.layout import SCREEN, SEGMENT_FLAGS
+from recis_lightning.ops.layout import CHECK_ADMISSION, SEGMENT_FLAGS
 from tests.helpers.sample_tables import EXTREMES, same
 
 
 def look_up(table, ids, occurrences):
     """Look ids up in training, each with a number of occurrences; return their rows."""
     segments = table.segments(ids, insert=True)
-    segments[0, SEGMENT_FLAGS] |= SCREEN
+    segments[0, SEGMENT_FLAGS] |= CHECK_ADMISSION
     rows, _ = hash_index.find_or_insert(
         segments, ids.numel(), [table], [0], table.device, occurrences=occurrences
     )
