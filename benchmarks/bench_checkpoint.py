@@ -76,11 +76,7 @@ def fill(num_ids: int) -> Model:
     table = model.table
     for part in ids.split(1 << 18):
         segments = table.storage.segments(part, insert=True)
-<<<<<<< HEAD
         rows, _ = hash_index.find_or_insert(segments, len(part), [table.storage], [0], table.device)
-=======
-        rows, _ = hash_index.find_or_insert(segments, len(part), [table], [0], table.device)
->>>>>>> lookup
         slots = {name: torch.rand(part.numel(), DIM) for name in ("exp_avg", "exp_avg_sq")}
         table.storage.rows.write(rows, torch.randn(part.numel(), DIM), slots)
     return model

@@ -1,8 +1,8 @@
-"""Tables on a GPU, in the shape that NVIDIA publishes for dynamicemb; times by CUDA events.
+"""Training step and lookup of tables on a GPU, in the shape that NVIDIA publishes for dynamicemb.
 
 10 tables of 1,677,721 rows, dim 128, float32; 1,048,570 lookups a step in all, ids by a power law
 of exponent 1.05 (about 350,000 distinct a step), no pooling. Then find and gather alone: 128M keys,
-dim 8, index half full. Without a GPU there is nothing to time, and it says so.
+dim 8, index half full. Times are from CUDA events. Without a GPU it prints that and ends.
 
 Measures: ``recis_lightning.ops.gpu``, ``recis_lightning.engine``, ``recis_lightning.optim``.
 
@@ -39,7 +39,7 @@ NUM_TABLES, NUM_ROWS, DIM, LOOKUPS, EXPONENT = 10, 1_677_721, 128, 104_857, 1.05
 NUM_BATCHES = 4
 CALLS = 10  # between two events
 NUM_KEYS, KEY_DIM, KEYS_ASKED = 1 << 27, 8, 1 << 24
-# Milliseconds: what the issue asks for on an H100, and what NVIDIA publishes for dynamicemb there.
+# Milliseconds on an H100: our target, and NVIDIA's figure for dynamicemb.
 WANTED = {"Adam": (1.20, 2.19), "SGD": (0.90, 1.92), "eval": (0.40, 0.64)}
 OPTIMIZERS: dict[str, type[SparseOptimizer]] = {"Adam": SparseAdam, "SGD": SparseSGD}
 
@@ -57,7 +57,7 @@ def batches(num_tables: int, num_rows: int, lookups: int, device: torch.device) 
 def filled_engine(
     num_tables: int, num_rows: int, dim: int, device: torch.device
 ) -> EmbeddingEngine:
-    """Return an engine whose tables know all ids."""
+    """Return an engine whose tables hold all ids."""
     options = {f"f{number}": EmbeddingOption(dim, device=device) for number in range(num_tables)}
     engine = EmbeddingEngine(options)
     for table in hash_tables(engine):
@@ -99,8 +99,8 @@ def check(device: torch.device, num_rows: int = 500, lookups: int = 400) -> None
 def event_ms(timed: Callable[[], object], rounds: int, warmup: int = 2) -> float:
     """Return the median milliseconds of ``timed``, between CUDA events around 10 calls of it.
 
-    Nobody waits between the calls, as nobody does in training: what counts is whichever takes
-    longer, the device's work or the host's.
+    As in training, the host does not wait between the calls: the time is the device's or the
+    host's, whichever is longer.
     """
     times = []
     for number in range(-warmup, -(-rounds // CALLS)):
@@ -146,7 +146,7 @@ def time_steps(device: torch.device, rounds: int, scale: int) -> dict[str, float
 
 
 def keys_per_second(device: torch.device, rounds: int, scale: int) -> float:
-    """Return how many keys of a half full index are found, and their rows gathered, a second."""
+    """Return keys per second, found in a half full index and their rows gathered."""
     num_keys, asked = NUM_KEYS // scale, KEYS_ASKED // scale
     keys = DynamicEmbedding(KEY_DIM, device=device, name="keys").eval()
     keys.table.storage.reserve_ids(num_keys)
@@ -158,7 +158,7 @@ def keys_per_second(device: torch.device, rounds: int, scale: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, time, print and append; 1 if a time is over what was asked for."""
+    """Check, time, print and append; return 1 if a time is over its target."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=50)
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         if figures.get(f"{name} step", figures.get(name, 0.0)) > bound
     ]
     if scale == 1 and over:
-        print(f"over what was asked for: {over}")
+        print(f"over target: {over}")
         return 1
     return 0
 

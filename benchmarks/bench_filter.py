@@ -56,13 +56,9 @@ class Ageing:
     def touch(self, ids: Tensor) -> None:
         """Look ids up as training does: unknown ones get a row, all are stamped."""
         segments = self.table.storage.segments(ids, insert=True)
-<<<<<<< HEAD
         rows, new = hash_index.find_or_insert(
             segments, len(ids), [self.table.storage], [0], ids.device
         )
-=======
-        rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], ids.device)
->>>>>>> lookup
         if new is not None:
             row_init.init_rows_(rows, new, segments, DIM, False)
 

@@ -138,13 +138,9 @@ class Ours:
 
     def insert(self, ids: Tensor) -> Tensor:
         segments = self.table.storage.segments(ids, insert=True)
-<<<<<<< HEAD
         rows, new = hash_index.find_or_insert(
             segments, len(ids), [self.table.storage], [0], ids.device
         )
-=======
-        rows, new = hash_index.find_or_insert(segments, len(ids), [self.table], [0], ids.device)
->>>>>>> lookup
         if self.rows and new is not None:
             row_init.init_rows_(rows, new, segments, DIM, False)
         return rows

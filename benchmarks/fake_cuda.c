@@ -1,4 +1,4 @@
-// A CUDA driver without a GPU: it does nothing, and notes what it is asked to launch.
+// CUDA driver without a GPU: it does nothing, and records what it is asked to launch.
 
 #include <stddef.h>
 #include <stdint.h>

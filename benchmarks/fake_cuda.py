@@ -1,10 +1,10 @@
-"""Triton's own launcher over a driver that launches nothing: what it is given can be looked at.
+"""CUDA driver that launches nothing, to compare and time launches without a GPU.
 
-    python -m benchmarks.fake_cuda DIRECTORY    # prints what was launched, a line of JSON a launch
+    python -m benchmarks.fake_cuda DIRECTORY    # prints launches, a line of JSON a kernel
     python -m benchmarks.fake_cuda DIRECTORY time
 
-The driver is built in DIRECTORY, where Triton keeps what it compiles, too. Kernels are compiled for
-sm_90. The second form times a launch as Triton makes it, and as ``launch_gpu`` does.
+The driver, and the kernels that Triton compiles for sm_90, are written to DIRECTORY. The second
+form also times a launch by Triton's own launcher and by ``ops.gpu.runtime``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STREAM = 7
 
 
 def build(directory: Path) -> ctypes.CDLL:
-    """Build the driver and load it, under the name by which Triton looks for CUDA's."""
+    """Build the driver and load it under the name of CUDA's."""
     path = directory / "libcuda.so.1"
     flags = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["cc", *flags, "-o", path, SOURCE], check=True)
@@ -36,7 +36,7 @@ def build(directory: Path) -> ctypes.CDLL:
 
 
 def activate() -> None:
-    """Make Triton believe that there is an H100."""
+    """Make Triton use the driver as that of an H100."""
     import triton
     from triton.backends.nvidia import driver as nvidia
 
@@ -49,17 +49,15 @@ def activate() -> None:
 
 
 def launches() -> list[tuple[object, tuple[int, ...], dict[str, object]]]:
-    """Return kernels of ours, few and many arguments: (kernel, numbers, constants)."""
-    from recis_lightning.ops.gpu import gradient_sort as gradient_sort_gpu
-    from recis_lightning.ops.gpu import hash_index as hash_index_gpu
-    from recis_lightning.ops.gpu import row_io as row_columns_gpu
+    """Return launches with few and many arguments: (kernel, numbers, constants)."""
+    from recis_lightning.ops.gpu import gradient_sort, hash_index, row_io
 
     big = [2**62 + 1, -(2**63), 2**31, 0, 1, 16, -1, 2**40]
     kernels = (
-        hash_index_gpu._clear_kernel,
-        gradient_sort_gpu._count_pieces_kernel,
-        gradient_sort_gpu._key_kernel,
-        row_columns_gpu._copy_kernel,
+        hash_index._clear_kernel,
+        gradient_sort._count_pieces_kernel,
+        gradient_sort._key_kernel,
+        row_io._copy_kernel,
     )
     return [
         (kernel, tuple(big[: len(kernel.numbers)]), constants)
@@ -74,26 +72,26 @@ def _seen(cuda: ctypes.CDLL, num_args: int) -> dict[str, object]:
     return {**values, "args": list((ctypes.c_int64 * 64).in_dll(cuda, "args"))[:num_args]}
 
 
-def _heard(call: Callable[[], object]) -> list[str]:
-    """Return the kernels whose launch a profiler's hook is told of."""
+def _hooked(call: Callable[[], object]) -> list[str]:
+    """Return the names of kernels for whose launch a profiler's hook is called."""
     import triton
 
-    heard: list[str] = []
+    names: list[str] = []
 
     def hook(metadata: Any) -> None:
-        heard.append(metadata.get()["name"])
+        names.append(metadata.get()["name"])
 
     triton.knobs.runtime.launch_enter_hook.add(hook)
     call()
     triton.knobs.runtime.launch_enter_hook.remove(hook)
-    return heard
+    return names
 
 
 def compare(cuda: ctypes.CDLL, kernel: Any, numbers: Any, constants: Any, times: bool) -> Any:
-    """Launch a kernel by Triton, then by ours, twice; also with the constants turned around."""
+    """Launch a kernel by Triton, then twice by ours, with constants in both orders."""
     import torch
 
-    device, turned = torch.device("cpu"), dict(reversed(constants.items()))
+    device, reordered = torch.device("cpu"), dict(reversed(constants.items()))
     ctypes.c_int64.in_dll(cuda, "num_args").value = len(numbers)
 
     def ours(constants: dict[str, object]) -> Callable[[], object]:
@@ -103,14 +101,14 @@ def compare(cuda: ctypes.CDLL, kernel: Any, numbers: Any, constants: Any, times:
         "triton": lambda: kernel.jit[(3,)](*numbers, **constants, **kernel.options),
         "first": ours(constants),
         "again": ours(constants),
-        "turned": ours(turned),
-        "turned again": ours(turned),
+        "reordered": ours(reordered),
+        "reordered again": ours(reordered),
     }
     line = {"kernel": kernel.name, "constants": constants, "numbers": numbers}
     for name, call in calls.items():
         call()
         line[name] = _seen(cuda, len(numbers))
-    line["heard"] = _heard(calls["again"])
+    line["hooked"] = _hooked(calls["again"])
     if times:
         line["us"] = {
             name: min(timeit.repeat(calls[name], number=1000, repeat=5)) * 1e3

@@ -1,11 +1,10 @@
-"""What a step of tables on a GPU costs the host, measured without a GPU.
+"""Host overhead of a step of tables on a GPU, measured without a GPU.
 
 The shape is that of ``bench_cuda_step``, with few ids: ten tables of dim 128. Tables are kept as
 beside a GPU, over the CPU's memory, and kernels are launched by Triton, compiled for an H100, on a
-driver that does nothing (``fake_cuda``). So it is the Python of Lightning's, torch's and our code,
-torch's own operators as the CPU runs them, and Triton's launcher. What it cannot show: CUDA's
-driver, torch's operators on a GPU (the sort of gradients first of all), its allocator, and four
-copies a step from pinned memory.
+driver that does nothing (``fake_cuda``). So the time is that of torch's and our Python, torch's
+operators on the CPU, and Triton's launcher. Not covered are CUDA's driver, torch's operators on a
+GPU (the sort of gradients first of all), its allocator, and four copies a step from pinned memory.
 
     python -m benchmarks.gpu_host            # with Triton's launcher
     python -m benchmarks.gpu_host --stubbed  # without: launches do nothing at all
@@ -39,7 +38,7 @@ def _times_us(timed: Callable[[], object], steps: int) -> str:
 
 
 def measure(stubbed: bool, steps: int) -> None:
-    """Print the host's microseconds of a training step and of an evaluation lookup."""
+    """Print the host's microseconds for a training step and for an evaluation lookup."""
     import torch
 
     from benchmarks import bench_cuda_step as shape
@@ -74,7 +73,7 @@ def measure(stubbed: bool, steps: int) -> None:
 
 
 def main() -> int:
-    """Measure in this process, whose Triton then knows the driver that does nothing."""
+    """Measure in this process, whose Triton then uses the driver that does nothing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stubbed", action="store_true")
     parser.add_argument("--steps", type=int, default=600)

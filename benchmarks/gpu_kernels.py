@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and say what each one takes.
+"""Ahead-of-time compilation of every Triton kernel, without a GPU, with the resources of each.
 
     python -m benchmarks.gpu_kernels            # all targets, one line a kernel
     python -m benchmarks.gpu_kernels sm_90
@@ -46,9 +46,9 @@ def load_kernels() -> list[Any]:
     return runtime.KERNELS
 
 
-def compile_kernel(number: int, variant: int, target: str) -> dict[str, Any]:
-    """Compile one kernel; say what it takes."""
-    kernel = load_kernels()[number]
+def compile_kernel(index: int, variant: int, target: str) -> dict[str, Any]:
+    """Compile one kernel; return its resources."""
+    kernel = load_kernels()[index]
     constants = kernel.variants[variant]
     types = dict.fromkeys(kernel.numbers, "i64") | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.jit.arg_names}
@@ -66,17 +66,17 @@ def _resources(compiled: Any) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sizes = {key: int(re.findall(rf"{key}:(\d+)", said)[-1]) for key in ("REG", "STACK", "LOCAL")}
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sizes = {key: int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL")}
     return {"registers": sizes["REG"], "spilled_bytes": sizes["STACK"] + sizes["LOCAL"]}
 
 
 def jobs(targets: list[str]) -> list[tuple[int, int, str]]:
-    """List what is to be compiled: (kernel, variant, target)."""
+    """Return all compilations: (index of the kernel, index of its variant, target)."""
     return [
-        (number, variant, target)
+        (index, variant, target)
         for target in targets
-        for number, kernel in enumerate(load_kernels())
+        for index, kernel in enumerate(load_kernels())
         for variant in range(len(kernel.variants) if target == IN_FULL else 1)
     ]
 

@@ -10,11 +10,8 @@ import torch
 from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.ops import backend as ops_backend
-from recis_lightning.ops import hash_index
-from recis_lightning.ops.layout import SCREEN, SEGMENT_FLAGS
 from recis_lightning.optim import SparseSGD
-from tests.helpers.sample_tables import EXTREMES, HIGH, LOW, same
+from tests.helpers.sample_tables import EXTREMES, HIGH, LOW
 
 
 def ids(*numbers):
@@ -164,21 +161,6 @@ def test_min_count_agrees_with_a_counter(backend, per):
         assert set(engine.tables["free"].ids().tolist()) == free
 
 
-def test_positions_may_stand_for_several_occurrences(backend):
-    """Deduplicated ids from other ranks count all their occurrences; per batch they count once."""
-    for per, expected in (("occurrence", [7]), ("batch", [])):
-        module = table_of(MinCount(3, per=per))
-        table, asked = module.table, ids(5, 7, 8)
-        lines = table.storage.segments(asked, insert=True)
-        lines[0, SEGMENT_FLAGS] |= SCREEN
-        rows, _ = hash_index.find_or_insert(
-            lines, 3, [table.storage], [0], table.device, occurrences=ids(2, 3, 1)
-        )
-        assert known(module) == expected
-        assert (rows >= 0).tolist() == [False, bool(expected), False]
-        assert table.statistics().refused == 3 + (0 if expected else 3)
-
-
 def test_a_huge_count_is_not_an_overflow(backend):
     """Counts are clamped at k."""
     module = table_of(MinCount(2**31 - 1))
@@ -214,32 +196,6 @@ def test_probabilities_of_zero_and_one(backend):
     assert known(never) == []
     assert known(always) == sorted(EXTREMES.tolist())
     assert never.table.statistics().refused == 9
-
-
-@pytest.mark.parametrize(
-    "admission", [MinCount(3), MinCount(2, per="batch"), BloomCount(3, 201, 3), Probability(0.5)]
-)
-def test_backends_agree_with_the_reference(kernels, admission):
-    """Rows, rejections and counters agree, with colliding counters and ids of other ranks."""
-    states = []
-    for name in ("reference", kernels):
-        with ops_backend.use(name):
-            generator = torch.Generator().manual_seed(3)
-            table = table_of(admission).table
-            for _ in range(3):
-                asked = torch.cat([EXTREMES, torch.randint(0, 40, (60,), generator=generator)])
-                weights = torch.randint(1, 4, asked.shape, generator=generator)
-                lines = table.storage.segments(asked, insert=True)
-                lines[0, SEGMENT_FLAGS] |= SCREEN
-                hash_index.find_or_insert(
-                    lines, asked.numel(), [table.storage], [0], table.device, occurrences=weights
-                )
-            memory = table.storage.admission_counter.state()
-            states.append({**memory, "ids": table.ids(), "refused": table.statistics().refused})
-    wanted, ours = states
-    assert wanted["refused"] > 0
-    assert len(wanted["ids"])
-    assert same(ours, wanted)
 
 
 def test_bloom_count_never_counts_too_low(backend):

@@ -41,11 +41,7 @@ class ShardedRows:
         self._layout = layout
         collectives.check_backend(layout.tables[0].name, layout.device)
         for table in layout.tables:
-<<<<<<< HEAD
-            table.needs_reshard = True  # those of a time with another number of ranks
-=======
-            table.may_hold_foreign_rows = True  # from a run with another number of ranks
->>>>>>> lookup
+            table.needs_reshard = True  # from a run with another number of ranks
         self._deduplicator = Deduplicator(
             layout.training,
             layout.segment_tables,

@@ -30,7 +30,13 @@ from torch import Tensor
 from recis_lightning.ops import backend
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
-from recis_lightning.ops.layout import MISSING, SCREEN, SEGMENT_FLAGS, SEGMENT_START, UNKNOWN
+from recis_lightning.ops.layout import (
+    CHECK_ADMISSION,
+    MISSING,
+    SEGMENT_FLAGS,
+    SEGMENT_START,
+    UNKNOWN,
+)
 from recis_lightning.ops.table_memory import TableMemory
 
 # Aliases until all rooms name the fields of ops.layout.
@@ -74,11 +80,11 @@ def begin_check(
 
     Returns:
         None if no table's policy checks ids. Else a function of misses (int64 [m], ascending
-        positions) and rows (int64 [n]): it marks refused positions in ``rows`` as UNKNOWN and
+        positions) and rows (int64 [n]): it marks rejected positions in ``rows`` as UNKNOWN and
         returns the other misses. Where the host does not wait for the device, misses are None,
         which stands for the positions that are MISSING in ``rows``, and so is the result.
     """
-    checked = np.flatnonzero(segments[:, SEGMENT_FLAGS] & SCREEN).tolist()
+    checked = np.flatnonzero(segments[:, SEGMENT_FLAGS] & CHECK_ADMISSION).tolist()
     if not checked:
         return None
     numbers = dict.fromkeys(segment_tables[segment] for segment in checked)

@@ -23,17 +23,17 @@ from recis_lightning.ops import admission, backend, row_access
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     CAPACITY,
+    CHECK_ADMISSION,
     EMPTY,
     ENTRIES,
     NO_ROW,
     NUM_IDS,
     PADDING,
-    SCREEN,
     SEGMENT_FLAGS,
     SEGMENT_IDS,
     SEGMENT_START,
     SHIFT,
-    STAMP,
+    TOUCH,
 )
 from recis_lightning.ops.table_memory import TableMemory
 
@@ -139,9 +139,9 @@ def find_or_insert(
     """Return the rows of ids, insert unknown ones, and write last-seen steps.
 
     Only segments with the INSERT flag insert, and all segments of one table have the same flags:
-    the table's policy decides. Segments with the SCREEN flag insert the ids that the table's policy
-    admits (``ops.admission``). Tables with a column LAST_SEEN write their step to it; segments with
-    the STAMP flag keep further access metadata (``ops.row_access``).
+    the table's policy decides. Segments with the CHECK_ADMISSION flag insert only the ids that the
+    policy admits (``ops.admission``). Tables with a column LAST_SEEN write their step to it;
+    segments with the TOUCH flag keep further access metadata (``ops.row_access``).
 
     Rows are assigned in the order in which ids first appear, freed rows first, so the result does
     not depend on the number of threads. Rows of new ids are not initialised here.
@@ -166,7 +166,7 @@ def find_or_insert(
     with backend.region("recis::find_or_insert"):
         module = backend.module("hash_index", device)
         check = None
-        has_policies = segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN
+        has_policies = segments[:, SEGMENT_FLAGS].max(initial=0) >= CHECK_ADMISSION
         if has_policies:
             check = admission.begin_check(
                 segments, num_ids, tables, segment_tables, device, occurrences
@@ -190,7 +190,7 @@ def note_known(
         tables: The group's tables.
         segment_tables: For each segment, the index of its table in ``tables``.
     """
-    if segments[:, SEGMENT_FLAGS].max(initial=0) >= SCREEN:
+    if segments[:, SEGMENT_FLAGS].max(initial=0) >= CHECK_ADMISSION:
         admission.begin_check(segments, rows.numel(), tables, segment_tables, rows.device, None)
         _touch(segments, rows, tables, segment_tables, None)
 
@@ -202,7 +202,7 @@ def _touch(
     segment_tables: Sequence[int],
     occurrences: Tensor | None,
 ) -> None:
-    touching = np.flatnonzero(segments[:, SEGMENT_FLAGS] & STAMP).tolist()
+    touching = np.flatnonzero(segments[:, SEGMENT_FLAGS] & TOUCH).tolist()
     if not touching:
         return
     for i in {segment_tables[segment] for segment in touching}:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops.async_copy import copy_async_
-from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW, NUM_FREE, NUM_IDS, NUM_REFUSED
+from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW, NUM_FREE, NUM_IDS, NUM_REJECTED
 
-_COUNTS = slice(NUM_IDS, NUM_REFUSED + 1)
-assert {NEXT_ROW, NUM_FREE} == set(range(NUM_IDS + 1, NUM_REFUSED))
+_COUNTS = slice(NUM_IDS, NUM_REJECTED + 1)
+assert {NEXT_ROW, NUM_FREE} == set(range(NUM_IDS + 1, NUM_REJECTED))
 
 
 class Header:

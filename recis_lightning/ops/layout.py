@@ -17,7 +17,7 @@ NUM_IDS = 3
 # Rows.
 NEXT_ROW = 4  # first row that was never used
 NUM_FREE = 5
-NUM_REFUSED = 6  # occurrences in training lookups that were not admitted
+NUM_REJECTED = 6  # occurrences in training lookups that were not admitted
 FREE_ROWS = 21  # address of int64 [n], a stack of freed rows
 BLOCKS = 7  # address of int64 [num_blocks], the addresses of the blocks
 BLOCK_SHIFT = 8  # log2(rows in a block)
@@ -34,7 +34,7 @@ NUM_STATE = 18  # float32 words of state in a row
 STATE_FILL = 19  # float64 bit pattern: their initial value
 NUM_UPDATES = 20  # optimizer steps that had a gradient for the table
 # Admission.
-SIGHTINGS = 22  # address of the admission counter's header
+ADMISSION_COUNTER = 22  # address of the admission counter's header
 # More policy columns, as LAST_SEEN.
 COUNTS = 23  # address of int64 [rows], occurrences in training lookups
 LAST_TIME = 24  # address of int64 [rows], time of the last one in microseconds
@@ -62,8 +62,8 @@ SEGMENT_IDS = 4  # address of its ids less 8 * start: the id at position p lies 
 
 HAS_PADDING = 1  # flag: the feature has a padding_idx
 INSERT = 2  # flag: unknown ids of the feature get a row
-SCREEN = 4  # flag: only if the table's admission policy admits them
-STAMP = 8  # flag: training lookups write COUNTS or LAST_TIME of their rows
+CHECK_ADMISSION = 4  # flag: only if the table's admission policy admits them
+TOUCH = 8  # flag: training lookups write COUNTS or LAST_TIME of their rows
 
 # Plan of a lookup or an update: one line a feature, int64 [num_features, PLAN_SIZE].
 PLAN_SIZE = 16
@@ -129,3 +129,9 @@ SPAN_TABLE = 2  # index of their table
 
 # Distributions of initial rows: INIT_KIND.
 INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL, INIT_TRUNCATED_NORMAL = range(4)
+
+# Aliases until all rooms have the names above.
+SIGHTINGS = ADMISSION_COUNTER
+NUM_REFUSED = NUM_REJECTED
+STAMP = TOUCH
+SCREEN = CHECK_ADMISSION

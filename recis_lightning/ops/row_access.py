@@ -1,6 +1,6 @@
 """Access metadata of rows, use counts and times of last use: the contract.
 
-Only segments with the STAMP flag keep them, whose tables have a column COUNTS or LAST_TIME. The
+Only segments with the TOUCH flag keep them, whose tables have a column COUNTS or LAST_TIME. The
 index writes ``last_seen`` itself, in the pass that finds rows.
 """
 

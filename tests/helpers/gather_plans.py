@@ -11,7 +11,7 @@ NAN = float("nan")
 
 
 class Feature:
-    """One line of a plan, and the tensors that it points to."""
+    """Feature of a plan: its line, and the tensors that the line points to."""
 
     def __init__(
         self, table, rows, mode="sum", length=-1, offsets=None, weights=None, tile_len=0, gap=0
@@ -26,13 +26,12 @@ class Feature:
         else:
             self.num_bags = count // length
         self.width = table.embedding_dim * (tile_len if mode == "tile" else 1)
-        # Outputs start as NaN: what a kernel forgets shows. The columns of the gap stay NaN.
+        # Outputs start as NaN, which stays where a kernel writes nothing, as in the gap's columns.
         self.buffer = torch.full((self.num_bags, self.width + gap), NAN, dtype=table.dtype)
 
     def line(self):
         line = np.zeros(PLAN_SIZE, np.int64)
         for field, value in {
-<<<<<<< HEAD
             fields.PLAN_HEADER: self.table.storage.header.address,
             fields.PLAN_MODE: MODES[self.mode],
             fields.PLAN_NUM_BAGS: self.num_bags,
@@ -44,19 +43,6 @@ class Feature:
             fields.PLAN_DATA_STRIDE: self.buffer.stride(0) * self.buffer.element_size(),
             fields.PLAN_ROWS: self.rows.data_ptr(),
             fields.PLAN_NUM_IDS: self.rows.numel(),
-=======
-            embedding_bag.HEADER: self.table.storage.header.address,
-            embedding_bag.MODE: MODES[self.mode],
-            embedding_bag.NUM_BAGS: self.num_bags,
-            embedding_bag.BAG_LENGTH: self.length,
-            embedding_bag.OFFSETS: 0 if self.offsets is None else self.offsets.data_ptr(),
-            embedding_bag.WEIGHTS: 0 if self.weights is None else self.weights.data_ptr(),
-            embedding_bag.TILE_LEN: self.tile_len,
-            embedding_bag.DATA: self.buffer.data_ptr(),
-            embedding_bag.DATA_STRIDE: self.buffer.stride(0) * self.buffer.element_size(),
-            embedding_bag.ROWS: self.rows.data_ptr(),
-            embedding_bag.NUM_IDS: self.rows.numel(),
->>>>>>> lookup
         }.items():
             line[field] = value
         return line

@@ -1,4 +1,4 @@
-"""Catch a host that would wait for a GPU, on a machine that has none."""
+"""Detection of host syncs, on a machine without a GPU."""
 
 import sys
 from contextlib import ExitStack
@@ -67,10 +67,10 @@ class _NoOps(TorchDispatchMode):
 
 
 def no_waiting():
-    """Return a context in which whatever would make the host wait for a GPU raises ``Waited``.
+    """Return a context in which anything that would make the host wait for a GPU raises ``Waited``.
 
-    It runs over the CPU's memory, so a copy from pageable memory looks like any other: those are
-    left to ``torch.cuda.set_sync_debug_mode`` in the tests that need a GPU.
+    It runs over the CPU's memory, where a copy from pageable memory looks like any other: only
+    ``torch.cuda.set_sync_debug_mode``, in the tests that need a GPU, detects those.
     """
     stack = ExitStack()
     stack.enter_context(_NoOps())

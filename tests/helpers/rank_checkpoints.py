@@ -74,11 +74,7 @@ def held(made):
     for table in made:
         ids, rows = table.ids_map()
         weights, slots = table.storage.rows.read(rows)
-<<<<<<< HEAD
         fields = table_state.saved_fields(table, rows)
-=======
-        fields = table.saved_fields(rows)
->>>>>>> lookup
         state = {"ids": ids, "weights": weights.float(), **slots}
         state |= {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}
         order = {True: ids.argsort()}

@@ -17,15 +17,11 @@ TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (2**-7, 1e-6)}
 
 
 def _table(dim, dtype=torch.float32, num_rows=500, state=0):
-    """Return a table whose row r holds the r-th id, so that rows can be named without an index."""
+    """Return a table whose row r has id r, so that rows are known without a lookup."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=f"{dim}")
     if state:
         table.storage.rows.relayout({"state": state}, 0.0)
-<<<<<<< HEAD
     insert_initial(table, torch.arange(num_rows))
-=======
-    table._insert(torch.arange(num_rows))
->>>>>>> lookup
     return table
 
 
@@ -122,7 +118,7 @@ def test_weights_that_add_up_to_nothing_give_zeros(backend):
 
 
 def test_tiles_stand_side_by_side(backend):
-    """Short bags end in zeros, long bags are cut, holes are zeros in their place."""
+    """Short bags are padded with zeros, long bags are cut, and ids without a row give zeros."""
     table = _table(2)
     weight = table.storage.rows.read(torch.arange(500))[0]
     rows = torch.tensor([5, 6, 7, 8, 9, PADDING, 4])
@@ -135,7 +131,7 @@ def test_tiles_stand_side_by_side(backend):
 
 
 def test_long_bags_and_many_bags(backend):
-    """One bag of 5,000 ids beside 5,000 bags of one id: the split of the work does not show."""
+    """One bag of 5,000 ids beside 5,000 bags of one id: the split of the work changes no result."""
     count = 5000 if backend != "triton" else 200  # interpreted, each id of a bag takes a while
     table = _table(10)
     weight = table.storage.rows.read(torch.arange(500))[0].double()
@@ -193,7 +189,7 @@ def test_nothing_to_do_is_done(backend):
 )
 @pytest.mark.parametrize("mode", ["sum", "mean", "tile"])
 def test_malformed_offsets_are_refused(backend, offsets, mode):
-    """Offsets that do not ascend from 0 to the number of ids raise, and read nothing wild."""
+    """Offsets that do not ascend from 0 to the number of ids raise; nothing outside is read."""
     table = _table(4)
     good = Feature(table, torch.arange(10), "sum", 5)
     bad = Feature(table, torch.arange(10), mode, offsets=torch.tensor(offsets), tile_len=2)
@@ -205,11 +201,7 @@ def test_rows_of_many_blocks(backend):
     """Rows far apart, in blocks that were allocated at different times, are found."""
     table = HashTable(64, initializer=Normal())
     for batch in torch.arange(6000).split(1000):
-<<<<<<< HEAD
         insert_initial(table, batch)
-=======
-        table._insert(batch)
->>>>>>> lookup
     assert len(table.storage.rows.addresses) > 4
     rows = torch.tensor([0, 5999, 1023, 1024, 4095, 3000])
     copies = gather_rows(table.storage.header, rows, 64, torch.float32)

@@ -1,4 +1,4 @@
-"""One pass that finds rows and gathers them does what the two ops do one after the other."""
+"""Finding and gathering in one pass, compared with the two ops one after the other."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def _described(table, features, ids, insert):
 
 
 def _in_one_pass(table, features, training):
-    """Return what is missing, and leave rows and outputs with the features."""
+    """Return the number of misses; rows and outputs are written to the features."""
     ids = [_ids(table, feature.rows) for feature in features]
     segments, plan = _described(table, features, ids, training)
     for feature in features:
@@ -57,7 +57,7 @@ def _in_one_pass(table, features, training):
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 128])
 @pytest.mark.parametrize("num_bags", [0, 3, 700])
 def test_outputs_and_rows_are_those_of_the_two_ops(dim, dtype, num_bags):
-    """All modes, layouts, weights and holes: bit by bit, and reading stamps nothing."""
+    """All modes, layouts, weights and holes agree bit by bit; reading leaves last-seen steps."""
     _compare(dim, dtype, num_bags)
 
 

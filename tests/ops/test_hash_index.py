@@ -25,7 +25,7 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
 
 class Feature(NamedTuple):
-    """What one feature asks of a table."""
+    """Lookup of one feature in a table."""
 
     table: HashTable
     ids: torch.Tensor
@@ -59,7 +59,7 @@ def _find_or_insert(*features):
 
 
 def _expected(features, known):
-    """Say what ``_find_or_insert`` should answer, with a dict of rows for each table."""
+    """Return the expected result of ``_find_or_insert``, by a dict of rows for each table."""
     before = {table: dict(rows) for table, rows in known.items()}
     rows, new, position = [], [], 0
     for table, ids, insert, padding in features:
@@ -174,7 +174,7 @@ def test_groups_of_tables_and_features(backend, num_tables, num_features):
 
 
 def test_growth_keeps_every_id_and_the_load_limit(backend):
-    """Through eight doublings all ids keep their rows, and the index its air."""
+    """Through eight doublings all ids keep their rows, and the load stays under its limit."""
     table, ids = HashTable(1), torch.randperm(20_000, generator=torch.Generator().manual_seed(0))
     capacities = set()
     for batch in ids.split(777):
@@ -188,7 +188,7 @@ def test_growth_keeps_every_id_and_the_load_limit(backend):
 
 @pytest.mark.parametrize("count", [0, 1, 40, 3000])
 def test_rebuild_leaves_evicted_rows_out(backend, count):
-    """Ids of evicted rows go, the rest keep their rows; the mask keeps what had an id."""
+    """Ids of evicted rows are removed, others keep their rows; the mask keeps rows with an id."""
     table = HashTable(1)
     ids = torch.cat([torch.arange(count) * 7919, torch.tensor([LOWEST, HIGHEST])])
     _find_or_insert(Feature(table, ids))
@@ -244,7 +244,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_batches_with_many_unknown_ids(kernels, batch):
-    """However the kernel splits a batch, new rows are those of a single pass."""
+    """New rows are those of a single pass, for any split of the batch into rounds or programs."""
     ids = BATCHES[batch](np.random.default_rng(0))
     small = torch.tensor([4, 5, 4])
     answers = []
@@ -281,9 +281,9 @@ def _refuse(*_):
     ],
 )
 def test_an_insertion_without_room_changes_nothing(name, size, successes, method, rebuilds):
-    """Neither of two tables keeps an id or a row of a lookup that failed, however far it came.
+    """Neither of two tables keeps an id or a row of a lookup that failed at any point.
 
-    Nor if there is no memory left to rebuild the index with.
+    The same holds if there is no memory left to rebuild the index with.
     """
     with ops_backend.use(name):
         _check_insertion_without_room(size, successes, method, rebuilds)
@@ -336,7 +336,7 @@ def _check_insertion_without_room(size, successes, method, rebuilds):
     ],
 )
 def test_probes_stay_short_for_patterned_ids(ids):
-    """Ids as users have them spread like random ones, at the index's highest load."""
+    """Patterned ids spread like random ones, at the index's highest load."""
     table = HashTable(1)
     table.storage.reserve_ids(60_000)
     _find_or_insert(Feature(table, ids))
@@ -349,8 +349,8 @@ def test_probes_stay_short_for_patterned_ids(ids):
     assert (runs.square().sum() / runs.sum()) < 8  # random ids at this load: about 5.5
 
 
-def test_stamps_follow_training_lookups(backend):
-    """``find_or_insert`` stamps known and new rows, ``find`` and padding none."""
+def test_last_seen_steps_follow_training_lookups(backend):
+    """``find_or_insert`` writes the step of known and new rows; ``find`` and padding write none."""
     table = HashTable(1, eviction=GlobalStepFilter(filter_step=5))
     _find_or_insert(Feature(table, torch.arange(5)))
     table.update_step(3)
@@ -366,7 +366,7 @@ def test_stamps_follow_training_lookups(backend):
 
 @pytest.mark.interpreted
 def test_backends_share_a_table():
-    """What one backend inserted, evicted or grew, the other one finds."""
+    """Each backend finds what another one inserted, evicted or grew."""
     table, known = HashTable(2, name="shared"), {}
     generator = torch.Generator().manual_seed(5)
     for turn in range(8):
@@ -397,7 +397,7 @@ def test_a_table_inserts_what_its_policy_would_not_admit(backend):
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 1000, 2**21, 2**22 + 1])
 def test_capacity_is_the_smallest_within_the_load_limit(count):
-    """Half the capacity would be overfull."""
+    """Half the capacity would be over the limit."""
     capacity = hash_index.capacity_for(count)
     assert count <= capacity * hash_index.max_load(capacity)
     half = capacity // 2

@@ -29,7 +29,7 @@ EDGE_IDS = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 1, 2**32, -(2**32)])
 
 
 class Feature(NamedTuple):
-    """What one feature asks of a table."""
+    """Lookup of one feature in a table."""
 
     table: HashTable
     ids: torch.Tensor
@@ -130,11 +130,7 @@ def test_whole_rows_and_no_others_are_written(backend, dim, dtype):
     _admit(Feature(table, torch.arange(100, 120)))
     table.storage.reserve_rows(3000)
     poisoned = table.storage.rows.capacity
-<<<<<<< HEAD
     for chunk in table.storage.rows._allocations:
-=======
-    for chunk in table.storage.rows._chunks:
->>>>>>> lookup
         chunk.view(np.uint32).fill(0x7FC07FC0)  # NaN as float32, and both halves as bfloat16
     _admit(Feature(table, torch.arange(90, 2000)))
     weights, slots = table.storage.rows.read(torch.arange(20, table.storage.rows.num_rows))
@@ -149,7 +145,7 @@ def test_whole_rows_and_no_others_are_written(backend, dim, dtype):
 
 
 def test_features_of_several_tables_in_one_call(backend):
-    """Each new id starts as its own table says; known, padding and read-only ids do not start."""
+    """Each new id gets its own table's initial row; known, padding and read-only ids get none."""
     initializers = [Constant(1.0), Uniform(3, 4), Normal(100.0), Constant(7.0)]
     tables = [HashTable(3, initializer=kind, name=f"{kind}") for kind in initializers]
     empty = torch.empty(0, dtype=torch.int64)
@@ -189,7 +185,7 @@ def test_keys_of_seeds_and_names_do_not_meet():
 
 
 def test_initial_rows_never_change_between_versions(backend):
-    """A model that is loaded by a later version gives new ids what this one would."""
+    """A later version gives new ids the same rows as this one."""
     pinned = [[-0.9047073, -0.3317324], [-0.2436525, 0.4067551], [-0.4004368, 0.0319692]]
     weights = _initial(torch.tensor([0, -5, 2**40]), 2, initializer=Uniform(-1, 1), name="pinned")
     torch.testing.assert_close(weights, torch.tensor(pinned), rtol=0, atol=1e-6)

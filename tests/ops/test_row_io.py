@@ -1,4 +1,4 @@
-"""Parts of rows, copied out and in; whole rows are in test_row_store.py."""
+"""Gathering and scattering of row fields; whole rows are in table/test_row_store.py."""
 
 import pytest
 import torch
@@ -21,22 +21,22 @@ def store_of(num_rows, words):
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5000])
 @pytest.mark.parametrize("num_bytes", [1, 2, 4, 64, 67, 140])
-def test_parts_are_copied_byte_by_byte(backend, num_rows, num_bytes):
-    """Each part reads as its bytes of the row, and writing it touches no others."""
+def test_fields_are_copied_byte_by_byte(backend, num_rows, num_bytes):
+    """Each field reads as its bytes of the row, and writing it changes no others."""
     store, rows = store_of(num_rows, 37)
     whole = store.read(rows)[0].view(torch.uint8)
     first = 148 - num_bytes
-    part, front = (torch.full((num_rows, n), 99, dtype=torch.uint8) for n in (num_bytes, 4))
-    gather_fields(store.header, rows, [RowField(part, first), RowField(front, 0)])
-    assert torch.equal(part, whole[:, first:])
+    field, front = (torch.full((num_rows, n), 99, dtype=torch.uint8) for n in (num_bytes, 4))
+    gather_fields(store.header, rows, [RowField(field, first), RowField(front, 0)])
+    assert torch.equal(field, whole[:, first:])
     assert torch.equal(front, whole[:, :4])
     back = rows.flip(0)
-    scatter_fields_(store.header, back, [RowField(part, first)])
-    assert torch.equal(store.read(back)[0].view(torch.uint8)[:, first:], part)
+    scatter_fields_(store.header, back, [RowField(field, first)])
+    assert torch.equal(store.read(back)[0].view(torch.uint8)[:, first:], field)
     assert torch.equal(store.read(rows)[0].view(torch.uint8)[:, :first], whole[:, :first])
 
 
-def test_one_part_for_all_rows(backend):
+def test_one_field_for_all_rows(backend):
     """A tensor of one row is written to every row."""
     store, rows = store_of(300, 5)
     scatter_fields_(store.header, rows[::2].contiguous(), [RowField(torch.full((1, 2), -1.0), 4)])

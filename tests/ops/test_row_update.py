@@ -55,11 +55,7 @@ def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     """Return a table with the state of ``rule``, none of it zero, whose row r is known."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=name)
     table.storage.rows.relayout(SLOTS[rule](dim), 0.0)
-<<<<<<< HEAD
     insert_initial(table, torch.arange(num_rows))
-=======
-    table._insert(torch.arange(num_rows))
->>>>>>> lookup
     generator = torch.Generator().manual_seed(dim)
     weights, slots = table.storage.rows.read(torch.arange(num_rows))
     for slot in slots.values():
@@ -69,17 +65,12 @@ def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
 
 
 def _gradients(features, hyper=HYPER):
-    """Sort the gradients of features; returns also what must live as long as they do."""
+    """Sort the gradients of features; return also the objects that they point to."""
     tables = list(dict.fromkeys(feature.table for feature in features))
     values = np.ones((len(tables), HYPER_SIZE), np.float32)
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
-<<<<<<< HEAD
     for line, wanted in zip(values, per_table, strict=True):
         line[list(wanted)] = list(wanted.values())
-=======
-    for line, fields in zip(values, per_table, strict=True):
-        line[list(fields)] = list(fields.values())
->>>>>>> lookup
     rows = tables[0].storage.rows
     addresses, bases = [], {}
     for number, table in enumerate(tables):
@@ -190,7 +181,7 @@ def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
 
 @pytest.mark.parametrize("dim", [1, 7, 16])
 def test_gradients_are_those_of_autograd(backend, dim):
-    """What reaches a row is the gradient that torch computes, for every mode and layout."""
+    """A row's gradient is the one that torch computes, for every mode and layout."""
     table = _table(dim)
     generator = torch.Generator().manual_seed(dim)
     features = [f.fill_gradient(generator) for f in mixed_features(table, generator, 20)]
@@ -251,11 +242,7 @@ def test_rules_are_those_of_torch(backend, rule, dim):
     kernel_rule = ADAM if rule == "adamw" else rule
     table = HashTable(dim, initializer=Normal(), name="torch")
     table.storage.rows.relayout(SLOTS[kernel_rule](dim), 0.0)
-<<<<<<< HEAD
     insert_initial(table, torch.arange(NUM_ROWS))
-=======
-    table._insert(torch.arange(NUM_ROWS))
->>>>>>> lookup
     weight = _state(table)["weights"]
     generator, gradients = torch.Generator().manual_seed(dim), []
     for step in range(1, 6 if backend != "triton" else 3):
@@ -352,11 +339,7 @@ def test_hot_rows_and_large_batches(backend):
     # Small whole numbers: float32 sums are exact in every order.
     feature.buffer = torch.randint(-3, 4, feature.buffer.shape, generator=generator).float()
     table.storage.rows.write(torch.arange(5000), torch.zeros(5000, 2), {})
-<<<<<<< HEAD
     _update([feature], SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
-=======
-    _update([feature], SGD, {LR: 1.0, CLIP: math.inf})
->>>>>>> lookup
     wanted = -_dense_gradient_of_rows(feature, 5000)
     assert torch.equal(_state(table, 5000)["weights"], wanted)
 
@@ -368,11 +351,7 @@ def test_gradients_of_a_row_are_added_in_the_order_of_the_batch():
     rows = torch.randint(0, 70, (40_000,), generator=generator)
     features = [Feature(table, part, "none").fill_gradient(generator) for part in rows.split(9000)]
     table.storage.rows.write(torch.arange(70), torch.zeros(70, 1), {})
-<<<<<<< HEAD
     _update(features, SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
-=======
-    _update(features, SGD, {LR: 1.0, CLIP: math.inf})
->>>>>>> lookup
     values = torch.cat([feature.buffer[:, 0] for feature in features]).numpy()
     sums = np.zeros(70, np.float32)
     for row, value in zip(rows.tolist(), values, strict=True):

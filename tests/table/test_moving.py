@@ -176,11 +176,7 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
         fields = table.storage.header.fields
         assert fields[layout.ROW_BYTES] % 16 == 0
         assert not (table.storage.rows.addresses % 16).any()
-<<<<<<< HEAD
     assert HashTable(3).storage.rows.row_words == 3
-=======
-    assert HashTable(3).rows.row_words == 3
->>>>>>> lookup
 
 
 @pytest.mark.parametrize(
@@ -196,7 +192,7 @@ def test_lanes_load_four_words_only_where_all_of_them_can(addresses, strides, ro
     """One output, or gradient, that lies askew is enough: a GPU refuses to load there."""
     plan = np.zeros((2, embedding_bag.PLAN_SIZE), np.int64)
     plan[:, embedding_bag.DATA], plan[:, embedding_bag.DATA_STRIDE] = addresses, strides
-    assert embedding_bag_gpu.lies_aligned(plan, row_bytes) == aligned
+    assert embedding_bag_gpu.is_aligned(plan, row_bytes) == aligned
 
 
 @pytest.mark.interpreted

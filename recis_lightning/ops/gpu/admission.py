@@ -1,10 +1,11 @@
-"""Admission checks in Triton: one kernel counts all misses, a second one admits or refuses them."""
+"""Admission checks in Triton: one kernel counts all misses, a second one admits or rejects them."""
 
 import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.layout import (
+    ADMISSION_COUNTER,
     ADMISSION_COUNTERS,
     ADMISSION_FORGET_AFTER,
     ADMISSION_KIND,
@@ -15,6 +16,7 @@ from recis_lightning.ops.gpu.layout import (
     ADMISSION_THRESHOLD,
     ADMISSION_WIDTH,
     CAPACITY,
+    CHECK_ADMISSION,
     COUNT,
     COUNT_MASK,
     EMPTY,
@@ -23,25 +25,14 @@ from recis_lightning.ops.gpu.layout import (
     MAX_COUNTER,
     NO_ROW,
     NUM_IDS,
-    NUM_REFUSED,
-    SCREEN,
+    NUM_REJECTED,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SHIFT,
-    SIGHTINGS,
     SKETCH,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.probe import (
-    LANES,
-    VARIANT,
-    claim_slot,
-    find_entry,
-    ids_at,
-    is_missing,
-    own_ids,
-    staged_segments,
-)
+from recis_lightning.ops.gpu.probe import claim_slot, find_entry
 from recis_lightning.ops.gpu.row_init import mix
 from recis_lightning.ops.gpu.runtime import (
     any_of,
@@ -51,6 +42,14 @@ from recis_lightning.ops.gpu.runtime import (
     kernel,
     num_programs_at_once,
     sum_over,
+)
+from recis_lightning.ops.gpu.segments import (
+    LANES,
+    VARIANT,
+    ids_at,
+    is_missing,
+    own_ids,
+    staged_segments,
 )
 
 _SECOND_HASH = tl.constexpr(0x9E3779B97F4A7C15)
@@ -140,7 +139,7 @@ def _checked_ids(segments, num_segments, rows, LANES: tl.constexpr):
     """Return a program's segment, positions, which of them miss, and whether to check these."""
     _, segment, position, inside = own_ids(segments, num_segments, LANES)
     missing = is_missing(rows, position, inside)
-    has_check = (field(segment, SEGMENT_FLAGS) & SCREEN) != 0
+    has_check = (field(segment, SEGMENT_FLAGS) & CHECK_ADMISSION) != 0
     return segment, position, missing, has_check & any_of(missing)
 
 
@@ -165,7 +164,7 @@ def _count_kernel(
 ):
     segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
     if checks:
-        counter = field(field(segment, SEGMENT_HEADER), SIGHTINGS)
+        counter = field(field(segment, SEGMENT_HEADER), ADMISSION_COUNTER)
         key = ids_at(segment, position, missing)
         slot = slots + 8 * position
         added = _occurrences_at(occurrences, position, missing, WEIGHTED)
@@ -195,7 +194,7 @@ def _admit_kernel(
     segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
     if checks:
         header = field(segment, SEGMENT_HEADER)
-        counter = field(header, SIGHTINGS)
+        counter = field(header, ADMISSION_COUNTER)
         kind, wanted = field(counter, ADMISSION_KIND), field(counter, ADMISSION_THRESHOLD)
         key = ids_at(segment, position, missing)
         first = mix(key.to(tl.uint64, bitcast=True))
@@ -216,12 +215,12 @@ def _admit_kernel(
             now = field(counter, ADMISSION_NUM_LOOKUPS).to(tl.uint64, bitcast=True)
             bits = mix(mix(key.to(tl.uint64, bitcast=True) ^ table_key) ^ now)
             count = tl.where((bits >> 11).to(tl.int64) < wanted, wanted, -1)
-        refused = missing & (count < wanted)
-        tl.store(int64_at(rows + 8 * position), position * 0 + UNKNOWN, refused)
+        rejected = missing & (count < wanted)
+        tl.store(int64_at(rows + 8 * position), position * 0 + UNKNOWN, rejected)
         added = _occurrences_at(occurrences, position, missing, WEIGHTED)
-        total = sum_over(tl.where(refused, added, 0), 0)
+        total = sum_over(tl.where(rejected, added, 0), 0)
         if total != 0:
-            tl.atomic_add(int64_at(header + 8 * NUM_REFUSED), total, sem="relaxed")
+            tl.atomic_add(int64_at(header + 8 * NUM_REJECTED), total, sem="relaxed")
 
 
 @kernel(VARIANT)

@@ -19,7 +19,7 @@ from recis_lightning.ops.gpu.layout import (
     LAST_SEEN,
     MISSING,
     NO_ROW,
-    NUM_REFUSED,
+    NUM_REJECTED,
     PADDING,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
@@ -27,17 +27,16 @@ from recis_lightning.ops.gpu.layout import (
     SEGMENT_STEP,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.probe import (
+from recis_lightning.ops.gpu.probe import claim_slot, row_of
+from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, sum_over
+from recis_lightning.ops.gpu.segments import (
     LANES,
     VARIANT,
     StagedSegments,
-    claim_slot,
     ids_at,
     own_ids,
-    row_of,
     stage_lookup,
 )
-from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, sum_over
 
 
 @kernel(
@@ -65,9 +64,9 @@ def _find_kernel(
     if TRAINING:
         unknown = tl.where((flags & INSERT) != 0, MISSING, UNKNOWN)
         if (flags & INSERT) == 0:
-            num_refused = sum_over(absent.to(tl.int64), 0)
-            if num_refused != 0:
-                tl.atomic_add(int64_at(header + 8 * NUM_REFUSED), num_refused, sem="relaxed")
+            num_rejected = sum_over(absent.to(tl.int64), 0)
+            if num_rejected != 0:
+                tl.atomic_add(int64_at(header + 8 * NUM_REJECTED), num_rejected, sem="relaxed")
         last_seen = field(header, LAST_SEEN)
         if last_seen != 0:
             step = row * 0 + field(segment, SEGMENT_STEP)

@@ -27,14 +27,7 @@ from recis_lightning.ops.gpu.layout import (
     STAGED_SEGMENT_BYTES,
 )
 from recis_lightning.ops.gpu.prefix_sum import add_up_
-from recis_lightning.ops.gpu.probe import (
-    LANES,
-    VARIANT,
-    claim_slot,
-    ids_at,
-    is_missing,
-    own_ids,
-)
+from recis_lightning.ops.gpu.probe import claim_slot
 from recis_lightning.ops.gpu.runtime import (
     any_of,
     device_function,
@@ -44,6 +37,7 @@ from recis_lightning.ops.gpu.runtime import (
     sum_over,
     sums_up_to,
 )
+from recis_lightning.ops.gpu.segments import LANES, VARIANT, ids_at, is_missing, own_ids
 from recis_lightning.ops.header import watch_counts
 
 

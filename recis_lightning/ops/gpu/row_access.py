@@ -7,11 +7,11 @@ from recis_lightning.ops.gpu.layout import (
     LAST_TIME,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
-    STAMP,
     TIME,
+    TOUCH,
 )
-from recis_lightning.ops.gpu.probe import LANES, VARIANT, own_ids, staged_segments
 from recis_lightning.ops.gpu.runtime import field, int64_at, kernel
+from recis_lightning.ops.gpu.segments import LANES, VARIANT, own_ids, staged_segments
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
@@ -24,7 +24,7 @@ def _touch_kernel(
     LANES: tl.constexpr,
 ):
     _, segment, position, inside = own_ids(segments, num_segments, LANES)
-    if (field(segment, SEGMENT_FLAGS) & STAMP) != 0:
+    if (field(segment, SEGMENT_FLAGS) & TOUCH) != 0:
         header = field(segment, SEGMENT_HEADER)
         row = tl.load(int64_at(rows + 8 * position), inside, -1)
         known = row >= 0

@@ -21,7 +21,6 @@ from recis_lightning.ops.gpu.layout import (
     STAGED_SEGMENT_BYTES,
     STATE_FILL,
 )
-from recis_lightning.ops.gpu.probe import staged_segments
 from recis_lightning.ops.gpu.runtime import (
     any_of,
     device_function,
@@ -35,6 +34,7 @@ from recis_lightning.ops.gpu.runtime import (
     row_address,
     to_bfloat16,
 )
+from recis_lightning.ops.gpu.segments import staged_segments
 
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)

@@ -48,9 +48,9 @@ def check_(
             # Admitted where the draw is below the threshold: turned into a count that reaches it.
             drawn = shift_right(bits, 11) < counter[fields.ADMISSION_THRESHOLD]
             counts = torch.where(drawn, counter[fields.ADMISSION_THRESHOLD], -1)
-        refused = positions[counts < counter[fields.ADMISSION_THRESHOLD]]
-        rows[refused] = UNKNOWN
-        segment.header[fields.NUM_REFUSED] += given[refused].sum()
+        rejected = positions[counts < counter[fields.ADMISSION_THRESHOLD]]
+        rows[rejected] = UNKNOWN
+        segment.header[fields.NUM_REJECTED] += given[rejected].sum()
 
 
 def forget_(counter: Header, ids: Tensor) -> None:
@@ -64,12 +64,12 @@ def _checked(segments: Segments, num_ids: int, misses: Tensor) -> Iterator[tuple
     for segment in segments_of(segments, num_ids):
         end = segment.start + segment.ids.numel()
         positions = misses[(misses >= segment.start) & (misses < end)]
-        if segment.screens and positions.numel():
+        if segment.has_check and positions.numel():
             yield segment, positions
 
 
 def _counter_of(segment: Segment) -> Tensor:
-    return header_at(int(segment.header[fields.SIGHTINGS]))
+    return header_at(int(segment.header[fields.ADMISSION_COUNTER]))
 
 
 def _count(counter: Tensor, ids: Tensor, occurrences: Tensor) -> None:

@@ -46,8 +46,8 @@ def find_or_insert(
 ) -> tuple[Tensor, Tensor | None]:
     rows = _look_up(segments, num_ids, MISSING)
     for segment in segments_of(segments, num_ids):
-        refused = rows[segment.start : segment.start + segment.ids.numel()] == UNKNOWN
-        segment.header[fields.NUM_REFUSED] += refused.sum()
+        rejected = rows[segment.start : segment.start + segment.ids.numel()] == UNKNOWN
+        segment.header[fields.NUM_REJECTED] += rejected.sum()
     if check is not None:
         check((rows == MISSING).nonzero().squeeze(1), rows)
     owner = torch.tensor(segment_tables)[segment_of(torch.arange(num_ids), segments)]

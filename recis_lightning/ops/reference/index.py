@@ -94,8 +94,8 @@ class Segment(NamedTuple):
     ids: Tensor
     header: Tensor
     inserts: bool
-    screens: bool
-    stamps: bool
+    has_check: bool
+    touches: bool
     padding: int | None
 
 
@@ -109,8 +109,8 @@ def segments_of(segments: Segments, num_ids: int) -> Iterator[Segment]:
             memory(line[fields.SEGMENT_IDS] + 8 * start, end - start, torch.int64),
             header_at(line[fields.SEGMENT_HEADER]),
             bool(flags & fields.INSERT),
-            bool(flags & fields.SCREEN),
-            bool(flags & fields.STAMP),
+            bool(flags & fields.CHECK_ADMISSION),
+            bool(flags & fields.TOUCH),
             line[fields.SEGMENT_PADDING] if flags & fields.HAS_PADDING else None,
         )
 

@@ -17,7 +17,7 @@ def touch_(segments: Segments, rows: Tensor, occurrences: Tensor | None) -> None
         part = slice(segment.start, segment.start + segment.ids.numel())
         known = rows[part] >= 0
         seen, header = rows[part][known], segment.header
-        num_rows = int(seen.max()) + 1 if segment.stamps and seen.numel() else 0
+        num_rows = int(seen.max()) + 1 if segment.touches and seen.numel() else 0
         if num_rows and header[fields.COUNTS]:
             counts = memory(int(header[fields.COUNTS]), num_rows, torch.int64)
             counts.index_add_(0, seen, given[part][known])

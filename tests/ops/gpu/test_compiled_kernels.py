@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every GPU that we name, without one of them."""
+"""Ahead-of-time compilation of every Triton kernel for every supported GPU."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def _declared_kernels():
 
 
 def test_every_kernel_compiles_for_every_target(compiled):
-    """None is left out, and a kernel file's every kernel is found."""
+    """No kernel of any kernel file is left out."""
     names = list(_declared_kernels())
     assert len(names) >= 14
     assert len(set(names)) == len(names)
@@ -51,13 +51,13 @@ def test_every_kernel_compiles_for_every_target(compiled):
 
 
 def test_no_kernel_bypasses_the_decorator():
-    """``triton.jit`` is written in one file only: what it wraps elsewhere nobody would compile."""
+    """``triton.jit`` occurs in one file only: elsewhere its kernels would not be compiled here."""
     users = [path.name for path in FILES if "triton.jit" in path.read_text()]
     assert users == ["runtime.py"]
 
 
 def test_kernels_keep_to_registers(compiled):
-    """Spilling to memory costs more than any launch parameter gains; a word or two may be."""
+    """Spilling costs more than any launch parameter gains; a word or two are tolerated."""
     spilling = {
         (line["kernel"], str(line["constants"]), line["target"]): line["spilled_bytes"]
         for line in compiled

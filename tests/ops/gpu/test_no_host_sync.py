@@ -1,7 +1,7 @@
-"""A steady step never makes the host wait for a GPU; shown without one.
+"""Steady steps have no host sync, tested without a GPU.
 
-``backend.use("triton")`` keeps tables as beside a GPU, over the CPU's memory. With one, torch
-itself watches such steps: ``test_cuda.test_a_steady_step_waits_for_nothing``.
+``backend.use("triton")`` keeps tables as beside a GPU, over the CPU's memory. With a GPU, torch
+itself detects host syncs: ``test_on_gpu.test_a_steady_step_waits_for_nothing``.
 """
 
 import pytest
@@ -70,7 +70,7 @@ def _step(engine, optimizer, batch):
 
 
 def _steps(engine, name, first=1, **kwargs):
-    """Take ``first`` steps that make room, then two without waiting; return what these inserted."""
+    """Take ``first`` steps that make room, then two without host sync; count what these insert."""
     optimizer = getattr(optim, name)(hash_tables(engine), lr=0.1, **kwargs)
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(generator) for _ in range(first + 2)]
@@ -87,14 +87,14 @@ def _steps(engine, name, first=1, **kwargs):
 
 
 def test_a_steady_step_waits_for_nothing():
-    """All layouts and modes, shared, frozen and weighted, clipped; ids come all the while."""
+    """Features have all layouts and modes, shared, frozen and weighted; new ids keep coming."""
     with ops_backend.use("triton"):
         assert _steps(_engine(), "SparseAdam", clip_grad_norm=0.5) > 0
 
 
 @pytest.mark.parametrize("name", _OPTIMIZERS)
 def test_a_steady_step_of_any_optimizer_waits_for_nothing(name):
-    """Clipped or not."""
+    """With and without clipping."""
     with ops_backend.use("triton"):
         assert _steps(_small_engine(), name, **_OPTIMIZERS[name]) > 0
 
@@ -103,14 +103,14 @@ def test_a_steady_step_of_any_optimizer_waits_for_nothing(name):
     "admission", [MinCount(2), MinCount(2, per="batch"), BloomCount(3, 64), Probability(0.3)]
 )
 def test_a_steady_step_that_admits_waits_for_nothing(admission):
-    """Sightings have room before it runs out, and the device lets a sketch fade by itself."""
+    """Admission counts get room in time, and the device decides when a sketch decays."""
     with ops_backend.use("triton"):
         eviction = AnyOf([GlobalStepFilter(50), TimeToLive(3600), MaxRows(100, by="count")])
         _steps(_small_engine(admission=admission, eviction=eviction), "SparseSGD", first=3)
 
 
 def test_a_read_only_table_waits_for_nothing():
-    """Refused ids are counted on the device."""
+    """The device counts rejected ids."""
     with ops_backend.use("triton"):
         _steps(_small_engine(admission=ReadOnly()), "SparseSGD")
 
@@ -128,7 +128,7 @@ def test_a_read_only_table_waits_for_nothing():
     ],
 )
 def test_the_guard_sees_a_wait(waits):
-    """In a forward pass and in a backward one."""
+    """A wait is detected in the forward and in the backward pass."""
 
     class Both(torch.autograd.Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""What only a GPU can show: contention, parity with the CPU, determinism, memory, a Trainer."""
+"""Tests that need a GPU: contention, parity with the CPU, determinism, memory, a Trainer."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ pytestmark = [
 
 
 def _first_appearances(ids):
-    """Return the row of each id if rows are handed out as ids first appear."""
+    """Return the row of each id if rows are assigned as ids first appear."""
     rows = {}
     return torch.tensor([rows.setdefault(i, len(rows)) for i in ids.tolist()])
 
@@ -55,7 +55,7 @@ def _rows_of(table, ids):
 
 @pytest.mark.parametrize("distinct", [1, 3, 100])
 def test_a_million_duplicates_of_few_ids(distinct):
-    """Many lanes want one entry: each id gets one row, in the order of first appearance."""
+    """Many lanes claim one entry: each id gets one row, in the order of first appearance."""
     table = HashTable(4, device="cuda", name="t")
     ids = torch.randint(0, distinct, (1_000_000,), generator=torch.Generator().manual_seed(0))
     insert_initial(table, ids.cuda())
@@ -64,7 +64,7 @@ def test_a_million_duplicates_of_few_ids(distinct):
 
 
 def test_a_million_new_ids():
-    """All are inserted at once, the ends of int64 among them."""
+    """All ids are inserted at once, with the extremes of int64 among them."""
     table = HashTable(1, device="cuda", name="t")
     ids = torch.cat([EXTREMES, torch.randperm(1_000_000) * 7919 + 5])
     insert_initial(table, ids.cuda())
@@ -89,7 +89,7 @@ def test_blocks_racing_for_one_slot():
 
 
 def test_rows_are_reused_under_churn():
-    """Ids come and go for 50 rounds; a table on the CPU that lives the same life agrees."""
+    """50 rounds of insertion and deletion agree with a table on the CPU."""
     ours, wanted = HashTable(3, device="cuda", name="t"), HashTable(3, device="cpu", name="t")
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -130,7 +130,7 @@ def _step(engine, optimizer, batch, device):
 
 @pytest.mark.parametrize("optimizer", [SparseSGD, SparseAdam, SparseAdamW])
 def test_two_hundred_steps_agree_with_the_cpu(optimizer):
-    """Weights and state stay those of the CPU's table, to what rounding adds up to."""
+    """Weights and state stay near those of the CPU's table."""
     (ours, our_steps), (wanted, its_steps) = _pair(optimizer)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -151,8 +151,8 @@ def test_two_hundred_steps_agree_with_the_cpu(optimizer):
 
 @pytest.mark.parametrize("dim", [1, 6, 33, 100, 128, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_any_width_and_gradients_that_lie_askew(dim, dtype):
-    """Where rows, outputs or gradients lie at no multiple of 16 bytes, none is loaded as if."""
+def test_rows_of_any_width_and_unaligned_gradients(dim, dtype):
+    """Rows, outputs and gradients need not be aligned to 16 bytes."""
     results = []
     for device in ("cuda", "cpu"):
         module = DynamicEmbedding(dim, device=device, dtype=dtype, name="t")
@@ -160,7 +160,7 @@ def test_rows_of_any_width_and_gradients_that_lie_askew(dim, dtype):
         ids = torch.arange(500, device=device) % 90
         for start in range(2):
             out = module(ids)
-            wide = torch.ones(500, dim + 1, device=device)  # its part from a column on is askew
+            wide = torch.ones(500, dim + 1, device=device)  # a view of it is unaligned
             out.float().backward(wide[:, start : start + dim])
             sparse.step()
         results.append(module.eval()(ids).float().cpu())
@@ -169,7 +169,7 @@ def test_rows_of_any_width_and_gradients_that_lie_askew(dim, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_agrees_with_the_cpu(dtype):
-    """One launch finds and gathers: bags of all kinds, padding, unknown ids, many programs."""
+    """One launch finds and gathers bags of all kinds, padding and unknown ids, in many programs."""
     (ours, _), (wanted, _) = _pair(SparseSGD, dtype)
     generator = torch.Generator().manual_seed(0)
     batch = _batch(generator)
@@ -190,7 +190,7 @@ def test_evaluation_agrees_with_the_cpu(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_alike_bit_by_bit(dtype):
-    """Nothing depends on which block came first."""
+    """No result depends on the order in which blocks ran."""
     states = []
     for _ in range(2):
         engine, optimizer = _pair(SparseAdam, dtype)[0]
@@ -208,7 +208,7 @@ def test_two_runs_are_alike_bit_by_bit(dtype):
 @pytest.mark.parametrize("admission", [None, MinCount(2), BloomCount(2, 4096), Probability(0.5)])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_a_steady_step_waits_for_nothing(admission, clip):
-    """Torch itself watches that nobody synchronises; ids that come are new among known ones."""
+    """Torch itself raises on a host sync; batches have new ids among known ones."""
     engine, optimizer = _pair(SparseAdam, admission=admission, clip_grad_norm=clip)[0]
     generator = torch.Generator().manual_seed(0)
     batches = [{name: part.cuda() for name, part in _batch(generator).items()} for _ in range(40)]
@@ -224,7 +224,7 @@ def test_a_steady_step_waits_for_nothing(admission, clip):
 
 
 def test_out_of_memory_names_the_table_and_changes_nothing():
-    """The error says which table, its size and what was asked for; the table trains on."""
+    """The error names the table, its size and the request; the table still works."""
     table = filled(3, 1000, device="cuda")
     held = by_id_without_stamps(table)
     with pytest.raises(MemoryError, match=r"table 't', with 1000 rows in \d+ bytes, .* rows more"):
@@ -245,7 +245,7 @@ def by_id_without_stamps(table):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_module_moves_there_and_back(dtype):
-    """Rows, state and stamps go with it, and it trains on either side."""
+    """Rows, state and last-seen steps move with it, and it trains on either side."""
     module, optimizer = trained(dtype=dtype)
     held = by_id(module.table)
     module.to("cuda")
@@ -260,7 +260,7 @@ def test_a_trained_module_moves_there_and_back(dtype):
 
 @pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_checkpoint_loads_on_the_other_device(here, there):
-    """``torch.save`` and ``torch.load``, weights only."""
+    """``torch.load`` with ``weights_only`` loads it."""
     one = DynamicEmbedding(5, initializer=Normal(), name="t", device=here)
     one(torch.arange(100, device=here))
     file = io.BytesIO()
@@ -275,7 +275,7 @@ def test_a_checkpoint_loads_on_the_other_device(here, there):
 
 
 def test_a_table_on_the_cpu_serves_a_model_on_the_gpu():
-    """Ids come from the GPU, rows go there, gradients come back."""
+    """Ids and gradients are copied from the GPU, and rows to it."""
     results = []
     for device in ("cpu", "cuda"):
         module = DynamicEmbedding(8, device="cpu", name="t", initializer=Normal())
@@ -292,14 +292,14 @@ def test_a_table_on_the_cpu_serves_a_model_on_the_gpu():
 
 
 def test_features_elsewhere_are_refused():
-    """Kernels are given addresses: an id or a weight in the wrong memory must not reach them."""
+    """Kernels take addresses, so ids or weights in the wrong memory must not reach them."""
     module = DynamicEmbedding(4, device="cuda", name="t")
     with pytest.raises(ValueError, match="its table is on cuda:0, its ids on cpu"):
         module(torch.tensor([1]))
 
 
 def test_a_trainer_on_the_gpu_with_all_hooks(tmp_path):
-    """Nothing but ``accelerator="gpu"`` differs; weights stay near those of the CPU."""
+    """Only ``accelerator="gpu"`` differs, and weights stay near those of the CPU."""
     hooks = [LoggerHook(2), ProfilerHook(1, 1, 1, 1, str(tmp_path))]
     there = Model()
     trainer(tmp_path, *hooks, accelerator="gpu").fit(there, loader())
@@ -337,7 +337,7 @@ def benchmarks_on_cuda(monkeypatch):
     ],
 )
 def test_benchmarks_agree_with_their_peers_there(benchmarks_on_cuda, check):
-    """What they time on a GPU is right."""
+    """Results that benchmarks time on a GPU are right."""
     check()
 
 
@@ -356,7 +356,7 @@ class AnsweringOnCpu:
 
 
 class TableOnGpuAgainstDict(TableAgainstDict):
-    """The same machine; ids cross to a table on the GPU, and its answers come back."""
+    """State machine whose table is on the GPU; ids and results are copied."""
 
     def new_module(self):
         return OnGpu(super().new_module())
@@ -379,7 +379,7 @@ class OnGpu(torch.nn.Module):
     "admission", [MinCount(3), MinCount(2, per="batch"), BloomCount(3, 4096), Probability(0.3)]
 )
 def test_admission_on_the_gpu(admission):
-    """Many lanes count the same ids: the CPU admits the same ones and remembers the same."""
+    """Many lanes count the same ids; admitted ids and counts are those of the CPU."""
     generator = torch.Generator().manual_seed(0)
     batches = (torch.rand(10, 100_000, generator=generator) ** 6 * 200_000).long()
     states = []
@@ -396,7 +396,7 @@ def test_admission_on_the_gpu(admission):
 
 
 def test_eviction_on_the_gpu():
-    """Rows not seen lately go, on the device."""
+    """Rows not seen recently are evicted on the device."""
     module = DynamicEmbedding(2, eviction=GlobalStepFilter(1), device="cuda", name="t")
     module(torch.arange(10, device="cuda"))
     module.table.update_step(3)

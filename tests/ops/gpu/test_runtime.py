@@ -1,4 +1,4 @@
-"""How kernels are launched: as Triton would, and as seldom for ten tables as for one."""
+"""Launches of kernels: the same as Triton's own, and as many for ten tables as for one."""
 
 import json
 import os
@@ -63,38 +63,38 @@ def test_the_host_can_be_timed_without_a_gpu():
 
 @needs_cc
 def test_a_launch_is_what_triton_would_have_launched(tmp_path):
-    """Same function, grid, stream and arguments, whatever order constants are given in."""
+    """Function, grid, stream and arguments are the same, in any order of constants."""
     lines = [json.loads(line) for line in _run("benchmarks.fake_cuda", tmp_path)]
     assert len({line["triton"]["function"] for line in lines}) == len(lines) >= 7
     for line in lines:
         wanted = line["triton"]
         assert wanted["args"] == line["numbers"]
-        for number, way in enumerate(("first", "again", "turned", "turned again"), 1):
-            assert line[way] == {**wanted, "launches": wanted["launches"] + number}
-        assert line["heard"] == [line["kernel"]]
+        for i, call in enumerate(("first", "again", "reordered", "reordered again"), 1):
+            assert line[call] == {**wanted, "launches": wanted["launches"] + i}
+        assert line["hooked"] == [line["kernel"]]
 
 
 def _launched(num_tables, do_step, **options):
-    """Return the kernels that a steady step launches, and how often arrays are sent."""
+    """Return the kernels that a steady step launches, and the number of arrays it copies."""
     from recis_lightning.ops.gpu.runtime import Kernel
 
     launches, sent = [], []
     launch, pinned = Kernel.launch, async_copy._pinned
 
-    def noted(kernel, device, num_programs, *numbers, **constants):
+    def recorded(kernel, device, num_programs, *numbers, **constants):
         if num_programs > 0:
             launches.append(kernel.name)
         launch(kernel, device, num_programs, *numbers, **constants)
 
     with backend.use("triton"):
-        names = [f"t{number}" for number in range(num_tables)]
+        names = [f"t{i}" for i in range(num_tables)]
         engine = EmbeddingEngine({name: EmbeddingOption(4) for name in names})
         optimizer = SparseAdam(hash_tables(engine), lr=0.1, **options)
         batch = {name: torch.arange(40) for name in names}
         for _ in range(2):
             do_step(engine, optimizer, batch)
         with (
-            patch.object(Kernel, "launch", noted),
+            patch.object(Kernel, "launch", recorded),
             patch.object(async_copy, "_pinned", lambda *a: sent.append(a) or pinned(*a)),
         ):
             do_step(engine, optimizer, batch)
@@ -113,7 +113,7 @@ def _evaluate(engine, optimizer, batch):
 
 @pytest.mark.interpreted
 def test_ten_tables_are_launched_as_one():
-    """A training step is 13 launches and sends four arrays, however many tables there are."""
+    """A training step is 13 launches and copies four arrays, however many tables there are."""
     ten = _launched(10, _train)
     assert ten == _launched(1, _train)
     assert ten == (_LOOKUP + _SORT + _UPDATE, 4)
@@ -121,7 +121,7 @@ def test_ten_tables_are_launched_as_one():
 
 @pytest.mark.interpreted
 def test_an_evaluation_is_one_launch():
-    """Whatever the number of tables."""
+    """The number of tables does not matter."""
     ten = _launched(10, _evaluate)
     assert ten == _launched(1, _evaluate)
     assert ten == (["_find_and_gather_kernel"], 1)
@@ -129,7 +129,7 @@ def test_an_evaluation_is_one_launch():
 
 @pytest.mark.interpreted
 def test_norm_clipping_sorts_once():
-    """Its norm needs the gradients reduced, as the update does, and sorted once for both."""
+    """Norm and update both reduce the gradients, which are sorted once for both."""
     launches, num_sent = _launched(10, _train, clip_grad_norm=0.5)
     assert launches == _LOOKUP + _SORT + 2 * _UPDATE
     assert num_sent == 4
@@ -137,7 +137,7 @@ def test_norm_clipping_sorts_once():
 
 @pytest.mark.interpreted
 def test_room_is_counted_anew_after_a_table_lost_it():
-    """The host notes what room there is; a note that outlived the room would fill a full index."""
+    """The host caches how many ids fit; an outdated value would overfill the index."""
     with backend.use("triton"):
         table = HashTable(2)
         table.insert(torch.arange(1000), torch.ones(1000, 2))
