@@ -344,7 +344,7 @@ class OtherOptimizer(Model):
 class OtherDim(Model):
     def __init__(self, seed):
         super().__init__(seed=seed)
-        self.user.table.embedding_dim = 5
+        self.user.table.storage.embedding_dim = 5
         self.user.table.clear()
 
 
