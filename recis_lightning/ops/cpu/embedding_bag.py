@@ -11,6 +11,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     add,
     atomic_add,
     div,
+    expanded,
     fma,
     inlined,
     load_f32,
@@ -134,20 +135,24 @@ def _row_functions(width, bfloat16):
     """Return functions of rows of weights: copy one, fill one with zeros, pool a bag of them."""
     item_bytes = 2 if bfloat16 else 4
 
-    @inlined
+    @expanded
     def copy_row(source, target, embedding_dim, weights, i):
-        for d in range(0, embedding_dim, width):
+        d = 0
+        while True:  # there is a first vector: rows of one are the shortest of all
             value = load_weights(width, bfloat16, source + item_bytes * d)
             if weights:
                 value = mul(value, splat(width, load_f32(weights + 4 * i)))
             store_weights(bfloat16, target + item_bytes * d, value)
+            d += width
+            if d >= embedding_dim:
+                break
 
-    @inlined
+    @expanded
     def zero_row(target, embedding_dim):
         for d in range(0, embedding_dim, width):
             store_weights(bfloat16, target + item_bytes * d, splat(width, _F(0)))
 
-    @inlined
+    @expanded
     def pool_bag(mode, start, end, rows, weights, blocks, target, embedding_dim):
         divisor = bag_divisor(mode, rows, weights, start, end)
         for d in range(0, embedding_dim, width):
@@ -178,7 +183,7 @@ def _gather_kernel(width, bfloat16, finding):
     item_bytes = 2 if bfloat16 else 4
     copy_row, zero_row, pool_bag = _row_functions(width, bfloat16)
 
-    @inlined
+    @expanded
     def row_ahead(i, end, rows, lookup, blocks, embedding_dim):
         """Return the i-th id's row, found where it is not known, and prefetch its weights."""
         row = load_i64(rows + 8 * i)
@@ -187,13 +192,14 @@ def _gather_kernel(width, bfloat16, finding):
             store_i64(rows + 8 * i, row)
         if row >= 0:
             address = row_address(row, blocks)
-            for byte in range(0, item_bytes * embedding_dim, 64):
+            prefetch(address)
+            for byte in range(64, item_bytes * embedding_dim, 64):
                 prefetch(address + byte)
             if lookup.last_seen:
                 store_i64(lookup.last_seen + 8 * row, lookup.step)
         return row
 
-    @inlined
+    @expanded
     def gather_rows(first, last, rows, lookup, blocks, data, stride, embedding_dim):
         """Copy a row for each id, some ids after it was found; return the number of misses."""
         misses = np.int64(0)
@@ -211,7 +217,7 @@ def _gather_kernel(width, bfloat16, finding):
                 zero_row(target, embedding_dim)
         return misses
 
-    @inlined
+    @expanded
     def tile_bag(start, end, tile_len, rows, weights, blocks, target, embedding_dim):
         """Write the bag's first rows side by side, then zeros."""
         end = min(end, start + tile_len)

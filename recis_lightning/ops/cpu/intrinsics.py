@@ -26,6 +26,10 @@ _F32 = ir.FloatType()
 # them from Python. Division is C's: Numba's own checks for a zero and so is not vectorised.
 _OPTIONS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inlined: Any = njit(forceinline=True, error_model="numpy", **_OPTIONS)
+# The same for functions with a loop over a row's bytes: Numba itself puts them into the kernel.
+# LLVM would unroll their loops before it inlines them and once more afterwards: 4% of an
+# evaluation lookup at dim 16.
+expanded: Any = njit(inline="always", **_OPTIONS)
 
 
 def _memory_ops(numba_type, llvm_type, align):

@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,7 +96,6 @@ class Kernel:
         self.constants = constants
         names = inspect.signature(function).parameters
         self._names = [name for name in names if name not in _CHUNK_VALUES]
-        self._keys = set(self._names)
         self._lock = threading.Lock()
         self._address = 0
 
@@ -120,27 +120,22 @@ class Kernel:
                 address is meant; None is 0.
         """
         num_chunks = -(-num_items // items_per_chunk)
-        if arguments.keys() != self._keys:
+        words = [_as_word(arguments[name]) for name in self._names if name in arguments]
+        if not len(words) == len(arguments) == len(self._names):
             expected, names = ", ".join(self._names), ", ".join(arguments)
             raise TypeError(f"{self.function.__qualname__} takes {expected}; got {names}")
-        words = [
-            value if type(value) is int else _as_word(value)
-            for value in map(arguments.__getitem__, self._names)
-        ]
-        state = (ctypes.c_int64 * (len(words) + _ARGUMENTS))(
-            0, num_chunks, 0, num_items, items_per_chunk, *words
-        )
+        state = array("q", [0, num_chunks, 0, num_items, items_per_chunk, *words])
+        pointer, _ = state.buffer_info()
         address = self._address or self.address
         num_threads = min(num_chunks, torch.get_num_threads())
         if num_threads <= 1:
             if num_threads == 1:
-                self._call(ctypes.addressof(state))
+                self._call(pointer)
             return
         openmp = None if _forked else _gomp_parallel()
         if openmp is not None:
-            openmp(address, ctypes.addressof(state), num_threads, 0)
+            openmp(address, pointer, num_threads, 0)
             return
-        pointer = ctypes.addressof(state)
         running = [_thread_pool().submit(self._call, pointer) for _ in range(num_threads - 1)]
         self._call(pointer)
         for future in running:
@@ -148,11 +143,14 @@ class Kernel:
 
 
 def _as_word(value: Any) -> int:
+    kind = type(value)
+    if kind is int:
+        return value
+    if kind is np.ndarray:
+        return address_of(value)
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
-    if isinstance(value, np.ndarray):
-        return address_of(value)
-    if isinstance(value, ctypes.c_int64):
+    if kind is ctypes.c_int64:
         return ctypes.addressof(value)
     return 0 if value is None else int(value)
 
@@ -309,9 +307,9 @@ def _thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="recis_lightning")
 
 
-def address_of(array: npt.NDArray[Any]) -> int:
+def address_of(values: npt.NDArray[Any]) -> int:
     """Return where an array's data lies (several times as fast as ``array.ctypes.data``)."""
-    address: int = array.__array_interface__["data"][0]
+    address: int = values.__array_interface__["data"][0]
     return address
 
 
