@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,12 +58,60 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
-    """Return ``ids`` if it is an int64 tensor, else raise."""
+    """Return ``ids`` as int64 if it is a strided tensor of int64 or int32, else raise.
+
+    Example:
+        >>> check_ids(torch.tensor([7], dtype=torch.int32))
+        tensor([7])
+        >>> check_ids(torch.tensor([0.5]), "item")
+        Traceback (most recent call last):
+        TypeError: item: expected dtype torch.int64 or torch.int32, got torch.float32
+    """
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected an int64 Tensor, got {type(ids).__name__}")
     if ids.dtype is not torch.int64:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {ids.dtype}")
+        if ids.dtype is not torch.int32:
+            raise TypeError(f"{name}: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
+        check_strided(ids, name)
+        ids = ids.long()
+    if type(ids) is not Tensor or ids.layout is not torch.strided:
+        check_strided(ids, name)
     return ids
+
+
+def check_strided(tensor: Tensor, name: str) -> None:
+    """Raise a TypeError unless ``tensor`` is a dense one that has data: kernels read its memory."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense Tensor, got one of layout {tensor.layout}")
+    if type(tensor) is not Tensor and (
+        is_traceable_wrapper_subclass(tensor)
+        or tensor.untyped_storage().device.type != tensor.device.type
+    ):
+        raise TypeError(
+            f"{name}: expected a Tensor with data, got a {type(tensor).__name__}, which has none"
+        )
+
+
+def check_kernels_may_run() -> None:
+    """Raise where torch's tensors have no data: kernels are given addresses, and nothing else.
+
+    Raises:
+        RuntimeError: A transform of torch.func, or FakeTensorMode, is active.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "a table cannot be used under torch.func (vmap, grad, jvp, ...); look up outside, and "
+            "transform what is done with the embeddings"
+        )
+    if torch._C._len_torch_dispatch_stack() and _is_fake_mode_active():
+        raise RuntimeError(
+            "a table cannot be used or made under FakeTensorMode, where tensors have no data; do "
+            "it outside"
+        )
+
+
+def _is_fake_mode_active() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def check_padding_idx(padding_idx: int | None) -> int | None:
@@ -89,6 +138,8 @@ __all__ = [
     "check_embedding_dim",
     "check_ids",
     "check_int",
+    "check_kernels_may_run",
     "check_padding_idx",
     "check_str",
+    "check_strided",
 ]

@@ -81,13 +81,13 @@ class DynamicEmbedding(nn.Module):
         """Look ids up.
 
         Args:
-            ids: int64 [*].
+            ids: int64 or int32 [*].
 
         Returns:
             [*, embedding_dim] in the table's dtype.
 
         Raises:
-            TypeError: ``ids`` is not int64.
+            TypeError: ``ids`` is neither.
         """
         flat = check_ids(ids).reshape(-1).contiguous()
         rows = _look_up(self.current_groups(), FeatureBags([flat]), self.training)
@@ -181,7 +181,7 @@ class DynamicEmbeddingBag(nn.Module):
         """Look bags up and pool them.
 
         Args:
-            ids: int64 [B, L] (bags of length L) or [N] with ``offsets``; also a jagged
+            ids: int64 or int32 [B, L] (bags of length L) or [N] with ``offsets``; also a jagged
                 NestedTensor [B, j] or a ``Jagged``.
             offsets: int64 [B], where each bag starts in 1-D ids (with ``include_last_offset``
                 [B + 1], ending with N).
@@ -201,7 +201,7 @@ class DynamicEmbeddingBag(nn.Module):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets, per_sample_weights: expected None for ragged ids")
             return self._look_up(ids)
-        check_ids(ids)
+        ids = check_ids(ids)
         if ids.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets: expected None for 2-D ids, whose rows are the bags")
@@ -211,15 +211,18 @@ class DynamicEmbeddingBag(nn.Module):
             raise ValueError(f"ids: expected shape [N] or [B, L], got {tuple(ids.shape)}")
         if offsets is None:
             raise ValueError("offsets: 1-D ids need them, got None")
-        check_ids(offsets, "offsets")
-        if not self.include_last_offset:
+        offsets = check_ids(offsets, "offsets")
+        is_padded = not self.include_last_offset
+        if is_padded:
             # Not torch.cat: a tensor of one number from the host would wait for a GPU.
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=ids.numel())
-        return self._look_up(Jagged(ids, offsets, per_sample_weights))
+        return self._look_up(Jagged(ids, offsets, per_sample_weights), owns_offsets=is_padded)
 
-    def _look_up(self, feature: Any) -> Tensor:
-        bags = FeatureBags.of([read_bags(feature, "ids")])
-        return _look_up(self.current_groups(), bags, self.training)
+    def _look_up(self, feature: Any, owns_offsets: bool = False) -> Tensor:
+        bags = read_bags(feature, "ids")
+        if owns_offsets:
+            bags = bags._replace(owns_offsets=True)
+        return _look_up(self.current_groups(), FeatureBags.of([bags]), self.training)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

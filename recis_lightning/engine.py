@@ -124,7 +124,16 @@ class EmbeddingEngine(nn.Module):
                 continue
             owners[name] = feature
             self.tables[name] = _make_table(name, option)
+        self._share_lock()
         self._groups = CurrentGroups()
+
+    def _share_lock(self) -> None:
+        """Give all tables one lock: a lookup takes it once, however many there are."""
+        first: HashTable | None = None
+        for table in self.tables.values():
+            assert isinstance(table, HashTable)
+            first = first or table
+            table.lock = first.lock
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]
@@ -147,8 +156,9 @@ class EmbeddingEngine(nn.Module):
         """Look all features up.
 
         Args:
-            features: Feature -> int64 [B] or [B, L], a dense pair ``(ids, weights)``, a torch
-                jagged NestedTensor [B, j], or ``Jagged``; or TorchRec's ``KeyedJaggedTensor``.
+            features: Feature -> int64 or int32 [B] or [B, L], a dense pair ``(ids, weights)``, a
+                torch jagged NestedTensor [B, j], or ``Jagged``; or TorchRec's
+                ``KeyedJaggedTensor``.
 
         Returns:
             Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; for "none"
@@ -187,6 +197,7 @@ class EmbeddingEngine(nn.Module):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
+        self._share_lock()
 
     def _table(self, feature: str) -> HashTable:
         table = self.tables[self.options[feature].table or feature]

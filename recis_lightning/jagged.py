@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recis_lightning.arguments import check_ids, check_strided
+
 
 class Jagged(NamedTuple):
     """Ragged values: bag b holds ``values[offsets[b]:offsets[b + 1]]``.
@@ -46,6 +48,7 @@ class Bags(NamedTuple):
         weights: float32 [n] or None.
         shape: Shape of the ids as given, for a dense feature; None for a ragged one.
         nested: Whether it came as a torch NestedTensor.
+        owns_offsets: Whether nobody else has ``offsets``, so that they need not be copied.
     """
 
     ids: Tensor
@@ -55,6 +58,7 @@ class Bags(NamedTuple):
     weights: Tensor | None
     shape: tuple[int, ...] | None
     nested: bool = False
+    owns_offsets: bool = False
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return the bag of each id, and the id's position in it, int64 [n] each.
@@ -140,7 +144,7 @@ def read_bags(feature: Any, name: str) -> Bags:
     """Read one feature.
 
     Args:
-        feature: int64 [*] (the last dimension of two or more is the bag), a dense pair
+        feature: int64 or int32 [*] (the last dimension of two or more is the bag), a dense pair
             ``(ids, weights)``, a torch jagged NestedTensor [B, j], or a ``Jagged``.
         name: The feature's name, for errors.
 
@@ -150,7 +154,12 @@ def read_bags(feature: Any, name: str) -> Bags:
     if isinstance(feature, Tensor):
         if feature.is_nested:
             return _read_nested(feature, name)
-        if feature.dim() == 1 and feature.dtype is torch.int64 and feature.is_contiguous():
+        if (
+            type(feature) is Tensor
+            and feature.dim() == 1
+            and feature.dtype is torch.int64
+            and feature.is_contiguous()
+        ):
             size = feature.numel()
             return Bags(feature, size, 1, None, None, (size,))
         return _read_dense(feature, None, name)
@@ -167,12 +176,6 @@ def read_bags(feature: Any, name: str) -> Bags:
     )
 
 
-def _check_int64(tensor: Any, name: str) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype is not torch.int64:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a Tensor of dtype torch.int64, got {got}")
-
-
 def _read_weights(weights: Any, shape: tuple[int, ...], name: str) -> Tensor | None:
     if weights is None:
         return None
@@ -183,11 +186,12 @@ def _read_weights(weights: Any, shape: tuple[int, ...], name: str) -> Tensor | N
         raise ValueError(
             f"{name}: expected weights of the ids' shape {shape}, got {tuple(weights.shape)}"
         )
-    return weights.reshape(-1).float().contiguous()
+    check_strided(weights, f"{name}.weights")
+    return weights.reshape(-1).float().resolve_neg().contiguous()
 
 
 def _read_dense(ids: Any, weights: Any, name: str) -> Bags:
-    _check_int64(ids, name)
+    ids = check_ids(ids, name)
     shape = tuple(ids.shape)
     if len(shape) == 1:
         flat, num_bags, length = ids.contiguous(), shape[0], 1
@@ -206,8 +210,8 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 def _read_jagged(feature: Jagged, name: str) -> Bags:
     values, offsets, weights = feature
-    _check_int64(values, f"{name}.values")
-    _check_int64(offsets, f"{name}.offsets")
+    values, given = check_ids(values, f"{name}.values"), offsets
+    offsets = check_ids(offsets, f"{name}.offsets")
     if values.dim() != 1:
         raise ValueError(f"{name}.values: expected shape [N], got {tuple(values.shape)}")
     if offsets.dim() != 1 or offsets.numel() == 0:
@@ -216,7 +220,11 @@ def _read_jagged(feature: Jagged, name: str) -> Bags:
         raise ValueError(f"{name}.offsets: no bags, but {values.numel()} values")
     weights = _read_weights(weights, tuple(values.shape), name)
     flat = values.contiguous()
-    return Bags(flat, offsets.numel() - 1, -1, offsets.contiguous(), weights, None)
+    owns_offsets = offsets is not given
+    return Bags(
+        *(flat, offsets.numel() - 1, -1, offsets.contiguous(), weights, None),
+        owns_offsets=owns_offsets,
+    )
 
 
 def _read_nested(feature: Tensor, name: str) -> Bags:

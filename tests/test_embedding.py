@@ -270,13 +270,21 @@ FLAT = torch.arange(6)
     ("arguments", "error", "words"),
     [
         ((FLAT,), ValueError, "offsets: 1-D ids need them, got None"),
-        ((FLAT.int(), FLAT), TypeError, r"ids: expected dtype torch.int64, got torch.int32"),
-        ((FLAT, FLAT.int()), TypeError, r"offsets: expected dtype torch.int64, got torch.int32"),
+        ((FLAT.short(), FLAT), TypeError, r"ids: expected dtype torch.int64 .*got torch.int16"),
+        ((FLAT, FLAT.short()), TypeError, r"offsets: expected dtype .*got torch.int16"),
         ((FLAT.view(2, 3), FLAT), ValueError, "offsets: expected None for 2-D ids"),
         ((FLAT.view(1, 2, 3),), ValueError, r"ids: expected shape .*got \(1, 2, 3\)"),
         ((FLAT, torch.tensor([1, 3])), ValueError, "offsets: .*must start at 0"),
         ((FLAT, torch.tensor([0, 4, 2])), ValueError, "offsets: .*never descend"),
         ((FLAT, torch.tensor([0, 9])), ValueError, "offsets: .*number of ids, 6"),
+        (
+            (FLAT, torch.tensor([0, 3, 9])),
+            ValueError,
+            r"offsets: .*got \[0, 3, 9, 6\], .*lengths\?",
+        ),
+        ((FLAT, torch.tensor([0], device="meta")), ValueError, "its offsets on meta"),
+        ((FLAT, torch.tensor([0]), torch.ones(6).to("meta")), ValueError, "its weights on meta"),
+        ((FLAT.to("meta"), torch.tensor([0])), ValueError, "its ids on meta"),
         ((FLAT, torch.tensor([0]), torch.ones(5)), ValueError, r"weights of the ids' shape"),
         ((FLAT, torch.tensor([0]), FLAT), TypeError, "expected weights as a floating-point"),
     ],
@@ -286,6 +294,7 @@ def test_wrong_bags(arguments, error, words):
     module = DynamicEmbeddingBag(2, mode="sum", name="bag")
     with pytest.raises(error, match=words):
         module(*arguments)
+    assert len(module.table) == 0
 
 
 def test_weights_are_for_sums():
@@ -295,11 +304,21 @@ def test_weights_are_for_sums():
         module(FLAT, torch.tensor([0]), torch.ones(6))
 
 
-@pytest.mark.parametrize("ids", [FLAT.float(), FLAT.int(), [1, 2], None])
+@pytest.mark.parametrize("ids", [FLAT.float(), FLAT.short(), [1, 2], None])
 def test_ids_are_int64(ids):
     """No silent conversion."""
     with pytest.raises(TypeError, match=r"ids: expected .*int64.*, got (torch|list|None)"):
         DynamicEmbedding(2)(ids)
+
+
+def test_int32_ids_and_offsets_are_widened():
+    """As torch.nn takes them; the rows are those of the same int64."""
+    module, bag = DynamicEmbedding(2, name="wide"), DynamicEmbeddingBag(2, name="wide")
+    assert torch.equal(module(FLAT.int()), module(FLAT))
+    assert torch.equal(bag(FLAT.view(2, 3).int()), bag(FLAT.view(2, 3)))
+    offsets = torch.tensor([0, 2])
+    assert torch.equal(bag(FLAT.int(), offsets.int()), bag(FLAT, offsets))
+    assert sorted(module.table.ids().tolist()) == sorted(bag.table.ids().tolist())
 
 
 # ---- beyond one call

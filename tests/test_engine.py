@@ -370,12 +370,21 @@ def test_options_are_options():
         EmbeddingEngine({})
 
 
+def test_int32_ids_are_widened():
+    """Alone, in bags and beside int64."""
+    engine = EmbeddingEngine({"a": option("none"), "b": option("sum")})
+    wide = engine({"a": IDS[:12] % 1000, "b": Jagged(PICKED, OFFSETS)})
+    narrow = {"a": (IDS[:12] % 1000).int(), "b": Jagged(PICKED.int(), OFFSETS.int())}
+    for name, rows in engine(narrow).items():
+        assert torch.equal(rows, wide[name])
+
+
 @pytest.mark.parametrize(
     ("features", "error", "words"),
     [
         ({"a": IDS}, ValueError, r"features: missing \['b'\], unknown \[\]"),
         ({"a": IDS, "b": IDS, "c": IDS}, ValueError, r"missing \[\], unknown \['c'\]"),
-        ({"a": IDS, "b": IDS.int()}, TypeError, r"b: expected .*int64, got torch\.int32"),
+        ({"a": IDS, "b": IDS.short()}, TypeError, r"b: expected .*int64 .*, got torch\.int16"),
         ({"a": IDS, "b": "x"}, TypeError, "b: expected an int64 Tensor.*got str"),
         ({"a": IDS, "b": (IDS, IDS)}, TypeError, "b: expected weights as a floating-point"),
         ({"a": IDS, "b": (IDS, torch.ones(3))}, ValueError, r"b: expected weights .*got \(3,\)"),

@@ -53,6 +53,46 @@ def test_ragged_ids_are_read_without_a_copy():
     assert read_bags(tuple(Jagged(VALUES, OFFSETS)), "f").num_bags == 3  # a collated tuple
 
 
+def test_int32_is_widened():
+    """Values and offsets, of all layouts."""
+    short, weights = VALUES.int(), torch.ones(7)
+    nested = torch.nested.nested_tensor_from_jagged(short, OFFSETS)
+    for feature in (
+        short,
+        short.view(7, 1),
+        (short, weights),
+        Jagged(short, OFFSETS.int()),
+        nested,
+    ):
+        read = read_bags(feature, "f")
+        assert read.ids.dtype is torch.int64
+        assert torch.equal(read.ids, VALUES)
+        if read.offsets is not None:
+            assert read.offsets.dtype is torch.int64
+            assert torch.equal(read.offsets, OFFSETS)
+    both = read_features({"a": short, "b": VALUES}, ["a", "b"])
+    assert [ids.dtype for ids in both.ids] == [torch.int64] * 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "words"),
+    [
+        (VALUES.to_sparse(), r"f: expected a dense Tensor, got one of layout torch\.sparse_coo"),
+        ((VALUES, torch.ones(7).to_sparse()), r"f\.weights: expected a dense Tensor"),
+    ],
+)
+def test_sparse_tensors_are_refused(feature, words):
+    """Kernels read memory that is dense."""
+    with pytest.raises(TypeError, match=words):
+        read_features({"f": feature}, ["f"])
+
+
+def test_weights_that_are_negated_views_keep_their_sign():
+    """Their memory holds the negative values."""
+    read = read_bags((VALUES, torch._neg_view(torch.ones(7))), "f")
+    assert (read.weights.numpy() == -1).all()
+
+
 def test_nested_tensors_with_holes_are_closed():
     """Torch lets a NestedTensor skip values between its bags."""
     nested = torch.nested.narrow(
@@ -82,8 +122,8 @@ def test_weights_become_float32():
         (7, TypeError, r"f: expected an int64 Tensor, .*got int"),
         ([1], TypeError, "f: expected an int64 Tensor, .*got list"),
         (VALUES.float(), TypeError, r"f: expected .*got torch\.float32"),
-        (Jagged(VALUES.int(), OFFSETS), TypeError, r"f\.values: .*got torch\.int32"),
-        (Jagged(VALUES, OFFSETS.int()), TypeError, r"f\.offsets: .*got torch\.int32"),
+        (Jagged(VALUES.short(), OFFSETS), TypeError, r"f\.values: .*got torch\.int16"),
+        (Jagged(VALUES, OFFSETS.short()), TypeError, r"f\.offsets: .*got torch\.int16"),
         (Jagged(VALUES.view(7, 1), OFFSETS), ValueError, r"f\.values: .*got \(7, 1\)"),
         (Jagged(VALUES, OFFSETS[:0]), ValueError, r"f\.offsets: .*got \(0,\)"),
         (Jagged(VALUES, OFFSETS[:1]), ValueError, r"f\.offsets: no bags, but 7 values"),
@@ -142,5 +182,5 @@ def test_features_of_several_kinds_are_read_one_by_one(other):
 
 def test_a_plain_feature_of_another_dtype_is_named():
     """It is refused by its name, as it is alone."""
-    with pytest.raises(TypeError, match=r"^b: expected a Tensor of dtype torch\.int64"):
+    with pytest.raises(TypeError, match=r"^b: expected dtype torch\.int64 or torch\.int32"):
         read_features({"a": torch.arange(3), "b": torch.arange(3.0)}, ["a", "b"])

@@ -19,14 +19,14 @@ def owner_of(ids: Tensor, world_size: int) -> Tensor:
     index as all ids do.
 
     Args:
-        ids: int64 [*], any values.
+        ids: int64 (or int32) [*], any values.
         world_size: Number of ranks, at least 1.
 
     Returns:
         int64 [*], each in ``[0, world_size)``.
 
     Raises:
-        TypeError, ValueError: ``ids`` is not int64, or ``world_size`` no int of 1 or more.
+        TypeError, ValueError: ``ids`` is not int64 or int32, or ``world_size`` no int of 1 or more.
 
     Example:
         >>> import torch
@@ -37,7 +37,8 @@ def owner_of(ids: Tensor, world_size: int) -> Tensor:
     """
     check_int("world_size", world_size, least=1)
     # An arithmetic shift, masked, is a logical one.
-    mixed = check_ids(ids) ^ ((ids >> 33) & _LOW_31)
+    ids = check_ids(ids)
+    mixed = ids ^ ((ids >> 33) & _LOW_31)
     mixed = mixed * _MIX_1
     mixed = (mixed ^ ((mixed >> 33) & _LOW_31)) * _MIX_2
     return ((mixed >> 33) & _LOW_31) % world_size

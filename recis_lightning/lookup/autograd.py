@@ -11,24 +11,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recis_lightning.jagged import Bags, FeatureBags
+from recis_lightning.jagged import Bags
+from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.held_gradients import copy_held_, expected_references
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.lock import writing
 
 # For maps over hundreds of tables and tensors.
 _is_trainable, _generation, _dtype = map(attrgetter, ("trainable", "generation", "dtype"))
+_requires_grad = attrgetter("requires_grad")
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
+_is_neg: Any = Tensor.is_neg  # a view whose memory holds the negative values
 _ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
 
 
 def record_lookup(
     layout: FeatureLayout,
-    bags: FeatureBags,
+    batch: Batch,
     plan: Plan,
     fetched: FetchedRows,
     outputs: list[Tensor],
@@ -37,23 +42,21 @@ def record_lookup(
 
     Args:
         layout: The group's features.
-        bags: One for each feature, on the group's device.
+        batch: What was looked up.
         plan: The plan by which the outputs were filled.
         fetched: The rows that it points to.
         outputs: One for each feature.
     """
     if not torch.is_grad_enabled():
         return outputs
-    weighted = [
-        feature
-        for feature, bag in enumerate(bags.details)
-        if bag.weights is not None and bag.weights.requires_grad
-    ]
+    details = batch.bags.details
+    weighted = [feature for feature in batch.weighted if _requires_grad(details[feature].weights)]
     if not weighted and not any(map(_is_trainable, layout.tables)):
         return outputs
-    weights = [bags.details[feature].weights for feature in weighted]
+    expected_references()  # what it does must not be nested in a backward pass
+    weights = [details[feature].weights for feature in weighted]
     recorded = LookupFunction.apply(  # type: ignore[no-untyped-call]
-        _ANCHOR, layout, bags, plan, fetched, outputs, weighted, *weights
+        _ANCHOR, layout, batch, plan, fetched, outputs, weighted, *weights
     )
     return list(recorded)
 
@@ -66,7 +69,7 @@ class LookupFunction(torch.autograd.Function):
         ctx: Any,
         anchor: Tensor,
         layout: FeatureLayout,
-        bags: FeatureBags,
+        batch: Batch,
         plan: Plan,
         fetched: FetchedRows,
         outputs: list[Tensor],
@@ -75,7 +78,7 @@ class LookupFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return ``outputs``, which are filled already."""
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.bags, ctx.plan, ctx.fetched = layout, bags, plan, fetched
+        ctx.layout, ctx.batch, ctx.plan, ctx.fetched = layout, batch, plan, fetched
         ctx.weighted = weighted
         ctx.generations = list(map(_generation, layout.storages))
         return tuple(outputs)
@@ -85,9 +88,6 @@ class LookupFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         layout: FeatureLayout = ctx.layout
-        generations = list(map(_generation, layout.storages))
-        if generations != ctx.generations:
-            _raise_stale_rows(layout.tables, ctx.generations, generations)
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
         if not all(map(_is_trainable, layout.tables)):
@@ -98,12 +98,16 @@ class LookupFunction(torch.autograd.Function):
         if features:
             plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, tensors))
             plan[:, embedding_bag.DATA_STRIDE] = strides
-        ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.bags, tensors))
-        return (*[None] * 7, *_weight_gradients(ctx, by_feature))
+        with writing(layout.locks):
+            generations = list(map(_generation, layout.storages))
+            if generations != ctx.generations:
+                _raise_stale_rows(layout.tables, ctx.generations, generations)
+            ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.batch, tensors))
+            return (*[None] * 7, *_weight_gradients(ctx, by_feature))
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:
-    """Return the gradients that are there.
+    """Return the gradients that are there, as tensors that nobody else writes to.
 
     Returns:
         Positions of their features; the gradients as float32 with contiguous rows; their row
@@ -114,6 +118,9 @@ def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Te
     if set(map(type, tensors)) != {Tensor} or not all(map(_numel, tensors)):
         features = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.numel()]
         tensors = [tensors[feature] for feature in features]
+    copy_held_(tensors)
+    if any(map(_is_neg, tensors)):
+        tensors = [tensor.resolve_neg() for tensor in tensors]
     if set(map(_dtype, tensors)) - {torch.float32}:
         tensors = [tensor.float() for tensor in tensors]
     strides = list(map(_stride, tensors))
@@ -143,7 +150,7 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
         if gradient is None:
             results.append(None)
             continue
-        bags, first = ctx.bags[feature], int(ctx.plan[feature, embedding_bag.FIRST_ID])
+        bags, first = ctx.batch.bags_of(feature), int(ctx.plan[feature, embedding_bag.FIRST_ID])
         rows = fetched.rows[first : first + bags.ids.numel()]
         header = fetched.header_of(feature)
         results.append(_weight_gradient(layout, feature, bags, header, rows, gradient))

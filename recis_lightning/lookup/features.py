@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.jagged import FeatureBags
+from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.buffers import allocate_outputs
 from recis_lightning.lookup.signature import digest
 from recis_lightning.ops import embedding_bag
@@ -19,6 +20,7 @@ from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.table.hash_table import HashTable, write_segment
+from recis_lightning.table.lock import distinct_locks
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.versions import layout_version
 
@@ -44,8 +46,9 @@ class Feature(NamedTuple):
 class FeatureLayout:
     """Features of one device, dtype and dim, laid out for the ops.
 
-    Segments (``ops.hash_index``) and plan (``ops.embedding_bag``) have a line a feature. They are
-    kept from lookup to lookup, and sizes are written only when they change.
+    Segments (``ops.hash_index``) and plan (``ops.embedding_bag``) have a line a feature. Those for
+    the sizes of the last batch are kept. Any number of threads may use a layout: a lookup writes
+    to copies of its own.
 
     Args:
         features: Their tables must agree on device, dtype and embedding_dim.
@@ -57,9 +60,9 @@ class FeatureLayout:
         storages: Of ``tables``, as index ops take them.
         segment_tables: For each feature, its table's position in ``tables``.
         row_type: (embedding_dim, dtype, device), as ops take them.
-        training: Segments that insert.
-        evaluation: Segments that only read.
-        num_ids: Number of all ids of the batch that was described last.
+        locks: Of the tables, as ``table.lock`` takes them.
+        training: Segments that insert, without sizes.
+        evaluation: Segments that only read, without sizes.
     """
 
     def __init__(self, features: Sequence[Feature]) -> None:
@@ -68,6 +71,7 @@ class FeatureLayout:
         self.names = [feature.name for feature in features]
         self.feature_tables = [feature.table for feature in features]
         self.tables = list(dict.fromkeys(self.feature_tables))
+        self.locks = distinct_locks(table.lock for table in self.tables)
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]
@@ -76,8 +80,7 @@ class FeatureLayout:
         self.row_type = (self.embedding_dim, self.dtype, self.device)
         self.training = self._segments(insert=True)
         self.evaluation = self._segments(insert=False)
-        self.num_ids = 0
-        self._sizes: Sequence[Any] = ()  # of the last batch: segments and plan are right for them
+        self._last: SizedLines | None = None  # of the last batch
         self._has_row_per_id = np.array([feature.mode == "none" for feature in features])
         self._widths = [
             self.embedding_dim * (feature.tile_len if feature.mode == "tile" else 1)
@@ -105,6 +108,21 @@ class FeatureLayout:
         """Return whether the tables' storage is where it was when the layout was made."""
         return self._layout_version == layout_version()
 
+    def check_current(self) -> None:
+        """Raise if a table got another storage since; nobody else changes it from now on.
+
+        Raises:
+            RuntimeError: Another thread moved a table after this one's lookup had begun.
+        """
+        if self._layout_version == layout_version():
+            return
+        for table, storage in zip(self.tables, self.storages, strict=True):
+            if table.storage is not storage:
+                raise RuntimeError(
+                    f"table {table.name!r} was moved by another thread while this one looked it "
+                    "up; look it up again"
+                )
+
     @cached_property
     def signature(self) -> int:
         """Number by which ranks recognise the features."""
@@ -113,39 +131,53 @@ class FeatureLayout:
         ]
         return digest((settings, self.embedding_dim, self.dtype))
 
-    def set_sizes(self, bags: FeatureBags) -> None:
-        """Write the sizes of a batch into segments and plan, unless the last one had the same."""
+    def lines_for(self, bags: FeatureBags) -> SizedLines:
+        """Return segments and plan for a batch: those of the last one, if it had the same sizes."""
         sizes: Sequence[Any] = bags.sizes
         if bags.details:
             pairs = zip(bags.sizes, bags.details, strict=True)
             sizes = [(size, bag.num_bags, bag.bag_length) for size, bag in pairs]
-        if sizes == self._sizes:
-            return
-        self._sizes = sizes
-        if bags.details:
+        lines = self._last
+        if lines is None or sizes != lines.sizes:
+            # Other threads may do the same; whose lines are kept does not matter.
+            lines = self._last = self._make_lines(sizes, has_details=bool(bags.details))
+        return lines
+
+    def _make_lines(self, sizes: Sequence[Any], has_details: bool) -> SizedLines:
+        if has_details:
             num_ids, num_bags, lengths = np.array(sizes, np.int64).T
         else:
             num_ids = num_bags = np.array(sizes, np.int64)
             lengths = np.ones_like(num_ids)
         starts = np.cumsum(num_ids) - num_ids
-        self.num_ids = int(num_ids.sum())
-        self.training[:, SEGMENT_START] = self.evaluation[:, SEGMENT_START] = starts
-        plan = self._plan
+        training, evaluation, plan = self.training.copy(), self.evaluation.copy(), self._plan.copy()
+        training[:, SEGMENT_START] = evaluation[:, SEGMENT_START] = starts
         plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = starts, num_ids
         plan[:, embedding_bag.NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
         plan[:, embedding_bag.BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
+        ragged = np.flatnonzero(lengths < 0)
+        lines = SizedLines(
+            sizes,
+            int(num_ids.sum()),
+            plan,
+            training,
+            evaluation,
+            plan[:, embedding_bag.NUM_BAGS].tolist(),
+            ragged,
+            np.cumsum(num_bags[ragged] + 1),
+            ~self._has_row_per_id[ragged],
+        )
+        for part in (plan, training, evaluation):
+            part.flags.writeable = False
+        return lines
 
-    def allocate(self, bags: FeatureBags) -> tuple[list[Tensor], Plan]:
+    def allocate(self, batch: Batch) -> tuple[list[Tensor], Plan]:
         """Return uninitialised outputs, and the plan that fills them once it points to rows."""
-        plan = self._plan.copy()
-        counts = plan[:, embedding_bag.NUM_BAGS].tolist()
-        outputs = allocate_outputs(counts, self._widths, self._prototype)
+        plan = batch.lines.plan.copy()
+        outputs = allocate_outputs(batch.lines.num_bags, self._widths, self._prototype)
         plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, outputs))
-        for line, bag in zip(plan, bags.details, strict=False):  # none if all are plain
-            if bag.offsets is not None and line[embedding_bag.BAG_LENGTH] < 0:
-                line[embedding_bag.OFFSETS] = bag.offsets.data_ptr()
-            if bag.weights is not None:
-                line[embedding_bag.WEIGHTS] = bag.weights.data_ptr()
+        if batch.bags.details:
+            batch.enter_arguments(plan)
         return outputs, plan
 
 

@@ -13,14 +13,17 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from recis_lightning.arguments import check_kernels_may_run
 from recis_lightning.distributed import collectives
-from recis_lightning.jagged import FeatureBags
+from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
 from recis_lightning.lookup.autograd import record_lookup
+from recis_lightning.lookup.batch import Batch, join_offsets, join_weights, malformed_feature
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
+from recis_lightning.table.lock import distinct_locks, writing
 
 # For maps over hundreds of tables and tensors.
 _pending, _device, _is_cpu = map(attrgetter, ("pending", "device", "is_cpu"))
@@ -46,47 +49,92 @@ class LookupGroup:
         """Return whether the tables' storage and the ranks are as they were for the layout."""
         return self.layout.is_current() and self.num_ranks == collectives.world_size()
 
-    def look_up(self, bags: FeatureBags, training: bool) -> Generator[None, None, list[Tensor]]:
-        """Look features up and pool their rows; pause while messages are under way.
+    def prepare(self, bags: FeatureBags, training: bool) -> Batch:
+        """Check a batch, and copy what must not change; nothing of a table changes.
 
         Args:
             bags: One for each feature.
+            training: As for ``look_up``.
+
+        Raises:
+            RuntimeError: The tables cannot train as things are.
+            ValueError: A feature is on another device, or its offsets are malformed (beside a GPU
+                that is found out later).
+        """
+        came_from = bags.ids[0].device
+        layout = self.layout
+        is_on_cpu = layout.device.type == "cpu"
+        if is_on_cpu and came_from.type == "cuda":
+            bags = transfer.bags_from_device(bags, came_from)
+        if training:
+            self._check_trained()
+        self._check_devices(bags)
+        lines = layout.lines_for(bags)
+        if not bags.details:
+            return Batch(bags, lines, None, [], None, came_from)
+        # The update reads them too, and by then the caller may have overwritten its own.
+        is_recorded = training and torch.is_grad_enabled()
+        offsets = join_offsets(bags, lines) if is_on_cpu or is_recorded else None
+        if is_on_cpu and offsets is not None:
+            feature = malformed_feature(offsets, lines)
+            if feature is not None:
+                self._raise_malformed(feature, bags[feature])
+        weighted = [i for i, bag in enumerate(bags.details) if bag.weights is not None]
+        weights = join_weights(bags, weighted) if is_recorded else None
+        return Batch(bags, lines, offsets, weighted, weights, came_from)
+
+    def look_up(self, batch: Batch, training: bool) -> Generator[None, None, list[Tensor]]:
+        """Look features up and pool their rows; pause while messages are under way.
+
+        Args:
+            batch: From ``prepare``.
             training: Insert unknown ids, stamp rows and leave gradients; otherwise only read.
 
         Returns:
             For each feature [n, dim] ("none"), [B, dim] or [B, tile_len * dim] ("tile").
         """
-        device = bags.ids[0].device
-        is_remote = self.layout.device.type == "cpu" and device.type == "cuda"
-        if is_remote:
-            bags = transfer.bags_from_device(bags, device)
-        if training:
-            self._check_trained()
-        self._check_devices(bags)
         layout = self.layout
-        layout.set_sizes(bags)
-        outputs, plan = layout.allocate(bags)
-        fetched = yield from self.rows.fetch(bags.ids, plan, training)
+        layout.check_current()
+        outputs, plan = layout.allocate(batch)
+        fetched = yield from self.rows.fetch(batch, plan, training)
         if training:
-            outputs = record_lookup(layout, bags, plan, fetched, outputs)
-        return transfer.outputs_to_device(outputs, device) if is_remote else outputs
+            outputs = record_lookup(layout, batch, plan, fetched, outputs)
+        if batch.came_from.type == "cuda" and layout.device.type == "cpu":
+            return transfer.outputs_to_device(outputs, batch.came_from)
+        return outputs
 
     def _check_devices(self, bags: FeatureBags) -> None:
         """Raise if a feature is not where its table is."""
         device = self.layout.device
-        if device.type == "cpu":
-            if all(map(_is_cpu, bags.ids)):
+        if not bags.details:
+            if device.type == "cpu":
+                if all(map(_is_cpu, bags.ids)):
+                    return
+            elif set(map(_device, bags.ids)) == {device}:
                 return
-        elif not bags.details and set(map(_device, bags.ids)) == {device}:
-            return
         # Kernels are given addresses: nothing else would tell.
         for name, bag in zip(self.layout.names, bags, strict=True):
-            for argument in ("ids", "offsets", "weights"):
-                tensor = getattr(bag, argument)
+            for argument, tensor in (
+                ("ids", bag.ids),
+                ("offsets", bag.offsets),
+                ("weights", bag.weights),
+            ):
                 if tensor is not None and tensor.device != device:
                     raise ValueError(
                         f"{name}: its table is on {device}, its {argument} on {tensor.device}"
                     )
+
+    def _raise_malformed(self, feature: int, bags: Bags) -> None:
+        offsets, name = bags.offsets, self.layout.names[feature]
+        assert offsets is not None
+        # An embedding's one feature has the name of its argument.
+        argument = "offsets" if name == "ids" else f"{name}.offsets"
+        got = ", ".join(map(str, offsets[:8].tolist())) + (", ..." if len(offsets) > 8 else "")
+        raise ValueError(
+            f"{argument}: must start at 0, never descend and end at the number of ids, "
+            f"{bags.ids.numel()}; got [{got}], which ends at {int(offsets[-1])}; did you pass "
+            "lengths?"
+        )
 
     def _check_trained(self) -> None:
         tables = self.layout.tables
@@ -137,11 +185,36 @@ def look_up_groups(
 def run_lookups(
     groups: Sequence[LookupGroup], bags: Sequence[FeatureBags], training: bool
 ) -> list[list[Tensor]]:
-    """Run the groups' lookups in turn, each up to its next pause, until all are done."""
+    """Run the groups' lookups in turn, each up to its next pause, until all are done.
+
+    All batches are checked before any table changes. Other threads may evaluate the same tables
+    meanwhile; they wait while one trains.
+    """
+    check_kernels_may_run()
+    batches = [group.prepare(parts, training) for group, parts in zip(groups, bags, strict=True)]
+    locks = groups[0].layout.locks
+    if any(group.layout.locks != locks for group in groups):
+        locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
+    # Ranks answer one another in a fixed order, and so do the threads of each.
+    if training or groups[0].num_ranks > 1:
+        with writing(locks):
+            return _take_turns(groups, batches, training)
+    try:
+        for lock in locks:
+            lock.begin_read()
+        return _take_turns(groups, batches, training)
+    finally:
+        for lock in locks:
+            lock.end_read()
+
+
+def _take_turns(
+    groups: Sequence[LookupGroup], batches: Sequence[Batch], training: bool
+) -> list[list[Tensor]]:
     outputs: list[list[Tensor]] = [[] for _ in groups]
     running = [
-        (i, group.look_up(parts, training))
-        for i, (group, parts) in enumerate(zip(groups, bags, strict=True))
+        (i, group.look_up(batch, training))
+        for i, (group, batch) in enumerate(zip(groups, batches, strict=True))
     ]
     while running:
         paused = []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout, point_to_rows
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index, row_init
@@ -38,15 +39,15 @@ class LocalRows:
         self._all_known = False  # whether the last training lookup found nothing to insert
 
     def fetch(
-        self, ids: Sequence[Tensor], plan: Plan, training: bool
+        self, batch: Batch, plan: Plan, training: bool
     ) -> Generator[None, None, FetchedLocalRows]:
         """Look ids up and fill the outputs, without a pause."""
         yield from ()
-        layout = self._layout
-        segments = layout.training if training else layout.evaluation
+        layout, ids, num_ids = self._layout, batch.bags.ids, batch.lines.num_ids
+        segments = batch.lines.segments(training)
         hash_index.write_addresses(segments, ids)
         if embedding_bag.fuses(layout.device, training) and (self._all_known or not training):
-            rows = torch.empty(layout.num_ids, dtype=torch.int64, device=layout.device)
+            rows = torch.empty(num_ids, dtype=torch.int64, device=layout.device)
             point_to_rows(plan, rows)
             if not embedding_bag.find_and_gather(plan, segments, training, *layout.row_type):
                 if training:
@@ -54,18 +55,16 @@ class LocalRows:
                     hash_index.note_known(segments, rows, tables, layout.segment_tables)
                 return FetchedLocalRows(rows, layout)
         if training:
-            rows = self._find_or_insert(segments, ids)
+            rows = self._find_or_insert(segments, ids, num_ids)
         else:
-            rows = hash_index.find(segments, layout.num_ids, layout.device)
+            rows = hash_index.find(segments, num_ids, layout.device)
         point_to_rows(plan, rows)
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedLocalRows(rows, layout)
 
-    def _find_or_insert(self, segments: Segments, ids: Sequence[Tensor]) -> Tensor:
+    def _find_or_insert(self, segments: Segments, ids: Sequence[Tensor], num_ids: int) -> Tensor:
         layout = self._layout
-        rows, new = find_or_insert_rows(
-            layout, segments, ids, layout.num_ids, layout.segment_tables
-        )
+        rows, new = find_or_insert_rows(layout, segments, ids, num_ids, layout.segment_tables)
         # That a frozen table does not know an id is counted only here, not in the one pass.
         fuses = embedding_bag.fuses(layout.device, training=True)
         self._all_known = fuses and new is None and self._all_tables_admit

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from recis_lightning.jagged import FeatureBags
+from recis_lightning.lookup.batch import Batch
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 
@@ -18,23 +18,18 @@ class OutputGradients(NamedTuple):
     Attributes:
         features: Positions of the features that have a gradient and train.
         plan: int64 [len(features), PLAN_SIZE]; DATA points to gradients.
-        bags: Of all features.
-        tensors: The gradients, float32, one for each of ``features``.
+        batch: What was looked up.
+        tensors: The gradients, float32, one for each of ``features``; nobody else writes to them.
     """
 
     features: Sequence[int]
     plan: Plan
-    bags: FeatureBags
+    batch: Batch
     tensors: list[Tensor]
 
     def buffers(self) -> list[Tensor]:
         """Return all tensors that ``plan`` points into, rows apart."""
-        details = self.bags.details
-        if not details:
-            return self.tensors
-        offsets = [bag.offsets for bag in details if bag.offsets is not None]
-        weights = [bag.weights for bag in details if bag.weights is not None]
-        return [*self.tensors, *offsets, *weights]
+        return [*self.tensors, *self.batch.buffers()]
 
 
 class FetchedRows(Protocol):
@@ -54,16 +49,14 @@ class FetchedRows(Protocol):
 class RowSource(Protocol):
     """Source of the rows of one group of tables."""
 
-    def fetch(
-        self, ids: Sequence[Tensor], plan: Plan, training: bool
-    ) -> Generator[None, None, FetchedRows]:
+    def fetch(self, batch: Batch, plan: Plan, training: bool) -> Generator[None, None, FetchedRows]:
         """Look ids up and fill the outputs; pause while messages are under way.
 
         The groups of an engine take turns at the pauses, so that one group's messages travel while
         another group works.
 
         Args:
-            ids: int64 [n_i] for each feature, on the tables' device.
+            batch: What to look up.
             plan: int64 [num_features, PLAN_SIZE]; DATA points to the outputs. HEADER and ROWS are
                 overwritten.
             training: Insert unknown ids and stamp rows; otherwise only read.

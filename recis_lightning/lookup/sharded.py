@@ -5,7 +5,7 @@ A lookup is a few local ops with three messages between: counts, ids, rows.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
+from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.dedup import Deduplicator
 from recis_lightning.lookup.exchange import ShardExchange, exchange_rows
 from recis_lightning.lookup.features import FeatureLayout, point_to_rows
@@ -51,14 +52,14 @@ class ShardedRows:
         )
 
     def fetch(
-        self, ids: Sequence[Tensor], plan: Plan, training: bool
+        self, batch: Batch, plan: Plan, training: bool
     ) -> Generator[None, None, FetchedShardedRows]:
         """Ask ids of the ranks that own them, and fill the outputs."""
         layout = self._layout
         for table in layout.tables:
             if table.needs_reshard:
                 drop_rows_of_other_ranks(table)
-        deduplicated = self._deduplicator.deduplicate(ids)
+        deduplicated = self._deduplicator.deduplicate(batch.bags.ids)
         exchange = yield from exchange_rows(layout, deduplicated, training)
         inverse = deduplicated.inverse
         plan[:, embedding_bag.HEADER] = exchange.header.address
@@ -106,7 +107,7 @@ class FetchedShardedRows(NamedTuple):
             first = int(line[embedding_bag.FIRST_ID])
             rows = self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
             if features[index].mode == "tile":
-                _, position = gradients.bags[index].positions()
+                _, position = gradients.batch.bags_of(index).positions()
                 rows = rows.masked_fill(position >= features[index].tile_len, -1)
             has_gradient[torch.where(rows < 0, size, rows)] = True  # no mask: a GPU's would wait
         return has_gradient[:size]

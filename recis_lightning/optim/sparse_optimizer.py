@@ -66,7 +66,8 @@ class SparseOptimizer(Optimizer, ABC):
         """Make this the optimizer of its tables, and lay out their rows for its state."""
         for table in self._updater.tables:
             table.optimizer = self
-            table.storage.set_slots(self.slots(table.embedding_dim), self.state_fill())
+            with table.lock:
+                table.storage.set_slots(self.slots(table.embedding_dim), self.state_fill())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients that no step has used."""

@@ -17,6 +17,7 @@ from recis_lightning.ops import row_update
 from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.fused_update import FusedUpdate
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.lock import TableLock, distinct_locks, writing
 from recis_lightning.table.versions import layout_version
 
 
@@ -41,6 +42,7 @@ class TableUpdater:
         self.tables, self.groups = list(tables), list(groups)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self._layout_version = -1  # of the tables' storage, for which the following is valid
+        self._locks: Sequence[TableLock] = ()
         self._updates: list[FusedUpdate] = []  # of all tables
         self._given_away: set[HashTable] = set()
         self._last_waiting: list[bool] = []  # which tables had gradients, when not all had
@@ -70,6 +72,17 @@ class TableUpdater:
         Raises:
             RuntimeError: A table with a gradient has another optimizer by now.
         """
+        if self._layout_version != layout_version():
+            self._locks = distinct_locks(table.lock for table in self.tables)
+        with writing(self._locks):
+            self._step(owner, rule, hyperparameters)
+
+    def _step(
+        self,
+        owner: Optimizer,
+        rule: int,
+        hyperparameters: Callable[[int, int], dict[int, float]],
+    ) -> None:
         clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
         updates = self._current_updates(owner)
         for update in updates:

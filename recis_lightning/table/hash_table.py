@@ -20,7 +20,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from recis_lightning.admission import Admission, Screening
-from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids, check_int
+from recis_lightning.arguments import (
+    check_dtype,
+    check_embedding_dim,
+    check_ids,
+    check_int,
+    check_kernels_may_run,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
@@ -39,6 +45,7 @@ from recis_lightning.ops.layout import (
 from recis_lightning.table import state as table_state
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
 from recis_lightning.table.insertion import insert_rows
+from recis_lightning.table.lock import TableLock, reads, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
@@ -69,6 +76,8 @@ class HashTable(nn.Module):
         storage: Ids, rows and columns; another one once the table has moved.
         evictor: Eviction of rows: policy, pins, listeners and counts.
         pending: Gradients that no optimizer step has used, always the same list.
+        lock: By which threads read at once and change one after the other; tables that are looked
+            up together share one.
         needs_reshard: Whether rows came that no lookup brought; of several ranks, others may own
             them.
         shard_reference: While a checkpoint is written whose rows are in files of their own: the
@@ -98,6 +107,7 @@ class HashTable(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
+        check_kernels_may_run()
         initializer = Normal(std=0.01) if initializer is None else initializer
         for argument, value, kind in (
             ("initializer", initializer, Initializer),
@@ -132,6 +142,7 @@ class HashTable(nn.Module):
         self.shard_reference: dict[str, Any] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._original: weakref.ref[HashTable] | None = None
+        self.lock = TableLock()
         _live[next(_birth)] = self
 
     def _new_storage(
@@ -235,6 +246,7 @@ class HashTable(nn.Module):
         count: int = self.storage.header.fields.item(NUM_UPDATES)
         return count
 
+    @reads
     def last_seen(self, ids: Tensor) -> Tensor:
         """Return the step of each id's last training lookup, -1 for an unknown id.
 
@@ -286,6 +298,7 @@ class HashTable(nn.Module):
         """
         return self.evictor.statistics()
 
+    @reads
     def survey(
         self, start: float = 0.0, stop: float = 1.0, rows: Tensor | None = None
     ) -> RowSurvey:
@@ -315,8 +328,10 @@ class HashTable(nn.Module):
 
     def _find(self, ids: Tensor) -> Tensor:
         """Return int64 [n], the row of each id, negative where there is none."""
+        check_kernels_may_run()
         return self.storage.find(check_ids(ids))
 
+    @reads
     def ids_map(self) -> tuple[Tensor, Tensor]:
         """Return all ids and their rows, int64 [len] each, by row."""
         storage = self.storage
@@ -328,6 +343,7 @@ class HashTable(nn.Module):
         """Return all ids, int64 [len], in the order of their rows."""
         return self.ids_map()[0]
 
+    @reads
     def embeddings(self, ids: Tensor) -> Tensor:
         """Read rows and change nothing.
 
@@ -343,6 +359,7 @@ class HashTable(nn.Module):
         )
         return weights.view(*ids.shape, self.embedding_dim)
 
+    @writes
     def insert(self, ids: Tensor, embeddings: Tensor) -> None:
         """Set the weights of ids, giving the unknown ones a row whatever the admission policy.
 
@@ -353,6 +370,7 @@ class HashTable(nn.Module):
             ids: int64 [*].
             embeddings: [*, embedding_dim], any floating dtype.
         """
+        check_kernels_may_run()
         flat = check_ids(ids).reshape(-1).to(self.device).contiguous()
         if tuple(embeddings.shape) != (*ids.shape, self.embedding_dim):
             raise ValueError(
@@ -365,6 +383,7 @@ class HashTable(nn.Module):
 
     # ---- removing rows
 
+    @writes
     def delete(self, ids: Tensor) -> int:
         """Remove ids, their rows and their pending gradients; return how many were known.
 
@@ -378,11 +397,13 @@ class HashTable(nn.Module):
             record.forget(storage.header, gone)
         return storage.remove_rows(gone)
 
+    @writes
     def clear(self) -> None:
         """Remove all ids, admission counts and pending gradients; step and optimizer stay."""
         self.pending.clear()  # a record may still serve other tables, and a retained graph
         self.storage.clear()
 
+    @writes
     def compact(self) -> None:
         """Give back the memory of rows and entries that are not needed for the ids there are.
 
@@ -390,6 +411,7 @@ class HashTable(nn.Module):
         """
         self.storage.compact()
 
+    @writes
     def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
         """Remove the rows that the eviction policy names.
 
@@ -470,6 +492,7 @@ class HashTable(nn.Module):
 
     # ---- saving, copying and moving
 
+    @reads
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything the table holds, as tensors and primitives, ids by row.
 
@@ -481,6 +504,7 @@ class HashTable(nn.Module):
         table_state.refuse_many_ranks("saving a table")
         return table_state.export(self)
 
+    @writes
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Replace everything the table holds.
 
@@ -498,6 +522,7 @@ class HashTable(nn.Module):
         """The table that this one is a deep copy of, as long as it lives."""
         return None if self._original is None else self._original()
 
+    @reads
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and deepcopy take: rows and state, but no pending gradients.
 
@@ -524,6 +549,7 @@ class HashTable(nn.Module):
         table_state.load(self, table_state.from_arrays(saved))
 
     @override
+    @writes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
@@ -567,7 +593,15 @@ _FIELDS_OF_0_1_0 = {
     *("kept_columns", "generation", "may_hold_foreign_rows"),
     *("_num_evicted", "_num_removed", "_num_loaded"),
 }
-_NOT_COPIED = ("storage", "evictor", "pending", "shard_reference", "_optimizer", "_original")
+_NOT_COPIED = (
+    "storage",
+    "evictor",
+    "pending",
+    "shard_reference",
+    "_optimizer",
+    "_original",
+    "lock",
+)
 
 
 def write_segment(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 
 class Version:
     """Number that grows when something changes that callers may have cached."""
 
     def __init__(self) -> None:
         self._number = 0
+        self._numbers = itertools.count(1)
 
     def __call__(self) -> int:
         """Return the number; what was cached under another one is out of date."""
@@ -15,7 +18,7 @@ class Version:
 
     def advance(self) -> None:
         """Declare everything cached so far out of date."""
-        self._number += 1
+        self._number = next(self._numbers)  # one that no other thread sets
 
 
 layout_version = Version()  # some table has a new storage, dtype or optimizer

@@ -154,12 +154,28 @@ def test_wrong_arguments(arguments, error, words):
 
 
 @pytest.mark.parametrize("method", ["embeddings", "delete", "last_seen"])
-@pytest.mark.parametrize("ids", [torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), [1]])
+@pytest.mark.parametrize("ids", [torch.tensor([1.0]), torch.tensor([1], dtype=torch.int16), [1]])
 def test_ids_must_be_int64_tensors(method, ids):
     """Other dtypes are refused rather than converted in silence."""
     table = filled(eviction=GlobalStepFilter(1))
     with pytest.raises(TypeError, match=r"ids: expected .*int64.*, got (torch|list)"):
         getattr(table, method)(ids)
+
+
+def test_int32_ids_are_widened():
+    """By every method that takes ids."""
+    table = filled(eviction=GlobalStepFilter(1))
+    table.clear()
+    ids = torch.tensor([3, -4], dtype=torch.int32)
+    table.insert(ids, torch.ones(2, table.embedding_dim))
+    assert sorted(table.ids().tolist()) == [-4, 3]
+    assert (table.embeddings(ids) == 1).all()
+    assert table.last_seen(ids).tolist() == [0, 0]
+    table.pin(ids)
+    assert table.pinned.tolist() == [-4, 3]
+    table.unpin(ids)
+    assert table.pinned.tolist() == []
+    assert table.delete(ids) == 2
 
 
 def test_insert_checks_shapes():

@@ -1,5 +1,7 @@
 """Malformed offsets of bags: found by kernels, reported without waiting for the device."""
 
+import threading
+
 import torch
 import triton.language as tl
 
@@ -20,8 +22,8 @@ def are_malformed(line, bag, inside):
     return any_of(wrong)
 
 
-class _LateErrors:
-    """Checks of earlier lookups whose result has not reached the host yet."""
+class _LateErrors(threading.local):
+    """Checks of a thread's earlier lookups whose result has not reached the host yet."""
 
     def __init__(self):
         self._in_flight = []

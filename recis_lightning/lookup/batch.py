@@ -1,0 +1,164 @@
+"""A batch on its way through a group: what belongs to one lookup alone.
+
+Layouts are shared by threads and calls, so they hold nothing that a lookup writes. What an update
+reads later is copied here, and so is what must not change between its check and its use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.jagged import Bags, FeatureBags
+from recis_lightning.ops import embedding_bag
+from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.hash_index import Segments
+
+
+class SizedLines(NamedTuple):
+    """Segments and plan of batches of some sizes, without addresses; never written again.
+
+    Attributes:
+        sizes: n of each feature; (n, B, bag length) where any feature is not plain.
+        num_ids: Number of all ids.
+        plan: int64 [num_features, PLAN_SIZE].
+        training: Segments that insert.
+        evaluation: Segments that only read.
+        num_bags: Size of each output.
+        ragged: Features with offsets, int64 [r].
+        offset_ends: End of each one's offsets where all lie one after the other, int64 [r].
+        pooled: Which of ``ragged`` have bags as an output, bool [r].
+    """
+
+    sizes: Sequence[object]
+    num_ids: int
+    plan: Plan
+    training: Segments
+    evaluation: Segments
+    num_bags: list[int]
+    ragged: npt.NDArray[np.int64]
+    offset_ends: npt.NDArray[np.int64]
+    pooled: npt.NDArray[np.bool_]
+
+    def segments(self, training: bool) -> Segments:
+        """Return segments for one lookup, which enters addresses."""
+        return (self.training if training else self.evaluation).copy()
+
+    def offset_starts(self) -> npt.NDArray[np.int64]:
+        """Return where each ragged feature's offsets start, int64 [r]."""
+        starts = np.zeros_like(self.offset_ends)
+        starts[1:] = self.offset_ends[:-1]
+        return starts
+
+
+class Batch(NamedTuple):
+    """Bags of a lookup that were checked.
+
+    Attributes:
+        bags: One for each feature, on the group's device.
+        lines: Segments and plan for their sizes.
+        offsets: Copy of all ragged features' offsets, one after the other; None where the caller's
+            are used, or there are none.
+        weighted: Features with weights.
+        weights: Copy of these features' weights, float32, one after the other; None as above.
+        came_from: Device of the bags as the caller gave them.
+    """
+
+    bags: FeatureBags
+    lines: SizedLines
+    offsets: Tensor | None
+    weighted: list[int]
+    weights: Tensor | None
+    came_from: torch.device
+
+    def enter_arguments(self, plan: Plan) -> None:
+        """Enter the addresses of offsets and weights."""
+        lines, details = self.lines, self.bags.details
+        if self.offsets is not None:
+            pooled = lines.pooled
+            first, starts = self.offsets.data_ptr(), lines.offset_starts()
+            plan[lines.ragged[pooled], embedding_bag.OFFSETS] = first + 8 * starts[pooled]
+        else:
+            for feature in lines.ragged[lines.pooled].tolist():
+                offsets = details[feature].offsets
+                assert offsets is not None
+                plan[feature, embedding_bag.OFFSETS] = offsets.data_ptr()
+        if self.weights is not None:
+            first = self.weights.data_ptr()
+            for feature in self.weighted:
+                plan[feature, embedding_bag.WEIGHTS] = first
+                first += 4 * self.bags.sizes[feature]
+        else:
+            for feature in self.weighted:
+                weights = details[feature].weights
+                assert weights is not None
+                plan[feature, embedding_bag.WEIGHTS] = weights.data_ptr()
+
+    def buffers(self) -> list[Tensor]:
+        """Return the tensors that a plan points into, rows and outputs apart."""
+        return [copy for copy in (self.offsets, self.weights) if copy is not None]
+
+    def bags_of(self, feature: int) -> Bags:
+        """Return a feature's bags as they were looked up."""
+        bags: Bags = self.bags[feature]
+        if self.offsets is not None and bags.offsets is not None:
+            place = int(np.flatnonzero(self.lines.ragged == feature)[0])
+            end = int(self.lines.offset_ends[place])
+            bags = bags._replace(offsets=self.offsets[end - bags.num_bags - 1 : end])
+        if self.weights is not None and bags.weights is not None:
+            before = self.weighted[: self.weighted.index(feature)]
+            first = sum(self.bags.sizes[other] for other in before)
+            size = self.bags.sizes[feature]
+            bags = bags._replace(weights=self.weights[first : first + size])
+        return bags
+
+
+@torch.no_grad()
+def join_offsets(bags: FeatureBags, lines: SizedLines) -> Tensor | None:
+    """Return a copy of the offsets of all ragged features; None if there are none."""
+    ragged = lines.ragged.tolist()
+    if not ragged:
+        return None
+    offsets: list[Any] = [bags.details[feature].offsets for feature in ragged]
+    if len(offsets) > 1:
+        return torch.cat(offsets)
+    first: Tensor = offsets[0]
+    return first if bags.details[ragged[0]].owns_offsets else first.clone()
+
+
+@torch.no_grad()
+def join_weights(bags: FeatureBags, weighted: list[int]) -> Tensor | None:
+    """Return a copy of the weights of some features; None if there are none."""
+    if not weighted:
+        return None
+    weights: list[Any] = [bags.details[feature].weights for feature in weighted]
+    if len(weights) > 1:
+        return torch.cat(weights)
+    first: Tensor = weights[0]
+    return first.clone()
+
+
+def malformed_feature(offsets: Tensor, lines: SizedLines) -> int | None:
+    """Return a feature whose offsets do not ascend from 0 to its number of ids; None if all do.
+
+    Args:
+        offsets: int64, on the CPU, as ``join_offsets`` returns them.
+        lines: Of the batch.
+    """
+    values, ends = offsets.numpy(), lines.offset_ends
+    num_ids = lines.plan[lines.ragged, embedding_bag.NUM_IDS]
+    starts = lines.offset_starts()
+    wrong = (values[starts] != 0) | (values[ends - 1] != num_ids)
+    descends = values[1:] < values[:-1]
+    descends[ends[:-1] - 1] = False  # from one feature to the next
+    if descends.any():
+        wrong[np.searchsorted(ends, int(descends.argmax()), side="right")] = True
+    return int(lines.ragged[wrong.argmax()]) if wrong.any() else None
+
+
+__all__ = ["Batch", "SizedLines", "join_offsets", "join_weights", "malformed_feature"]

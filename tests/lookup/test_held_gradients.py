@@ -1,0 +1,96 @@
+"""held_gradients: what the caller can still overwrite is copied, and nothing else."""
+
+import pytest
+import torch
+
+from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
+from recis_lightning.initializers import Constant
+from recis_lightning.optim import SparseSGD
+
+IDS = torch.arange(12)
+KEPT = []
+
+
+def backward(out):
+    gradient = torch.ones_like(out)
+    out.backward(gradient)
+    return gradient
+
+
+def backward_of_a_view(out):
+    gradient = torch.ones(out.numel())
+    out.view(-1).backward(gradient)
+    return gradient
+
+
+def backward_with_a_view(out):
+    gradient = torch.ones(2, *out.shape)
+    out.backward(gradient[1])
+    return gradient
+
+
+def backward_of_several(out):
+    gradient = torch.ones(2, *out.shape)
+    torch.autograd.backward([out, out], list(gradient * 0.5))
+    held = torch.zeros_like(out)
+    torch.autograd.backward([out], [held])
+    return held.fill_(7)
+
+
+def hook(out):
+    KEPT.clear()
+    out.register_hook(KEPT.append)
+    (out * 1.0).sum().backward()
+    return KEPT[0]
+
+
+WAYS = [backward, backward_of_a_view, backward_with_a_view, backward_of_several, hook]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+def test_what_the_caller_holds_may_be_overwritten(way, shape):
+    """The update is that of the gradient when it was handed over."""
+    module = DynamicEmbedding(4, initializer=Constant(0.0), name="held")
+    optimizer = SparseSGD([module.table], lr=1.0)
+    held = way(module(IDS.view(shape)))
+    held.zero_()
+    optimizer.step()
+    assert (module.table.embeddings(IDS) == -1).all()
+
+
+def test_gradients_of_an_engine():
+    """Of several outputs' gradients, those are copied that are held."""
+    engine = EmbeddingEngine({n: EmbeddingOption(4, initializer=Constant(0.0)) for n in "abc"})
+    optimizer = SparseSGD(hash_tables(engine), lr=1.0)
+    out = engine(dict.fromkeys("abc", IDS))
+    held = torch.ones(2, 12, 4)
+    loss = (out["c"] * 1.0).sum()
+    torch.autograd.backward([out["a"], out["b"], loss], [held[0], held[1], None])
+    held.zero_()
+    optimizer.step()
+    assert all((table.embeddings(IDS) == -1).all() for table in hash_tables(engine))
+
+
+def test_what_autograd_made_is_not_copied():
+    """Views of a joint gradient lie in its memory, and a layer's gradient is taken as it is."""
+    engine = EmbeddingEngine({name: EmbeddingOption(4) for name in "abc"})
+    out = engine(dict.fromkeys("abc", IDS))
+    (torch.cat(list(out.values()), 1) * 2).sum().backward()
+    tensors = hash_tables(engine)[0].pending[0].keep
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+    module, seen = DynamicEmbedding(4), []
+    out = module(IDS)
+    out.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    torch.nn.Linear(4, 2)(out).sum().backward()
+    assert module.table.pending[0].keep[0].data_ptr() == seen[0]
+
+
+def test_negated_views_keep_their_sign():
+    """A gradient may be a view whose memory holds the negative values."""
+    module = DynamicEmbedding(4, initializer=Constant(0.0), name="negative")
+    optimizer = SparseSGD([module.table], lr=1.0)
+    module(IDS).backward(torch._neg_view(torch.ones(12, 4)))
+    optimizer.step()
+    assert (module.table.embeddings(IDS) == 1).all()
