@@ -4,38 +4,44 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.profilers import Profiler, PyTorchProfiler
-from torch.profiler import ProfilerAction, ProfilerActivity, record_function
+from lightning.pytorch.profilers import PyTorchProfiler
+from torch import Tensor
+from torch.profiler import ProfilerAction, ProfilerActivity
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.profiler_regions import RegionRecorder, end_open_regions
+from recis_lightning.distributed import collectives
 
 __all__ = ["ProfilerHook"]
 
 _log = logging.getLogger(__name__)
 
-# torch does not escape names in its JSON, and a callback's state_key may hold anything.
-_UNSAFE = {ord('"'): "'", ord("\\"): "/", **dict.fromkeys(range(32), " ")}
+_APP_BYTES = 128  # of APP_ID in the name of a trace; file systems allow 255 for the whole
 
 
 class ProfilerHook(Hook):
     """Profile training in cycles of ``wait + warmup + active`` batches, one trace for each cycle.
 
     Each trace is a file ``{APP_ID}-timeline-{step}.json`` in ``output_dir`` for
-    ``chrome://tracing`` or Perfetto: ``APP_ID`` is the environment variable, or ``local``;
-    ``step`` is the number of training batches done, counted over resumed runs; with several
+    ``chrome://tracing`` or Perfetto: ``APP_ID`` is the environment variable, or ``local``
+    (what a file name cannot hold is replaced, and a long one is cut); ``step`` is the number of training batches done, counted over resumed runs; with several
     ranks each writes its own, ``...-{step}-rank{rank}.json``. It holds CPU and device
     activities with shapes, memory, Python stacks and FLOPs, Lightning's named regions
     (``run_training_batch``, ``[Callback]...``) and the tables' ops (``recis::...``). A run that
     ends or fails within a window writes a trace of the batches so far.
+
+    In a loop written by hand call ``before_train()`` (so that the first batch is in the first cycle),
+    ``after_step(None, global_step)`` after each step, and ``end()``.
 
     Outside its windows the hook only counts. A ``SimpleProfiler`` or ``AdvancedProfiler`` of the
     Trainer keeps working beside it. ``PyTorchProfiler`` cannot: torch has one profiler a process.
@@ -62,6 +68,9 @@ class ProfilerHook(Hook):
         []
     """
 
+    # Of loops written by hand. Lightning's methods do the same under a Trainer.
+    _self_called = frozenset({"before_train", "after_step", "end"})
+
     def __init__(
         self,
         wait: int = 1,
@@ -82,6 +91,7 @@ class ProfilerHook(Hook):
         self._position = 0  # batches done in this cycle
         self._running = False  # prof is started
         self._step = 0  # batches done in all
+        self._begun = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A torch profiler can be neither pickled nor copied.
@@ -111,10 +121,31 @@ class ProfilerHook(Hook):
             )
 
     @override
+    def before_train(self) -> None:
+        """Begin the first cycle, in a loop written by hand."""
+        self._begin(None, 0)
+
+    @override
+    def after_step(self, _: Any, gstep: int | Tensor) -> None:
+        """Count a batch, in a loop written by hand; the first call begins the first cycle.
+
+        Args:
+            _: Ignored.
+            gstep: The global step, an int or a tensor of one element.
+        """
+        if not self._begun:
+            self._begin(None, 0)
+        self._advance(None, int(gstep))
+
+    @override
+    def end(self) -> None:
+        """Write the trace of an open window, at the end of a loop written by hand."""
+        self._begun = False
+        self._finish(None)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._cycle = self._position = 0
-        self._step = batches_done(trainer)
-        self._update(trainer)
+        self._begin(trainer, batches_done(trainer))
 
     @override
     def on_train_batch_end(
@@ -122,14 +153,31 @@ class ProfilerHook(Hook):
     ) -> None:
         if self.repeat and self._cycle == self.repeat:
             return
-        self._step += 1
+        self._advance(trainer, self._step + 1)
+
+    def _begin(self, trainer: Any, step: int) -> None:
+        """Begin the first cycle, ``step`` batches done."""
+        self._begun = True
+        self._cycle = self._position = 0
+        self._step = step
+        self._update(trainer)
+
+    def _advance(self, trainer: Any, step: int) -> None:
+        """Count a batch, and start, step or stop the profiler where that is due."""
+        if self.repeat and self._cycle == self.repeat:
+            return
+        self._step = step
         self._position += 1
         if self._position < self.wait + self.warmup and self._position != self.wait:
             return
+        closes = self._position == self.wait + self.warmup + self.active
         if self._running and self._position >= self.wait + self.warmup:
             assert self.prof is not None
+            if closes:
+                _close_regions(trainer)
+                end_open_regions()
             self.prof.step()  # opens the window, or writes the trace when it closes
-        if self._position == self.wait + self.warmup + self.active:
+        if closes:
             self._stop()
             self._cycle += 1
             self._position = 0
@@ -156,28 +204,34 @@ class ProfilerHook(Hook):
         """Start a profiler when the wait is over; record Lightning's regions within a window."""
         finished = self.repeat != 0 and self._cycle == self.repeat
         if not self._running and not finished and self._position == self.wait:
-            self._start(trainer)
+            if torch._C._autograd._profiler_enabled():  # torch would end that one without a word
+                _log.warning("Not profiled at step %d: another profiler of torch runs", self._step)
+            else:
+                self._start(trainer)
         recording = (
             self._running
             and self.prof is not None
             and self.prof.current_action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
         )
-        if recording and not isinstance(trainer.profiler, _RegionRecorder):
-            trainer.profiler = _RegionRecorder(trainer.profiler)
-        elif not recording and isinstance(trainer.profiler, _RegionRecorder):
-            trainer.profiler = trainer.profiler.inner
+        if not recording:
+            _close_regions(trainer)
+        elif trainer is not None and not isinstance(trainer.profiler, RegionRecorder):
+            trainer.profiler = RegionRecorder(trainer.profiler)
 
-    def _start(self, trainer: Trainer) -> None:
+    def _start(self, trainer: Any) -> None:
         """Start a profiler of one cycle.
 
         Each cycle has its own profiler: torch warns when a profiler begins its second cycle. The
         whole warm-up is one step of torch's, since each step costs and only the last has an effect.
         """
-        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        if trainer is None:
+            of_several, number = collectives.world_size() > 1, collectives.rank()
+        else:
+            of_several, number = trainer.world_size > 1, trainer.global_rank
+        rank = f"-rank{number}" if of_several else ""
 
         def write(prof: torch.profiler.profile) -> None:
-            app = os.environ.get("APP_ID") or "local"
-            self._write(prof, f"{app}-timeline-{self._step}{rank}.json")
+            self._write(prof, f"{_app_name()}-timeline-{self._step}{rank}.json")
 
         self.prof = torch.profiler.profile(
             activities=_activities(),
@@ -197,15 +251,13 @@ class ProfilerHook(Hook):
         if self._running:
             self._running = False
             assert self.prof is not None
+            end_open_regions()
             self.prof.stop()  # within a window this writes the trace
 
     def _finish(self, trainer: Any) -> None:
         """Write the trace of an open window, and restore the Trainer's profiler."""
-        try:
-            self._stop()
-        finally:
-            if isinstance(trainer.profiler, _RegionRecorder):
-                trainer.profiler = trainer.profiler.inner
+        _close_regions(trainer)
+        self._stop()
 
     def _write(self, prof: torch.profiler.profile, name: str) -> None:
         folder = Path(self.output_dir)
@@ -218,26 +270,20 @@ class ProfilerHook(Hook):
         _log.info("Wrote the trace %s", path)
 
 
-class _RegionRecorder(Profiler):
-    """Profiler that records Lightning's regions in torch's trace and in the Trainer's profiler."""
+def _close_regions(trainer: Any) -> None:
+    """Give the Trainer its own profiler back, and end the regions that were recorded beside it."""
+    if trainer is not None and isinstance(trainer.profiler, RegionRecorder):
+        recorder, trainer.profiler = trainer.profiler, trainer.profiler.inner
+        recorder.close()
 
-    def __init__(self, inner: Profiler) -> None:
-        super().__init__()
-        self.inner = inner
-        self._open: defaultdict[str, list[record_function]] = defaultdict(list)
 
-    @override
-    def start(self, action_name: str) -> None:
-        self.inner.start(action_name)
-        region = record_function(action_name.translate(_UNSAFE))
-        region.__enter__()
-        self._open[action_name].append(region)
-
-    @override
-    def stop(self, action_name: str) -> None:
-        if self._open[action_name]:
-            self._open[action_name].pop().__exit__(None, None, None)
-        self.inner.stop(action_name)
+def _app_name() -> str:
+    """Return ``APP_ID`` as a part of a file name; a digest tells apart those that are altered."""
+    app = os.environ.get("APP_ID") or "local"
+    safe = (
+        re.sub(r"[^\w.-]", "_", app).encode(errors="replace")[:_APP_BYTES].decode(errors="ignore")
+    )
+    return safe if safe == app else f"{safe}-{zlib.crc32(app.encode(errors='replace')):08x}"
 
 
 def _activities() -> list[ProfilerActivity]:

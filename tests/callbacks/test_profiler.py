@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.callbacks import ProfilerHook
-from recis_lightning.callbacks.profiler import _RegionRecorder
+from recis_lightning.callbacks.profiler_regions import RegionRecorder
 from recis_lightning.optim import SparseAdam
 from tests.helpers.quiet_trainer import quiet_trainer
 
@@ -124,7 +124,7 @@ def test_steps_of_the_traces(make_trainer, tmp_path, wait, warmup, active, repea
     trainer = make_trainer(hook, max_epochs=2)
     trainer.fit(Boring(num_batches=5))
     assert hook.trace_paths == [str(tmp_path / f"local-timeline-{step}.json") for step in steps]
-    assert not isinstance(trainer.profiler, _RegionRecorder)
+    assert not isinstance(trainer.profiler, RegionRecorder)
 
 
 def test_torch_warns_of_a_cycle_without_warmup(make_trainer, tmp_path):
@@ -275,3 +275,45 @@ def test_defaults():
 def test_arguments_are_checked(argument, value, error, message):
     with pytest.raises(error, match=message):
         ProfilerHook(**{argument: value})
+
+
+@pytest.mark.parametrize("app_id", ["team/job\n7", "x" * 300, "ü" * 200])
+def test_an_app_id_that_no_file_name_can_hold(make_trainer, tmp_path, monkeypatch, app_id):
+    monkeypatch.setenv("APP_ID", app_id)
+    make_trainer(ProfilerHook(0, 1, 1, 1, tmp_path)).fit(Boring(num_batches=3))
+    (name,) = files(tmp_path)
+    assert name.endswith("-timeline-2.json")
+    assert len(name.encode()) < 200
+    assert "/" not in name
+    assert "\n" not in name
+    monkeypatch.setenv("APP_ID", app_id[:-1] + "z")
+    make_trainer(ProfilerHook(0, 1, 1, 1, tmp_path)).fit(Boring(num_batches=3))
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_loop_written_by_hand(tmp_path):
+    hook = ProfilerHook(wait=1, warmup=1, active=1, repeat=2, output_dir=tmp_path)
+    hook.before_train()
+    for step in range(1, 10):
+        torch.ones(2) + 1
+        hook.after_step(None, torch.tensor(step))
+    hook.end()
+    assert files(tmp_path) == ["local-timeline-3.json", "local-timeline-6.json"]
+    assert all("aten::add" in named(path) for path in hook.trace_paths)
+
+
+def test_a_loop_written_by_hand_ends_within_a_window(tmp_path):
+    hook = ProfilerHook(wait=0, warmup=1, active=5, repeat=1, output_dir=tmp_path)
+    for step in range(1, 4):
+        hook.after_step(None, step)
+    hook.end()
+    assert files(tmp_path) == ["local-timeline-3.json"]
+
+
+def test_another_profiler_of_torch_is_left_alone(make_trainer, tmp_path, caplog):
+    hook = ProfilerHook(wait=0, warmup=1, active=1, repeat=1, output_dir=tmp_path / "out")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as outer:
+        make_trainer(hook).fit(Boring(num_batches=3))
+    assert len(outer.events()) > 100
+    assert hook.trace_paths == []
+    assert "Not profiled at step 0: another profiler of torch runs" in caplog.messages

@@ -1,0 +1,74 @@
+"""Regions of Lightning in torch's trace, none of which outlives the profiler that recorded it.
+
+torch keeps a pointer into the profiler's memory with each open region. If the region ends under the
+next profiler, that pointer is followed, and the heap is corrupted. So whoever stops a profiler ends
+what is open first.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any, final
+
+from lightning.pytorch.profilers import Profiler
+from torch.profiler import record_function
+from typing_extensions import override
+
+__all__ = ["RegionRecorder", "end_open_regions"]
+
+# torch does not escape names in its JSON, and a callback's state_key may hold anything.
+_UNSAFE = {ord('"'): "'", ord("\\"): "/", **dict.fromkeys(range(32), " ")}
+
+
+@final
+class RegionRecorder(Profiler):
+    """Profiler that records Lightning's regions in torch's trace and in the Trainer's profiler.
+
+    Lightning may hold it, in regions that it has entered, for longer than torch's profiler runs:
+    once it is closed it does nothing but pass on to ``inner``.
+
+    Args:
+        inner: The Trainer's profiler.
+    """
+
+    def __init__(self, inner: Profiler) -> None:
+        super().__init__()
+        self.inner = inner
+        self._open: list[tuple[str, Any]] = []  # (action, region), the outermost first
+        self._thread: int | None = threading.get_ident()  # torch's regions nest in a thread
+
+    @override
+    def start(self, action_name: str) -> None:
+        self.inner.start(action_name)
+        if self._thread == threading.get_ident():
+            region = record_function(action_name.translate(_UNSAFE))
+            region.__enter__()
+            self._open.append((action_name, region))
+
+    @override
+    def stop(self, action_name: str) -> None:
+        if self._thread == threading.get_ident():
+            for index in range(len(self._open) - 1, -1, -1):
+                if self._open[index][0] == action_name:
+                    self._open.pop(index)[1].__exit__(None, None, None)
+                    break
+        self.inner.stop(action_name)
+
+    def close(self) -> None:
+        """End all open regions, the innermost first, and record no more."""
+        self._thread = None
+        while self._open:
+            self._open.pop()[1].__exit__(None, None, None)
+
+
+def end_open_regions() -> None:
+    """End every region of ``torch.profiler.record_function`` that anything in the process has open.
+
+    To be called before a profiler stops. torch lists no open regions, so the collector is asked for
+    all objects of the class: in one call, since the profiler records each. To end a region twice
+    does nothing, so their owners may leave them as ever.
+    """
+    for part in gc.get_referrers(record_function):
+        if type(part) is record_function and part.record is not None:
+            record_function.__exit__(part, None, None, None)
