@@ -66,9 +66,11 @@ class LookupGroup:
         layout = self.layout
         layout.set_sizes(bags)
         outputs, plan = layout.allocate(bags)
-        fetched = yield from self.rows.fetch(bags.ids, plan, training)
-        if training:
-            outputs = record_lookup(layout, bags, plan, fetched, outputs)
+        # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
+        inserts = training and torch._C._current_graph_task_id() == -1
+        fetched = yield from self.rows.fetch(bags.ids, plan, inserts)
+        if training or bags.details:
+            outputs = record_lookup(layout, bags, plan, fetched, outputs, training)
         return transfer.outputs_to_device(outputs, device) if is_remote else outputs
 
     def _check_devices(self, bags: FeatureBags) -> None:
