@@ -10,12 +10,14 @@ from recis_lightning.jagged import Jagged
 from recis_lightning.metrics import GAUC, add_metric
 from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.table import hash_table
+from recis_lightning.table.anchor import keep_anchors_out
 from recis_lightning.table.averaged_model import share_tables_with_averaged_models
 from recis_lightning.table.hash_table import HashTable, hash_tables
 from recis_lightning.table.state import set_shard_loader
 
 __version__ = "0.1.0"
 
+keep_anchors_out()
 share_tables_with_averaged_models()
 trainer_bridge.register()
 set_shard_loader(SHARD_LOADER.load)

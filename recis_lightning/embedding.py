@@ -35,8 +35,10 @@ class DynamicEmbedding(nn.Module):
         padding_idx: An id that reads as zeros, gets no row and no gradient.
         dtype: torch.float32 or torch.bfloat16.
         device: Where the table lives.
-        seed: With ``name`` and the id, what a new row's values depend on.
+        seed: With ``name`` and the id, what a new row's values depend on; None takes torch's
+            initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints.
+        trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
 
     Example:
         >>> user = DynamicEmbedding(16, name="user")
@@ -56,12 +58,13 @@ class DynamicEmbedding(nn.Module):
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         name: str | None = None,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         self.table = _make_table(
-            embedding_dim, initializer, admission, eviction, dtype, device, seed, name
+            embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
         )
         self.mode = "none"
         self.padding_idx = check_padding_idx(padding_idx)
@@ -117,8 +120,10 @@ class DynamicEmbeddingBag(nn.Module):
         padding_idx: An id that adds nothing; "mean" does not count it.
         dtype: torch.float32 or torch.bfloat16.
         device: Where the table lives.
-        seed: With ``name`` and the id, what a new row's values depend on.
+        seed: With ``name`` and the id, what a new row's values depend on; None takes torch's
+            initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints.
+        trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
         include_last_offset: ``offsets`` ends with the number of ids.
 
     Example:
@@ -138,8 +143,9 @@ class DynamicEmbeddingBag(nn.Module):
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         name: str | None = None,
+        trainable: bool = True,
         include_last_offset: bool = False,
         **unsupported: Any,
     ) -> None:
@@ -155,7 +161,7 @@ class DynamicEmbeddingBag(nn.Module):
             raise TypeError(f"DynamicEmbeddingBag got an unexpected argument {argument!r}")
         super().__init__()
         self.table = _make_table(
-            embedding_dim, initializer, admission, eviction, dtype, device, seed, name
+            embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
         )
         self.mode = mode
         self.padding_idx = check_padding_idx(padding_idx)
@@ -240,8 +246,9 @@ def _make_table(
     eviction: Eviction | None,
     dtype: torch.dtype,
     device: torch.device | str | None,
-    seed: int,
+    seed: int | None,
     name: str | None,
+    trainable: bool,
 ) -> HashTable:
     return HashTable(
         embedding_dim,
@@ -252,6 +259,7 @@ def _make_table(
         device=device,
         seed=seed,
         name=name,
+        trainable=trainable,
     )
 
 

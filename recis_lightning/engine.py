@@ -42,7 +42,8 @@ class EmbeddingOption:
         device: Where the table lives.
         trainable: Whether rows get gradients.
         tile_len: Rows of a bag, for mode "tile" only.
-        seed: With the table's name and the id, what a new row's values depend on.
+        seed: With the table's name and the id, what a new row's values depend on; None takes
+            torch's initial seed, as ``seed_everything`` sets it.
 
     Raises:
         TypeError, ValueError: A field is not what it should be.
@@ -59,7 +60,7 @@ class EmbeddingOption:
     device: torch.device | str | None = None
     trainable: bool = True
     tile_len: int | None = None
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         check_embedding_dim(self.embedding_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from operator import attrgetter
+from operator import and_, attrgetter
 from typing import Any
 
 import torch
@@ -19,16 +19,15 @@ from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
 from recis_lightning.ops.header import Header
+from recis_lightning.table.anchor import leaves_of
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import writing
 
 # For maps over hundreds of tables and tensors.
-_is_trainable, _generation, _dtype = map(attrgetter, ("trainable", "generation", "dtype"))
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _generation, _dtype = map(attrgetter, ("requires_grad", "generation", "dtype"))
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
 _is_neg: Any = Tensor.is_neg  # a view whose memory holds the negative values
-_ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
 
 
 def record_lookup(
@@ -37,8 +36,9 @@ def record_lookup(
     plan: Plan,
     fetched: FetchedRows,
     outputs: list[Tensor],
+    training: bool,
 ) -> list[Tensor]:
-    """Return the outputs of a training lookup as autograd knows them.
+    """Return the outputs of a lookup as autograd knows them.
 
     Args:
         layout: The group's features.
@@ -46,17 +46,21 @@ def record_lookup(
         plan: The plan by which the outputs were filled.
         fetched: The rows that it points to.
         outputs: One for each feature.
+        training: Whether rows get gradients; per-sample weights get them in evaluation too.
     """
     if not torch.is_grad_enabled():
         return outputs
     details = batch.bags.details
     weighted = [feature for feature in batch.weighted if _requires_grad(details[feature].weights)]
-    if not weighted and not any(map(_is_trainable, layout.tables)):
+    learns = training and any(map(_requires_grad, layout.anchors))
+    if not weighted and not learns:
         return outputs
     expected_references()  # what it does must not be nested in a backward pass
+    # Autograd calls us for their sake; they get no gradient.
+    leaves = leaves_of(layout.anchors) if learns else []
     weights = [details[feature].weights for feature in weighted]
     recorded = LookupFunction.apply(  # type: ignore[no-untyped-call]
-        _ANCHOR, layout, batch, plan, fetched, outputs, weighted, *weights
+        layout, batch, plan, fetched, outputs, weighted, training, *leaves, *weights
     )
     return list(recorded)
 
@@ -67,19 +71,22 @@ class LookupFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        anchor: Tensor,
         layout: FeatureLayout,
         batch: Batch,
         plan: Plan,
         fetched: FetchedRows,
         outputs: list[Tensor],
         weighted: list[int],
-        *weights: Tensor,
+        training: bool,
+        *leaves_and_weights: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return ``outputs``, which are filled already."""
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.batch, ctx.plan, ctx.fetched = layout, batch, plan, fetched
-        ctx.weighted = weighted
+        ctx.weighted, ctx.training = weighted, training
+        ctx.num_leaves = len(leaves_and_weights) - len(weighted)
+        # Of a table that was frozen in the forward pass, autograd would know nothing.
+        ctx.trains = [training and anchor.requires_grad for anchor in layout.anchors]
         ctx.generations = list(map(_generation, layout.storages))
         return tuple(outputs)
 
@@ -90,8 +97,10 @@ class LookupFunction(torch.autograd.Function):
         layout: FeatureLayout = ctx.layout
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        if not all(map(_is_trainable, layout.tables)):
-            trains = [layout.feature_tables[feature].trainable for feature in features]
+        if not all(ctx.trains) or not all(map(_requires_grad, layout.anchors)):
+            both = map(and_, ctx.trains, map(_requires_grad, layout.anchors))
+            trained = set(compress(layout.tables, both))
+            trains = [layout.feature_tables[feature] in trained for feature in features]
             features, tensors = list(compress(features, trains)), list(compress(tensors, trains))
             strides = list(compress(strides, trains))
         plan = ctx.plan[features] if len(features) < len(gradients) else ctx.plan.copy()
@@ -102,8 +111,9 @@ class LookupFunction(torch.autograd.Function):
             generations = list(map(_generation, layout.storages))
             if generations != ctx.generations:
                 _raise_stale_rows(layout.tables, ctx.generations, generations)
-            ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.batch, tensors))
-            return (*[None] * 7, *_weight_gradients(ctx, by_feature))
+            if ctx.training:
+                ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.batch, tensors))
+            return (*[None] * (7 + ctx.num_leaves), *_weight_gradients(ctx, by_feature))
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:

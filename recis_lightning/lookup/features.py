@@ -57,6 +57,7 @@ class FeatureLayout:
         names: Name of each feature.
         feature_tables: Table of each feature; always the same list, by which an update knows it.
         tables: The tables, each once.
+        anchors: Of ``tables``; they say which are trained.
         storages: Of ``tables``, as index ops take them.
         segment_tables: For each feature, its table's position in ``tables``.
         row_type: (embedding_dim, dtype, device), as ops take them.
@@ -72,6 +73,7 @@ class FeatureLayout:
         self.feature_tables = [feature.table for feature in features]
         self.tables = list(dict.fromkeys(self.feature_tables))
         self.locks = distinct_locks(table.lock for table in self.tables)
+        self.anchors = [table.anchor for table in self.tables]
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]

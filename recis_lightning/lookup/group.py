@@ -72,14 +72,16 @@ class LookupGroup:
         lines = layout.lines_for(bags)
         if not bags.details:
             return Batch(bags, lines, None, [], None, came_from)
-        # The update reads them too, and by then the caller may have overwritten its own.
-        is_recorded = training and torch.is_grad_enabled()
+        weighted = [i for i, bag in enumerate(bags.details) if bag.weights is not None]
+        # Backward and update read them too; by then the caller may have overwritten its own.
+        is_recorded = torch.is_grad_enabled() and (
+            training or any(bags.details[i].weights.requires_grad for i in weighted)
+        )
         offsets = join_offsets(bags, lines) if is_on_cpu or is_recorded else None
         if is_on_cpu and offsets is not None:
             feature = malformed_feature(offsets, lines)
             if feature is not None:
                 self._raise_malformed(feature, bags[feature])
-        weighted = [i for i, bag in enumerate(bags.details) if bag.weights is not None]
         weights = join_weights(bags, weighted) if is_recorded else None
         return Batch(bags, lines, offsets, weighted, weights, came_from)
 
@@ -96,9 +98,11 @@ class LookupGroup:
         layout = self.layout
         layout.check_current()
         outputs, plan = layout.allocate(batch)
-        fetched = yield from self.rows.fetch(batch, plan, training)
-        if training:
-            outputs = record_lookup(layout, batch, plan, fetched, outputs)
+        # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
+        inserts = training and torch._C._current_graph_task_id() == -1
+        fetched = yield from self.rows.fetch(batch, plan, inserts)
+        if training or batch.weighted:
+            outputs = record_lookup(layout, batch, plan, fetched, outputs, training)
         if batch.came_from.type == "cuda" and layout.device.type == "cpu":
             return transfer.outputs_to_device(outputs, batch.came_from)
         return outputs

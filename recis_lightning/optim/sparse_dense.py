@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import compress
+from operator import is_
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
 
-from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_anchors
+from recis_lightning.table.anchor import Anchor
 
 
 class SparseDenseOptimizer(Optimizer):
@@ -40,6 +43,8 @@ class SparseDenseOptimizer(Optimizer):
         [0.001, 0.01]
     """
 
+    holds_anchors: ClassVar[bool] = True  # in the groups of its sparse parts
+
     def __init__(
         self, dense: Optimizer, sparse: SparseOptimizer | Sequence[SparseOptimizer]
     ) -> None:
@@ -55,6 +60,9 @@ class SparseDenseOptimizer(Optimizer):
                     f"sparse: expected a sparse optimizer, got {type(optimizer).__name__}"
                 )
         groups = [group for optimizer in self._parts for group in optimizer.param_groups]
+        self._group_parts = [
+            part for part, optimizer in enumerate(self._parts) for _ in optimizer.param_groups
+        ]
         super().__init__(groups, dict(dense.defaults))
         self._share()
 
@@ -64,25 +72,39 @@ class SparseDenseOptimizer(Optimizer):
 
     def _share(self) -> None:
         """Make the parts use this optimizer's groups and state: the same objects."""
-        start = 0
-        for optimizer in self._parts:
-            end = start + len(optimizer.param_groups)
-            optimizer.param_groups = self.param_groups[start:end]
-            start = end
+        # Groups that came later, by whatever way, are dense: Lightning's finetuning adds them, and
+        # sets all groups at once when it resumes.
+        self._group_parts += [0] * (len(self.param_groups) - len(self._group_parts))
+        del self._group_parts[len(self.param_groups) :]
+        for part, optimizer in enumerate(self._parts):
+            of_part = [its_part == part for its_part in self._group_parts]
+            optimizer.param_groups = list(compress(self.param_groups, of_part))
+        self._shared_groups = list(self.param_groups)
         if self.dense.state and not self.state:
             self.state.update(self.dense.state)
         self.dense.state = self.state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "dense": self.dense, "sparse": self.sparse}
+        parts = {"dense": self.dense, "sparse": self.sparse, "_group_parts": self._group_parts}
+        return {**super().__getstate__(), **parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "dense" in state:  # unpickled or copied: share what the parts have
+            if "_group_parts" not in state:  # by 0.1.0
+                counts = [len(part.param_groups) for part in self._parts]
+                self._group_parts = [i for i, n in enumerate(counts) for _ in range(n)]
+            self._share()
+
+    def _share_new_groups(self) -> None:
+        """Share groups again if somebody has set or appended some."""
+        groups, shared = self.param_groups, self._shared_groups
+        if len(groups) != len(shared) or not all(map(is_, groups, shared)):
             self._share()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the dense gradients and forget the sparse ones."""
+        self._share_new_groups()
         for optimizer in self._parts:
             optimizer.zero_grad(set_to_none)
 
@@ -99,21 +121,65 @@ class SparseDenseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._share_new_groups()
         for optimizer in self._parts:
             optimizer.step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the dense part, and the groups' hyperparameters of all."""
+        state = super().state_dict()
+        groups = [
+            group if part == 0 else {**group, "params": []}
+            for group, part in zip(state["param_groups"], self._group_parts, strict=True)
+        ]
+        return {**state, "param_groups": groups}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of all parts; rows and their state are in the module's state."""
-        super().load_state_dict(state_dict)
+        groups = with_anchors(state_dict["param_groups"], self.param_groups)
+        super().load_state_dict({**state_dict, "param_groups": groups})
         self._share()
         self.dense.__setstate__({"state": self.state, "param_groups": self.dense.param_groups})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the parts' groups at construction; refuse more, which no part would step."""
-        if len(self.param_groups) == sum(len(part.param_groups) for part in self._parts):
-            raise RuntimeError("add the group to the dense or sparse optimizer before joining them")
-        super().add_param_group(param_group)
+        """Add a group of parameters to the dense optimizer.
+
+        Args:
+            param_group: As for any torch optimizer. Tables among its parameters that a sparse part
+                has already, as those of a module that Lightning unfreezes, stay there.
+
+        Raises:
+            ValueError: No sparse part has a table; nothing was added.
+        """
+        if not hasattr(self, "_shared_groups"):  # the parts' groups, at construction
+            super().add_param_group(param_group)
+            return
+        params = param_group["params"]
+        given = [params] if isinstance(params, torch.Tensor) else list(params)
+        known = {
+            anchor for part in self.sparse for table in part.tables for anchor in [table.anchor]
+        }
+        named = [entry if isinstance(entry, tuple) else ("", entry) for entry in given]
+        anchors = {parameter for _, parameter in named if isinstance(parameter, Anchor)}
+        if not anchors <= known:
+            raise ValueError(
+                "param_group: has a table that no sparse optimizer has; give it to one, as in "
+                "SparseAdamW(hash_tables(module)), when the optimizers are made"
+            )
+        kept = [
+            entry
+            for entry, (_, parameter) in zip(given, named, strict=True)
+            if parameter not in known
+        ]
+        if not kept:
+            return  # a group of nothing would only confuse a scheduler
+        self._share_new_groups()
+        # The dense part fills in its own defaults and checks; the group is the same object.
+        group = {**param_group, "params": kept}
+        self.dense.add_param_group(group)
+        self.param_groups.append(self.dense.param_groups[-1])
+        self._share()
 
 
 __all__ = ["SparseDenseOptimizer"]

@@ -6,23 +6,28 @@ that has one, once. All tables of an optimizer with the same row layout are upda
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
 
 from recis_lightning.optim.table_updater import TableUpdater
+from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 
 
 class SparseOptimizer(Optimizer, ABC):
     """Optimizer of tables; its heirs say what an update does to a row.
 
-    A parameter group's ``params`` are empty: rows are no parameters, and Lightning's clipping and
-    DDP leave them alone. Its other entries (``lr`` first) are live: schedulers change them.
+    A parameter group's ``params`` are the anchors of its tables, which have no elements: rows are
+    no parameters, and Lightning's clipping leaves them alone, but its ``toggle_optimizer`` freezes
+    and unfreezes them. Other entries (``lr`` first) are live: schedulers change them.
     """
+
+    holds_anchors: ClassVar[bool] = True
 
     rule: ClassVar[int]
     _updater: TableUpdater  # made and owned by each heir
@@ -74,6 +79,17 @@ class SparseOptimizer(Optimizer, ABC):
         for table in self._updater.tables:
             table.pending.clear()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups' hyperparameters; rows and their state are in the module's state."""
+        state = super().state_dict()
+        groups = [{**group, "params": []} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the groups' hyperparameters."""
+        groups = with_anchors(state_dict["param_groups"], self.param_groups)
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every row that has a gradient, and use the gradients up.
@@ -104,7 +120,30 @@ class SparseOptimizer(Optimizer, ABC):
         super().__setstate__(state)
         self._updater.forget_updates()
         if "_updater" in state:  # unpickled or copied: these are other tables
+            for index, group in enumerate(self.param_groups):
+                group["params"] = self._updater.anchors_of(index)
             self._own_tables()
 
 
-__all__ = ["SparseOptimizer"]
+def with_anchors(
+    saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return saved groups with as many numbers in ``params`` as there are anchors in ours.
+
+    Groups are saved without anchors, so that a model may gain tables, and so that files are those
+    of a time when there were none.
+
+    Args:
+        saved: Groups of an optimizer's state.
+        groups: The optimizer's; where they are not as many, ``load_state_dict`` will say so.
+    """
+    result = [dict(group) for group in saved]
+    numbers = itertools.count(1 + max((n for group in saved for n in group["params"]), default=-1))
+    for group, ours in zip(result, groups, strict=False):
+        is_anchor = [isinstance(parameter, Anchor) for parameter in ours["params"]]
+        if is_anchor and all(is_anchor) and not group["params"]:
+            group["params"] = list(itertools.islice(numbers, len(is_anchor)))
+    return result
+
+
+__all__ = ["SparseOptimizer", "with_anchors"]

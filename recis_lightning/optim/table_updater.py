@@ -16,6 +16,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.ops import row_update
 from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.fused_update import FusedUpdate
+from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks, writing
 from recis_lightning.table.versions import layout_version
@@ -51,6 +52,11 @@ class TableUpdater:
     def __reduce__(self) -> tuple[Any, ...]:
         bounds = (self.clip_grad_norm, self.clip_grad_value)
         return TableUpdater, (self.tables, self.groups, *bounds)
+
+    def anchors_of(self, group: int) -> list[Anchor]:
+        """Return the anchors of a parameter group's tables."""
+        pairs = zip(self.tables, self.groups, strict=True)
+        return [table.anchor for table, its_group in pairs if its_group == group]
 
     def forget_updates(self) -> None:
         """Make the fused updates anew in the next step."""
@@ -190,7 +196,8 @@ def make_updater(
         members += joined
         member_groups += [index] * len(joined)
         name = f"sparse{index}" if len(given) > 1 else "sparse"
-        param_groups.append({"name": name, **group, "params": []})
+        anchors = [table.anchor for table in joined]
+        param_groups.append({"name": name, **group, "params": anchors})
     updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value)
     return updater, param_groups
 

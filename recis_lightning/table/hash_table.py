@@ -2,7 +2,9 @@
 
 A table owns a ``Storage`` (index, rows, policy columns) and an ``Evictor``. Their tensors are plain
 attributes, neither parameters nor buffers: they grow, DDP must not broadcast them, and optimizers
-for dense parameters must not see them. They travel through ``state_dict`` as extra state.
+for dense parameters must not see them. They travel through ``state_dict`` as extra state. A
+parameter without elements, the ``Anchor``, stands for them where torch freezes a module or drops
+its gradients.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from recis_lightning.ops.layout import (
     STEP,
 )
 from recis_lightning.table import state as table_state
+from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
 from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.lock import TableLock, reads, writes
@@ -67,12 +70,15 @@ class HashTable(nn.Module):
         dtype: torch.float32 or torch.bfloat16; optimizer state is float32.
         device: Where the table lives: "cpu", and there it stays when its module moves to a GPU, or
             "cuda". By default it is made on torch's default device and moves with its module.
-        seed: With ``name`` and the id, what a new row's values depend on.
+        seed: With ``name`` and the id, what a new row's values depend on; None takes torch's
+            initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
             place in the module, or "table" if it is used before.
-        trainable: Whether lookups leave gradients.
+        trainable: Whether lookups leave gradients, as ``requires_grad`` of a parameter.
 
     Attributes:
+        anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
+            ``zero_grad`` and freezing by Lightning reach them through it.
         storage: Ids, rows and columns; another one once the table has moved.
         evictor: Eviction of rows: policy, pins, listeners and counts.
         pending: Gradients that no optimizer step has used, always the same list.
@@ -102,13 +108,14 @@ class HashTable(nn.Module):
         eviction: Eviction | None = None,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         name: str | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()
         check_kernels_may_run()
         initializer = Normal(std=0.01) if initializer is None else initializer
+        seed = torch.initial_seed() if seed is None else seed
         for argument, value, kind in (
             ("initializer", initializer, Initializer),
             ("admission", admission, Admission | None),
@@ -125,11 +132,16 @@ class HashTable(nn.Module):
             torch.get_default_device() if device is None else torch.device(device)
         )
         self._stays = device is not None and made_on.type == "cpu"
-        self.seed, self.given_name, self.trainable = seed, name, trainable
-        self._start(dim, dtype, made_on, eviction)
+        self.seed, self.given_name = seed, name
+        self._start(dim, dtype, made_on, eviction, trainable)
 
     def _start(
-        self, dim: int, dtype: torch.dtype, device: torch.device, eviction: Eviction | None
+        self,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        eviction: Eviction | None,
+        trainable: bool,
     ) -> None:
         """Make the parts of an empty table."""
         screening = None if self.admission is None else self.admission.screening
@@ -137,6 +149,9 @@ class HashTable(nn.Module):
             dim, dtype, device, kept_columns(eviction), screening, clock_of(eviction)
         )
         self.pending: list[PendingGradient] = []
+        # A table that stays on the CPU has an anchor that goes where its module's parameters go.
+        place = torch.get_default_device() if self._stays else device
+        self.anchor = Anchor.of(self.pending, place, trainable)
         self.evictor = Evictor(eviction, self.storage, self.pending)
         self.needs_reshard = False
         self.shard_reference: dict[str, Any] | None = None
@@ -206,6 +221,16 @@ class HashTable(nn.Module):
     @eviction.setter
     def eviction(self, policy: Eviction | None) -> None:
         self.evictor.policy = policy
+
+    @property
+    def trainable(self) -> bool:
+        """Whether lookups leave gradients: ``requires_grad`` of the anchor."""
+        anchor: Any = self._parameters["anchor"]  # __getattr__ takes longer
+        return bool(anchor.requires_grad)
+
+    @trainable.setter
+    def trainable(self, trainable: bool) -> None:
+        self.anchor.requires_grad = trainable
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -517,6 +542,29 @@ class HashTable(nn.Module):
         """
         table_state.check_and_load(self, state)
 
+    @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}anchor", None)  # it has nothing to save
+
+    @override
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            *(state_dict, prefix, local_metadata, strict),
+            *(missing_keys, unexpected_keys, error_msgs),
+        )
+        if f"{prefix}anchor" in missing_keys:
+            missing_keys.remove(f"{prefix}anchor")
+
     @property
     def original(self) -> HashTable | None:
         """The table that this one is a deep copy of, as long as it lives."""
@@ -530,6 +578,8 @@ class HashTable(nn.Module):
         """
         state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
         state |= {name: getattr(self, name) for name in _PARTS_ARE_MADE_OF}
+        others = {name: p for name, p in self._parameters.items() if p is not self.anchor}
+        state["_parameters"] = others
         return {**state, "_saved": table_state.to_arrays(table_state.export(self))}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
@@ -587,7 +637,7 @@ class HashTable(nn.Module):
 
 
 # Made anew; storage and pins are filled from the saved state.
-_PARTS_ARE_MADE_OF = ("embedding_dim", "dtype", "device", "eviction")
+_PARTS_ARE_MADE_OF = ("embedding_dim", "dtype", "device", "eviction", "trainable")
 # Fields of tables that 0.1.0 pickled, which parts have now.
 _FIELDS_OF_0_1_0 = {
     *("kept_columns", "generation", "may_hold_foreign_rows"),

@@ -66,8 +66,52 @@ def test_state_dict_goes_through_both_parts():
     assert other_optimizer.state is other_optimizer.dense.state
 
 
-def test_groups_cannot_be_added_to_the_whole():
-    """No part would step them."""
+def test_a_dense_group_is_added():
+    """The dense part steps it; groups keep their places, those of schedulers too."""
+    module, optimizer = dense_and_sparse()
+    head = nn.Linear(1, 1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    optimizer.add_param_group({"params": head.parameters(), "lr": 0.3})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.3]
+    assert optimizer.param_groups[2]["betas"] == optimizer.param_groups[0]["betas"]
+    before = head.weight.clone()
+    head(module(IDS)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert not torch.equal(head.weight, before)
+    assert module[0].table.num_updates == 1
+    for twin in (copy.deepcopy(optimizer), optimizer):
+        twin.load_state_dict(optimizer.state_dict())
+        assert [group["lr"] for group in twin.sparse[0].param_groups] == [0.2]
+        assert [group["lr"] for group in twin.dense.param_groups] == [0.1, 0.3]
+
+
+def test_groups_that_somebody_sets_are_dense():
+    """Lightning's finetuning sets them all when it resumes."""
     _, optimizer = dense_and_sparse()
-    with pytest.raises(RuntimeError, match="add the group to the dense or sparse optimizer"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    weight = nn.Parameter(torch.ones(1))
+    added = {**optimizer.param_groups[0], "params": [weight]}
+    optimizer.param_groups = [*map(dict, optimizer.param_groups), added]
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() != 1
+    assert [len(part.param_groups) for part in (optimizer.dense, *optimizer.sparse)] == [2, 1]
+
+
+def test_tables_are_not_added_twice_or_to_nobody():
+    module, optimizer = dense_and_sparse()
+    optimizer.add_param_group({"params": module[0].parameters()})  # there already
+    assert len(optimizer.param_groups) == 2
+    with pytest.raises(ValueError, match="param_group: has a table that no sparse optimizer has"):
+        optimizer.add_param_group({"params": DynamicEmbedding(4).parameters()})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_state_of_groups_without_anchors_loads():
+    """As files have it that were written when tables had no parameters; none has them now."""
+    _, optimizer = dense_and_sparse()
+    state = optimizer.state_dict()
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1], []]
+    optimizer.load_state_dict(state)
+    optimizer.sparse[0].load_state_dict(optimizer.sparse[0].state_dict())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
