@@ -15,7 +15,7 @@ from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
-from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
+from recis_lightning.ops.embedding_bag import MEAN, MEAN_BY_COUNT, MODES, NONE, TILE, Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.table.hash_table import HashTable
 
@@ -77,6 +77,9 @@ class LookupFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.bags, ctx.plan, ctx.fetched = layout, bags, plan, fetched
         ctx.weighted = weighted
+        if layout.frozen:
+            frozen = layout.frozen.difference(weighted)
+            ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
         ctx.generations = list(map(_generation, layout.storages))
         return tuple(outputs)
 
@@ -90,8 +93,11 @@ class LookupFunction(torch.autograd.Function):
             _raise_stale_rows(layout.tables, ctx.generations, generations)
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        if not all(map(_is_trainable, layout.tables)):
-            trains = [layout.feature_tables[feature].trainable for feature in features]
+        if layout.frozen or not all(map(_is_trainable, layout.tables)):
+            trains = [
+                feature not in layout.frozen and layout.feature_tables[feature].trainable
+                for feature in features
+            ]
             features, tensors = list(compress(features, trains)), list(compress(tensors, trains))
             strides = list(compress(strides, trains))
         plan = ctx.plan[features] if len(features) < len(gradients) else ctx.plan.copy()
@@ -180,6 +186,10 @@ def _weight_gradient(
         picked = tiles[bag, position.clamp(max=tile_len - 1)]
         return (values * picked).sum(1) * is_inside
     dots = (values * gradient.float()[bag]).sum(1)
+    if mode == MEAN_BY_COUNT:
+        ones = torch.ones_like(dots) * (rows != hash_index.PADDING)
+        counts = torch.zeros(bags.num_bags, device=rows.device).index_add_(0, bag, ones)
+        dots = torch.where(rows == hash_index.PADDING, 0.0, dots / counts[bag])
     if mode == MEAN:
         assert weights is not None
         counted = weights * (rows != hash_index.PADDING)

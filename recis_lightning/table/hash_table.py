@@ -11,7 +11,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,16 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from recis_lightning.admission import Admission, Screening
-from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids, check_int
+from recis_lightning.arguments import (
+    HINTS,
+    check_dtype,
+    check_embedding_dim,
+    check_ids,
+    check_int,
+    check_kinds,
+    check_str,
+    explain_arguments,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
@@ -45,10 +54,23 @@ from recis_lightning.table.statistics import TableStatistics
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.versions import layout_version
 
+
+class Lookup(Protocol):
+    """Lookup of a table's ids, which the room above provides."""
+
+    def groups_of(self, table: HashTable) -> list[Any]:
+        """Return the groups that look the table's ids up."""
+
+    def look_up(self, table: HashTable, ids: Tensor) -> Tensor:
+        """Return the rows of ids, [*, embedding_dim]."""
+
+
+_lookup: Lookup | None = None
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
 
+@explain_arguments({**HINTS, "mode": "a table does not pool: use DynamicEmbeddingBag"})
 class HashTable(nn.Module):
     """Table of rows by id.
 
@@ -71,6 +93,7 @@ class HashTable(nn.Module):
         pending: Gradients that no optimizer step has used, always the same list.
         needs_reshard: Whether rows came that no lookup brought; of several ranks, others may own
             them.
+        groups: Groups that look its ids up when it is called, as ``Lookup`` left them.
         shard_reference: While a checkpoint is written whose rows are in files of their own: the
             state that names these files.
 
@@ -99,16 +122,11 @@ class HashTable(nn.Module):
     ) -> None:
         super().__init__()
         initializer = Normal(std=0.01) if initializer is None else initializer
-        for argument, value, kind in (
-            ("initializer", initializer, Initializer),
-            ("admission", admission, Admission | None),
-            ("eviction", eviction, Eviction | None),
-            ("seed", seed, int),
-            ("name", name, str | None),
-        ):
-            if not isinstance(value, kind):
-                wanted = getattr(kind, "__name__", str(kind))
-                raise TypeError(f"{argument}: expected {wanted}, got {value!r}")
+        check_policies(initializer, admission, eviction)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected int, got {seed!r}")
+        if name is not None:
+            check_str("name", name)
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
@@ -132,6 +150,7 @@ class HashTable(nn.Module):
         self.shard_reference: dict[str, Any] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._original: weakref.ref[HashTable] | None = None
+        self.groups: Any = None
         _live[next(_birth)] = self
 
     def _new_storage(
@@ -310,6 +329,31 @@ class HashTable(nn.Module):
             (2, 5.0, [8])
         """
         return scan(self.storage, start, stop, rows)
+
+    # ---- lookups
+
+    def current_groups(self) -> list[Any]:
+        """Return the group by which the table is looked up when it is called."""
+        assert _lookup is not None
+        return _lookup.groups_of(self)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes the table
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look ids up as ``DynamicEmbedding`` does.
+
+        In training mode an unknown id gets a row and gradients flow; ``embeddings`` only reads.
+
+        Args:
+            ids: int64 [*].
+
+        Returns:
+            [*, embedding_dim] in the table's dtype.
+
+        Raises:
+            TypeError: ``ids`` is not int64.
+        """
+        assert _lookup is not None
+        return _lookup.look_up(self, ids)
 
     # ---- reading and writing rows
 
@@ -567,7 +611,32 @@ _FIELDS_OF_0_1_0 = {
     *("kept_columns", "generation", "may_hold_foreign_rows"),
     *("_num_evicted", "_num_removed", "_num_loaded"),
 }
-_NOT_COPIED = ("storage", "evictor", "pending", "shard_reference", "_optimizer", "_original")
+_NOT_COPIED = (
+    "storage",
+    "evictor",
+    "pending",
+    "shard_reference",
+    "_optimizer",
+    "_original",
+    "groups",
+)
+
+
+def set_lookup(lookup: Lookup) -> None:
+    """Register how tables look ids up when they are called."""
+    global _lookup
+    _lookup = lookup
+
+
+def check_policies(
+    initializer: Initializer | None, admission: Admission | None, eviction: Eviction | None
+) -> None:
+    """Raise a TypeError that says what to write, unless all are what they should be."""
+    check_kinds(
+        initializer=(initializer, Initializer),
+        admission=(admission, Admission),
+        eviction=(eviction, Eviction),
+    )
 
 
 def write_segment(
@@ -575,13 +644,26 @@ def write_segment(
     table: HashTable,
     insert: bool,
     padding_idx: int | None,
+    admits: Literal["policy", "all", "none"] = "policy",
 ) -> None:
-    """Enter what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids are."""
+    """Enter what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids are.
+
+    Args:
+        line: The feature's line of the segments.
+        table: Its table.
+        insert: Whether the lookup trains.
+        padding_idx: An id that reads as zeros, or None.
+        admits: Unknown ids that the feature inserts: those that the table's policy admits, or all,
+            or none.
+    """
     storage = table.storage
     line[SEGMENT_HEADER] = storage.header.address
-    admits = table.admission is None or table.admission.admits
-    line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
-    line[SEGMENT_FLAGS] |= SCREEN * (insert and storage.admission_counter is not None)
+    inserts, asks_policy = insert and admits != "none", admits == "policy"
+    if asks_policy and table.admission is not None:
+        inserts = insert and table.admission.admits
+    line[SEGMENT_FLAGS] = INSERT * inserts | HAS_PADDING * (padding_idx is not None)
+    is_screened = insert and asks_policy and storage.admission_counter is not None
+    line[SEGMENT_FLAGS] |= SCREEN * is_screened
     line[SEGMENT_FLAGS] |= STAMP * (insert and storage.keeps_access_metadata)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
 
