@@ -7,6 +7,7 @@ from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
 from recis_lightning.jagged import Jagged
+from recis_lightning.lookup.table_call import TableLookup
 from recis_lightning.metrics import GAUC, add_metric
 from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.table import hash_table
@@ -21,6 +22,7 @@ keep_anchors_out()
 share_tables_with_averaged_models()
 trainer_bridge.register()
 set_shard_loader(SHARD_LOADER.load)
+hash_table.set_lookup(TableLookup())
 
 # Pickles of 0.1.0 name modules by paths they had then.
 for _path, _module in {"hash_table": hash_table}.items():

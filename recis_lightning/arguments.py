@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+_Class = TypeVar("_Class", bound=type)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +52,11 @@ def check_str(name: str, value: str) -> str:
 
 def check_embedding_dim(embedding_dim: int) -> int:
     """Return ``embedding_dim`` if it is an int >= 1, else raise."""
+    if hasattr(embedding_dim, "embedding_dim"):
+        raise TypeError(
+            f"embedding_dim: expected an int >= 1, got {embedding_dim!r}; options are for an "
+            'engine: write EmbeddingEngine({"feature": option})'
+        )
     return check_int("embedding_dim", embedding_dim, 1)
 
 
@@ -127,19 +138,138 @@ def check_padding_idx(padding_idx: int | None) -> int | None:
 
 def check_bound(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
     """Raise unless ``low <= value < high``."""
+    wanted = f">= {low}" if high == math.inf else f"in [{low}, {high})"
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number {wanted}, got {value!r}")
     if not low <= value < high:
-        wanted = f">= {low}" if high == math.inf else f"in [{low}, {high})"
         raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
 
 
+def check_kinds(**given: tuple[Any, type]) -> None:
+    """Raise unless each value is of its kind, or None; say what to write.
+
+    Args:
+        given: Name of an argument -> its value and kind. A value that is of another argument's
+            kind, or names a class of it, is told where it belongs.
+
+    Raises:
+        TypeError: A value is of another kind.
+
+    Example:
+        >>> from recis_lightning.eviction import Eviction
+        >>> check_kinds(eviction=("max_rows", Eviction))
+        Traceback (most recent call last):
+        TypeError: eviction: expected Eviction, got 'max_rows'; write eviction=MaxRows(n=...)
+    """
+    for name, (value, kind) in given.items():
+        if value is None or isinstance(value, kind):
+            continue
+        advice = ""
+        for argument, (_, its_kind) in sorted(given.items(), key=lambda item: item[0] != name):
+            wanted = _as_written(value, its_kind)
+            if wanted:
+                advice = f"; write {argument}={wanted}"
+                break
+        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}{advice}")
+
+
+def _as_written(value: Any, kind: type) -> str | None:
+    """Return how to write the object of ``kind`` that ``value`` stands for; None if for none."""
+    if isinstance(value, kind):
+        return repr(value)
+    given = value if isinstance(value, str) else getattr(value, "__name__", "")
+    for cls in _subclasses(kind):
+        if _plain(given) in (_plain(cls.__name__), _plain(f"{cls.__name__}{kind.__name__}")):
+            parameters = inspect.signature(cls).parameters.values()
+            needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+            return f"{cls.__name__}({', '.join(f'{name}=...' for name in needed)})"
+    return None
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    """Yield the classes of a kind that can be made."""
+    classes: list[type] = kind.__subclasses__()
+    for cls in classes:
+        if not inspect.isabstract(cls):
+            yield cls
+        yield from _subclasses(cls)
+
+
+def _plain(name: str) -> str:
+    """Return a name without what spellings differ in: "xavier_normal_" is "XavierNormal"."""
+    return name.casefold().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def explain_arguments(hints: Mapping[str, str]) -> Callable[[_Class], _Class]:
+    """Return a class decorator: wrong arguments are told what to write instead.
+
+    Args:
+        hints: Name of an argument that the class does not have -> what to do about it.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        init = cls.__init__  # type: ignore[misc]
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        ordered = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+
+        @functools.wraps(init)
+        def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+            if len(args) > len(ordered):
+                advice = ""
+                if ordered == ["embedding_dim"] and len(args) == 2:
+                    advice = (
+                        f"; any id gets a row when it occurs, so there is no num_embeddings: "
+                        f"write {cls.__name__}({args[1]!r})"
+                    )
+                raise TypeError(
+                    f"{cls.__name__}: expected {', '.join(ordered)} and the rest by name, "
+                    f"got {args!r}{advice}"
+                )
+            for name in kwargs.keys() - names:
+                if name in hints:
+                    raise TypeError(f"{name}: {cls.__name__} has none; {hints[name]}")
+                if not takes_any:
+                    close = get_close_matches(name, names, 1)
+                    advice = f"; did you mean {close[0]}?" if close else f", only {sorted(names)}"
+                    raise TypeError(f"{name}: {cls.__name__} has none{advice}")
+            init(self, *args, **kwargs)
+
+        cls.__init__ = explained  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
+# What users of nn.Embedding and of RecIS write -> what to write.
+_LEAVE_OUT = "it does not exist here: leave it out"
+HINTS = {
+    "num_embeddings": "any id gets a row when it occurs: leave it out",
+    "max_norm": "rows are not renormalised in a lookup: leave it out",
+    "norm_type": "rows are not renormalised in a lookup: leave it out",
+    "scale_grad_by_freq": _LEAVE_OUT,
+    "sparse": "rows are always updated sparsely: leave it out",
+    "embedding_shape": "write embedding_dim=",
+    "emb_opt": "write embedding_dim= and the option's other fields",
+    "admit_hook": "write admission=",
+    "filter_hook": "write eviction=",
+    **dict.fromkeys(("block_size", "children", "coalesced", "slice", "pg"), _LEAVE_OUT),
+    **dict.fromkeys(("grad_reduce_by", "max_partition_num", "use_pinned_memory"), _LEAVE_OUT),
+}
+
+
 __all__ = [
+    "HINTS",
     "check_bound",
     "check_dtype",
     "check_embedding_dim",
     "check_ids",
     "check_int",
     "check_kernels_may_run",
+    "check_kinds",
     "check_padding_idx",
     "check_str",
     "check_strided",
+    "explain_arguments",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import check_ids, check_padding_idx
+from recis_lightning.arguments import HINTS, check_ids, check_padding_idx, explain_arguments
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.jagged import FeatureBags, Jagged, read_bags
@@ -19,8 +19,12 @@ from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.table.hash_table import HashTable
 
 _BAG_MODES = ("sum", "mean")
+_UNSUPPORTED = ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_HINTS = {**HINTS, "shared_name": "write name=", "combiner": "bags pool: use DynamicEmbeddingBag"}
+_BAG_HINTS = {name: hint for name, hint in _HINTS.items() if name not in _UNSUPPORTED}
 
 
+@explain_arguments({**_HINTS, "mode": "bags pool: use DynamicEmbeddingBag"})
 class DynamicEmbedding(nn.Module):
     """An embedding of any int64 id: rows appear on first use.
 
@@ -105,6 +109,7 @@ class DynamicEmbedding(nn.Module):
         return _describe(self.embedding_dim, self.padding_idx)
 
 
+@explain_arguments({**_BAG_HINTS, "combiner": "write mode="})
 class DynamicEmbeddingBag(nn.Module):
     """Sums or means of bags of any int64 ids.
 
@@ -153,7 +158,7 @@ class DynamicEmbeddingBag(nn.Module):
             hint = "; 'max' does not exist here" if mode == "max" else ""
             raise ValueError(f"mode: expected one of {_BAG_MODES}, got {mode!r}{hint}")
         for argument, value in unsupported.items():
-            if argument in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
+            if argument in _UNSUPPORTED:
                 raise ValueError(
                     f"{argument}: does not exist here, got {value!r}; rows are always updated "
                     "sparsely, and are not renormalised in a lookup"

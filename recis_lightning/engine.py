@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import SequenceMatcher
 from typing import Any, Literal
 
 import torch
@@ -11,39 +14,69 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import check_dtype, check_embedding_dim, check_padding_idx
+from recis_lightning.arguments import (
+    HINTS,
+    check_dtype,
+    check_embedding_dim,
+    check_padding_idx,
+    check_str,
+    explain_arguments,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
-from recis_lightning.jagged import Bags, Jagged, read_features, read_keyed_jagged
+from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_features, read_keyed_jagged
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
-from recis_lightning.ops.embedding_bag import MODES
-from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.hash_table import HashTable, check_policies
+from recis_lightning.table.table_dict import TableDict
 
-_FEATURE_FIELDS = ("table", "mode", "padding_idx", "tile_len")  # the rest belongs to the table
+# The rest belongs to the table.
+_FEATURE_FIELDS = (
+    *("table", "mode", "padding_idx", "tile_len", "mean_by", "use_weights"),
+    *("trainable", "admission"),
+)
+_MODES = ("none", "sum", "mean", "tile")
+_ALIKE = 0.8  # similarity from which a key is taken for a misspelt feature
 
 
-@dataclass
+@explain_arguments(
+    {
+        **HINTS,
+        "shared_name": "write table=",
+        "name": "write table=",
+        "combiner": "write mode=",
+        "combiner_kwargs": "write tile_len=",
+        "use_weight": "write use_weights=",
+    }
+)
+@dataclass(frozen=True)
 class EmbeddingOption:
     """Settings of a feature: of its lookup, and of its table.
+
+    They do not change; ``dataclasses.replace`` makes another option.
 
     Args:
         embedding_dim: Size of a row.
         table: Name of the table that has its rows; the feature's name by default. Options that
-            name the same table share its rows, and must agree on everything the table owns.
+            name the same table share its rows, and must agree on dim, initializer, eviction,
+            dtype, device and seed. The rest belongs to the feature.
         mode: "none" (a row an id), "sum", "mean" or "tile" (the first ``tile_len`` rows of a bag
             side by side, zero padded).
         initializer: Distribution of new rows.
-        admission: Policy that says which unknown ids get a row; None admits all.
+        admission: Policy that says which unknown ids of this feature get a row; None admits all. Of
+            features that share a table some may have a policy, others ``ReadOnly()`` or None.
         eviction: Policy that says which rows the table evicts; None evicts none.
         padding_idx: An id of this feature that reads as zeros and gets no row.
         dtype: torch.float32 or torch.bfloat16, also by name.
         device: Where the table lives.
-        trainable: Whether rows get gradients.
+        trainable: Whether rows get gradients from this feature.
         tile_len: Rows of a bag, for mode "tile" only.
         seed: With the table's name and the id, what a new row's values depend on; None takes
             torch's initial seed, as ``seed_everything`` sets it.
+        use_weights: Whether weights that come with the ids count; otherwise they are ignored.
+        mean_by: Divisor of mode "mean": "weights" is the sum of the ids' weights, "count" the
+            number of ids, as in RecIS. Without weights both are the same.
 
     Raises:
         TypeError, ValueError: A field is not what it should be.
@@ -61,12 +94,24 @@ class EmbeddingOption:
     trainable: bool = True
     tile_len: int | None = None
     seed: int | None = 0
+    use_weights: bool = True
+    mean_by: Literal["weights", "count"] = "weights"
 
     def __post_init__(self) -> None:
         check_embedding_dim(self.embedding_dim)
         check_dtype(self.dtype)
-        if self.mode not in MODES:
-            raise ValueError(f"mode: expected one of {tuple(MODES)}, got {self.mode!r}")
+        if self.table is not None:
+            check_str("table", self.table)
+        check_policies(self.initializer, self.admission, self.eviction)
+        for name in ("trainable", "use_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if self.mode not in _MODES:
+            raise ValueError(f"mode: expected one of {_MODES}, got {self.mode!r}")
+        if self.mean_by not in ("weights", "count"):
+            raise ValueError(f"mean_by: expected 'weights' or 'count', got {self.mean_by!r}")
+        if self.mean_by == "count" and self.mode != "mean":
+            raise ValueError(f"mean_by: only mode 'mean' takes 'count', this is {self.mode!r}")
         if (self.mode == "tile") != (self.tile_len is not None):
             raise ValueError(
                 f"tile_len: mode 'tile' needs one and no other takes one, got "
@@ -84,11 +129,15 @@ class EmbeddingOption:
 class EmbeddingEngine(nn.Module):
     """Looks up many features at once.
 
+    A batch may lack some of the features, and then their outputs are missing too: they count as
+    looked up with no ids. Whatever else it has is passed through unchanged.
+
     Features whose tables share device, dtype and dim form a group, and a group is one index pass
     and one gather a step, however many features it has and however they pool.
 
     Args:
         options: Feature -> its settings.
+        strict: Refuse batches that lack a feature or have something else.
 
     Raises:
         TypeError: An option is no ``EmbeddingOption``.
@@ -107,26 +156,53 @@ class EmbeddingEngine(nn.Module):
         3
     """
 
-    def __init__(self, options: dict[str, EmbeddingOption]) -> None:
+    def __init__(self, options: dict[str, EmbeddingOption], *, strict: bool = False) -> None:
         super().__init__()
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"options: expected a dict of EmbeddingOption by feature, got {options!r}"
+            )
         if not options:
             raise ValueError("options: expected at least one feature, got none")
-        self.options = dict(options)
-        self.tables = nn.ModuleDict()
-        owners: dict[str, str] = {}
+        self.options, self.strict = dict(options), strict
         for feature, option in self.options.items():
+            if not isinstance(feature, str) or not feature:
+                raise TypeError(f"options: expected features' names as keys, got {feature!r}")
             if not isinstance(option, EmbeddingOption):
                 raise TypeError(f"options[{feature!r}]: expected EmbeddingOption, got {option!r}")
-            name = option.table or feature
-            if "." in name:
-                raise ValueError(f"options[{feature!r}]: table {name!r} must not contain '.'")
-            if name in owners:
-                self._check_same_table(name, owners[name], feature)
-                continue
-            owners[name] = feature
-            self.tables[name] = _make_table(name, option)
+        members = self._features_by_table()
+        for name, sharing in members.items():
+            for feature in sharing[1:]:
+                self._check_same_table(name, sharing[0], feature)
+        admissions = {name: self._admission_of(name, part) for name, part in members.items()}
+        self.tables: nn.ModuleDict = TableDict()
+        for name, sharing in members.items():
+            trainable = any(self.options[feature].trainable for feature in sharing)
+            option = self.options[sharing[0]]
+            self.tables[name] = _make_table(name, option, admissions[name], trainable)
         self._share_lock()
         self._groups = CurrentGroups()
+        self._known_keys: set[Any] = set()  # of batches, that are no features and were checked
+
+    def _features_by_table(self) -> dict[str, list[str]]:
+        members: dict[str, list[str]] = {}
+        for feature, option in self.options.items():
+            members.setdefault(option.table or feature, []).append(feature)
+        return members
+
+    def _admission_of(self, table: str, features: Sequence[str]) -> Admission | None:
+        """Return a table's policy: that which the most of its features' ids have to pass."""
+        given = [(feature, self.options[feature].admission) for feature in features]
+        checked = [(feature, policy) for feature, policy in given if _admits(policy) == "policy"]
+        for feature, policy in checked[1:]:
+            first, other = checked[0]
+            if policy.screening != other.screening:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"options: features {first!r} and {feature!r} share table {table!r}, which can "
+                    f"count for one policy only, but ask for two: {other!r} and {policy!r}"
+                )
+        inserting = [policy for _, policy in given if _admits(policy) == "all"]
+        return (checked[0][1:] if checked else [*inserting, given[0][1]])[0]
 
     def _share_lock(self) -> None:
         """Give all tables one lock: a lookup takes it once, however many there are."""
@@ -142,8 +218,6 @@ class EmbeddingEngine(nn.Module):
             if field.name in _FEATURE_FIELDS:
                 continue
             mine, other = getattr(one, field.name), getattr(two, field.name)
-            if field.name == "admission":
-                mine, other = repr(mine), repr(other)
             if field.name == "dtype":
                 mine, other = (str(dtype).removeprefix("torch.") for dtype in (mine, other))
             if mine != other:
@@ -154,33 +228,34 @@ class EmbeddingEngine(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Look all features up.
+        """Look features up.
 
         Args:
             features: Feature -> int64 or int32 [B] or [B, L], a dense pair ``(ids, weights)``, a
                 torch jagged NestedTensor [B, j], or ``Jagged``; or TorchRec's
-                ``KeyedJaggedTensor``.
+                ``KeyedJaggedTensor``. A key that is no feature may hold anything.
 
         Returns:
             Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; for "none"
-            [*ids.shape, dim], and a ragged feature in its own layout.
+            [*ids.shape, dim], and a ragged feature in its own layout. Behind them, as it came,
+            whatever is no feature.
 
         Raises:
-            ValueError: A feature is missing or unknown (names it).
+            ValueError: The engine is strict, and a feature is missing or unknown (names it).
             TypeError: A feature is of no kind named above (names it).
         """
+        given: Mapping[str, Any] = features
         if not isinstance(features, Mapping):
             if not all(hasattr(features, name) for name in ("keys", "values", "lengths")):
                 raise TypeError(
                     f"features: expected a dict or KeyedJaggedTensor, got {type(features).__name__}"
                 )
-            features = read_keyed_jagged(features)
-        if features.keys() != self.options.keys():
-            missing = sorted(self.options.keys() - features.keys())
-            unknown = sorted(features.keys() - self.options.keys())
-            raise ValueError(f"features: missing {missing}, unknown {unknown}")
+            given = read_keyed_jagged(features)
+        is_whole = given.keys() == self.options.keys()
+        if not is_whole:
+            self._check_keys(given)
         groups = self.current_groups()
-        bags = [read_features(features, group.layout.names) for group in groups]
+        bags = [_read(given, group, is_whole) for group in groups]
         outputs = look_up_groups(groups, bags, self.training)
         embeddings: dict[str, Any] = dict.fromkeys(self.options)
         for group, parts, rows in zip(groups, bags, outputs, strict=True):
@@ -189,40 +264,120 @@ class EmbeddingEngine(nn.Module):
             for name, bag in zip(names, parts.details, strict=False):  # none if all are plain
                 mode = self.options[name].mode
                 embeddings[name] = _shape(embeddings[name], bag, mode)
-        return embeddings
+        if is_whole:
+            return embeddings
+        found = {name: rows for name, rows in embeddings.items() if name in given}
+        return found | {key: features[key] for key in given if key not in self.options}
+
+    def _check_keys(self, given: Mapping[str, Any]) -> None:
+        """Raise if the engine is strict; warn once of a key that looks like a missing feature."""
+        missing = [name for name in self.options if name not in given]
+        unknown = [key for key in given if key not in self.options]
+        if self.strict:
+            raise ValueError(f"features: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        if not missing:
+            return
+        for key in unknown:
+            if key in self._known_keys:
+                continue
+            self._known_keys.add(key)
+            for name in missing:
+                if _looks_like(key, name):
+                    warnings.warn(
+                        f"features: {key!r} is no feature of this engine and is passed through; "
+                        f"was {name!r} meant, which is missing?",
+                        stacklevel=3,
+                    )
 
     def current_groups(self) -> list[LookupGroup]:
         """Return the groups of the features, as their tables are now."""
-        return self._groups.of(lambda: map(self._feature, self.options))
+        return self._groups.of(self._features)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
+        added = {"strict": False, "_known_keys": set()}  # to what 0.1.0 pickled
+        super().__setstate__(  # type: ignore[no-untyped-call]
+            {**added, **state, "_groups": CurrentGroups()}
+        )
         self._share_lock()
 
-    def _table(self, feature: str) -> HashTable:
-        table = self.tables[self.options[feature].table or feature]
-        assert isinstance(table, HashTable)
-        return table
+    def _features(self) -> Iterator[Feature]:
+        features: dict[str, Feature] = {}
+        for name, sharing in self._features_by_table().items():
+            table = self.tables[name]
+            assert isinstance(table, HashTable)
+            default = _admits(self._admission_of(name, sharing))
+            any_trains = any(self.options[feature].trainable for feature in sharing)
+            for feature in sharing:
+                option = self.options[feature]
+                admits = _admits(option.admission)
+                features[feature] = Feature(
+                    feature,
+                    table,
+                    "mean_by_count" if option.mean_by == "count" else option.mode,
+                    option.padding_idx,
+                    option.tile_len or 0,
+                    # Where all features agree the table decides, and may be changed later.
+                    trainable=option.trainable or not any_trains,
+                    admits="policy" if admits == default else admits,
+                    use_weights=option.use_weights,
+                )
+        return iter([features[name] for name in self.options])
 
-    def _feature(self, name: str) -> Feature:
-        option = self.options[name]
-        return Feature(
-            name, self._table(name), option.mode, option.padding_idx, option.tile_len or 0
-        )
+
+def _admits(policy: Admission | None) -> Literal["policy", "all", "none"]:
+    """Return which unknown ids a policy admits; "policy" if it checks each."""
+    if policy is None:
+        return "all"
+    if not policy.admits:
+        return "none"
+    return "all" if policy.screening is None else "policy"
 
 
-def _make_table(name: str, option: EmbeddingOption) -> HashTable:
+def _looks_like(key: Any, name: str) -> bool:
+    """Return whether a key may be meant as a feature; numbered ones are others on purpose."""
+    if not isinstance(key, str):
+        return False
+    one, two = (re.sub(r"[\W_]", "", text.casefold()) for text in (key, name))
+    if one == two:
+        return True
+    if re.sub(r"\d", "", one) == re.sub(r"\d", "", two):
+        return False
+    return SequenceMatcher(a=one, b=two).ratio() >= _ALIKE
+
+
+def _read(given: Mapping[str, Any], group: LookupGroup, is_whole: bool) -> FeatureBags:
+    """Read the features of a group; those that are missing have no ids."""
+    layout = group.layout
+    names = layout.names if is_whole else [name for name in layout.names if name in given]
+    bags = read_features(given, names)
+    if len(names) < len(layout.names):
+        device = bags.ids[0].device if names else layout.device
+        no_ids = torch.empty(0, dtype=torch.int64, device=device)
+        nothing = Bags(no_ids, 0, 1, None, None, (0,))
+        found = dict(zip(names, bags, strict=True))
+        bags = FeatureBags.of([found.get(name, nothing) for name in layout.names])
+    if layout.unweighted and bags.details:
+        details = list(bags.details)
+        for feature in layout.unweighted:
+            details[feature] = details[feature]._replace(weights=None)
+        bags = FeatureBags(bags.ids, details)
+    return bags
+
+
+def _make_table(
+    name: str, option: EmbeddingOption, admission: Admission | None, trainable: bool
+) -> HashTable:
     return HashTable(
         option.embedding_dim,
         initializer=option.initializer,
-        admission=option.admission,
+        admission=admission,
         eviction=option.eviction,
         dtype=option.dtype,
         device=option.device,
         seed=option.seed,
         name=name,
-        trainable=option.trainable,
+        trainable=trainable,
     )
 
 

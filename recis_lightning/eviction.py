@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_bound, check_int
+from recis_lightning.arguments import check_bound, check_int, check_kinds
 
 KEPT_COLUMNS = ("last_seen", "counts", "last_time")  # those that training lookups write
 COLUMNS = (*KEPT_COLUMNS, "ids", "norms")
@@ -277,12 +277,15 @@ class _Composition(Eviction):
 
 
 def _check_policies(policies: Sequence[Eviction]) -> tuple[Eviction, ...]:
+    if isinstance(policies, (Eviction, str)) or not isinstance(policies, Iterable):
+        raise TypeError(f"policies: expected a list of Eviction, got {policies!r}")
     members = tuple(policies)
     if not members:
         raise ValueError("policies: expected at least one policy, got none")
     for policy in members:
-        if not isinstance(policy, Eviction):
-            raise TypeError(f"policies: expected Eviction, got {policy!r}")
+        if policy is None:
+            raise TypeError("policies: expected Eviction, got None")
+        check_kinds(policies=(policy, Eviction))
     if len({policy.time_source for policy in members} - {None}) > 1:
         raise ValueError(f"policies: expected one clock in all of {list(members)}")
     return members

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from recis_lightning import HashTable
 from recis_lightning.arguments import (
     check_bound,
     check_dtype,
@@ -42,6 +43,9 @@ def test_valid_values_are_returned():
         (lambda: check_padding_idx(1.0), TypeError, r"padding_idx: expected an int or None"),
         (lambda: check_padding_idx(2**63), ValueError, r"padding_idx: expected an int64"),
         (lambda: check_bound("p", 1.0, high=1.0), ValueError, r"p: .* in \[0.0, 1.0\), got 1.0"),
+        (lambda: check_bound("p", "1"), TypeError, r"p: expected a number >= 0.0, got '1'"),
+        (lambda: check_bound("p", None), TypeError, r"p: expected a number >= 0.0, got None"),
+        (lambda: check_embedding_dim(HashTable(2)), TypeError, "options are for an engine"),
         (lambda: check_bound("p", math.nan), ValueError, r"p: expected a number >= 0.0, got nan"),
     ],
 )

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from recis_lightning import DynamicEmbedding, DynamicEmbeddingBag, Jagged, hash_tables
+from recis_lightning import (
+    DynamicEmbedding,
+    DynamicEmbeddingBag,
+    EmbeddingOption,
+    Jagged,
+    hash_tables,
+)
 from recis_lightning.admission import ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Constant, Normal
@@ -246,6 +252,19 @@ def test_ragged_layouts_say_the_same():
     [
         (lambda: DynamicEmbeddingBag(4, mode="max"), ValueError, "mode: .*got 'max'; 'max' does n"),
         (lambda: DynamicEmbeddingBag(4, mode="tile"), ValueError, "mode: expected.*, got 'tile'"),
+        (lambda: DynamicEmbedding(1000, 16), TypeError, r"write DynamicEmbedding\(16\)"),
+        (lambda: DynamicEmbeddingBag(1000, 16), TypeError, r"write DynamicEmbeddingBag\(16\)"),
+        (
+            lambda: DynamicEmbedding(4, num_embeddings=9),
+            TypeError,
+            "num_embeddings: .*leave it out",
+        ),
+        (lambda: DynamicEmbedding(4, combiner="sum"), TypeError, "use DynamicEmbeddingBag"),
+        (lambda: DynamicEmbedding(4, max_norm=1.0), TypeError, "max_norm: .*leave it out"),
+        (lambda: DynamicEmbedding(4, padding_ix=0), TypeError, "did you mean padding_idx"),
+        (lambda: DynamicEmbeddingBag(4, combiner="sum"), TypeError, "combiner: .*; write mode="),
+        (lambda: DynamicEmbedding(4, initializer="normal"), TypeError, r"initializer=Normal\(\)"),
+        (lambda: DynamicEmbedding(EmbeddingOption(4)), TypeError, "write EmbeddingEngine"),
         (lambda: DynamicEmbeddingBag(4, max_norm=1.0), ValueError, "max_norm: does not exist"),
         (lambda: DynamicEmbeddingBag(4, sparse=True), ValueError, "sparse: does not exist here"),
         (lambda: DynamicEmbeddingBag(4, colour=1), TypeError, "unexpected argument 'colour'"),

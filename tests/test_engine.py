@@ -325,11 +325,9 @@ def test_state_dict_keys_are_stable():
     [
         ("embedding_dim", 4, 8),
         ("initializer", Constant(0.0), Uniform(-1.0, 1.0)),
-        ("admission", None, ReadOnly()),
         ("eviction", None, GlobalStepFilter(3)),
         ("eviction", GlobalStepFilter(2), GlobalStepFilter(3)),
         ("dtype", torch.float32, "bfloat16"),
-        ("trainable", True, False),
         ("seed", 0, 1),
     ],
 )
@@ -354,6 +352,19 @@ def test_options_that_disagree_on_a_table(field, first, second):
         ({"embedding_dim": -2}, ValueError, "embedding_dim: expected an int >= 1, got -2"),
         ({"dtype": "float64"}, ValueError, "dtype: expected .*got 'float64'"),
         ({"device": "meta"}, ValueError, "device: .*got 'meta'"),
+        ({"table": 16}, TypeError, r"table: expected a str, got int \(16\)"),
+        ({"trainable": 1}, TypeError, "trainable: expected a bool, got 1"),
+        ({"use_weights": None}, TypeError, "use_weights: expected a bool, got None"),
+        ({"mean_by": "ids"}, ValueError, "mean_by: expected 'weights' or 'count', got 'ids'"),
+        ({"mean_by": "count", "mode": "sum"}, ValueError, "mean_by: only mode 'mean' takes"),
+        ({"initializer": "normal"}, TypeError, r"got 'normal'; write initializer=Normal\(\)"),
+        ({"admission": ReadOnly}, TypeError, r"admission: .*; write admission=ReadOnly\(\)"),
+        ({"admission": GlobalStepFilter(3)}, TypeError, r"write eviction=GlobalStepFilter\("),
+        ({"eviction": "max-rows"}, TypeError, r"eviction: .*; write eviction=MaxRows\(n=\.\.\.\)"),
+        ({"combiner": "sum"}, TypeError, "combiner: EmbeddingOption has none; write mode="),
+        ({"shared_name": "t"}, TypeError, "shared_name: .*; write table="),
+        ({"trainabel": False}, TypeError, "trainabel: .*did you mean trainable"),
+        ({"block_size": 8}, TypeError, "block_size: .*does not exist here: leave it out"),
     ],
 )
 def test_wrong_options(arguments, error, words):
@@ -368,6 +379,11 @@ def test_options_are_options():
         EmbeddingEngine({"a": 4})
     with pytest.raises(ValueError, match="options: expected at least one feature, got none"):
         EmbeddingEngine({})
+    with pytest.raises(TypeError, match="options: expected a dict of EmbeddingOption by feature"):
+        EmbeddingEngine(EmbeddingOption(4))
+    for name in (3, ""):
+        with pytest.raises(TypeError, match="options: expected features' names as keys, got "):
+            EmbeddingEngine({name: EmbeddingOption(4)})
 
 
 def test_int32_ids_are_widened():
@@ -394,6 +410,6 @@ def test_int32_ids_are_widened():
 )
 def test_wrong_features(features, error, words):
     """The error names the feature."""
-    engine = EmbeddingEngine({"a": option("none"), "b": option("none")})
+    engine = EmbeddingEngine({"a": option("none"), "b": option("none")}, strict=True)
     with pytest.raises(error, match=words):
         engine(features)

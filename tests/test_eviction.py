@@ -293,7 +293,7 @@ def test_a_policy_may_ask_only_for_what_is_kept():
     ):
         table.evict(MaxRows(1, by="count"))
     assert HashTable(2).evict(MinNorm(1.0)) == 0
-    with pytest.raises(TypeError, match="policy: expected an Eviction, got 3"):
+    with pytest.raises(TypeError, match="policy: expected Eviction, got 3"):
         table.evict(3)
 
 
@@ -348,3 +348,13 @@ def test_policies_are_values():
     assert AnyOf([MaxRows(2), GlobalStepFilter(1)]) == AnyOf((MaxRows(2), GlobalStepFilter(1)))
     assert AnyOf([MaxRows(2)]) != AllOf([MaxRows(2)])
     assert TimeToLive(5) == TimeToLive(5)
+
+
+@pytest.mark.parametrize("compose", [AnyOf, AllOf])
+def test_compositions_say_what_to_write(compose):
+    """A policy by itself, by its name or as its class."""
+    with pytest.raises(TypeError, match="policies: expected a list of Eviction, got MinNorm"):
+        compose(MinNorm(1.0))
+    for policy in ("min_norm", MinNorm):
+        with pytest.raises(TypeError, match=r"; write policies=MinNorm\(threshold=\.\.\.\)"):
+            compose([policy])

@@ -53,6 +53,7 @@ TESTED_BY = {
     "lookup/row_source.py": "test_engine.py",
     "lookup/signature.py": "lookup/test_sharded_lookups.py",
     "lookup/surroundings.py": "test_trainer_bridge.py",
+    "lookup/table_call.py": "table/test_hash_table.py",
     "lookup/transfer.py": "ops/gpu/test_on_gpu.py",
     "monitoring/checkpoint_history.py": "monitoring/test_report.py",
     "ops/async_copy.py": "ops/gpu/test_no_host_sync.py",

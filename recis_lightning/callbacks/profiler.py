@@ -40,8 +40,8 @@ class ProfilerHook(Hook):
     (``run_training_batch``, ``[Callback]...``) and the tables' ops (``recis::...``). A run that
     ends or fails within a window writes a trace of the batches so far.
 
-    In a loop written by hand call ``before_train()`` (so that the first batch is in the first cycle),
-    ``after_step(None, global_step)`` after each step, and ``end()``.
+    In a loop written by hand call ``before_train()`` (so that the first batch is in the first
+    cycle), ``after_step(None, global_step)`` after each step, and ``end()``.
 
     Outside its windows the hook only counts. A ``SimpleProfiler`` or ``AdvancedProfiler`` of the
     Trainer keeps working beside it. ``PyTorchProfiler`` cannot: torch has one profiler a process.

@@ -17,7 +17,7 @@ from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.held_gradients import copy_held_, expected_references
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
-from recis_lightning.ops.embedding_bag import MEAN, MODES, NONE, TILE, Plan
+from recis_lightning.ops.embedding_bag import MEAN, MEAN_BY_COUNT, MODES, NONE, TILE, Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.table.anchor import leaves_of
 from recis_lightning.table.hash_table import HashTable
@@ -87,6 +87,9 @@ class LookupFunction(torch.autograd.Function):
         ctx.num_leaves = len(leaves_and_weights) - len(weighted)
         # Of a table that was frozen in the forward pass, autograd would know nothing.
         ctx.trains = [training and anchor.requires_grad for anchor in layout.anchors]
+        if layout.frozen:
+            frozen = layout.frozen.difference(weighted)
+            ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
         ctx.generations = list(map(_generation, layout.storages))
         return tuple(outputs)
 
@@ -97,10 +100,13 @@ class LookupFunction(torch.autograd.Function):
         layout: FeatureLayout = ctx.layout
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        if not all(ctx.trains) or not all(map(_requires_grad, layout.anchors)):
+        if layout.frozen or not all(ctx.trains) or not all(map(_requires_grad, layout.anchors)):
             both = map(and_, ctx.trains, map(_requires_grad, layout.anchors))
             trained = set(compress(layout.tables, both))
-            trains = [layout.feature_tables[feature] in trained for feature in features]
+            trains = [
+                feature not in layout.frozen and layout.feature_tables[feature] in trained
+                for feature in features
+            ]
             features, tensors = list(compress(features, trains)), list(compress(tensors, trains))
             strides = list(compress(strides, trains))
         plan = ctx.plan[features] if len(features) < len(gradients) else ctx.plan.copy()
@@ -197,6 +203,10 @@ def _weight_gradient(
         picked = tiles[bag, position.clamp(max=tile_len - 1)]
         return (values * picked).sum(1) * is_inside
     dots = (values * gradient.float()[bag]).sum(1)
+    if mode == MEAN_BY_COUNT:
+        ones = torch.ones_like(dots) * (rows != hash_index.PADDING)
+        counts = torch.zeros(bags.num_bags, device=rows.device).index_add_(0, bag, ones)
+        dots = torch.where(rows == hash_index.PADDING, 0.0, dots / counts[bag])
     if mode == MEAN:
         assert weights is not None
         counted = weights * (rows != hash_index.PADDING)

@@ -57,8 +57,10 @@ def exchange_rows(
     num_sent: list[int] = deduplicated.counts.sum(1).tolist()
     num_received: list[int] = recv_counts.sum(1).tolist()
     counts_occurrences = training and any(
-        table.admission is not None or table.storage.keeps_access_metadata
-        for table in layout.tables
+        source.admits == "none"
+        or table.admission is not None
+        or table.storage.keeps_access_metadata
+        for source, table in zip(layout.sources, _source_tables(layout), strict=True)
     )
     message = deduplicated.ids
     if counts_occurrences:
@@ -76,12 +78,17 @@ def exchange_rows(
 def _exchange_counts(
     layout: FeatureLayout, send_counts: npt.NDArray[np.int64], signature: int
 ) -> Generator[None, None, tuple[npt.NDArray[np.int64], list[int]]]:
-    """Return how many ids of each table come from each rank, and the ranks' signatures."""
+    """Return how many ids of each source come from each rank, and the ranks' signatures."""
     ones = [1] * len(send_counts)
     signed = np.append(send_counts, np.full((len(ones), 1), signature), 1)
     received = yield from _all_to_all(to_device_async(signed, layout.device), ones, ones)
     recv_counts = received.cpu().numpy()
     return recv_counts[:, :-1], recv_counts[:, -1].tolist()
+
+
+def _source_tables(layout: FeatureLayout) -> list[HashTable]:
+    """Return the table of each of the layout's sources."""
+    return [layout.tables[source.table] for source in layout.sources]
 
 
 def _all_to_all(
@@ -133,33 +140,33 @@ def _look_up(
 
     Args:
         layout: The group's features.
-        recv_counts: int64 [num_ranks, num_tables].
-        ids: int64 [r], by rank, then table.
+        recv_counts: int64 [num_ranks, num_sources].
+        ids: int64 [r], by rank, then source.
         occurrences: int64 [r], how often each id occurs at its rank; None if nobody counts.
         training: As for ``exchange_rows``.
     """
-    tables, num_ranks = layout.tables, len(recv_counts)
+    tables, num_ranks = _source_tables(layout), len(recv_counts)
     sizes = recv_counts.reshape(-1)
     starts = np.cumsum(sizes) - sizes
     segments = np.zeros((len(tables), SEGMENT_SIZE), np.int64)
-    for line, table in zip(segments, tables, strict=True):
-        write_segment(line, table, training, None)
+    for line, table, source in zip(segments, tables, layout.sources, strict=True):
+        write_segment(line, table, training, None, source.admits)
     # Tables that got no ids too: a lookup is one of all shards.
     segments = np.tile(segments, (num_ranks, 1))
     segments[:, SEGMENT_START] = starts
     segments[:, SEGMENT_IDS] = ids.data_ptr()
     if training:
         parts = ids.split(sizes.tolist())
-        part_tables = [*range(len(tables))] * num_ranks
+        part_tables = [source.table for source in layout.sources] * num_ranks
         rows, _ = find_or_insert_rows(
             layout, segments, parts, ids.numel(), part_tables, occurrences
         )
         if occurrences is not None:
-            _count_rejections(tables, sizes.tolist(), rows, occurrences)
+            _count_rejections(layout, sizes.tolist(), rows, occurrences)
     else:
         rows = hash_index.find(segments, ids.numel(), layout.device)
     used = np.flatnonzero(sizes)
-    used_tables = used % len(tables)
+    used_tables = used % len(tables)  # positions of sources
     plan = np.zeros((len(used), PLAN_SIZE), np.int64)
     plan[:, embedding_bag.HEADER] = header_addresses(tables)[used_tables]
     plan[:, embedding_bag.MODE] = embedding_bag.NONE
@@ -171,13 +178,15 @@ def _look_up(
 
 
 def _count_rejections(
-    tables: list[HashTable], sizes: list[int], rows: Tensor, occurrences: Tensor
+    layout: FeatureLayout, sizes: list[int], rows: Tensor, occurrences: Tensor
 ) -> None:
     """Count occurrences that a table rejects unseen: the index counts a rank's ids once."""
+    tables = _source_tables(layout)
     rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
     for index, part in enumerate(rejected.split(sizes)):
         table = tables[index % len(tables)]
-        if table.storage.admission_counter is None:
+        is_unseen = layout.sources[index % len(tables)].admits == "none"
+        if is_unseen or table.storage.admission_counter is None:
             table.storage.header.tensor[NUM_REFUSED] += part.sum()
 
 

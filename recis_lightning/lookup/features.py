@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ class Feature(NamedTuple):
         mode: "none", "sum", "mean" or "tile".
         padding_idx: An id that reads as zeros, or None.
         tile_len: Rows of a bag for "tile".
+        trainable: Whether gradients of its rows reach the table; the table must train, too.
+        admits: Unknown ids that it inserts: those that the table's policy admits, all, or none.
+        use_weights: Whether weights that come with its ids count.
     """
 
     name: str
@@ -41,6 +44,21 @@ class Feature(NamedTuple):
     mode: str
     padding_idx: int | None = None
     tile_len: int = 0
+    trainable: bool = True
+    admits: Literal["policy", "all", "none"] = "policy"
+    use_weights: bool = True
+
+
+class Source(NamedTuple):
+    """A table as features with the same admission ask it: other ranks are asked once for each.
+
+    Attributes:
+        table: The table's position in ``FeatureLayout.tables``.
+        admits: As for ``Feature``.
+    """
+
+    table: int
+    admits: Literal["policy", "all", "none"]
 
 
 class FeatureLayout:
@@ -60,6 +78,10 @@ class FeatureLayout:
         anchors: Of ``tables``; they say which are trained.
         storages: Of ``tables``, as index ops take them.
         segment_tables: For each feature, its table's position in ``tables``.
+        sources: Tables, each once for each of its features' ways to admit ids.
+        segment_sources: For each feature, its source's position in ``sources``.
+        frozen: Positions of the features that do not train, though their table does.
+        unweighted: Positions of the features whose weights do not count.
         row_type: (embedding_dim, dtype, device), as ops take them.
         locks: Of the tables, as ``table.lock`` takes them.
         training: Segments that insert, without sizes.
@@ -77,6 +99,15 @@ class FeatureLayout:
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]
+        asked = [
+            Source(table, feature.admits)
+            for table, feature in zip(self.segment_tables, self.features, strict=True)
+        ]
+        numbers = {source: number for number, source in enumerate(dict.fromkeys(asked))}
+        self.sources = list(numbers)
+        self.segment_sources = [numbers[source] for source in asked]
+        self.frozen = frozenset(i for i, feature in enumerate(features) if not feature.trainable)
+        self.unweighted = [i for i, feature in enumerate(features) if not feature.use_weights]
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.row_type = (self.embedding_dim, self.dtype, self.device)
@@ -94,7 +125,7 @@ class FeatureLayout:
     def _segments(self, insert: bool) -> Segments:
         segments = np.zeros((len(self.features), SEGMENT_SIZE), np.int64)
         for line, feature in zip(segments, self.features, strict=True):
-            write_segment(line, feature.table, insert, feature.padding_idx)
+            write_segment(line, feature.table, insert, feature.padding_idx, feature.admits)
         return segments
 
     def _plan_without_sizes(self) -> Plan:
@@ -129,7 +160,8 @@ class FeatureLayout:
     def signature(self) -> int:
         """Number by which ranks recognise the features."""
         settings = [
-            (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len) for f in self.features
+            (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len, f.admits)
+            for f in self.features
         ]
         return digest((settings, self.embedding_dim, self.dtype))
 
@@ -193,4 +225,4 @@ def point_to_rows(plan: Plan, rows: Tensor) -> None:
     plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * plan[:, embedding_bag.FIRST_ID]
 
 
-__all__ = ["Feature", "FeatureLayout", "header_addresses", "point_to_rows"]
+__all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "point_to_rows"]

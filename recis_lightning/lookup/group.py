@@ -75,7 +75,7 @@ class LookupGroup:
         weighted = [i for i, bag in enumerate(bags.details) if bag.weights is not None]
         # Backward and update read them too; by then the caller may have overwritten its own.
         is_recorded = torch.is_grad_enabled() and (
-            training or any(bags.details[i].weights.requires_grad for i in weighted)
+            training or any(map(_needs_gradient, map(bags.details.__getitem__, weighted)))
         )
         offsets = join_offsets(bags, lines) if is_on_cpu or is_recorded else None
         if is_on_cpu and offsets is not None:
@@ -160,6 +160,10 @@ class LookupGroup:
                 "precision '16-mixed' scales the loss, and its GradScaler cannot unscale the "
                 "gradients of tables; use precision='bf16-mixed' or '32-true'"
             )
+
+
+def _needs_gradient(bags: Bags) -> bool:
+    return bags.weights is not None and bags.weights.requires_grad
 
 
 def look_up_groups(

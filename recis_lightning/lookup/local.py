@@ -33,9 +33,13 @@ class LocalRows:
 
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
-        admissions = [table.admission for table in layout.tables if table.admission is not None]
-        self._may_reject = bool(admissions)
-        self._all_tables_admit = all(admission.admits for admission in admissions)
+        policies = [
+            feature.table.admission for feature in layout.features if feature.admits == "policy"
+        ]
+        reads_only = any(feature.admits == "none" for feature in layout.features)
+        admissions = [policy for policy in policies if policy is not None]
+        self._may_reject = reads_only or bool(admissions)
+        self._all_tables_admit = not reads_only and all(policy.admits for policy in admissions)
         self._all_known = False  # whether the last training lookup found nothing to insert
 
     def fetch(

@@ -45,8 +45,8 @@ class ShardedRows:
             table.needs_reshard = True  # from a run with another number of ranks
         self._deduplicator = Deduplicator(
             layout.training,
-            layout.segment_tables,
-            len(layout.tables),
+            layout.segment_sources,
+            len(layout.sources),
             collectives.world_size(),
             layout.device,
         )

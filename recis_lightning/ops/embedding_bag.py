@@ -39,8 +39,15 @@ NONE = fields.NONE
 SUM = fields.SUM
 MEAN = fields.MEAN
 TILE = fields.TILE
+MEAN_BY_COUNT = fields.MEAN_BY_COUNT
 
-MODES = {"none": fields.NONE, "sum": fields.SUM, "mean": fields.MEAN, "tile": fields.TILE}
+MODES = {
+    "none": fields.NONE,
+    "sum": fields.SUM,
+    "mean": fields.MEAN,
+    "tile": fields.TILE,
+    "mean_by_count": fields.MEAN_BY_COUNT,
+}
 
 Plan = npt.NDArray[np.int64]
 
@@ -49,9 +56,10 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
     """Write every feature's rows, pooled as its mode says, to its output.
 
     ``none``: one row an id. ``sum``: sum of a bag's rows, times weights if any. ``mean``: the sum
-    over the number of ids that are not padding, or over the sum of their weights. ``tile``: the
-    first PLAN_TILE_LEN rows of a bag side by side, padded with zeros. Ids without a row give zeros,
-    and so does an empty bag.
+    over the number of ids that are not padding, or over the sum of their weights.
+    ``mean_by_count``: the weighted sum over the number of these ids, whatever their weights.
+    ``tile``: the first PLAN_TILE_LEN rows of a bag side by side, padded with zeros. Ids without a
+    row give zeros, and so does an empty bag.
 
     Args:
         plan: int64 [num_features, PLAN_SIZE].

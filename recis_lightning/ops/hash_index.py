@@ -138,10 +138,11 @@ def find_or_insert(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows of ids, insert unknown ones, and write last-seen steps.
 
-    Only segments with the INSERT flag insert, and all segments of one table have the same flags:
-    the table's policy decides. Segments with the CHECK_ADMISSION flag insert only the ids that the
-    policy admits (``ops.admission``). Tables with a column LAST_SEEN write their step to it;
-    segments with the TOUCH flag keep further access metadata (``ops.row_access``).
+    Only segments with the INSERT flag insert, and those with the CHECK_ADMISSION flag only the ids
+    that the policy admits (``ops.admission``). Segments of one table may differ in these: where an
+    id is not inserted, it reads as it was before, though another segment inserts it. Tables with a
+    column LAST_SEEN write their step to it; segments with the TOUCH flag keep further access
+    metadata (``ops.row_access``).
 
     Rows are assigned in the order in which ids first appear, freed rows first, so the result does
     not depend on the number of threads. Rows of new ids are not initialised here.

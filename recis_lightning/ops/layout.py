@@ -83,7 +83,7 @@ PLAN_ROWS = 12  # address of the rows of its ids
 PLAN_NUM_IDS = 13
 PLAN_FLAT_BASE = 14  # index of its table's first row among those of all tables
 
-NONE, SUM, MEAN, TILE = range(4)
+NONE, SUM, MEAN, TILE, MEAN_BY_COUNT = range(5)
 
 # Rules of optimizers, and hyperparameters of a table, float32 [HYPER_SIZE].
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)

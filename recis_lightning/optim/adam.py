@@ -68,7 +68,8 @@ class SparseAdam(SparseOptimizer):
 class SparseAdamW(SparseOptimizer):
     """AdamW on the rows with a gradient, as ``torch.optim.AdamW`` where every row has one.
 
-    Weight decay touches the rows of the step only; ``eps`` is added after the bias correction.
+    Weight decay touches the rows of the step only; ``eps`` is added after the bias correction,
+    unless ``eps_before_correction`` asks for it before, as RecIS's ``SparseAdamW`` has it.
 
     Args:
         tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
@@ -80,6 +81,8 @@ class SparseAdamW(SparseOptimizer):
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        eps_before_correction: Add ``eps`` to the root before its bias correction: then it weighs
+            ``1 / sqrt(1 - betas[1] ** n)`` times as much in update number n.
 
     Source: Loshchilov and Hutter, 2019.
     """
@@ -96,9 +99,18 @@ class SparseAdamW(SparseOptimizer):
         *,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        eps_before_correction: bool = False,
     ) -> None:
         check_bound("weight_decay", weight_decay)
-        defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
+        if not isinstance(eps_before_correction, bool):
+            raise TypeError(
+                f"eps_before_correction: expected a bool, got {eps_before_correction!r}"
+            )
+        defaults = {
+            **_adam_defaults(lr, betas, eps),
+            "weight_decay": weight_decay,
+            "eps_before_correction": eps_before_correction,
+        }
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
         super().__init__(groups, defaults)
         self._own_tables()
@@ -113,12 +125,15 @@ class SparseAdamW(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        fields, _ = _adam_fields(group, num_updates)
+        fields, root = _adam_fields(group, num_updates)
         decay = 1 - group["lr"] * group["weight_decay"]
-        return {**fields, row_update.EPS: group["eps"], row_update.DECAY: decay}
+        eps = group["eps"] / root if group["eps_before_correction"] else group["eps"]
+        return {**fields, row_update.EPS: eps, row_update.DECAY: decay}
 
 
 def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
     check_bound("betas[0]", betas[0], high=1.0)
     check_bound("betas[1]", betas[1], high=1.0)
     check_bound("eps", eps)

@@ -118,6 +118,9 @@ class SparseOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # those of an older state may lack what was added since
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._updater.forget_updates()
         if "_updater" in state:  # unpickled or copied: these are other tables
             for index, group in enumerate(self.param_groups):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recis_lightning.arguments import check_bound
@@ -20,6 +20,8 @@ from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks, writing
 from recis_lightning.table.versions import layout_version
+
+_ADVICE = "pass hash_tables(module)"
 
 
 class TableUpdater:
@@ -181,17 +183,20 @@ def make_updater(
     check_bound("lr", lr)
     _check_positive("clip_grad_norm", clip_grad_norm)
     _check_positive("clip_grad_value", clip_grad_value)
-    if isinstance(tables, (HashTable, torch.Tensor)):
-        raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
-    given: list[Any] = list(tables)
+    given = _listed(tables)
     if not given:
-        raise ValueError("tables: expected at least one HashTable, got none")
+        raise ValueError(
+            f"tables: expected at least one HashTable, got none; {_ADVICE}: tables are not among "
+            "module.parameters()"
+        )
     if not isinstance(given[0], dict):
         given = [{"params": given}]
     members: list[HashTable] = []
     member_groups: list[int] = []
     param_groups = []
     for index, group in enumerate(given):
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError(f"tables: expected dicts with 'params', got {group!r}")
         joined = _read_tables(group["params"], members)
         members += joined
         member_groups += [index] * len(joined)
@@ -202,18 +207,31 @@ def make_updater(
     return updater, param_groups
 
 
+def _listed(tables: Any) -> list[Any]:
+    """Return what an iterable of tables yields, else raise."""
+    if isinstance(tables, (HashTable, torch.Tensor)):
+        raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
+    if isinstance(tables, (nn.Module, str, dict)) or not isinstance(tables, Iterable):
+        raise TypeError(
+            f"tables: expected an iterable of HashTable, got {type(tables).__name__}; {_ADVICE}"
+        )
+    return list(tables)
+
+
 def _check_positive(name: str, bound: float | None) -> None:
+    if bound is not None and not hasattr(bound, "__float__"):
+        raise TypeError(f"{name}: expected a number > 0 or None, got {bound!r}")
     if bound is not None and not bound > 0:
         raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
 
 
 def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
-    members = [tables] if isinstance(tables, HashTable) else list(tables)
+    members = [tables] if isinstance(tables, HashTable) else _listed(tables)
     for table in members:
         if not isinstance(table, HashTable):
             raise TypeError(
-                f"tables: expected HashTable, got {type(table).__name__}; pass "
-                "hash_tables(module), not module.parameters()"
+                f"tables: expected HashTable, got {type(table).__name__}; {_ADVICE}, not "
+                "module.parameters()"
             )
         if table in known or members.count(table) > 1:
             raise ValueError(f"tables: table {table.name!r} is there twice")

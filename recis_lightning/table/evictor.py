@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from recis_lightning.arguments import check_kinds
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
@@ -185,8 +186,7 @@ class Evictor:
         policy = self._policy if policy is None else policy
         if policy is None:
             return EvictionReport.of(0, {}, 0, 0, dry_run)
-        if not isinstance(policy, Eviction):
-            raise TypeError(f"policy: expected an Eviction, got {policy!r}")
+        check_kinds(policy=(policy, Eviction))
         storage = self.storage
         gone, by_policy = self._name_rows(policy)
         num_gone = count_marked(gone)

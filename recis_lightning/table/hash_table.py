@@ -13,7 +13,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +23,15 @@ from typing_extensions import override
 
 from recis_lightning.admission import Admission, Screening
 from recis_lightning.arguments import (
+    HINTS,
     check_dtype,
     check_embedding_dim,
     check_ids,
     check_int,
     check_kernels_may_run,
+    check_kinds,
+    check_str,
+    explain_arguments,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
@@ -55,10 +59,23 @@ from recis_lightning.table.statistics import TableStatistics
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.versions import layout_version
 
+
+class Lookup(Protocol):
+    """Lookup of a table's ids, which the room above provides."""
+
+    def groups_of(self, table: HashTable) -> list[Any]:
+        """Return the groups that look the table's ids up."""
+
+    def look_up(self, table: HashTable, ids: Tensor) -> Tensor:
+        """Return the rows of ids, [*, embedding_dim]."""
+
+
+_lookup: Lookup | None = None
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
 _birth = itertools.count()
 
 
+@explain_arguments({**HINTS, "mode": "a table does not pool: use DynamicEmbeddingBag"})
 class HashTable(nn.Module):
     """Table of rows by id.
 
@@ -86,6 +103,7 @@ class HashTable(nn.Module):
             up together share one.
         needs_reshard: Whether rows came that no lookup brought; of several ranks, others may own
             them.
+        groups: Groups that look its ids up when it is called, as ``Lookup`` left them.
         shard_reference: While a checkpoint is written whose rows are in files of their own: the
             state that names these files.
 
@@ -116,16 +134,11 @@ class HashTable(nn.Module):
         check_kernels_may_run()
         initializer = Normal(std=0.01) if initializer is None else initializer
         seed = torch.initial_seed() if seed is None else seed
-        for argument, value, kind in (
-            ("initializer", initializer, Initializer),
-            ("admission", admission, Admission | None),
-            ("eviction", eviction, Eviction | None),
-            ("seed", seed, int),
-            ("name", name, str | None),
-        ):
-            if not isinstance(value, kind):
-                wanted = getattr(kind, "__name__", str(kind))
-                raise TypeError(f"{argument}: expected {wanted}, got {value!r}")
+        check_policies(initializer, admission, eviction)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected int, got {seed!r}")
+        if name is not None:
+            check_str("name", name)
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
@@ -158,6 +171,7 @@ class HashTable(nn.Module):
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._original: weakref.ref[HashTable] | None = None
         self.lock = TableLock()
+        self.groups: Any = None
         _live[next(_birth)] = self
 
     def _new_storage(
@@ -348,6 +362,31 @@ class HashTable(nn.Module):
             (2, 5.0, [8])
         """
         return scan(self.storage, start, stop, rows)
+
+    # ---- lookups
+
+    def current_groups(self) -> list[Any]:
+        """Return the group by which the table is looked up when it is called."""
+        assert _lookup is not None
+        return _lookup.groups_of(self)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes the table
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look ids up as ``DynamicEmbedding`` does.
+
+        In training mode an unknown id gets a row and gradients flow; ``embeddings`` only reads.
+
+        Args:
+            ids: int64 [*].
+
+        Returns:
+            [*, embedding_dim] in the table's dtype.
+
+        Raises:
+            TypeError: ``ids`` is not int64.
+        """
+        assert _lookup is not None
+        return _lookup.look_up(self, ids)
 
     # ---- reading and writing rows
 
@@ -651,7 +690,25 @@ _NOT_COPIED = (
     "_optimizer",
     "_original",
     "lock",
+    "groups",
 )
+
+
+def set_lookup(lookup: Lookup) -> None:
+    """Register how tables look ids up when they are called."""
+    global _lookup
+    _lookup = lookup
+
+
+def check_policies(
+    initializer: Initializer | None, admission: Admission | None, eviction: Eviction | None
+) -> None:
+    """Raise a TypeError that says what to write, unless all are what they should be."""
+    check_kinds(
+        initializer=(initializer, Initializer),
+        admission=(admission, Admission),
+        eviction=(eviction, Eviction),
+    )
 
 
 def write_segment(
@@ -659,13 +716,26 @@ def write_segment(
     table: HashTable,
     insert: bool,
     padding_idx: int | None,
+    admits: Literal["policy", "all", "none"] = "policy",
 ) -> None:
-    """Enter what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids are."""
+    """Enter what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids are.
+
+    Args:
+        line: The feature's line of the segments.
+        table: Its table.
+        insert: Whether the lookup trains.
+        padding_idx: An id that reads as zeros, or None.
+        admits: Unknown ids that the feature inserts: those that the table's policy admits, or all,
+            or none.
+    """
     storage = table.storage
     line[SEGMENT_HEADER] = storage.header.address
-    admits = table.admission is None or table.admission.admits
-    line[SEGMENT_FLAGS] = INSERT * (insert and admits) | HAS_PADDING * (padding_idx is not None)
-    line[SEGMENT_FLAGS] |= SCREEN * (insert and storage.admission_counter is not None)
+    inserts, asks_policy = insert and admits != "none", admits == "policy"
+    if asks_policy and table.admission is not None:
+        inserts = insert and table.admission.admits
+    line[SEGMENT_FLAGS] = INSERT * inserts | HAS_PADDING * (padding_idx is not None)
+    is_screened = insert and asks_policy and storage.admission_counter is not None
+    line[SEGMENT_FLAGS] |= SCREEN * is_screened
     line[SEGMENT_FLAGS] |= STAMP * (insert and storage.keeps_access_metadata)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
 

@@ -79,8 +79,8 @@ def random_rows(generator, count, num_rows=500, holes=True):
 def mixed_features(table, generator, num_bags):
     """Return features of every mode and layout, with and without weights and holes."""
     features = []
-    for number, mode in enumerate(["none", "sum", "mean", "tile"] * 4):
-        weighted, ragged = number % 8 >= 4, number >= 8
+    for number, mode in enumerate([*MODES] * 4):
+        weighted, ragged = number // len(MODES) % 2 == 1, number >= 2 * len(MODES)
         offsets = ragged_offsets(generator, num_bags) if ragged else None
         count = int(offsets[-1]) if ragged else 5 * num_bags
         rows = random_rows(generator, count)

@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 
 from recis_lightning import DynamicEmbedding, DynamicEmbeddingBag, EmbeddingEngine, EmbeddingOption
+from recis_lightning.admission import MinCount, ReadOnly
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.eviction import GlobalStepFilter
@@ -110,6 +111,39 @@ def inserted_rows():
     found = module.eval()(IDS)
     assert torch.equal(found, IDS[:, None].expand(-1, 2).clamp(-99, 99).float())
     finish_evaluation(module)
+
+
+def features_that_differ():
+    """Read-only, counting and frozen features of one table, and ranks that lack some of them."""
+    options = {
+        "reads": EmbeddingOption(2, table="t", admission=ReadOnly()),
+        "counts": EmbeddingOption(2, table="t", admission=MinCount(3)),
+        "frozen": EmbeddingOption(2, table="t", trainable=False, mode="sum"),
+    }
+    engine = EmbeddingEngine(options)
+    table = engine.tables["t"]
+    sparse = SparseSGD(hash_tables(engine), lr=1.0)
+    given = {"reads": torch.tensor([1, 2, 4, 2]), "counts": torch.tensor([2, 2, 3])}
+    if rank() == 0:
+        given["frozen"] = torch.tensor([[4, 5]])
+    out = engine(given)
+    assert list(out) == list(given)
+    ids = torch.tensor([1, 2, 3, 4, 5])
+    # Two ranks have id 2 four times; those of rank 0 only insert 4 and 5.
+    known = _everywhere(engine, "reads", {"reads": ids}).any(1).tolist()
+    assert known == [False, True, False, True, True]
+    assert not out["reads"].any()
+    assert out["counts"].any(1).tolist() == [True, True, False]
+    rejected = collectives.sum_over_ranks(torch.tensor(table.statistics().refused))
+    assert int(rejected) == 10
+    again = engine(given)
+    assert again["reads"].any(1).tolist() == [False, True, True, True]
+    before = _everywhere(engine, "reads", {"reads": ids})
+    (again["reads"].sum() + sum(o.sum() for o in again.values())).backward()
+    sparse.step()
+    drop = torch.tensor([0.0, 2 * 2 + 2, 1.0, 2.0, 0.0])
+    after = _everywhere(engine, "reads", {"reads": ids})
+    torch.testing.assert_close(before - after, drop[:, None].expand(5, 2))
 
 
 def gradients_are_averaged():

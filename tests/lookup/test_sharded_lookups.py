@@ -29,6 +29,7 @@ def test_kernels_and_reference_agree(ranks):
         checks.weight_gradients,
         checks.unused_outputs,
         checks.inserted_rows,
+        checks.features_that_differ,
         checks.gradients_are_averaged,
     ],
     ids=lambda check: check.__name__,

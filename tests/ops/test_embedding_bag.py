@@ -109,6 +109,21 @@ def test_means_count_unknown_ids_but_no_padding(backend):
     torch.testing.assert_close(pooled[0], (first + 2 * second) / 8)
 
 
+def test_means_by_count_divide_by_the_number_of_ids(backend):
+    """Weights multiply rows, and the divisor is the number of ids that are not padding."""
+    table = _table(2)
+    first, second = table.storage.rows.read(torch.arange(2))[0]
+    rows = torch.tensor([0, 1, UNKNOWN, PADDING])
+    weights = torch.tensor([1.0, 2.0, 5.0, 100.0])
+    (pooled,) = _gather(Feature(table, rows, "mean_by_count", 4, weights=weights))
+    torch.testing.assert_close(pooled[0], (first + 2 * second) / 3)
+    weights = torch.tensor([0.5, -0.5])
+    (pooled,) = _gather(Feature(table, torch.arange(2), "mean_by_count", 2, weights=weights))
+    torch.testing.assert_close(pooled[0], (first - second) / 4)
+    (pooled,) = _gather(Feature(table, rows, "mean_by_count", 4))
+    torch.testing.assert_close(pooled[0], (first + second) / 3)
+
+
 def test_weights_that_add_up_to_nothing_give_zeros(backend):
     """A weighted mean over a total of zero is zero, not NaN."""
     table = _table(3)

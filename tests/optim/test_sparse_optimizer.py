@@ -335,3 +335,58 @@ def test_wrong_arguments(make, error, words):
     """An error names the argument, the value got and what was expected."""
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_adamw_adds_eps_where_it_is_told(before):
+    """After the bias correction as torch does, or before it as RecIS does."""
+    module = DynamicEmbedding(2, name="eps")
+    weight = module(IDS[:1]).detach().double()
+    sparse = SparseAdamW(
+        hash_tables(module), 0.1, (0.8, 0.9), 0.5, 0.1, eps_before_correction=before
+    )
+    m = v = torch.zeros(1, 2, dtype=torch.float64)
+    for step in range(1, 5):
+        g = torch.tensor([[3.0, -0.25 * step]])
+        (module(IDS[:1]) * g).sum().backward()
+        sparse.step()
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        root = math.sqrt(1 - 0.9**step)
+        divisor = (v.sqrt() + 0.5) / root if before else v.sqrt() / root + 0.5
+        weight = weight * (1 - 0.1 * 0.1) - 0.1 * m / (1 - 0.8**step) / divisor
+        ours = module.table.embeddings(IDS[:1]).double()
+        torch.testing.assert_close(ours, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_state_without_the_switch_keeps_the_one_that_was_chosen(before):
+    """States that earlier versions saved do not have it."""
+    tables = hash_tables(DynamicEmbedding(2))
+    sparse = SparseAdamW(tables, eps_before_correction=before)
+    state = sparse.state_dict()
+    del state["param_groups"][0]["eps_before_correction"]
+    sparse.load_state_dict(state)
+    assert sparse.param_groups[0]["eps_before_correction"] is before
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda m: SparseAdam(m.parameters()), ValueError, r"pass hash_tables\(module\): tables"),
+        (lambda m: SparseAdam(nn.Linear(1, 1).parameters()), TypeError, "not module.parameters"),
+        (lambda m: SparseAdam(m), TypeError, r"got DynamicEmbedding; pass hash_tables\(module\)"),
+        (lambda m: SparseAdam([m]), TypeError, r"got DynamicEmbedding; pass hash_tables\(module\)"),
+        (lambda m: SparseAdam({"t": m.table}), TypeError, r"got dict; pass hash_tables\(module\)"),
+        (lambda m: SparseAdam([{"lr": 1}]), TypeError, "expected dicts with 'params', got"),
+        (lambda m: SparseAdam([{"params": m}]), TypeError, r"pass hash_tables\(module\)"),
+        (lambda m: SparseAdam([m.table], betas=0.9), TypeError, "betas: expected two numbers"),
+        (lambda m: SparseAdam([m.table], lr="0.1"), TypeError, "lr: expected a number .*'0.1'"),
+        (lambda m: SparseSGD([m.table], clip_grad_norm="1"), TypeError, "clip_grad_norm: expected"),
+        (lambda m: SparseAdamW([m.table], eps_before_correction=1), TypeError, "expected a bool"),
+    ],
+)
+def test_what_is_no_table_is_told_what_to_pass(make, error, words):
+    module = DynamicEmbedding(2)
+    with pytest.raises(error, match=words):
+        make(module)
+    assert module.table.optimizer is None

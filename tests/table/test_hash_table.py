@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_last_seen_needs_a_policy_that_keeps_it():
         ({"eviction": 5}, TypeError, "eviction: expected .*Eviction.*, got 5"),
         ({"admission": ReadOnly}, TypeError, "admission: expected .*Admission"),
         ({"seed": "x"}, TypeError, "seed: expected int, got 'x'"),
-        ({"name": 3}, TypeError, "name: expected str.*, got 3"),
+        ({"name": 3}, TypeError, r"name: expected a str, got int \(3\)"),
     ],
 )
 def test_wrong_arguments(arguments, error, words):
@@ -262,3 +263,48 @@ def test_initial_rows_depend_on_seed_name_and_id_only():
     assert not torch.equal(rows(), rows(name="b"))
     assert not torch.equal(rows(), rows(seed=1))
     assert rows().unique().numel() == 16
+
+
+def test_a_table_can_be_called():
+    """As ``DynamicEmbedding`` looks up: rows and gradients in training, reading in evaluation."""
+    table, module = HashTable(3, name="t"), DynamicEmbedding(3, name="t")
+    ids = torch.tensor([[7, -1], [7, 2**62]])
+    out = table(ids)
+    assert torch.equal(out, module(ids))
+    assert len(table) == 3
+    sparse = SparseSGD([table], lr=1.0)
+    before = table.embeddings(ids)
+    out.sum().backward()
+    sparse.step()
+    drop = torch.tensor([[2.0, 1.0], [2.0, 1.0]])[..., None]
+    torch.testing.assert_close(table.embeddings(ids), before - drop)
+    table.eval()
+    assert not table(torch.tensor([8])).any()
+    assert not table(ids).requires_grad
+    assert len(table) == 3
+    twin = copy.deepcopy(table)
+    assert torch.equal(twin(ids), pickle.loads(pickle.dumps(table))(ids))
+    table.clear()
+    assert torch.equal(twin(ids), twin.embeddings(ids))
+    with pytest.raises(TypeError, match=r"ids: expected dtype torch\.int64"):
+        table(ids.float())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: HashTable(1000, 16), r"no num_embeddings: write HashTable\(16\)"),
+        (lambda: HashTable(embedding_shape=[16]), "embedding_shape: .*; write embedding_dim="),
+        (lambda: HashTable(4, initializer="xavier_uniform_"), r"write initializer=XavierUniform\("),
+        (lambda: HashTable(4, initializer=torch.nn.init.normal_), r"write initializer=Normal\(\)"),
+        (lambda: HashTable(4, admission="ReadOnly"), r"write admission=ReadOnly\(\)"),
+        (lambda: HashTable(4, eviction=ReadOnly()), r"eviction: .*; write admission=ReadOnly\(\)"),
+        (lambda: HashTable(4, eviction="never"), "eviction: expected Eviction, got 'never'$"),
+        (lambda: HashTable(4).evict("max_rows"), r"policy: .*; write policy=MaxRows\(n=\.\.\.\)"),
+        (lambda: HashTable(4, seed="1"), "seed: expected int, got '1'"),
+        (lambda: HashTable(4, colour=1), r"colour: HashTable has none, only \['admission'"),
+    ],
+)
+def test_wrong_arguments_are_told_what_to_write(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()

@@ -49,6 +49,7 @@ from recis_lightning.ops.layout import (
     INSERT,
     LAST_SEEN,
     MEAN,
+    MEAN_BY_COUNT,
     MISSING,
     NO_ROW,
     NONE,
@@ -167,7 +168,7 @@ def _row_functions(width, bfloat16):
                     total = fma(value, splat(width, load_f32(weights + 4 * i)), total)
                 else:
                     total = add(total, value)
-            if mode == MEAN:
+            if mode in (MEAN, MEAN_BY_COUNT):
                 if divisor == _F(0):
                     total = splat(width, _F(0))
                 else:
@@ -266,7 +267,7 @@ def _gather_kernel(width, bfloat16, finding):
                 start = bag_start(line, bag)
                 end = max(bag_start(line, bag + 1), start)
                 out = data + bag * stride
-                if mode in (SUM, MEAN):
+                if mode in (SUM, MEAN, MEAN_BY_COUNT):
                     pool_bag(mode, start, end, rows, weights, blocks, out, embedding_dim)
                 else:
                     tile_bag(start, end, tile_len, rows, weights, blocks, out, embedding_dim)

@@ -22,6 +22,7 @@ from recis_lightning.ops.cpu.plan import (
 from recis_lightning.ops.cpu.runtime import kernel, num_chunks, workspace
 from recis_lightning.ops.layout import (
     MEAN,
+    MEAN_BY_COUNT,
     PLAN_DATA,
     PLAN_DATA_STRIDE,
     PLAN_FIRST_ID,
@@ -66,7 +67,7 @@ def _key_kernel(
                 address += dim_bytes
             if scales:
                 scale = load_f32(weights + 4 * i) if weights else _F(1)
-                if mode == MEAN:
+                if mode in (MEAN, MEAN_BY_COUNT):
                     scale = scale / divisor if divisor != _F(0) else _F(0)
                 store_f32(scales + 4 * position, scale)
 
@@ -228,7 +229,9 @@ def sort_gradients(plan, blocks, layout, blocks_on_device):
     spare = workspace.take("spare_keys", n, np.int64)
     addresses = workspace.take("gradient_addresses", n, np.int64)
     scales = None
-    if plan[:, PLAN_WEIGHTS].any() or (plan[:, PLAN_MODE] == MEAN).any():
+    modes = plan[:, PLAN_MODE]
+    is_scaled = (modes == MEAN) | (modes == MEAN_BY_COUNT) | (plan[:, PLAN_WEIGHTS] != 0)
+    if is_scaled.any():
         scales = workspace.take("gradient_scales", n, np.float32)
     _key_kernel.launch(
         split_plan(plan),

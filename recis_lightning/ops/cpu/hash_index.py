@@ -259,10 +259,9 @@ def _find_or_bulk_insert(segments, num_ids, table):
 
 def _insert_in_rounds(segments, num_ids, tables, segment_tables, screen):
     rows, counts = _find(segments, num_ids, FIRST_PASS)
-    misses, refused = _list_misses(rows, counts), None
+    misses, rejected = _list_misses(rows, counts), None
     if screen is not None and len(misses):
-        asked, misses = misses, screen(torch.from_numpy(misses), rows).numpy()
-        refused = np.setdiff1d(asked, misses, assume_unique=True)
+        misses = screen(torch.from_numpy(misses), rows).numpy()
     all_new, before = [], None
     distinct_share = 0.0
     while len(misses):
@@ -270,6 +269,7 @@ def _insert_in_rounds(segments, num_ids, tables, segment_tables, screen):
         misses, complete = _round_of(misses, cuts, tables, segment_tables, distinct_share)
         if before is None and not complete:
             before = [table.header.fields[_COUNTS] for table in tables]
+            rejected = np.flatnonzero(rows.numpy() == UNKNOWN)  # they stay so, whoever inserts them
         try:
             new = insert_misses(segments, tables, segment_tables, misses, rows)
         except BaseException:
@@ -281,9 +281,9 @@ def _insert_in_rounds(segments, num_ids, tables, segment_tables, screen):
         distinct_share = len(new) / len(misses)
         rows, counts = _find(segments, num_ids, LATER_PASS)
         misses = _list_misses(rows, counts)
-        if refused is not None:
-            rows.numpy()[refused] = UNKNOWN
-            misses = np.setdiff1d(misses, refused, assume_unique=True)
+        if len(rejected):
+            rows.numpy()[rejected] = UNKNOWN
+            misses = np.setdiff1d(misses, rejected, assume_unique=True)
     if not all_new:
         return rows, None
     new = all_new[0] if len(all_new) == 1 else np.sort(np.concatenate(all_new))

@@ -10,6 +10,7 @@ from recis_lightning.ops.cpu.intrinsics import inlined, load_f32, load_i64, stor
 from recis_lightning.ops.cpu.runtime import kernel
 from recis_lightning.ops.layout import (
     MEAN,
+    MEAN_BY_COUNT,
     NONE,
     PADDING,
     PLAN_BAG_LENGTH,
@@ -90,10 +91,11 @@ def bag_start(line, bag):
 @inlined
 def bag_divisor(mode, rows, weights, start, end):
     """Return the divisor of a bag's sum: 1, the number of its ids, or the sum of their weights."""
-    if mode != MEAN:
+    if mode not in (MEAN, MEAN_BY_COUNT):
         return _F(1)
+    is_weighted = weights and mode == MEAN
     divisor = _F(0)
     for i in range(start, end):
         if load_i64(rows + 8 * i) != PADDING:
-            divisor += load_f32(weights + 4 * i) if weights else _F(1)
+            divisor += load_f32(weights + 4 * i) if is_weighted else _F(1)
     return divisor

@@ -14,6 +14,7 @@ from recis_lightning.ops.gpu.layout import (
     BLOCKS,
     HAS_PADDING,
     MEAN,
+    MEAN_BY_COUNT,
     NO_ROW,
     PADDING,
     PLAN_AND_SEGMENT_BYTES,
@@ -90,6 +91,12 @@ def scale_of(weights, i, on):
 
 
 @device_function
+def share_of(mode, scale, on):
+    """Return what ids of these weights add to the divisor of a mean."""
+    return tl.where(mode == MEAN_BY_COUNT, tl.where(on, 1.0, 0.0), scale)
+
+
+@device_function
 def load_weights(address, column, mask, BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr):
     """Load some columns of rows as float32, zeros where masked."""
     if BFLOAT16:
@@ -129,7 +136,8 @@ def _pool(
     if BFLOAT16:
         item = 2
     out = field(line, PLAN_DATA) + bag * field(line, PLAN_DATA_STRIDE)
-    if (mode == SUM) | (mode == MEAN):
+    is_mean = (mode == MEAN) | (mode == MEAN_BY_COUNT)
+    if (mode == SUM) | is_mean:
         most = largest(end - start)
         for first_column in tl.static_range(0, DIM, COLUMNS):
             column = first_column + tl.arange(0, COLUMNS)
@@ -145,9 +153,9 @@ def _pool(
                 address = row_address(blocks, shift, row_bytes, row, known)
                 mask = known[:, None] & (column < DIM)[None, :]
                 total += load_weights(address, column, mask, BFLOAT16, ALIGNED) * scale[:, None]
-                divisor += tl.where(row != PADDING, scale, 0.0)
+                divisor += tl.where(row != PADDING, share_of(mode, scale, on), 0.0)
                 step += 1
-            if mode == MEAN:
+            if is_mean:
                 empty = divisor == 0
                 divisor = tl.where(empty, 1.0, divisor)
                 total = tl.where(empty[:, None], 0.0, total / divisor[:, None])
@@ -343,6 +351,7 @@ __all__ = [
     "is_aligned",
     "load_weights",
     "scale_of",
+    "share_of",
     "split_plan",
     "store_weights",
     "write_rows_",

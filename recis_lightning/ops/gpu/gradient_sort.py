@@ -9,9 +9,16 @@ import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.gpu.embedding_bag import bag_ends, is_aligned, scale_of, split_plan
+from recis_lightning.ops.gpu.embedding_bag import (
+    bag_ends,
+    is_aligned,
+    scale_of,
+    share_of,
+    split_plan,
+)
 from recis_lightning.ops.gpu.layout import (
     MEAN,
+    MEAN_BY_COUNT,
     PADDING,
     PLAN_BYTES,
     PLAN_DATA,
@@ -81,14 +88,14 @@ def _key_kernel(
     most = largest(end - start)
     divisor = tl.full((BAGS,), 1.0, tl.float32)
     if SCALED:
-        if mode == MEAN:
+        if (mode == MEAN) | (mode == MEAN_BY_COUNT):
             divisor = divisor - 1
             step = most * 0
             while step < most:
                 on = start + step < end
                 row = tl.load(int64_at(rows + 8 * (start + step)), on, PADDING)
                 scale = scale_of(weights, start + step, on)
-                divisor += tl.where(row != PADDING, scale, 0.0)
+                divisor += tl.where(row != PADDING, share_of(mode, scale, on), 0.0)
                 step += 1
     address = field(line, PLAN_DATA) + bag * field(line, PLAN_DATA_STRIDE)
     step = most * 0
@@ -192,9 +199,9 @@ class SortedGradients:
         keys = torch.empty(n, dtype=dtype, device=device)
         self.addresses = torch.empty(n, dtype=torch.int64, device=device)
         self.scales = None
-        if (
-            any(plan[:, fields.PLAN_WEIGHTS].tolist())
-            or fields.MEAN in plan[:, fields.PLAN_MODE].tolist()
+        means = {fields.MEAN, fields.MEAN_BY_COUNT}
+        if any(plan[:, fields.PLAN_WEIGHTS].tolist()) or not means.isdisjoint(
+            plan[:, fields.PLAN_MODE].tolist()
         ):
             self.scales = torch.empty(n, dtype=torch.float32, device=device)
         num_programs = split_plan(plan, _BAGS)

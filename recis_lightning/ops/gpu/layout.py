@@ -79,6 +79,7 @@ PLAN_AND_SEGMENT_BYTES = tl.constexpr(8 * (fields.PLAN_SIZE + fields.SEGMENT_SIZ
 SUM = tl.constexpr(fields.SUM)
 MEAN = tl.constexpr(fields.MEAN)
 TILE = tl.constexpr(fields.TILE)
+MEAN_BY_COUNT = tl.constexpr(fields.MEAN_BY_COUNT)
 
 # Optimizers' rules and hyperparameters.
 SGD = tl.constexpr(fields.SGD)

@@ -43,8 +43,9 @@ class Feature:
         scales = torch.ones(self.rows.numel(), dtype=torch.float64)
         if self.line[fields.PLAN_WEIGHTS]:
             scales *= memory(int(self.line[fields.PLAN_WEIGHTS]), scales.numel(), torch.float32)
-        if self.mode == fields.MEAN:
-            counted = scales * (self.rows != PADDING)
+        if self.mode in (fields.MEAN, fields.MEAN_BY_COUNT):
+            shares = scales if self.mode == fields.MEAN else torch.ones_like(scales)
+            counted = shares * (self.rows != PADDING)
             total = torch.zeros(self.num_bags, dtype=torch.float64).index_add_(0, self.bag, counted)
             scales = torch.where(total == 0, 0.0, 1 / total)[self.bag] * scales
         return scales
