@@ -48,7 +48,6 @@ TESTED_BY = {
     "lookup/evaluation.py": "lookup/test_sharded_lightning.py",
     "lookup/exchange.py": "lookup/test_sharded_lookups.py",
     "lookup/features.py": "test_engine.py",
-    "lookup/group.py": "test_engine.py",
     "lookup/local.py": "test_engine.py",
     "lookup/row_source.py": "test_engine.py",
     "lookup/signature.py": "lookup/test_sharded_lookups.py",

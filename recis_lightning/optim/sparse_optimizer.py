@@ -144,8 +144,11 @@ def with_anchors(
     numbers = itertools.count(1 + max((n for group in saved for n in group["params"]), default=-1))
     for group, ours in zip(result, groups, strict=False):
         is_anchor = [isinstance(parameter, Anchor) for parameter in ours["params"]]
-        if is_anchor and all(is_anchor) and not group["params"]:
-            group["params"] = list(itertools.islice(numbers, len(is_anchor)))
+        if is_anchor and all(is_anchor):
+            if not group["params"]:
+                group["params"] = list(itertools.islice(numbers, len(is_anchor)))
+            for name, value in ours.items():  # settings that came after the state was saved
+                group.setdefault(name, value)
     return result
 
 

@@ -210,10 +210,13 @@ def test_live_tables_are_those_alive():
 
 
 def test_an_empty_table_is_true_and_a_module_without_tensors():
-    """Its tensors are neither parameters nor buffers: they grow, and DDP must leave them."""
+    """Its tensors are neither parameters nor buffers: they grow, and DDP must leave them.
+
+    The one parameter has no elements: by it autograd, optimizers and DDP know the table.
+    """
     table = filled()
     assert HashTable(2)
-    assert not list(table.parameters())
+    assert [parameter.numel() for parameter in table.parameters()] == [0]
     assert not list(table.buffers())
     assert list(table.state_dict()) == ["_extra_state"]
     assert "t" in repr(table)
