@@ -52,7 +52,7 @@ def record_lookup(
         return outputs
     details = batch.bags.details
     weighted = [feature for feature in batch.weighted if _requires_grad(details[feature].weights)]
-    learns = training and any(map(_requires_grad, layout.anchors))
+    learns = training and any(layout.trains())
     if not weighted and not learns:
         return outputs
     expected_references()  # what it does must not be nested in a backward pass
@@ -86,7 +86,7 @@ class LookupFunction(torch.autograd.Function):
         ctx.weighted, ctx.training = weighted, training
         ctx.num_leaves = len(leaves_and_weights) - len(weighted)
         # Of a table that was frozen in the forward pass, autograd would know nothing.
-        ctx.trains = [training and anchor.requires_grad for anchor in layout.anchors]
+        ctx.trains = layout.trains() if training else [False]
         if layout.frozen:
             frozen = layout.frozen.difference(weighted)
             ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
@@ -100,9 +100,9 @@ class LookupFunction(torch.autograd.Function):
         layout: FeatureLayout = ctx.layout
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        if layout.frozen or not all(ctx.trains) or not all(map(_requires_grad, layout.anchors)):
-            both = map(and_, ctx.trains, map(_requires_grad, layout.anchors))
-            trained = set(compress(layout.tables, both))
+        trains = layout.trains() if ctx.training else ctx.trains
+        if layout.frozen or not all(ctx.trains) or not all(trains):
+            trained = set(compress(layout.tables, map(and_, ctx.trains, trains)))
             trains = [
                 feature not in layout.frozen and layout.feature_tables[feature] in trained
                 for feature in features

@@ -19,6 +19,7 @@ from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable, write_segment
 from recis_lightning.table.lock import distinct_locks
 from recis_lightning.table.storage import Storage
@@ -96,6 +97,7 @@ class FeatureLayout:
         self.tables = list(dict.fromkeys(self.feature_tables))
         self.locks = distinct_locks(table.lock for table in self.tables)
         self.anchors = [table.anchor for table in self.tables]
+        self._num_changes, self._trains = -1, [True]
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]
@@ -136,6 +138,14 @@ class FeatureLayout:
         plan[:, embedding_bag.TILE_LEN] = [feature.tile_len for feature in self.features]
         plan[:, embedding_bag.DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
         return plan
+
+    def trains(self) -> list[bool]:
+        """Return for each table whether lookups leave gradients, as its anchor says now."""
+        num_changes = Anchor.num_changes
+        if self._num_changes != num_changes:
+            self._trains = [anchor.requires_grad for anchor in self.anchors]
+            self._num_changes = num_changes
+        return self._trains
 
     def is_current(self) -> bool:
         """Return whether the tables' storage is where it was when the layout was made."""

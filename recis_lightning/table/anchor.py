@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+_REQUIRES_GRAD: Any = torch._C.TensorBase.requires_grad  # torch's own descriptor
+
 
 class Anchor(nn.Parameter):
     """Parameter without elements that stands for a table's rows.
@@ -32,11 +34,13 @@ class Anchor(nn.Parameter):
         pending: The table's pending gradients, the list itself.
         is_reduced: Whether DDP waits for this anchor in each backward pass.
         any_reduced: Whether DDP waits for any.
+        num_changes: How often some anchor was frozen or unfrozen, for who remembers which were.
     """
 
     pending: list[Any]
     is_reduced: bool
     any_reduced: ClassVar[bool] = False
+    num_changes: ClassVar[int] = 0
 
     @classmethod
     def of(cls, pending: list[Any], device: torch.device, requires_grad: bool) -> Anchor:
@@ -45,6 +49,21 @@ class Anchor(nn.Parameter):
             anchor = cls(torch.empty(0, device=device), requires_grad)
         anchor.pending, anchor.is_reduced = pending, False
         return anchor
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether lookups leave gradients."""
+        return bool(_REQUIRES_GRAD.__get__(self))
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        _REQUIRES_GRAD.__set__(self, value)
+        Anchor.num_changes += 1
+
+    @override
+    def requires_grad_(self, requires_grad: bool = True) -> Anchor:
+        self.requires_grad = requires_grad
+        return self
 
     @property
     def grad(self) -> Tensor | None:

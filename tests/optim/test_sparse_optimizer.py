@@ -372,7 +372,11 @@ def test_a_state_without_the_switch_keeps_the_one_that_was_chosen(before):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda m: SparseAdam(m.parameters()), TypeError, r"pass hash_tables\(module\), not module"),
+        (
+            lambda m: SparseAdam(m.parameters()),
+            TypeError,
+            r"pass hash_tables\(module\), not module",
+        ),
         (lambda m: SparseAdam(nn.Linear(1, 1).parameters()), TypeError, "not module.parameters"),
         (lambda m: SparseAdam(m), TypeError, r"got DynamicEmbedding; pass hash_tables\(module\)"),
         (lambda m: SparseAdam([m]), TypeError, r"got DynamicEmbedding; pass hash_tables\(module\)"),
