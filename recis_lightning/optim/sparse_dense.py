@@ -108,6 +108,8 @@ class SparseDenseOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         self._share()
         self.dense.__setstate__({"state": self.state, "param_groups": self.dense.param_groups})
+        for optimizer in self.sparse:  # what an older state lacks
+            optimizer.__setstate__({"param_groups": optimizer.param_groups})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take the parts' groups at construction; refuse more, which no part would step."""
