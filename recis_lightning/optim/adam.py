@@ -127,7 +127,8 @@ class SparseAdamW(SparseOptimizer):
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
         fields, root = _adam_fields(group, num_updates)
         decay = 1 - group["lr"] * group["weight_decay"]
-        eps = group["eps"] / root if group["eps_before_correction"] else group["eps"]
+        is_before = group.get("eps_before_correction", False)  # older pickles do not have it
+        eps = group["eps"] / root if is_before else group["eps"]
         return {**fields, row_update.EPS: eps, row_update.DECAY: decay}
 
 

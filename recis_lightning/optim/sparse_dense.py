@@ -141,6 +141,8 @@ class SparseDenseOptimizer(Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._share()
         self.dense.__setstate__({"state": self.state, "param_groups": self.dense.param_groups})
+        for optimizer in self.sparse:  # what an older state lacks
+            optimizer.__setstate__({"param_groups": optimizer.param_groups})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the dense optimizer.

@@ -367,6 +367,11 @@ def test_a_state_without_the_switch_keeps_the_one_that_was_chosen(before):
     del state["param_groups"][0]["eps_before_correction"]
     sparse.load_state_dict(state)
     assert sparse.param_groups[0]["eps_before_correction"] is before
+    joined = SparseDenseOptimizer(torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1), sparse)
+    state = joined.state_dict()
+    del state["param_groups"][1]["eps_before_correction"]
+    joined.load_state_dict(state)
+    assert sparse.param_groups[0]["eps_before_correction"] is before
 
 
 @pytest.mark.parametrize(
