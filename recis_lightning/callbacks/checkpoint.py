@@ -141,8 +141,12 @@ class _ShardedSave:
             return
         path, save_id = local_path(filepath), new_save_id()
         folder = shard_folder(path)
-        if trainer.is_global_zero:
-            self.pending.begin(save_id, path)
+
+        def begin() -> None:
+            if trainer.is_global_zero:
+                self.pending.begin(save_id, path)
+
+        collectives.run_on_all_ranks(begin)
         try:
             commit = write_shards(folder, tables, folder.name, trainer_progress(trainer), save_id)
             with _states_refer_to(commit, tables), _errors_on_all_ranks(trainer.strategy):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from torch import nn
 
-from recis_lightning.checkpoint.commit import new_save_id
+from recis_lightning.checkpoint.commit import COMMIT_FILE, Commit, new_save_id, remove_files
 from recis_lightning.checkpoint.export import read_table, write_parquet
 from recis_lightning.checkpoint.progress import Progress, progress_bar
 from recis_lightning.checkpoint.reader import CheckpointReader
+from recis_lightning.checkpoint.save_lock import begin_save, end_save, note_replaced
 from recis_lightning.checkpoint.saved_tables import TableContents
 from recis_lightning.checkpoint.writer import tables_by_name, write_shards
 from recis_lightning.distributed import collectives
@@ -31,7 +32,8 @@ def save(
 ) -> None:
     """Save tables to a folder; every rank calls it and writes its own rows.
 
-    The checkpoint that the folder holds stays valid until the new one is whole, and goes then.
+    The checkpoint that the folder holds stays valid until the new one is whole, and goes then, with
+    what killed saves left. No other file of the folder is removed.
 
     Args:
         directory: The folder; made if it is not there. All ranks must see the same one.
@@ -40,6 +42,7 @@ def save(
 
     Raises:
         ValueError: Two tables of one name, or ranks with different tables.
+        RuntimeError: Another process or thread saves to the folder; the error names it.
         OSError: The disk is full, or another error of the system; on the other ranks a
             RuntimeError.
 
@@ -54,9 +57,40 @@ def save(
         >>> table.ids().tolist()
         [7]
     """
-    folder = Path(directory)
-    commit = write_shards(folder, tables, ".", progress, new_save_id())
-    collectives.run_on_all_ranks(lambda: commit.write(folder) if collectives.rank() == 0 else None)
+    folder, save_id, owner = Path(directory), new_save_id(), object()
+    own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
+
+    def begin() -> None:
+        if collectives.rank() == 0:
+            begin_save(folder, save_id, owner, lambda: _commit_in(folder))
+
+    def commit_shards() -> None:
+        if collectives.rank() == 0:
+            replaced = _files_to_replace(folder)
+            note_replaced(folder, replaced)
+            commit.write(folder)
+            remove_files(folder, replaced)
+
+    collectives.run_on_all_ranks(begin)
+    try:
+        commit = write_shards(folder, own.values(), ".", progress, save_id)
+        collectives.run_on_all_ranks(commit_shards)
+    finally:
+        if collectives.rank() == 0:
+            end_save(folder, save_id)
+
+
+def _commit_in(folder: Path) -> Commit | None:
+    file = folder / COMMIT_FILE
+    return Commit.read(file) if os.path.lexists(file) else None
+
+
+def _files_to_replace(folder: Path) -> set[str]:
+    try:
+        commit = _commit_in(folder)
+    except ValueError:  # what it named is not known
+        return set()
+    return set() if commit is None else commit.files()
 
 
 def load(
@@ -74,7 +108,8 @@ def load(
     Args:
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
         tables: A module with tables, or tables, of the names that were saved.
-        weights_only: As for ``torch.load``, which reads Lightning's file.
+        weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that the
+            file holds, so only for a file of your own.
         progress: Shows the progress of rank 0.
 
     Raises:
@@ -92,7 +127,8 @@ def inspect(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[
 
     Args:
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
-        weights_only: As for ``torch.load``, which reads Lightning's file.
+        weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that the
+            file holds, so only for a file of your own.
 
     Raises:
         ValueError: It is no checkpoint, or a file is missing, torn or of another save.
