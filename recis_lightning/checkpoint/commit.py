@@ -199,7 +199,7 @@ def file_stems(tables: Iterable[str]) -> dict[str, str]:
         >>> file_stems(["item/a", "x"])
         {'item/a': 'item%2Fa', 'x': 'x'}
         >>> file_stems(["User", "user"])
-        {'User': 'User-00927e36bc105b10', 'user': 'user-cde97a4d8d3ab2d5'}
+        {'User': 'User-924c93c98823979a', 'user': 'user-afdf5c9a7bd48d63'}
     """
     quoted = {table: quote(table, safe=" ") for table in tables}
     folded = [stem.casefold() for stem in quoted.values()]

@@ -61,7 +61,7 @@ class OwnedRows:
         """Add a file's tensors to those of the files before; lists of them are to be joined."""
         chosen = {"ids": positions}
         for key in file.specs:
-            if key in self._tensors:
+            if key == "weights" or key.startswith(SLOT_PREFIX):
                 continue
             ids = table_state.KEYED_BY.get(key)
             # Columns of rows are copied into the table; it may keep the other tensors.

@@ -16,7 +16,7 @@ from torch import Tensor
 from recis_lightning.checkpoint.commit import COMMIT_FILE, COMMIT_KEY, FOLDER_SUFFIX, Commit
 from recis_lightning.checkpoint.progress import Progress
 from recis_lightning.checkpoint.regular_file import check_regular
-from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
 from recis_lightning.checkpoint.shard_tables import ShardTables
 from recis_lightning.checkpoint.state_tables import StateTables
 from recis_lightning.distributed import collectives
@@ -90,36 +90,40 @@ class CheckpointReader:
         """Read all ranks' rows of a table, about ``num_rows`` at a time, by column."""
         return self._tables.chunks(name, num_rows)
 
-    def check_tables(self, tables: dict[str, HashTable], strict: bool) -> None:
+    def check_tables(self, tables: dict[str, HashTable], how: FitRules, whole: bool = True) -> None:
         """Raise ValueError unless these are the saved tables, of the same layout.
 
         Args:
-            tables: Tables to load, by name.
-            strict: Whether dtype and optimizer state must be equal too.
+            tables: Tables to load, by the name of the saved one.
+            how: What may differ.
+            whole: Whether they must be all tables of the checkpoint.
         """
         missing, unknown = set(tables) - set(self.names()), set(self.names()) - set(tables)
-        if missing or unknown:
+        if missing or (whole and unknown):
             raise ValueError(
                 f"{self.path}: it holds the tables {sorted(self.names())}, the model has "
                 f"{sorted(tables)}: {sorted(missing)} would get no rows, {sorted(unknown)} have no "
                 "place"
             )
         for name, table in tables.items():
-            self._tables.check_fit(name, table, strict)
+            self._tables.check_fit(name, table, how)
 
-    def load(self, tables: dict[str, HashTable], strict: bool, progress: Progress) -> None:
+    def load(
+        self, tables: dict[str, HashTable], how: FitRules, progress: Progress, whole: bool = True
+    ) -> None:
         """Replace the rows of tables, of all or of none; all ranks call it together.
 
         Tables with rows keep them until every byte is checked. Empty ones are filled at once, and
         emptied again if a byte proves damaged.
 
         Args:
-            tables: Tables to load, by name.
-            strict: Whether dtype and optimizer state must be equal too.
+            tables: Tables to load, by the name of the saved one.
+            how: What may differ.
             progress: Shows the progress of rank 0.
+            whole: Whether they must be all tables of the checkpoint.
         """
-        collectives.run_on_all_ranks(lambda: self.check_tables(tables, strict))
-        self._tables.load(tables, progress)
+        collectives.run_on_all_ranks(lambda: self.check_tables(tables, how, whole))
+        self._tables.load(tables, how, progress)
 
 
 def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from recis_lightning.checkpoint.commit import Commit
 from recis_lightning.checkpoint.loading_file import loading_file
 from recis_lightning.checkpoint.progress import progress_bar
+from recis_lightning.checkpoint.saved_tables import FitRules
 from recis_lightning.checkpoint.shard_tables import ShardTables
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
@@ -65,7 +66,7 @@ class ShardLoader:
                 f"state of table {table.name!r}: the checkpoint has no table {name!r}, it has "
                 f"{shards.names()}"
             )
-        shards.check_fit(name, table, strict=False)
+        shards.check_fit(name, table, FitRules(strict=False))
         if commit is not self._checked:
             shards.check(progress_bar)
             self.note_loaded(commit, ())

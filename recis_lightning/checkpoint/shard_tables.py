@@ -15,7 +15,7 @@ from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.commit import FORMAT, SLOT_PREFIX, Commit
 from recis_lightning.checkpoint.owned_rows import OwnedRows, prefetch_rows
 from recis_lightning.checkpoint.progress import Progress, on_rank_zero
-from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
 from recis_lightning.checkpoint.shard_check import check_file, check_same_layout, slots_of
 from recis_lightning.checkpoint.shard_file import FileDigest, ShardFile, opened
 from recis_lightning.distributed import collectives
@@ -79,22 +79,27 @@ class ShardTables(SavedTables):
                 yield chunk
 
     @override
-    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+    def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         where = f"table {table.name!r}: the checkpoint's ({self._folder})"
         dim, dtype, slots = self._layout(name)
         if dim != table.embedding_dim:
             raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
-        if strict and dtype is not table.dtype:
-            raise ValueError(f"{where} has dtype {dtype}, the model's {table.dtype}")
-        if strict and table.optimizer is not None and slots != table.storage.rows.slots:
+        if how.strict and dtype is not table.dtype and table.dtype is not how.cast:
+            raise ValueError(
+                f"{where} has dtype {dtype}, the model's {table.dtype}; "
+                f"checkpoint.load(..., cast={str(table.dtype)[6:]!r}) converts it"
+            )
+        compared = how.strict and how.optimizer_state and table.optimizer is not None
+        if compared and slots != table.storage.rows.slots:
             raise ValueError(
                 f"{where} has optimizer state {slots or 'of no kind'}, "
                 f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
-                "resume with the optimizer that the checkpoint was trained with"
+                "resume with the optimizer that the checkpoint was trained with, or load rows "
+                "alone: checkpoint.load(..., optimizer_state=False)"
             )
 
     @override
-    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+    def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
         # Tables with rows keep them if a byte is damaged; empty ones skip the extra pass.
         if not all(collectives.gather(not any(map(_holds_anything, tables.values())))):
             collectives.run_on_all_ranks(partial(self.check, progress, list(tables)))
@@ -103,7 +108,7 @@ class ShardTables(SavedTables):
         def restore() -> None:
             with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
                 for name, table in tables.items():
-                    self._restore(name, table, on_progress)
+                    self._restore(name, table, how, on_progress)
 
         try:
             collectives.run_on_all_ranks(restore)
@@ -115,7 +120,7 @@ class ShardTables(SavedTables):
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
         """Replace the rows of one table, on this rank by itself; it is empty after an error."""
         with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
-            self._restore(name, table, on_progress)
+            self._restore(name, table, FitRules(strict=False), on_progress)
 
     def check(self, progress: Progress, names: Sequence[str] | None = None) -> None:
         """Read this rank's share of the files; ValueError if a byte is damaged, or a field invalid.
@@ -206,14 +211,20 @@ class ShardTables(SavedTables):
         where = f"{files[0].path}: state of table {name!r}"
         check_fields(state, where, files[0].metadata["embedding_dim"])
 
-    def _restore(self, name: str, table: HashTable, on_progress: ProgressCallback) -> None:
+    def _restore(
+        self, name: str, table: HashTable, how: FitRules, on_progress: ProgressCallback
+    ) -> None:
         """Replace the rows of a table by those that this rank owns."""
         files, ranks = self._files_to_read(name)
-        slots = slots_of(files[0])
+        slots = slots_of(files[0]) if how.optimizer_state else {}
         with opened(files), prefetch_rows(files, list(slots)):
             owned = OwnedRows(files, list(slots), self._rank, ranks)
             state = owned.state()
             self._check_state(name, files, state)
+            if name != table.name:
+                state["name"] = table.name
+            if not how.optimizer_state:
+                state["num_updates"] = 0
             table_state.restore(
                 table, state, slots, lambda rows: owned.write(table, rows, on_progress)
             )

@@ -10,10 +10,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.checkpoint.progress import Progress
-from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.state_schema import check_checksum, check_distinct, check_structure
+from recis_lightning.table.state_schema import (
+    CHECKSUM,
+    check_checksum,
+    check_distinct,
+    check_structure,
+)
 
 
 class StateTables(SavedTables):
@@ -70,16 +75,23 @@ class StateTables(SavedTables):
             yield {key: column[start : start + num_rows] for key, column in columns.items()}
 
     @override
-    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+    def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         state = self._states[name]
         check_structure(state, self._where(name), table.embedding_dim)
         check_checksum(state, self._where(name))
         check_distinct(state, self._where(name))
 
     @override
-    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+    def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
         for name, table in tables.items():
-            table.set_extra_state(self._states[name])
+            state = self._states[name]
+            if name != table.name:
+                state = {**state, "name": table.name}
+            if not how.optimizer_state:
+                state = {**state, "slots": {}, "num_updates": 0}
+            if state is not self._states[name]:
+                state.pop(CHECKSUM, None)  # that of the whole, which is checked
+            table.set_extra_state(state)
 
 
 def _dim(state: dict[str, Any]) -> int:

@@ -435,6 +435,37 @@ def test_another_model_is_refused(tmp_path, kind, message):
         resumed(tmp_path / "again", tmp_path / "step=5.ckpt", model=model)
 
 
+class FewerTables(Model):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+        self.more = nn.ModuleList([type(self.user)(2, name="more")])
+        del self.engine
+
+    def forward(self, batch):
+        user = self.user(batch["user"])
+        return self.tower(torch.cat([batch["numbers"], user, user, user], 1)).squeeze(1)
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_other_tables_without_strict_loading(tmp_path, caplog, hook):
+    """Those of both are loaded, others stay as they are, and the log says which."""
+    model = Model()
+    saving(tmp_path).fit(model, ResumableLoader())
+    other, loaded = FewerTables(seed=1), {}
+    other.strict_loading = False
+    other.on_test_start = lambda: loaded.update(user=other.user.table.ids())
+    hooks = [CheckpointHook()] if hook else []
+    trainer(tmp_path, *hooks).test(
+        other, loader(200), ckpt_path=tmp_path / "step=10.ckpt", verbose=False
+    )
+    rows = checkpoint.inspect(tmp_path / "step=10.ckpt")["user"].rows
+    assert [len(loaded["user"])] == rows
+    assert len(other.more[0].table) == 0
+    if hook:
+        assert "loaded the tables ['user'] of" in caplog.text
+        assert "no rows of ['more'], and the model has no tables ['item', 'tags']" in caplog.text
+
+
 def test_another_precision_is_refused(tmp_path):
     """Rows of float32 would lose bits; those of bfloat16 stay such."""
     saving(tmp_path).fit(Model(), ResumableLoader())
