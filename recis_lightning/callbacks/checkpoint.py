@@ -19,6 +19,7 @@ from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_f
 from recis_lightning.callbacks.trainer_progress import trainer_progress
 from recis_lightning.checkpoint.commit import COMMIT_KEY, Commit, new_save_id
 from recis_lightning.checkpoint.reader import CheckpointReader
+from recis_lightning.checkpoint.saved_tables import FitRules
 from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
 from recis_lightning.checkpoint.writer import write_shards
 from recis_lightning.distributed import collectives
@@ -77,7 +78,9 @@ class CheckpointHook(Hook):
         """Check that the optimizers, made since, keep the state that was loaded."""
         reader, self._loaded = self._loaded, None
         if reader is not None:
-            reader.check_tables(_tables_to_load(pl_module, reader), strict=True)
+            reader.check_tables(
+                _tables_to_load(pl_module, reader), FitRules(), whole=pl_module.strict_loading
+            )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -100,7 +103,11 @@ class CheckpointHook(Hook):
             lambda: CheckpointReader.of_lightning(path, checkpoint)
         )
         tables = _tables_to_load(self._module, reader)
-        reader.load(tables, strict=False, progress=trainer_progress(self._module.trainer))
+        strict = self._module.strict_loading
+        progress = trainer_progress(self._module.trainer)
+        reader.load(tables, FitRules(strict=False), progress, whole=strict)
+        if not strict:
+            _tell_what_is_left(path, self._module, reader)
         SHARD_LOADER.note_loaded(commit, tables.values())
         self._loaded = reader
 
@@ -111,6 +118,17 @@ def _tables_to_load(module: LightningModule, reader: CheckpointReader) -> dict[s
     if module.strict_loading:
         return tables
     return {name: table for name, table in tables.items() if name in reader.names()}
+
+
+def _tell_what_is_left(path: Path, module: LightningModule, reader: CheckpointReader) -> None:
+    """Log, on rank 0, which tables were loaded and which were not, if not all were."""
+    saved, own = set(reader.names()), {table.name for table in hash_tables(module)}
+    if saved != own and collectives.rank() == 0:
+        _log.warning(
+            "strict_loading=False: loaded the tables %s of %s; it has no rows of %s, and the model "
+            "has no tables %s",
+            sorted(saved & own), path, sorted(own - saved), sorted(saved - own),
+        )  # fmt: skip
 
 
 class _ShardedSave:
@@ -141,8 +159,12 @@ class _ShardedSave:
             return
         path, save_id = local_path(filepath), new_save_id()
         folder = shard_folder(path)
-        if trainer.is_global_zero:
-            self.pending.begin(save_id, path)
+
+        def begin() -> None:
+            if trainer.is_global_zero:
+                self.pending.begin(save_id, path)
+
+        collectives.run_on_all_ranks(begin)
         try:
             commit = write_shards(folder, tables, folder.name, trainer_progress(trainer), save_id)
             with _states_refer_to(commit, tables), _errors_on_all_ranks(trainer.strategy):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ from typing_extensions import override
 from recis_lightning.checkpoint.commit import (
     COMMIT_KEY,
     FOLDER_SUFFIX,
-    remove_shards,
+    FORMAT,
+    Commit,
+    remove_files,
+    remove_unfinished,
+    saved_by,
     sync_folder,
+    unfinished_main,
 )
+from recis_lightning.checkpoint.reader import read_lightning_file
+from recis_lightning.checkpoint.save_lock import (
+    begin_save,
+    clear_killed_saves,
+    end_save,
+    note_replaced,
+)
+from recis_lightning.checkpoint.shard_file import ShardFile
 from recis_lightning.distributed import collectives
 from recis_lightning.table import state as table_state
 
@@ -68,8 +82,8 @@ def local_path(path: str | Path) -> Path:
 class PendingSaves:
     """Saves on rank 0 with shards that no main file names yet.
 
-    The main file may be written later, on another thread. Until then other saves leave the shards
-    alone; the main file of an abandoned save is not written.
+    The main file may be written later, on another thread. Until then this Trainer holds the lock of
+    their folder; the main file of an abandoned save is not written.
     """
 
     def __init__(self) -> None:
@@ -78,7 +92,16 @@ class PendingSaves:
         self._lock = threading.Lock()
 
     def begin(self, save_id: str, main: Path) -> None:
-        """Add a save that will write the file ``main``."""
+        """Add a save that will write the file ``main``; clear what killed saves left beside it.
+
+        Raises:
+            RuntimeError: Another process or Trainer saves to that path.
+        """
+        for folder in main.parent.glob(f"*{FOLDER_SUFFIX}") if main.parent.is_dir() else ():
+            if folder != shard_folder(main):
+                other = folder.with_name(folder.name.removesuffix(FOLDER_SUFFIX))
+                clear_killed_saves(folder, partial(_current_commit, other))
+        begin_save(shard_folder(main), save_id, self, partial(_current_commit, main))
         with self._lock:
             self._mains[save_id] = main
 
@@ -96,9 +119,14 @@ class PendingSaves:
         """Remove the shards of a save, unless its main file is there: then it is a checkpoint."""
         with self._lock:
             main = self._mains.pop(save_id, None)
-            if main is not None:
-                self._abandoned.add(save_id)
-                remove_shards(shard_folder(main), only=save_id)
+            if main is None:
+                return
+            self._abandoned.add(save_id)
+        folder = shard_folder(main)
+        remove_unfinished(folder, [save_id])
+        end_save(folder, save_id)
+        with contextlib.suppress(OSError):  # of saves before it
+            folder.rmdir()
 
     def abandon_main(self, main: Path) -> None:
         """Abandon the saves that would still write the file ``main``."""
@@ -106,11 +134,6 @@ class PendingSaves:
             late = [save_id for save_id, file in self._mains.items() if file == main]
         for save_id in late:
             self.abandon(save_id)
-
-    def remove_others(self, folder: Path, *kept: str) -> None:
-        """Remove the shards of a folder, except those of pending saves and of saves to keep."""
-        with self._lock:  # or a save could begin between the list of pending saves and the removal
-            remove_shards(folder, kept=(*kept, *self._mains))
 
 
 class _ShardIO(CheckpointIO):
@@ -134,24 +157,27 @@ class _ShardIO(CheckpointIO):
             self.io.save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
         target, save_id = local_path(path), commit["save_id"]
+        folder = shard_folder(target)
         # Lightning may copy its file into place, and so leave half of one: rename ours instead.
-        temporary = target.with_name(f"{target.name}.{save_id}.part")
+        temporary = unfinished_main(folder, save_id)
         try:
             self.io.save_checkpoint(
                 {**checkpoint, COMMIT_KEY: commit}, str(temporary), storage_options=storage_options
             )
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
+            replaced = _files_to_replace(target, save_id)
+            note_replaced(folder, replaced)
             if not self.pending.finish(save_id, temporary, target):
                 return
+            sync_folder(target.parent)
+            remove_files(folder, replaced)
         except BaseException:
             temporary.unlink(missing_ok=True)
             self.pending.abandon(save_id)
             raise
-        sync_folder(target.parent)
-        for unfinished in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
-            unfinished.unlink(missing_ok=True)
-        self.pending.remove_others(shard_folder(target), save_id)
+        finally:
+            end_save(folder, save_id)
 
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -165,12 +191,10 @@ class _ShardIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         main = local_path(path)
         self.pending.abandon_main(main)
+        folder, files = shard_folder(main), _files_to_replace(main)
         self.io.remove_checkpoint(path)
-        folder = shard_folder(main)
-        if folder.is_dir():
-            self.pending.remove_others(folder)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        remove_files(folder, files)
+        clear_killed_saves(folder, partial(_current_commit, main))
 
     @override
     def teardown(self) -> None:
@@ -186,3 +210,38 @@ def _commit_of(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
                 commit = commit or state[table_state.REFERENCE]
                 state[table_state.REFERENCE] = commit
     return commit
+
+
+def _current_commit(main: Path) -> Commit | None:
+    """Return the commit in Lightning's file; None without one; ValueError if it is not readable."""
+    if not os.path.lexists(main):
+        return None
+    state = read_lightning_file(main).get(COMMIT_KEY)
+    return None if state is None else Commit.from_state(state, str(main))
+
+
+def _files_to_replace(main: Path, save_id: str | None = None) -> set[str]:
+    """Return the names of the shards of a file that is about to go.
+
+    Args:
+        main: Lightning's file.
+        save_id: That of the save that replaces it, whose shards are there already.
+    """
+    try:
+        commit = None if main.is_symlink() else _current_commit(main)
+    except ValueError:
+        # It holds objects that are not loaded unless one trusts it. The shards' own headers tell
+        # which of the files beside it we wrote.
+        return {file.name for file in shard_folder(main).glob("*") if _is_shard(file, save_id)}
+    return set() if commit is None else commit.files()
+
+
+def _is_shard(file: Path, other_than: str | None) -> bool:
+    save_id = saved_by(file.name)
+    if save_id is None or save_id == other_than:
+        return False
+    try:
+        metadata = ShardFile(file).metadata
+    except ValueError:
+        return False
+    return (metadata.get("format"), metadata.get("save_id")) == (FORMAT, save_id)

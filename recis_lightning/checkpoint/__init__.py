@@ -8,15 +8,19 @@ writes it: every function here takes either.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from recis_lightning.checkpoint.commit import new_save_id
+from recis_lightning.checkpoint.commit import COMMIT_FILE, Commit, new_save_id, remove_files
 from recis_lightning.checkpoint.export import read_table, write_parquet
+from recis_lightning.checkpoint.load_plan import LoadPlan, plan_load
 from recis_lightning.checkpoint.progress import Progress, progress_bar
 from recis_lightning.checkpoint.reader import CheckpointReader
+from recis_lightning.checkpoint.save_lock import begin_save, end_save, note_replaced
 from recis_lightning.checkpoint.saved_tables import TableContents
 from recis_lightning.checkpoint.writer import tables_by_name, write_shards
 from recis_lightning.distributed import collectives
@@ -31,7 +35,8 @@ def save(
 ) -> None:
     """Save tables to a folder; every rank calls it and writes its own rows.
 
-    The checkpoint that the folder holds stays valid until the new one is whole, and goes then.
+    The checkpoint that the folder holds stays valid until the new one is whole, and goes then, with
+    what killed saves left. No other file of the folder is removed.
 
     Args:
         directory: The folder; made if it is not there. All ranks must see the same one.
@@ -40,6 +45,7 @@ def save(
 
     Raises:
         ValueError: Two tables of one name, or ranks with different tables.
+        RuntimeError: Another process or thread saves to the folder; the error names it.
         OSError: The disk is full, or another error of the system; on the other ranks a
             RuntimeError.
 
@@ -54,37 +60,121 @@ def save(
         >>> table.ids().tolist()
         [7]
     """
-    folder = Path(directory)
-    commit = write_shards(folder, tables, ".", progress, new_save_id())
-    collectives.run_on_all_ranks(lambda: commit.write(folder) if collectives.rank() == 0 else None)
+    folder, save_id, owner = Path(directory), new_save_id(), object()
+    own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
+
+    def begin() -> None:
+        if collectives.rank() == 0:
+            begin_save(folder, save_id, owner, lambda: _commit_in(folder))
+
+    def commit_shards() -> None:
+        if collectives.rank() == 0:
+            replaced = _files_to_replace(folder)
+            note_replaced(folder, replaced)
+            commit.write(folder)
+            remove_files(folder, replaced)
+
+    collectives.run_on_all_ranks(begin)
+    try:
+        commit = write_shards(folder, own.values(), ".", progress, save_id)
+        collectives.run_on_all_ranks(commit_shards)
+    finally:
+        if collectives.rank() == 0:
+            end_save(folder, save_id)
+
+
+def _commit_in(folder: Path) -> Commit | None:
+    file = folder / COMMIT_FILE
+    return Commit.read(file) if os.path.lexists(file) else None
+
+
+def _files_to_replace(folder: Path) -> set[str]:
+    try:
+        commit = _commit_in(folder)
+    except ValueError:  # what it named is not known
+        return set()
+    return set() if commit is None else commit.files()
 
 
 def load(
     path: str | os.PathLike[str],
-    tables: nn.Module | Iterable[HashTable],
+    model: nn.Module | Iterable[HashTable] | None = None,
     *,
+    tables: Iterable[str] | nn.Module | Iterable[HashTable] | None = None,
+    rename: Mapping[str, str] | None = None,
+    optimizer_state: bool = True,
+    cast: torch.dtype | str | None = None,
     weights_only: bool = True,
     progress: Progress = progress_bar,
 ) -> None:
     """Replace the rows of tables by those of a checkpoint: of all tables or of none.
 
     Every byte is checked before a table changes. Any number of ranks may load what any other
-    number saved; each takes the rows that it owns.
+    number saved; each takes the rows that it owns. A load of anything less than all is asked for,
+    and rank 0 prints what it will do first.
 
     Args:
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
-        tables: A module with tables, or tables, of the names that were saved.
-        weights_only: As for ``torch.load``, which reads Lightning's file.
+        model: A module with tables, or tables, of the names that were saved.
+        tables: Names of saved tables to load; the other tables of the model stay as they are. None
+            loads all, and the names must be those of the model. (In place of ``model``, what
+            ``model`` takes.)
+        rename: Names in the model, by the name that was saved.
+        optimizer_state: False loads rows alone: their optimizer state and ``num_updates`` start
+            afresh, whatever the optimizer.
+        cast: Dtype of tables that take rows saved in another one, rounded to it; None refuses them.
+        weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that the
+            file holds, so only for a file of your own.
         progress: Shows the progress of rank 0.
 
     Raises:
         ValueError: Another set of tables, another dim, dtype or optimizer, or files that are
             missing, damaged or of another save; on a rank that found nothing wrong while another
             one did, a RuntimeError.
+
+    Example:
+        >>> import tempfile
+        >>> old, new = HashTable(2, name="customer"), HashTable(2, name="user")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, [old, HashTable(3, name="item")])
+        ...     load(folder, [new], tables=["customer"], rename={"customer": "user"})
+        ... # doctest: +ELLIPSIS
+        Loading 1 of 2 tables of ...:
+          user <- customer: 0 rows of dim 2
+          not loaded: item
     """
-    own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
+    if model is None:
+        model, tables = tables, None  # type: ignore[assignment]
+    if model is None:
+        raise TypeError("model: expected a module with tables, or tables, got None")
+    own = collectives.run_on_all_ranks(lambda: tables_by_name(model))
     reader = collectives.run_on_all_ranks(lambda: CheckpointReader.open(path, weights_only))
-    reader.load(own, strict=True, progress=progress)
+
+    def plan() -> LoadPlan:
+        names = None if tables is None else _names(tables)
+        return plan_load(
+            str(reader.path), reader.names(), own, names, rename or {}, optimizer_state, cast
+        )
+
+    planned = collectives.run_on_all_ranks(plan)
+    whole = tables is None
+
+    def check_and_tell() -> None:
+        reader.check_tables(planned.tables, planned.how, whole)
+        part = not whole or rename or not optimizer_state or cast is not None
+        if part and collectives.rank() == 0:
+            contents = {name: reader.contents(name) for name in reader.names()}
+            print(planned.describe(str(reader.path), contents, own))
+
+    collectives.run_on_all_ranks(check_and_tell)
+    reader.load(planned.tables, planned.how, progress, whole)
+
+
+def _names(tables: Any) -> list[str]:
+    names: list[Any] = [tables] if isinstance(tables, (str, nn.Module)) else list(tables)
+    if isinstance(tables, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"tables: expected a list of names of saved tables, got {tables!r}")
+    return names
 
 
 def inspect(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[str, TableContents]:
@@ -92,7 +182,8 @@ def inspect(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[
 
     Args:
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
-        weights_only: As for ``torch.load``, which reads Lightning's file.
+        weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that the
+            file holds, so only for a file of your own.
 
     Raises:
         ValueError: It is no checkpoint, or a file is missing, torn or of another save.

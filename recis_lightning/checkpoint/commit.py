@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,23 +13,29 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from recis_lightning.checkpoint.regular_file import read_text
+
 FORMAT = 1
 COMMIT_FILE = "checkpoint.json"  # the commit in a folder of ``save``
 COMMIT_KEY = "recis_lightning"  # the commit in Lightning's checkpoint
 FOLDER_SUFFIX = ".tables"  # of the folder beside Lightning's checkpoint
 SHARD_SUFFIX = ".safetensors"
+UNFINISHED_SUFFIX = ".part"
 SLOT_PREFIX = "slots."  # of optimizer state among the tensors of a shard
 _MAX_NAME = 100
+_SHARD_FILE = re.compile(
+    rf".+\.\d+-of-\d+\.([0-9a-f]{{16}}){re.escape(SHARD_SUFFIX)}(?:{re.escape(UNFINISHED_SUFFIX)})?"
+)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard file with one rank's rows of one table.
+    """Rows of one table and one rank in a shard file.
 
     Attributes:
-        file: Its name in the checkpoint's folder.
+        file: Its name in the checkpoint's folder; small tables of one rank may share it.
         rows: Number of rows.
-        size: In bytes.
+        size: Of the file, in bytes.
         checksum: Checksum of its ``FileDigest``.
     """
 
@@ -46,7 +53,8 @@ class Commit:
         save_id: Random; part of the names and headers of the files.
         world_size: Number of ranks that saved.
         folder: Path of the files, relative to the commit.
-        location: Absolute path of the files when they were written.
+        location: Absolute path of the files when they were written, for a state whose file is not
+            known.
         tables: Shards by rank, by the name of the table.
     """
 
@@ -72,54 +80,101 @@ class Commit:
                 name: [Shard(**shard) for shard in shards]
                 for name, shards in state["tables"].items()
             }
-            if any(len(shards) != fields["world_size"] for shards in tables.values()):
-                raise ValueError
-            return cls(**fields, tables=tables)
+            commit = cls(**fields, tables=tables)
+            commit._check()
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{where}: its list of tables is damaged") from None
+        return commit
+
+    def _check(self) -> None:
+        """Raise ValueError unless every field is of its type, and every file in the folder."""
+        texts = (self.save_id, self.folder, self.location, *self.tables)
+        if not all(isinstance(text, str) for text in texts) or not _is_count(self.world_size):
+            raise ValueError
+        if self.folder != "." and not _is_file_name(self.folder):
+            raise ValueError
+        for shards in self.tables.values():
+            if len(shards) != self.world_size:
+                raise ValueError
+            for shard in shards:
+                numbers = (shard.rows, shard.size, shard.checksum)
+                if not _is_file_name(shard.file) or not all(map(_is_count, numbers)):
+                    raise ValueError
 
     @classmethod
     def read(cls, file: Path) -> Commit:
         """Read the commit of a folder; ValueError if the file is damaged."""
+        text = read_text(file)
         try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError):
+            state = json.loads(text)
+        except (ValueError, RecursionError):
             raise ValueError(f"{file}: damaged") from None
         return cls.from_state(state, str(file.parent))
 
     def write(self, folder: Path) -> None:
-        """Make the shards of a folder its checkpoint, and remove those of earlier saves."""
+        """Make the shards of a folder its checkpoint."""
         text = json.dumps(self.to_state(), indent=1)
         temporary = folder / f"{COMMIT_FILE}.{self.save_id}"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / COMMIT_FILE)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(folder / COMMIT_FILE)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(folder)
-        remove_shards(folder, kept=[self.save_id])
-        for unfinished in folder.glob(f"{COMMIT_FILE}.*"):
-            unfinished.unlink(missing_ok=True)
+
+    def files(self) -> set[str]:
+        """Return the names of its files."""
+        return {shard.file for shards in self.tables.values() for shard in shards}
 
     def find_folder(self, file: Path | None) -> Path:
-        """Return the folder of the shards: beside the commit, or else where they were written.
+        """Return the folder of the shards, beside the file that holds the commit.
 
         Args:
-            file: File that holds the commit, or a link to it; None if it is not known.
+            file: That file, or a link to it; None if it is not known: then the folder is where
+                the shards were written.
 
         Raises:
-            ValueError: Neither folder exists.
+            ValueError: There is no such folder.
         """
-        parents = () if file is None else (file.parent, file.resolve().parent)
-        folders = [*(parent / self.folder for parent in parents), Path(self.location)]
-        for folder in folders:
-            if folder.is_dir():
+        if file is None:
+            folders = [Path(self.location)]
+        else:
+            # A file may have been renamed together with its folder.
+            names = [file.name + FOLDER_SUFFIX, self.folder] if self.folder != "." else ["."]
+            parents = dict.fromkeys((file.parent, file.resolve().parent))
+            folders = [parent / name for parent in parents for name in names]
+        found = [folder for folder in folders if folder.is_dir()]
+        one = next(iter(self.files()), None)
+        for folder in found:
+            if one is None or (folder / one).exists():
                 return folder
-        raise ValueError(
-            f"{folders[0]}: this folder with the rows of the checkpoint's tables is missing; if it "
-            "was moved with the checkpoint, resume with CheckpointHook, or call "
-            "recis_lightning.checkpoint.load(checkpoint, model)"
+        if found:
+            return found[0]  # its files are missed one by one, by name
+        hint = (
+            "copy or move it together with the checkpoint"
+            if file is not None
+            else "if it was moved, call recis_lightning.checkpoint.load(checkpoint, model)"
         )
+        raise ValueError(
+            f"{folders[-1]}: this folder with the rows of the tables is missing: {hint}"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_file_name(name: Any) -> bool:
+    """Tell whether a name stays in the folder that it is looked up in."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(part in name for part in ("/", "\\", "\0"))
+    )
 
 
 def new_save_id() -> str:
@@ -127,32 +182,72 @@ def new_save_id() -> str:
     return secrets.token_hex(8)
 
 
-def file_name(table: str, rank: int, world_size: int, save_id: str) -> str:
+def file_name(stem: str, rank: int, world_size: int, save_id: str) -> str:
     """Return the name of a shard file.
 
     Example:
         >>> file_name("item", 0, 2, "1f")
         'item.0-of-2.1f.safetensors'
     """
-    stem = quote(table, safe=" ")
-    if len(stem) > _MAX_NAME:
-        digest = hashlib.blake2b(table.encode(), digest_size=8).hexdigest()
-        stem = f"{stem[:_MAX_NAME]}-{digest}"
     return f"{stem}.{rank}-of-{world_size}.{save_id}{SHARD_SUFFIX}"
 
 
-def remove_shards(folder: Path, kept: Iterable[str] = (), only: str = "") -> None:
-    """Remove shard files of a folder, finished or not.
+def file_stems(tables: Iterable[str]) -> dict[str, str]:
+    """Return the part of file names that stands for each table, different on every disk.
+
+    Example:
+        >>> file_stems(["item/a", "x"])
+        {'item/a': 'item%2Fa', 'x': 'x'}
+        >>> file_stems(["User", "user"])
+        {'User': 'User-924c93c98823979a', 'user': 'user-afdf5c9a7bd48d63'}
+    """
+    quoted = {table: quote(table, safe=" ") for table in tables}
+    folded = [stem.casefold() for stem in quoted.values()]
+    stems = {}
+    for table, stem in quoted.items():
+        # A disk may hold "User" and "user" for one name.
+        if len(stem) > _MAX_NAME or folded.count(stem.casefold()) > 1:
+            digest = hashlib.blake2b(table.encode(), digest_size=8).hexdigest()
+            stem = f"{stem[:_MAX_NAME]}-{digest}"
+        stems[table] = stem
+    return stems
+
+
+def saved_by(file: str) -> str | None:
+    """Return the ``save_id`` in the name of a shard file, finished or not; None if it is none."""
+    found = _SHARD_FILE.fullmatch(file)
+    return None if found is None else found[1]
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove shard files that a commit names; never a file whose name is not one of ours."""
+    for name in names:
+        if saved_by(name) is not None:
+            (folder / name).unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, save_ids: Iterable[str]) -> None:
+    """Remove the files of saves that did not become checkpoints.
 
     Args:
-        folder: Folder of the files.
-        kept: ``save_id`` of each save whose files stay.
-        only: ``save_id`` of the one save whose files go; "" removes those of all other saves.
+        folder: Folder of the shard files.
+        save_ids: Random names that we gave these saves.
     """
-    stay = [f".{save_id}{SHARD_SUFFIX}" for save_id in kept]
-    for file in folder.glob(f"*.{only}{SHARD_SUFFIX}*" if only else f"*{SHARD_SUFFIX}*"):
-        if not any(part in file.name for part in stay):
-            file.unlink(missing_ok=True)
+    save_ids = set(save_ids)
+    if folder.is_dir():
+        for name in os.listdir(folder):
+            if saved_by(name) in save_ids:
+                (folder / name).unlink(missing_ok=True)
+    for save_id in save_ids:
+        (folder / f"{COMMIT_FILE}.{save_id}").unlink(missing_ok=True)
+        if folder.name.endswith(FOLDER_SUFFIX):
+            unfinished_main(folder, save_id).unlink(missing_ok=True)
+
+
+def unfinished_main(folder: Path, save_id: str) -> Path:
+    """Return the temporary name of Lightning's file, beside the folder of its shards."""
+    main = folder.name.removesuffix(FOLDER_SUFFIX)
+    return folder.with_name(f"{main}.{save_id}{UNFINISHED_SUFFIX}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -171,10 +266,15 @@ __all__ = [
     "FORMAT",
     "SHARD_SUFFIX",
     "SLOT_PREFIX",
+    "UNFINISHED_SUFFIX",
     "Commit",
     "Shard",
     "file_name",
+    "file_stems",
     "new_save_id",
-    "remove_shards",
+    "remove_files",
+    "remove_unfinished",
+    "saved_by",
     "sync_folder",
+    "unfinished_main",
 ]

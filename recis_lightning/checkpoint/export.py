@@ -25,7 +25,8 @@ def read_table(
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
         name: The table.
         kind: "numpy" or "pandas" (which must be installed).
-        weights_only: As for ``torch.load``, which reads Lightning's file.
+        weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that the
+            file holds, so only for a file of your own.
 
     Returns:
         For "numpy" a dict of arrays: ``ids`` int64 [n], ``weights`` [n, dim], each optimizer slot
@@ -66,7 +67,8 @@ def write_parquet(
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
         name: The table.
         target: The file; its columns are those of ``read_table``, weights and slots as lists.
-        weights_only: As for ``torch.load``, which reads Lightning's file.
+        weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that the
+            file holds, so only for a file of your own.
 
     Raises:
         ValueError: As ``read_table`` does; no file is left then.

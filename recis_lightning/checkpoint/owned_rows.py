@@ -15,6 +15,7 @@ from recis_lightning.checkpoint.shard_file import ShardFile
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.state_schema import is_field
 
 
 class OwnedRows:
@@ -40,6 +41,8 @@ class OwnedRows:
         state: dict[str, Any] = {}
         for file, positions in zip(self._files, self._positions, strict=True):
             for key, value in file.metadata.items():
+                if not is_field(key):
+                    continue
                 known = state.setdefault(key, value)
                 # Ranks whose steps differ continue from the largest.
                 if isinstance(value, int) and not isinstance(value, bool):
@@ -58,7 +61,7 @@ class OwnedRows:
         """Add a file's tensors to those of the files before; lists of them are to be joined."""
         chosen = {"ids": positions}
         for key in file.specs:
-            if key in self._tensors:
+            if key == "weights" or key.startswith(SLOT_PREFIX):
                 continue
             ids = table_state.KEYED_BY.get(key)
             # Columns of rows are copied into the table; it may keep the other tensors.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from recis_lightning.checkpoint.commit import COMMIT_FILE, COMMIT_KEY, FOLDER_SUFFIX, Commit
 from recis_lightning.checkpoint.progress import Progress
-from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.regular_file import check_regular
+from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
 from recis_lightning.checkpoint.shard_tables import ShardTables
 from recis_lightning.checkpoint.state_tables import StateTables
 from recis_lightning.distributed import collectives
@@ -39,14 +42,15 @@ class CheckpointReader:
         Args:
             path: A folder that ``save`` wrote to, or Lightning's checkpoint file or the folder
                 beside it.
-            weights_only: As for ``torch.load``, which reads Lightning's file.
+            weights_only: As for ``torch.load``, which reads Lightning's file; False runs code that
+                the file holds, so only for a file of your own.
 
         Raises:
             ValueError: It is no checkpoint, or has no tables.
         """
         path = Path(path)
         if path.is_dir():
-            if (path / COMMIT_FILE).exists():
+            if os.path.lexists(path / COMMIT_FILE):
                 file = path / COMMIT_FILE
                 return cls(path, ShardTables(Commit.read(file), file))
             main = path.with_name(path.name.removesuffix(FOLDER_SUFFIX))
@@ -69,7 +73,7 @@ class CheckpointReader:
         if saved.get(COMMIT_KEY) is not None:
             commit = Commit.from_state(saved[COMMIT_KEY], str(file))
             return cls(file, ShardTables(commit, file))
-        tables = StateTables(saved.get("state_dict", saved))
+        tables = StateTables(saved.get("state_dict", saved), file)
         if not tables.names():
             raise ValueError(f"{file}: it holds no tables")
         return cls(file, tables)
@@ -86,54 +90,72 @@ class CheckpointReader:
         """Read all ranks' rows of a table, about ``num_rows`` at a time, by column."""
         return self._tables.chunks(name, num_rows)
 
-    def check_tables(self, tables: dict[str, HashTable], strict: bool) -> None:
+    def check_tables(self, tables: dict[str, HashTable], how: FitRules, whole: bool = True) -> None:
         """Raise ValueError unless these are the saved tables, of the same layout.
 
         Args:
-            tables: Tables to load, by name.
-            strict: Whether dtype and optimizer state must be equal too.
+            tables: Tables to load, by the name of the saved one.
+            how: What may differ.
+            whole: Whether they must be all tables of the checkpoint.
         """
         missing, unknown = set(tables) - set(self.names()), set(self.names()) - set(tables)
-        if missing or unknown:
+        if missing or (whole and unknown):
             raise ValueError(
                 f"{self.path}: it holds the tables {sorted(self.names())}, the model has "
                 f"{sorted(tables)}: {sorted(missing)} would get no rows, {sorted(unknown)} have no "
                 "place"
             )
         for name, table in tables.items():
-            self._tables.check_fit(name, table, strict)
+            self._tables.check_fit(name, table, how)
 
-    def load(self, tables: dict[str, HashTable], strict: bool, progress: Progress) -> None:
+    def load(
+        self, tables: dict[str, HashTable], how: FitRules, progress: Progress, whole: bool = True
+    ) -> None:
         """Replace the rows of tables, of all or of none; all ranks call it together.
 
         Tables with rows keep them until every byte is checked. Empty ones are filled at once, and
         emptied again if a byte proves damaged.
 
         Args:
-            tables: Tables to load, by name.
-            strict: Whether dtype and optimizer state must be equal too.
+            tables: Tables to load, by the name of the saved one.
+            how: What may differ.
             progress: Shows the progress of rank 0.
+            whole: Whether they must be all tables of the checkpoint.
         """
-        collectives.run_on_all_ranks(lambda: self.check_tables(tables, strict))
-        self._tables.load(tables, progress)
+        collectives.run_on_all_ranks(lambda: self.check_tables(tables, how, whole))
+        self._tables.load(tables, how, progress)
 
 
 def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]:
     """Read a file of Lightning, its tensors memory-mapped; ValueError if it is none."""
-    if not file.exists():
+    if not os.path.lexists(file):
         raise ValueError(f"{file}: no such checkpoint")
+    check_regular(file)
     try:
+        _refuse_compressed(file)
         saved = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
+        # torch's own message advises to load the file without this protection.
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{file}: not read with weights_only=True; if you trust the file, give "
-            f"weights_only=False ({error})"
+            f"{file}: damaged, or it holds more than tensors and primitives"
+            + ("" if found is None else f": an object of {found[1]}")
         ) from None
-    except (RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # whatever a damaged pickle leads to
         raise ValueError(f"{file}: damaged, or no checkpoint ({error})") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{file}: no checkpoint: it holds a {type(saved).__name__}")
     return saved
+
+
+def _refuse_compressed(file: Path) -> None:
+    """Raise ValueError if an archive has compressed entries, as bombs have; torch writes none."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it has compressed entries")
 
 
 __all__ = ["CheckpointReader", "read_lightning_file"]

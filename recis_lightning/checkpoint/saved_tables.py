@@ -35,6 +35,20 @@ class TableContents(NamedTuple):
     num_bytes: int
 
 
+class FitRules(NamedTuple):
+    """Ways in which a table may differ from the saved one.
+
+    Attributes:
+        strict: Whether dtype and optimizer state must be equal, but for the following.
+        optimizer_state: Whether optimizer state is loaded; else it starts afresh.
+        cast: Dtype of tables that rows saved in another one are converted to; None for an error.
+    """
+
+    strict: bool = True
+    optimizer_state: bool = True
+    cast: torch.dtype | None = None
+
+
 class SavedTables(ABC):
     """Tables of one checkpoint, by name; every read raises ValueError if a byte is damaged.
 
@@ -59,18 +73,18 @@ class SavedTables(ABC):
         """
 
     @abstractmethod
-    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+    def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         """Raise ValueError unless a table can hold the saved one.
 
         Args:
             name: Name of the saved table.
             table: Table to load it into.
-            strict: Whether dtype and optimizer state must be equal too.
+            how: What may differ.
         """
 
     @abstractmethod
-    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+    def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
         """Replace all rows of tables that passed ``check_fit``; all ranks call it together."""
 
 
-__all__ = ["SavedTables", "TableContents"]
+__all__ = ["FitRules", "SavedTables", "TableContents"]

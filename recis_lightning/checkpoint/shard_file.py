@@ -1,4 +1,4 @@
-"""A safetensors file with one rank's rows of one table, checked chunk by chunk.
+"""A safetensors file with one rank's rows of one table or several, checked chunk by chunk.
 
 The first tensor, ``checksums``, holds the CRC-32 of each chunk of the others. The checkpoint's
 commit holds the CRC-32 of the header and of ``checksums`` (``FileDigest``). So no flipped bit
@@ -8,7 +8,9 @@ passes, and threads check chunks independently, as they read them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import functools
 import json
 import math
 import os
@@ -22,11 +24,8 @@ from torch import Tensor
 
 from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.mapped_file import MappedFile, bytes_of, read_into
-
-try:  # the same checksum, several times as fast
-    from isal.isal_zlib import crc32
-except ImportError:
-    from zlib import crc32
+from recis_lightning.checkpoint.regular_file import open_regular
+from recis_lightning.table.state_schema import crc32
 
 # Limits of a chunk. Threads hold the GIL between chunks: with larger, hence fewer, chunks a load
 # takes two thirds of the time.
@@ -48,6 +47,7 @@ _DTYPES = {
     "I8": torch.int8,
     "BOOL": torch.bool,
 }
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -78,6 +78,14 @@ class TensorGroup(NamedTuple):
 
     specs: dict[str, TensorSpec]
     read: Callable[[int, int], Mapping[str, Tensor]]
+
+    def prefixed(self, prefix: str) -> TensorGroup:
+        """Return the group with the names ``prefix/name``."""
+
+        def read(start: int, stop: int) -> dict[str, Tensor]:
+            return {f"{prefix}/{name}": part for name, part in self.read(start, stop).items()}
+
+        return TensorGroup({f"{prefix}/{name}": spec for name, spec in self.specs.items()}, read)
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> TensorGroup:
@@ -212,6 +220,7 @@ class ShardFile:
 
     Attributes:
         metadata: Fields that the writer gave.
+        num_bytes: Of the file, or of this part of it.
         specs: Specs of its tensors, without ``checksums``.
         chunk_rows: Rows of a chunk, by tensor.
 
@@ -222,10 +231,12 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: MappedFile | None = None
+        file = open_regular(path)
         try:
-            self.size = os.stat(path).st_size
-        except FileNotFoundError:
-            raise ValueError(f"{path}: this file of the checkpoint is missing") from None
+            self.size = os.fstat(file).st_size
+        finally:
+            os.close(file)
+        self.num_bytes = self.size
         self._read_header()
 
     def _read_header(self) -> None:
@@ -238,19 +249,35 @@ class ShardFile:
             metadata = described.pop("__metadata__")
             self.metadata = {key: json.loads(value) for key, value in metadata.items()}
             self.chunk_rows: dict[str, int] = self.metadata.pop(_ROWS_KEY)
+            if not all(type(rows) is int and rows > 0 for rows in self.chunk_rows.values()):
+                raise ValueError
             ends = [len(header)]
             self.specs, self._starts = {}, {}
             for name, entry in described.items():
                 begin, end = (len(header) + at for at in entry["data_offsets"])
                 spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                if not spec.shape or not all(
+                    type(n) is int and 0 <= n < 1 << 63 for n in spec.shape
+                ):
+                    raise ValueError
                 self.specs[name], self._starts[name] = spec, begin
                 if begin != ends[-1] or end != begin + spec.nbytes:
                     raise ValueError
                 ends.append(end)
-            num_chunks = self.specs.pop(_CHECKSUMS).shape[0]
-            if num_chunks != sum(map(self.num_chunks, self.specs)):
+            sums_of = self.specs.pop(_CHECKSUMS)
+            num_chunks = sums_of.shape[0]
+            if sums_of != TensorSpec(torch.int64, (num_chunks,)) or num_chunks != sum(
+                map(self.num_chunks, self.specs)
+            ):
                 raise ValueError
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ):
             raise ValueError(f"{self.path}: damaged, or no file of a checkpoint") from None
         if ends[-1] != self.size:
             raise ValueError(
@@ -262,6 +289,25 @@ class ShardFile:
         sums = np.split(np.frombuffer(data, np.int64), cuts)
         self._sums = dict(zip(self.specs, sums, strict=True))
 
+    def part(self, prefix: str, metadata: dict[str, Any]) -> ShardFile:
+        """Return the tensors of one name before the slash, under what follows it."""
+        names = {name.partition("/")[2]: name for name in self._by_prefix.get(prefix, ())}
+        part = copy.copy(self)
+        part.metadata, part._open = metadata, None
+        part.specs = {short: self.specs[name] for short, name in names.items()}
+        part.chunk_rows = {short: self.chunk_rows[name] for short, name in names.items()}
+        part._starts = {short: self._starts[name] for short, name in names.items()}
+        part._sums = {short: self._sums[name] for short, name in names.items()}
+        part.num_bytes = sum(spec.nbytes for spec in part.specs.values())
+        return part
+
+    @functools.cached_property
+    def _by_prefix(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in self.specs:
+            names.setdefault(name.partition("/")[0], []).append(name)
+        return names
+
     def num_chunks(self, name: str) -> int:
         """Return the number of a tensor's chunks, each with its own checksum."""
         return -(-self.specs[name].shape[0] // self.chunk_rows[name])
@@ -272,7 +318,7 @@ class ShardFile:
         return data
 
     def _read_at(self, offset: int, data: memoryview) -> None:
-        file = os.open(self.path, os.O_RDONLY)
+        file = open_regular(self.path)
         try:
             read_into(file, data, offset, self.path)
         finally:
@@ -284,7 +330,7 @@ class ShardFile:
         if self._open is not None:
             yield
             return
-        file = os.open(self.path, os.O_RDONLY)
+        file = open_regular(self.path)
         try:
             self._open = MappedFile(file, self.path, self.size)
             yield

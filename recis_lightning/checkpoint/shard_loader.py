@@ -9,12 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from recis_lightning.checkpoint.commit import Commit
+from recis_lightning.checkpoint.loading_file import loading_file
 from recis_lightning.checkpoint.progress import progress_bar
+from recis_lightning.checkpoint.saved_tables import FitRules
 from recis_lightning.checkpoint.shard_tables import ShardTables
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.state_schema import check_state
 
 
 class ShardLoader:
@@ -47,18 +50,23 @@ class ShardLoader:
             ValueError: The state is of another kind of table, or a file is missing or damaged.
         """
         if table_state.REFERENCE in state:
-            self._load_shards(table, state["name"], state[table_state.REFERENCE])
+            self._load_shards(table, state.get("name"), state[table_state.REFERENCE])
             return
-        table_state.check_state(state, table.name, table.embedding_dim)
+        check_state(state, table.name, table.embedding_dim)
         rank, world_size = collectives.rank(), collectives.world_size()
         table_state.load(table, _owned_part(state, rank, world_size))
 
-    def _load_shards(self, table: HashTable, name: str, commit: Any) -> None:
+    def _load_shards(self, table: HashTable, name: Any, commit: Any) -> None:
         if commit is self._checked and table in self._loaded:
             self._loaded.remove(table)
             return
-        shards = ShardTables(Commit.from_state(commit, "checkpoint"), None)
-        shards.check_fit(name, table, strict=False)
+        shards = ShardTables(Commit.from_state(commit, "checkpoint"), loading_file())
+        if name not in shards.names():
+            raise ValueError(
+                f"state of table {table.name!r}: the checkpoint has no table {name!r}, it has "
+                f"{shards.names()}"
+            )
+        shards.check_fit(name, table, FitRules(strict=False))
         if commit is not self._checked:
             shards.check(progress_bar)
             self.note_loaded(commit, ())

@@ -15,11 +15,13 @@ from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.commit import FORMAT, SLOT_PREFIX, Commit
 from recis_lightning.checkpoint.owned_rows import OwnedRows, prefetch_rows
 from recis_lightning.checkpoint.progress import Progress, on_rank_zero
-from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
+from recis_lightning.checkpoint.shard_check import check_file, check_same_layout, slots_of
 from recis_lightning.checkpoint.shard_file import FileDigest, ShardFile, opened
 from recis_lightning.distributed import collectives
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.state_schema import check_distinct, check_fields
 
 
 class ShardTables(SavedTables):
@@ -38,6 +40,8 @@ class ShardTables(SavedTables):
         self._commit, self._folder = commit, commit.find_folder(file)
         self._rank, self._world_size = collectives.rank(), collectives.world_size()
         self._files: dict[tuple[str, int], ShardFile] = {}
+        self._numbers: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {}  # of their tables
+        self._shared: dict[str, ShardFile] = {}  # files of several tables, by their names
 
     @override
     def names(self) -> list[str]:
@@ -54,7 +58,7 @@ class ShardTables(SavedTables):
             slots=slots,
             step=max(file.metadata["step"] for file in files),
             num_updates=max(file.metadata["num_updates"] for file in files),
-            num_bytes=sum(file.size for file in files),
+            num_bytes=sum(file.num_bytes for file in files),
         )
 
     @override
@@ -63,7 +67,7 @@ class ShardTables(SavedTables):
             file = self._file(name, writer)
             columns = {key: key for key in table_state.row_columns(file.specs)}
             columns["weights"] = "weights"
-            columns |= {slot: SLOT_PREFIX + slot for slot in _slots(file)}
+            columns |= {slot: SLOT_PREFIX + slot for slot in slots_of(file)}
             count, at_once = file.num_chunks("ids"), max(num_rows // file.chunk_rows["ids"], 1)
             for first in range(0, max(count, 1), at_once):
                 indices = range(first, min(first + at_once, count))
@@ -75,32 +79,36 @@ class ShardTables(SavedTables):
                 yield chunk
 
     @override
-    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
+    def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         where = f"table {table.name!r}: the checkpoint's ({self._folder})"
         dim, dtype, slots = self._layout(name)
         if dim != table.embedding_dim:
             raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
-        if strict and dtype is not table.dtype:
-            raise ValueError(f"{where} has dtype {dtype}, the model's {table.dtype}")
-        if strict and table.optimizer is not None and slots != table.storage.rows.slots:
+        if how.strict and dtype is not table.dtype and table.dtype is not how.cast:
+            raise ValueError(
+                f"{where} has dtype {dtype}, the model's {table.dtype}; "
+                f"checkpoint.load(..., cast={str(table.dtype)[6:]!r}) converts it"
+            )
+        compared = how.strict and how.optimizer_state and table.optimizer is not None
+        if compared and slots != table.storage.rows.slots:
             raise ValueError(
                 f"{where} has optimizer state {slots or 'of no kind'}, "
                 f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
-                "resume with the optimizer that the checkpoint was trained with"
+                "resume with the optimizer that the checkpoint was trained with, or load rows "
+                "alone: checkpoint.load(..., optimizer_state=False)"
             )
 
     @override
-    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+    def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
         # Tables with rows keep them if a byte is damaged; empty ones skip the extra pass.
-        empty = not any(len(table) or table.step or table.num_updates for table in tables.values())
-        if not all(collectives.gather(empty)):
-            collectives.run_on_all_ranks(partial(self.check, progress))
+        if not all(collectives.gather(not any(map(_holds_anything, tables.values())))):
+            collectives.run_on_all_ranks(partial(self.check, progress, list(tables)))
         before = {table: table_state.settings(table) for table in tables.values()}
 
         def restore() -> None:
             with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
                 for name, table in tables.items():
-                    self._restore(name, table, on_progress)
+                    self._restore(name, table, how, on_progress)
 
         try:
             collectives.run_on_all_ranks(restore)
@@ -112,15 +120,26 @@ class ShardTables(SavedTables):
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
         """Replace the rows of one table, on this rank by itself; it is empty after an error."""
         with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
-            self._restore(name, table, on_progress)
+            self._restore(name, table, FitRules(strict=False), on_progress)
 
-    def check(self, progress: Progress) -> None:
-        """Read this rank's share of the files; ValueError if a byte is damaged."""
+    def check(self, progress: Progress, names: Sequence[str] | None = None) -> None:
+        """Read this rank's share of the files; ValueError if a byte is damaged, or a field invalid.
+
+        Args:
+            progress: Shows the progress of rank 0.
+            names: Tables; None for all.
+        """
         with on_rank_zero(progress)("Checking tables", self._num_bytes()) as on_progress:
             files = self._share()
             chunks = [partial(file.chunk, *chunk) for file in files for chunk in file.chunks()]
             with opened(files):
                 parallel_for(len(chunks), lambda index: chunks[index]().nbytes, on_progress)
+        for name in self.names() if names is None else names:
+            files, ranks = self._files_to_read(name)
+            with opened(files):
+                state = OwnedRows(files, list(slots_of(files[0])), self._rank, ranks).state()
+            self._check_state(name, files, state)
+            check_distinct(state, f"{files[0].path}: table {name!r}")
 
     def _share(self) -> list[ShardFile]:
         """List the files that this rank checks: its own, if as many ranks read as wrote."""
@@ -128,75 +147,98 @@ class ShardTables(SavedTables):
         return [self._file(table, writer) for table in self._commit.tables for writer in writers]
 
     def _num_bytes(self) -> int:
-        return sum(file.size for file in self._share())
+        return sum(file.num_bytes for file in self._share())
 
     def _layout(self, name: str) -> tuple[int, torch.dtype, dict[str, int]]:
         """Return a table's embedding_dim, dtype and optimizer state (name -> float32 words)."""
         file = self._file(name, self._rank % self._commit.world_size)
         weights = file.specs["weights"]
-        return weights.shape[1], weights.dtype, _slots(file)
+        return weights.shape[1], weights.dtype, slots_of(file)
 
     def _file(self, table: str, rank: int) -> ShardFile:
         file = self._files.get((table, rank))
         if file is None:
-            file = self._files[table, rank] = _open(self._folder, self._commit, table, rank)
+            file = self._open(table, rank)
+            check_file(file)
+            for (other, _), known in self._files.items():
+                if other == table:
+                    check_same_layout(file, known)
+                    break
+            self._files[table, rank] = file
         return file
 
-    def _restore(self, name: str, table: HashTable, on_progress: ProgressCallback) -> None:
-        """Replace the rows of a table by those that this rank owns."""
+    def _open(self, name: str, rank: int) -> ShardFile:
+        """Open a shard file; ValueError unless it is the one that the commit names."""
+        shard = self._commit.tables[name][rank]
+        file = self._shared.get(shard.file) or ShardFile(self._folder / shard.file)
+        parts, metadata = file.metadata.get("parts"), file.metadata
+        if isinstance(parts, list):
+            self._shared[shard.file] = file
+            save = {key: metadata.get(key) for key in ("format", "save_id", "rank", "world_size")}
+            number, part = self._part(file, name)
+            file, metadata = file.part(str(number), {**part, **save}), {**part, **save}
+        expected = (FORMAT, self._commit.save_id, name, rank, self._commit.world_size, shard.rows)
+        keys = ("format", "save_id", "table", "rank", "world_size", "rows")
+        found = tuple(metadata.get(key) for key in keys)
+        if found != expected:
+            raise ValueError(
+                f"{file.path}: not of this save: expected {dict(zip(keys, expected, strict=True))},"
+                f" found {dict(zip(keys, found, strict=True))}"
+            )
+        file.check(FileDigest(shard.size, shard.checksum))
+        return file
+
+    def _part(self, file: ShardFile, name: str) -> tuple[int, dict[str, Any]]:
+        """Return the number and the metadata of a table in a file of several."""
+        numbers = self._numbers.get(file.path.name)
+        if numbers is None:
+            parts = [part for part in file.metadata["parts"] if isinstance(part, dict)]
+            numbers = {str(part.get("table")): (i, part) for i, part in enumerate(parts)}
+            self._numbers[file.path.name] = numbers
+        if name not in numbers:
+            raise ValueError(f"{file.path}: not of this save: it has no table {name!r}")
+        return numbers[name]
+
+    def _files_to_read(self, name: str) -> tuple[list[ShardFile], int]:
+        """Return the files with rows that this rank owns, and among how many they are divided."""
         writers: Sequence[int] = range(self._commit.world_size)
         ranks = self._world_size
         if ranks == len(writers):
             writers, ranks = [self._rank], 1  # a rank owns all rows of its own file
-        files = [self._file(name, writer) for writer in writers]
-        dim, dtype, slots = self._layout(name)
+        return [self._file(name, writer) for writer in writers], ranks
+
+    def _check_state(self, name: str, files: Sequence[ShardFile], state: dict[str, Any]) -> None:
+        where = f"{files[0].path}: state of table {name!r}"
+        check_fields(state, where, files[0].metadata["embedding_dim"])
+
+    def _restore(
+        self, name: str, table: HashTable, how: FitRules, on_progress: ProgressCallback
+    ) -> None:
+        """Replace the rows of a table by those that this rank owns."""
+        files, ranks = self._files_to_read(name)
+        slots = slots_of(files[0]) if how.optimizer_state else {}
         with opened(files), prefetch_rows(files, list(slots)):
             owned = OwnedRows(files, list(slots), self._rank, ranks)
             state = owned.state()
-            _check_state(state, table, dim, dtype, slots)
+            self._check_state(name, files, state)
+            if name != table.name:
+                state["name"] = table.name
+            if not how.optimizer_state:
+                state["num_updates"] = 0
             table_state.restore(
                 table, state, slots, lambda rows: owned.write(table, rows, on_progress)
             )
 
 
-def _open(folder: Path, commit: Commit, name: str, rank: int) -> ShardFile:
-    """Open a shard file; ValueError unless it is the one that the commit names."""
-    shard = commit.tables[name][rank]
-    file = ShardFile(folder / shard.file)
-    expected = (FORMAT, commit.save_id, name, rank, commit.world_size, shard.rows)
-    keys = ("format", "save_id", "table", "rank", "world_size", "rows")
-    found = tuple(file.metadata.get(key) for key in keys)
-    if found != expected:
-        raise ValueError(
-            f"{file.path}: not of this save: expected {dict(zip(keys, expected, strict=True))}, "
-            f"found {dict(zip(keys, found, strict=True))}"
-        )
-    file.check(FileDigest(shard.size, shard.checksum))
-    return file
-
-
-def _slots(file: ShardFile) -> dict[str, int]:
-    """Return the optimizer state of a row in a file: name -> float32 words."""
-    return {
-        key.removeprefix(SLOT_PREFIX): spec.shape[1]
-        for key, spec in file.specs.items()
-        if key.startswith(SLOT_PREFIX)
-    }
-
-
-def _check_state(
-    state: dict[str, Any],
-    table: HashTable,
-    dim: int,
-    dtype: torch.dtype,
-    slots: dict[str, int],
-) -> None:
-    """Raise ValueError unless a state is valid, with weights and slots of such shapes."""
-    count = state["ids"].numel()
-    weights = torch.empty(count, dim, dtype=dtype, device="meta")
-    row = {key: torch.empty(count, words, device="meta") for key, words in slots.items()}
-    whole = {**state, "weights": weights, "slots": row}
-    table_state.check_state(whole, table.name, table.embedding_dim)
+def _holds_anything(table: HashTable) -> bool:
+    counter = table.storage.admission_counter
+    return bool(
+        len(table)
+        or table.step
+        or table.num_updates
+        or table.evictor.pinned is not None
+        or (counter is not None and counter.num_lookups)
+    )
 
 
 __all__ = ["ShardTables"]

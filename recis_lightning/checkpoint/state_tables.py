@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.checkpoint.progress import Progress
-from recis_lightning.checkpoint.saved_tables import SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.state_schema import (
+    CHECKSUM,
+    check_checksum,
+    check_distinct,
+    check_structure,
+)
 
 
 class StateTables(SavedTables):
@@ -19,14 +26,26 @@ class StateTables(SavedTables):
 
     Args:
         state_dict: Of a module.
+        file: That it was read from, for errors.
+
+    Raises:
+        ValueError: A table's state has no valid structure.
     """
 
-    def __init__(self, state_dict: Mapping[str, Any]) -> None:
+    def __init__(self, state_dict: Mapping[str, Any], file: Path) -> None:
+        self._file = file
         self._states: dict[str, dict[str, Any]] = {}
-        for key, state in state_dict.items():
-            if key.endswith("_extra_state") and isinstance(state, dict) and "ids" in state:
+        for key, state in state_dict.items() if isinstance(state_dict, Mapping) else ():
+            if not isinstance(key, str) or not key.endswith("_extra_state"):
+                continue
+            if isinstance(state, dict) and "ids" in state:
                 module = key.removesuffix("._extra_state").removesuffix(".table")
-                self._states[state.get("name") or module or "table"] = state
+                name = str(state.get("name") or module or "table")
+                check_structure(state, self._where(name), _dim(state))
+                self._states[name] = state
+
+    def _where(self, name: str) -> str:
+        return f"{self._file}: state of table {name!r}"
 
     @override
     def names(self) -> list[str]:
@@ -49,19 +68,35 @@ class StateTables(SavedTables):
     @override
     def chunks(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
         state = self._states[name]
+        check_checksum(state, self._where(name))
         columns = {key: state[key] for key in table_state.row_columns(state)}
         columns |= {"weights": state["weights"], **state["slots"]}
         for start in range(0, max(len(state["ids"]), 1), num_rows):
             yield {key: column[start : start + num_rows] for key, column in columns.items()}
 
     @override
-    def check_fit(self, name: str, table: HashTable, strict: bool) -> None:
-        table_state.check_state(self._states[name], name, table.embedding_dim)
+    def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
+        state = self._states[name]
+        check_structure(state, self._where(name), table.embedding_dim)
+        check_checksum(state, self._where(name))
+        check_distinct(state, self._where(name))
 
     @override
-    def load(self, tables: dict[str, HashTable], progress: Progress) -> None:
+    def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
         for name, table in tables.items():
-            table.set_extra_state(self._states[name])
+            state = self._states[name]
+            if name != table.name:
+                state = {**state, "name": table.name}
+            if not how.optimizer_state:
+                state = {**state, "slots": {}, "num_updates": 0}
+            if state is not self._states[name]:
+                state.pop(CHECKSUM, None)  # that of the whole, which is checked
+            table.set_extra_state(state)
+
+
+def _dim(state: dict[str, Any]) -> int:
+    dim = state.get("embedding_dim")
+    return dim if isinstance(dim, int) and dim > 0 else 1
 
 
 __all__ = ["StateTables"]

@@ -18,6 +18,7 @@ from recis_lightning.checkpoint.commit import (
     Commit,
     Shard,
     file_name,
+    file_stems,
     sync_folder,
 )
 from recis_lightning.checkpoint.progress import Progress, on_rank_zero
@@ -26,6 +27,9 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable, hash_tables
+
+# More than so many tables of less than so many bytes each share files of about so many bytes.
+_MANY_TABLES, _SMALL_BYTES, _SHARED_BYTES = 64, 1 << 20, 1 << 26
 
 
 def tables_by_name(tables: nn.Module | Iterable[HashTable]) -> dict[str, HashTable]:
@@ -77,17 +81,19 @@ def write_shards(
     def write() -> dict[str, Shard]:
         directory.mkdir(parents=True, exist_ok=True)
         total = sum(map(_num_bytes, own.values()))
+        save = {"format": FORMAT, "save_id": save_id, "rank": rank, "world_size": world_size}
         with on_rank_zero(progress)("Saving tables", total) as on_progress:
-            shards = {
-                name: _write_table(directory, table, rank, world_size, save_id, on_progress)
-                for name, table in own.items()
-            }
+            shards: dict[str, Shard] = {}
+            for stem, names in _files_of(own).items():
+                file = directory / file_name(stem, rank, world_size, save_id)
+                shards |= _write_tables(file, [own[name] for name in names], save, on_progress)
         sync_folder(directory)
         return shards
 
     try:
         shards = collectives.gather(collectives.run_on_all_ranks(write))
     except BaseException:
+        # A rank that failed removes its own files; the others may still write theirs.
         for file in directory.glob(f"*.{rank}-of-{world_size}.{save_id}{SHARD_SUFFIX}"):
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -101,15 +107,49 @@ def _num_bytes(table: HashTable) -> int:
     return len(table) * (4 * table.storage.rows.row_words + 8 * (1 + table.storage.keeps_last_seen))
 
 
-def _write_table(
-    folder: Path,
-    table: HashTable,
-    rank: int,
-    world_size: int,
-    save_id: str,
-    on_progress: ProgressCallback,
-) -> Shard:
-    """Write this rank's rows of a table to a file of their own."""
+def _files_of(tables: Mapping[str, HashTable]) -> dict[str, list[str]]:
+    """Return the tables of each file, by the stem of its name.
+
+    A file is synced by itself, which takes milliseconds: many small tables share files.
+    """
+    small = [name for name, table in tables.items() if _num_bytes(table) < _SMALL_BYTES]
+    if len(small) <= _MANY_TABLES:
+        small = []
+    alone = file_stems(name for name in tables if name not in set(small))
+    files = {stem: [name] for name, stem in alone.items()}
+    num_bytes, number = 0, 0
+    for name in small:
+        # No stem of a table has a "+".
+        files.setdefault(f"tables+{number}", []).append(name)
+        num_bytes += _num_bytes(tables[name])
+        if num_bytes >= _SHARED_BYTES:
+            num_bytes, number = 0, number + 1
+    return files
+
+
+def _write_tables(
+    file: Path, tables: list[HashTable], save: dict[str, Any], on_progress: ProgressCallback
+) -> dict[str, Shard]:
+    """Write this rank's rows of tables to one file; return the shard of each."""
+    contents = [_contents(table, save["rank"], save["world_size"]) for table in tables]
+    if len(tables) == 1:
+        [(metadata, groups)] = contents
+        digest = write_shard(file, {**metadata, **save}, groups, on_progress)
+    else:
+        parts = [part for part, _ in contents]
+        prefixed = [
+            group.prefixed(str(number))
+            for number, (_, groups) in enumerate(contents)
+            for group in groups
+        ]
+        digest = write_shard(file, {**save, "parts": parts}, prefixed, on_progress)
+    return {part["table"]: Shard(file.name, part["rows"], *digest) for part, _ in contents}
+
+
+def _contents(
+    table: HashTable, rank: int, world_size: int
+) -> tuple[dict[str, Any], list[TensorGroup]]:
+    """Return what a file holds of a table: metadata, and this rank's rows."""
     ids, rows = table.ids_map()
     if world_size > 1 and table.needs_reshard:
         own = owner_of(ids, world_size) == rank
@@ -117,14 +157,11 @@ def _write_table(
     fields = _flat(table_state.saved_fields(table, rows))
     tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
     metadata = {key: value for key, value in fields.items() if key not in tensors}
-    metadata |= {"format": FORMAT, "save_id": save_id, "table": table.name, "rows": len(ids)}
-    metadata |= {"rank": rank, "world_size": world_size}
+    metadata |= {"table": table.name, "rows": len(ids)}
     columns = {"ids": ids, **{key: tensors.pop(key) for key in table_state.row_columns(tensors)}}
     groups = [_rows_group(table, rows, columns)]
     groups += [TensorGroup.of(name, tensor) for name, tensor in tensors.items()]
-    file = file_name(table.name, rank, world_size, save_id)
-    digest = write_shard(folder / file, metadata, groups, on_progress)
-    return Shard(file, len(ids), *digest)
+    return metadata, groups
 
 
 def _rows_group(table: HashTable, rows: Tensor, columns: dict[str, Tensor]) -> TensorGroup:

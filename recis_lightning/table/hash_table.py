@@ -566,7 +566,7 @@ class HashTable(nn.Module):
         if self.shard_reference is not None:
             return self.shard_reference
         table_state.refuse_many_ranks("saving a table")
-        return table_state.export(self)
+        return table_state.with_checksum(table_state.export(self))
 
     @writes
     def set_extra_state(self, state: dict[str, Any]) -> None:

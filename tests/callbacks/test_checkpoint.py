@@ -241,7 +241,7 @@ def test_an_async_checkpoint_ends_while_the_next_is_written(tmp_path, monkeypatc
 
     io = run.strategy.checkpoint_io
     run.save_checkpoint(tmp_path / "end.ckpt")
-    first = {file.name for file in folder.iterdir()}
+    first = {file.name for file in folder.glob("*.safetensors")}
     run.save_checkpoint(tmp_path / "end.ckpt")
     while held.files < 2:
         time.sleep(0.001)
@@ -301,18 +301,83 @@ def test_weight_averaging(tmp_path):
 
 
 def test_a_moved_checkpoint(tmp_path):
-    """The hook finds a folder that was moved with its file; without the hook it is an error."""
+    """A folder is found beside its file, with the hook and without it, and nowhere else."""
     model = Model()
     saving(tmp_path / "a", every=5).fit(model, ResumableLoader())
-    (tmp_path / "a").rename(tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    # Where it was written there is now another checkpoint.
+    saving(tmp_path / "a", every=5).fit(Model(seed=9), ResumableLoader())
     file = tmp_path / "b" / "step=5.ckpt"
-    again = resumed(tmp_path / "again", file)
-    assert differences(everything(model), everything(again)) == []
-    with pytest.raises(ValueError, match=r"a/step=5.ckpt.tables: this folder .* is missing; if it"):
-        Model.load_from_checkpoint(file)
-    shutil.rmtree(f"{file}.tables")
-    with pytest.raises(ValueError, match=r"b/step=5.ckpt.tables: this folder .* is missing"):
-        resumed(tmp_path / "again", file)
+    for hook in (True, False):
+        again = resumed(tmp_path / f"again {hook}", file, hook)
+        assert differences(everything(model), everything(again)) == []
+    expected = everything(Model.load_from_checkpoint(file))
+    other = Model(seed=3)
+    checkpoint.load(file, other)
+    loaded = everything(other)
+    assert [key for key in differences(expected, loaded) if not key.startswith("dense")] == []
+    # Renamed together.
+    renamed = file.rename(tmp_path / "b" / "best.ckpt")
+    (tmp_path / "b" / "step=5.ckpt.tables").rename(f"{renamed}.tables")
+    assert differences(expected, everything(Model.load_from_checkpoint(renamed))) == []
+    shutil.rmtree(f"{renamed}.tables")
+    missing = r"b/step=5.ckpt.tables: this folder .* is missing: copy or move it together"
+    for hook in (True, False):
+        with pytest.raises(ValueError, match=missing):
+            resumed(tmp_path / "again", renamed, hook)
+    with pytest.raises(ValueError, match=missing):
+        Model.load_from_checkpoint(renamed)
+
+
+def test_only_files_of_ours_are_removed(tmp_path):
+    """Others in the folder of shards, or with names like those of our unfinished files, stay."""
+    model, run = Model(), saving(tmp_path, every=100, save_top_k=0)
+    run.fit(model, ResumableLoader())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    others = ["end.ckpt.tables/model.safetensors", "end.ckpt.tables/model-00001-of-2.safetensors",
+              "end.ckpt.backup.part", "end.ckpt.0123456789abcdef.part"]  # fmt: skip
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert set(others) <= set(files_in(tmp_path))
+    assert len(files_in(tmp_path)) == len(others) + 4
+    run.strategy.remove_checkpoint(tmp_path / "end.ckpt")
+    assert sorted(files_in(tmp_path)) == sorted(others)
+
+
+def test_a_checkpoint_with_objects_takes_its_shards_along(tmp_path):
+    """A file that is not read without trusting it: the shards' headers tell whose they are."""
+
+    class Configured(Model):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["of the user"] = Configured
+
+    run = saving(tmp_path, every=100, save_top_k=0)
+    run.fit(Configured(), ResumableLoader())
+    Configured.__qualname__, Configured.__module__ = "Model", Model.__module__
+    for _ in range(2):
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        assert shards_of(tmp_path, "end.ckpt") == ALL
+    run.strategy.remove_checkpoint(tmp_path / "end.ckpt")
+    assert files_in(tmp_path) == []
+
+
+def test_two_trainers_that_save_to_one_path(tmp_path):
+    """While one has a save under way, the other's is an error that names it."""
+    held = HeldIO()
+    run = saving(tmp_path, every=100, save_top_k=0, settings={"plugins": [AsyncCheckpointIO(held)]})
+    run.fit(Model(), ResumableLoader())
+    other = saving(tmp_path, every=100, save_top_k=0)
+    other.fit(Model(seed=1), ResumableLoader())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(RuntimeError, match=rf"another save of this process \({os.getpid()} on "):
+        other.save_checkpoint(tmp_path / "end.ckpt")
+    held.go.set()
+    run.strategy.checkpoint_io.teardown()
+    checkpoint.read_table(tmp_path / "end.ckpt", "user")
+    other.save_checkpoint(tmp_path / "end.ckpt")
+    assert shards_of(tmp_path, "end.ckpt") == ALL
 
 
 def harm(file, table):
@@ -344,8 +409,7 @@ class OtherOptimizer(Model):
 class OtherDim(Model):
     def __init__(self, seed):
         super().__init__(seed=seed)
-        self.user.table.storage.embedding_dim = 5
-        self.user.table.clear()
+        self.user = type(self.user)(5)
 
 
 class OtherTables(Model):
@@ -369,6 +433,37 @@ def test_another_model_is_refused(tmp_path, kind, message):
     model.on_train_batch_start = lambda *_: pytest.fail("it trains")
     with pytest.raises(ValueError, match=message):
         resumed(tmp_path / "again", tmp_path / "step=5.ckpt", model=model)
+
+
+class FewerTables(Model):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+        self.more = nn.ModuleList([type(self.user)(2, name="more")])
+        del self.engine
+
+    def forward(self, batch):
+        user = self.user(batch["user"])
+        return self.tower(torch.cat([batch["numbers"], user, user, user], 1)).squeeze(1)
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_other_tables_without_strict_loading(tmp_path, caplog, hook):
+    """Those of both are loaded, others stay as they are, and the log says which."""
+    model = Model()
+    saving(tmp_path).fit(model, ResumableLoader())
+    other, loaded = FewerTables(seed=1), {}
+    other.strict_loading = False
+    other.on_test_start = lambda: loaded.update(user=other.user.table.ids())
+    hooks = [CheckpointHook()] if hook else []
+    trainer(tmp_path, *hooks).test(
+        other, loader(200), ckpt_path=tmp_path / "step=10.ckpt", verbose=False
+    )
+    rows = checkpoint.inspect(tmp_path / "step=10.ckpt")["user"].rows
+    assert [len(loaded["user"])] == rows
+    assert len(other.more[0].table) == 0
+    if hook:
+        assert "loaded the tables ['user'] of" in caplog.text
+        assert "no rows of ['more'], and the model has no tables ['item', 'tags']" in caplog.text
 
 
 def test_another_precision_is_refused(tmp_path):

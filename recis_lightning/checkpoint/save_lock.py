@@ -1,0 +1,271 @@
+"""Lock of a checkpoint's folder: one writer at a time, and a record of the saves it began.
+
+The lock is a file in the folder, held by ``flock`` as long as saves are under way, and removed
+after them. A process that is killed leaves it, without its hold: what it names is then removed by
+the next save, unless the checkpoint that is there names it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recis_lightning.checkpoint.commit import Commit, remove_files, remove_unfinished
+
+LOCK_FILE = ".recis_lightning.lock"
+_FORMAT = "recis_lightning.lock"
+# After this time, the lock of another host counts as left behind: a file system may keep what is
+# locked on one host from the others.
+_FOREIGN_SECONDS = 3600.0
+
+# Returns the commit of the checkpoint that is there now, None without a checkpoint; ValueError if
+# it cannot be read.
+CurrentCommit = Callable[[], Commit | None]
+
+_held: dict[Path, SaveLock] = {}  # by folder
+_guard = threading.RLock()
+
+
+class SaveLock:
+    """Hold on a folder, for one owner and any number of its saves; made by ``begin_save``.
+
+    Attributes:
+        owner: Who saves: the folder is refused to all others.
+        saves: ``save_id`` of saves under way.
+    """
+
+    def __init__(self, folder: Path, file: int, owner: object) -> None:
+        self.folder, self.owner, self.pid = folder, owner, os.getpid()
+        self.saves: set[str] = set()
+        self._file = file
+        self._note({"format": _FORMAT, "pid": self.pid, "host": socket.gethostname()})
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """Add a line to the lock's file; if the disk is full and no save is under way, let go."""
+        try:
+            os.write(self._file, (json.dumps(line) + "\n").encode())
+        except BaseException:
+            if not self.saves:
+                self.close()
+            raise
+
+    def begin(self, save_id: str) -> None:
+        """Note a save before its first file is written."""
+        self._note({"saving": save_id})
+        self.saves.add(save_id)
+
+    def replace(self, files: Iterable[str]) -> None:
+        """Note the files of the checkpoint that the next rename replaces."""
+        self._note({"replaces": sorted(files)})
+
+    def end(self, save_id: str) -> None:
+        """Forget a save that is a checkpoint now, or whose files were removed."""
+        self.saves.discard(save_id)
+        if self.saves:
+            with contextlib.suppress(OSError):
+                self._note({"ended": save_id})
+
+    def close(self) -> None:
+        """Remove the file and let others take the lock."""
+        with contextlib.suppress(OSError):
+            (self.folder / LOCK_FILE).unlink()
+        # A forked process has the descriptor too, and would keep the lock.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        os.close(self._file)
+
+
+def begin_save(folder: Path, save_id: str, owner: object, current: CurrentCommit) -> None:
+    """Take the lock of a folder for a save; remove what a killed save left there.
+
+    Args:
+        folder: Folder of the shard files; made if it is not there.
+        save_id: Random name of the save.
+        owner: Who saves; it may begin a save before its last one has ended.
+        current: Returns the commit of the checkpoint that is there.
+
+    Raises:
+        RuntimeError: Another process, or another owner in this one, saves to the folder.
+    """
+    folder = folder.resolve()
+    with _guard:
+        lock = _own_lock(folder)
+        if lock is None:
+            lock = _take(folder, owner, current)
+        elif lock.owner is not owner:
+            raise RuntimeError(
+                f"{folder}: another save of this process ({lock.pid} on {socket.gethostname()}) "
+                "writes to this checkpoint; let it end first, or save to another path"
+            )
+        lock.begin(save_id)
+        _held[folder] = lock
+
+
+def note_replaced(folder: Path, files: Iterable[str]) -> None:
+    """Note the files of the checkpoint that a save is about to replace: they are known after it."""
+    with _guard:
+        lock = _own_lock(folder.resolve())
+        if lock is not None:
+            lock.replace(files)
+
+
+def end_save(folder: Path, save_id: str) -> None:
+    """End a save; the last one gives the folder free. Does nothing if it ended before."""
+    folder = folder.resolve()
+    with _guard:
+        lock = _own_lock(folder)
+        if lock is None or save_id not in lock.saves:
+            return
+        lock.end(save_id)
+        if not lock.saves:
+            del _held[folder]
+            lock.close()
+
+
+def clear_killed_saves(folder: Path, current: CurrentCommit) -> None:
+    """Remove what killed saves left in a folder; the folder too, if nothing else is in it."""
+    with _guard, contextlib.suppress(OSError, RuntimeError):
+        if folder.resolve() not in _held:
+            if (folder / LOCK_FILE).exists():
+                _take(folder, None, current).close()
+            folder.rmdir()  # fails if it is not empty
+
+
+def _own_lock(folder: Path) -> SaveLock | None:
+    lock = _held.get(folder)
+    if lock is not None and lock.pid != os.getpid():  # of the process that this one was forked from
+        del _held[folder]
+        return None
+    return lock
+
+
+def _take(folder: Path, owner: object, current: CurrentCommit) -> SaveLock:
+    """Lock a folder that this process does not hold."""
+    file = _open_locked(folder)
+    try:
+        lines = list(_lines(folder, file))
+        holder = _holder(lines)
+        if holder and holder.get("host") != socket.gethostname():
+            age = time.time() - os.fstat(file).st_mtime
+            if age < _FOREIGN_SECONDS:
+                raise _busy(folder, holder)
+        _clear(folder, lines, current)
+    except BaseException:
+        os.close(file)
+        raise
+    return SaveLock(folder, file, owner)
+
+
+def _open_locked(folder: Path) -> int:
+    """Open and lock a folder's lock file, which another process may remove at any moment."""
+    path = folder / LOCK_FILE
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    for _ in range(100):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path, flags, 0o644)
+        except FileNotFoundError:  # the folder went, as an empty one
+            continue
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise ValueError(f"{path}: expected a regular file; remove it")
+            _lock(folder, file)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False)):
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+    raise RuntimeError(f"{path}: other processes took this lock a hundred times; try again")
+
+
+def _lock(folder: Path, file: int) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = _holder(list(_lines(folder, file)))
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise _busy(folder, holder) from None
+        # A file system without locks: the process that is named must be gone.
+        if holder.get("host") == socket.gethostname() and _is_alive(holder.get("pid")):
+            raise _busy(folder, holder) from None
+
+
+def _holder(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last line that a process wrote about itself; {} if none did."""
+    return next((line for line in reversed(lines) if "pid" in line), {})
+
+
+def _is_alive(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _busy(folder: Path, holder: dict[str, Any]) -> RuntimeError:
+    return RuntimeError(
+        f"{folder}: process {holder.get('pid', 'of unknown number')} on "
+        f"{holder.get('host', 'an unknown host')} saves to this checkpoint; let it end first, or "
+        f"save to another path (if it is gone, remove {LOCK_FILE} there)"
+    )
+
+
+def _lines(folder: Path, file: int) -> Iterator[dict[str, Any]]:
+    """Read the lines of a lock; ValueError if the file is none of ours."""
+    content = os.pread(file, os.fstat(file).st_size, 0)
+    for number, text in enumerate(content.splitlines()):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or (number == 0 and line.get("format") != _FORMAT):
+            if number:
+                continue  # cut short by a kill
+            raise ValueError(f"{folder / LOCK_FILE}: no lock of a checkpoint; remove it")
+        yield line
+
+
+def _clear(folder: Path, lines: list[dict[str, Any]], current: CurrentCommit) -> None:
+    """Remove the files of killed saves that a lock names, but not those of the checkpoint."""
+    try:
+        commit = current()
+    except ValueError:
+        return
+    named = None if commit is None else commit.save_id
+    kept = set() if commit is None else commit.files()
+    begun = {line["saving"] for line in lines if isinstance(line.get("saving"), str)}
+    begun -= {line.get("ended") for line in lines}
+    remove_unfinished(folder, begun - {named})
+    if named not in begun:  # no save of this lock replaced the checkpoint
+        return
+    for line in lines:
+        files = line.get("replaces")
+        if isinstance(files, list):
+            remove_files(folder, {name for name in files if isinstance(name, str)} - kept)
+
+
+__all__ = [
+    "LOCK_FILE",
+    "CurrentCommit",
+    "begin_save",
+    "clear_killed_saves",
+    "end_save",
+    "note_replaced",
+]
