@@ -1,8 +1,11 @@
 """RecIS's training hooks and dynamic embedding tables for PyTorch Lightning."""
 
 import sys
+import time
 
-from recis_lightning import checkpoint, trainer_bridge
+import torch
+
+from recis_lightning import admission, checkpoint, eviction, initializers, trainer_bridge
 from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
@@ -23,6 +26,20 @@ share_tables_with_averaged_models()
 trainer_bridge.register()
 set_shard_loader(SHARD_LOADER.load)
 hash_table.set_lookup(TableLookup())
+
+# Settings that save_hyperparameters puts into checkpoints, which load with weights_only=True:
+# classes with plain fields, whose construction does nothing else. TimeToLive has a clock,
+# time.time.
+torch.serialization.add_safe_globals(
+    [
+        EmbeddingOption,
+        *(admission.ReadOnly, admission.MinCount, admission.Probability, admission.BloomCount),
+        *(eviction.GlobalStepFilter, eviction.TimeToLive, eviction.MaxRows, eviction.MinNorm),
+        *(eviction.AnyOf, eviction.AllOf, time.time),
+        *(initializers.Constant, initializers.Uniform, initializers.Normal),
+        *(initializers.TruncatedNormal, initializers.XavierUniform, initializers.XavierNormal),
+    ]
+)
 
 # Pickles of 0.1.0 name modules by paths they had then.
 for _path, _module in {"hash_table": hash_table}.items():

@@ -7,7 +7,12 @@ name. A module configures its own optimizers, since it joins a dense and a spars
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from lightning.pytorch.cli import LightningCLI
 
@@ -17,6 +22,71 @@ import recis_lightning.callbacks
 import recis_lightning.eviction
 import recis_lightning.initializers
 import recis_lightning.optim  # noqa: F401
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+class _CLI(LightningCLI):
+    """LightningCLI that says in one line which setting of ours a file or an option has wrong."""
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer from the settings."""
+        with _settings_errors_in_a_line():
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with _settings_errors_in_a_line("configure_optimizers"):
+            super()._run_subcommand(subcommand)
+
+
+@contextmanager
+def _settings_errors_in_a_line(within: str | None = None) -> Iterator[None]:
+    """Exit with a line for an argument that a class of this package refuses.
+
+    Args:
+        within: Only errors that pass through a function of this name; None takes all.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = _refusal(error, within)
+        if message is None:
+            raise
+        print(f"python -m recis_lightning: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _refusal(error: BaseException, within: str | None) -> str | None:
+    """Return the message of an argument that a constructor of ours refused; None for others."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for one in reversed(chain):
+        frames = [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
+        if not isinstance(one, (TypeError, ValueError, ImportError)) or not frames:
+            continue
+        if within is not None and within not in {f.f_code.co_name for f in _frames(chain)}:
+            continue
+        if not frames[-1].f_code.co_filename.startswith(_PACKAGE):
+            continue
+        owners = [
+            type(frame.f_locals["self"]).__name__
+            for frame in frames
+            if frame.f_code.co_name in ("__init__", "__post_init__")
+            and frame.f_code.co_filename.startswith((_PACKAGE, "<string>"))
+            and "self" in frame.f_locals
+        ]
+        if owners:
+            return f"{owners[-1]}: {one}"
+    return None
+
+
+def _frames(chain: Sequence[BaseException]) -> Iterator[FrameType]:
+    """Yield all frames that the exceptions of a chain passed through."""
+    for error in chain:
+        yield from (frame for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def main(args: Sequence[str] | None = None) -> LightningCLI:
@@ -31,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
     Raises:
         SystemExit: An argument is invalid; with status 2 and a message.
     """
-    return LightningCLI(
+    return _CLI(
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "python -m recis_lightning"},
         auto_configure_optimizers=False,

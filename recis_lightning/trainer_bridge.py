@@ -11,9 +11,11 @@ import gc
 import sys
 import weakref
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from recis_lightning.lookup import surroundings
+from recis_lightning.optim.first_step import on_first_step
 from recis_lightning.table.hash_table import HashTable
 
 # Lightning's strategies that tables do not work under, and what to use for them. A strategy that
@@ -24,6 +26,8 @@ _REFUSED = {
     "FSDPStrategy": "it steps and saves an optimizer of sharded parameters only",
     "ModelParallelStrategy": "it steps and saves an optimizer of sharded parameters only",
 }
+
+_TRAINER_MODULES = ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer")
 
 
 class TrainerBridge:
@@ -65,8 +69,27 @@ class TrainerRunner:
 
 
 def register() -> None:
-    """Let sharded lookups ask the bridge."""
+    """Let sharded lookups ask the bridge, and Trainers be checked when tables first train."""
     surroundings.register(TrainerBridge())
+    on_first_step(_check_fit)
+
+
+def _check_fit(tables: Sequence[HashTable]) -> None:
+    """Warn of settings that do nothing in a Trainer that has no hook of ours to do so.
+
+    Hooks do it when ``fit`` starts, before any optimizer steps. The Trainer is the one that has
+    called the optimizer: to search for modules would take longer than many a step.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _TRAINER_MODULES:
+            trainer: Any = frame.f_locals.get("self")
+            if getattr(trainer, "lightning_module", None) is not None:
+                from recis_lightning.callbacks.fit_checks import check_fit
+
+                check_fit(trainer, trainer.lightning_module)
+                return
+        frame = frame.f_back
 
 
 def _check_strategy(strategy: Any) -> None:

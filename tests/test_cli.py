@@ -155,6 +155,29 @@ def test_a_value_that_an_option_refuses_is_named():
         main(["fit", "-c", str(MOVIELENS), "--model.init_args.embeddings", option])
 
 
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--model.init_args.embeddings", "{user: {embedding_dim: -3}}"],
+         "EmbeddingOption: embedding_dim: expected an int >= 1, got -3"),
+        (["--trainer.callbacks", "LoggerHook", "--trainer.callbacks.log_step", "0"],
+         "LoggerHook: log_step: expected an int >= 1, got 0"),
+        (["--model.init_args.embeddings",
+          "{user: {embedding_dim: 3, eviction: {class_path: GlobalStepFilter, "
+          "init_args: {filter_step: 0}}}}"],
+         "GlobalStepFilter: filter_step: expected an int >= 1, got 0"),
+        (["--model.init_args.sparse_optimizer.lr", "-1"],
+         "SparseAdamW: lr: expected a number >= 0.0, got -1.0"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_one_line(args, line, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "-c", str(MOVIELENS), *data_args(MOVIELENS), *args])
+    assert done.value.code == 2
+    said = [one for one in capsys.readouterr().err.splitlines() if "error:" in one]
+    assert said == [f"python -m recis_lightning: error: {line}"]
+
+
 def short_run(command: str, *args: str):
     return main(
         [

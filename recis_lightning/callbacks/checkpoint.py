@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
+from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.save_interception import intercept_saves
 from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_folder, wrap_io
@@ -49,9 +50,9 @@ class CheckpointHook(Hook):
 
     Raises:
         MisconfigurationException: The strategy writes checkpoints in its own way.
-        ValueError: On saving, two tables of one name, or a path that is no local file. On loading,
-            other tables, another dim, dtype or optimizer, or files that are missing, damaged or of
-            another save; no table has changed then.
+        ValueError: At the start of a run, two tables of one name. On saving, a path that is no
+            local file. On loading, other tables, another dim, dtype or optimizer, or files that are
+            missing, damaged or of another save; no table has changed then.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class CheckpointHook(Hook):
                 f"CheckpointHook: {type(strategy).__name__} writes checkpoints in its own way, and "
                 "tables would not be in them; use strategy='ddp' (or one device)"
             )
+        check_table_names("CheckpointHook", hash_tables(pl_module))
         self._module, self._loaded = pl_module, None
         self._save = vars(trainer).setdefault(_KEY, _ShardedSave(trainer))
         self._save.failing = False
@@ -76,11 +78,17 @@ class CheckpointHook(Hook):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers, made since, keep the state that was loaded."""
+        check_table_names("CheckpointHook", hash_tables(pl_module))  # configure_model made some
+        check_fit(trainer, pl_module)
         reader, self._loaded = self._loaded, None
         if reader is not None:
             reader.check_tables(
                 _tables_to_load(pl_module, reader), FitRules(), whole=pl_module.strict_loading
             )
+
+    def idle_reason(self, tables: Sequence[HashTable]) -> str | None:
+        """Return why there is nothing to do for a module's tables; None if there is something."""
+        return None if tables else "the module has no tables"
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
-from recis_lightning.callbacks.hook import Hook
+from recis_lightning.callbacks.hook import Hook, is_new_trainer
 from recis_lightning.distributed import collectives
 from recis_lightning.table.hash_table import HashTable, hash_tables, live_hash_tables
 
@@ -24,16 +25,20 @@ class HashTableFilterHook(Hook):
 
     Under a ``Trainer``, after each training batch, the step of every table of the module grows
     by one; when ``filter_interval`` batches have passed since the last filtering, each table
-    with an eviction policy evicts, and its number of rows before and after is logged (logger
-    ``recis_lightning.callbacks.filter``, INFO, rank 0). The first batch anchors the interval,
-    so filtering happens after batches ``1 + filter_interval``, ``1 + 2 * filter_interval``...
-    Validation, test and prediction count and evict nothing. With gradient accumulation a batch
-    is a micro-batch.
+    with an eviction policy evicts. If rows went, one line names the tables they went from, with the
+    numbers of rows of all ranks before and after (logger ``recis_lightning.callbacks.filter``,
+    INFO, rank 0): "Filtered 2 tables at step 501: item 1548 -> 1503, user 90 -> 88". The first
+    batch anchors the interval, so filtering happens after batches ``1 + filter_interval``, ``1 + 2
+    * filter_interval``... Validation, test and prediction count and evict nothing. With gradient
+    accumulation a batch is a micro-batch.
 
     In a loop written by hand, call ``after_step(None, global_step)`` after each step; it works
-    on every table alive in the process that has an eviction policy.
+    on every table alive in the process that has an eviction policy, except deep copies of tables
+    that are alive: a copy kept as the best model stays as it is. Without such a table it says so
+    once.
 
-    The position (number of batches, last filtering) is part of Lightning's checkpoints. One
+    The position (number of batches, last filtering) is part of Lightning's checkpoints; in
+    another Trainer the hook starts anew. One
     hook per Trainer: two would count each batch twice, so Lightning rejects them.
 
     Args:
@@ -61,6 +66,7 @@ class HashTableFilterHook(Hook):
         self.last_filter_step: int | None = None
         self._num_batches = 0
         self._tables: list[HashTable] | None = None  # the module's, during training
+        self._said_idle = False
 
     def reset_filter_interval(self, interval: int | None = 100) -> None:
         """Change the interval; the last filtering stays the anchor.
@@ -87,15 +93,40 @@ class HashTableFilterHook(Hook):
             self.last_filter_step = step
         tables = self._tables
         if tables is None:
-            tables = [table for table in live_hash_tables() if table.eviction is not None]
+            tables = self._live_tables()
         for table in tables:
             table.update_step()
         if self.filter_interval is None or step - self.last_filter_step < self.filter_interval:
             return
-        for table in tables:
-            if table.eviction is not None:
-                _evict(table, step)
+        _evict([table for table in tables if table.eviction is not None], step)
         self.last_filter_step = step
+
+    @property
+    def runs_eviction(self) -> bool:
+        """Whether this hook has tables evict."""
+        return self.filter_interval is not None
+
+    def idle_reason(self, tables: Sequence[HashTable]) -> str | None:
+        """Return why there is nothing to do for a module's tables; None if there is something."""
+        if self.filter_interval is None or any(table.eviction is not None for table in tables):
+            return None
+        return "no table of the module has an eviction policy"
+
+    def _live_tables(self) -> list[HashTable]:
+        """Return the tables of a loop written by hand."""
+        with_policy = [table for table in live_hash_tables() if table.eviction is not None]
+        tables = [table for table in with_policy if table.original is None]
+        if not tables and not self._said_idle:
+            self._said_idle = True
+            why = "deep copies of live tables" if with_policy else "none"
+            _log.warning("HashTableFilterHook has nothing to do: of tables with a policy %s", why)
+        return tables
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start anew in another Trainer."""
+        if stage == "fit" and is_new_trainer(self, trainer):
+            self._num_batches, self.last_filter_step, self._tables = 0, None, None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,17 +173,24 @@ def _check_interval(argument: str, interval: int | None) -> int | None:
     return check_int(argument, interval, least=1, alternative=" or None")
 
 
-def _evict(table: HashTable, step: int) -> None:
+def _evict(tables: Sequence[HashTable], step: int) -> None:
+    """Have tables evict, and log what went on all ranks in one line of rank 0."""
+    counts: list[tuple[str, int, int]] = []
+    for table in tables:
+        before = len(table)
+        counts.append((table.name, before, before - int(table.evict())))
+    ranks = collectives.gather(counts)
     if collectives.rank() > 0 or not _log.isEnabledFor(logging.INFO):
-        table.evict()
         return
-    before = len(table)
-    num_evicted = table.evict()
-    _log.info(
-        "Filtered table %r at step %d: %d -> %d rows (%d evicted)",
-        table.name,
-        step,
-        before,
-        len(table),
-        num_evicted,
-    )
+    changes = []
+    for index, (name, *_) in enumerate(counts):
+        # By hand, a rank may have other tables.
+        parts = [
+            rank[index] for rank in ranks if rank[index : index + 1] and rank[index][0] == name
+        ]
+        before, after = sum(part[1] for part in parts), sum(part[2] for part in parts)
+        if before != after:
+            changes.append(f"{name} {before} -> {after}")
+    if changes:
+        number = f"{len(changes)} table{'s' if len(changes) > 1 else ''}"
+        _log.info("Filtered %s at step %d: %s", number, step, ", ".join(changes))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import uuid
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from recis_lightning.callbacks.fit_checks import check_fit
+from recis_lightning.metrics import get_metrics
 
 __all__ = ["Hook"]
 
@@ -25,6 +29,8 @@ class _HookPoint(NamedTuple):
     before: bool
     arguments: tuple[str, ...] = ()
 
+
+_TRAINER = "_recis_lightning_trainer"  # on a Trainer and a hook: a name of the Trainer
 
 _EVALUATIONS = ("validation", "test", "predict")
 _HOOK_POINTS = {
@@ -112,11 +118,11 @@ class Hook(Callback):
 
     A RecIS method gets the values that its parameters name, in any order: ``trainer``,
     ``pl_module``, ``batch``, ``batch_idx``, ``outputs``, ``metrics`` (a copy of
-    ``trainer.callback_metrics``), ``global_step`` (also as ``gstep``); ``_`` is None,
-    and so is ``batch``, ``batch_idx`` or ``outputs`` where there is none (``outputs`` exist in
-    ``after_step`` only). Other parameters keep their defaults; ``**kwargs`` receives those
-    of these values that the method does not name, ``*args`` nothing. Parameters are read once,
-    when the class is defined.
+    ``trainer.callback_metrics``, and what ``add_metric`` registered, as it was given),
+    ``global_step`` (also as ``gstep``); ``_`` is None, and so is ``batch``, ``batch_idx`` or
+    ``outputs`` where there is none (``outputs`` exist in ``after_step`` only). Other parameters
+    keep their defaults; ``**kwargs`` receives those of these values that the method does not name,
+    ``*args`` nothing. Parameters are read once, when the class is defined.
 
     Raises:
         TypeError: A subclass is defined whose RecIS method has a parameter that cannot be
@@ -151,6 +157,10 @@ class Hook(Callback):
         for name in _EACH_BATCH:
             if getattr(type(self), name) is getattr(Callback, name):
                 vars(self)[name] = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once, whichever hook is first, of settings of tables that nothing acts on."""
+        check_fit(trainer, pl_module)
 
     def before_train(self, *args: Any, **kwargs: Any) -> None:
         """Run once before training, after the sanity check."""
@@ -188,7 +198,7 @@ class Hook(Callback):
 
         def value(name: str) -> Any:
             if name == "metrics":
-                return dict(trainer.callback_metrics)
+                return {**trainer.callback_metrics, **get_metrics()}
             if name == "global_step":
                 return trainer.global_step
             return values.get(name)
@@ -198,6 +208,16 @@ class Hook(Callback):
             *[value(name) for name in wanted.positional],
             **{parameter: value(name) for parameter, name in wanted.keywords},
         )
+
+
+def is_new_trainer(hook: Hook, trainer: Trainer) -> bool:
+    """Return whether a hook that had another Trainer is used in this one; to be asked in ``setup``.
+
+    Its state is then that of a finished run. What ``load_state_dict`` restores comes later.
+    """
+    token = vars(trainer).setdefault(_TRAINER, uuid.uuid4().hex)
+    before, vars(hook)[_TRAINER] = vars(hook).get(_TRAINER), token
+    return before is not None and before != token
 
 
 def batches_done(trainer: Any) -> int:

@@ -24,6 +24,7 @@ from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.log_values import log_values, to_host
 from recis_lightning.callbacks.training_clock import TrainingClock
+from recis_lightning.distributed import collectives
 from recis_lightning.metrics import get_metrics
 
 __all__ = ["LoggerHook", "loss_of"]
@@ -58,6 +59,8 @@ class LoggerHook(Hook):
     synchronised at most once for each line. With several ranks, all must register the same
     ``torchmetrics``, which gather when computed; other values, and the loss, are rank 0's.
 
+    In a loop written by hand, call ``after_step(metrics, global_step)`` after each step.
+
     Args:
         log_step: Training batches between lines, at least 1.
 
@@ -70,16 +73,54 @@ class LoggerHook(Hook):
         50
     """
 
+    # on_train_batch_end does the same under a Trainer.
+    _self_called = frozenset({"after_step"})
+
     def __init__(self, log_step: int = 10) -> None:
         super().__init__()
         self.log_step = check_int("log_step", log_step, least=1)
         self._clock = TrainingClock()
         self._lstep = 0
+        self._by_hand = False
         self._num_batches = 0  # in this window, as is the next
         self._num_samples: int | None = 0  # None: a batch of unknown size
 
     @override
+    def after_step(self, metrics: Mapping[str, Any] | None, gstep: int | Tensor) -> None:
+        """Count a step of a loop written by hand, and print a line if it is due.
+
+        Time is counted from the first call on, so the first line's ``qps`` leaves one step out.
+
+        Args:
+            metrics: Name -> value, shown in the line before what ``add_metric`` registered; or
+                None.
+            gstep: The global step, an int or a tensor of one element.
+
+        Raises:
+            TypeError: ``metrics`` is neither a mapping nor None.
+        """
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics: expected a dict or None, got {type(metrics).__name__}")
+        if not self._by_hand:
+            self._by_hand, self._lstep, self._num_batches = True, 0, -1
+            self._clock.start(None)
+        self._lstep += 1
+        self._num_batches += 1
+        if self._lstep % self.log_step:
+            self._clock.mark()
+            return
+        values = {**(metrics or {}), **_compute_metrics(collectives.world_size())}
+        on_host = to_host(values, torch.device("cpu"))
+        shown = {k: v for k, v in on_host.items() if v is not None and k not in _OWN_NAMES}
+        seconds = self._clock.lap()
+        qps = self._num_batches / seconds if seconds > 0 else math.inf
+        self._num_batches = 0
+        if collectives.rank() == 0:
+            _log.info("%s", _line(int(gstep), self._lstep, qps, shown))
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._by_hand = False
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
         self._clock.start(trainer)
@@ -138,9 +179,7 @@ class LoggerHook(Hook):
             rates["samples_per_sec"] = samples / seconds if seconds > 0 else math.inf
         values = {k: v for k, v in on_host.items() if v is not None and k not in _OWN_NAMES}
         if trainer.is_global_zero:
-            line = [f"<gstep={trainer.global_step}> <lstep={self._lstep}> <qps={rates['qps']:.4f}>"]
-            line += [f"<{name}={_format(value)}>" for name, value in values.items()]
-            _log.info("%s", " ".join(line))
+            _log.info("%s", _line(trainer.global_step, self._lstep, rates["qps"], values))
         if not is_registered and _module_logs(trainer, "loss"):
             values.pop("loss", None)
         numbers = {k: v for k, v in values.items() if _is_number(v)}
@@ -235,6 +274,11 @@ def _compute(metric: Metric | MetricCollection, world_size: int) -> Any:
     if world_size == 1 and not any(member.update_called for member in members):
         return None
     return metric.compute()
+
+
+def _line(gstep: int, lstep: int, qps: float, values: Mapping[str, Any]) -> str:
+    line = [f"<gstep={gstep}> <lstep={lstep}> <qps={qps:.4f}>"]
+    return " ".join(line + [f"<{name}={_format(value)}>" for name, value in values.items()])
 
 
 def _is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
-from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.callbacks.profiler_regions import RegionRecorder, end_open_regions
 from recis_lightning.distributed import collectives
 
@@ -34,11 +34,12 @@ class ProfilerHook(Hook):
 
     Each trace is a file ``{APP_ID}-timeline-{step}.json`` in ``output_dir`` for
     ``chrome://tracing`` or Perfetto: ``APP_ID`` is the environment variable, or ``local``
-    (what a file name cannot hold is replaced, and a long one is cut); ``step`` is the number of training batches done, counted over resumed runs; with several
-    ranks each writes its own, ``...-{step}-rank{rank}.json``. It holds CPU and device
-    activities with shapes, memory, Python stacks and FLOPs, Lightning's named regions
-    (``run_training_batch``, ``[Callback]...``) and the tables' ops (``recis::...``). A run that
-    ends or fails within a window writes a trace of the batches so far.
+    (what a file name cannot hold is replaced, and a long one is cut); ``step`` is the number of
+    training batches done, counted over resumed runs; with several ranks each writes its own,
+    ``...-{step}-rank{rank}.json``. It holds CPU and device activities with shapes, memory, Python
+    stacks and FLOPs, Lightning's named regions (``run_training_batch``, ``[Callback]...``) and the
+    tables' ops (``recis::...``). A run that ends or fails within a window writes a trace of the
+    batches so far.
 
     In a loop written by hand call ``before_train()`` (so that the first batch is in the first
     cycle), ``after_step(None, global_step)`` after each step, and ``end()``.
@@ -56,7 +57,7 @@ class ProfilerHook(Hook):
 
     Attributes:
         prof: The newest ``torch.profiler.profile``; None before the first window.
-        trace_paths: Files written by this hook, in order.
+        trace_paths: Files written by this hook under its Trainer, in order.
 
     Raises:
         TypeError: An argument is not an int.
@@ -107,6 +108,8 @@ class ProfilerHook(Hook):
         """
         if stage != "fit":
             return
+        if is_new_trainer(self, trainer):
+            self.prof, self.trace_paths = None, []
         owner: Any = trainer
         if isinstance(owner.profiler, PyTorchProfiler):
             raise MisconfigurationException(

@@ -6,26 +6,32 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
-from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.fit_checks import check_table_names
+from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.callbacks.log_values import TensorCache, log_histogram, log_values, to_host
 from recis_lightning.callbacks.logger import loss_of
 from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.report import TableReport, check_path
-from recis_lightning.monitoring.watch import TableFigures, TableMonitor
+from recis_lightning.monitoring.watch import FIGURES, TableFigures, TableMonitor
 from recis_lightning.table.hash_table import HashTable, hash_tables
 from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
 
 __all__ = ["MetricReportHook"]
 
 _log = logging.getLogger(__name__)
+
+# Few enough for a page of a logger: with all, seven tables make 124 charts.
+DEFAULT_FIGURES = ("rows", "admitted", "evicted", "nonfinite_rows", "ages", "norms")
+_HISTOGRAMS = ("ages", "norms")
 
 _ON_NAN = ("warn", "raise", "evict")
 _SHOWN_IDS = 10
@@ -35,11 +41,12 @@ class MetricReportHook(Hook):
     """Report size and turnover of every table, every ``interval`` training batches.
 
     Loggers get, once for each report and as exact numbers, ``table/{name}/{figure}`` for each table
-    and ``tables/{figure}`` for all of them over all ranks; ``TableMonitor`` of
-    ``recis_lightning.monitoring`` lists the figures. They are in ``trainer.callback_metrics`` too,
-    as float64. TensorBoard also gets histograms of ages (steps since a row was last seen) and of
-    norms. ``train_qps`` is training batches a second, without validation and the writing of
-    checkpoints; ``eval_qps`` batches of validation or test a second, at the end of each.
+    and ``tables/{figure}`` for all of them over all ranks, of the ``figures`` chosen;
+    ``TableMonitor`` of ``recis_lightning.monitoring`` lists those there are. They are in
+    ``trainer.callback_metrics`` too, as float64. TensorBoard also gets histograms of ages (steps
+    since a row was last seen) and of norms. ``train_qps`` is training batches a second, without
+    validation and the writing of checkpoints; ``eval_qps`` batches of validation or test a second,
+    at the end of each.
 
     A report reads all counters and scans about ``survey_rows`` rows of one table, in turn, so that
     its cost does not depend on the size of tables; the first report scans as many of every table.
@@ -58,6 +65,8 @@ class MetricReportHook(Hook):
         report: Path of the ``TableReport`` written when training ends or fails; ends in ``.html``
             or ``.png``. None writes no report.
         survey_rows: Rows scanned in each report, at least 1.
+        figures: Figures that loggers get, of each table and of all; None gives them all. The
+            history, and so the report, has all in any case. "ages" and "norms" are histograms.
 
     Attributes:
         monitor: Reader of the tables, with the ``history`` of what it read; ``watch`` is an alias.
@@ -77,6 +86,7 @@ class MetricReportHook(Hook):
         on_nan: Literal["warn", "raise", "evict"] = "warn",
         report: str | os.PathLike[str] | None = None,
         survey_rows: int = 1024,
+        figures: Sequence[str] | None = DEFAULT_FIGURES,
     ) -> None:
         super().__init__()
         self.interval = check_int("interval", interval, least=1)
@@ -84,6 +94,7 @@ class MetricReportHook(Hook):
             raise ValueError(f"on_nan: expected one of {_ON_NAN}, got {on_nan!r}")
         self.on_nan = on_nan
         self.report = None if report is None else os.fspath(check_path("report", report))
+        self.figures = None if figures is None else _check_figures(figures)
         self.monitor = TableMonitor([], check_int("survey_rows", survey_rows, least=1))
         self._clock = TrainingClock()
         self._resumed = False
@@ -101,6 +112,23 @@ class MetricReportHook(Hook):
     def history(self) -> RunHistory:
         """Figures reported so far."""
         return self.monitor.history
+
+    def idle_reason(self, tables: Sequence[HashTable]) -> str | None:
+        """Return why there is nothing to do for a module's tables; None if there is something."""
+        return None if tables else "the module has no tables"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the tables' names, and start anew in another Trainer.
+
+        Raises:
+            ValueError: Two tables have the same name.
+        """
+        check_table_names("MetricReportHook", hash_tables(pl_module))
+        if stage == "fit" and is_new_trainer(self, trainer):
+            self.monitor = TableMonitor([], self.monitor.survey_rows)
+            self._cache, self._resumed = TensorCache(), False
+            self._num_batches = self._first = self._window = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,15 +260,25 @@ class MetricReportHook(Hook):
     def _log(
         self, trainer: Trainer, figures: TableFigures, more: dict[str, float] | None = None
     ) -> None:
-        log_values(trainer, {**figures.values, **(more or {})}, exact=True, cache=self._cache)
+        logged = {**self._chosen(figures.values), **(more or {})}
+        log_values(trainer, logged, exact=True, cache=self._cache)
         for table_name in figures.surveyed:
             for kind, edges in (("norms", NORM_EDGES), ("ages", AGE_EDGES)):
                 name = f"table/{table_name}/{kind}"
-                if name in self.history.distributions:
+                if name in self.history.distributions and self._logs(kind):
                     log_histogram(trainer, name, edges, self.history.distributions[name])
         for table in self.monitor.tables:
             if figures.nonfinite.get(table.name):
                 self._handle_nonfinite(table, figures.nonfinite[table.name])
+
+    def _logs(self, figure: str) -> bool:
+        return self.figures is None or figure in self.figures
+
+    def _chosen(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the values of the figures that loggers get."""
+        if self.figures is None:
+            return values
+        return {name: values[name] for name in values if name.rpartition("/")[2] in self.figures}
 
     def _handle_nonfinite(self, table: HashTable, num_nonfinite: int) -> None:
         """Warn of non-finite rows, raise or remove them, by ``on_nan``.
@@ -269,3 +307,14 @@ class MetricReportHook(Hook):
             title = f"Tables of {type(trainer.lightning_module).__name__}"
             TableReport.of_monitor(self.monitor, title).write(self.report)
             _log.info("Wrote the report %s", self.report)
+
+
+def _check_figures(figures: Sequence[str]) -> tuple[str, ...]:
+    """Return names of figures, or raise if one is none."""
+    known = (*FIGURES, *_HISTOGRAMS)
+    if isinstance(figures, str) or not all(isinstance(figure, str) for figure in figures):
+        raise TypeError(f"figures: expected a sequence of names or None, got {figures!r}")
+    unknown = [figure for figure in figures if figure not in known]
+    if unknown:
+        raise ValueError(f"figures: expected some of {known}, got {unknown}")
+    return tuple(figures)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.trace.collect import TraceCollection
+from recis_lightning.trace.files import import_pyarrow
 from recis_lightning.trace.writer import TraceWriter, check_names
 
 __all__ = ["TraceHook"]
@@ -42,6 +43,7 @@ class TraceHook(Hook):
         queue_size: Steps that may wait to be written, at least 1.
 
     Raises:
+        ImportError: pyarrow is not installed.
         TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
 
     Example:
@@ -58,6 +60,7 @@ class TraceHook(Hook):
         queue_size: int = 16,
     ) -> None:
         super().__init__()
+        import_pyarrow()
         self.tensors = None if tensors is None else check_names(tensors)
         self.path = os.fspath(path)
         self.every = check_int("every", every, least=1)
@@ -65,6 +68,7 @@ class TraceHook(Hook):
         self._writer: TraceWriter | None = None
         self._collection: TraceCollection | None = None
         self._step = 0
+        self._said_empty = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A thread can be neither pickled nor copied.
@@ -77,7 +81,7 @@ class TraceHook(Hook):
         Raises:
             FileExistsError: The run is new and the folder holds traces.
         """
-        self._step = batches_done(trainer)
+        self._step, self._said_empty = batches_done(trainer), False
         self._writer = TraceWriter(
             self.path, self.tensors, rank=trainer.global_rank, queue_size=self.queue_size
         )
@@ -109,6 +113,15 @@ class TraceHook(Hook):
             return
         columns, self._collection = self._collection.close(), None
         assert self._writer is not None
+        missing = [name for name in self.tensors or () if name not in columns]
+        if missing:
+            raise ValueError(
+                f"tensors: step {self._step} added no {missing} by add_to_trace(name, tensor); it "
+                f"added {sorted([*columns, *columns.passed_over])}"
+            )
+        if not columns and self._writer.tensors is None and not self._said_empty:
+            self._said_empty = True
+            _log.warning("Nothing to trace: step %d called no add_to_trace", self._step)
         if columns or self._writer.tensors is not None:
             self._writer.write(self._step, columns, {"epoch": trainer.current_epoch})
 

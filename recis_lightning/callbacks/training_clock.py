@@ -20,11 +20,12 @@ class TrainingClock:
         self._running, self._pauses = False, 0
         self._elapsed = self._since = 0.0
 
-    def start(self, trainer: Trainer) -> None:
-        """Run from 0, and pause whenever the Trainer saves."""
+    def start(self, trainer: Trainer | None) -> None:
+        """Run from 0, and pause whenever the Trainer saves; None in a loop written by hand."""
         self._running, self._pauses, self._elapsed = True, 0, 0.0
         self._since = time.perf_counter()
-        intercept_saves(trainer, self._pause_during)
+        if trainer is not None:
+            intercept_saves(trainer, self._pause_during)
 
     def stop(self, trainer: Trainer) -> None:
         """Run no more."""

@@ -36,15 +36,15 @@ def read_table(
 
     Raises:
         ValueError: No such table or kind, no checkpoint, or a damaged one.
+        ImportError: pandas is asked for and not installed.
     """
     if kind not in ("numpy", "pandas"):
         raise ValueError(f"kind: expected 'numpy' or 'pandas', got {kind!r}")
+    pandas = _import_pandas() if kind == "pandas" else None
     chunks = list(_read_chunks(path, name, weights_only))
     arrays = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
-    if kind == "numpy":
+    if pandas is None:
         return arrays
-    import pandas
-
     columns: dict[str, Any] = {}
     for key, array in arrays.items():
         if array.ndim == 1:
@@ -72,9 +72,15 @@ def write_parquet(
 
     Raises:
         ValueError: As ``read_table`` does; no file is left then.
+        ImportError: pyarrow is not installed.
     """
-    import pyarrow
-    from pyarrow import parquet
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            "write_parquet needs pyarrow: pip install 'recis-lightning[trace]'"
+        ) from error
 
     target = Path(target)
     temporary = target.with_name(target.name + ".part")
@@ -98,6 +104,14 @@ def write_parquet(
             writer.close()
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _import_pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("read_table(kind='pandas') needs pandas: pip install pandas") from error
+    return pandas
 
 
 def _read_chunks(

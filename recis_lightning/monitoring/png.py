@@ -9,12 +9,23 @@ from typing import Any
 
 from recis_lightning.monitoring.charts import Chart, number
 
-__all__ = ["draw"]
+__all__ = ["check_matplotlib", "draw"]
 
 _COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#7a5fd0")
 _INK, _FAINT = "#333333", "#dddddd"
 _NAME_CHARS = 48
 _CHART_INCHES, _DPI, _MAX_PIXELS = (3.2, 2.2), 110, 30_000
+
+
+def check_matplotlib() -> None:
+    """Raise an ImportError that says what to install if matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "a report as a picture needs matplotlib: pip install 'recis-lightning[report]'; "
+            "a report that ends in .html does not"
+        ) from error
 
 
 def draw(title: str, names: Sequence[str], rows: Sequence[Sequence[Chart]], path: Path) -> None:
@@ -29,15 +40,11 @@ def draw(title: str, names: Sequence[str], rows: Sequence[Sequence[Chart]], path
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-    except ImportError as error:
-        raise ImportError(
-            "a report as a picture needs matplotlib: pip install 'recis-lightning[report]'; "
-            "a report that ends in .html does not"
-        ) from error
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
     width = max(len(row) for row in rows)
     inches = (_CHART_INCHES[0] * width, _CHART_INCHES[1] * len(rows) + 0.5)
     # Without pyplot, so that the caller's figures and settings stay as they are.

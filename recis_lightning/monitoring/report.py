@@ -15,6 +15,7 @@ from torch import nn
 from recis_lightning.monitoring.charts import MEMORY, Chart, number, run_charts, table_charts
 from recis_lightning.monitoring.checkpoint_history import read_run
 from recis_lightning.monitoring.history import RunHistory
+from recis_lightning.monitoring.png import check_matplotlib
 from recis_lightning.monitoring.svg import chart_svg
 from recis_lightning.monitoring.watch import TableMonitor
 from recis_lightning.table.hash_table import HashTable, hash_tables
@@ -185,10 +186,17 @@ def _report_of(source: Any) -> TableReport:
 
 
 def check_path(argument: str, path: str | os.PathLike[str]) -> Path:
-    """Return a report's path, or raise a ValueError if its suffix is no report's."""
+    """Return a report's path.
+
+    Raises:
+        ValueError: Its suffix is no report's.
+        ImportError: It is a picture, and matplotlib is not installed.
+    """
     target = Path(path)
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"{argument}: expected a path ending in .html or .png, got {str(path)!r}")
+    if target.suffix == ".png":
+        check_matplotlib()
     return target
 
 

@@ -19,10 +19,14 @@ from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES, RowSurvey
 
-__all__ = ["TableFigures", "TableMonitor", "TableWatch"]
+__all__ = ["FIGURES", "TableFigures", "TableMonitor", "TableWatch"]
 
 _STATISTICS = ("rows", "capacity", *MEMORY, *COUNTERS)  # summed over ranks
 _SUMS = (*_STATISTICS, "unique", "ids")  # of each table; the last two are those of a batch
+FIGURES = (
+    *(*_STATISTICS, "load", "unique_share", "rank_skew", "nonfinite_rows"),
+    *("norm_mean", "norm_max", "age_mean", "age_max"),
+)  # of a table
 _statistics_of = attrgetter(*_STATISTICS)
 _NUM_NORMS, _NUM_AGES = len(NORM_EDGES) - 1, len(AGE_EDGES) - 1
 _SURVEY_SIZE = 6 + _NUM_NORMS + _NUM_AGES  # numbers of an encoded survey

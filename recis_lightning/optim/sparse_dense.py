@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_anchors
+from recis_lightning.optim.table_updater import different
 from recis_lightning.table.anchor import Anchor
 
 
@@ -63,7 +64,15 @@ class SparseDenseOptimizer(Optimizer):
         self._group_parts = [
             part for part, optimizer in enumerate(self._parts) for _ in optimizer.param_groups
         ]
-        super().__init__(groups, dict(dense.defaults))
+        _name_apart(groups, len(dense.param_groups))
+        # The dense optimizer's defaults are not those of tables. Lightning's monitors read these
+        # two of every group, if one has them: tables without have none of either.
+        for group in groups[len(dense.param_groups) :]:
+            for name, none in (("betas", (0.0, 0.0)), ("weight_decay", 0.0)):
+                if name in dense.defaults:
+                    group.setdefault(name, none)
+        super().__init__(groups, {})
+        self.defaults = dict(dense.defaults)
         self._share()
 
     @property
@@ -137,8 +146,12 @@ class SparseDenseOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of all parts; rows and their state are in the module's state."""
+        names = [group.get("name") for group in self.param_groups]
         groups = with_anchors(state_dict["param_groups"], self.param_groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for name, group in zip(names, self.param_groups, strict=True):
+            if name is not None:
+                group["name"] = name  # that of another version may be there twice
         self._share()
         self.dense.__setstate__({"state": self.state, "param_groups": self.dense.param_groups})
         for optimizer in self.sparse:  # what an older state lacks
@@ -182,6 +195,14 @@ class SparseDenseOptimizer(Optimizer):
         self.dense.add_param_group(group)
         self.param_groups.append(self.dense.param_groups[-1])
         self._share()
+
+
+def _name_apart(groups: Sequence[dict[str, Any]], num_dense: int) -> None:
+    """Give groups of tables names that no other group has; Lightning calls the nameless pg1, ..."""
+    taken = [group.get("name", f"pg{number}") for number, group in enumerate(groups, start=1)]
+    for index in range(num_dense, len(groups)):
+        others = taken[:index] + [f"pg{number + 1}" for number in range(len(groups))]
+        groups[index]["name"] = taken[index] = different(taken[index], others)
 
 
 __all__ = ["SparseDenseOptimizer"]

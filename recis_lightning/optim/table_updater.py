@@ -15,6 +15,7 @@ from recis_lightning.arguments import check_bound
 from recis_lightning.distributed import collectives
 from recis_lightning.ops import row_update
 from recis_lightning.ops.row_update import Gradients
+from recis_lightning.optim.first_step import announce_first_step
 from recis_lightning.optim.fused_update import FusedUpdate
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
@@ -22,6 +23,7 @@ from recis_lightning.table.lock import TableLock, distinct_locks, writing
 from recis_lightning.table.versions import layout_version
 
 _ADVICE = "pass hash_tables(module)"
+_NAMED = 3  # tables of a group that its name lists
 
 
 class TableUpdater:
@@ -46,6 +48,7 @@ class TableUpdater:
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self._layout_version = -1  # of the tables' storage, for which the following is valid
         self._locks: Sequence[TableLock] = ()
+        self._announced = False  # that it steps
         self._updates: list[FusedUpdate] = []  # of all tables
         self._given_away: set[HashTable] = set()
         self._last_waiting: list[bool] = []  # which tables had gradients, when not all had
@@ -111,6 +114,9 @@ class TableUpdater:
         tables = self.tables
         if self._layout_version != layout_version():
             self._layout_version = layout_version()
+            if not self._announced:
+                self._announced = True
+                announce_first_step(tables)
             self._given_away = {table for table in tables if table.optimizer is not owner}
             self._updates = self._fuse([True] * len(tables))
             self._last_waiting = []
@@ -193,14 +199,14 @@ def make_updater(
         given = [{"params": given}]
     members: list[HashTable] = []
     member_groups: list[int] = []
-    param_groups = []
+    param_groups: list[dict[str, Any]] = []
     for index, group in enumerate(given):
         if not isinstance(group, dict) or "params" not in group:
             raise TypeError(f"tables: expected dicts with 'params', got {group!r}")
         joined = _read_tables(group["params"], members)
         members += joined
         member_groups += [index] * len(joined)
-        name = f"sparse{index}" if len(given) > 1 else "sparse"
+        name = different(_name_of(joined), [other["name"] for other in param_groups])
         anchors = [table.anchor for table in joined]
         param_groups.append({"name": name, **group, "params": anchors})
     updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value)
@@ -216,6 +222,31 @@ def _listed(tables: Any) -> list[Any]:
             f"tables: expected an iterable of HashTable, got {type(tables).__name__}; {_ADVICE}"
         )
     return list(tables)
+
+
+def different(name: str, taken: Sequence[str]) -> str:
+    """Return a name that is not taken: the given one, or that with a number.
+
+    Example:
+        >>> different("user", ["user", "user-2"])
+        'user-3'
+    """
+    number, answer = 1, name
+    while answer in taken:
+        number += 1
+        answer = f"{name}-{number}"
+    return answer
+
+
+def _name_of(tables: Sequence[HashTable]) -> str:
+    """Return the name of a group of tables, for loggers: those of a few tables, the first of many.
+
+    Example:
+        >>> _name_of([HashTable(2, name=name) for name in ("user", "item", "tags", "city")])
+        'user+3 more'
+    """
+    names = [table.name for table in tables]
+    return "+".join(names) if len(names) <= _NAMED else f"{names[0]}+{len(names) - 1} more"
 
 
 def _check_positive(name: str, bound: float | None) -> None:
@@ -238,4 +269,4 @@ def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
     return members
 
 
-__all__ = ["TableUpdater", "make_updater"]
+__all__ = ["TableUpdater", "different", "make_updater"]

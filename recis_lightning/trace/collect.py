@@ -30,11 +30,15 @@ class TraceCollection(dict[str, Any]):
 
     Args:
         names: Names to collect; None collects all.
+
+    Attributes:
+        passed_over: Names that were added and are not collected.
     """
 
     def __init__(self, names: Collection[str] | None) -> None:
         super().__init__()
         self.names = names
+        self.passed_over: set[str] = set()
 
     def open(self) -> TraceCollection:
         """Collect values that are added from now on."""
@@ -75,6 +79,8 @@ def add_to_trace(name: str, tensor: Any) -> None:
     for collection in _collections:
         if collection.names is None or name in collection.names:
             collection[name] = _copy(name, tensor)
+        else:
+            collection.passed_over.add(name)
 
 
 @contextmanager

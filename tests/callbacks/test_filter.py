@@ -1,5 +1,6 @@
 """HashTableFilterHook: steps of eviction, under a Trainer and in a loop written by hand."""
 
+import copy
 import logging
 from functools import partial
 
@@ -199,9 +200,10 @@ def test_the_position_survives_a_resume(make_trainer, evictions, tmp_path, stop)
 
 def test_a_hook_goes_on_counting_in_a_second_fit(make_trainer, evictions):
     hook = HashTableFilterHook(3)
-    model = Model([[1]] * 5)
-    for _ in range(2):
-        make_trainer(hook).fit(model)
+    model, trainer = Model([[1]] * 5), make_trainer(hook)
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(model)
     assert evictions == [("filtered", 4), ("filtered", 7), ("filtered", 10)]
 
 
@@ -214,7 +216,79 @@ def test_counts_before_and_after_are_logged(make_trainer, caplog):
     caplog.set_level(logging.INFO)
     make_trainer(HashTableFilterHook(3)).fit(Model([[1, 2], [2, 3], [3], [3], [3]]))
     lines = [r.getMessage() for r in caplog.records if r.name == filter_module.__name__]
-    assert lines == ["Filtered table 'filtered' at step 4: 3 -> 1 rows (2 evicted)"]
+    assert lines == ["Filtered 1 table at step 4: filtered 3 -> 1"]
+
+
+def test_a_filtering_is_one_line_and_only_if_rows_went(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    tables = [HashTable(2, name=name, eviction=GlobalStepFilter(2)) for name in "abc"]
+    for table, number in zip(tables, (3, 2, 1), strict=True):
+        table.insert(torch.arange(number), torch.ones(number, 2))
+    tables[2].pin(torch.tensor([0]))
+    hook = HashTableFilterHook(1)
+    hook._tables = tables
+    for step in range(6):
+        hook.after_step(None, step)
+    lines = [r.getMessage() for r in caplog.records if r.name == filter_module.__name__]
+    assert lines == ["Filtered 2 tables at step 2: a 3 -> 0, b 2 -> 0"]
+
+
+def test_the_line_has_the_rows_of_all_ranks(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    others = [("a", 10, 4), ("b", 5, 5)]
+    monkeypatch.setattr(collectives, "gather", lambda mine: [mine, others, others[:1]])
+    tables = [HashTable(2, name=name, eviction=GlobalStepFilter(1)) for name in "ab"]
+    hook = HashTableFilterHook(1)
+    hook._tables = tables
+    hook.after_step(None, 0)
+    hook.after_step(None, 1)
+    lines = [r.getMessage() for r in caplog.records if r.name == filter_module.__name__]
+    assert lines == ["Filtered 1 table at step 1: a 20 -> 8"]
+
+
+def test_by_hand_a_deep_copy_stays_as_it_is():
+    model = torch.nn.Sequential(DynamicEmbedding(2, eviction=GlobalStepFilter(1), name="m"))
+    hook = HashTableFilterHook(1)
+    model(torch.tensor([1, 2, 3]))
+    hook.after_step(None, 1)
+    best = copy.deepcopy(model)
+    for step in range(2, 6):
+        model(torch.tensor([9]))
+        hook.after_step(None, step)
+    assert hash_tables(model)[0].ids().tolist() == [9]
+    assert sorted(hash_tables(best)[0].ids().tolist()) == [1, 2, 3]
+    assert hash_tables(best)[0].step == 1
+    del model  # the copy takes its place
+    best(torch.tensor([7]))
+    for step in range(6, 9):
+        hook.after_step(None, step)
+    assert hash_tables(best)[0].step == 4
+
+
+def test_by_hand_without_a_table_it_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(filter_module, "live_hash_tables", list)
+    hook = HashTableFilterHook(1)
+    for step in range(3):
+        hook.after_step(None, step)
+    lines = [r.getMessage() for r in caplog.records if r.name == filter_module.__name__]
+    assert lines == ["HashTableFilterHook has nothing to do: of tables with a policy none"]
+
+
+def test_in_another_trainer_a_hook_starts_anew(make_trainer, evictions):
+    hook = HashTableFilterHook(3)
+    make_trainer(hook).fit(Model([[i] for i in range(5)]))
+    assert evictions == [("filtered", 4)]
+    evictions.clear()
+    make_trainer(hook).fit(Model([[i] for i in range(5)]))
+    assert evictions == [("filtered", 4)]
+    assert hook.state_dict() == {"num_batches": 5, "last_filter_step": 4}
+
+
+def test_state_that_was_loaded_by_hand_is_kept(make_trainer, evictions):
+    hook = HashTableFilterHook(3)
+    hook.load_state_dict({"num_batches": 10, "last_filter_step": 9})
+    make_trainer(hook).fit(Model([[i] for i in range(3)]))
+    assert evictions == [("filtered", 2)]
 
 
 def test_other_ranks_filter_in_silence(make_trainer, evictions, caplog, monkeypatch):

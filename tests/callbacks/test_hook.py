@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from recis_lightning.callbacks import Hook
+from recis_lightning.metrics import add_metric, clear_metrics
 from tests.helpers.quiet_trainer import quiet_trainer
 
 POINTS = (
@@ -321,3 +322,26 @@ def test_lightning_passes_over_what_a_hook_does_not_override():
     assert not callable(hook.on_after_backward)
     hook.on_before_backward(None, None, 3)
     assert hook.seen == 3
+
+
+def test_metrics_hold_what_add_metric_registered(tmp_path):
+    class Reading(Hook):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def after_step(self, metrics):
+            self.seen.append((metrics["auc"], "own" in metrics))
+
+    class Registering(BoringModel):
+        def training_step(self, batch, batch_idx):
+            add_metric("auc", batch_idx / 2)
+            self.log("own", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    hook = Reading()
+    try:
+        quiet_trainer(tmp_path, hook, limit_train_batches=3, limit_val_batches=0).fit(Registering())
+    finally:
+        clear_metrics()
+    assert hook.seen == [(0.0, True), (0.5, True), (1.0, True)]

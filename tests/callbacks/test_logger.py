@@ -445,3 +445,23 @@ def test_lines_do_not_tear_a_live_bar(make_trainer, clock, monkeypatch, capsys):
     assert "<gstep=2> <lstep=2> <qps=2.0000> <loss=2>\n" in captured.err
     # tqdm wipes its bar from the line before the line is printed, and draws it again after.
     assert "qps=2.000" in captured.out + captured.err
+
+
+def test_a_loop_written_by_hand(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    now = [100.0]
+    monkeypatch.setattr(training_clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    add_metric("auc", torch.tensor(0.5))
+    hook = LoggerHook(log_step=3)
+    try:
+        for step in range(11, 18):
+            now[0] += 0.5
+            hook.after_step({"loss": torch.tensor(float(step))}, torch.tensor(step))
+    finally:
+        clear_metrics()
+    assert [r.getMessage() for r in caplog.records if r.name == logger_module.__name__] == [
+        "<gstep=13> <lstep=3> <qps=2.0000> <loss=13> <auc=0.5>",
+        "<gstep=16> <lstep=6> <qps=2.0000> <loss=16> <auc=0.5>",
+    ]
+    with pytest.raises(TypeError, match="metrics: expected a dict or None, got int"):
+        hook.after_step(3, 18)

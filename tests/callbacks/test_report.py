@@ -4,6 +4,7 @@ import copy
 import csv
 import logging
 import math
+import sys
 from types import SimpleNamespace
 
 import lightning as L
@@ -80,7 +81,7 @@ def read_csv(logger, name):
 
 
 def test_loggers_get_every_figure_once_for_each_report(tmp_path, clock):
-    logger, hook = CSVLogger(tmp_path), MetricReportHook(interval=2)
+    logger, hook = CSVLogger(tmp_path), MetricReportHook(interval=2, figures=None)
     trainer = quiet_trainer(
         tmp_path, HashTableFilterHook(1), hook, logger=logger, limit_val_batches=0
     )
@@ -112,7 +113,8 @@ def test_the_first_report_has_every_figure_of_every_table(tmp_path):
             return super().training_step(batch, batch_idx) + 0 * self.more(batch).sum()
 
     logger = CSVLogger(tmp_path)
-    quiet_trainer(tmp_path, MetricReportHook(2), logger=logger, limit_val_batches=0).fit(Other())
+    hook = MetricReportHook(2, figures=None)
+    quiet_trainer(tmp_path, hook, logger=logger, limit_val_batches=0).fit(Other())
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
         first, *others = csv.DictReader(file)
     assert all(first.values())
@@ -160,6 +162,47 @@ def test_tensorboard_gets_64_bits_and_histograms(tmp_path, monkeypatch):
     assert [point.histogram_value.num for point in ages] == [4, 7, 7]
     assert [point.histogram_value.num for point in norms] == [4, 7, 7]
     assert [point.step for point in ages] == [2, 5, 6]
+
+
+def test_figures_are_few_unless_asked_for(tmp_path, clock):
+    logged = {}
+    for name, chosen in {"default": {}, "some": {"figures": ["load", "ages"]}}.items():
+        hook, loggers = MetricReportHook(3, **chosen), [TensorBoardLogger(tmp_path, name)]
+        quiet_trainer(tmp_path, hook, logger=loggers, limit_val_batches=0).fit(Model(clock))
+        events = EventAccumulator(loggers[0].log_dir, {"histograms": 0, "tensors": 0})
+        tags = events.Reload().Tags()
+        logged[name] = set(tags["tensors"]) | set(tags["histograms"])
+        assert hook.history.last("table/t/capacity") == 64  # the history has all
+    kinds = ("rows", "admitted", "evicted", "nonfinite_rows")
+    assert logged["default"] - {"hp_metric"} == {
+        *(f"{prefix}/{kind}" for prefix in ("table/t", "tables") for kind in kinds),
+        *("table/t/ages", "table/t/norms", "train_qps"),
+    }
+    assert logged["some"] - {"hp_metric"} == {
+        *("table/t/load", "tables/load", "table/t/ages", "train_qps")
+    }
+
+
+def test_a_figure_that_is_none():
+    with pytest.raises(ValueError, match=r"figures: expected some of .*'rows'.*, got \['row'\]"):
+        MetricReportHook(figures=["row"])
+    with pytest.raises(TypeError, match="figures: expected a sequence of names or None"):
+        MetricReportHook(figures="rows")
+
+
+def test_a_picture_without_matplotlib_is_refused_at_construction(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="needs matplotlib: pip install"):
+        MetricReportHook(report="r.png")
+    MetricReportHook(report="r.html")
+
+
+def test_in_another_trainer_a_hook_starts_anew(tmp_path):
+    hook = MetricReportHook(2)
+    quiet_trainer(tmp_path, hook, limit_val_batches=0).fit(Model())
+    quiet_trainer(tmp_path, hook, limit_val_batches=0).fit(Model(num_batches=4))
+    assert hook.history.steps == [2, 4]
+    assert hook.history.last("tables/admitted") == 5
 
 
 def warnings_of(caplog):

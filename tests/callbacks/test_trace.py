@@ -3,6 +3,7 @@
 import copy
 import errno
 import pickle
+import sys
 
 import lightning as L
 import pyarrow.parquet
@@ -71,7 +72,7 @@ def test_without_names_the_first_step_decides(tmp_path):
 
 def test_a_tensor_that_is_missing_stops_training(tmp_path):
     hook = TraceHook(["id", "scores"], tmp_path / "t")
-    with pytest.raises(ValueError, match=r"step 1: .*missing \['scores'\], not known \[\]"):
+    with pytest.raises(ValueError, match=r"step 1 added no \['scores'\]"):
         quiet_trainer(tmp_path, hook).fit(Model())
 
 
@@ -159,3 +160,22 @@ def test_a_hook_can_be_copied_and_pickled(tmp_path):
     hook = TraceHook(["id"], tmp_path / "t")
     for other in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
         assert (other.tensors, other.path, other.every) == (["id"], hook.path, 1)
+
+
+def test_a_name_that_no_step_adds_is_named_once_with_those_that_are(tmp_path, caplog):
+    words = r"tensors: step 1 added no \['nope'\] by add_to_trace.*; it added \['id', 'score'\]"
+    with pytest.raises(ValueError, match=words):
+        quiet_trainer(tmp_path, TraceHook(["nope", "id"], tmp_path / "t")).fit(Model())
+    assert not [record for record in caplog.records if "trace" in record.name]
+
+
+def test_nothing_to_trace_is_said_once(tmp_path, caplog):
+    quiet_trainer(tmp_path, TraceHook(None, tmp_path / "t")).fit(Model(names=()))
+    said = [r.getMessage() for r in caplog.records if r.name.endswith("callbacks.trace")]
+    assert said == ["Nothing to trace: step 1 called no add_to_trace"]
+
+
+def test_missing_pyarrow_is_found_at_construction(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="needs pyarrow: pip install"):
+        TraceHook(["id"], tmp_path / "t")

@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from recis_lightning import DynamicEmbedding, hash_tables
-from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
+from recis_lightning import DynamicEmbedding, HashTable, hash_tables
+from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD
+from tests.helpers.quiet_trainer import quiet_trainer
 from tests.helpers.sample_tables import EXTREMES as IDS
 
 
@@ -31,7 +35,7 @@ def test_both_parts_step_and_forget():
     optimizer.step()
     assert str(module.state_dict()) != str(before)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
-    assert optimizer.param_groups[1]["name"] == "sparse"
+    assert optimizer.param_groups[1]["name"] == "both"
     assert optimizer.state is optimizer.dense.state
     assert len(optimizer.state) == 2
 
@@ -115,3 +119,71 @@ def test_state_of_groups_without_anchors_loads():
     optimizer.load_state_dict(state)
     optimizer.sparse[0].load_state_dict(optimizer.sparse[0].state_dict())
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
+
+
+def test_groups_are_named_by_their_tables():
+    tables = [HashTable(2, name=name) for name in ("user", "item", "tags", "city", "zip")]
+    groups = [{"params": tables[:1]}, {"params": tables[1:]}]
+    assert [group["name"] for group in SparseAdam(groups).param_groups] == ["user", "item+3 more"]
+    assert SparseAdam(tables[:3]).param_groups[0]["name"] == "user+item+tags"
+    twice = [{"params": [HashTable(2, name="a")]}, {"params": [HashTable(2, name="a")]}]
+    assert [group["name"] for group in SparseAdam(twice).param_groups] == ["a", "a-2"]
+    named = SparseAdam([{"params": tables[:1], "name": "mine"}])
+    assert named.param_groups[0]["name"] == "mine"
+
+
+def test_a_sparse_group_has_no_defaults_of_the_dense_optimizer():
+    _, optimizer = dense_and_sparse()
+    assert set(optimizer.param_groups[1]) == {
+        *("params", "name", "lr", "betas", "eps", "weight_decay")
+    }
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert optimizer.defaults == optimizer.dense.defaults
+
+
+@pytest.mark.parametrize("kind", [SparseAdam, SparseSGD])
+def test_learning_rate_monitor_names_tables(tmp_path, kind):
+    class Model(BoringModel):
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ModuleList(HashTable(2, name=name) for name in ("pg1", "item"))
+
+        def configure_optimizers(self):
+            sparse = [kind([table], lr=0.25) for table in self.tables]
+            return SparseDenseOptimizer(torch.optim.AdamW(self.parameters(), lr=0.5), sparse)
+
+    monitor = LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+    settings = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1, "limit_val_batches": 0}
+    quiet_trainer(tmp_path, monitor, limit_train_batches=2, **settings).fit(Model())
+    prefix = "lr-SparseDenseOptimizer"
+    assert {name: values[-1] for name, values in monitor.lrs.items()} == {
+        f"{prefix}/pg1": 0.5,
+        f"{prefix}/pg1-2": 0.25,
+        f"{prefix}/item": 0.25,
+    }
+    momentum = 0.9 if kind is SparseAdam else 0.0
+    assert monitor.last_momentum_values[f"{prefix}/item-momentum"] == momentum
+    assert monitor.last_momentum_values[f"{prefix}/pg1-momentum"] == 0.9
+
+
+def test_learning_rate_monitor_of_a_lone_sparse_optimizer():
+    optimizer = SparseAdam([HashTable(2, name="user")])
+    (names,), _ = LearningRateMonitor()._find_names_from_optimizers(
+        [optimizer], [], {SparseAdam: 0}
+    )
+    assert names == ["lr-SparseAdam/user"]
+
+
+def test_a_state_of_earlier_names_is_loaded_under_those_of_now():
+    module = nn.Sequential(DynamicEmbedding(4, name="a"), DynamicEmbedding(4, name="b"))
+    sparse = [SparseAdam([table], lr=0.2) for table in hash_tables(module)]
+    dense = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer = SparseDenseOptimizer(dense, sparse)
+    state = optimizer.state_dict()
+    for group in state["param_groups"][1:]:
+        group |= {"name": "sparse", "lr": 0.7}
+    optimizer.load_state_dict(state)
+    assert [group["name"] for group in optimizer.param_groups[1:]] == ["a", "b"]
+    assert [group["lr"] for group in sparse[0].param_groups] == [0.7]

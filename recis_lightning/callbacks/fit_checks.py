@@ -1,0 +1,135 @@
+"""Warnings at the start of ``fit``: settings of tables that nothing in the run acts on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelSummary
+
+from recis_lightning.engine import EmbeddingEngine
+from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.table.hash_table import HashTable, hash_tables
+
+__all__ = ["check_fit", "check_table_names", "summary"]
+
+_log = logging.getLogger(__name__)
+
+_KEY = "_recis_lightning_checked"
+
+
+def check_fit(trainer: Any, module: Any) -> None:
+    """Warn once of each setting that does nothing, on rank 0; a second call for a run is silent.
+
+    Args:
+        trainer: The Trainer, whose optimizers are made.
+        module: Its LightningModule.
+    """
+    if vars(trainer).get(_KEY) is module:
+        return
+    vars(trainer)[_KEY] = module
+    if trainer.is_global_zero:
+        if any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
+            tables = hash_tables(module)
+            if tables:
+                _log.info("%s", summary(tables))
+        for warning in _warnings(trainer, module):
+            _log.warning("%s", warning)
+
+
+def summary(tables: Sequence[HashTable]) -> str:
+    """Return tables as lines, for which ``ModelSummary`` shows 0 parameters: rows are none.
+
+    Example:
+        >>> print(summary([HashTable(4, name="user"), HashTable(16, name="item")]))
+          | Table | Rows | Dim | Bytes
+        -----------------------------
+        0 | user  | 0    | 4   | ...
+        1 | item  | 0    | 16  | ...
+    """
+    lines: list[tuple[str, ...]] = [("", "Table", "Rows", "Dim", "Bytes")]
+    for number, table in enumerate(tables):
+        cells = (len(table), table.embedding_dim, table.nbytes)
+        lines.append((str(number), table.name, *(f"{cell:,}" for cell in cells)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def check_table_names(owner: str, tables: Sequence[HashTable]) -> None:
+    """Raise a ValueError if two tables have the same name.
+
+    Args:
+        owner: Of the check, for the message.
+        tables: The tables.
+    """
+    names = [table.name for table in tables]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{owner}: expected tables of different names, got {twice} more than once among "
+            f"{names}; give each a name (name='user')"
+        )
+
+
+def _warnings(trainer: Any, module: Any) -> Iterable[str]:
+    tables = hash_tables(module)
+    for callback in trainer.callbacks:
+        reason = getattr(callback, "idle_reason", None)
+        if reason is not None and (why := reason(tables)):
+            yield f"{type(callback).__name__} has nothing to do: {why}"
+    with_policy = [table for table in tables if table.eviction is not None]
+    if with_policy and not any(getattr(c, "runs_eviction", False) for c in trainer.callbacks):
+        yield (
+            f"{_list(with_policy)} an eviction policy that nothing runs: add "
+            "HashTableFilterHook(filter_interval=...) to the Trainer's callbacks"
+        )
+    bound = trainer.gradient_clip_val
+    unclipped = [
+        type(optimizer).__name__
+        for optimizer in _sparse_optimizers(trainer)
+        if optimizer.clip_grad_norm is None and optimizer.clip_grad_value is None
+    ]
+    if bound and unclipped:
+        wanted = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
+        yield (
+            f"gradient_clip_val={bound} clips dense parameters and no tables: give "
+            f"{', '.join(unclipped)} clip_grad_{wanted}={bound} too"
+        )
+    untrained = [t for t in tables if t.optimizer is None and getattr(t, "trainable", True)]
+    if untrained and trainer.optimizers:
+        yield (
+            f"{_list(untrained)} no optimizer and will not be trained{_features(module, untrained)}"
+            ": give it to a sparse optimizer, SparseAdamW(hash_tables(self), lr=...), or set "
+            "trainable=False"
+        )
+
+
+def _sparse_optimizers(trainer: Any) -> list[SparseOptimizer]:
+    found: list[SparseOptimizer] = []
+    for optimizer in trainer.optimizers:
+        parts = getattr(optimizer, "sparse", [optimizer])
+        found += [part for part in parts if isinstance(part, SparseOptimizer)]
+    return found
+
+
+def _list(tables: Sequence[HashTable]) -> str:
+    names = ", ".join(repr(table.name) for table in tables)
+    return f"Table {names} has" if len(tables) == 1 else f"Tables {names} have"
+
+
+def _features(module: Any, tables: Sequence[HashTable]) -> str:
+    """Name the features of engines that read tables under other names."""
+    names = {table.name for table in tables}
+    features = [
+        feature
+        for part in module.modules()
+        if isinstance(part, EmbeddingEngine)
+        for feature, option in part.options.items()
+        if (option.table or feature) in names and feature not in names
+    ]
+    return f" (features {', '.join(map(repr, features))} too)" if features else ""
