@@ -11,6 +11,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from recis_lightning.admission import Admission, Screening
-from recis_lightning.arguments import check_dtype, check_embedding_dim, check_ids, check_int
+from recis_lightning.arguments import (
+    check_dtype,
+    check_embedding_dim,
+    check_ids,
+    check_int,
+    check_seed,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
@@ -43,6 +50,7 @@ from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
 from recis_lightning.table.storage import Storage
+from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import layout_version
 
 _live: weakref.WeakValueDictionary[int, HashTable] = weakref.WeakValueDictionary()
@@ -103,13 +111,13 @@ class HashTable(nn.Module):
             ("initializer", initializer, Initializer),
             ("admission", admission, Admission | None),
             ("eviction", eviction, Eviction | None),
-            ("seed", seed, int),
             ("name", name, str | None),
         ):
             if not isinstance(value, kind):
                 wanted = getattr(kind, "__name__", str(kind))
                 raise TypeError(f"{argument}: expected {wanted}, got {value!r}")
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
+        check_seed(seed)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -225,9 +233,18 @@ class HashTable(nn.Module):
         return self.storage.step
 
     def update_step(self, n: int = 1) -> None:
-        """Advance ``step`` by ``n``."""
+        """Advance ``step`` by ``n``.
+
+        Raises:
+            ValueError: ``step`` would not be an int64.
+        """
         fields = self.storage.header.fields
-        fields[STEP] = fields.item(STEP) + int(n)  # two times as fast as +=
+        try:
+            fields[STEP] = fields.item(STEP) + int(n)  # two times as fast as +=
+        except OverflowError:
+            raise ValueError(
+                f"n: expected an int that keeps the step below 2**63, got {n!r} at {self.step}"
+            ) from None
 
     @property
     def num_updates(self) -> int:
@@ -374,14 +391,23 @@ class HashTable(nn.Module):
         storage, rows = self.storage, self._find(ids)
         gone = torch.zeros(storage.rows.num_rows, dtype=torch.bool, device=self.device)
         gone[rows[rows >= 0]] = True
-        for record in self.pending:
-            record.forget(storage.header, gone)
-        return storage.remove_rows(gone)
+        with storage.undo() as undo:
+            for record in self.pending:
+                undo.on_failure(partial(record.rows.copy_, record.rows.clone()))
+                record.forget(storage.header, gone)
+            return storage.remove_rows(gone, undo)
 
     def clear(self) -> None:
         """Remove all ids, admission counts and pending gradients; step and optimizer stay."""
-        self.pending.clear()  # a record may still serve other tables, and a retained graph
-        self.storage.clear()
+        with self.undo():
+            self.pending.clear()  # a record may still serve other tables, and a retained graph
+            self.storage.clear()
+
+    def undo(self) -> Undo:
+        """Return a context in which a change of the table is undone if it does not succeed."""
+        undo, pending = self.storage.undo(self, self.evictor), list(self.pending)
+        undo.on_failure(lambda: self.pending.__setitem__(slice(None), pending))
+        return undo
 
     def compact(self) -> None:
         """Give back the memory of rows and entries that are not needed for the ids there are.
@@ -532,8 +558,9 @@ class HashTable(nn.Module):
             self._move(device)
         if probe.dtype is not self.dtype:
             state = table_state.export(self)
-            self.storage.set_dtype(probe.dtype)
-            table_state.load(self, state)
+            with self.undo():
+                self.storage.set_dtype(probe.dtype)
+                table_state.load(self, state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -553,11 +580,12 @@ class HashTable(nn.Module):
         table_state.fill(new, state)
         new.header.read_counts()[NUM_REFUSED] = old.header.read_counts()[NUM_REFUSED]
         new.header.publish_counts()
-        # Row numbers that a lookup noted are void, whichever storage it asks about them.
-        old.generation = new.generation = old.generation + 1
-        self.storage = self.evictor.storage = new
-        self.pending.clear()
-        self.needs_reshard = True
+        with self.undo():
+            # Row numbers that a lookup noted are void, whichever storage it asks about them.
+            old.generation = new.generation = old.generation + 1
+            self.storage = self.evictor.storage = new
+            self.pending.clear()
+            self.needs_reshard = True
 
 
 # Made anew; storage and pins are filled from the saved state.

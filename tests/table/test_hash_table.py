@@ -246,3 +246,15 @@ def test_initial_rows_depend_on_seed_name_and_id_only():
     assert not torch.equal(rows(), rows(name="b"))
     assert not torch.equal(rows(), rows(seed=1))
     assert rows().unique().numel() == 16
+
+
+@pytest.mark.parametrize("steps", [2**63, 2**64, -(2**64)])
+def test_a_step_beyond_int64_is_refused(steps):
+    """And the step stays."""
+    table = HashTable(2)
+    table.update_step(5)
+    with pytest.raises(ValueError, match=r"n: expected an int that keeps the step below 2\*\*63"):
+        table.update_step(steps)
+    assert table.step == 5
+    with pytest.raises(ValueError, match="seed: expected an int in"):
+        HashTable(2, seed=2**64)
