@@ -73,12 +73,12 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
-    """Return ``ids`` if it is an int64 tensor, else raise."""
+    """Return ``ids``, with its sign resolved, if it is an int64 tensor, else raise."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected an int64 Tensor, got {type(ids).__name__}")
     if ids.dtype is not torch.int64:
         raise TypeError(f"{name}: expected dtype torch.int64, got {ids.dtype}")
-    return ids
+    return ids.resolve_neg()
 
 
 def check_padding_idx(padding_idx: int | None) -> int | None:

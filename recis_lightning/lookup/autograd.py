@@ -23,6 +23,7 @@ from recis_lightning.table.hash_table import HashTable
 _is_trainable, _generation, _dtype = map(attrgetter, ("trainable", "generation", "dtype"))
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
+_is_neg: Any = Tensor.is_neg
 _ANCHOR = torch.zeros((), requires_grad=True)  # makes autograd call us; never gets a gradient
 
 
@@ -116,6 +117,8 @@ def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Te
         tensors = [tensors[feature] for feature in features]
     if set(map(_dtype, tensors)) - {torch.float32}:
         tensors = [tensor.float() for tensor in tensors]
+    if any(map(_is_neg, tensors)):
+        tensors = [tensor.resolve_neg() for tensor in tensors]
     strides = list(map(_stride, tensors))
     if not all(inner == 1 for _, inner in strides):
         tensors = [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in tensors]

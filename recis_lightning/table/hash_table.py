@@ -376,7 +376,8 @@ class HashTable(nn.Module):
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
                 f"got {tuple(embeddings.shape)}"
             )
-        weights = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
+        weights = embeddings.detach().to(self.device, self.dtype).resolve_neg()
+        weights = weights.reshape(-1, self.embedding_dim)
         self.needs_reshard = True
         insert_rows(self.storage, self.evictor.readmissions, flat, weights)
 

@@ -269,7 +269,8 @@ def _replace(
 
 def fill(storage: Storage, state: dict[str, Any]) -> None:
     """Fill an empty storage with a whole state; weights are converted to its dtype."""
-    weights, slots = state["weights"].to(storage.dtype), state["slots"]
+    weights = state["weights"].to(storage.dtype).resolve_neg()
+    slots = {name: slot.resolve_neg() for name, slot in state["slots"].items()}
     words = {name: slot.shape[1] for name, slot in slots.items()}
     _fill(storage, state, words, lambda rows: storage.rows.write(rows, weights, slots))
 
@@ -283,7 +284,7 @@ def _fill(
     storage.set_slots(slots, state["state_fill"])
     fields, device = storage.header.fields, storage.device
     fields[STEP], fields[NUM_UPDATES] = state["step"], state["num_updates"]
-    ids = state["ids"].to(device).contiguous()
+    ids = state["ids"].to(device).contiguous().resolve_neg()
     segments = storage.segments(ids, insert=True)
     # No initial rows: all of each is written.
     rows, _ = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], device)
