@@ -1,6 +1,7 @@
 # Every target first creates .venv if it is missing or out of date.
 #   make demo    train on MovieLens-100k with all three hooks; print results and plot the run
 #   make test    run the tests (those that need a GPU only if CUDA is available)
+#   make test-all  run the tests that take minutes too
 #   make check   run ruff, mypy and import-linter
 #   make bench   run every benchmark, then print one table and draw one chart of the results
 #   make clean   remove caches and outputs of runs (not .venv, not downloaded data)
@@ -16,7 +17,7 @@ PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cl
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean venv
+.PHONY: help demo test test-all check bench clean venv
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,7 +48,10 @@ demo: $(STAMP)
 	@TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m examples.deepfm.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

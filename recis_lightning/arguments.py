@@ -17,18 +17,22 @@ _Class = TypeVar("_Class", bound=type)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check_int(name: str, value: int, least: int, alternative: str = "") -> int:
-    """Return ``value`` if it is an int >= ``least``, else raise.
+MAX_INT = 2**63 - 1  # of an int64
+
+
+def check_int(name: str, value: int, least: int, alternative: str = "", most: int = MAX_INT) -> int:
+    """Return ``value`` if it is an int in [least, most], else raise.
 
     Args:
         name: Of the argument.
         value: Of the argument.
         least: Smallest valid value.
         alternative: Other valid values, named in the error; the caller accepts them itself.
+        most: Largest valid value.
 
     Raises:
         TypeError: ``value`` is no int.
-        ValueError: ``value`` is below ``least``.
+        ValueError: ``value`` is out of range.
 
     Example:
         >>> check_int("filter_interval", 0, least=1, alternative=" or None")
@@ -40,7 +44,19 @@ def check_int(name: str, value: int, least: int, alternative: str = "") -> int:
         raise TypeError(message)
     if value < least:
         raise ValueError(message)
+    if value > most:
+        bound = "2**63 - 1" if most == MAX_INT else str(most)
+        raise ValueError(f"{name}: expected an int <= {bound}{alternative}, got {value!r}")
     return value
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed`` if it is an int in [-2**63, 2**64), as torch takes it, else raise."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected int, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an int in [-2**63, 2**64), got {seed!r}")
+    return seed
 
 
 def check_str(name: str, value: str) -> str:
@@ -87,7 +103,7 @@ def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
         ids = ids.long()
     if type(ids) is not Tensor or ids.layout is not torch.strided:
         check_strided(ids, name)
-    return ids
+    return ids.resolve_neg() if ids.is_neg() else ids
 
 
 def check_strided(tensor: Tensor, name: str) -> None:
@@ -261,6 +277,7 @@ HINTS = {
 
 __all__ = [
     "HINTS",
+    "MAX_INT",
     "check_bound",
     "check_dtype",
     "check_embedding_dim",
@@ -269,6 +286,7 @@ __all__ = [
     "check_kernels_may_run",
     "check_kinds",
     "check_padding_idx",
+    "check_seed",
     "check_str",
     "check_strided",
     "explain_arguments",

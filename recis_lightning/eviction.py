@@ -89,6 +89,11 @@ class Eviction(ABC):
         """Clock in seconds for "last_time"; None means ``time.time``."""
         return None
 
+    @property
+    def max_jump(self) -> float | None:
+        """Largest advance of the clock between two readings, in seconds; see ``TimeToLive``."""
+        return None
+
     @abstractmethod
     def expired(self, rows: RowColumns) -> Tensor:
         """Return bool [rows], true where a row is to be evicted.
@@ -155,25 +160,39 @@ class TimeToLive(Eviction):
     than ``seconds`` ago. A saved table holds ages, not times: when a run is resumed, a row has the
     age that it had when it was saved.
 
+    A table reads the clock in every training lookup and every eviction. If it jumps forward from
+    one reading to the next, all rows would be too old at once: so ``max_jump`` bounds what counts,
+    and a warning is logged once. Without it ``time.time`` is bounded by what ``time.monotonic``
+    shows (a clock that is set, or a machine that slept, ages nothing), and other clocks are not.
+
     Args:
         seconds: Largest age of a row, a number > 0.
         clock: Function that returns the time in seconds.
+        max_jump: Largest advance of the clock between two readings, in seconds, a number > 0.
 
     Raises:
-        ValueError: ``seconds`` is not above 0.
+        TypeError, ValueError: An argument is of a wrong type or out of range.
     """
 
     columns: ClassVar[frozenset[str]] = frozenset({"last_time"})
     seconds: float
     clock: Callable[[], float] = time.time
+    max_jump: float | None = None
 
     def __post_init__(self) -> None:
-        check_bound("seconds", self.seconds)
-        if not self.seconds > 0:
-            raise ValueError(f"seconds: expected a number > 0, got {self.seconds!r}")
+        for name in ("seconds", "max_jump"):
+            value = getattr(self, name)
+            if name == "max_jump" and value is None:
+                continue
+            check_bound(name, value)
+            if not value > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+        if not callable(self.clock):
+            raise TypeError(f"clock: expected a function without arguments, got {self.clock!r}")
 
     def __repr__(self) -> str:
-        return f"TimeToLive(seconds={self.seconds!r})"
+        bound = "" if self.max_jump is None else f", max_jump={self.max_jump!r}"
+        return f"TimeToLive(seconds={self.seconds!r}{bound})"
 
     @property
     @override
@@ -270,6 +289,11 @@ class _Composition(Eviction):
     @override
     def time_source(self) -> Callable[[], float] | None:
         return next((p.time_source for p in self.members if p.time_source is not None), None)
+
+    @property
+    @override
+    def max_jump(self) -> float | None:
+        return min((p.max_jump for p in self.members if p.max_jump is not None), default=None)
 
     @override
     def expired(self, rows: RowColumns) -> Tensor:

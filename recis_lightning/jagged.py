@@ -135,6 +135,7 @@ def read_features(features: Mapping[str, Any], names: Sequence[str]) -> FeatureB
         and set(map(Tensor.dim, given)) == {1}  # a nested one has two at least
         and set(map(_dtype, given)) == {torch.int64}
         and all(map(Tensor.is_contiguous, given))
+        and not any(map(Tensor.is_neg, given))
     ):
         return FeatureBags(given)
     return FeatureBags.of(list(map(read_bags, given, names)))
@@ -161,7 +162,7 @@ def read_bags(feature: Any, name: str) -> Bags:
             and feature.is_contiguous()
         ):
             size = feature.numel()
-            return Bags(feature, size, 1, None, None, (size,))
+            return Bags(feature.resolve_neg(), size, 1, None, None, (size,))
         return _read_dense(feature, None, name)
     if isinstance(feature, Jagged):
         return _read_jagged(feature, name)
@@ -194,9 +195,9 @@ def _read_dense(ids: Any, weights: Any, name: str) -> Bags:
     ids = check_ids(ids, name)
     shape = tuple(ids.shape)
     if len(shape) == 1:
-        flat, num_bags, length = ids.contiguous(), shape[0], 1
+        flat, num_bags, length = ids.contiguous().resolve_neg(), shape[0], 1
     else:
-        flat = ids.reshape(-1).contiguous()
+        flat = ids.reshape(-1).contiguous().resolve_neg()
         num_bags, length = _product(shape[:-1]), shape[-1] if shape else 1
     return Bags(flat, num_bags, length, None, _read_weights(weights, shape, name), shape)
 
@@ -219,12 +220,10 @@ def _read_jagged(feature: Jagged, name: str) -> Bags:
     if offsets.numel() == 1 and values.numel():
         raise ValueError(f"{name}.offsets: no bags, but {values.numel()} values")
     weights = _read_weights(weights, tuple(values.shape), name)
-    flat = values.contiguous()
-    owns_offsets = offsets is not given
-    return Bags(
-        *(flat, offsets.numel() - 1, -1, offsets.contiguous(), weights, None),
-        owns_offsets=owns_offsets,
-    )
+    # Kernels are given addresses, and know nothing of signs that torch has yet to apply.
+    flat, owns_offsets = values.contiguous().resolve_neg(), offsets is not given
+    offsets = offsets.contiguous().resolve_neg()
+    return Bags(*(flat, offsets.numel() - 1, -1, offsets, weights, None), owns_offsets=owns_offsets)
 
 
 def _read_nested(feature: Tensor, name: str) -> Bags:

@@ -13,6 +13,7 @@ from recis_lightning.arguments import (
     check_ids,
     check_int,
     check_padding_idx,
+    check_seed,
     check_str,
 )
 
@@ -52,3 +53,22 @@ def test_valid_values_are_returned():
 def test_errors_name_argument_and_value(check, error, message):
     with pytest.raises(error, match=message):
         check()
+
+
+@pytest.mark.parametrize("value", [2**63, 2**64, 10**30])
+def test_ints_beyond_int64_are_refused_where_they_are_given(value):
+    """Not when a kernel or a tensor gets them."""
+    with pytest.raises(ValueError, match=rf"n: expected an int <= 2\*\*63 - 1, got {value}"):
+        check_int("n", value, least=1)
+    assert check_int("n", 2**63 - 1, least=1) == 2**63 - 1
+    with pytest.raises(ValueError, match="k: expected an int <= 255, got 256"):
+        check_int("k", 256, least=1, most=255)
+
+
+def test_a_seed_is_one_that_torch_takes():
+    assert [check_seed(seed) for seed in (-(2**63), 0, 2**64 - 1)] == [-(2**63), 0, 2**64 - 1]
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match="seed: expected an int in"):
+            check_seed(seed)
+    with pytest.raises(TypeError, match=r"seed: expected int, got 1\.5"):
+        check_seed(1.5)

@@ -366,3 +366,26 @@ def test_a_compiled_module_gives_the_same():
         results.append(module[0].table.embeddings(IDS))
     assert results[0].any()
     torch.testing.assert_close(*results)
+
+
+def test_signs_that_torch_has_yet_to_apply():
+    """Ids, rows, weights and gradients of a tensor with the negative bit keep their sign."""
+    negative = torch._neg_view
+    ids = negative(torch.tensor([-5, -6, -5]))
+    assert ids.is_neg()
+    bag = DynamicEmbeddingBag(2, mode="sum", name="t")
+    bag.table.insert(ids[:2], negative(torch.ones(2, 2)))
+    assert bag.table.ids().tolist() == [5, 6]
+    assert torch.equal(bag.table.embeddings(ids), torch.full((3, 2), -1.0))
+    sparse = SparseSGD([bag.table], lr=1.0)
+    weights, offsets = negative(torch.tensor([-1.0, -2.0, -3.0])), negative(torch.tensor([0, -2]))
+    out = bag(ids, offsets, weights)
+    assert torch.equal(out, torch.tensor([[-3.0, -3.0], [-3.0, -3.0]]))
+    out.backward(negative(torch.ones(2, 2)))
+    sparse.step()
+    assert torch.equal(
+        bag.table.embeddings(torch.tensor([5, 6])), torch.tensor([[3.0, 3.0], [1.0, 1.0]])
+    )
+    plain = DynamicEmbedding(2, name="p")
+    plain(ids)
+    assert plain.table.ids().tolist() == [5, 6]

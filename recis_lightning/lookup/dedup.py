@@ -161,6 +161,7 @@ class _SeenIds(TableMemory):
         if capacity <= self._capacity <= 8 * capacity:
             self._entries.copy_(self._empty_entry)
         else:
+            self._capacity = 0  # if it is interrupted, the next one begins anew
             self._entries = hash_index.empty_entries(self.header, capacity)
             self._empty_entry = self._entries[-1].clone()
             self._capacity = capacity

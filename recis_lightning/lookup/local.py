@@ -127,14 +127,19 @@ def find_or_insert_rows(
     Returns:
         As ``hash_index.find_or_insert``: rows, int64 [n], and which positions are new.
     """
-    rows, new = hash_index.find_or_insert(
-        segments, num_ids, layout.storages, segment_tables, layout.device, occurrences
-    )
-    if new is not None:
+
+    def write_new(rows: Tensor, new: Tensor) -> None:
         bfloat16 = layout.dtype is torch.bfloat16
         row_init.init_rows_(rows, new, segments, layout.embedding_dim, bfloat16)
-        if any(table.evictor.readmissions is not None for table in layout.tables):
-            _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
+
+    rows, new = hash_index.find_or_insert(
+        segments,
+        *(num_ids, layout.storages, segment_tables, layout.device),
+        occurrences,
+        write_new,
+    )
+    if new is not None and any(t.evictor.readmissions is not None for t in layout.tables):
+        _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
 
 

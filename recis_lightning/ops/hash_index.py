@@ -12,7 +12,8 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,9 @@ from recis_lightning.ops.layout import (
     CHECK_ADMISSION,
     EMPTY,
     ENTRIES,
+    NEXT_ROW,
     NO_ROW,
+    NUM_FREE,
     NUM_IDS,
     PADDING,
     SEGMENT_FLAGS,
@@ -43,6 +46,25 @@ MIN_CAPACITY = 64
 # Load limits by size: a small index stays in cache and can use a lower load factor, in a large one
 # memory counts.
 _MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
+_COUNTS = slice(NUM_IDS, NUM_FREE + 1)  # header fields that an insertion changes
+assert list(range(ENTRIES, NUM_FREE + 1)) == [
+    *(ENTRIES, SHIFT, CAPACITY, NUM_IDS, NEXT_ROW, NUM_FREE)
+]
+
+
+class Claim(NamedTuple):
+    """Part of an insertion under way, as a backend notes it before it changes an index.
+
+    Attributes:
+        tables: Tables whose indexes may hold ids without a row from now on.
+        counts: For each of them NUM_IDS, NEXT_ROW and NUM_FREE, as they were; None where only the
+            device knows them, and changes them last of all.
+        new: As ``find_or_insert`` returns it, if the next thing to change are the counts.
+    """
+
+    tables: Sequence[TableMemory]
+    counts: Sequence[Sequence[int]] | None
+    new: Tensor | None = None
 
 
 def max_load(capacity: int) -> float:
@@ -77,19 +99,31 @@ def empty_entries(header: Header, capacity: int) -> Tensor:
     entries: Tensor = backend.module("hash_index", header.device).allocate_entries(
         capacity, header.device
     )
-    header.read_counts()[NUM_IDS] = 0
-    enter_entries(header, entries)
-    header.publish_counts()
+    enter_entries(header, entries, 0)
     return entries
 
 
-def enter_entries(header: Header, entries: Tensor) -> None:
-    """Point a header to an index, int64 [capacity + 1, 2]; the caller keeps the tensor alive."""
-    values, capacity = header.fields, len(entries) - 1
-    values[ENTRIES] = entries.data_ptr()
-    values[SHIFT] = 64 - (capacity.bit_length() - 1)
-    values[CAPACITY] = capacity
+def enter_entries(header: Header, entries: Tensor, num_ids: int | None = None) -> None:
+    """Point a header to an index, in one step that nothing interrupts.
+
+    Args:
+        header: int64 [HEADER_SIZE].
+        entries: int64 [capacity + 1, 2]; the caller keeps it alive, and the one before until then.
+        num_ids: Ids in it; None for as many as before.
+    """
+    place = (entries.data_ptr(), *_shape_of(entries))
+    if num_ids is None:
+        header.fields[ENTRIES:NUM_IDS] = place
+    else:
+        header.read_counts()[ENTRIES : NUM_IDS + 1] = (*place, num_ids)
+        header.publish_counts()
     header.publish()
+
+
+def _shape_of(entries: Tensor) -> tuple[int, int]:
+    """Return SHIFT and CAPACITY of an index."""
+    capacity = len(entries) - 1
+    return 64 - (capacity.bit_length() - 1), capacity
 
 
 def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
@@ -135,8 +169,12 @@ def find_or_insert(
     segment_tables: Sequence[int],
     device: torch.device,
     occurrences: Tensor | None = None,
+    write_new: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows of ids, insert unknown ones, and write last-seen steps.
+
+    If it fails or is interrupted, at whatever point, no table keeps an id of the call that it did
+    not have. (Beside a GPU the ids may stay, with what ``write_new`` writes.)
 
     Only segments with the INSERT flag insert, and those with the CHECK_ADMISSION flag only the ids
     that the policy admits (``ops.admission``). Segments of one table may differ in these: where an
@@ -145,7 +183,7 @@ def find_or_insert(
     metadata (``ops.row_access``).
 
     Rows are assigned in the order in which ids first appear, freed rows first, so the result does
-    not depend on the number of threads. Rows of new ids are not initialised here.
+    not depend on the number of threads. Rows of new ids are for ``write_new`` to initialise.
 
     Args:
         segments: As for ``find``.
@@ -155,6 +193,8 @@ def find_or_insert(
         device: Device of the ids.
         occurrences: int64 [n], how many occurrences each position stands for, for policies that
             count; None means 1.
+        write_new: Called with ``rows`` and ``new`` if there is one, and perhaps a second time;
+            writes the rows of the new ids.
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
@@ -174,10 +214,70 @@ def find_or_insert(
             )
         rows: Tensor
         new: Tensor | None
-        rows, new = module.find_or_insert(segments, num_ids, tables, segment_tables, check, device)
-        if has_policies:
-            _touch(segments, rows, tables, segment_tables, occurrences)
+        claims, is_inserted = list[Claim](), False
+        try:
+            rows, new = module.find_or_insert(
+                segments, num_ids, tables, segment_tables, check, device, claims
+            )
+            if new is not None and write_new is not None:
+                write_new(rows, new)
+            is_inserted = True
+            if has_policies:
+                _touch(segments, rows, tables, segment_tables, occurrences)
+        except BaseException:
+            if is_inserted:  # counted twice, perhaps, but never without a time
+                _touch(segments, rows, tables, segment_tables, occurrences)
+                raise
+            _undo(claims)
+            if write_new is not None and any(claim.new is not None for claim in claims):
+                _write_inserted(module, segments, num_ids, device, claims, write_new)
+            raise
     return rows, new
+
+
+def _undo(claims: Sequence[Claim]) -> None:
+    """Make the ids of an insertion unknown that did not come to its end."""
+    for tables, counts, _ in reversed(claims):
+        for i, table in enumerate(tables):
+            table.take_back(None if counts is None else counts[i])
+
+
+def _write_inserted(
+    module: Any,
+    segments: Segments,
+    num_ids: int,
+    device: torch.device,
+    claims: Sequence[Claim],
+    write_new: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Write the rows of new ids that a device has inserted before the host was interrupted."""
+    rows: Tensor = module.find(segments, num_ids, device)
+    for claim in claims:
+        if claim.new is not None:
+            new = claim.new[claim.new >= 0]
+            new = new[rows[new] >= 0]
+            if new.numel():
+                write_new(rows, new)
+
+
+def take_back(header: Header, counts: Sequence[int] | None) -> int:
+    """Undo an insertion: ids whose rows were not handed out, by the counts, become unknown.
+
+    Allocates no memory that grows with the table or the ids.
+
+    Args:
+        header: int64 [HEADER_SIZE].
+        counts: NUM_IDS, NEXT_ROW and NUM_FREE from before the insertion; None to leave them.
+
+    Returns:
+        Number of entries that keep an id without a row: until the index is rebuilt they take room.
+    """
+    values = header.read_counts()
+    if counts is not None:
+        values[_COUNTS] = counts
+        header.publish_counts()
+    num_void: int = backend.module("hash_index", header.device).drop_rowless(header)
+    return num_void
 
 
 def note_known(
@@ -216,7 +316,8 @@ def rebuild(header: Header, capacity: int, evicted: Tensor | None = None) -> tup
     """Move the ids of a table into a new index, except those of evicted rows.
 
     Args:
-        header: int64 [HEADER_SIZE]; afterwards it points to the new index.
+        header: int64 [HEADER_SIZE]; afterwards it points to the new index, or to the old one if
+            this fails. The caller keeps the old one alive until it has the new one.
         capacity: Capacity of the new index, a power of two.
         evicted: bool [rows], rows whose ids are removed; None keeps all. On return only rows that
             had an id are set.
@@ -225,12 +326,15 @@ def rebuild(header: Header, capacity: int, evicted: Tensor | None = None) -> tup
         The new entries, and the number of removed ids.
     """
     with backend.region("recis::rebuild"):
-        old = _entries(header)
-        num_ids = int(header.read_counts()[NUM_IDS])
-        entries = empty_entries(header, capacity)
-        removed = backend.module("hash_index", header.device).rebuild(old, header, evicted)
-        header.fields[NUM_IDS] = num_ids - removed
-        header.publish_counts()
+        module, before = backend.module("hash_index", header.device), header.read_counts().copy()
+        entries: Tensor = module.allocate_entries(capacity, header.device)
+        old, new = (int(before[ENTRIES]), int(before[CAPACITY])), entries.data_ptr()
+        removed: int = module.rebuild(old, header.device, (new, *_shape_of(entries)), evicted)
+        try:
+            enter_entries(header, entries, int(before[NUM_IDS]) - removed)
+        except BaseException:
+            header.restore(before)
+            raise
         return entries, removed
 
 
@@ -242,12 +346,13 @@ def fill(header: Header, entries: Tensor) -> None:
         entries: int64 [m, 2], distinct ids, each with its row.
     """
     if len(entries):
-        old = entries.contiguous()
-        backend.module("hash_index", header.device).rebuild(
-            (old.data_ptr(), len(old) - 1), header, None
-        )
-        header.read_counts()[NUM_IDS] += len(old)
+        old, values = entries.contiguous(), header.read_counts()
+        values[NUM_IDS] += len(old)  # before they are there: an index too full has no end
         header.publish_counts()
+        place = (int(values[ENTRIES]), int(values[SHIFT]), int(values[CAPACITY]))
+        backend.module("hash_index", header.device).rebuild(
+            (old.data_ptr(), len(old) - 1), header.device, place, None
+        )
 
 
 def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -262,16 +367,12 @@ def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
     return inverse
 
 
-def _entries(header: Header) -> tuple[int, int]:
-    values = header.fields
-    return int(values[ENTRIES]), int(values[CAPACITY])
-
-
 __all__ = [
     "EMPTY",
     "MIN_CAPACITY",
     "NO_ROW",
     "PADDING",
+    "Claim",
     "Segments",
     "TableMemory",
     "capacity_for",
@@ -285,6 +386,7 @@ __all__ = [
     "max_load",
     "note_known",
     "rebuild",
+    "take_back",
     "write_addresses",
 ]
 assert torch.iinfo(torch.int64).min == EMPTY

@@ -91,6 +91,16 @@ class Header:
             self._unacknowledged, self._in_flight, self._free = 0, None, None
         return self.fields
 
+    def restore(self, fields: npt.NDArray[np.int64]) -> None:
+        """Put back what ``read_counts`` returned before some fields were changed.
+
+        Args:
+            fields: int64 [HEADER_SIZE], a copy.
+        """
+        self.fields[:] = fields
+        self.publish()
+        self.publish_counts()
+
     def note_insertion(self, at_most: int) -> None:
         """Record that kernels may insert up to ``at_most`` more ids from now on."""
         if self.is_mirrored:

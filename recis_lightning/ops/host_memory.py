@@ -23,7 +23,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning.ops import guarded_memory
+
 HUGE_PAGE = 1 << 21
+# For debugging: unmapped pages around every range, at which reads and writes beyond it end.
+IS_GUARDED = os.environ.get("RECIS_LIGHTNING_GUARD", "0") not in ("", "0")
 _LINE = 64
 _SMALL = 1 << 15  # less than this is malloc's: it would only split up huge pages
 _REGION = 1 << 25  # regions grow with what there is, up to this, so that few tables cost little
@@ -72,13 +76,12 @@ class _Region:
         # Pages that this range shares with free neighbours are free now too.
         low = max(before[0], start - start % HUGE_PAGE) if before[1] == start else start
         high = min(after[1], end + -end % HUGE_PAGE) if after[0] == end else end
+        first = last = number
         if before[1] == start:
-            start = before[0]
-            self.free.remove(before)
+            start, first = before[0], number - 1
         if after[0] == end:
-            end = after[1]
-            self.free.remove(after)
-        insort(self.free, (start, end))
+            end, last = after[1], number + 1
+        self.free[first:last] = [(start, end)]  # in one step: whatever interrupts loses no range
         if end - start == self.size:
             return True
         low, high = low + -low % HUGE_PAGE, high - high % HUGE_PAGE
@@ -88,33 +91,48 @@ class _Region:
 
 
 class _Allocator:
-    """Regions, by address; finalizers of arrays hand ranges back, whenever these may run."""
+    """Regions, by address; finalizers of arrays hand ranges back, whenever these may run.
+
+    Its lock is taken by ``with`` alone, which no signal can split, and is the same thread's again:
+    a finalizer may run, and an exception arise, in the middle of any method.
+    """
 
     def __init__(self) -> None:
         self._regions: list[_Region] = []
         self._returned: deque[tuple[int, int]] = deque()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self._is_busy = False  # in this thread: a finalizer interrupts a method
         self._mapped = 0
 
     def allocate(self, size: int) -> int:
         """Return the address of ``size`` bytes, a multiple of a cache line."""
         with self.lock:
-            address = self._take(size)
+            if self._is_busy:
+                return self._take_new(size)
+            try:
+                self._is_busy = True
+                self._give_back()
+                address = self._take(size)
+            finally:
+                self._is_busy = False
         self._take_back()
         return address
 
     def _take(self, size: int) -> int:
-        self._give_back()
         for region in self._regions:
             start = region.take(size)
             if start is not None:
                 return region.start + start
+        return self._take_new(size)
+
+    def _take_new(self, size: int) -> int:
+        """Take a range of a new region."""
         wanted = max(size, min(self._mapped, _REGION))
         region = _Region(wanted + -wanted % HUGE_PAGE)
-        self._mapped += region.size
-        insort(self._regions, region, key=lambda one: one.start)
         start = region.take(size)
         assert start is not None
+        self._mapped += region.size
+        insort(self._regions, region, key=lambda one: one.start)
         return region.start + start
 
     def free(self, address: int, size: int) -> None:
@@ -123,12 +141,14 @@ class _Allocator:
         self._take_back()
 
     def _take_back(self) -> None:
-        # Whoever holds the lock will look again after releasing it.
-        while self._returned and self.lock.acquire(blocking=False):
+        with self.lock:
+            if self._is_busy:  # whoever is will look again
+                return
             try:
+                self._is_busy = True
                 self._give_back()
             finally:
-                self.lock.release()
+                self._is_busy = False
 
     def _give_back(self) -> None:
         while self._returned:
@@ -137,9 +157,9 @@ class _Allocator:
             region = self._regions[number]
             first = address - region.start
             if region.give_back(first, first + size):
+                del self._regions[number]  # first: nobody may find a region that is closed
                 self._mapped -= region.size
                 region.mapping.close()
-                del self._regions[number]
 
 
 class _Range:
@@ -175,6 +195,8 @@ def empty(num_bytes: int) -> npt.NDArray[np.uint8]:
     Raises:
         MemoryError: There is no room.
     """
+    if IS_GUARDED:
+        return guarded_memory.empty(num_bytes)
     if num_bytes < _SMALL or not _HAS_HUGE_PAGES:
         buffer = np.empty(num_bytes + _LINE, np.uint8)
         skip = -buffer.ctypes.data % _LINE
@@ -191,4 +213,4 @@ def empty_int64(count: int) -> Tensor:
     return torch.from_numpy(empty(8 * count).view(np.int64))
 
 
-__all__ = ["HUGE_PAGE", "empty", "empty_int64"]
+__all__ = ["HUGE_PAGE", "IS_GUARDED", "empty", "empty_int64"]

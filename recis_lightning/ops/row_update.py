@@ -9,7 +9,7 @@ threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -65,12 +65,14 @@ class Gradients:
         layout: Layout of the rows.
         work: State of the backend between sorting and updating. Unless ``outlive_next_sort`` says
             otherwise, it is scratch memory, valid on the thread that sorted until its next sort.
+        applied: int64 [1], not 0 from when ``update_rows_`` changes rows, which nothing interrupts.
     """
 
     plan: Plan
     blocks: npt.NDArray[np.int64]
     layout: RowLayout
     work: object
+    applied: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
 
 def outlive_next_sort(device: torch.device) -> bool:

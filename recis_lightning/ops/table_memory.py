@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -51,8 +51,12 @@ class TableMemory(ABC):
     def take_index(self, entries: Tensor) -> None:
         """Make an index from ``larger_index``, with all ids in it, the table's own."""
 
-    def rebuild_index(self) -> None:
-        """Drop entries that were claimed but got no row, after a failed insertion."""
+    def take_back(self, counts: Sequence[int] | None) -> None:
+        """Undo an insertion that did not come to its end, as ``hash_index.take_back`` does.
+
+        Args:
+            counts: NUM_IDS, NEXT_ROW and NUM_FREE from before; None to leave them.
+        """
 
     def read_clock(self) -> None:
         """Enter the time into the header, if the table keeps times."""

@@ -147,8 +147,24 @@ class FusedUpdate:
         plan[:, embedding_bag.FLAT_BASE] = [self._base_of[record.tables[i]] for i in features]
         return plan
 
-    def finish(self) -> None:
-        """Count the update and forget the gradients that it used."""
+    def apply(self, gradients: Gradients | None, rule: int) -> None:
+        """Update the rows, and use the gradients up, both or neither.
+
+        Args:
+            gradients: The sorted gradients; None if no row has one.
+            rule: Update rule of ``ops.row_update``.
+        """
+        try:
+            if gradients is not None:
+                row_update.update_rows_(gradients, rule)
+            self._finish()
+        except BaseException:
+            if gradients is not None and gradients.applied[0]:
+                self._finish()
+            raise
+
+    def _finish(self) -> None:
+        """Count the update and forget the gradients that it used; may be done twice."""
         for fields, count in zip(self._fields, self._num_updates, strict=True):
             fields[NUM_UPDATES] = count + 1
         for pending in map(_pending, self.tables):

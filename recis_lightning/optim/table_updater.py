@@ -75,6 +75,8 @@ class TableUpdater:
     ) -> None:
         """Update every row that has a gradient, and use the gradients up.
 
+        If it is interrupted, a table's rows are updated and its gradients gone, or neither.
+
         Args:
             owner: The optimizer that steps.
             rule: Update rule of ``ops.row_update``.
@@ -105,9 +107,7 @@ class TableUpdater:
             gradients = sorted_gradients.pop(update, None) or update.gradients()
             if gradients is not None:
                 update.send_hyperparameters(scale)
-                row_update.update_rows_(gradients, rule)
-        for update in updates:
-            update.finish()
+            update.apply(gradients, rule)
 
     def _current_updates(self, owner: Optimizer) -> list[FusedUpdate]:
         """Return the updates of the tables that have gradients on any rank."""

@@ -13,6 +13,7 @@ from recis_lightning.admission import Screening
 from recis_lightning.ops import admission, backend, hash_index
 from recis_lightning.ops.header import Header, watch_counts
 from recis_lightning.ops.layout import CAPACITY, NO_ROW, NUM_IDS
+from recis_lightning.table.undo import Undo
 
 _MAX_LOAD = 0.7
 
@@ -37,7 +38,7 @@ class AdmissionCounter:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all counts; the number of lookups stays."""
+        """Forget all counts; the number of lookups stays. The table undoes it if it fails."""
         self._entries = torch.empty(0, dtype=torch.int64, device=self.header.device)
         if self.screening.kind == admission.COUNT:
             self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
@@ -120,8 +121,9 @@ class AdmissionCounter:
         capacity = hash_index.MIN_CAPACITY
         while capacity < 2 * (num_live + num_new):
             capacity *= 2
-        self._entries, _ = hash_index.rebuild(self.header, capacity)
-        self._set_count(NUM_IDS, num_live)
+        with Undo([self], [self.header]):
+            self._entries, _ = hash_index.rebuild(self.header, capacity)
+            self._set_count(NUM_IDS, num_live)
 
     def _live(self) -> Tensor:
         """Return bool [entries], those of ids below the threshold that were counted recently."""
@@ -151,6 +153,8 @@ class AdmissionCounter:
 
     def load_state(self, state: dict[str, Any], table: str) -> None:
         """Replace all counts by those of a saved table, none if it has none.
+
+        The table undoes it if it fails.
 
         Args:
             state: A table's state.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.layout import NUM_IDS, NUM_REFUSED
+from recis_lightning.table.clock import TableClock
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.statistics import ReadmissionTracker, TableStatistics
 from recis_lightning.table.storage import Storage
@@ -92,14 +92,9 @@ def kept_columns(policy: Eviction | None) -> tuple[str, ...]:
     return tuple(name for name in KEPT_COLUMNS if name in wanted)
 
 
-def clock_of(policy: Eviction | None) -> Callable[[], float]:
-    """Return a function that returns the time in seconds by which a policy ages rows."""
-
-    def now() -> float:
-        source = None if policy is None else policy.time_source
-        return (source or time.time)()
-
-    return now
+def clock_of(policy: Eviction | None) -> TableClock:
+    """Return the clock by which a policy ages rows."""
+    return TableClock(*((None, None) if policy is None else (policy.time_source, policy.max_jump)))
 
 
 class Evictor:
@@ -133,7 +128,10 @@ class Evictor:
 
     @policy.setter
     def policy(self, policy: Eviction | None) -> None:
-        self._policy, self.storage.now = policy, clock_of(policy)
+        now, before = clock_of(policy), self.storage.now
+        if isinstance(before, TableClock) and now.is_like(before):
+            now = before  # with the jumps that it has bounded
+        self._policy, self.storage.now = policy, now
 
     @property
     def nbytes(self) -> int:
@@ -193,10 +191,13 @@ class Evictor:
         freed = num_gone * (4 * storage.rows.row_words + 8 * len(storage.columns))
         if dry_run or not num_gone:
             return EvictionReport.of(num_gone, by_policy, freed, 0, dry_run)
-        self._notify(gone)
-        before = storage.nbytes
-        storage.remove_rows(gone)
-        self.num_evicted += num_gone
+        ids = self._notify(gone)
+        before, tracker = storage.nbytes, self.readmissions
+        with storage.undo(self, *([] if tracker is None else [tracker])) as undo:
+            self.num_evicted += num_gone
+            if tracker is not None and ids is not None:
+                tracker.note_evicted(ids.cpu())
+            storage.remove_rows(gone, undo)
         num_blocks = len(storage.rows.addresses)
         if 2 * storage.rows.blocks_for(len(storage)) <= num_blocks and not self._pending:
             storage.compact()
@@ -261,10 +262,10 @@ class Evictor:
             norms[rows] = torch.linalg.vector_norm(weights.float(), dim=1)
         return norms
 
-    def _notify(self, gone: Tensor) -> None:
-        """Tell listeners and the readmission tracker which ids go."""
+    def _notify(self, gone: Tensor) -> Tensor | None:
+        """Tell listeners which ids go; return them if anyone asks."""
         if self.readmissions is None and not self._listeners:
-            return
+            return None
         storage, rows = self.storage, gone.nonzero().squeeze(1)
         ids = hash_index.id_of_row(storage.header, storage.rows.num_rows)[0][rows]
         read: tuple[Any, Any] = (None, None)
@@ -276,8 +277,7 @@ class Evictor:
             callback(Evicted(storage.name, ids, weights, slots))
             if (self.storage.generation, len(self.storage)) != before:
                 raise RuntimeError(f"an on_evict callback changed table {storage.name!r}")
-        if self.readmissions is not None:
-            self.readmissions.note_evicted(ids.cpu())
+        return ids
 
 
 __all__ = ["Evicted", "EvictionReport", "Evictor", "clock_of", "kept_columns"]

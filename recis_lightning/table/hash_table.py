@@ -13,6 +13,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from recis_lightning.arguments import (
     check_int,
     check_kernels_may_run,
     check_kinds,
+    check_seed,
     check_str,
     explain_arguments,
 )
@@ -57,6 +59,7 @@ from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
 from recis_lightning.table.storage import Storage
+from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import layout_version
 
 
@@ -140,6 +143,7 @@ class HashTable(nn.Module):
         if name is not None:
             check_str("name", name)
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
+        check_seed(seed)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -275,9 +279,18 @@ class HashTable(nn.Module):
         return self.storage.step
 
     def update_step(self, n: int = 1) -> None:
-        """Advance ``step`` by ``n``."""
+        """Advance ``step`` by ``n``.
+
+        Raises:
+            ValueError: ``step`` would not be an int64.
+        """
         fields = self.storage.header.fields
-        fields[STEP] = fields.item(STEP) + int(n)  # two times as fast as +=
+        try:
+            fields[STEP] = fields.item(STEP) + int(n)  # two times as fast as +=
+        except OverflowError:
+            raise ValueError(
+                f"n: expected an int that keeps the step below 2**63, got {n!r} at {self.step}"
+            ) from None
 
     @property
     def num_updates(self) -> int:
@@ -441,7 +454,8 @@ class HashTable(nn.Module):
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "
                 f"got {tuple(embeddings.shape)}"
             )
-        weights = embeddings.detach().to(self.device, self.dtype).reshape(-1, self.embedding_dim)
+        weights = embeddings.detach().to(self.device, self.dtype).resolve_neg()
+        weights = weights.reshape(-1, self.embedding_dim)
         self.needs_reshard = True
         insert_rows(self.storage, self.evictor.readmissions, flat, weights)
 
@@ -457,15 +471,24 @@ class HashTable(nn.Module):
         storage, rows = self.storage, self._find(ids)
         gone = torch.zeros(storage.rows.num_rows, dtype=torch.bool, device=self.device)
         gone[rows[rows >= 0]] = True
-        for record in self.pending:
-            record.forget(storage.header, gone)
-        return storage.remove_rows(gone)
+        with storage.undo() as undo:
+            for record in self.pending:
+                undo.on_failure(partial(record.rows.copy_, record.rows.clone()))
+                record.forget(storage.header, gone)
+            return storage.remove_rows(gone, undo)
 
     @writes
     def clear(self) -> None:
         """Remove all ids, admission counts and pending gradients; step and optimizer stay."""
-        self.pending.clear()  # a record may still serve other tables, and a retained graph
-        self.storage.clear()
+        with self.undo():
+            self.pending.clear()  # a record may still serve other tables, and a retained graph
+            self.storage.clear()
+
+    def undo(self) -> Undo:
+        """Return a context in which a change of the table is undone if it does not succeed."""
+        undo, pending = self.storage.undo(self, self.evictor), list(self.pending)
+        undo.on_failure(lambda: self.pending.__setitem__(slice(None), pending))
+        return undo
 
     @writes
     def compact(self) -> None:
@@ -647,8 +670,9 @@ class HashTable(nn.Module):
             self._move(device)
         if probe.dtype is not self.dtype:
             state = table_state.export(self)
-            self.storage.set_dtype(probe.dtype)
-            table_state.load(self, state)
+            with self.undo():
+                self.storage.set_dtype(probe.dtype)
+                table_state.load(self, state)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -668,11 +692,12 @@ class HashTable(nn.Module):
         table_state.fill(new, state)
         new.header.read_counts()[NUM_REFUSED] = old.header.read_counts()[NUM_REFUSED]
         new.header.publish_counts()
-        # Row numbers that a lookup noted are void, whichever storage it asks about them.
-        old.generation = new.generation = old.generation + 1
-        self.storage = self.evictor.storage = new
-        self.pending.clear()
-        self.needs_reshard = True
+        with self.undo():
+            # Row numbers that a lookup noted are void, whichever storage it asks about them.
+            old.generation = new.generation = old.generation + 1
+            self.storage = self.evictor.storage = new
+            self.pending.clear()
+            self.needs_reshard = True
 
 
 # Made anew; storage and pins are filled from the saved state.

@@ -22,20 +22,46 @@ def insert_rows(
         ids: int64 [n], on the storage's device, contiguous.
         weights: [n, embedding_dim] in the storage's dtype, there too.
     """
-    segments = storage.segments(ids, insert=True)
-    rows, new = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], storage.device)
-    if new is not None:
+    try:
+        _insert(storage, tracker, ids, weights)
+    except BaseException:
+        # Either no id of the call came in, or all did: then their rows are written to the end.
+        rows = storage.find(ids)
+        if bool((rows >= 0).all()):
+            _write_last(storage, rows, weights)
+        raise
+
+
+def _insert(
+    storage: Storage, tracker: ReadmissionTracker | None, ids: Tensor, weights: Tensor
+) -> None:
+    def write_new(rows: Tensor, new: Tensor) -> None:
         if new.numel() and int(new[-1]) < 0:  # a backend that does not wait fills up with -1
             new = new[new >= 0]
-        if tracker is not None:
-            tracker.note_new(ids[new].cpu())
+        if new.numel() == rows.numel():
+            storage.rows.write(rows, weights, {})
+        else:
+            storage.rows.write(rows[new], weights[new], {})
+
+    rows, new = hash_index.find_or_insert(
+        storage.segments(ids, insert=True),
+        *(ids.numel(), [storage], [0], storage.device),
+        write_new=write_new,
+    )
+    num_new = 0
+    if new is not None:
+        new = new[new >= 0] if new.numel() and int(new[-1]) < 0 else new
+        num_new = new.numel()
+    if num_new < rows.numel():
+        _write_last(storage, rows, weights)
     if storage.admission_counter is not None:
         storage.admission_counter.forget(ids)
-    if new is not None and new.numel() == rows.numel():
-        storage.rows.write(rows, weights, {})
-        return
-    if new is not None:
-        storage.rows.write(rows[new], weights[new], {})
+    if new is not None and tracker is not None:
+        tracker.note_new(ids[new].cpu())
+
+
+def _write_last(storage: Storage, rows: Tensor, weights: Tensor) -> None:
+    """Write weights to rows; where a row occurs twice, the last of its weights."""
     chosen = _last_occurrences(rows, storage.rows.num_rows)
     embedding_bag.write_rows_(storage.header, rows[chosen], weights[chosen].contiguous())
 

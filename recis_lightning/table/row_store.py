@@ -35,6 +35,9 @@ _CHUNK_ROWS = 1 << 16  # rows read or written at once where all of them are copi
 class RowStore:
     """The rows of one table.
 
+    Methods that change it keep the memory that it has whole until they return: the caller undoes
+    them by its attributes and header (``table.undo``).
+
     Args:
         header: The table's header; the store owns its row fields.
         embedding_dim: Weights in a row.
@@ -61,7 +64,7 @@ class RowStore:
         self.row_words = -(-words // 4) * 4 if header.is_mirrored else words
         block_bytes = _BLOCK_BYTES if header.device.type == "cpu" else _GPU_BLOCK_BYTES
         self.block_shift = max(3, (block_bytes // (4 * self.row_words)).bit_length() - 1)
-        self._allocations: list[npt.NDArray[np.float32] | Tensor] = []
+        self._allocations: tuple[npt.NDArray[np.float32] | Tensor, ...] = ()
         self._enter_layout()
         self._set_addresses(np.empty(0, np.int64))
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
@@ -126,7 +129,7 @@ class RowStore:
         num_blocks = max(missing, len(self.addresses) // 8)
         words = num_blocks * block_rows * self.row_words
         allocation = _allocate(words, self.header.device)
-        self._allocations.append(allocation)
+        self._allocations = (*self._allocations, allocation)
         size = 4 * self.row_words * block_rows
         new = _address_of(allocation) + size * np.arange(num_blocks, dtype=np.int64)
         self._set_addresses(np.concatenate([self.addresses, new]))
@@ -168,7 +171,7 @@ class RowStore:
                 smaller[:] = allocation[:words]  # type: ignore[assignment]  # both are of one kind
                 kept.append(smaller)
             first += blocks
-        self._allocations = kept
+        self._allocations = tuple(kept)
         size = 4 * self.row_words << self.block_shift
         starts = [
             _address_of(allocation) + np.arange(0, allocation.nbytes, size, dtype=np.int64)

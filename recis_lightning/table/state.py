@@ -6,6 +6,7 @@ A saved table is a dict of tensors and primitives, ids by row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +58,9 @@ class StatefulTable(Protocol):
 
     def clear(self) -> None:
         """Remove all ids, admission counts and pending gradients."""
+
+    def undo(self) -> AbstractContextManager[object]:
+        """Return a context in which a change of the table is undone if it does not succeed."""
 
     def set_key(self, name: str | None, seed: int) -> None:
         """Name the table, and let new rows depend on name and seed."""
@@ -156,7 +160,9 @@ def restore(
     slots: dict[str, int],
     write: Callable[[Tensor], None],
 ) -> None:
-    """Replace everything a table holds; if that fails on the way, nothing is left in it.
+    """Replace everything a table holds; if that fails on the way, the table is as it was.
+
+    Until it succeeds, memory holds what there was and what comes.
 
     Args:
         table: The table.
@@ -170,25 +176,23 @@ def restore(
 def _replace(
     table: StatefulTable, state: dict[str, Any], fill_storage: Callable[[Storage], None]
 ) -> None:
-    storage = table.storage
+    storage, given = table.storage, table.given_name
     layout = (storage.rows.slots, storage.rows.state_fill) if table.has_optimizer else None
-    table.set_key(state["name"] if table.given_name is None else table.given_name, state["seed"])
-    table.clear()
-    try:
+    with table.undo():
+        table.set_key(state["name"] if given is None else given, state["seed"])
+        table.clear()
         fill_storage(storage)
         table.needs_reshard = True
         if "pinned_ids" in state:  # a state that knows of no pins leaves those there are
             table.evictor.pinned = state["pinned_ids"].unique()
-    except BaseException:
-        table.clear()
-        raise
-    if layout is not None:  # the state's slots may not be those of this table's optimizer
-        storage.set_slots(*layout)
+        if layout is not None:  # the state's slots may not be those of this table's optimizer
+            storage.set_slots(*layout)
 
 
 def fill(storage: Storage, state: dict[str, Any]) -> None:
     """Fill an empty storage with a whole state; weights are converted to its dtype."""
-    weights, slots = state["weights"].to(storage.dtype), state["slots"]
+    weights = state["weights"].to(storage.dtype).resolve_neg()
+    slots = {name: slot.resolve_neg() for name, slot in state["slots"].items()}
     words = {name: slot.shape[1] for name, slot in slots.items()}
     _fill(storage, state, words, lambda rows: storage.rows.write(rows, weights, slots))
 
@@ -202,7 +206,7 @@ def _fill(
     storage.set_slots(slots, state["state_fill"])
     fields, device = storage.header.fields, storage.device
     fields[STEP], fields[NUM_UPDATES] = state["step"], state["num_updates"]
-    ids = state["ids"].to(device).contiguous()
+    ids = state["ids"].to(device).contiguous().resolve_neg()
     segments = storage.segments(ids, insert=True)
     # No initial rows: all of each is written.
     rows, _ = hash_index.find_or_insert(segments, ids.numel(), [storage], [0], device)
@@ -240,11 +244,12 @@ def settings(table: StatefulTable) -> dict[str, Any]:
 
 def reset(table: StatefulTable, settings: dict[str, Any]) -> None:
     """Empty a table and give it settings that it had."""
-    table.clear()
-    fields = table.storage.header.fields
-    fields[STEP], fields[NUM_UPDATES] = settings["step"], settings["num_updates"]
-    table.storage.set_slots(settings["slots"], settings["state_fill"])
-    table.set_key(settings["name"], settings["seed"])
+    with table.undo():
+        table.clear()
+        fields = table.storage.header.fields
+        fields[STEP], fields[NUM_UPDATES] = settings["step"], settings["num_updates"]
+        table.storage.set_slots(settings["slots"], settings["state_fill"])
+        table.set_key(settings["name"], settings["seed"])
 
 
 # ---- pickling

@@ -67,7 +67,7 @@ class ReadmissionTracker:
             self._flush()
 
     def note_evicted(self, ids: Tensor) -> None:
-        """Remember distinct ids, int64 [n], that were evicted."""
+        """Remember distinct ids, int64 [n], that were evicted; the table undoes it if it fails."""
         self._flush()
         self._num_evictions += 1
         kept, new = self._away, np.sort(ids.numpy())
@@ -89,7 +89,9 @@ class ReadmissionTracker:
         self._new = []
         places = np.minimum(np.searchsorted(self._ids, new), len(self._ids) - 1)
         back = places[(self._ids[places] == new) & self._away[places]]
-        self._away[back] = False
+        away = self._away.copy()  # arrays are replaced, never changed: see note_evicted
+        away[back] = False
+        self._away = away
         self._count += len(back)
 
     @property

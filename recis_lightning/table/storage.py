@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from recis_lightning.ops.layout import (
 )
 from recis_lightning.table.admission_counter import AdmissionCounter
 from recis_lightning.table.row_store import RowStore
+from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import layout_version
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
@@ -61,6 +63,8 @@ class Storage(TableMemory):
         generation: Grows when rows go: row numbers that a lookup noted before are void.
         num_removed: Rows that went since the table was made, by whatever way.
         num_loaded: Rows that came with a loaded state.
+        num_void: Entries that insertions left behind which failed: no id has them, and they take
+            room until the index is rebuilt.
     """
 
     entries: Tensor
@@ -80,10 +84,10 @@ class Storage(TableMemory):
     ) -> None:
         self.embedding_dim, self.dtype, self.device = embedding_dim, dtype, device
         self.kept_columns, self.now, self.name = kept_columns, now, name
-        self.generation = self.num_removed = self.num_loaded = 0
+        self.generation = self.num_removed = self.num_loaded = self.num_void = 0
         self.header = Header(device, backend.is_async(device))
         self.admission_counter: AdmissionCounter | None = None
-        self.empty({}, 0.0)
+        self._empty({}, 0.0)
         if screening is not None:
             with _Allocation(self, "admission counts"):
                 self.admission_counter = AdmissionCounter(screening, device)
@@ -91,8 +95,22 @@ class Storage(TableMemory):
             self.header.publish()
         layout_version.advance()
 
-    def empty(self, slots: dict[str, int], state_fill: float) -> None:
+    def undo(self, *owners: object) -> Undo:
+        """Return a context in which a change is undone if it does not come to its end.
+
+        Args:
+            owners: More objects whose attributes it may set.
+        """
+        parts: list[object] = [*owners, self, self.rows]
+        headers = [self.header]
+        if self.admission_counter is not None:
+            parts.append(self.admission_counter)
+            headers.append(self.admission_counter.header)
+        return Undo(parts, headers)
+
+    def _empty(self, slots: dict[str, int], state_fill: float) -> None:
         """Start anew with no ids, behind the same header; rows are laid out for ``slots``."""
+        self.num_void = 0
         self.entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, state_fill)
         no_rows = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -100,14 +118,15 @@ class Storage(TableMemory):
 
     def clear(self) -> None:
         """Remove all ids and admission counts; step, number of updates and row layout stay."""
-        self.generation += 1
-        self.num_removed += len(self)
-        if self.admission_counter is not None:
-            self.admission_counter.clear()
-        self.empty(self.rows.slots, self.rows.state_fill)
+        with self.undo():
+            self.generation += 1
+            self.num_removed += len(self)
+            if self.admission_counter is not None:
+                self.admission_counter.clear()
+            self._empty(self.rows.slots, self.rows.state_fill)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Give weights another dtype from the next ``empty`` or ``clear`` on."""
+        """Give weights another dtype from the next ``clear`` on."""
         self.dtype = dtype
         layout_version.advance()
 
@@ -121,8 +140,9 @@ class Storage(TableMemory):
 
         Weights, and slots that stay, are kept.
         """
-        with _Allocation(self, "rows laid out for another optimizer"):
+        with _Allocation(self, "rows laid out for another optimizer"), self.undo():
             self.rows.relayout(slots, state_fill)
+            self._fit_columns()  # blocks of another layout hold other numbers of rows
 
     # ---- sizes
 
@@ -221,44 +241,58 @@ class Storage(TableMemory):
     def _fit_columns(self) -> None:
         """Give columns as many items as there are rows, keeping what both have."""
         capacity, fitting = self.rows.capacity, {}
+        if self._columns_fit():
+            return
         for name, old in self.columns.items():
-            if old.numel() == capacity:
-                return
             fitting[name] = new = _new_column(capacity, self.device)
             kept = min(old.numel(), capacity)
             new[:kept] = old[:kept]
             new[kept:] = 0
         self._set_columns(fitting)
 
+    def _columns_fit(self) -> bool:
+        capacity = self.rows.capacity
+        return all(column.numel() == capacity for column in self.columns.values())
+
     # ---- growing, as ops ask for it
 
     @override
     def reserve_ids(self, num_new: int) -> None:
-        capacity = hash_index.capacity_for(len(self) + num_new)
-        if capacity > self.capacity:
-            with _Allocation(self, f"an index of {capacity} entries"):
-                self.entries, _ = hash_index.rebuild(self.header, capacity)
+        num_ids = len(self)
+        if hash_index.capacity_for(num_ids + self.num_void + num_new) > self.capacity:
+            self._rebuild(max(hash_index.capacity_for(num_ids + num_new), self.capacity))
+
+    def _rebuild(self, capacity: int) -> None:
+        """Move all ids into a new index."""
+        with _Allocation(self, f"an index of {capacity} entries"), self.undo():
+            self.entries, _ = hash_index.rebuild(self.header, capacity)
+            self.num_void = 0
 
     @override
     def larger_index(self, num_new: int) -> Tensor | None:
         capacity = hash_index.capacity_for(len(self) + num_new)
         if capacity <= self.capacity:
+            self.reserve_ids(num_new)  # entries without an id may be in the way
             return None
         with _Allocation(self, f"an index of {capacity} entries"):
             return host_memory.empty_int64(2 * (capacity + 1)).view(-1, 2)
 
     @override
     def take_index(self, entries: Tensor) -> None:
-        hash_index.enter_entries(self.header, entries)
-        self.entries = entries
+        with self.undo():
+            self.entries, self.num_void = entries, 0
+            hash_index.enter_entries(self.header, entries)
 
     @override
-    def rebuild_index(self) -> None:
-        self.entries, _ = hash_index.rebuild(self.header, self.capacity)
+    def take_back(self, counts: Sequence[int] | None) -> None:
+        self.num_void = hash_index.take_back(self.header, counts)
 
     @override
     def reserve_rows(self, num_new: int) -> None:
-        with _Allocation(self, f"{num_new} rows more"):
+        self.header.read_counts()
+        if num_new <= self.rows.unused:
+            return
+        with _Allocation(self, f"{num_new} rows more"), self.undo():
             self.rows.reserve(num_new)
             self._fit_columns()
 
@@ -269,7 +303,7 @@ class Storage(TableMemory):
             unacknowledged, fields = self.header.unacknowledged(), self.header.fields
             capacity = fields.item(CAPACITY)
             entries = int(capacity * hash_index.max_load(capacity)) - fields.item(NUM_IDS)
-            room = min(entries, self.rows.unused) - unacknowledged
+            room = min(entries - self.num_void, self.rows.unused) - unacknowledged
             self.header.cache_free(room)
         return room
 
@@ -295,18 +329,31 @@ class Storage(TableMemory):
 
     # ---- shrinking
 
-    def remove_rows(self, gone: Tensor) -> int:
-        """Remove the ids of the rows that ``gone`` (bool [rows]) marks; return how many."""
-        self.entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
-        if not removed:
-            return 0
-        freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
-        self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
-        for column in self.columns.values():
-            column[freed] = 0
-        self.generation += 1
-        self.num_removed += removed
+    def remove_rows(self, gone: Tensor, within: Undo | None = None) -> int:
+        """Remove the ids of the rows that ``gone`` (bool [rows]) marks; return how many.
+
+        Args:
+            gone: Afterwards only rows that had an id are marked.
+            within: Context of a change of which this is a part, of this storage's ``undo``.
+        """
+        with self.undo() if within is None else contextlib.nullcontext(within) as undo:
+            self.entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
+            self.num_void = 0
+            if not removed:
+                return 0
+            freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
+            self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
+            self.generation += 1
+            self.num_removed += removed
+            self._set_in_columns(undo, freed, {})
         return removed
+
+    def _set_in_columns(self, undo: Undo, rows: Tensor, values: dict[str, Tensor]) -> None:
+        """Overwrite columns at some rows, with 0 where no values are given."""
+        for name, column in self.columns.items():
+            before = column[rows]
+            undo.on_failure(partial(column.__setitem__, rows, before))
+            column[rows] = values.get(name, 0)
 
     def compact(self) -> None:
         """Give back the memory of rows and entries that are not needed for the ids there are.
@@ -314,28 +361,30 @@ class Storage(TableMemory):
         Rows from the end move into the places of freed ones; so row numbers that a lookup noted
         before are void, and there must be no pending gradient.
         """
-        num_ids, occupied = len(self), self.occupied_rows()
-        capacity = hash_index.capacity_for(num_ids)
-        if capacity < self.capacity:
-            self.entries, _ = hash_index.rebuild(self.header, capacity)
-        source = occupied[num_ids:].nonzero().squeeze(1) + num_ids
-        target = (~occupied[:num_ids]).nonzero().squeeze(1)
-        if source.numel():
-            renumbered = torch.arange(occupied.numel(), device=self.device)
-            renumbered[source] = target
-            rows = self.entries[:, 1]
-            known = rows < CLAIMED
-            rows[known] = renumbered[rows[known]]
-            self.rows.move(source, target)
-            for column in self.columns.values():
-                column[target] = column[source]
-        self.rows.shrink(num_ids)
-        self._fit_columns()
-        for column in self.columns.values():
-            column[num_ids:] = 0
-        if self.admission_counter is not None:
-            self.admission_counter.compact()
-        self.generation += 1
+        with self.undo() as undo:
+            num_ids, occupied = len(self), self.occupied_rows()
+            capacity = hash_index.capacity_for(num_ids)
+            source = occupied[num_ids:].nonzero().squeeze(1) + num_ids
+            target = (~occupied[:num_ids]).nonzero().squeeze(1)
+            if source.numel() or capacity < self.capacity:
+                # A new index even if it is as large: the one before must keep its row numbers.
+                self.entries, _ = hash_index.rebuild(self.header, min(capacity, self.capacity))
+                self.num_void = 0
+            if source.numel():
+                renumbered = torch.arange(occupied.numel(), device=self.device)
+                renumbered[source] = target
+                rows = self.entries[:, 1]
+                known = rows < CLAIMED
+                rows[known] = renumbered[rows[known]]
+                self.rows.move(source, target)
+                moved = {name: column[source] for name, column in self.columns.items()}
+                self._set_in_columns(undo, target, moved)
+                self._set_in_columns(undo, source, {})
+            self.rows.shrink(num_ids)
+            self._fit_columns()
+            if self.admission_counter is not None:
+                self.admission_counter.compact()
+            self.generation += 1
         _return_to_system()
 
 

@@ -311,3 +311,15 @@ def test_a_table_can_be_called():
 def test_wrong_arguments_are_told_what_to_write(make, words):
     with pytest.raises(TypeError, match=words):
         make()
+
+
+@pytest.mark.parametrize("steps", [2**63, 2**64, -(2**64)])
+def test_a_step_beyond_int64_is_refused(steps):
+    """And the step stays."""
+    table = HashTable(2)
+    table.update_step(5)
+    with pytest.raises(ValueError, match=r"n: expected an int that keeps the step below 2\*\*63"):
+        table.update_step(steps)
+    assert table.step == 5
+    with pytest.raises(ValueError, match="seed: expected an int in"):
+        HashTable(2, seed=2**64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 
 import numpy as np
@@ -15,10 +14,12 @@ from recis_lightning.ops.cpu.intrinsics import (
     atomic_add,
     equal_words,
     inlined,
+    load_i32,
     load_i64,
     load_u8,
     lowest_bit,
     prefetch,
+    store_i32,
     store_i64,
     store_u8,
 )
@@ -35,7 +36,9 @@ from recis_lightning.ops.cpu.probe import (
     segment_start,
     slot_of,
 )
-from recis_lightning.ops.cpu.runtime import as_array, kernel, num_chunks, workspace
+from recis_lightning.ops.cpu.row_blocks import row_address, row_blocks_of
+from recis_lightning.ops.cpu.runtime import kernel, num_chunks, workspace
+from recis_lightning.ops.hash_index import Claim
 from recis_lightning.ops.layout import (
     CAPACITY,
     CLAIMED,
@@ -57,7 +60,6 @@ from recis_lightning.ops.layout import (
     SEGMENT_IDS,
     SEGMENT_PADDING,
     SEGMENT_START,
-    SHIFT,
     STEP,
     UNKNOWN,
 )
@@ -68,7 +70,7 @@ _BULK = 1 << 18  # ids from which partitioning them by region pays
 _DEFERRED = 8  # ids whose search goes on in a second line, deferred together
 _ENTRIES_PER_CHUNK = 1 << 16
 READ, FIRST_PASS, LATER_PASS = range(3)  # only the first pass of training counts rejected ids
-_COUNTS = [NUM_IDS, NEXT_ROW, NUM_FREE]  # header fields that an insertion changes
+_COUNTS = slice(NUM_IDS, NUM_FREE + 1)  # header fields that an insertion changes
 
 
 @inlined
@@ -187,6 +189,34 @@ def _rebuild_kernel(low, high, old, new, shift, capacity, evicted, found, num_re
 
 
 @kernel
+def _number_free_rows_kernel(low, high, header):
+    # A freed row notes its place in the stack: that tells it from a row in use, without a list.
+    blocks, stack = row_blocks_of(header), load_i64(header + 8 * FREE_ROWS)
+    for i in range(low, high):
+        store_i32(row_address(load_i64(stack + 8 * i), blocks), np.int32(i))
+
+
+@kernel
+def _drop_rowless_kernel(low, high, entries, header, num_void):
+    blocks, stack = row_blocks_of(header), load_i64(header + 8 * FREE_ROWS)
+    next_row, num_free = load_i64(header + 8 * NEXT_ROW), load_i64(header + 8 * NUM_FREE)
+    void = np.int64(0)
+    for i in range(low, high):
+        row = load_i64(entries + 16 * i + 8)
+        if row < next_row:
+            place = np.int64(0)
+            if num_free:
+                place = np.int64(load_i32(row_address(row, blocks)))
+            if place < 0 or place >= num_free or load_i64(stack + 8 * place) != row:
+                continue
+        if row != NO_ROW:
+            store_i64(entries + 16 * i + 8, NO_ROW)
+        if load_i64(entries + 16 * i) != EMPTY:
+            void += 1
+    atomic_add(num_void, void)
+
+
+@kernel
 def _id_of_row_kernel(low, high, entries, ids, occupied):
     for i in range(low, high):
         row = load_i64(entries + 16 * i + 8)
@@ -222,7 +252,7 @@ def find(segments, num_ids, device):
     return _find(segments, num_ids, READ)[0]
 
 
-def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
+def find_or_insert(segments, num_ids, tables, segment_tables, screen, device, claims):
     """Insert unknown ids in rounds, or very many of one feature in bulk.
 
     A batch may hold an unknown id many times, and room is needed for distinct ones only: the first
@@ -230,26 +260,22 @@ def find_or_insert(segments, num_ids, tables, segment_tables, screen, device):
     """
     if len(segments) == 1 and num_ids >= _BULK and segments[0, SEGMENT_FLAGS] & INSERT:
         if screen is None:
-            return _find_or_bulk_insert(segments, num_ids, tables[0])
-    return _insert_in_rounds(segments, num_ids, tables, segment_tables, screen)
+            return _find_or_bulk_insert(segments, num_ids, tables[0], claims)
+    return _insert_in_rounds(segments, num_ids, tables, segment_tables, screen, claims)
 
 
-def _find_or_bulk_insert(segments, num_ids, table):
+def _find_or_bulk_insert(segments, num_ids, table, claims):
     """Look up very many ids of one feature; how many are new is guessed from the first of them."""
-    before = [table.header.fields[_COUNTS]]
-    start, new = _insert_in_rounds(segments, _FIRST_ROUND, [table], [0], None)
+    had_no_rows = not table.header.fields.item(NEXT_ROW)
+    start, new = _insert_in_rounds(segments, _FIRST_ROUND, [table], [0], None, claims)
     if new is None or len(new) < _FIRST_ROUND // 2:
-        rows, rest = _insert_in_rounds(segments, num_ids, [table], [0], None)
+        rows, rest = _insert_in_rounds(segments, num_ids, [table], [0], None, claims)
     else:
         rows = host_memory.empty_int64(num_ids)
         rows[:_FIRST_ROUND] = start
-        try:
-            rest = bulk_insert(segments, table, _FIRST_ROUND, rows)
-        except BaseException:
-            _roll_back([table], before)
-            raise
+        rest = bulk_insert(segments, table, _FIRST_ROUND, rows)
         if isinstance(rest, slice) and len(new) == rest.start:
-            if before[0][1] == 0:  # the table had no rows: a position is a row
+            if had_no_rows:  # a position is a row
                 return rows, rows
             return rows, torch.arange(num_ids, out=host_memory.empty_int64(num_ids))
         rest = torch.arange(num_ids)[rest] if isinstance(rest, slice) else torch.from_numpy(rest)
@@ -257,24 +283,20 @@ def _find_or_bulk_insert(segments, num_ids, table):
     return rows, torch.cat(parts) if parts else None
 
 
-def _insert_in_rounds(segments, num_ids, tables, segment_tables, screen):
+def _insert_in_rounds(segments, num_ids, tables, segment_tables, screen, claims):
     rows, counts = _find(segments, num_ids, FIRST_PASS)
     misses, rejected = _list_misses(rows, counts), None
     if screen is not None and len(misses):
         misses = screen(torch.from_numpy(misses), rows).numpy()
-    all_new, before = [], None
-    distinct_share = 0.0
+    if len(misses):
+        claims.append(Claim(tables, [table.header.fields[_COUNTS].tolist() for table in tables]))
+    all_new, distinct_share = [], 0.0
     while len(misses):
         cuts = np.searchsorted(misses, segments[:, SEGMENT_START])
         misses, complete = _round_of(misses, cuts, tables, segment_tables, distinct_share)
-        if before is None and not complete:
-            before = [table.header.fields[_COUNTS] for table in tables]
+        if rejected is None and not complete:
             rejected = np.flatnonzero(rows.numpy() == UNKNOWN)  # they stay so, whoever inserts them
-        try:
-            new = insert_misses(segments, tables, segment_tables, misses, rows)
-        except BaseException:
-            _roll_back(tables, before)
-            raise
+        new = insert_misses(segments, tables, segment_tables, misses, rows)
         all_new.append(new)
         if complete:
             break
@@ -293,23 +315,6 @@ def _insert_in_rounds(segments, num_ids, tables, segment_tables, screen):
 def _list_misses(rows, counts):
     num_misses = int(counts.sum())
     return list_misses(rows, counts, num_misses) if num_misses else np.empty(0, np.int64)
-
-
-def _roll_back(tables, before):
-    """Make the ids of a failed insertion unknown again, those of its earlier rounds too.
-
-    Their rows are the claims and what was handed out since ``before``, each table's counts then.
-    """
-    for number, table in enumerate(tables):
-        header = table.header.fields
-        counts = header[_COUNTS] if before is None else before[number]
-        next_row, num_free = counts[1:]
-        entries = as_array(header[ENTRIES], 2 * (int(header[CAPACITY]) + 1)).reshape(-1, 2)
-        reused = as_array(header[FREE_ROWS], num_free)[header[NUM_FREE] :]
-        entries[(entries[:, 1] >= next_row) | np.isin(entries[:, 1], reused), 1] = NO_ROW
-        header[_COUNTS] = counts
-        with contextlib.suppress(MemoryError):  # what the rebuild would drop is unknown already
-            table.rebuild_index()
 
 
 def _round_of(misses, cuts, tables, segment_tables, distinct_share):
@@ -331,17 +336,18 @@ def _round_of(misses, cuts, tables, segment_tables, distinct_share):
     return np.concatenate(kept), False
 
 
-def rebuild(old, header, evicted):
-    address, capacity = old
+def rebuild(old, device, new, evicted):
+    address, num_entries = old[0], old[1] + 1
+    entries, shift, capacity = new
     num_removed = ctypes.c_int64(0)
     found = None if evicted is None else torch.zeros_like(evicted)
     _rebuild_kernel.launch(
-        capacity + 1,
+        num_entries,
         _ENTRIES_PER_CHUNK,
         old=address,
-        new=int(header.fields[ENTRIES]),
-        shift=int(header.fields[SHIFT]),
-        capacity=int(header.fields[CAPACITY]),
+        new=entries,
+        shift=shift,
+        capacity=capacity,
         evicted=evicted,
         found=found,
         num_removed=num_removed,
@@ -349,6 +355,17 @@ def rebuild(old, header, evicted):
     if found is not None:
         evicted.copy_(found)
     return num_removed.value
+
+
+def drop_rowless(header):
+    fields, num_void = header.fields, ctypes.c_int64(0)
+    where = {"header": header.address}
+    _number_free_rows_kernel.launch(int(fields[NUM_FREE]), _ENTRIES_PER_CHUNK, **where)
+    entries, num_entries = int(fields[ENTRIES]), int(fields[CAPACITY]) + 1
+    _drop_rowless_kernel.launch(
+        num_entries, _ENTRIES_PER_CHUNK, entries=entries, **where, num_void=num_void
+    )
+    return num_void.value
 
 
 def id_of_row(header, num_rows):

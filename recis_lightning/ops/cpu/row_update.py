@@ -27,6 +27,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     sqrt,
     store_f32,
     store_f64,
+    store_i64,
     store_vector,
     store_weights,
     sub,
@@ -72,7 +73,10 @@ def _update_kernel(rule, width, bfloat16):
         embedding_dim,
         norms,
         position_bits,
+        applied,
     ):
+        if rule != _NORM:
+            store_i64(applied, 1)
         position_mask = (np.int64(1) << position_bits) - 1
         block_mask = (np.int64(1) << block_shift) - 1
         state_at = embedding_dim * 4
@@ -199,6 +203,7 @@ def _launch(gradients, rule):
         embedding_dim=layout.embedding_dim,
         norms=norms,
         position_bits=position_bits,
+        applied=gradients.applied,
     )
     return norms
 

@@ -12,15 +12,21 @@ from recis_lightning.ops.gpu.hash_insert import (
     tables_without_room,
 )
 from recis_lightning.ops.gpu.layout import (
+    BLOCK_SHIFT,
+    BLOCKS,
     CLAIMED,
     EMPTY,
+    FREE_ROWS,
     HAS_PADDING,
     INSERT,
     LAST_SEEN,
     MISSING,
+    NEXT_ROW,
     NO_ROW,
+    NUM_FREE,
     NUM_REJECTED,
     PADDING,
+    ROW_BYTES,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_PADDING,
@@ -28,7 +34,7 @@ from recis_lightning.ops.gpu.layout import (
     UNKNOWN,
 )
 from recis_lightning.ops.gpu.probe import claim_slot, row_of
-from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, sum_over
+from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, row_address, sum_over
 from recis_lightning.ops.gpu.segments import (
     LANES,
     VARIANT,
@@ -37,6 +43,7 @@ from recis_lightning.ops.gpu.segments import (
     own_ids,
     stage_lookup,
 )
+from recis_lightning.ops.hash_index import Claim
 
 
 @kernel(
@@ -114,6 +121,43 @@ def _rebuild_kernel(
 
 
 @kernel(VARIANT)
+def _number_free_rows_kernel(header: tl.int64, num_free: tl.int64, LANES: tl.constexpr):
+    # A freed row notes its place in the stack: that tells it from a row in use, without a list.
+    place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = place < num_free
+    row = tl.load(int64_at(field(header, FREE_ROWS) + 8 * place), inside, 0)
+    blocks, shift = field(header, BLOCKS), field(header, BLOCK_SHIFT)
+    at = row_address(blocks, shift, field(header, ROW_BYTES), row, inside)
+    tl.store(at.to(tl.pointer_type(tl.int32)), place.to(tl.int32), inside)
+
+
+@kernel(VARIANT)
+def _drop_rowless_kernel(
+    header: tl.int64,
+    entries: tl.int64,
+    num_entries: tl.int64,
+    num_void: tl.int64,
+    LANES: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    inside = entry < num_entries
+    key = tl.load(int64_at(entries + 16 * entry), inside, EMPTY)
+    row = tl.load(int64_at(entries + 16 * entry + 8), inside, NO_ROW)
+    next_row, num_free = field(header, NEXT_ROW), field(header, NUM_FREE)
+    is_numbered = inside & (row < next_row)
+    blocks, shift = field(header, BLOCKS), field(header, BLOCK_SHIFT)
+    at = row_address(blocks, shift, field(header, ROW_BYTES), row, is_numbered)
+    place = tl.load(at.to(tl.pointer_type(tl.int32)), is_numbered, -1).to(tl.int64)
+    is_numbered = is_numbered & (place >= 0) & (place < num_free)
+    noted = tl.load(int64_at(field(header, FREE_ROWS) + 8 * place), is_numbered, NO_ROW)
+    rowless = inside & ((row >= next_row) | (is_numbered & (noted == row)))
+    tl.store(int64_at(entries + 16 * entry + 8), entry * 0 + NO_ROW, rowless)
+    void = sum_over((rowless & (key != EMPTY)).to(tl.int64), 0)
+    if void != 0:
+        tl.atomic_add(int64_at(num_void), void, sem="relaxed")
+
+
+@kernel(VARIANT)
 def _id_of_row_kernel(
     entries: tl.int64,
     num_entries: tl.int64,
@@ -154,7 +198,7 @@ def find(segments, num_ids, device):
     return rows
 
 
-def find_or_insert(segments, num_ids, tables, segment_tables, check, device):
+def find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims):
     # Where all ids fit, were they all new, unknown ids are claimed in the pass that finds rows.
     # Else the host, or the policy, must first learn which are missing.
     rows = torch.empty(num_ids, dtype=torch.int64, device=device)
@@ -163,29 +207,27 @@ def find_or_insert(segments, num_ids, tables, segment_tables, check, device):
     staged = stage_lookup(segments, num_ids, device, tables, segment_tables)
     free, short = tables_without_room(staged, tables)
     slots = torch.empty(num_ids + LANES, dtype=torch.int64, device=device)
-    claims, counted = not short and check is None, {}
-    _find(staged, rows, slots if claims else None, True)
+    claims_at_once, counted = not short and check is None, {}
+    claims.append(Claim(tables, None))
+    _find(staged, rows, slots if claims_at_once else None, True)
     if check is not None:
         check(None, rows)  # the device knows which positions miss
     if short:
         counted = make_room(staged, rows, tables, short)
-    new = insert_misses(staged, rows, slots, claims)
+    new = insert_misses(staged, rows, slots, claims_at_once, claims)
     note_insertions(staged, tables, free, counted)
     return rows, new
 
 
-def rebuild(old, header, evicted):
-    address, capacity = old
+def rebuild(old, device, new, evicted):
+    address, num_entries = old[0], old[1] + 1
     removed = None if evicted is None else torch.zeros_like(evicted)
-    values = header.fields
     _rebuild_kernel.launch(
-        header.device,
-        -(-(capacity + 1) // LANES),
+        device,
+        -(-num_entries // LANES),
         address,
-        capacity + 1,
-        int(values[fields.ENTRIES]),
-        int(values[fields.SHIFT]),
-        int(values[fields.CAPACITY]),
+        num_entries,
+        *new,
         0 if evicted is None else evicted.data_ptr(),
         0 if removed is None else removed.data_ptr(),
         EVICTS=evicted is not None,
@@ -195,6 +237,18 @@ def rebuild(old, header, evicted):
         return 0
     evicted.copy_(removed)
     return int(removed.sum())
+
+
+def drop_rowless(header):
+    values, device = header.fields, header.device
+    num_void = torch.zeros(1, dtype=torch.int64, device=device)
+    num_free, count = int(values[fields.NUM_FREE]), int(values[fields.CAPACITY]) + 1
+    _number_free_rows_kernel.launch(
+        device, -(-num_free // LANES), header.address, num_free, LANES=LANES
+    )
+    where = (header.address, int(values[fields.ENTRIES]), count, num_void.data_ptr())
+    _drop_rowless_kernel.launch(device, -(-count // LANES), *where, LANES=LANES)
+    return int(num_void)
 
 
 def id_of_row(header, num_rows):

@@ -38,6 +38,7 @@ from recis_lightning.ops.gpu.runtime import (
     sums_up_to,
 )
 from recis_lightning.ops.gpu.segments import LANES, VARIANT, ids_at, is_missing, own_ids
+from recis_lightning.ops.hash_index import Claim
 from recis_lightning.ops.header import watch_counts
 
 
@@ -226,7 +227,7 @@ def make_room(staged, rows, tables, short):
     return {i: counts[i] for i in short}
 
 
-def insert_misses(staged, rows, slots, are_claimed):
+def insert_misses(staged, rows, slots, are_claimed, claims):
     """Insert the ids of ``rows`` that are MISSING and enter their rows; there is room for them.
 
     Args:
@@ -234,6 +235,7 @@ def insert_misses(staged, rows, slots, are_claimed):
         rows: int64 [n].
         slots: int64 [n + LANES], for each position the address of its id's entry.
         are_claimed: Whether ``slots`` is filled already; else the ids are claimed here.
+        claims: Gets what an interruption must know.
 
     Returns:
         int64 [n]: positions of the new ids' first occurrences, ascending, then -1.
@@ -247,6 +249,7 @@ def insert_misses(staged, rows, slots, are_claimed):
     _count_first_kernel.launch(device, programs, *outputs, LANES=LANES)
     add_up_(device, counts.data_ptr(), programs)
     _assign_kernel.launch(device, programs, *outputs, LANES=LANES)
+    claims.append(Claim((), None, new))
     _fill_rows_kernel.launch(device, programs, *where, counts.data_ptr(), LANES=LANES)
     return new
 

@@ -331,6 +331,7 @@ def squared_norm(gradients):
 
 
 def update_rows_(gradients, rule):
+    gradients.applied[0] = 1
     _launch(gradients, rule)
 
 

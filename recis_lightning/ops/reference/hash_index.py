@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.admission import CheckFunction
-from recis_lightning.ops.hash_index import Segments, TableMemory
+from recis_lightning.ops.hash_index import Claim, Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import CLAIMED, EMPTY, MISSING, NO_ROW, PADDING, UNKNOWN
 from recis_lightning.ops.reference.index import Index, segment_of, segments_of
@@ -43,6 +43,7 @@ def find_or_insert(
     segment_tables: Sequence[int],
     check: CheckFunction | None,
     device: torch.device,
+    claims: list[Claim],
 ) -> tuple[Tensor, Tensor | None]:
     rows = _look_up(segments, num_ids, MISSING)
     for segment in segments_of(segments, num_ids):
@@ -59,6 +60,7 @@ def find_or_insert(
         if len(first):
             new[i] = misses[np.sort(first)]
     # All tables get room before the first id is added: a failure changes nothing.
+    claims.append(Claim(tables, [_counts(table.header) for table in tables]))
     for i, positions in new.items():
         tables[i].reserve_ids(positions.numel())
         tables[i].reserve_rows(positions.numel())
@@ -76,6 +78,11 @@ def find_or_insert(
     return rows, torch.cat(list(new.values())).sort().values if new else None
 
 
+def _counts(header: Header) -> list[int]:
+    counts: list[int] = header.fields[fields.NUM_IDS : fields.NUM_FREE + 1].tolist()
+    return counts
+
+
 def _take_rows(header: Tensor, count: int) -> Tensor:
     """Return rows for new ids: freed ones from the top of the stack, then those never used."""
     num_free, next_row = int(header[fields.NUM_FREE]), int(header[fields.NEXT_ROW])
@@ -88,7 +95,12 @@ def _take_rows(header: Tensor, count: int) -> Tensor:
     return torch.cat([stack[num_free - reused :].flip(0), unused])
 
 
-def rebuild(old: tuple[int, int], header: Header, evicted: Tensor | None) -> int:
+def rebuild(
+    old: tuple[int, int],
+    device: torch.device,
+    new: tuple[int, int, int],
+    evicted: Tensor | None,
+) -> int:
     entries = Index(*old).entries
     entries = entries[entries[:, 1] < CLAIMED]
     removed = torch.zeros(len(entries), dtype=torch.bool)
@@ -96,8 +108,16 @@ def rebuild(old: tuple[int, int], header: Header, evicted: Tensor | None) -> int
         removed = evicted[entries[:, 1]]
         evicted.zero_()
         evicted[entries[removed, 1]] = True
-    Index.of(header.tensor).add(entries[~removed, 0], entries[~removed, 1])
+    Index(new[0], new[2]).add(entries[~removed, 0], entries[~removed, 1])
     return int(removed.sum())
+
+
+def drop_rowless(header: Header) -> int:
+    entries, values = Index.of(header.tensor).entries, header.fields
+    free = memory(int(values[fields.FREE_ROWS]), int(values[fields.NUM_FREE]), torch.int64)
+    rowless = (entries[:, 1] >= int(values[fields.NEXT_ROW])) | torch.isin(entries[:, 1], free)
+    entries[rowless, 1] = NO_ROW
+    return int((rowless & (entries[:, 0] != EMPTY)).sum())
 
 
 def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -74,4 +74,5 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
         state.copy_(torch.cat([m, v], 1))
         w = w * decay - lr * m / (v.sqrt() * inv_sqrt_bias2 + eps)
     weights.copy_(w.float())
+    gradients.applied[0] = 1
     store.write(rows, words)
