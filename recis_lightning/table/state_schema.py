@@ -246,7 +246,8 @@ def _checksum(state: Mapping[str, Any]) -> int:
             continue
         value = crc32(f"{key}:{field.dtype}{tuple(field.shape)};".encode(), value)
         if field.numel():
-            flat = field.detach().cpu().contiguous().reshape(-1)
+            # A dimension of one item may have any stride, and is contiguous all the same.
+            flat = field.detach().cpu().contiguous().as_strided((field.numel(),), (1,))
             value = crc32(flat.view(torch.uint8).numpy(), value)
     return value
 
