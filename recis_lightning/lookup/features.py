@@ -156,6 +156,8 @@ class FeatureLayout:
         plan[:, embedding_bag.NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
         plan[:, embedding_bag.BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
         ragged = np.flatnonzero(lengths < 0)
+        offset_counts = num_bags[ragged] + 1
+        offset_ends = np.cumsum(offset_counts)
         lines = SizedLines(
             sizes,
             int(num_ids.sum()),
@@ -163,9 +165,11 @@ class FeatureLayout:
             training,
             evaluation,
             plan[:, embedding_bag.NUM_BAGS].tolist(),
-            ragged,
-            np.cumsum(num_bags[ragged] + 1),
-            ~self._has_row_per_id[ragged],
+            ragged.tolist(),
+            ragged[~self._has_row_per_id[ragged]].tolist(),
+            offset_ends - offset_counts,
+            offset_ends - 1,
+            num_ids[ragged],
         )
         for part in (plan, training, evaluation):
             part.flags.writeable = False
