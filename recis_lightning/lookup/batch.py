@@ -18,6 +18,7 @@ from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.layout import SEGMENT_IDS
 
 
 class SizedLines(NamedTuple):
@@ -27,9 +28,10 @@ class SizedLines(NamedTuple):
         sizes: n of each feature; (n, B, bag length) where any feature is not plain.
         num_ids: Number of all ids.
         plan: int64 [num_features, PLAN_SIZE].
-        training: Segments that insert.
-        evaluation: Segments that only read.
+        training: Segments that insert; their IDS hold what is to be added to addresses.
+        evaluation: Segments that only read, likewise.
         num_bags: Size of each output.
+        first_rows: Bytes from the row of the lookup's first id to that of each feature's.
         ragged: Features with offsets.
         pooled: Those of them whose outputs are bags.
         offset_starts: Where each ragged feature's offsets start if all lie one after the other.
@@ -43,15 +45,22 @@ class SizedLines(NamedTuple):
     training: Segments
     evaluation: Segments
     num_bags: list[int]
+    first_rows: npt.NDArray[np.int64]
     ragged: list[int]
     pooled: list[int]
     offset_starts: npt.NDArray[np.int64]
     offset_lasts: npt.NDArray[np.int64]
     ragged_sizes: npt.NDArray[np.int64]
 
-    def segments(self, training: bool) -> Segments:
-        """Return segments for one lookup, which enters addresses."""
-        return (self.training if training else self.evaluation).copy()
+    def segments(self, ids: Sequence[Tensor], training: bool) -> Segments:
+        """Return segments for one lookup of ``ids``, which the caller keeps alive."""
+        segments = (self.training if training else self.evaluation).copy()
+        segments[:, SEGMENT_IDS] += list(map(Tensor.data_ptr, ids))
+        return segments
+
+    def point_to_rows(self, plan: Plan, rows: Tensor) -> None:
+        """Point each line of a plan to the rows of its ids, int64 [num_ids]."""
+        plan[:, embedding_bag.ROWS] = self.first_rows + rows.data_ptr()
 
 
 class Batch(NamedTuple):

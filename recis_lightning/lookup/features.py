@@ -18,7 +18,7 @@ from recis_lightning.lookup.signature import digest
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.table.hash_table import HashTable, write_segment
 from recis_lightning.table.lock import distinct_locks
 from recis_lightning.table.storage import Storage
@@ -152,6 +152,7 @@ class FeatureLayout:
         starts = np.cumsum(num_ids) - num_ids
         training, evaluation, plan = self.training.copy(), self.evaluation.copy(), self._plan.copy()
         training[:, SEGMENT_START] = evaluation[:, SEGMENT_START] = starts
+        training[:, SEGMENT_IDS] = evaluation[:, SEGMENT_IDS] = -8 * starts  # as kernels count
         plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = starts, num_ids
         plan[:, embedding_bag.NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
         plan[:, embedding_bag.BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
@@ -165,6 +166,7 @@ class FeatureLayout:
             training,
             evaluation,
             plan[:, embedding_bag.NUM_BAGS].tolist(),
+            8 * starts,
             ragged.tolist(),
             ragged[~self._has_row_per_id[ragged]].tolist(),
             offset_ends - offset_counts,

@@ -30,6 +30,11 @@ def copy_held_(gradients: list[Tensor]) -> None:
         gradients: A list that ``backward`` of a Function made of what it was given.
     """
     most, most_of_base = expected_references()
+    if len(gradients) == 1:  # as of one embedding: with the fewest instructions
+        count, base_count = _count(gradients)
+        if count > most or base_count > most_of_base:
+            gradients[0] = gradients[0].clone()
+        return
     if max(map(getrefcount, gradients), default=0) > most:
         held = [getrefcount(gradient) > most + 1 for gradient in gradients]
         for index in compress(range(len(gradients)), held):
@@ -40,6 +45,7 @@ def copy_held_(gradients: list[Tensor]) -> None:
         return
     if len(distinct) == 1:  # as of one joint gradient
         base = bases[0]
+        # Those of ``bases`` and ``base``, where there is one of ``base`` in ``_count``.
         held_bases = {id(base)} if getrefcount(base) - len(bases) > most_of_base else set()
         del base
     else:
@@ -50,14 +56,22 @@ def copy_held_(gradients: list[Tensor]) -> None:
                 gradients[index] = gradients[index].clone()
 
 
+def _count(gradients: list[Tensor]) -> tuple[int, int]:
+    """Return the references to the one gradient of a list, and to its base, 0 if it has none."""
+    base = gradients[0]._base
+    return getrefcount(gradients[0]), 0 if base is None else getrefcount(base)
+
+
 def _held_bases(bases: list[Tensor | None], most: int) -> set[int]:
     """Return the ids of the bases to which there are more references than those of a pass."""
     num_views = Counter(map(id, bases))
     distinct = {id(base): base for base in bases if base is not None}
-    own = 1  # of ``distinct``
-    return {
-        key for key, base in distinct.items() if getrefcount(base) - num_views[key] - own > most
-    }
+    held = set()
+    for key in distinct:  # not its items: they would be one reference more
+        base = distinct[key]
+        if getrefcount(base) - num_views[key] - 1 > most:  # 1 of ``distinct``
+            held.add(key)
+    return held
 
 
 class _Probe(torch.autograd.Function):
@@ -72,10 +86,7 @@ class _Probe(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         tensors = list(gradients)
-        ctx.counted.append(max(map(getrefcount, tensors), default=0))
-        bases = list(map(_base, tensors))
-        base = bases[0]
-        ctx.counted.append(getrefcount(base) - len(bases))
+        ctx.counted.extend(_count(tensors))
         return None, None
 
 
