@@ -12,7 +12,7 @@ from recis_lightning.admission import Admission
 from recis_lightning.arguments import HINTS, check_ids, check_padding_idx, explain_arguments
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
-from recis_lightning.jagged import FeatureBags, Jagged, read_bags
+from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_bags, read_jagged
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
@@ -211,13 +211,13 @@ class DynamicEmbeddingBag(nn.Module):
         if isinstance(ids, Jagged) or (isinstance(ids, Tensor) and ids.is_nested):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets, per_sample_weights: expected None for ragged ids")
-            return self._look_up(ids)
+            return self._look_up(read_bags(ids, "ids"))
         ids = check_ids(ids)
         if ids.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets: expected None for 2-D ids, whose rows are the bags")
             feature = ids if per_sample_weights is None else (ids, per_sample_weights)
-            return self._look_up(feature)
+            return self._look_up(read_bags(feature, "ids"))
         if ids.dim() != 1:
             raise ValueError(f"ids: expected shape [N] or [B, L], got {tuple(ids.shape)}")
         if offsets is None:
@@ -227,12 +227,10 @@ class DynamicEmbeddingBag(nn.Module):
         if is_padded:
             # Not torch.cat: a tensor of one number from the host would wait for a GPU.
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=ids.numel())
-        return self._look_up(Jagged(ids, offsets, per_sample_weights), owns_offsets=is_padded)
+        jagged = Jagged(ids, offsets, per_sample_weights)
+        return self._look_up(read_jagged(jagged, "ids", owns_offsets=is_padded))
 
-    def _look_up(self, feature: Any, owns_offsets: bool = False) -> Tensor:
-        bags = read_bags(feature, "ids")
-        if owns_offsets:
-            bags = bags._replace(owns_offsets=True)
+    def _look_up(self, bags: Bags) -> Tensor:
         return _look_up(self.current_groups(), FeatureBags.of([bags]), self.training)
 
     @override

@@ -165,12 +165,12 @@ def read_bags(feature: Any, name: str) -> Bags:
             return Bags(feature.resolve_neg(), size, 1, None, None, (size,))
         return _read_dense(feature, None, name)
     if isinstance(feature, Jagged):
-        return _read_jagged(feature, name)
+        return read_jagged(feature, name)
     if isinstance(feature, (tuple, list)):
         if len(feature) == 2:
             return _read_dense(feature[0], feature[1], name)
         if len(feature) == 3:  # a Jagged that a collate function rebuilt as a plain tuple
-            return _read_jagged(Jagged(*feature), name)
+            return read_jagged(Jagged(*feature), name)
     raise TypeError(
         f"{name}: expected an int64 Tensor, (ids, weights), a jagged NestedTensor or Jagged, "
         f"got {type(feature).__name__}"
@@ -209,7 +209,17 @@ def _product(sizes: tuple[int, ...]) -> int:
     return total
 
 
-def _read_jagged(feature: Jagged, name: str) -> Bags:
+def read_jagged(feature: Jagged, name: str, owns_offsets: bool = False) -> Bags:
+    """Read one ragged feature.
+
+    Args:
+        feature: The feature.
+        name: Its name, for errors.
+        owns_offsets: Whether nobody else has its offsets.
+
+    Raises:
+        TypeError, ValueError: Shapes or dtypes do not fit.
+    """
     values, offsets, weights = feature
     values, given = check_ids(values, f"{name}.values"), offsets
     offsets = check_ids(offsets, f"{name}.offsets")
@@ -221,9 +231,9 @@ def _read_jagged(feature: Jagged, name: str) -> Bags:
         raise ValueError(f"{name}.offsets: no bags, but {values.numel()} values")
     weights = _read_weights(weights, tuple(values.shape), name)
     # Kernels are given addresses, and know nothing of signs that torch has yet to apply.
-    flat, owns_offsets = values.contiguous().resolve_neg(), offsets is not given
-    offsets = offsets.contiguous().resolve_neg()
-    return Bags(*(flat, offsets.numel() - 1, -1, offsets, weights, None), owns_offsets=owns_offsets)
+    flat, owns_offsets = values.contiguous().resolve_neg(), owns_offsets or offsets is not given
+    num_bags, offsets = offsets.numel() - 1, offsets.contiguous().resolve_neg()
+    return Bags(flat, num_bags, -1, offsets, weights, None, False, owns_offsets)
 
 
 def _read_nested(feature: Tensor, name: str) -> Bags:
@@ -234,7 +244,7 @@ def _read_nested(feature: Tensor, name: str) -> Bags:
     if feature.lengths() is not None:  # type: ignore[attr-defined]
         feature = feature.contiguous()  # holes between the bags
     jagged = Jagged(feature.values(), feature.offsets())  # type: ignore[attr-defined]
-    return _read_jagged(jagged, name)._replace(nested=True)
+    return read_jagged(jagged, name)._replace(nested=True)
 
 
 def read_keyed_jagged(features: Any) -> dict[str, Jagged]:
@@ -255,5 +265,6 @@ __all__ = [
     "Jagged",
     "read_bags",
     "read_features",
+    "read_jagged",
     "read_keyed_jagged",
 ]

@@ -18,6 +18,7 @@ from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.layout import SEGMENT_IDS
 
 
 class SizedLines(NamedTuple):
@@ -27,12 +28,15 @@ class SizedLines(NamedTuple):
         sizes: n of each feature; (n, B, bag length) where any feature is not plain.
         num_ids: Number of all ids.
         plan: int64 [num_features, PLAN_SIZE].
-        training: Segments that insert.
-        evaluation: Segments that only read.
+        training: Segments that insert; their IDS hold what is to be added to addresses.
+        evaluation: Segments that only read, likewise.
         num_bags: Size of each output.
-        ragged: Features with offsets, int64 [r].
-        offset_ends: End of each one's offsets where all lie one after the other, int64 [r].
-        pooled: Which of ``ragged`` have bags as an output, bool [r].
+        first_rows: Bytes from the row of the lookup's first id to that of each feature's.
+        ragged: Features with offsets.
+        pooled: Those of them whose outputs are bags.
+        offset_starts: Where each ragged feature's offsets start if all lie one after the other.
+        offset_lasts: Where the last of each one's lies.
+        ragged_sizes: n of each ragged feature.
     """
 
     sizes: Sequence[object]
@@ -41,19 +45,22 @@ class SizedLines(NamedTuple):
     training: Segments
     evaluation: Segments
     num_bags: list[int]
-    ragged: npt.NDArray[np.int64]
-    offset_ends: npt.NDArray[np.int64]
-    pooled: npt.NDArray[np.bool_]
+    first_rows: npt.NDArray[np.int64]
+    ragged: list[int]
+    pooled: list[int]
+    offset_starts: npt.NDArray[np.int64]
+    offset_lasts: npt.NDArray[np.int64]
+    ragged_sizes: npt.NDArray[np.int64]
 
-    def segments(self, training: bool) -> Segments:
-        """Return segments for one lookup, which enters addresses."""
-        return (self.training if training else self.evaluation).copy()
+    def segments(self, ids: Sequence[Tensor], training: bool) -> Segments:
+        """Return segments for one lookup of ``ids``, which the caller keeps alive."""
+        segments = (self.training if training else self.evaluation).copy()
+        segments[:, SEGMENT_IDS] += list(map(Tensor.data_ptr, ids))
+        return segments
 
-    def offset_starts(self) -> npt.NDArray[np.int64]:
-        """Return where each ragged feature's offsets start, int64 [r]."""
-        starts = np.zeros_like(self.offset_ends)
-        starts[1:] = self.offset_ends[:-1]
-        return starts
+    def point_to_rows(self, plan: Plan, rows: Tensor) -> None:
+        """Point each line of a plan to the rows of its ids, int64 [num_ids]."""
+        plan[:, embedding_bag.ROWS] = self.first_rows + rows.data_ptr()
 
 
 class Batch(NamedTuple):
@@ -80,11 +87,14 @@ class Batch(NamedTuple):
         """Enter the addresses of offsets and weights."""
         lines, details = self.lines, self.bags.details
         if self.offsets is not None:
-            pooled = lines.pooled
-            first, starts = self.offsets.data_ptr(), lines.offset_starts()
-            plan[lines.ragged[pooled], embedding_bag.OFFSETS] = first + 8 * starts[pooled]
+            # Those of features that are not pooled are not read.
+            if len(lines.ragged) == 1:
+                plan[lines.ragged[0], embedding_bag.OFFSETS] = self.offsets.data_ptr()
+            else:
+                addresses = self.offsets.data_ptr() + 8 * lines.offset_starts
+                plan[lines.ragged, embedding_bag.OFFSETS] = addresses
         else:
-            for feature in lines.ragged[lines.pooled].tolist():
+            for feature in lines.pooled:
                 offsets = details[feature].offsets
                 assert offsets is not None
                 plan[feature, embedding_bag.OFFSETS] = offsets.data_ptr()
@@ -107,9 +117,8 @@ class Batch(NamedTuple):
         """Return a feature's bags as they were looked up."""
         bags: Bags = self.bags[feature]
         if self.offsets is not None and bags.offsets is not None:
-            place = int(np.flatnonzero(self.lines.ragged == feature)[0])
-            end = int(self.lines.offset_ends[place])
-            bags = bags._replace(offsets=self.offsets[end - bags.num_bags - 1 : end])
+            first = int(self.lines.offset_starts[self.lines.ragged.index(feature)])
+            bags = bags._replace(offsets=self.offsets[first : first + bags.num_bags + 1])
         if self.weights is not None and bags.weights is not None:
             before = self.weighted[: self.weighted.index(feature)]
             first = sum(self.bags.sizes[other] for other in before)
@@ -121,7 +130,7 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def join_offsets(bags: FeatureBags, lines: SizedLines) -> Tensor | None:
     """Return a copy of the offsets of all ragged features; None if there are none."""
-    ragged = lines.ragged.tolist()
+    ragged = lines.ragged
     if not ragged:
         return None
     offsets: list[Any] = [bags.details[feature].offsets for feature in ragged]
@@ -150,15 +159,17 @@ def malformed_feature(offsets: Tensor, lines: SizedLines) -> int | None:
         offsets: int64, on the CPU, as ``join_offsets`` returns them.
         lines: Of the batch.
     """
-    values, ends = offsets.numpy(), lines.offset_ends
-    num_ids = lines.plan[lines.ragged, embedding_bag.NUM_IDS]
-    starts = lines.offset_starts()
-    wrong = (values[starts] != 0) | (values[ends - 1] != num_ids)
+    values, count = offsets.numpy(), np.count_nonzero  # the fastest way to ask for any
+    starts, lasts = lines.offset_starts, lines.offset_lasts
     descends = values[1:] < values[:-1]
-    descends[ends[:-1] - 1] = False  # from one feature to the next
-    if descends.any():
-        wrong[np.searchsorted(ends, int(descends.argmax()), side="right")] = True
-    return int(lines.ragged[wrong.argmax()]) if wrong.any() else None
+    if len(starts) == 1:
+        is_wrong = values[0] or values[-1] != lines.ragged_sizes[0] or count(descends)
+        return lines.ragged[0] if is_wrong else None
+    descends[lasts[:-1]] = False  # from one feature to the next
+    wrong = (values[starts] != 0) | (values[lasts] != lines.ragged_sizes)
+    if count(descends):
+        wrong[np.searchsorted(lasts, int(descends.argmax()), side="left")] = True
+    return lines.ragged[int(wrong.argmax())] if count(wrong) else None
 
 
 __all__ = ["Batch", "SizedLines", "join_offsets", "join_weights", "malformed_feature"]

@@ -18,7 +18,7 @@ from recis_lightning.lookup.signature import digest
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.layout import SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable, write_segment
 from recis_lightning.table.lock import distinct_locks
@@ -196,10 +196,13 @@ class FeatureLayout:
         starts = np.cumsum(num_ids) - num_ids
         training, evaluation, plan = self.training.copy(), self.evaluation.copy(), self._plan.copy()
         training[:, SEGMENT_START] = evaluation[:, SEGMENT_START] = starts
+        training[:, SEGMENT_IDS] = evaluation[:, SEGMENT_IDS] = -8 * starts  # as kernels count
         plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = starts, num_ids
         plan[:, embedding_bag.NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
         plan[:, embedding_bag.BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
         ragged = np.flatnonzero(lengths < 0)
+        offset_counts = num_bags[ragged] + 1
+        offset_ends = np.cumsum(offset_counts)
         lines = SizedLines(
             sizes,
             int(num_ids.sum()),
@@ -207,9 +210,12 @@ class FeatureLayout:
             training,
             evaluation,
             plan[:, embedding_bag.NUM_BAGS].tolist(),
-            ragged,
-            np.cumsum(num_bags[ragged] + 1),
-            ~self._has_row_per_id[ragged],
+            8 * starts,
+            ragged.tolist(),
+            ragged[~self._has_row_per_id[ragged]].tolist(),
+            offset_ends - offset_counts,
+            offset_ends - 1,
+            num_ids[ragged],
         )
         for part in (plan, training, evaluation):
             part.flags.writeable = False

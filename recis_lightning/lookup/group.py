@@ -18,11 +18,18 @@ from recis_lightning.distributed import collectives
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
 from recis_lightning.lookup.autograd import record_lookup
-from recis_lightning.lookup.batch import Batch, join_offsets, join_weights, malformed_feature
+from recis_lightning.lookup.batch import (
+    Batch,
+    SizedLines,
+    join_offsets,
+    join_weights,
+    malformed_feature,
+)
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
+from recis_lightning.ops import embedding_bag
 from recis_lightning.table.lock import distinct_locks, writing
 
 # For maps over hundreds of tables and tensors.
@@ -77,11 +84,10 @@ class LookupGroup:
         is_recorded = torch.is_grad_enabled() and (
             training or any(map(_needs_gradient, map(bags.details.__getitem__, weighted)))
         )
-        offsets = join_offsets(bags, lines) if is_on_cpu or is_recorded else None
-        if is_on_cpu and offsets is not None:
-            feature = malformed_feature(offsets, lines)
-            if feature is not None:
-                self._raise_malformed(feature, bags[feature])
+        offsets = join_offsets(bags, lines) if is_recorded else None
+        # Evaluation changes nothing before its gather finds them, where there are bags.
+        if is_on_cpu and lines.ragged and (training or len(lines.pooled) < len(lines.ragged)):
+            self._check_offsets(bags, lines, offsets)
         weights = join_weights(bags, weighted) if is_recorded else None
         return Batch(bags, lines, offsets, weighted, weights, came_from)
 
@@ -100,7 +106,11 @@ class LookupGroup:
         outputs, plan = layout.allocate(batch)
         # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
         inserts = training and torch._C._current_graph_task_id() == -1
-        fetched = yield from self.rows.fetch(batch, plan, inserts)
+        try:
+            fetched = yield from self.rows.fetch(batch, plan, inserts)
+        except embedding_bag.MalformedOffsetsError as error:
+            self._raise_malformed(error.feature, batch.bags)
+            raise
         if training or batch.weighted:
             outputs = record_lookup(layout, batch, plan, fetched, outputs, training)
         if batch.came_from.type == "cuda" and layout.device.type == "cpu":
@@ -110,12 +120,11 @@ class LookupGroup:
     def _check_devices(self, bags: FeatureBags) -> None:
         """Raise if a feature is not where its table is."""
         device = self.layout.device
-        if not bags.details:
-            if device.type == "cpu":
-                if all(map(_is_cpu, bags.ids)):
-                    return
-            elif set(map(_device, bags.ids)) == {device}:
+        if device.type == "cpu":
+            if all(map(_is_cpu, bags.ids)) and _are_on_cpu(bags.details):
                 return
+        elif not bags.details and set(map(_device, bags.ids)) == {device}:
+            return
         # Kernels are given addresses: nothing else would tell.
         for name, bag in zip(self.layout.names, bags, strict=True):
             for argument, tensor in (
@@ -128,7 +137,22 @@ class LookupGroup:
                         f"{name}: its table is on {device}, its {argument} on {tensor.device}"
                     )
 
-    def _raise_malformed(self, feature: int, bags: Bags) -> None:
+    def _check_offsets(self, bags: FeatureBags, lines: SizedLines, joined: Tensor | None) -> None:
+        """Raise if a feature has malformed offsets.
+
+        Args:
+            bags: On the CPU.
+            lines: Of ``bags``.
+            joined: A copy of all offsets, if there is one.
+        """
+        joined = join_offsets(bags, lines) if joined is None else joined
+        assert joined is not None
+        feature = malformed_feature(joined, lines)
+        if feature is not None:
+            self._raise_malformed(feature, bags)
+
+    def _raise_malformed(self, feature: int, all_bags: FeatureBags) -> None:
+        bags: Bags = all_bags[feature]
         offsets, name = bags.offsets, self.layout.names[feature]
         assert offsets is not None
         # An embedding's one feature has the name of its argument.
@@ -166,6 +190,17 @@ def _needs_gradient(bags: Bags) -> bool:
     return bags.weights is not None and bags.weights.requires_grad
 
 
+def _are_on_cpu(details: Sequence[Bags]) -> bool:
+    """Return whether all offsets and weights are."""
+    for bag in details:
+        offsets, weights = bag.offsets, bag.weights
+        if offsets is not None and not offsets.is_cpu:
+            return False
+        if weights is not None and not weights.is_cpu:
+            return False
+    return True
+
+
 def look_up_groups(
     groups: Sequence[LookupGroup], bags: Sequence[FeatureBags], training: bool
 ) -> list[list[Tensor]]:
@@ -201,7 +236,7 @@ def run_lookups(
     check_kernels_may_run()
     batches = [group.prepare(parts, training) for group, parts in zip(groups, bags, strict=True)]
     locks = groups[0].layout.locks
-    if any(group.layout.locks != locks for group in groups):
+    if len(groups) > 1 and any(group.layout.locks != locks for group in groups):
         locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
     # Ranks answer one another in a fixed order, and so do the threads of each.
     if training or groups[0].num_ranks > 1:
@@ -219,6 +254,13 @@ def run_lookups(
 def _take_turns(
     groups: Sequence[LookupGroup], batches: Sequence[Batch], training: bool
 ) -> list[list[Tensor]]:
+    if len(groups) == 1:  # as most modules have: without the lists
+        lookup = groups[0].look_up(batches[0], training)
+        while True:
+            try:
+                next(lookup)
+            except StopIteration as end:
+                return [end.value]
     outputs: list[list[Tensor]] = [[] for _ in groups]
     running = [
         (i, group.look_up(batch, training))

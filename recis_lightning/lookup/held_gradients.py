@@ -10,28 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from itertools import compress
 from operator import attrgetter
 from sys import getrefcount
-from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _base = attrgetter("_base")  # of a view, the tensor that it is a view of
-
-
-class References(NamedTuple):
-    """References to the Python objects of gradients.
-
-    Attributes:
-        gradients: To each gradient.
-        bases: id of what some gradients are views of -> references to it beside theirs.
-    """
-
-    gradients: list[int]
-    bases: dict[int, int]
+_NO_BASE = {id(None)}
 
 
 def copy_held_(gradients: list[Tensor]) -> None:
@@ -41,30 +30,55 @@ def copy_held_(gradients: list[Tensor]) -> None:
         gradients: A list that ``backward`` of a Function made of what it was given.
     """
     most, most_of_base = expected_references()
-    references, bases = _count(gradients)
-    held_bases = [base for base, count in bases.items() if count > most_of_base]
-    if max(references, default=0) > most or held_bases:
-        for index, count in enumerate(references):
-            if count > most or id(gradients[index]._base) in held_bases:
+    if len(gradients) == 1:  # as of one embedding: with the fewest instructions
+        count, base_count = _count(gradients)
+        if count > most or base_count > most_of_base:
+            gradients[0] = gradients[0].clone()
+        return
+    if max(map(getrefcount, gradients), default=0) > most:
+        held = [getrefcount(gradient) > most + 1 for gradient in gradients]
+        for index in compress(range(len(gradients)), held):
+            gradients[index] = gradients[index].clone()
+    bases = list(map(_base, gradients))
+    distinct = set(map(id, bases))
+    if distinct <= _NO_BASE:
+        return
+    if len(distinct) == 1:  # as of one joint gradient
+        base = bases[0]
+        # Those of ``bases`` and ``base``, where there is one of ``base`` in ``_count``.
+        held_bases = {id(base)} if getrefcount(base) - len(bases) > most_of_base else set()
+        del base
+    else:
+        held_bases = _held_bases(bases, most_of_base)
+    if held_bases:
+        for index, of in enumerate(bases):
+            if id(of) in held_bases:
                 gradients[index] = gradients[index].clone()
 
 
-def _count(gradients: list[Tensor]) -> References:
-    counts, bases = list(map(getrefcount, gradients)), list(map(_base, gradients))
-    if set(map(type, bases)) <= {NoneType}:
-        return References(counts, {})
+def _count(gradients: list[Tensor]) -> tuple[int, int]:
+    """Return the references to the one gradient of a list, and to its base, 0 if it has none."""
+    base = gradients[0]._base
+    return getrefcount(gradients[0]), 0 if base is None else getrefcount(base)
+
+
+def _held_bases(bases: list[Tensor | None], most: int) -> set[int]:
+    """Return the ids of the bases to which there are more references than those of a pass."""
     num_views = Counter(map(id, bases))
     distinct = {id(base): base for base in bases if base is not None}
-    return References(
-        counts, {key: getrefcount(base) - num_views[key] for key, base in distinct.items()}
-    )
+    held = set()
+    for key in distinct:  # not its items: they would be one reference more
+        base = distinct[key]
+        if getrefcount(base) - num_views[key] - 1 > most:  # 1 of ``distinct``
+            held.add(key)
+    return held
 
 
 class _Probe(torch.autograd.Function):
     """Counts references in a backward pass where nobody holds any."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, counted: list[References]) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, counted: list[int]) -> Tensor:
         ctx.counted = counted
         return anchor.clone()
 
@@ -72,7 +86,7 @@ class _Probe(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         tensors = list(gradients)
-        ctx.counted.append(_count(tensors))
+        ctx.counted.extend(_count(tensors))
         return None, None
 
 
@@ -82,13 +96,13 @@ def expected_references() -> tuple[int, int]:
 
     They differ between versions of torch and Python, so they are counted once.
     """
-    counted: list[References] = []
+    counted: list[int] = []
     with torch.inference_mode(False), torch.enable_grad():
         anchor = torch.zeros(2, 2, requires_grad=True)
         out = _Probe.apply(anchor, counted)  # type: ignore[no-untyped-call]
         (out.view(4) * 2).sum().backward()  # its gradient is a view
-    ((references,), bases) = counted[0]
-    return references, *bases.values()  # type: ignore[return-value]
+    of_gradient, of_base = counted
+    return of_gradient, of_base
 
 
 __all__ = ["copy_held_", "expected_references"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.lookup.batch import Batch
-from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import Plan
@@ -47,12 +47,12 @@ class LocalRows:
     ) -> Generator[None, None, FetchedLocalRows]:
         """Look ids up and fill the outputs, without a pause."""
         yield from ()
-        layout, ids, num_ids = self._layout, batch.bags.ids, batch.lines.num_ids
-        segments = batch.lines.segments(training)
-        hash_index.write_addresses(segments, ids)
-        if embedding_bag.fuses(layout.device, training) and (self._all_known or not training):
+        layout, lines, ids = self._layout, batch.lines, batch.bags.ids
+        num_ids = lines.num_ids
+        segments = lines.segments(ids, training)
+        if (self._all_known or not training) and embedding_bag.fuses(layout.device, training):
             rows = torch.empty(num_ids, dtype=torch.int64, device=layout.device)
-            point_to_rows(plan, rows)
+            lines.point_to_rows(plan, rows)
             if not embedding_bag.find_and_gather(plan, segments, training, *layout.row_type):
                 if training:
                     tables = layout.storages
@@ -62,7 +62,7 @@ class LocalRows:
             rows = self._find_or_insert(segments, ids, num_ids)
         else:
             rows = hash_index.find(segments, num_ids, layout.device)
-        point_to_rows(plan, rows)
+        lines.point_to_rows(plan, rows)
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedLocalRows(rows, layout)
 

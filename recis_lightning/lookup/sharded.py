@@ -16,7 +16,7 @@ from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.dedup import Deduplicator
 from recis_lightning.lookup.exchange import ShardExchange, exchange_rows
-from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops.embedding_bag import Plan
@@ -63,7 +63,7 @@ class ShardedRows:
         exchange = yield from exchange_rows(layout, deduplicated, training)
         inverse = deduplicated.inverse
         plan[:, embedding_bag.HEADER] = exchange.header.address
-        point_to_rows(plan, inverse)
+        batch.lines.point_to_rows(plan, inverse)
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedShardedRows(inverse, layout, exchange)
 

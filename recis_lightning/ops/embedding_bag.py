@@ -68,8 +68,8 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
         device: Device of rows and outputs.
 
     Raises:
-        ValueError: Offsets do not ascend from 0 to the number of ids. Beside a GPU a later call
-            raises it.
+        MalformedOffsetsError: Offsets do not ascend from 0 to the number of ids. Beside a GPU a
+            later call raises a ValueError.
     """
     with backend.region("recis::gather"):
         module = backend.module("embedding_bag", device)
@@ -112,7 +112,7 @@ def find_and_gather(
         Number of ids without a row that are to be inserted; 0 unless training.
 
     Raises:
-        ValueError: As ``gather``.
+        MalformedOffsetsError: As ``gather``.
     """
     with backend.region("recis::find_and_gather"):
         module = backend.module("embedding_bag", device)
@@ -126,10 +126,23 @@ def find_and_gather(
 def _check_offsets(plan: Plan, malformed: int) -> None:
     """Raise if a feature has malformed offsets; -1 stands for none."""
     if malformed >= 0:
-        raise ValueError(
-            f"offsets: of the call's feature number {malformed} must start at 0, never descend and "
-            f"end at its number of ids, {int(plan[malformed, fields.PLAN_NUM_IDS])}"
+        raise MalformedOffsetsError(malformed, int(plan[malformed, fields.PLAN_NUM_IDS]))
+
+
+class MalformedOffsetsError(ValueError):
+    """Offsets that do not ascend from 0 to the number of ids.
+
+    Args:
+        feature: Position of the feature in the call.
+        num_ids: Its number of ids.
+    """
+
+    def __init__(self, feature: int, num_ids: int) -> None:
+        super().__init__(
+            f"offsets: of the call's feature number {feature} must start at 0, never descend and "
+            f"end at its number of ids, {num_ids}"
         )
+        self.feature = feature
 
 
 def gather_rows(header: Header, rows: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:

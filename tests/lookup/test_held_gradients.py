@@ -72,6 +72,26 @@ def test_gradients_of_an_engine():
     assert all((table.embeddings(IDS) == -1).all() for table in hash_tables(engine))
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a, b, c: torch.stack([a, b, c]) * 2,
+        lambda a, b, c: [a * 2, b * 3, c.view(4, 12) * 2],
+        lambda a, b, c: [torch.cat([a, b]) * 2, c.view(4, 12) * 2],
+        lambda a, b, c: [a.view(4, 12) * 2, b.view(48) * 2, c.view(2, 24) * 2],
+        lambda a, b, c: [c * 2],
+    ],
+)
+def test_no_gradient_of_autograd_is_copied(loss, monkeypatch):
+    """Of one base or several, and none."""
+    engine = EmbeddingEngine({name: EmbeddingOption(4) for name in "abc"})
+    parts = loss(*engine(dict.fromkeys("abc", IDS)).values())
+    total = sum(part.sum() for part in parts)
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    total.backward()
+    assert hash_tables(engine)[2].pending
+
+
 def test_what_autograd_made_is_not_copied():
     """Views of a joint gradient lie in its memory, and a layer's gradient is taken as it is."""
     engine = EmbeddingEngine({name: EmbeddingOption(4) for name in "abc"})
