@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+# torch's own flags that a program is being recorded; asked in every lookup, so without wrappers.
+_tracing_state = torch._C._get_tracing_state
+_dispatch_mode = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,6 +75,46 @@ def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
     return ids
 
 
+def check_not_traced(what: str, tensors: Iterable[Tensor]) -> None:
+    """Raise where torch records or transforms a program, which cannot follow a table's kernels.
+
+    Args:
+        what: Is looked up, for the error.
+        tensors: Ids; those that ``torch.func`` wraps have no memory.
+
+    Raises:
+        RuntimeError: torch traces, exports or transforms what runs.
+    """
+    if _tracing_state() is not None:
+        kind = "torch.jit.trace (and torch.onnx.export over it)"
+    elif _dispatch_mode(_FAKE) is not None or _dispatch_mode(_PROXY) is not None:
+        kind = "torch.export, torch.onnx.export, make_fx and FakeTensorMode"
+    elif _functorch_interpreter() is not None and any(map(_is_wrapped, tensors)):
+        kind = "torch.func (vmap, grad, jvp)"
+    else:
+        return
+    refuse_recording(what, kind)
+
+
+def refuse_recording(what: str, kind: str) -> NoReturn:
+    """Raise because a program is recorded.
+
+    Args:
+        what: Is looked up.
+        kind: What records the program.
+    """
+    raise RuntimeError(
+        f"{what}: {kind} cannot follow a lookup, whose kernels read and change memory behind "
+        "torch's back; leave the lookup outside, and trace or export the module that takes "
+        "embeddings"
+    )
+
+
+def refuse_script(what: str) -> NoReturn:
+    """Raise where ``torch.jit.script`` asks a module to prepare itself."""
+    refuse_recording(what, "torch.jit.script")
+
+
 def check_padding_idx(padding_idx: int | None) -> int | None:
     """Return ``padding_idx`` if it is an int64 or None, else raise."""
     if padding_idx is None:
@@ -89,6 +139,9 @@ __all__ = [
     "check_embedding_dim",
     "check_ids",
     "check_int",
+    "check_not_traced",
     "check_padding_idx",
     "check_str",
+    "refuse_recording",
+    "refuse_script",
 ]

@@ -9,16 +9,21 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import check_ids, check_padding_idx
+from recis_lightning.arguments import (
+    check_ids,
+    check_padding_idx,
+    refuse_script,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.jagged import FeatureBags, Jagged, read_bags
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
-from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.hash_table import HashTable, name_before_use
 
 _BAG_MODES = ("sum", "mean")
+_SETTINGS = ("table", "mode", "padding_idx")  # may be changed: the next lookup goes by them
 
 
 class DynamicEmbedding(nn.Module):
@@ -63,12 +68,12 @@ class DynamicEmbedding(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
+        self._groups = CurrentGroups()
         self.table = _make_table(
             embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
         )
         self.mode = "none"
-        self.padding_idx = check_padding_idx(padding_idx)
-        self._groups = CurrentGroups()
+        self.padding_idx = padding_idx
 
     @property
     def embedding_dim(self) -> int:
@@ -93,12 +98,27 @@ class DynamicEmbedding(nn.Module):
             TypeError: ``ids`` is not int64.
         """
         flat = check_ids(ids).reshape(-1).contiguous()
+        if self.training:
+            name_before_use(self.table)
         rows = _look_up(self.current_groups(), FeatureBags([flat]), self.training)
         return rows.view(*ids.shape, self.embedding_dim)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mode" and value != "none":
+            raise ValueError(f"mode: DynamicEmbeddingBag pools, this has none; got {value!r}")
+        _check_setting(name, value)
+        super().__setattr__(name, value)
+        if name in _SETTINGS:
+            self._groups = CurrentGroups()
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script("DynamicEmbedding")
 
     @override
     def extra_repr(self) -> str:
@@ -149,9 +169,7 @@ class DynamicEmbeddingBag(nn.Module):
         include_last_offset: bool = False,
         **unsupported: Any,
     ) -> None:
-        if mode not in _BAG_MODES:
-            hint = "; 'max' does not exist here" if mode == "max" else ""
-            raise ValueError(f"mode: expected one of {_BAG_MODES}, got {mode!r}{hint}")
+        _check_bag_mode(mode)
         for argument, value in unsupported.items():
             if argument in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
                 raise ValueError(
@@ -160,13 +178,13 @@ class DynamicEmbeddingBag(nn.Module):
                 )
             raise TypeError(f"DynamicEmbeddingBag got an unexpected argument {argument!r}")
         super().__init__()
+        self._groups = CurrentGroups()
         self.table = _make_table(
             embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
         )
         self.mode = mode
-        self.padding_idx = check_padding_idx(padding_idx)
+        self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
-        self._groups = CurrentGroups()
 
     @property
     def embedding_dim(self) -> int:
@@ -225,6 +243,8 @@ class DynamicEmbeddingBag(nn.Module):
 
     def _look_up(self, feature: Any) -> Tensor:
         bags = FeatureBags.of([read_bags(feature, "ids")])
+        if self.training:
+            name_before_use(self.table)
         return _look_up(self.current_groups(), bags, self.training)
 
     @override
@@ -232,8 +252,35 @@ class DynamicEmbeddingBag(nn.Module):
         super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mode":
+            _check_bag_mode(value)
+        _check_setting(name, value)
+        super().__setattr__(name, value)
+        if name in _SETTINGS:
+            self._groups = CurrentGroups()
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script("DynamicEmbeddingBag")
+
+    @override
     def extra_repr(self) -> str:
         return f"{_describe(self.embedding_dim, self.padding_idx)}, mode={self.mode!r}"
+
+
+def _check_bag_mode(mode: str) -> None:
+    if mode not in _BAG_MODES:
+        hint = "; 'max' does not exist here" if mode == "max" else ""
+        raise ValueError(f"mode: expected one of {_BAG_MODES}, got {mode!r}{hint}")
+
+
+def _check_setting(name: str, value: Any) -> None:
+    """Raise unless an attribute that lookups go by may have a value."""
+    if name == "padding_idx":
+        check_padding_idx(value)
+    elif name == "table" and not isinstance(value, HashTable):
+        raise TypeError(f"table: expected a HashTable, got {type(value).__name__}")
 
 
 def _make_table(

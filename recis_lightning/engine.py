@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import check_dtype, check_embedding_dim, check_padding_idx
+from recis_lightning.arguments import (
+    check_dtype,
+    check_embedding_dim,
+    check_padding_idx,
+    refuse_script,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.jagged import Bags, Jagged, read_features, read_keyed_jagged
@@ -81,6 +86,26 @@ class EmbeddingOption:
         check_padding_idx(self.padding_idx)
 
 
+_FIXED = (
+    "an engine's options are fixed when it is made; make another engine, or change a table of "
+    "engine.tables (its admission, eviction or initializer)"
+)
+
+
+class FeatureOptions(dict[str, EmbeddingOption]):
+    """Options of an engine by feature, to be read: to set one is an error."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"options: {_FIXED}")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = _refuse
+    pop = popitem = clear = _refuse
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureOptions, (dict(self),)
+
+
 class EmbeddingEngine(nn.Module):
     """Looks up many features at once.
 
@@ -111,7 +136,7 @@ class EmbeddingEngine(nn.Module):
         super().__init__()
         if not options:
             raise ValueError("options: expected at least one feature, got none")
-        self.options = dict(options)
+        self.options = FeatureOptions(options)
         self.tables = nn.ModuleDict()
         owners: dict[str, str] = {}
         for feature, option in self.options.items():
@@ -125,7 +150,7 @@ class EmbeddingEngine(nn.Module):
                 continue
             owners[name] = feature
             self.tables[name] = _make_table(name, option)
-        self._groups = CurrentGroups()
+        self._groups, self._grouped = CurrentGroups(), list(self.tables.values())
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]
@@ -152,8 +177,8 @@ class EmbeddingEngine(nn.Module):
                 jagged NestedTensor [B, j], or ``Jagged``; or TorchRec's ``KeyedJaggedTensor``.
 
         Returns:
-            Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; for "none"
-            [*ids.shape, dim], and a ragged feature in its own layout.
+            Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; [B, S, ...] of
+            ids [B, S, L]; for "none" [*ids.shape, dim], and a ragged feature in its own layout.
 
         Raises:
             ValueError: A feature is missing or unknown (names it).
@@ -183,15 +208,36 @@ class EmbeddingEngine(nn.Module):
 
     def current_groups(self) -> list[LookupGroup]:
         """Return the groups of the features, as their tables are now."""
+        tables = list(self.tables._modules.values())
+        if tables != self._grouped:  # somebody put another one in
+            self._groups, self._grouped = CurrentGroups(), tables
         return self._groups.of(lambda: map(self._feature, self.options))
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "options" and "_groups" in self.__dict__:
+            raise AttributeError(f"options: {_FIXED}")
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script("EmbeddingEngine")
+
+    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
+        fields = {**state, "options": FeatureOptions(state["options"])}
+        super().__setstate__(  # type: ignore[no-untyped-call]
+            {**fields, "_groups": CurrentGroups(), "_grouped": []}
+        )
 
     def _table(self, feature: str) -> HashTable:
-        table = self.tables[self.options[feature].table or feature]
-        assert isinstance(table, HashTable)
+        option = self.options[feature]
+        table = self.tables._modules.get(option.table or feature)
+        if not isinstance(table, HashTable) or table.embedding_dim != option.embedding_dim:
+            raise TypeError(
+                f"tables[{option.table or feature!r}]: feature {feature!r} needs a HashTable of "
+                f"embedding_dim={option.embedding_dim}, got {table!r}"
+            )
         return table
 
     def _feature(self, name: str) -> Feature:
@@ -216,8 +262,9 @@ def _make_table(name: str, option: EmbeddingOption) -> HashTable:
 
 
 def _shape(out: Tensor, bags: Bags, mode: str) -> Any:
-    if mode != "none":
-        return out
+    shape = bags.shape
+    if mode != "none":  # ids [B, S, L] are B * S bags
+        return out if shape is None or len(shape) < 3 else out.view(*shape[:-1], out.shape[1])
     if bags.shape is not None:
         if len(bags.shape) == 1:
             return out

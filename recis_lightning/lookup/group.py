@@ -13,6 +13,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from recis_lightning.arguments import check_not_traced
 from recis_lightning.distributed import collectives
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup import transfer
@@ -125,6 +126,7 @@ def look_up_groups(
     Returns:
         For each group, the outputs of its features.
     """
+    check_not_traced("lookup", bags[0].ids)
     if training or groups[0].num_ranks == 1:
         return run_lookups(groups, bags, training)
     for group in groups:
