@@ -5,15 +5,23 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _Class = TypeVar("_Class", bound=type)
+# torch's own flags that a program is being recorded; asked in every lookup, so without wrappers.
+_tracing_state = torch._C._get_tracing_state
+_dispatch_mode = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -139,6 +147,46 @@ def check_kernels_may_run() -> None:
 
 def _is_fake_mode_active() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def check_not_traced(what: str, tensors: Iterable[Tensor]) -> None:
+    """Raise where torch records or transforms a program, which cannot follow a table's kernels.
+
+    Args:
+        what: Is looked up, for the error.
+        tensors: Ids; those that ``torch.func`` wraps have no memory.
+
+    Raises:
+        RuntimeError: torch traces, exports or transforms what runs.
+    """
+    if _tracing_state() is not None:
+        kind = "torch.jit.trace (and torch.onnx.export over it)"
+    elif _dispatch_mode(_FAKE) is not None or _dispatch_mode(_PROXY) is not None:
+        kind = "torch.export, torch.onnx.export, make_fx and FakeTensorMode"
+    elif _functorch_interpreter() is not None and any(map(_is_wrapped, tensors)):
+        kind = "torch.func (vmap, grad, jvp)"
+    else:
+        return
+    refuse_recording(what, kind)
+
+
+def refuse_recording(what: str, kind: str) -> NoReturn:
+    """Raise because a program is recorded.
+
+    Args:
+        what: Is looked up.
+        kind: What records the program.
+    """
+    raise RuntimeError(
+        f"{what}: {kind} cannot follow a lookup, whose kernels read and change memory behind "
+        "torch's back; leave the lookup outside, and trace or export the module that takes "
+        "embeddings"
+    )
+
+
+def refuse_script(what: str) -> NoReturn:
+    """Raise where ``torch.jit.script`` asks a module to prepare itself."""
+    refuse_recording(what, "torch.jit.script")
 
 
 def check_padding_idx(padding_idx: int | None) -> int | None:
@@ -285,9 +333,12 @@ __all__ = [
     "check_int",
     "check_kernels_may_run",
     "check_kinds",
+    "check_not_traced",
     "check_padding_idx",
     "check_seed",
     "check_str",
     "check_strided",
     "explain_arguments",
+    "refuse_recording",
+    "refuse_script",
 ]

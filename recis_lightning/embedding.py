@@ -9,19 +9,26 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import HINTS, check_ids, check_padding_idx, explain_arguments
+from recis_lightning.arguments import (
+    HINTS,
+    check_ids,
+    check_padding_idx,
+    explain_arguments,
+    refuse_script,
+)
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_bags, read_jagged
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
-from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.hash_table import HashTable, name_before_use
 
 _BAG_MODES = ("sum", "mean")
 _UNSUPPORTED = ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 _HINTS = {**HINTS, "shared_name": "write name=", "combiner": "bags pool: use DynamicEmbeddingBag"}
 _BAG_HINTS = {name: hint for name, hint in _HINTS.items() if name not in _UNSUPPORTED}
+_SETTINGS = ("table", "mode", "padding_idx")  # may be changed: the next lookup goes by them
 
 
 @explain_arguments({**_HINTS, "mode": "bags pool: use DynamicEmbeddingBag"})
@@ -67,12 +74,12 @@ class DynamicEmbedding(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
+        self._groups = CurrentGroups()
         self.table = _make_table(
             embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
         )
         self.mode = "none"
-        self.padding_idx = check_padding_idx(padding_idx)
-        self._groups = CurrentGroups()
+        self.padding_idx = padding_idx
 
     @property
     def embedding_dim(self) -> int:
@@ -97,12 +104,27 @@ class DynamicEmbedding(nn.Module):
             TypeError: ``ids`` is neither.
         """
         flat = check_ids(ids).reshape(-1).contiguous()
+        if self.training:
+            name_before_use(self.table)
         rows = _look_up(self.current_groups(), FeatureBags([flat]), self.training)
         return rows.view(*ids.shape, self.embedding_dim)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mode" and value != "none":
+            raise ValueError(f"mode: DynamicEmbeddingBag pools, this has none; got {value!r}")
+        _check_setting(name, value)
+        super().__setattr__(name, value)
+        if name in _SETTINGS:
+            self._groups = CurrentGroups()
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script("DynamicEmbedding")
 
     @override
     def extra_repr(self) -> str:
@@ -154,9 +176,7 @@ class DynamicEmbeddingBag(nn.Module):
         include_last_offset: bool = False,
         **unsupported: Any,
     ) -> None:
-        if mode not in _BAG_MODES:
-            hint = "; 'max' does not exist here" if mode == "max" else ""
-            raise ValueError(f"mode: expected one of {_BAG_MODES}, got {mode!r}{hint}")
+        _check_bag_mode(mode)
         for argument, value in unsupported.items():
             if argument in _UNSUPPORTED:
                 raise ValueError(
@@ -165,13 +185,13 @@ class DynamicEmbeddingBag(nn.Module):
                 )
             raise TypeError(f"DynamicEmbeddingBag got an unexpected argument {argument!r}")
         super().__init__()
+        self._groups = CurrentGroups()
         self.table = _make_table(
             embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
         )
         self.mode = mode
-        self.padding_idx = check_padding_idx(padding_idx)
+        self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
-        self._groups = CurrentGroups()
 
     @property
     def embedding_dim(self) -> int:
@@ -231,6 +251,8 @@ class DynamicEmbeddingBag(nn.Module):
         return self._look_up(read_jagged(jagged, "ids", owns_offsets=is_padded))
 
     def _look_up(self, bags: Bags) -> Tensor:
+        if self.training:
+            name_before_use(self.table)
         return _look_up(self.current_groups(), FeatureBags.of([bags]), self.training)
 
     @override
@@ -238,8 +260,35 @@ class DynamicEmbeddingBag(nn.Module):
         super().__setstate__({**state, "_groups": CurrentGroups()})  # type: ignore[no-untyped-call]
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mode":
+            _check_bag_mode(value)
+        _check_setting(name, value)
+        super().__setattr__(name, value)
+        if name in _SETTINGS:
+            self._groups = CurrentGroups()
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script("DynamicEmbeddingBag")
+
+    @override
     def extra_repr(self) -> str:
         return f"{_describe(self.embedding_dim, self.padding_idx)}, mode={self.mode!r}"
+
+
+def _check_bag_mode(mode: str) -> None:
+    if mode not in _BAG_MODES:
+        hint = "; 'max' does not exist here" if mode == "max" else ""
+        raise ValueError(f"mode: expected one of {_BAG_MODES}, got {mode!r}{hint}")
+
+
+def _check_setting(name: str, value: Any) -> None:
+    """Raise unless an attribute that lookups go by may have a value."""
+    if name == "padding_idx":
+        check_padding_idx(value)
+    elif name == "table" and not isinstance(value, HashTable):
+        raise TypeError(f"table: expected a HashTable, got {type(value).__name__}")
 
 
 def _make_table(

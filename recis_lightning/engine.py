@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from recis_lightning.arguments import (
     check_padding_idx,
     check_str,
     explain_arguments,
+    refuse_script,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
@@ -126,6 +127,26 @@ class EmbeddingOption:
         check_padding_idx(self.padding_idx)
 
 
+_FIXED = (
+    "an engine's options are fixed when it is made; make another engine, or change a table of "
+    "engine.tables (its admission, eviction or initializer)"
+)
+
+
+class FeatureOptions(dict[str, EmbeddingOption]):
+    """Options of an engine by feature, to be read: to set one is an error."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"options: {_FIXED}")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = _refuse
+    pop = popitem = clear = _refuse
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureOptions, (dict(self),)
+
+
 class EmbeddingEngine(nn.Module):
     """Looks up many features at once.
 
@@ -164,7 +185,7 @@ class EmbeddingEngine(nn.Module):
             )
         if not options:
             raise ValueError("options: expected at least one feature, got none")
-        self.options, self.strict = dict(options), strict
+        self.options, self.strict = FeatureOptions(options), strict
         for feature, option in self.options.items():
             if not isinstance(feature, str) or not feature:
                 raise TypeError(f"options: expected features' names as keys, got {feature!r}")
@@ -181,7 +202,7 @@ class EmbeddingEngine(nn.Module):
             option = self.options[sharing[0]]
             self.tables[name] = _make_table(name, option, admissions[name], trainable)
         self._share_lock()
-        self._groups = CurrentGroups()
+        self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
         self._known_keys: set[Any] = set()  # of batches, that are no features and were checked
 
     def _features_by_table(self) -> dict[str, list[str]]:
@@ -236,9 +257,9 @@ class EmbeddingEngine(nn.Module):
                 ``KeyedJaggedTensor``. A key that is no feature may hold anything.
 
         Returns:
-            Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; for "none"
-            [*ids.shape, dim], and a ragged feature in its own layout. Behind them, as it came,
-            whatever is no feature.
+            Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; [B, S, ...] of
+            ids [B, S, L]; for "none" [*ids.shape, dim], and a ragged feature in its own layout.
+            Behind them, as it came, whatever is no feature.
 
         Raises:
             ValueError: The engine is strict, and a feature is missing or unknown (names it).
@@ -291,21 +312,44 @@ class EmbeddingEngine(nn.Module):
 
     def current_groups(self) -> list[LookupGroup]:
         """Return the groups of the features, as their tables are now."""
+        tables = list(self.tables._modules.values())
+        if tables != self._grouped:  # somebody put another one in
+            self._share_lock()
+            self._groups, self._grouped = CurrentGroups(), tables
         return self._groups.of(self._features)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "options" and "_groups" in self.__dict__:
+            raise AttributeError(f"options: {_FIXED}")
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script("EmbeddingEngine")
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         added = {"strict": False, "_known_keys": set()}  # to what 0.1.0 pickled
-        super().__setstate__(  # type: ignore[no-untyped-call]
-            {**added, **state, "_groups": CurrentGroups()}
-        )
+        made = {"options": FeatureOptions(state["options"]), "_groups": CurrentGroups()}
+        super().__setstate__({**added, **state, **made, "_grouped": []})  # type: ignore[no-untyped-call]
         self._share_lock()
+
+    def _table(self, feature: str) -> HashTable:
+        option = self.options[feature]
+        name = option.table or feature
+        table = self.tables[name] if name in self.tables else None  # noqa: SIM401 - not a dict
+        if not isinstance(table, HashTable) or table.embedding_dim != option.embedding_dim:
+            raise TypeError(
+                f"tables[{name!r}]: feature {feature!r} needs a HashTable of "
+                f"embedding_dim={option.embedding_dim}, got {table!r}"
+            )
+        return table
 
     def _features(self) -> Iterator[Feature]:
         features: dict[str, Feature] = {}
         for name, sharing in self._features_by_table().items():
-            table = self.tables[name]
-            assert isinstance(table, HashTable)
+            table = self._table(sharing[0])
             default = _admits(self._admission_of(name, sharing))
             any_trains = any(self.options[feature].trainable for feature in sharing)
             for feature in sharing:
@@ -382,8 +426,9 @@ def _make_table(
 
 
 def _shape(out: Tensor, bags: Bags, mode: str) -> Any:
-    if mode != "none":
-        return out
+    shape = bags.shape
+    if mode != "none":  # ids [B, S, L] are B * S bags
+        return out if shape is None or len(shape) < 3 else out.view(*shape[:-1], out.shape[1])
     if bags.shape is not None:
         if len(bags.shape) == 1:
             return out

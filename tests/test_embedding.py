@@ -1,5 +1,7 @@
 """DynamicEmbedding and DynamicEmbeddingBag beside nn.Embedding and nn.EmbeddingBag."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from recis_lightning import (
     DynamicEmbedding,
     DynamicEmbeddingBag,
+    EmbeddingEngine,
     EmbeddingOption,
     Jagged,
     hash_tables,
@@ -389,3 +392,58 @@ def test_signs_that_torch_has_yet_to_apply():
     plain = DynamicEmbedding(2, name="p")
     plain(ids)
     assert plain.table.ids().tolist() == [5, 6]
+
+
+def test_per_sample_weights_learn_in_evaluation_too():
+    """As of ``nn.EmbeddingBag``; rows get no gradient."""
+    bag = DynamicEmbeddingBag(4, mode="sum", name="tags")
+    ids = torch.tensor([[3, 5], [5, 9]])
+    bag(ids)
+    twin = torch.nn.EmbeddingBag.from_pretrained(bag.table.embeddings(torch.arange(10)), mode="sum")
+    found, expected = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    bag.eval()(ids, per_sample_weights=found).sin().sum().backward()
+    twin(ids, per_sample_weights=expected).sin().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+    assert not bag.table.pending
+    assert not bag(ids, per_sample_weights=torch.ones(2, 2)).requires_grad
+
+
+def test_rows_of_unnamed_tables_do_not_begin_alike():
+    """Also if nobody names the tables before they are looked up; copies begin as their original."""
+    ids = torch.arange(5)
+    one, other = DynamicEmbedding(4), DynamicEmbedding(4)
+    twin = copy.deepcopy(one)
+    rows = one(ids)
+    assert not rows.equal(other(ids))
+    assert rows.equal(twin(ids))
+    names = [table.name for table in hash_tables(torch.nn.ModuleList([one, other]))]
+    assert len(set(names)) == 2
+    named = torch.nn.ModuleList([DynamicEmbedding(4)])
+    named[0].eval()(ids)  # reads only, and names nothing
+    assert hash_tables(named)[0].name == "0"
+
+
+def test_seed_none_is_that_of_torch():
+    """So ``seed_everything`` reaches initial rows."""
+    ids = torch.arange(5)
+
+    def rows(seed):
+        torch.manual_seed(seed)
+        modules = [
+            DynamicEmbedding(4, name="a", seed=None),
+            DynamicEmbeddingBag(4, name="a", seed=None),
+        ]
+        engine = EmbeddingEngine({"a": EmbeddingOption(4, seed=None)})
+        found = [module(ids.view(-1, 1)).view(5, 4) for module in modules]
+        return [*found, engine({"a": ids})["a"]]
+
+    assert rows(1)[0].equal(rows(1)[0])
+    assert not rows(1)[0].equal(rows(2)[0])
+    assert all(part.equal(rows(7)[0]) for part in rows(7))
+
+
+def test_share_memory_is_refused():
+    """It would succeed and share nothing: rows are no parameters, and their memory grows."""
+    user = DynamicEmbedding(4, name="user")
+    with pytest.raises(RuntimeError, match=r"table 'user': share_memory\(\) cannot share a table"):
+        torch.nn.Sequential(user).share_memory()

@@ -413,3 +413,14 @@ def test_wrong_features(features, error, words):
     engine = EmbeddingEngine({"a": option("none"), "b": option("none")}, strict=True)
     with pytest.raises(error, match=words):
         engine(features)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "tile"])
+def test_bags_of_more_dimensions(mode):
+    """Ids [B, S, L] give [B, S, width]."""
+    tile_len = 2 if mode == "tile" else None
+    engine = EmbeddingEngine({"f": EmbeddingOption(3, mode=mode, tile_len=tile_len)})
+    ids = torch.arange(24).view(2, 3, 4) % 7
+    found = engine({"f": ids})["f"]
+    assert found.shape == (2, 3, 6 if mode == "tile" else 3)
+    assert found.view(6, -1).equal(engine({"f": ids.view(6, 4)})["f"])

@@ -13,7 +13,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from recis_lightning.arguments import check_kernels_may_run
+from recis_lightning.arguments import check_kernels_may_run, check_not_traced
 from recis_lightning.distributed import collectives
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
@@ -214,6 +214,7 @@ def look_up_groups(
     Returns:
         For each group, the outputs of its features.
     """
+    check_not_traced("lookup", bags[0].ids)
     if training or groups[0].num_ranks == 1:
         return run_lookups(groups, bags, training)
     for group in groups:

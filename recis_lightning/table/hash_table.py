@@ -31,9 +31,11 @@ from recis_lightning.arguments import (
     check_int,
     check_kernels_may_run,
     check_kinds,
+    check_not_traced,
     check_seed,
     check_str,
     explain_arguments,
+    refuse_recording,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
@@ -50,6 +52,7 @@ from recis_lightning.ops.layout import (
     STAMP,
     STEP,
 )
+from recis_lightning.table import settings
 from recis_lightning.table import state as table_state
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
@@ -93,7 +96,7 @@ class HashTable(nn.Module):
         seed: With ``name`` and the id, what a new row's values depend on; None takes torch's
             initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
-            place in the module, or "table" if it is used before.
+            place in the module, or "table", "table_2" and so on if it is trained before.
         trainable: Whether lookups leave gradients, as ``requires_grad`` of a parameter.
 
     Attributes:
@@ -119,6 +122,8 @@ class HashTable(nn.Module):
         >>> len(table), table.embeddings(torch.tensor([7, 8])).tolist()
         (2, [[1.0, 1.0], [0.0, 0.0]])
     """
+
+    default_name: str | None = None  # what it is called until it is named, once it was trained
 
     def __init__(
         self,
@@ -204,7 +209,7 @@ class HashTable(nn.Module):
     @property
     def name(self) -> str:
         """The table's name, "table" as long as it has none."""
-        return "table" if self.given_name is None else self.given_name
+        return (self.default_name or "table") if self.given_name is None else self.given_name
 
     def set_default_name(self, name: str) -> None:
         """Name the table unless it has a name or rows already."""
@@ -214,7 +219,16 @@ class HashTable(nn.Module):
     def set_key(self, name: str | None, seed: int) -> None:
         """Name the table, and let new rows depend on name and seed."""
         self.given_name, self.seed = name, seed
-        self.storage.set_key(seed, self.name)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Policies and the like may be changed at any time: the next lookup goes by them.
+        is_setting = settings.is_setting(name) and "storage" in self.__dict__
+        if is_setting:
+            settings.check(name, value, self.storage)
+        super().__setattr__(name, value)
+        if is_setting:
+            settings.take_effect(name, value, self.seed, self.name, self.storage)
 
     @property
     def embedding_dim(self) -> int:
@@ -405,7 +419,7 @@ class HashTable(nn.Module):
 
     def _find(self, ids: Tensor) -> Tensor:
         """Return int64 [n], the row of each id, negative where there is none."""
-        check_kernels_may_run()
+        check_not_traced(f"table {self.name!r}", [ids])
         return self.storage.find(check_ids(ids))
 
     @reads
@@ -447,7 +461,7 @@ class HashTable(nn.Module):
             ids: int64 [*].
             embeddings: [*, embedding_dim], any floating dtype.
         """
-        check_kernels_may_run()
+        check_not_traced(f"table {self.name!r}", [ids])
         flat = check_ids(ids).reshape(-1).to(self.device).contiguous()
         if tuple(embeddings.shape) != (*ids.shape, self.embedding_dim):
             raise ValueError(
@@ -586,6 +600,8 @@ class HashTable(nn.Module):
         Raises:
             RuntimeError: Several ranks train; only rank 0's rows would be saved.
         """
+        if torch.onnx.is_in_onnx_export():
+            refuse_recording(f"table {self.name!r}", "torch.onnx.export")
         if self.shard_reference is not None:
             return self.shard_reference
         table_state.refuse_many_ranks("saving a table")
@@ -666,6 +682,11 @@ class HashTable(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
         check_dtype(probe.dtype)
+        if probe.is_shared() and probe.is_cpu:
+            raise RuntimeError(
+                f"table {self.name!r}: share_memory() cannot share a table, whose memory grows; "
+                "let processes load a checkpoint, or use the ranks of a process group"
+            )
         if device != self.device:
             self._move(device)
         if probe.dtype is not self.dtype:
@@ -780,9 +801,35 @@ def hash_tables(module: nn.Module) -> list[HashTable]:
     return tables
 
 
+def name_before_use(table: HashTable) -> None:
+    """Name a table that has no name when a training lookup begins, unless it has rows.
+
+    It is "table", or "table_2" and so on where another table alive has that name: the rows of two
+    tables must not begin alike. Copies of a table are to begin as it does.
+
+    Example:
+        >>> one, other = HashTable(2), HashTable(2)
+        >>> name_before_use(one), name_before_use(other)
+        (None, None)
+        >>> one.name == other.name
+        False
+    """
+    if table.given_name is not None or table.default_name is not None:
+        return
+    taken = {
+        other.given_name or other.default_name
+        for other in live_hash_tables()
+        if other.original is not table and table.original is not other
+    }
+    names = itertools.chain(["table"], (f"table_{count}" for count in itertools.count(2)))
+    has_rows = table.storage.rows.num_rows > 0  # which began as those of "table"
+    table.default_name = "table" if has_rows else next(n for n in names if n not in taken)
+    table.set_key(None, table.seed)
+
+
 def live_hash_tables() -> list[HashTable]:
     """List every table alive in this process, in the order of creation."""
     return [table for _, table in sorted(_live.items())]
 
 
-__all__ = ["HashTable", "hash_tables", "live_hash_tables"]
+__all__ = ["HashTable", "hash_tables", "live_hash_tables", "name_before_use"]

@@ -88,11 +88,7 @@ class Storage(TableMemory):
         self.header = Header(device, backend.is_async(device))
         self.admission_counter: AdmissionCounter | None = None
         self._empty({}, 0.0)
-        if screening is not None:
-            with _Allocation(self, "admission counts"):
-                self.admission_counter = AdmissionCounter(screening, device)
-            self.header.fields[SIGHTINGS] = self.admission_counter.header.address
-            self.header.publish()
+        self.set_screening(screening)
         layout_version.advance()
 
     def undo(self, *owners: object) -> Undo:
@@ -134,6 +130,20 @@ class Storage(TableMemory):
         """Let new rows depend on seed and name, beside their id."""
         self.name = name
         row_init.write_key(self.header, seed, name)
+
+    def set_screening(self, screening: Screening | None) -> None:
+        """Count ids without a row as a policy asks; counts stay if they are of the same kind."""
+        old, new = self.admission_counter, None
+        if screening == (None if old is None else old.screening):
+            return
+        if screening is not None:
+            with _Allocation(self, "admission counts"):
+                new = AdmissionCounter(screening, self.device)
+                if old is not None and old.screening.kind == screening.kind:
+                    new.load_state(old.state(), self.name)
+        self.admission_counter = new
+        self.header.fields[SIGHTINGS] = 0 if new is None else new.header.address
+        self.header.publish()
 
     def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
         """Lay rows out for an optimizer: state by name -> float32 words, and what it starts from.

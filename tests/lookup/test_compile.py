@@ -1,10 +1,23 @@
-"""``torch.compile`` of a module that holds tables: right results, and compiled once."""
+"""What runs a module in other ways than eagerly: ``torch.compile``, tracing, recomputation."""
+
+import io
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
-from recis_lightning import DynamicEmbeddingBag, hash_tables
+from recis_lightning import (
+    DynamicEmbedding,
+    DynamicEmbeddingBag,
+    EmbeddingEngine,
+    EmbeddingOption,
+    HashTable,
+    hash_tables,
+)
+from recis_lightning.admission import MinCount
+from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseDenseOptimizer, SparseSGD
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, differences, everything, trainer
@@ -51,3 +64,89 @@ def test_later_steps_compile_nothing():
             compiled(ids).square().mean().backward()
             optimizer.step()
     assert tags.table.num_updates == 8
+
+
+WAYS_TO_RECORD = {
+    "trace": lambda module, ids: torch.jit.trace(module, (ids,), check_trace=False),
+    "script": lambda module, ids: torch.jit.script(nn.Sequential(module)),
+    "export": lambda module, ids: torch.export.export(nn.Sequential(module), (ids,), strict=False),
+    "make_fx": lambda module, ids: make_fx(module)(ids),
+    "vmap": lambda module, ids: torch.vmap(module)(ids.unsqueeze(0)),
+}
+MODULES = {
+    "embedding": lambda: DynamicEmbedding(4, name="user"),
+    "bag": lambda: DynamicEmbeddingBag(4, name="tags"),
+    "engine": lambda: EngineOfOne(),
+}
+
+
+class EngineOfOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.engine = EmbeddingEngine({"user": EmbeddingOption(4)})
+
+    def forward(self, ids):
+        return self.engine({"user": ids})["user"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("way", WAYS_TO_RECORD)
+def test_what_records_a_program_is_refused(way, module, training):
+    """It would keep addresses, and read whatever is there later."""
+    ids = torch.tensor([[1, 2], [3, 4]])
+    module = MODULES[module]()
+    rows = module(ids)
+    module.train(training)
+    with pytest.raises(RuntimeError, match="leave the lookup outside"):
+        WAYS_TO_RECORD[way](module, ids)
+    (table,) = hash_tables(module)
+    assert table.ids().tolist() == [1, 2, 3, 4]
+    assert module(ids).equal(rows)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_export_is_refused():
+    """Over ``torch.export`` it needs onnxscript, and then does what that does."""
+    module = DynamicEmbedding(4, name="user").eval()
+    with pytest.raises(RuntimeError, match="leave the lookup outside"):
+        torch.onnx.export(module, (torch.tensor([1]),), io.BytesIO(), dynamo=False)
+
+
+def test_reading_rows_of_a_table_is_refused_too():
+    table = HashTable(4)
+    with pytest.raises(RuntimeError, match=r"table 'table': .*leave the lookup outside"):
+        make_fx(lambda ids: table.embeddings(ids))(torch.tensor([1]))
+
+
+def test_an_ensemble_may_read_a_table():
+    """Vmap over dense weights, with ids that are the same for all."""
+    user = DynamicEmbedding(4, name="user")
+    ids = torch.tensor([1, 2])
+    user(ids)
+    user.eval()
+    weights = torch.randn(3, 4)
+    found = torch.vmap(lambda weight: user(ids) @ weight)(weights)
+    torch.testing.assert_close(found, weights @ user(ids).T)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_lookup_changes_nothing(use_reentrant):
+    """``torch.utils.checkpoint`` looks up again in the backward pass: no count, stamp or row."""
+    settings = {"admission": MinCount(2), "eviction": GlobalStepFilter(5), "name": "user"}
+    plain, again = DynamicEmbedding(4, **settings), DynamicEmbedding(4, **settings)
+    weight = torch.ones(3, requires_grad=True)
+    for ids in (torch.tensor([1, 2, 2]), torch.tensor([1, 3, 2])):
+
+        def loss(module, ids, weight):
+            return ((module(ids) * weight[:, None]).sin() * weight[:, None]).sum()
+
+        loss(plain, ids, weight).backward()
+        checkpoint(loss, again, ids, weight, use_reentrant=use_reentrant).backward()
+        for module in (plain, again):
+            SparseSGD(hash_tables(module), lr=0.1).step()
+            module.table.update_step()
+        states = [module.table.get_extra_state() for module in (plain, again)]
+        assert str(states[0]) == str(states[1])
+    assert again.table.ids().tolist() == [2, 1]
