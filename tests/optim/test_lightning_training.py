@@ -154,7 +154,7 @@ def test_schedulers_drive_the_sparse_group(tmp_path, name):
     assert rates[:, 1].unique().numel() > 1
     ratio = 4.0 if name == "OneCycleLR" else 1.0
     torch.testing.assert_close(rates[:, 1], rates[:, 0] * ratio)
-    logged = torch.tensor(monitor.lrs["lr-SparseDenseOptimizer/sparse"])
+    logged = torch.tensor(monitor.lrs["lr-SparseDenseOptimizer/user+item+tags"])
     torch.testing.assert_close(logged, rates[:, 1])
     sparse = run.optimizers[0].sparse[0]
     assert sparse.param_groups[0] is run.optimizers[0].param_groups[1]
