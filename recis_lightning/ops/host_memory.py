@@ -163,7 +163,7 @@ class _Allocator:
 
 
 class _Range:
-    """What an array over a range keeps alive, and with it the range."""
+    """Owner of a range, which an array over it keeps alive."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.__array_interface__ = {
