@@ -21,7 +21,7 @@ _READ_WRITE, _PRIVATE_ANONYMOUS, _FAILED = 3, 0x22, ctypes.c_void_p(-1).value
 
 
 class _Guarded:
-    """What an array over a range keeps alive, and with it the mapping."""
+    """Owner of a mapping, which an array over it keeps alive."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.__array_interface__ = {

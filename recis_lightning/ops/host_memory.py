@@ -163,7 +163,7 @@ class _Allocator:
 
 
 class _Range:
-    """Owner of a range, which lives as long as an array over it."""
+    """Owner of a range, which an array over it keeps alive."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.__array_interface__ = {

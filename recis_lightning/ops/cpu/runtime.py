@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import inspect
 import os
 import threading
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +25,10 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import compiler
-from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
+
+from recis_lightning.ops.cpu.kernel_cache import KernelCache
 
 _I64 = ir.IntType(64)
 
@@ -159,19 +158,12 @@ _CHUNK_VALUES = ("low", "high", "num_items", "chunk", "num_chunks", "next_chunk"
 
 
 def _compile(function: Callable[..., None], constants: tuple[int, ...]) -> _Compiled:
-    """Compile a kernel, or load it from a disk cache that sees all kernel files.
-
-    Numba recompiles when the file that defines a function changes; a change in another one, of an
-    intrinsic or of a field of the header, would leave machine code in use that no longer fits.
-    """
+    """Compile a kernel, or load it from a disk cache that sees all kernel files."""
     names = list(inspect.signature(function).parameters)
     signature = types.void(*[types.int64] * len(names))
-    cache = _KernelCache(function)
-    cache.constants = constants
-    cache_file = cache._cache_file
-    cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
     with global_compiler_lock:
-        result = cache.load_overload(signature, cpu_target.target_context)
+        cache = KernelCache(function, constants, signature)
+        result = cache.load()
         is_cached = result is not None
         if not is_cached:
             flags = compiler.Flags()
@@ -187,7 +179,7 @@ def _compile(function: Callable[..., None], constants: tuple[int, ...]) -> _Comp
                 locals={},
             )
             _add_chunk_loop(result, names)
-            cache.save_overload(signature, result)
+            cache.save(result)
         name = _LOOP_NAME + result.fndesc.llvm_func_name
         return _Compiled(result.library, result.library.get_pointer_to_function(name), is_cached)
 
@@ -196,15 +188,6 @@ class _Compiled(NamedTuple):
     library: Any  # keeps the machine code
     address: int
     is_cached: bool  # loaded from disk
-
-
-class _KernelCache(FunctionCache):
-    """Disk cache of a kernel, which its constants tell from others of the same function."""
-
-    constants: tuple[int, ...] = ()
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (sig, codegen.magic_tuple(), self.constants)
 
 
 _LOOP_NAME = "chunk_loop."
@@ -274,16 +257,6 @@ def _add_chunk_loop(result, names):
     builder.position_at_end(done)
     builder.ret_void()
     result.library.add_ir_module(module)
-
-
-@functools.cache
-def _sources_digest() -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    # The fields that kernels read are those of the contracts in the folder above.
-    folder = Path(__file__).parent
-    for path in sorted([*folder.glob("*.py"), *folder.parent.glob("*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64)

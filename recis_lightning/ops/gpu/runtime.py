@@ -8,13 +8,19 @@ whole group of tables, and a kernel can be interpreted over the CPU's memory.
 whole process: Triton decides it when a kernel is declared.
 """
 
+import atexit
 import functools
 import inspect
+import logging
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import torch
 
 from recis_lightning.ops.async_copy import to_device_async
+from recis_lightning.ops.private_folder import open_private
 
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,6 +32,8 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1" if "TRITON_INTERPRET" in os.
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+_log = logging.getLogger(__name__)
 
 KERNELS = []
 """All kernels: ``(kernel, variants)``; a variant is the constants of one compilation."""
@@ -75,6 +83,7 @@ class Kernel:
         key = (current, *constants.items())
         found = self._compiled.get(key)
         if found is None:
+            _check_cache_folder()
             compiled = self.jit[(num_programs,)](*numbers, **constants, **self.options)
             if compiled is not None:  # None if a hook of Triton's took the launch over
                 ordered = tuple(constants[name] for name in self.constants)
@@ -111,6 +120,21 @@ def device_function(function):
     # Interpreted, a call through Triton's own wrapper patches its whole language again: as slow
     # as ten operations.
     return compiled.rewrite() if INTERPRETED else compiled
+
+
+@functools.cache
+def _check_cache_folder():
+    """Have Triton keep kernels in a folder that others cannot write to; once a process."""
+    reason = open_private(Path(triton.knobs.cache.dir))
+    if reason is not None:
+        own = tempfile.mkdtemp(prefix="recis_lightning-triton-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        triton.knobs.cache.dir = own
+        _log.warning(
+            "%s: kernels are compiled anew for this process; set TRITON_CACHE_DIR to a folder of "
+            "your own",
+            reason,
+        )
 
 
 def _is_watched():
