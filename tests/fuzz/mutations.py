@@ -20,7 +20,8 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
+    """List the files that hold something; an empty one may be a lock."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size)
 
 
 def _bytes(change: Callable[[random.Random, bytearray], Any]) -> Callable[..., str]:
