@@ -3,6 +3,7 @@
 #   make test    run the tests (those that need a GPU only if CUDA is available)
 #   make test-all  run the tests that take minutes too
 #   make check   run ruff, mypy and import-linter
+#   make fuzz    look for faults with random calls, damaged files, interrupts and kills (MINUTES=10)
 #   make bench   run every benchmark, then print one table and draw one chart of the results
 #   make clean   remove caches and outputs of runs (not .venv, not downloaded data)
 
@@ -15,9 +16,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
 	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# How long and from which seed on "make fuzz" looks for faults.
+MINUTES ?= 10
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean venv
+.PHONY: help demo test test-all check fuzz bench clean venv
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +62,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Exits with an error if anything did not hold; what it prints says how to repeat that.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 # A benchmark prints a message and continues if a peer is missing. If a benchmark fails (a wrong
 # result or a missed target), the others still run.
