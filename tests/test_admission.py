@@ -362,10 +362,13 @@ def test_wrong_arguments(make, error, words):
         make()
 
 
-def test_features_that_share_a_table_agree_on_the_policy():
-    """Equal policies may share a table; an error names different ones."""
+def test_a_table_counts_for_one_policy():
+    """Equal policies may share a table, and others that check nothing; two that count may not."""
     same = [EmbeddingOption(2, table="t", admission=MinCount(2)) for _ in range(2)]
     EmbeddingEngine(dict(zip("ab", same, strict=True)))
-    other = EmbeddingOption(2, table="t", admission=ReadOnly())
-    with pytest.raises(ValueError, match=r"disagree on admission: .*MinCount.*ReadOnly"):
+    readers = EmbeddingOption(2, table="t", admission=ReadOnly())
+    engine = EmbeddingEngine({"b": readers, "a": same[0]})
+    assert engine.tables["t"].admission == MinCount(2)
+    other = EmbeddingOption(2, table="t", admission=MinCount(3))
+    with pytest.raises(ValueError, match=r"one policy only, .*MinCount\(k=2.*MinCount\(k=3"):
         EmbeddingEngine({"a": same[0], "b": other})
