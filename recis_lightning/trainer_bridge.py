@@ -2,7 +2,7 @@
 
 A lookup knows its tables, not the LightningModule that holds them, and users need not pass any
 callback of ours. So the bridge searches the live LightningModules for those that hold the tables:
-once for each group of tables, and only on several ranks.
+once for each group of tables on several ranks, and once before an optimizer's first step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import sys
 import weakref
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 from recis_lightning.lookup import surroundings
@@ -27,8 +26,6 @@ _REFUSED = {
     "ModelParallelStrategy": "it steps and saves an optimizer of sharded parameters only",
 }
 
-_TRAINER_MODULES = ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer")
-
 
 class TrainerBridge:
     """``lookup.surroundings.Surroundings`` under Lightning, or outside it."""
@@ -40,12 +37,7 @@ class TrainerBridge:
             RuntimeError: A Trainer runs one under a strategy that cannot train sharded tables;
                 names the strategy and the one to use.
         """
-        wanted = {id(table) for table in tables}
-        modules = [
-            module
-            for module in _lightning_modules()
-            if any(id(part) in wanted for part in module.modules())
-        ]
+        modules = _modules_with(tables)
         for module in modules:
             if module._trainer is not None:
                 _check_strategy(module._trainer.strategy)
@@ -77,19 +69,13 @@ def register() -> None:
 def _check_fit(tables: Sequence[HashTable]) -> None:
     """Warn of settings that do nothing in a Trainer that has no hook of ours to do so.
 
-    Hooks do it when ``fit`` starts, before any optimizer steps. The Trainer is the one that has
-    called the optimizer: to search for modules would take longer than many a step.
+    Hooks do it when ``fit`` starts, before any optimizer steps.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _TRAINER_MODULES:
-            trainer: Any = frame.f_locals.get("self")
-            if getattr(trainer, "lightning_module", None) is not None:
-                from recis_lightning.callbacks.fit_checks import check_fit
+    for module in _modules_with(tables):
+        if module._trainer is not None:
+            from recis_lightning.callbacks.fit_checks import check_fit
 
-                check_fit(trainer, trainer.lightning_module)
-                return
-        frame = frame.f_back
+            check_fit(module._trainer, module)
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -105,6 +91,16 @@ def _check_strategy(strategy: Any) -> None:
             f"{method!r} (ddp_spawn, ddp_fork, ddp_notebook): of all shards only rank 0's would "
             f"come back from fit; {_ADVICE}"
         )
+
+
+def _modules_with(tables: Sequence[HashTable]) -> list[Any]:
+    """List the live LightningModules that hold one of ``tables``."""
+    wanted = {id(table) for table in tables}
+    return [
+        module
+        for module in _lightning_modules()
+        if any(id(part) in wanted for part in module.modules())
+    ]
 
 
 def _lightning_modules() -> list[Any]:

@@ -39,9 +39,10 @@ class CheckpointHook(Hook):
 
     Beside ``model.ckpt`` there is then a folder ``model.ckpt.tables`` with one safetensors file a
     table and rank. Lightning's file is written last and names them: a save that was cut short
-    leaves the checkpoint before it as it was. Removing a checkpoint removes its folder too. A
+    leaves the checkpoint before it as it was, and the next save of that path, or beside it, clears
+    what it left. Removing a checkpoint removes its folder too, but no file that it does not name. A
     checkpoint of one number of ranks can be resumed on any other, with this hook; one process can
-    load it without, as long as the folder is where it was written.
+    load it without. Copy or move file and folder together.
 
     Works with ``ModelCheckpoint`` in all its forms, ``trainer.save_checkpoint``,
     ``save_weights_only`` (rows are weights, and bring their optimizer state along) and
@@ -50,6 +51,7 @@ class CheckpointHook(Hook):
 
     Raises:
         MisconfigurationException: The strategy writes checkpoints in its own way.
+        RuntimeError: On saving, another process or Trainer saves to that path; names it.
         ValueError: At the start of a run, two tables of one name. On saving, a path that is no
             local file. On loading, other tables, another dim, dtype or optimizer, or files that are
             missing, damaged or of another save; no table has changed then.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -120,7 +120,10 @@ class OwnedRows:
 def prefetch_rows(files: Sequence[ShardFile], slots: Sequence[str]) -> AbstractContextManager[None]:
     """Read rows of open files from the disk in the background, until the context ends."""
     names = _row_tensors(slots)
-    chunks = [(file, index) for file in files for index in range(file.num_chunks("weights"))]
+    mapped = [file for file in files if file.is_mapped]
+    chunks = [(file, index) for file in mapped for index in range(file.num_chunks("weights"))]
+    if len(chunks) < 2:  # there is nothing to be ahead of, and a thread takes time to start
+        return nullcontext()
 
     def prepare(number: int) -> None:
         file, index = chunks[number]

@@ -12,9 +12,8 @@ import copy
 import errno
 import functools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +24,9 @@ from torch import Tensor
 from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.mapped_file import MappedFile, bytes_of, read_into
 from recis_lightning.checkpoint.regular_file import open_regular
+from recis_lightning.checkpoint.tensor_group import TensorGroup, TensorSpec
 from recis_lightning.table.state_schema import crc32
 
-# Limits of a chunk. Threads hold the GIL between chunks: with larger, hence fewer, chunks a load
-# takes two thirds of the time.
-_CHUNK_BYTES, _CHUNK_ROWS = 1 << 22, 1 << 16
 _CHECKSUMS, _ROWS_KEY = "checksums", "piece_rows"  # names in the file
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
@@ -49,60 +46,6 @@ _DTYPES = {
 }
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class TensorSpec(NamedTuple):
-    """Dtype and shape of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one item along the first dimension."""
-        return self.dtype.itemsize * math.prod(self.shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in all."""
-        return self.row_bytes * self.shape[0]
-
-
-class TensorGroup(NamedTuple):
-    """Tensors with the same number of rows, of which ranges are read together.
-
-    Attributes:
-        specs: By name.
-        read: Takes the start and stop of a range; returns these rows of each tensor.
-    """
-
-    specs: dict[str, TensorSpec]
-    read: Callable[[int, int], Mapping[str, Tensor]]
-
-    def prefixed(self, prefix: str) -> TensorGroup:
-        """Return the group with the names ``prefix/name``."""
-
-        def read(start: int, stop: int) -> dict[str, Tensor]:
-            return {f"{prefix}/{name}": part for name, part in self.read(start, stop).items()}
-
-        return TensorGroup({f"{prefix}/{name}": spec for name, spec in self.specs.items()}, read)
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> TensorGroup:
-        """Return the group of one tensor in memory."""
-        spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-        return cls({name: spec}, lambda start, stop: {name: tensor[start:stop]})
-
-    @property
-    def length(self) -> int:
-        """Rows of each tensor."""
-        return next(iter(self.specs.values())).shape[0]
-
-    @property
-    def chunk_rows(self) -> int:
-        """Rows of a chunk."""
-        widest = max(spec.row_bytes for spec in self.specs.values())
-        return min(max(_CHUNK_BYTES // max(widest, 1), 1), _CHUNK_ROWS)
 
 
 class FileDigest(NamedTuple):
@@ -231,6 +174,7 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: MappedFile | None = None
+        self._is_part = False  # small: it is not worth a mapping of the whole file
         file = open_regular(path)
         try:
             self.size = os.fstat(file).st_size
@@ -293,7 +237,7 @@ class ShardFile:
         """Return the tensors of one name before the slash, under what follows it."""
         names = {name.partition("/")[2]: name for name in self._by_prefix.get(prefix, ())}
         part = copy.copy(self)
-        part.metadata, part._open = metadata, None
+        part.metadata, part._open, part._is_part = metadata, None, True
         part.specs = {short: self.specs[name] for short, name in names.items()}
         part.chunk_rows = {short: self.chunk_rows[name] for short, name in names.items()}
         part._starts = {short: self._starts[name] for short, name in names.items()}
@@ -324,10 +268,15 @@ class ShardFile:
         finally:
             os.close(file)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the file is open and mapped."""
+        return self._open is not None and self._open.mapped is not None
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Keep the file open and mapped, so that chunks are read without copies."""
-        if self._open is not None:
+        if self._open is not None or self._is_part:
             yield
             return
         file = open_regular(self.path)

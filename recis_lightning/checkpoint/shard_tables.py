@@ -40,6 +40,7 @@ class ShardTables(SavedTables):
         self._commit, self._folder = commit, commit.find_folder(file)
         self._rank, self._world_size = collectives.rank(), collectives.world_size()
         self._files: dict[tuple[str, int], ShardFile] = {}
+        self._first: dict[str, ShardFile] = {}  # by table, to compare the others with
         self._numbers: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {}  # of their tables
         self._shared: dict[str, ShardFile] = {}  # files of several tables, by their names
 
@@ -160,10 +161,7 @@ class ShardTables(SavedTables):
         if file is None:
             file = self._open(table, rank)
             check_file(file)
-            for (other, _), known in self._files.items():
-                if other == table:
-                    check_same_layout(file, known)
-                    break
+            check_same_layout(file, self._first.setdefault(table, file))
             self._files[table, rank] = file
         return file
 
