@@ -120,7 +120,7 @@ COMMON = {
 def test_signatures():
     """Arguments and defaults are those that users, YAML files and checkpoints rely on."""
     empty = inspect.Parameter.empty
-    assert parameters(DynamicEmbedding) == {"embedding_dim": empty, **COMMON}
+    assert parameters(DynamicEmbedding) == {"embedding_dim": empty, **COMMON, "trainable": True}
     bag = parameters(DynamicEmbeddingBag)
     assert {"embedding_dim": empty, "mode": "mean", **COMMON}.items() <= bag.items()
     assert parameters(DynamicEmbeddingBag.forward) == {

@@ -219,7 +219,7 @@ class ShardTables(SavedTables):
             owned = OwnedRows(files, list(slots), self._rank, ranks)
             state = owned.state()
             self._check_state(name, files, state)
-            if name != table.name:
+            if table.given_name is not None and name != table.name:
                 state["name"] = table.name
             if not how.optimizer_state:
                 state["num_updates"] = 0

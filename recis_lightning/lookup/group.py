@@ -29,7 +29,7 @@ from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
-from recis_lightning.ops import embedding_bag
+from recis_lightning.ops import backend, embedding_bag
 from recis_lightning.table.lock import distinct_locks, writing
 
 # For maps over hundreds of tables and tensors.
@@ -70,8 +70,7 @@ class LookupGroup:
         """
         came_from = bags.ids[0].device
         layout = self.layout
-        is_on_cpu = layout.device.type == "cpu"
-        if is_on_cpu and came_from.type == "cuda":
+        if layout.device.type == "cpu" and came_from.type == "cuda":
             bags = transfer.bags_from_device(bags, came_from)
         if training:
             self._check_trained()
@@ -86,7 +85,8 @@ class LookupGroup:
         )
         offsets = join_offsets(bags, lines) if is_recorded else None
         # Evaluation changes nothing before its gather finds them, where there are bags.
-        if is_on_cpu and lines.ragged and (training or len(lines.pooled) < len(lines.ragged)):
+        may_wait = not backend.is_async(layout.device)
+        if may_wait and lines.ragged and (training or len(lines.pooled) < len(lines.ragged)):
             self._check_offsets(bags, lines, offsets)
         weights = join_weights(bags, weighted) if is_recorded else None
         return Batch(bags, lines, offsets, weighted, weights, came_from)

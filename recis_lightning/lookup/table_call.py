@@ -9,7 +9,7 @@ from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
-from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.hash_table import HashTable, name_before_use
 
 
 class TableLookup:
@@ -24,6 +24,8 @@ class TableLookup:
     def look_up(self, table: HashTable, ids: Tensor) -> Tensor:
         """Return the rows of ids, [*, embedding_dim], as ``DynamicEmbedding`` does."""
         flat = check_ids(ids).reshape(-1).contiguous()
+        if table.training:
+            name_before_use(table)
         groups = self.groups_of(table)
         rows = look_up_groups(groups, [FeatureBags([flat])], table.training)[0][0]
         return rows.view(*ids.shape, table.embedding_dim)

@@ -75,7 +75,7 @@ def everything(module):
 
 def differences(one, other):
     """Name what differs between two answers of ``everything``."""
-    assert one.keys() == other.keys()
+    assert one.keys() == other.keys(), one.keys() ^ other.keys()
     return [
         key
         for key, value in one.items()

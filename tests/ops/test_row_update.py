@@ -114,6 +114,8 @@ def _dense_gradient(features, table, num_rows=NUM_ROWS):
             if feature.mode == "mean":
                 total = scale[rows != PADDING].sum()
                 scale = scale / total if total else torch.zeros_like(scale)
+            if feature.mode == "mean_by_count":
+                scale = scale / max(int((rows != PADDING).sum()), 1)
             values = values * scale[:, None]
             if feature.mode == "tile":
                 values = values[: feature.tile_len]
