@@ -73,6 +73,7 @@ def save(
             note_replaced(folder, replaced)
             commit.write(folder)
             remove_files(folder, replaced)
+            end_save(folder, save_id)  # before any rank returns
 
     collectives.run_on_all_ranks(begin)
     try:
