@@ -129,6 +129,7 @@ def _of_table(rng: random.Random, table: HashTable) -> Call:
 def _bad_state(rng: random.Random, table: HashTable) -> Call:
     """Return the loading of a state with one thing wrong."""
     state = table.get_extra_state()
+    del state["checksum"]  # changed on purpose
     if not len(state["ids"]):
         return "a state that is text", lambda: table.set_extra_state("state")  # type: ignore
     slots, weights, ids = state["slots"], state["weights"], state["ids"]
