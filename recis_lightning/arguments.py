@@ -115,38 +115,22 @@ def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
 
 
 def check_strided(tensor: Tensor, name: str) -> None:
-    """Raise a TypeError unless ``tensor`` is a dense one that has data: kernels read its memory."""
+    """Raise unless ``tensor`` is a dense one that has data: kernels read its memory.
+
+    Raises:
+        TypeError: It is not.
+        RuntimeError: It has no data because torch records a program.
+    """
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense Tensor, got one of layout {tensor.layout}")
     if type(tensor) is not Tensor and (
         is_traceable_wrapper_subclass(tensor)
         or tensor.untyped_storage().device.type != tensor.device.type
     ):
+        check_not_traced(name, [tensor])
         raise TypeError(
             f"{name}: expected a Tensor with data, got a {type(tensor).__name__}, which has none"
         )
-
-
-def check_kernels_may_run() -> None:
-    """Raise where torch's tensors have no data: kernels are given addresses, and nothing else.
-
-    Raises:
-        RuntimeError: A transform of torch.func, or FakeTensorMode, is active.
-    """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            "a table cannot be used under torch.func (vmap, grad, jvp, ...); look up outside, and "
-            "transform what is done with the embeddings"
-        )
-    if torch._C._len_torch_dispatch_stack() and _is_fake_mode_active():
-        raise RuntimeError(
-            "a table cannot be used or made under FakeTensorMode, where tensors have no data; do "
-            "it outside"
-        )
-
-
-def _is_fake_mode_active() -> bool:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def check_not_traced(what: str, tensors: Iterable[Tensor]) -> None:
@@ -331,7 +315,6 @@ __all__ = [
     "check_embedding_dim",
     "check_ids",
     "check_int",
-    "check_kernels_may_run",
     "check_kinds",
     "check_not_traced",
     "check_padding_idx",

@@ -229,9 +229,9 @@ class EmbeddingEngine(nn.Module):
         """Give all tables one lock: a lookup takes it once, however many there are."""
         first: HashTable | None = None
         for table in self.tables.values():
-            assert isinstance(table, HashTable)
-            first = first or table
-            table.lock = first.lock
+            if isinstance(table, HashTable):  # a lookup raises for what is none
+                first = table if first is None else first
+                table.lock = first.lock
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]

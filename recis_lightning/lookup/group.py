@@ -13,7 +13,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from recis_lightning.arguments import check_kernels_may_run, check_not_traced
+from recis_lightning.arguments import check_not_traced
 from recis_lightning.distributed import collectives
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
@@ -234,7 +234,6 @@ def run_lookups(
     All batches are checked before any table changes. Other threads may evaluate the same tables
     meanwhile; they wait while one trains.
     """
-    check_kernels_may_run()
     batches = [group.prepare(parts, training) for group, parts in zip(groups, bags, strict=True)]
     locks = groups[0].layout.locks
     if len(groups) > 1 and any(group.layout.locks != locks for group in groups):

@@ -29,7 +29,6 @@ from recis_lightning.arguments import (
     check_embedding_dim,
     check_ids,
     check_int,
-    check_kernels_may_run,
     check_kinds,
     check_not_traced,
     check_seed,
@@ -139,7 +138,7 @@ class HashTable(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
-        check_kernels_may_run()
+        check_not_traced("HashTable", ())
         initializer = Normal(std=0.01) if initializer is None else initializer
         seed = torch.initial_seed() if seed is None else seed
         check_policies(initializer, admission, eviction)

@@ -161,17 +161,17 @@ def test_a_lookup_needs_data():
     """Vmap and FakeTensorMode are refused in words, and tensors that were made there."""
     module = DynamicEmbedding(4, name="data")
     engine = EmbeddingEngine({"f": EmbeddingOption(4), "g": EmbeddingOption(8, mode="sum")})
-    with pytest.raises(RuntimeError, match=r"cannot be used under torch\.func"):
+    with pytest.raises(RuntimeError, match=r"torch\.func .* cannot follow a lookup"):
         torch.func.vmap(module)(torch.arange(6).view(2, 3))
     with FakeTensorMode():
         fake = torch.arange(3)
-        with pytest.raises(TypeError, match="ids: expected a Tensor with data, got a FakeTensor"):
+        with pytest.raises(RuntimeError, match=r"ids: .* FakeTensorMode cannot follow a lookup"):
             module(fake)
     with pytest.raises(TypeError, match="ids: expected a Tensor with data, got a FakeTensor"):
         module(fake)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(RuntimeError, match="cannot be used or made under FakeTensorMode"),
+        pytest.raises(RuntimeError, match="FakeTensorMode cannot follow a lookup"),
     ):
         engine({"f": KNOWN, "g": KNOWN})
     assert all(len(table) == 0 for table in [module.table, *hash_tables(engine)])
@@ -191,7 +191,7 @@ def test_a_table_needs_data(use):
     table = HashTable(4, name="data")
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(RuntimeError, match="cannot be used or made under FakeTensorMode"),
+        pytest.raises(RuntimeError, match="FakeTensorMode cannot follow a lookup"),
     ):
         use(table)
     assert len(table) == 0
