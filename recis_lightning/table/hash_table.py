@@ -793,6 +793,8 @@ def hash_tables(module: nn.Module) -> list[HashTable]:
         >>> hash_tables(nn.Sequential(HashTable(4), HashTable(4, name="item")))[0].name
         '0'
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a module, got {type(module).__name__}")
     tables = []
     for path, child in module.named_modules():
         if isinstance(child, HashTable):
