@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
-from recis_lightning.ops import admission
+from recis_lightning.ops import layout as fields
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class AdmissionCheck:
     def fields(self) -> dict[int, int]:
         """Return the fields of the admission counter's header: index -> value."""
         return {
-            admission.KIND: self.kind,
-            admission.THRESHOLD: self.threshold,
-            admission.FORGET_AFTER: self.forget_after,
-            admission.PER_BATCH: self.per_batch,
-            admission.WIDTH: self.width,
-            admission.NUM_HASHES: self.num_hashes,
+            fields.ADMISSION_KIND: self.kind,
+            fields.ADMISSION_THRESHOLD: self.threshold,
+            fields.ADMISSION_FORGET_AFTER: self.forget_after,
+            fields.ADMISSION_PER_BATCH: self.per_batch,
+            fields.ADMISSION_WIDTH: self.width,
+            fields.ADMISSION_NUM_HASHES: self.num_hashes,
         }
 
 
@@ -137,7 +137,7 @@ class MinCount(Admission):
     @override
     def check(self) -> AdmissionCheck:
         return AdmissionCheck(
-            admission.COUNT, self.k, forget_after=self.forget_after, per_batch=self.per == "batch"
+            fields.COUNT, self.k, forget_after=self.forget_after, per_batch=self.per == "batch"
         )
 
 
@@ -172,7 +172,7 @@ class Probability(Admission):
     @property
     @override
     def check(self) -> AdmissionCheck:
-        return AdmissionCheck(admission.DRAW, int(self.p * 2**53))
+        return AdmissionCheck(fields.DRAW, int(self.p * 2**53))
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ class BloomCount(Admission):
 
     def __post_init__(self) -> None:
         check_int("k", self.k, least=1)
-        if self.k > admission.MAX_COUNTER:
-            raise ValueError(f"k: expected an int <= {admission.MAX_COUNTER}, got {self.k}")
+        if self.k > fields.MAX_COUNTER:
+            raise ValueError(f"k: expected an int <= {fields.MAX_COUNTER}, got {self.k}")
         check_int("num_hashes", self.num_hashes, least=1)
         if self.num_hashes > 16:
             raise ValueError(f"num_hashes: expected an int <= 16, got {self.num_hashes}")
@@ -222,7 +222,7 @@ class BloomCount(Admission):
     def check(self) -> AdmissionCheck:
         width = self.num_counters // self.num_hashes
         return AdmissionCheck(
-            admission.SKETCH,
+            fields.SKETCH,
             self.k,
             width=width,
             num_hashes=self.num_hashes,

@@ -84,11 +84,11 @@ def check_embedding_dim(embedding_dim: int) -> int:
     return check_int("embedding_dim", embedding_dim, 1)
 
 
-def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def check_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
     """Return a valid dtype of rows (given as a dtype, or by name as in YAML), else raise."""
     checked = _DTYPES.get(str(dtype).removeprefix("torch."))
     if checked is None:
-        raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype!r}")
+        raise ValueError(f"{name}: expected torch.float32 or torch.bfloat16, got {dtype!r}")
     return checked
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from recis_lightning.ops import row_init
+from recis_lightning.ops import layout as fields
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Constant(Initializer):
 
     @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        return row_init.CONSTANT, (self.val,)
+        return fields.INIT_CONSTANT, (self.val,)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Uniform(Initializer):
 
     @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        return row_init.UNIFORM, (self.a, self.b)
+        return fields.INIT_UNIFORM, (self.a, self.b)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Normal(Initializer):
 
     @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        return row_init.NORMAL, (self.mean, self.std)
+        return fields.INIT_NORMAL, (self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TruncatedNormal(Initializer):
     @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
         bounds = ((self.a - self.mean) / self.std, (self.b - self.mean) / self.std)
-        return row_init.TRUNCATED_NORMAL, (self.mean, self.std, *bounds)
+        return fields.INIT_TRUNCATED_NORMAL, (self.mean, self.std, *bounds)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class XavierUniform(Initializer):
     @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
         bound = self.gain * math.sqrt(6 / (self.fan_in + embedding_dim))
-        return row_init.UNIFORM, (-bound, bound)
+        return fields.INIT_UNIFORM, (-bound, bound)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class XavierNormal(Initializer):
 
     @override
     def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
-        return row_init.NORMAL, (0.0, self.gain * math.sqrt(2 / (self.fan_in + embedding_dim)))
+        return fields.INIT_NORMAL, (0.0, self.gain * math.sqrt(2 / (self.fan_in + embedding_dim)))
 
 
 DEFAULT_INITIALIZER = Normal(std=0.01)  # of tables that are given none

@@ -97,7 +97,7 @@ def plan_load(
             "some of them, or rename={...}"
         )
     tables = {name: model[target] for name, target in targets.items()}
-    dtype = None if cast is None else check_dtype(cast)
+    dtype = None if cast is None else check_dtype(cast, "cast")
     return LoadPlan(tables, FitRules(True, optimizer_state, dtype))
 
 

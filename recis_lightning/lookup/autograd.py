@@ -17,8 +17,10 @@ from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.held_gradients import copy_held_, expected_references
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
-from recis_lightning.ops.embedding_bag import MEAN, MEAN_BY_COUNT, MODES, NONE, TILE, Plan
+from recis_lightning.ops import layout as fields
+from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.header import Header
+from recis_lightning.ops.layout import MEAN, MEAN_BY_COUNT, NONE, TILE
 from recis_lightning.table.anchor import leaves_of
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import writing
@@ -111,8 +113,8 @@ class LookupFunction(torch.autograd.Function):
             strides = list(compress(strides, trains))
         plan = ctx.plan[features] if len(features) < len(gradients) else ctx.plan.copy()
         if features:
-            plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, tensors))
-            plan[:, embedding_bag.DATA_STRIDE] = strides
+            plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, tensors))
+            plan[:, fields.PLAN_DATA_STRIDE] = strides
         with writing(layout.locks):
             generations = list(map(_generation, layout.storages))
             if generations != ctx.generations:
@@ -166,7 +168,7 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
         if gradient is None:
             results.append(None)
             continue
-        bags, first = ctx.batch.bags_of(feature), int(ctx.plan[feature, embedding_bag.FIRST_ID])
+        bags, first = ctx.batch.bags_of(feature), int(ctx.plan[feature, fields.PLAN_FIRST_ID])
         rows = fetched.rows[first : first + bags.ids.numel()]
         header = fetched.header_of(feature)
         results.append(_weight_gradient(layout, feature, bags, header, rows, gradient))

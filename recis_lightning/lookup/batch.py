@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.jagged import Bags, FeatureBags
-from recis_lightning.ops import embedding_bag
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_IDS
@@ -60,7 +60,7 @@ class SizedLines(NamedTuple):
 
     def point_to_rows(self, plan: Plan, rows: Tensor) -> None:
         """Point each line of a plan to the rows of its ids, int64 [num_ids]."""
-        plan[:, embedding_bag.ROWS] = self.first_rows + rows.data_ptr()
+        plan[:, fields.PLAN_ROWS] = self.first_rows + rows.data_ptr()
 
 
 class Batch(NamedTuple):
@@ -89,25 +89,25 @@ class Batch(NamedTuple):
         if self.offsets is not None:
             # Those of features that are not pooled are not read.
             if len(lines.ragged) == 1:
-                plan[lines.ragged[0], embedding_bag.OFFSETS] = self.offsets.data_ptr()
+                plan[lines.ragged[0], fields.PLAN_OFFSETS] = self.offsets.data_ptr()
             else:
                 addresses = self.offsets.data_ptr() + 8 * lines.offset_starts
-                plan[lines.ragged, embedding_bag.OFFSETS] = addresses
+                plan[lines.ragged, fields.PLAN_OFFSETS] = addresses
         else:
             for feature in lines.pooled:
                 offsets = details[feature].offsets
                 assert offsets is not None
-                plan[feature, embedding_bag.OFFSETS] = offsets.data_ptr()
+                plan[feature, fields.PLAN_OFFSETS] = offsets.data_ptr()
         if self.weights is not None:
             first = self.weights.data_ptr()
             for feature in self.weighted:
-                plan[feature, embedding_bag.WEIGHTS] = first
+                plan[feature, fields.PLAN_WEIGHTS] = first
                 first += 4 * self.bags.sizes[feature]
         else:
             for feature in self.weighted:
                 weights = details[feature].weights
                 assert weights is not None
-                plan[feature, embedding_bag.WEIGHTS] = weights.data_ptr()
+                plan[feature, fields.PLAN_WEIGHTS] = weights.data_ptr()
 
     def buffers(self) -> list[Tensor]:
         """Return the tensors that a plan points into, rows and outputs apart."""

@@ -21,13 +21,15 @@ from recis_lightning.lookup.dedup import DeduplicatedIds
 from recis_lightning.lookup.features import FeatureLayout, header_addresses, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import to_device_async
-from recis_lightning.ops.embedding_bag import PLAN_SIZE, Plan
+from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
     BLOCKS,
-    NUM_REFUSED,
+    NUM_REJECTED,
+    PLAN_SIZE,
     ROW_BYTES,
     SEGMENT_IDS,
     SEGMENT_SIZE,
@@ -168,11 +170,11 @@ def _look_up(
     used = np.flatnonzero(sizes)
     used_tables = used % len(tables)  # positions of sources
     plan = np.zeros((len(used), PLAN_SIZE), np.int64)
-    plan[:, embedding_bag.HEADER] = header_addresses(tables)[used_tables]
-    plan[:, embedding_bag.MODE] = embedding_bag.NONE
-    plan[:, embedding_bag.FIRST_ID] = starts[used]
-    plan[:, embedding_bag.NUM_BAGS] = plan[:, embedding_bag.NUM_IDS] = sizes[used]
-    plan[:, embedding_bag.BAG_LENGTH] = 1
+    plan[:, fields.PLAN_HEADER] = header_addresses(tables)[used_tables]
+    plan[:, fields.PLAN_MODE] = fields.NONE
+    plan[:, fields.PLAN_FIRST_ID] = starts[used]
+    plan[:, fields.PLAN_NUM_BAGS] = plan[:, fields.PLAN_NUM_IDS] = sizes[used]
+    plan[:, fields.PLAN_BAG_LENGTH] = 1
     point_to_rows(plan, rows)
     return OwnedIds([tables[table] for table in used_tables.tolist()], plan, rows)
 
@@ -187,7 +189,7 @@ def _count_rejections(
         table = tables[index % len(tables)]
         is_unseen = layout.sources[index % len(tables)].admits == "none"
         if is_unseen or table.storage.admission_counter is None:
-            table.storage.header.tensor[NUM_REFUSED] += part.sum()
+            table.storage.header.tensor[NUM_REJECTED] += part.sum()
 
 
 def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
@@ -252,7 +254,7 @@ class ShardExchange(NamedTuple):
         is_missing = received[:, -1] == 0
         if bool(is_missing.any()):
             rows = rows.masked_fill(is_missing, UNKNOWN)
-            parts = is_missing.split(plan[:, embedding_bag.NUM_IDS].tolist())
+            parts = is_missing.split(plan[:, fields.PLAN_NUM_IDS].tolist())
             is_used &= ~torch.stack([part.all() for part in parts]).cpu().numpy()
             point_to_rows(plan, rows)
         _point_to_data(plan, received)
@@ -268,8 +270,8 @@ class ShardExchange(NamedTuple):
 def _point_to_data(plan: Plan, data: Tensor) -> None:
     """Point each line of a plan to its rows of ``data``, which start at its FIRST_ID."""
     stride = data.stride(0) * data.element_size()
-    plan[:, embedding_bag.DATA] = data.data_ptr() + stride * plan[:, embedding_bag.FIRST_ID]
-    plan[:, embedding_bag.DATA_STRIDE] = stride
+    plan[:, fields.PLAN_DATA] = data.data_ptr() + stride * plan[:, fields.PLAN_FIRST_ID]
+    plan[:, fields.PLAN_DATA_STRIDE] = stride
 
 
 def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
@@ -289,21 +291,21 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     The row update does it, on rows of zeros: SGD with a learning rate of -1 adds the gradient.
     """
     plan = plan.copy()
-    sizes = plan[:, embedding_bag.NUM_IDS]
+    sizes = plan[:, fields.PLAN_NUM_IDS]
     if not sizes.sum():
         return
-    plan[:, embedding_bag.FIRST_ID] = np.cumsum(sizes) - sizes
-    plan[:, embedding_bag.FLAT_BASE] = 0
-    hyper = np.zeros(row_update.HYPER_SIZE, np.float32)
-    hyper[[row_update.LR, row_update.DECAY]] = -1, 1
-    hyper[[row_update.SCALE, row_update.CLIP]] = scale, np.inf
+    plan[:, fields.PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
+    plan[:, fields.PLAN_FLAT_BASE] = 0
+    hyper = np.zeros(fields.HYPER_SIZE, np.float32)
+    hyper[[fields.HYPER_LR, fields.HYPER_DECAY]] = -1, 1
+    hyper[[fields.HYPER_SCALE, fields.HYPER_CLIP]] = scale, np.inf
     hyper_on_device = to_device_async(hyper, sums.device)
     blocks = np.array([[sums.data_ptr(), hyper_on_device.data_ptr()]], np.int64)
     size, width = sums.shape
     layout = row_update.RowLayout(
         width - 1, torch.float32, 4 * width, size.bit_length(), sums.device
     )
-    row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), row_update.SGD)
+    row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), fields.SGD)
 
 
 __all__ = ["ShardExchange", "exchange_rows"]

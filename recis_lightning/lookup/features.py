@@ -15,7 +15,7 @@ from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.buffers import allocate_outputs
 from recis_lightning.lookup.signature import digest
-from recis_lightning.ops import embedding_bag
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_SIZE, SEGMENT_START
@@ -131,12 +131,12 @@ class FeatureLayout:
         return segments
 
     def _plan_without_sizes(self) -> Plan:
-        plan = np.zeros((len(self.features), embedding_bag.PLAN_SIZE), np.int64)
+        plan = np.zeros((len(self.features), fields.PLAN_SIZE), np.int64)
         headers = header_addresses(self.tables)
-        plan[:, embedding_bag.HEADER] = headers[self.segment_tables]
-        plan[:, embedding_bag.MODE] = [MODES[feature.mode] for feature in self.features]
-        plan[:, embedding_bag.TILE_LEN] = [feature.tile_len for feature in self.features]
-        plan[:, embedding_bag.DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
+        plan[:, fields.PLAN_HEADER] = headers[self.segment_tables]
+        plan[:, fields.PLAN_MODE] = [MODES[feature.mode] for feature in self.features]
+        plan[:, fields.PLAN_TILE_LEN] = [feature.tile_len for feature in self.features]
+        plan[:, fields.PLAN_DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
         return plan
 
     def trains(self) -> list[bool]:
@@ -197,9 +197,9 @@ class FeatureLayout:
         training, evaluation, plan = self.training.copy(), self.evaluation.copy(), self._plan.copy()
         training[:, SEGMENT_START] = evaluation[:, SEGMENT_START] = starts
         training[:, SEGMENT_IDS] = evaluation[:, SEGMENT_IDS] = -8 * starts  # as kernels count
-        plan[:, embedding_bag.FIRST_ID], plan[:, embedding_bag.NUM_IDS] = starts, num_ids
-        plan[:, embedding_bag.NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
-        plan[:, embedding_bag.BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
+        plan[:, fields.PLAN_FIRST_ID], plan[:, fields.PLAN_NUM_IDS] = starts, num_ids
+        plan[:, fields.PLAN_NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
+        plan[:, fields.PLAN_BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
         ragged = np.flatnonzero(lengths < 0)
         offset_counts = num_bags[ragged] + 1
         offset_ends = np.cumsum(offset_counts)
@@ -209,7 +209,7 @@ class FeatureLayout:
             plan,
             training,
             evaluation,
-            plan[:, embedding_bag.NUM_BAGS].tolist(),
+            plan[:, fields.PLAN_NUM_BAGS].tolist(),
             8 * starts,
             ragged.tolist(),
             ragged[~self._has_row_per_id[ragged]].tolist(),
@@ -225,7 +225,7 @@ class FeatureLayout:
         """Return uninitialised outputs, and the plan that fills them once it points to rows."""
         plan = batch.lines.plan.copy()
         outputs = allocate_outputs(batch.lines.num_bags, self._widths, self._prototype)
-        plan[:, embedding_bag.DATA] = list(map(Tensor.data_ptr, outputs))
+        plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, outputs))
         if batch.bags.details:
             batch.enter_arguments(plan)
         return outputs, plan
@@ -238,7 +238,7 @@ def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:
 
 def point_to_rows(plan: Plan, rows: Tensor) -> None:
     """Point each line of a plan to the rows of its ids, which start at its FIRST_ID in ``rows``."""
-    plan[:, embedding_bag.ROWS] = rows.data_ptr() + 8 * plan[:, embedding_bag.FIRST_ID]
+    plan[:, fields.PLAN_ROWS] = rows.data_ptr() + 8 * plan[:, fields.PLAN_FIRST_ID]
 
 
 __all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "point_to_rows"]

@@ -19,6 +19,7 @@ from recis_lightning.lookup.exchange import ShardExchange, exchange_rows
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.table.hash_table import HashTable
@@ -62,7 +63,7 @@ class ShardedRows:
         deduplicated = self._deduplicator.deduplicate(batch.bags.ids)
         exchange = yield from exchange_rows(layout, deduplicated, training)
         inverse = deduplicated.inverse
-        plan[:, embedding_bag.HEADER] = exchange.header.address
+        plan[:, fields.PLAN_HEADER] = exchange.header.address
         batch.lines.point_to_rows(plan, inverse)
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedShardedRows(inverse, layout, exchange)
@@ -104,8 +105,8 @@ class FetchedShardedRows(NamedTuple):
         size = len(self.exchange.rows)
         has_gradient = torch.zeros(size + 1, dtype=torch.bool, device=self.rows.device)
         for line, index in zip(gradients.plan, gradients.features, strict=True):
-            first = int(line[embedding_bag.FIRST_ID])
-            rows = self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
+            first = int(line[fields.PLAN_FIRST_ID])
+            rows = self.rows[first : first + int(line[fields.PLAN_NUM_IDS])]
             if features[index].mode == "tile":
                 _, position = gradients.batch.bags_of(index).positions()
                 rows = rows.masked_fill(position >= features[index].tile_len, -1)

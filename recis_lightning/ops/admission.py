@@ -39,23 +39,6 @@ from recis_lightning.ops.layout import (
 )
 from recis_lightning.ops.table_memory import TableMemory
 
-# Aliases until all rooms name the fields of ops.layout.
-NUM_COUNTED = fields.ADMISSION_NUM_COUNTED
-KIND = fields.ADMISSION_KIND
-THRESHOLD = fields.ADMISSION_THRESHOLD
-NUM_LOOKUPS = fields.ADMISSION_NUM_LOOKUPS
-FORGET_AFTER = fields.ADMISSION_FORGET_AFTER
-PER_BATCH = fields.ADMISSION_PER_BATCH
-COUNTERS = fields.ADMISSION_COUNTERS
-WIDTH = fields.ADMISSION_WIDTH
-NUM_HASHES = fields.ADMISSION_NUM_HASHES
-COUNT = fields.COUNT
-SKETCH = fields.SKETCH
-DRAW = fields.DRAW
-COUNT_MASK = fields.COUNT_MASK
-MAX_LOOKUPS = fields.MAX_LOOKUPS
-MAX_COUNTER = fields.MAX_COUNTER
-
 CheckFunction = Callable[[Tensor | None, Tensor], Tensor | None]
 """Function of misses and rows, as ``begin_check`` returns it."""
 

@@ -9,15 +9,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from recis_lightning.ops import backend
-from recis_lightning.ops import layout as fields
 
 Spans = npt.NDArray[np.int64]
 
-# Aliases until all rooms name the fields of ops.layout.
-LINE_SIZE = fields.SPAN_SIZE
-ADDRESS = fields.SPAN_ADDRESS
-NUM_ROWS = fields.SPAN_NUM_ROWS
-TABLE = fields.SPAN_TABLE
 Lines = Spans
 
 

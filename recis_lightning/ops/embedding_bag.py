@@ -18,29 +18,6 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
 
-# Aliases until all rooms name the fields of ops.layout.
-FIRST_ID = fields.PLAN_FIRST_ID
-HEADER = fields.PLAN_HEADER
-MODE = fields.PLAN_MODE
-NUM_BAGS = fields.PLAN_NUM_BAGS
-BAG_LENGTH = fields.PLAN_BAG_LENGTH
-OFFSETS = fields.PLAN_OFFSETS
-WEIGHTS = fields.PLAN_WEIGHTS
-TILE_LEN = fields.PLAN_TILE_LEN
-DATA = fields.PLAN_DATA
-DATA_STRIDE = fields.PLAN_DATA_STRIDE
-FIRST_CHUNK = fields.PLAN_FIRST_CHUNK
-BAGS_PER_CHUNK = fields.PLAN_BAGS_PER_CHUNK
-ROWS = fields.PLAN_ROWS
-NUM_IDS = fields.PLAN_NUM_IDS
-FLAT_BASE = fields.PLAN_FLAT_BASE
-PLAN_SIZE = fields.PLAN_SIZE
-NONE = fields.NONE
-SUM = fields.SUM
-MEAN = fields.MEAN
-TILE = fields.TILE
-MEAN_BY_COUNT = fields.MEAN_BY_COUNT
-
 MODES = {
     "none": fields.NONE,
     "sum": fields.SUM,

@@ -129,9 +129,3 @@ SPAN_TABLE = 2  # index of their table
 
 # Distributions of initial rows: INIT_KIND.
 INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL, INIT_TRUNCATED_NORMAL = range(4)
-
-# Aliases until all rooms have the names above.
-SIGHTINGS = ADMISSION_COUNTER
-NUM_REFUSED = NUM_REJECTED
-STAMP = TOUCH
-SCREEN = CHECK_ADMISSION

@@ -13,16 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from recis_lightning.ops import backend
-from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import INIT_ARGS, INIT_KEY, INIT_KIND
-
-# Aliases until all rooms name the fields of ops.layout.
-CONSTANT = fields.INIT_CONSTANT
-UNIFORM = fields.INIT_UNIFORM
-NORMAL = fields.INIT_NORMAL
-TRUNCATED_NORMAL = fields.INIT_TRUNCATED_NORMAL
 
 
 def init_key(seed: int, name: str) -> int:

@@ -16,13 +16,6 @@ from recis_lightning.ops import backend
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 
-# Aliases until all rooms name the fields of ops.layout.
-PLAN_SIZE = fields.ROW_FIELD_SIZE
-DATA = fields.ROW_FIELD_DATA
-STRIDE = fields.ROW_FIELD_STRIDE
-FIRST_BYTE = fields.ROW_FIELD_FIRST_BYTE
-NUM_BYTES = fields.ROW_FIELD_NUM_BYTES
-
 Plan = npt.NDArray[np.int64]
 
 

@@ -17,23 +17,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend
-from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
-
-# Aliases until all rooms name the fields of ops.layout.
-LR = fields.HYPER_LR
-EPS = fields.HYPER_EPS
-INV_SQRT_BIAS2 = fields.HYPER_INV_SQRT_BIAS2
-DECAY = fields.HYPER_DECAY
-SCALE = fields.HYPER_SCALE
-CLIP = fields.HYPER_CLIP
-NEW_SHARE1 = fields.HYPER_ONE_MINUS_BETA1
-NEW_SHARE2 = fields.HYPER_ONE_MINUS_BETA2
-HYPER_SIZE = fields.HYPER_SIZE
-SGD = fields.SGD
-ADAGRAD = fields.ADAGRAD
-ROWWISE_ADAGRAD = fields.ROWWISE_ADAGRAD
-ADAM = fields.ADAM
 
 
 @dataclass(frozen=True)
@@ -120,14 +104,14 @@ def squared_norm(gradients: Gradients) -> Tensor:
 def update_rows_(gradients: Gradients, rule: int) -> None:
     """Apply one optimizer step to every row that has a gradient.
 
-    With g the row's reduced gradient, times SCALE and clamped to CLIP, in float32, and
+    With g the row's reduced gradient, times HYPER_SCALE and clamped to HYPER_CLIP, in float32, and
     hyperparameters named as in ``ops.layout`` without HYPER_:
 
-    - ``SGD``: w = w * DECAY - LR * g
-    - ``ADAGRAD``: s += g * g; w -= LR * g / (sqrt(s) + EPS)
+    - ``SGD``: w = w * HYPER_DECAY - HYPER_LR * g
+    - ``ADAGRAD``: s += g * g; w -= HYPER_LR * g / (sqrt(s) + HYPER_EPS)
     - ``ROWWISE_ADAGRAD``: s += mean(g * g), one s a row; w as above
     - ``ADAM``: m += ONE_MINUS_BETA1 * (g - m); v += ONE_MINUS_BETA2 * (g * g - v);
-      w = w * DECAY - LR * m / (sqrt(v) * INV_SQRT_BIAS2 + EPS)
+      w = w * HYPER_DECAY - HYPER_LR * m / (sqrt(v) * HYPER_INV_SQRT_BIAS2 + HYPER_EPS)
 
     Args:
         gradients: The sorted gradients.

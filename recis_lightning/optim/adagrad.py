@@ -8,7 +8,7 @@ from typing import Any
 from typing_extensions import override
 
 from recis_lightning.arguments import check_bound
-from recis_lightning.ops import row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
@@ -31,7 +31,7 @@ class SparseAdagrad(SparseOptimizer):
     Source: Duchi, Hazan and Singer, 2011.
     """
 
-    rule = row_update.ADAGRAD
+    rule = fields.ADAGRAD
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class SparseRowwiseAdagrad(SparseOptimizer):
     Source: FBGEMM's ``EXACT_ROWWISE_ADAGRAD``.
     """
 
-    rule = row_update.ROWWISE_ADAGRAD
+    rule = fields.ROWWISE_ADAGRAD
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ def _adagrad_defaults(
 
 def _adagrad_fields(group: dict[str, Any], num_updates: int) -> dict[int, float]:
     lr = group["lr"] / (1 + (num_updates - 1) * group["lr_decay"])
-    return {row_update.LR: lr, row_update.EPS: group["eps"]}
+    return {fields.HYPER_LR: lr, fields.HYPER_EPS: group["eps"]}
 
 
 __all__ = ["SparseAdagrad", "SparseRowwiseAdagrad"]

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from recis_lightning.arguments import check_bound
-from recis_lightning.ops import row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
@@ -34,7 +34,7 @@ class SparseAdam(SparseOptimizer):
     Source: Kingma and Ba, 2015.
     """
 
-    rule = row_update.ADAM
+    rule = fields.ADAM
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class SparseAdam(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        fields, root = _adam_fields(group, num_updates)
-        return {**fields, row_update.EPS: group["eps"] / root}
+        shared, root = _shared_fields(group, num_updates)
+        return {**shared, fields.HYPER_EPS: group["eps"] / root}
 
 
 class SparseAdamW(SparseOptimizer):
@@ -87,7 +87,7 @@ class SparseAdamW(SparseOptimizer):
     Source: Loshchilov and Hutter, 2019.
     """
 
-    rule = row_update.ADAM
+    rule = fields.ADAM
 
     def __init__(
         self,
@@ -125,11 +125,11 @@ class SparseAdamW(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        fields, root = _adam_fields(group, num_updates)
+        shared, root = _shared_fields(group, num_updates)
         decay = 1 - group["lr"] * group["weight_decay"]
         is_before = group.get("eps_before_correction", False)  # older pickles do not have it
         eps = group["eps"] / root if is_before else group["eps"]
-        return {**fields, row_update.EPS: eps, row_update.DECAY: decay}
+        return {**shared, fields.HYPER_EPS: eps, fields.HYPER_DECAY: decay}
 
 
 def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
@@ -145,17 +145,17 @@ def _adam_slots(embedding_dim: int) -> dict[str, int]:
     return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim}
 
 
-def _adam_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, float], float]:
+def _shared_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, float], float]:
     """Return the fields that Adam and AdamW share, and the root of ``1 - beta2 ** n``."""
     beta1, beta2 = group["betas"]
     root = math.sqrt(1 - beta2**num_updates)
-    fields = {
-        row_update.LR: group["lr"] / (1 - beta1**num_updates),
-        row_update.NEW_SHARE1: 1 - beta1,
-        row_update.NEW_SHARE2: 1 - beta2,
-        row_update.INV_SQRT_BIAS2: 1 / root,
+    shared = {
+        fields.HYPER_LR: group["lr"] / (1 - beta1**num_updates),
+        fields.HYPER_ONE_MINUS_BETA1: 1 - beta1,
+        fields.HYPER_ONE_MINUS_BETA2: 1 - beta2,
+        fields.HYPER_INV_SQRT_BIAS2: 1 / root,
     }
-    return fields, root
+    return shared, root
 
 
 __all__ = ["SparseAdam", "SparseAdamW"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import embedding_bag, row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import copy_async_, to_device_async
 from recis_lightning.ops.layout import NUM_UPDATES
 from recis_lightning.ops.row_update import Gradients, RowLayout
@@ -39,7 +40,7 @@ class FusedUpdate:
         self.device = self.tables[0].device
         self._storages = [table.storage for table in self.tables]
         self._fields = [storage.header.fields for storage in self._storages]
-        self._hyper = np.ones((len(self.tables), row_update.HYPER_SIZE), np.float32)
+        self._hyper = np.ones((len(self.tables), fields.HYPER_SIZE), np.float32)
         # Where kernels read them: beside a GPU that is a copy, always at the same address.
         self._is_copied = self._storages[0].header.is_mirrored
         self._values = torch.from_numpy(self._hyper)
@@ -70,7 +71,7 @@ class FusedUpdate:
                 members[kind].append(index)
             alike.update(members)
         hyper = self._hyper
-        hyper[:, row_update.SCALE], hyper[:, row_update.CLIP] = 1, clip
+        hyper[:, fields.HYPER_SCALE], hyper[:, fields.HYPER_CLIP] = 1, clip
         for (group, count), tables in alike.items():
             for field, value in hyperparameters(group, count + 1).items():
                 hyper[tables, field] = value
@@ -82,11 +83,11 @@ class FusedUpdate:
         if not parts:
             return None
         plan = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        sizes = plan[:, embedding_bag.NUM_IDS]
+        sizes = plan[:, fields.PLAN_NUM_IDS]
         ends = np.cumsum(sizes)
         if not len(ends) or not ends[-1]:
             return None
-        plan[:, embedding_bag.FIRST_ID] = ends - sizes
+        plan[:, fields.PLAN_FIRST_ID] = ends - sizes
         return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
 
     def send_hyperparameters(self, scale: Tensor | None) -> None:
@@ -98,7 +99,7 @@ class FusedUpdate:
         if self._is_copied:
             copy_async_(self._values, self._hyper)
         if scale is not None:
-            self._values[:, row_update.SCALE] = scale.to(self._values.device)
+            self._values[:, fields.HYPER_SCALE] = scale.to(self._values.device)
 
     def _note_blocks(self) -> None:
         """Note the addresses and the numbering of the rows, unless they are known."""
@@ -132,7 +133,7 @@ class FusedUpdate:
                 if record.tables is not self._feature_tables:
                     self._feature_tables = record.tables
                     self._feature_bases = [self._base_of[table] for table in record.tables]
-                record.plan[:, embedding_bag.FLAT_BASE] = self._feature_bases
+                record.plan[:, fields.PLAN_FLAT_BASE] = self._feature_bases
                 return [record.plan]
         tables_of: dict[PendingGradient, set[object]] = defaultdict(set)
         for table, records in zip(self.tables, pending, strict=True):
@@ -144,7 +145,7 @@ class FusedUpdate:
         # A table may stand there twice, and one of another optimizer too.
         features = [i for i, table in enumerate(record.tables) if table in tables]
         plan = record.plan if len(features) == len(record.tables) else record.plan[features]
-        plan[:, embedding_bag.FLAT_BASE] = [self._base_of[record.tables[i]] for i in features]
+        plan[:, fields.PLAN_FLAT_BASE] = [self._base_of[record.tables[i]] for i in features]
         return plan
 
     def apply(self, gradients: Gradients | None, rule: int) -> None:
@@ -165,8 +166,8 @@ class FusedUpdate:
 
     def _finish(self) -> None:
         """Count the update and forget the gradients that it used; may be done twice."""
-        for fields, count in zip(self._fields, self._num_updates, strict=True):
-            fields[NUM_UPDATES] = count + 1
+        for line, count in zip(self._fields, self._num_updates, strict=True):
+            line[NUM_UPDATES] = count + 1
         for pending in map(_pending, self.tables):
             pending.clear()
 

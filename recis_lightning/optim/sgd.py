@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from recis_lightning.ops import row_update
+from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
@@ -25,7 +25,7 @@ class SparseSGD(SparseOptimizer):
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
     """
 
-    rule = row_update.SGD
+    rule = fields.SGD
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class SparseSGD(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        return {row_update.LR: group["lr"]}
+        return {fields.HYPER_LR: group["lr"]}
 
 
 __all__ = ["SparseSGD"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recis_lightning.admission import Screening
 from recis_lightning.ops import admission, backend, hash_index
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header, watch_counts
 from recis_lightning.ops.layout import CAPACITY, NO_ROW, NUM_IDS
 from recis_lightning.table.undo import Undo
@@ -40,16 +41,16 @@ class AdmissionCounter:
     def clear(self) -> None:
         """Forget all counts; the number of lookups stays. The table undoes it if it fails."""
         self._entries = torch.empty(0, dtype=torch.int64, device=self.header.device)
-        if self.screening.kind == admission.COUNT:
+        if self.screening.kind == fields.COUNT:
             self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         size = self.screening.num_hashes * self.screening.width
         # Whole words: kernels may have no compare-and-swap of bytes.
         padded = _zeros(-(-size // 4) * 4, self.header.device)
         self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
         self._padded_counters = padded
-        self.header.fields[admission.COUNTERS] = padded.data_ptr()
+        self.header.fields[fields.ADMISSION_COUNTERS] = padded.data_ptr()
         self.header.publish()
-        self._set_count(admission.NUM_COUNTED, 0)
+        self._set_count(fields.ADMISSION_NUM_COUNTED, 0)
 
     def _set_count(self, field: int, value: int) -> None:
         self.header.read_counts()[field] = value
@@ -63,7 +64,7 @@ class AdmissionCounter:
     @property
     def num_lookups(self) -> int:
         """Training lookups so far."""
-        return int(self.header.fields[admission.NUM_LOOKUPS])
+        return int(self.header.fields[fields.ADMISSION_NUM_LOOKUPS])
 
     def count_lookup(self) -> None:
         """Count a training lookup, and let a sketch decay when it is due.
@@ -71,9 +72,9 @@ class AdmissionCounter:
         Raises:
             OverflowError: There were 2**30 lookups already.
         """
-        if self.num_lookups >= admission.MAX_LOOKUPS - 1:
+        if self.num_lookups >= fields.MAX_LOOKUPS - 1:
             raise OverflowError("an admission policy counts 2**30 training lookups at most")
-        self.header.fields[admission.NUM_LOOKUPS] += 1
+        self.header.fields[fields.ADMISSION_NUM_LOOKUPS] += 1
         self.header.publish()
         if self.screening.fade_after:
             admission.decay_(self.header, self._padded_counters, self.screening.fade_after)
@@ -87,7 +88,7 @@ class AdmissionCounter:
                 None if ``at_most`` does. Room is then made for two more lookups as well, by which
                 time counts have come.
         """
-        if self.screening.kind != admission.COUNT:
+        if self.screening.kind != fields.COUNT:
             return
         if not self._surely_fits(at_most):
             num_new, ahead = at_most, 0
@@ -111,7 +112,7 @@ class AdmissionCounter:
 
     def compact(self) -> None:
         """Drop expired entries, and give back the memory they took."""
-        if self.screening.kind == admission.COUNT:
+        if self.screening.kind == fields.COUNT:
             self._rebuild(0)
 
     def _rebuild(self, num_new: int) -> None:
@@ -128,27 +129,27 @@ class AdmissionCounter:
     def _live(self) -> Tensor:
         """Return bool [entries], those of ids below the threshold that were counted recently."""
         cells = self._entries[:, 1]
-        live = (cells != NO_ROW) & (cells & admission.COUNT_MASK < self.screening.threshold)
+        live = (cells != NO_ROW) & (cells & fields.COUNT_MASK < self.screening.threshold)
         age = self.num_lookups - (cells >> 32)
         return live & (age <= self.screening.forget_after)
 
     def forget(self, ids: Tensor) -> None:
         """Forget the counts of ids, int64 [n]; a sketch cannot."""
-        if self.screening.kind == admission.COUNT:
+        if self.screening.kind == fields.COUNT:
             admission.forget_(self.header, ids.to(self.header.device))
 
     def state(self) -> dict[str, Any]:
         """Return the counts as a table saves them: tensors on the CPU and primitives."""
         state: dict[str, Any] = {"num_lookups": self.num_lookups}
-        if self.screening.kind == admission.COUNT:
+        if self.screening.kind == fields.COUNT:
             kept = self._entries[self._live()]
             kept = kept[kept[:, 0].argsort()].cpu()
             state["pending_ids"] = kept[:, 0].clone()
-            state["pending_counts"] = kept[:, 1] & admission.COUNT_MASK
+            state["pending_counts"] = kept[:, 1] & fields.COUNT_MASK
             state["pending_lookups"] = kept[:, 1] >> 32
-        elif self.screening.kind == admission.SKETCH:
+        elif self.screening.kind == fields.SKETCH:
             state["sketch"] = self._counters.to("cpu", copy=True)
-            state["num_sketched"] = int(self.header.read_counts()[admission.NUM_COUNTED])
+            state["num_sketched"] = int(self.header.read_counts()[fields.ADMISSION_NUM_COUNTED])
         return state
 
     def load_state(self, state: dict[str, Any], table: str) -> None:
@@ -161,9 +162,9 @@ class AdmissionCounter:
             table: The table's name, for warnings.
         """
         self.clear()
-        self.header.fields[admission.NUM_LOOKUPS] = state.get("num_lookups", 0)
+        self.header.fields[fields.ADMISSION_NUM_LOOKUPS] = state.get("num_lookups", 0)
         self.header.publish()
-        if self.screening.kind == admission.COUNT and "pending_ids" in state:
+        if self.screening.kind == fields.COUNT and "pending_ids" in state:
             ids = state["pending_ids"]
             self.reserve(ids.numel())
             # Under a lower threshold than before, an id is admitted when it is next looked up.
@@ -171,7 +172,7 @@ class AdmissionCounter:
             values = (state["pending_lookups"] << 32) | counts
             entries = torch.stack([ids, values], dim=1).to(self.header.device)
             hash_index.fill(self.header, entries)
-        if self.screening.kind == admission.SKETCH and "sketch" in state:
+        if self.screening.kind == fields.SKETCH and "sketch" in state:
             if state["sketch"].shape != self._counters.shape:
                 warnings.warn(
                     f"table {table!r}: the saved sketch of admission counts has shape "
@@ -181,7 +182,7 @@ class AdmissionCounter:
                 )
                 return
             self._counters.copy_(state["sketch"])
-            self._set_count(admission.NUM_COUNTED, state["num_sketched"])
+            self._set_count(fields.ADMISSION_NUM_COUNTED, state["num_sketched"])
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:

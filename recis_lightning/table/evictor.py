@@ -14,7 +14,7 @@ from recis_lightning.arguments import check_kinds
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
-from recis_lightning.ops.layout import NUM_IDS, NUM_REFUSED
+from recis_lightning.ops.layout import NUM_IDS, NUM_REJECTED
 from recis_lightning.table.clock import TableClock
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.statistics import ReadmissionTracker, TableStatistics
@@ -169,7 +169,7 @@ class Evictor:
             state_bytes=state_bytes,
             column_bytes=storage.column_bytes + self.nbytes,
             admitted=num_ids + storage.num_removed - storage.num_loaded,
-            refused=int(counts[NUM_REFUSED]),
+            refused=int(counts[NUM_REJECTED]),
             evicted=self.num_evicted,
             readmitted=0 if tracker is None else tracker.count,
         )

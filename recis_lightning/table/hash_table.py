@@ -40,16 +40,16 @@ from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
 from recis_lightning.ops.layout import (
+    CHECK_ADMISSION,
     HAS_PADDING,
     INSERT,
-    NUM_REFUSED,
+    NUM_REJECTED,
     NUM_UPDATES,
-    SCREEN,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_PADDING,
-    STAMP,
     STEP,
+    TOUCH,
 )
 from recis_lightning.table import settings
 from recis_lightning.table import state as table_state
@@ -710,7 +710,7 @@ class HashTable(nn.Module):
         )
         new.num_removed, new.num_loaded = old.num_removed + len(old), old.num_loaded
         table_state.fill(new, state)
-        new.header.read_counts()[NUM_REFUSED] = old.header.read_counts()[NUM_REFUSED]
+        new.header.read_counts()[NUM_REJECTED] = old.header.read_counts()[NUM_REJECTED]
         new.header.publish_counts()
         with self.undo():
             # Row numbers that a lookup noted are void, whichever storage it asks about them.
@@ -780,8 +780,8 @@ def write_segment(
         inserts = insert and table.admission.admits
     line[SEGMENT_FLAGS] = INSERT * inserts | HAS_PADDING * (padding_idx is not None)
     is_screened = insert and asks_policy and storage.admission_counter is not None
-    line[SEGMENT_FLAGS] |= SCREEN * is_screened
-    line[SEGMENT_FLAGS] |= STAMP * (insert and storage.keeps_access_metadata)
+    line[SEGMENT_FLAGS] |= CHECK_ADMISSION * is_screened
+    line[SEGMENT_FLAGS] |= TOUCH * (insert and storage.keeps_access_metadata)
     line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
 
 
@@ -792,6 +792,8 @@ def hash_tables(module: nn.Module) -> list[HashTable]:
         >>> hash_tables(nn.Sequential(HashTable(4), HashTable(4, name="item")))[0].name
         '0'
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a module, got {type(module).__name__}")
     tables = []
     for path, child in module.named_modules():
         if isinstance(child, HashTable):

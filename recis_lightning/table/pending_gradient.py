@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import distinct_rows, embedding_bag
+from recis_lightning.ops import distinct_rows
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import UNKNOWN
@@ -42,11 +43,11 @@ class PendingGradient:
         Args:
             numbers: Index of each table that is asked for, at least 0.
         """
-        lines = np.empty((len(self.tables), distinct_rows.LINE_SIZE), np.int64)
-        lines[:, distinct_rows.TABLE] = [numbers.get(table, -1) for table in self.tables]
-        lines[:, distinct_rows.ADDRESS] = self.plan[:, embedding_bag.ROWS]
-        lines[:, distinct_rows.NUM_ROWS] = self.plan[:, embedding_bag.NUM_IDS]
-        return lines[lines[:, distinct_rows.TABLE] >= 0]
+        lines = np.empty((len(self.tables), fields.SPAN_SIZE), np.int64)
+        lines[:, fields.SPAN_TABLE] = [numbers.get(table, -1) for table in self.tables]
+        lines[:, fields.SPAN_ADDRESS] = self.plan[:, fields.PLAN_ROWS]
+        lines[:, fields.SPAN_NUM_ROWS] = self.plan[:, fields.PLAN_NUM_IDS]
+        return lines[lines[:, fields.SPAN_TABLE] >= 0]
 
     def forget(self, header: Header, gone: Tensor) -> None:
         """Drop the gradients of a table's rows that ``gone`` (bool [rows]) marks, by its header."""
@@ -56,9 +57,9 @@ class PendingGradient:
 
     def _parts(self, header: Header) -> Iterator[Tensor]:
         """Yield views of ``rows``, one for each feature of the table with this header."""
-        for line in self.plan[self.plan[:, embedding_bag.HEADER] == header.address]:
-            first = (int(line[embedding_bag.ROWS]) - self.rows.data_ptr()) // 8
-            yield self.rows[first : first + int(line[embedding_bag.NUM_IDS])]
+        for line in self.plan[self.plan[:, fields.PLAN_HEADER] == header.address]:
+            first = (int(line[fields.PLAN_ROWS]) - self.rows.data_ptr()) // 8
+            yield self.rows[first : first + int(line[fields.PLAN_NUM_IDS])]
 
 
 __all__ = ["PendingGradient"]

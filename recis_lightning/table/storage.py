@@ -18,6 +18,7 @@ from recis_lightning.ops import backend, hash_index, host_memory, row_init
 from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
+    ADMISSION_COUNTER,
     CAPACITY,
     CLAIMED,
     COUNTS,
@@ -28,10 +29,9 @@ from recis_lightning.ops.layout import (
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_SIZE,
-    SIGHTINGS,
-    STAMP,
     STEP,
     TIME,
+    TOUCH,
 )
 from recis_lightning.table.admission_counter import AdmissionCounter
 from recis_lightning.table.row_store import RowStore
@@ -142,7 +142,7 @@ class Storage(TableMemory):
                 if old is not None and old.screening.kind == screening.kind:
                     new.load_state(old.state(), self.name)
         self.admission_counter = new
-        self.header.fields[SIGHTINGS] = 0 if new is None else new.header.address
+        self.header.fields[ADMISSION_COUNTER] = 0 if new is None else new.header.address
         self.header.publish()
 
     def set_slots(self, slots: dict[str, int], state_fill: float) -> None:
@@ -189,7 +189,7 @@ class Storage(TableMemory):
         """
         segments = np.zeros((1, SEGMENT_SIZE), np.int64)
         segments[0, SEGMENT_HEADER] = self.header.address
-        touch = STAMP * self.keeps_access_metadata
+        touch = TOUCH * self.keeps_access_metadata
         segments[0, SEGMENT_FLAGS] = (INSERT | touch) * insert
         hash_index.write_addresses(segments, [ids])
         return segments

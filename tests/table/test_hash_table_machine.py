@@ -13,7 +13,7 @@ from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
 from recis_lightning.eviction import AllOf, AnyOf, GlobalStepFilter, MaxRows, MinNorm, TimeToLive
 from recis_lightning.initializers import Uniform
-from recis_lightning.ops.admission import NUM_LOOKUPS
+from recis_lightning.ops.layout import ADMISSION_NUM_LOOKUPS
 from recis_lightning.optim import SparseAdagrad
 from tests.helpers.sample_tables import EXTREMES
 
@@ -139,7 +139,7 @@ class TableAgainstDict(RuleBasedStateMachine):
             return set(ids) if policy is None else set()
         if isinstance(policy, Probability):
             probe = self.new_module()
-            probe.table.storage.admission_counter.header.fields[NUM_LOOKUPS] = now - 1
+            probe.table.storage.admission_counter.header.fields[ADMISSION_NUM_LOOKUPS] = now - 1
             probe(torch.tensor(ids, dtype=torch.int64))
             return set(probe.table.ids().tolist())
         per_batch = getattr(policy, "per", "") == "batch"

@@ -24,7 +24,7 @@ from recis_lightning.lookup.current_groups import make_group
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import look_up_groups
 from recis_lightning.ops import backend as ops_backend
-from recis_lightning.ops import embedding_bag, layout
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu import embedding_bag as embedding_bag_gpu
 from recis_lightning.ops.gpu import hash_insert as hash_insert_gpu
 from recis_lightning.ops.header import Header
@@ -174,7 +174,7 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
         optimizer([table], lr=0.1)
         table.storage.reserve_rows(5000)
         fields = table.storage.header.fields
-        assert fields[layout.ROW_BYTES] % 16 == 0
+        assert fields[fields.ROW_BYTES] % 16 == 0
         assert not (table.storage.rows.addresses % 16).any()
     assert HashTable(3).storage.rows.row_words == 3
 
@@ -190,8 +190,8 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
 )
 def test_lanes_load_four_words_only_where_all_of_them_can(addresses, strides, row_bytes, aligned):
     """One output, or gradient, that lies askew is enough: a GPU refuses to load there."""
-    plan = np.zeros((2, embedding_bag.PLAN_SIZE), np.int64)
-    plan[:, embedding_bag.DATA], plan[:, embedding_bag.DATA_STRIDE] = addresses, strides
+    plan = np.zeros((2, fields.PLAN_SIZE), np.int64)
+    plan[:, fields.PLAN_DATA], plan[:, fields.PLAN_DATA_STRIDE] = addresses, strides
     assert embedding_bag_gpu.is_aligned(plan, row_bytes) == aligned
 
 

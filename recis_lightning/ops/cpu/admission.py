@@ -28,6 +28,7 @@ from recis_lightning.ops.cpu.probe import (
 from recis_lightning.ops.cpu.row_init import mix
 from recis_lightning.ops.cpu.runtime import kernel
 from recis_lightning.ops.layout import (
+    ADMISSION_COUNTER,
     ADMISSION_COUNTERS,
     ADMISSION_FORGET_AFTER,
     ADMISSION_KIND,
@@ -37,6 +38,7 @@ from recis_lightning.ops.layout import (
     ADMISSION_PER_BATCH,
     ADMISSION_THRESHOLD,
     ADMISSION_WIDTH,
+    CHECK_ADMISSION,
     COUNT,
     COUNT_MASK,
     DRAW,
@@ -44,12 +46,10 @@ from recis_lightning.ops.layout import (
     MAX_COUNTER,
     NO_ROW,
     NUM_IDS,
-    NUM_REFUSED,
-    SCREEN,
+    NUM_REJECTED,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_IDS,
-    SIGHTINGS,
     SKETCH,
     UNKNOWN,
 )
@@ -115,9 +115,9 @@ def _count_misses_kernel(
             segment, end = next_segment(position, segment, segments, num_segments, num_ids)
             line = segments + segment * SEGMENT_BYTES
             kind = np.int64(0)
-            if load_i64(line + 8 * SEGMENT_FLAGS) & SCREEN:
+            if load_i64(line + 8 * SEGMENT_FLAGS) & CHECK_ADMISSION:
                 ids = load_i64(line + 8 * SEGMENT_IDS)
-                counter = load_i64(load_i64(line + 8 * SEGMENT_HEADER) + 8 * SIGHTINGS)
+                counter = load_i64(load_i64(line + 8 * SEGMENT_HEADER) + 8 * ADMISSION_COUNTER)
                 kind = load_i64(counter + 8 * ADMISSION_KIND)
                 now = load_i64(counter + 8 * ADMISSION_NUM_LOOKUPS)
                 wanted = load_i64(counter + 8 * ADMISSION_THRESHOLD)
@@ -164,13 +164,13 @@ def _admit_kernel(
         position = load_i64(misses + 8 * i)
         if position >= end:
             if rejected:
-                atomic_add(header + 8 * NUM_REFUSED, rejected)
+                atomic_add(header + 8 * NUM_REJECTED, rejected)
             segment, end = next_segment(position, segment, segments, num_segments, num_ids)
             line = segments + segment * SEGMENT_BYTES
             kind, rejected = np.int64(0), np.int64(0)
-            if load_i64(line + 8 * SEGMENT_FLAGS) & SCREEN:
+            if load_i64(line + 8 * SEGMENT_FLAGS) & CHECK_ADMISSION:
                 ids, header = load_i64(line + 8 * SEGMENT_IDS), load_i64(line + 8 * SEGMENT_HEADER)
-                counter = load_i64(header + 8 * SIGHTINGS)
+                counter = load_i64(header + 8 * ADMISSION_COUNTER)
                 kind = load_i64(counter + 8 * ADMISSION_KIND)
                 now = load_i64(counter + 8 * ADMISSION_NUM_LOOKUPS)
                 wanted = load_i64(counter + 8 * ADMISSION_THRESHOLD)
@@ -195,7 +195,7 @@ def _admit_kernel(
             store_i64(rows + 8 * position, UNKNOWN)
             rejected += load_i64(weights + 8 * position) if weights else np.int64(1)
     if rejected:
-        atomic_add(header + 8 * NUM_REFUSED, rejected)
+        atomic_add(header + 8 * NUM_REJECTED, rejected)
 
 
 @kernel

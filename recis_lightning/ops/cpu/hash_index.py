@@ -53,7 +53,7 @@ from recis_lightning.ops.layout import (
     NO_ROW,
     NUM_FREE,
     NUM_IDS,
-    NUM_REFUSED,
+    NUM_REJECTED,
     PADDING,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
@@ -160,7 +160,7 @@ def _find_kernel(
         if unknown == MISSING:
             misses += num_unknown
         elif training == FIRST_PASS and num_unknown:
-            atomic_add(load_i64(segment + 8 * SEGMENT_HEADER) + 8 * NUM_REFUSED, num_unknown)
+            atomic_add(load_i64(segment + 8 * SEGMENT_HEADER) + 8 * NUM_REJECTED, num_unknown)
         start = end
     store_i64(miss_counts + 8 * chunk, misses)
 

@@ -11,7 +11,7 @@ from recis_lightning.ops.cpu.probe import (
     segment_start,
 )
 from recis_lightning.ops.cpu.runtime import kernel
-from recis_lightning.ops.layout import COUNTS, LAST_TIME, SEGMENT_FLAGS, SEGMENT_HEADER, STAMP, TIME
+from recis_lightning.ops.layout import COUNTS, LAST_TIME, SEGMENT_FLAGS, SEGMENT_HEADER, TIME, TOUCH
 
 
 @kernel
@@ -21,7 +21,7 @@ def _stamp_kernel(low, high, num_items, rows, weights, segments, num_segments):
         segment = segments + index * SEGMENT_BYTES
         index += 1
         end = min(segment_start(segments, index, num_segments, num_items), high)
-        if load_i64(segment + 8 * SEGMENT_FLAGS) & STAMP:
+        if load_i64(segment + 8 * SEGMENT_FLAGS) & TOUCH:
             header = load_i64(segment + 8 * SEGMENT_HEADER)
             counts, times = load_i64(header + 8 * COUNTS), load_i64(header + 8 * LAST_TIME)
             now = load_i64(header + 8 * TIME)
