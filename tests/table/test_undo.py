@@ -25,6 +25,7 @@ def _one_thread():
 
 def _check(make, num_points):
     """Interrupt a case at so many places, spread over it."""
+    expected_of(make)  # compiles kernels, whose lines are no places of the call
     expected = expected_of(make)
     assert expected.num_points > 5
     assert faults_of(make, expected, -1) == []
@@ -43,19 +44,19 @@ def _name(make):
 
 @pytest.mark.parametrize("make", SMALL, ids=_name)
 def test_an_interrupted_call_is_undone_or_done(make):
-    """Every case at a few places; test_an_interrupted_call_is_undone_or_done_everywhere at all."""
+    """Every case at a few places; at many, if slow tests run."""
     _check(make, 16)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("make", SMALL, ids=_name)
-def test_an_interrupted_call_is_undone_or_done_everywhere(make):
-    _check(make, 10**6)
+def test_an_interrupted_call_is_undone_or_done_at_many_places(make):
+    _check(make, 250)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("make", LARGE, ids=_name)
 def test_a_large_insertion_is_undone_or_done(make):
     _check(make, 40)
