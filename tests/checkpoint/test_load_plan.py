@@ -130,7 +130,7 @@ def by_name(made):
             ["item"],
             "rename: expected one saved table for each",
         ),
-        ({"cast": "float16"}, ["user", "item", "tags"], "dtype: expected torch.float32"),
+        ({"cast": "float16"}, ["user", "item", "tags"], "cast: expected torch.float32"),
     ],
 )
 def test_what_is_refused(saved, arguments, names, message):
