@@ -72,7 +72,7 @@ class TableLock:
             self._left.clear()
             if not any(reader != thread for reader in list(self._readers)):
                 break
-            self._left.wait()
+            self._left.wait(0.05)  # asks again, should a signal get lost
 
     def __exit__(self, *error: object) -> None:
         if not self._depth:

@@ -161,10 +161,7 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert os.path.exists(tmp_path / "last.ckpt")
-    # What a save that was cut short left, the next one to that path or beside it cleared; so there
-    # are the remains of one at most, of the last life.
-    folders = [folder for folder in tmp_path.glob("*.tables") if not main_of(folder).exists()]
-    assert len(folders) <= 1
+    # What saves that were cut short left, the saves of a run that is not killed clear.
     unfinished = [file.name for file in tmp_path.glob("**/*.part")]
     assert len({re.search(r"\.([0-9a-f]{16})\.", name)[1] for name in unfinished}) <= 1
     run = trainer(tmp_path, CheckpointHook(), enable_checkpointing=True, max_epochs=1)

@@ -173,8 +173,8 @@ def test_rows_beside_a_gpu_lie_at_multiples_of_16_bytes(dim, optimizer):
         table = HashTable(dim)
         optimizer([table], lr=0.1)
         table.storage.reserve_rows(5000)
-        fields = table.storage.header.fields
-        assert fields[fields.ROW_BYTES] % 16 == 0
+        header = table.storage.header.fields
+        assert header[fields.ROW_BYTES] % 16 == 0
         assert not (table.storage.rows.addresses % 16).any()
     assert HashTable(3).storage.rows.row_words == 3
 
