@@ -32,6 +32,7 @@ from recis_lightning.checkpoint.save_lock import (
     clear_killed_saves,
     end_save,
     note_replaced,
+    removing,
 )
 from recis_lightning.checkpoint.shard_file import ShardFile
 from recis_lightning.distributed import collectives
@@ -191,10 +192,10 @@ class _ShardIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         main = local_path(path)
         self.pending.abandon_main(main)
-        folder, files = shard_folder(main), _files_to_replace(main)
-        self.io.remove_checkpoint(path)
-        remove_files(folder, files)
-        clear_killed_saves(folder, partial(_current_commit, main))
+        folder, current = shard_folder(main), partial(_current_commit, main)
+        with removing(folder, _files_to_replace(main), current):
+            self.io.remove_checkpoint(path)
+        clear_killed_saves(folder, current)
 
     @override
     def teardown(self) -> None:

@@ -68,6 +68,11 @@ class SaveLock:
         """Note the files of the checkpoint that the next rename replaces."""
         self._note({"replaces": sorted(files)})
 
+    def remove(self, files: Iterable[str]) -> None:
+        """Note the files of the checkpoint that is about to be removed."""
+        with contextlib.suppress(OSError):  # on a full disk removing goes on
+            self._note({"removes": sorted(files)})
+
     def end(self, save_id: str) -> None:
         """Forget a save that is a checkpoint now, or whose files were removed."""
         self.saves.discard(save_id)
@@ -130,6 +135,31 @@ def end_save(folder: Path, save_id: str) -> None:
         if not lock.saves:
             del _held[folder]
             lock.close()
+
+
+@contextlib.contextmanager
+def removing(folder: Path, files: Iterable[str], current: CurrentCommit) -> Iterator[None]:
+    """Hold a folder while its checkpoint is removed, so that a later save ends what a kill cuts.
+
+    Args:
+        folder: Folder of the shard files; it may be missing.
+        files: Those of the checkpoint, removed at the end of the context.
+        current: Returns the commit of the checkpoint that is there.
+    """
+    files, resolved, taken = sorted(files), folder.resolve(), None
+    with _guard:
+        lock = _own_lock(resolved)
+        if lock is None and files:
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # another process has it
+                lock = taken = _take(resolved, None, current)
+        if lock is not None:
+            lock.remove(files)
+    try:
+        yield
+        remove_files(folder, files)
+    finally:
+        if taken is not None:
+            taken.close()
 
 
 def clear_killed_saves(folder: Path, current: CurrentCommit) -> None:
@@ -253,10 +283,12 @@ def _clear(folder: Path, lines: list[dict[str, Any]], current: CurrentCommit) ->
     begun = {line["saving"] for line in lines if isinstance(line.get("saving"), str)}
     begun -= {line.get("ended") for line in lines}
     remove_unfinished(folder, begun - {named})
-    if named not in begun:  # no save of this lock replaced the checkpoint
+    # Files are gone with the checkpoint that a save of this lock replaced, or that was removed.
+    gone = "removes" if commit is None else "replaces"
+    if commit is not None and named not in begun:
         return
     for line in lines:
-        files = line.get("replaces")
+        files = line.get(gone)
         if isinstance(files, list):
             remove_files(folder, {name for name in files if isinstance(name, str)} - kept)
 
@@ -268,4 +300,5 @@ __all__ = [
     "clear_killed_saves",
     "end_save",
     "note_replaced",
+    "removing",
 ]

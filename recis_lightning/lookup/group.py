@@ -30,7 +30,7 @@ from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
-from recis_lightning.table.lock import distinct_locks, writing
+from recis_lightning.table.lock import distinct_locks, read, writing
 
 # For maps over hundreds of tables and tensors.
 _pending, _device, _is_cpu = map(attrgetter, ("pending", "device", "is_cpu"))
@@ -242,13 +242,7 @@ def run_lookups(
     if training or groups[0].num_ranks > 1:
         with writing(locks):
             return _take_turns(groups, batches, training)
-    try:
-        for lock in locks:
-            lock.begin_read()
-        return _take_turns(groups, batches, training)
-    finally:
-        for lock in locks:
-            lock.end_read()
+    return read(locks, _take_turns, groups, batches, training)
 
 
 def _take_turns(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import partial, wraps
 from threading import get_ident
+from types import FrameType
 from typing import Any, TypeVar
 
 _numbers = itertools.count()
 _live: weakref.WeakSet[TableLock] = weakref.WeakSet()
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
+_PATIENCE = 0.05  # seconds after which a writer asks whether those it waits for still read
 
 
 class TableLock:
@@ -32,8 +36,8 @@ class TableLock:
     Example:
         >>> lock = TableLock()
         >>> with lock:
-        ...     lock.begin_read()
-        ...     lock.end_read()
+        ...     read([lock], len, "ab")
+        2
     """
 
     def __init__(self) -> None:
@@ -45,34 +49,55 @@ class TableLock:
         self._turn = threading.RLock()  # of writers
         self._depth = 0
         self._writer: int | None = None
-        # By thread, not a count: what an interrupt leaves behind is put right by the thread's next.
-        self._readers: dict[int, None] = {}
+        self._readers: dict[int, int] = {}  # reads within reads, by thread
         self._left = threading.Event()
 
     def begin_read(self) -> None:
-        """Wait until no other thread writes, and let none begin."""
+        """Wait until no other thread writes, and let none begin; ``read`` calls it."""
         thread = get_ident()
-        self._readers[thread] = None  # first, so that a writer who comes now sees it
-        if self._writer is not None and self._writer != thread:
-            self.end_read()
-            with self._turn:  # when the writer is done
-                self._readers[thread] = None
+        depth = self._readers.get(thread, 0)
+        self._readers[thread] = depth + 1  # first, so that a writer who comes now sees it
+        if self._writer is None or self._writer == thread:
+            return
+        if depth and _is_reading(sys._getframe(2)):
+            return  # the writer waits for the read that this one is a part of
+        del self._readers[thread]
+        self._left.set()
+        with self._turn:  # when the writer is done
+            self._readers[thread] = 1
 
     def end_read(self) -> None:
         """Let writers begin; does nothing in a thread that does not read."""
-        self._readers.pop(get_ident(), None)
+        thread = get_ident()
+        depth = self._readers.get(thread, 0)
+        if depth > 1:
+            self._readers[thread] = depth - 1
+            return
+        self._readers.pop(thread, None)
         if self._writer is not None:
             self._left.set()
+
+    def _forget_the_gone(self) -> None:
+        """Forget readers that no longer read: their threads ended, or an interrupt came between."""
+        frames = sys._current_frames()
+        for thread in list(self._readers):
+            if not _is_reading(frames.get(thread)):
+                self._readers.pop(thread, None)
 
     def __enter__(self) -> None:
         self._turn.acquire()
         self._depth += 1
-        thread = self._writer = get_ident()
-        while self._readers:
-            self._left.clear()
-            if not any(reader != thread for reader in list(self._readers)):
-                break
-            self._left.wait(0.05)  # asks again, should a signal get lost
+        try:
+            thread = self._writer = get_ident()
+            while self._readers:
+                self._left.clear()
+                if not any(reader != thread for reader in list(self._readers)):
+                    break
+                if not self._left.wait(_PATIENCE):
+                    self._forget_the_gone()
+        except BaseException:  # Ctrl-C while it waits
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         if not self._depth:
@@ -104,33 +129,29 @@ class _AllOf:
             lock.__exit__()
 
 
-class _Reading:
-    """A block that reads what several locks protect."""
-
-    def __init__(self, locks: Sequence[TableLock]) -> None:
-        self._locks = locks
-
-    def __enter__(self) -> None:
-        try:
-            for lock in self._locks:
-                lock.begin_read()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        for lock in self._locks:
-            lock.end_read()
-
-
 def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
     """Return each lock once, in the order in which they are taken."""
     return tuple(sorted(set(locks), key=lambda lock: lock.number))
 
 
-def reading(locks: Sequence[TableLock]) -> AbstractContextManager[None]:
-    """Return a context in which no other thread changes what the locks protect."""
-    return _Reading(locks)
+def read(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function while no other thread changes what the locks protect."""
+    try:
+        for lock in locks:
+            lock.begin_read()
+        return work(*args)
+    finally:
+        for lock in locks:
+            lock.end_read()
+
+
+def _is_reading(frame: FrameType | None) -> bool:
+    """Tell whether a frame, or one that it was called from, is of ``read``."""
+    while frame is not None:
+        if frame.f_code is read.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def writing(locks: Sequence[TableLock]) -> AbstractContextManager[None]:
@@ -143,12 +164,7 @@ def reads(method: _Method) -> _Method:
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        lock: TableLock = self.lock
-        try:
-            lock.begin_read()
-            return method(self, *args, **kwargs)
-        finally:
-            lock.end_read()
+        return read((self.lock,), partial(method, self, *args, **kwargs))
 
     return locked  # type: ignore[return-value]
 
@@ -172,4 +188,4 @@ def _restart_all() -> None:
 os.register_at_fork(after_in_child=_restart_all)  # the threads that held them are not there
 
 
-__all__ = ["TableLock", "distinct_locks", "reading", "reads", "writes", "writing"]
+__all__ = ["TableLock", "distinct_locks", "read", "reads", "writes", "writing"]

@@ -344,6 +344,31 @@ def test_only_files_of_ours_are_removed(tmp_path):
     assert sorted(files_in(tmp_path)) == sorted(others)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_kill_while_a_checkpoint_is_removed(tmp_path):
+    """Lightning's file goes first; the next save beside it removes the shards."""
+    model, run = Model(), saving(tmp_path, every=100, save_top_k=0)
+    run.fit(model, ResumableLoader())
+    run.save_checkpoint(tmp_path / "old.ckpt")
+    io = run.strategy.checkpoint_io.io
+    remove = io.remove_checkpoint
+
+    def remove_and_die(path):
+        remove(path)
+        os._exit(9)
+
+    child = os.fork()
+    if not child:
+        io.remove_checkpoint = remove_and_die
+        run.strategy.remove_checkpoint(tmp_path / "old.ckpt")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert shards_of(tmp_path, "old.ckpt") == sorted(["", *ALL])  # with the lock
+    run.save_checkpoint(tmp_path / "new.ckpt")
+    assert not (tmp_path / "old.ckpt.tables").exists()
+    assert shards_of(tmp_path, "new.ckpt") == ALL
+
+
 class Settings:
     """An object that torch does not load unless one trusts the file."""
 

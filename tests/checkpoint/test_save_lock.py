@@ -136,6 +136,9 @@ def test_threads_that_save_to_one_folder(tmp_path):
         # Killed before it.
         ([{"saving": IDS["killed"]}, {"replaces": [shard("there")]}], there, ["killed"]),
         ([{"saving": IDS["killed"]}, {"replaces": ["notes.txt"]}], there, ["killed"]),
+        # Killed while it removed the checkpoint: after Lightning's file had gone, and before it.
+        ([{"removes": [shard("before"), "notes.txt"]}], nothing, ["before"]),
+        ([{"removes": [shard("there")]}], there, []),
         ([{"saving": "*"}], there, []),
     ],
 )

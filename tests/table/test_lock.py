@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from recis_lightning.table.lock import TableLock, distinct_locks, reading, writing
+from recis_lightning.table.lock import _PATIENCE, TableLock, distinct_locks, read, writing
 
 
 def background(work):
@@ -18,12 +18,11 @@ def background(work):
 def test_readers_do_not_wait_for_each_other():
     lock, inside = TableLock(), threading.Barrier(3, timeout=30)
 
-    def read():
-        with reading([lock]):
-            inside.wait()
+    def enter():
+        read([lock], inside.wait)
 
-    threads = [background(read) for _ in range(2)]
-    read()
+    threads = [background(enter) for _ in range(2)]
+    enter()
     for thread in threads:
         thread.join(30)
     assert not inside.broken
@@ -41,15 +40,17 @@ def test_a_writer_is_alone():
                 time.sleep(0)
                 state[1] = before + 1
 
-    def read():
-        for _ in range(300):
-            with reading([lock]):
-                first = state[0]
-                time.sleep(0)
-                if state[1] != first:
-                    torn.append(first)
+    def compare():
+        first = state[0]
+        time.sleep(0)
+        if state[1] != first:
+            torn.append(first)
 
-    threads = [background(work) for work in (write, write, write, read, read)]
+    def look():
+        for _ in range(300):
+            read([lock], compare)
+
+    threads = [background(work) for work in (write, write, write, look, look)]
     for thread in threads:
         thread.join(60)
     assert state == [300, 300]
@@ -58,17 +59,20 @@ def test_a_writer_is_alone():
 
 def test_a_writer_may_read_and_write_again():
     lock = TableLock()
+
+    def write():
+        with lock:
+            return 3
+
     with lock:
-        with reading([lock]), lock:
-            pass
+        assert read([lock], write) == 3
         started, done = threading.Event(), threading.Event()
 
-        def read():
+        def look():
             started.set()
-            with reading([lock]):
-                done.set()
+            read([lock], done.set)
 
-        thread = background(read)
+        thread = background(look)
         started.wait(30)
         assert not done.wait(0.05)
     thread.join(30)
@@ -86,11 +90,90 @@ def test_an_error_releases_what_was_taken():
         with writing(taken):
             others.append(1)
 
-    for context in (writing, reading):
-        with pytest.raises(KeyError), context(taken):
-            raise KeyError
-        background(write).join(30)
+    with pytest.raises(KeyError), writing(taken):
+        raise KeyError
+    background(write).join(30)
+    with pytest.raises(KeyError):
+        read(taken, {}.__getitem__, 1)
+    background(write).join(30)
     assert others == [1, 1]
+
+
+def test_a_read_within_a_read_keeps_writers_out():
+    """The inner one neither ends the outer, nor waits for the writer that waits for it."""
+    lock, order = TableLock(), []
+
+    def write():
+        with lock:
+            order.append("written")
+
+    def outer():
+        writer = background(write)
+        while lock._writer is None:
+            time.sleep(0.001)
+        read([lock], order.append, "inner")
+        time.sleep(4 * _PATIENCE)  # the writer looks again who reads
+        order.append("outer")
+        return writer
+
+    writer = read([lock], outer)
+    writer.join(30)
+    assert order == ["inner", "outer", "written"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_read_that_an_interrupt_left_behind(ended):
+    """Of a thread that is gone, or one that does other things by now."""
+    lock, over, written = TableLock(), threading.Event(), threading.Event()
+
+    def leave():
+        lock.begin_read()
+        if not ended:
+            over.wait(30)
+            read([lock], written.wait, 30)
+
+    def write():
+        with lock:
+            time.sleep(0.01)
+            written.set()
+
+    thread = background(leave)
+    if ended:
+        thread.join(30)
+    else:
+        while not lock._readers:
+            time.sleep(0.001)
+    writer = background(write)
+    writer.join(30)
+    assert written.is_set()
+    over.set()
+    thread.join(30)
+
+
+def test_an_interrupted_wait_for_readers_lets_others_write(monkeypatch):
+    lock, inside, over, written = TableLock(), *(threading.Event() for _ in range(3))
+
+    def stay():
+        inside.set()
+        over.wait(30)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def write():
+        with lock:
+            written.set()
+
+    reader = background(lambda: read([lock], stay))
+    inside.wait(30)
+    monkeypatch.setattr(lock, "_forget_the_gone", interrupt)
+    with pytest.raises(KeyboardInterrupt), lock:
+        pass
+    monkeypatch.undo()
+    over.set()
+    reader.join(30)
+    background(write).join(30)
+    assert written.is_set()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -107,8 +190,8 @@ def test_a_child_does_not_wait_for_threads_that_it_does_not_have():
     held.wait(30)
     child = os.fork()
     if not child:
-        with lock, reading([lock]):
-            os._exit(7)
+        with lock:
+            read([lock], os._exit, 7)
     over.set()
     thread.join(30)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
