@@ -46,7 +46,7 @@ os.register_at_fork(after_in_child=_mark_forked)
 
 
 # State of a launch, int64: these words, then the kernel's own arguments.
-_NEXT_CHUNK, _NUM_CHUNKS, _NEXT_THREAD, _NUM_ITEMS, _ITEMS_PER_CHUNK, _ARGUMENTS = range(6)
+_NEXT_CHUNK, _NUM_CHUNKS, _NEXT_THREAD, _NUM_ITEMS, _ITEMS_PER_CHUNK, _FAILED, _ARGUMENTS = range(7)
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
@@ -117,28 +117,38 @@ class Kernel:
             items_per_chunk: Size of the others.
             arguments: The kernel's own, by name: an int, or a tensor, array or ctypes value whose
                 address is meant; None is 0.
+
+        Raises:
+            RuntimeError: The kernel's body raised, as a division by zero does.
         """
         num_chunks = -(-num_items // items_per_chunk)
         words = [_as_word(arguments[name]) for name in self._names if name in arguments]
         if not len(words) == len(arguments) == len(self._names):
             expected, names = ", ".join(self._names), ", ".join(arguments)
             raise TypeError(f"{self.function.__qualname__} takes {expected}; got {names}")
-        state = array("q", [0, num_chunks, 0, num_items, items_per_chunk, *words])
+        state = array("q", [0, num_chunks, 0, num_items, items_per_chunk, 0, *words])
         pointer, _ = state.buffer_info()
         address = self._address or self.address
         num_threads = min(num_chunks, torch.get_num_threads())
-        if num_threads <= 1:
-            if num_threads == 1:
-                self._call(pointer)
-            return
-        openmp = None if _forked else _gomp_parallel()
-        if openmp is not None:
-            openmp(address, pointer, num_threads, 0)
-            return
-        running = [_thread_pool().submit(self._call, pointer) for _ in range(num_threads - 1)]
-        self._call(pointer)
-        for future in running:
-            future.result()
+        if num_threads == 1:
+            self._call(pointer)
+        elif num_threads > 1:
+            _run_on_threads(self._call, address, pointer, num_threads)
+        if state[_FAILED]:
+            raise RuntimeError(f"{self.function.__qualname__} raised an exception in a chunk")
+
+
+def _run_on_threads(
+    call: Callable[[int], None], address: int, pointer: int, num_threads: int
+) -> None:
+    openmp = None if _forked else _gomp_parallel()
+    if openmp is not None:
+        openmp(address, pointer, num_threads, 0)
+        return
+    running = [_thread_pool().submit(call, pointer) for _ in range(num_threads - 1)]
+    call(pointer)
+    for future in running:
+        future.result()
 
 
 def _as_word(value: Any) -> int:
@@ -248,10 +258,13 @@ def _add_chunk_loop(result, names):
     }
     if takes_ahead:
         values["next_chunk"] = take(_NEXT_CHUNK)
-        chunk.add_incoming(values["next_chunk"], body)
-    context.call_conv.call_function(
+    status, _ = context.call_conv.call_function(
         builder, callee, fndesc.restype, fndesc.argtypes, [values[name] for name in names]
     )
+    with builder.if_then(status.is_error, likely=False):
+        builder.store(_I64(1), pointer_to(_FAILED), align=8)
+    if takes_ahead:
+        chunk.add_incoming(values["next_chunk"], builder.block)
     builder.branch(head)
 
     builder.position_at_end(done)

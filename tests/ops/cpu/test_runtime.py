@@ -44,6 +44,12 @@ def _note_items_kernel(num_items, high, low, num_chunks, chunk, out, thread, by_
     atomic_add(by_thread + 8 * thread, high - low)
 
 
+@runtime.kernel
+def _divide_kernel(low, high, next_chunk, values, divisors):
+    for i in range(low, high):
+        store_i64(values + 8 * i, load_i64(values + 8 * i) // load_i64(divisors + 8 * i))
+
+
 @runtime.kernel_template
 def _add_kernel(constant):
     def add(low, high, values):
@@ -112,6 +118,19 @@ def test_a_kernel_gets_what_its_parameters_name(num_threads, threads):
     _note_items_kernel.launch(9, 4, out=torch.from_numpy(out), by_thread=by_thread)
     assert out.tolist() == [[i // 4, 9, 3] for i in range(9)] + [[-1] * 3]
     assert by_thread.sum() == 9
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_exception_in_a_kernel_is_raised(num_threads, threads):
+    """The other chunks run to their ends."""
+    num_threads(threads)
+    values, divisors = torch.full((10,), 6), torch.full((10,), 3)
+    divisors[4] = 0
+    with pytest.raises(RuntimeError, match="_divide_kernel raised"):
+        _divide_kernel.launch(10, 3, values=values, divisors=divisors)
+    assert values.tolist() == [2, 2, 2, 2, 6, 6, 2, 2, 2, 2]
+    divisors[4] = 3
+    _divide_kernel.launch(10, 3, values=values, divisors=divisors)
 
 
 def test_constants_tell_kernels_apart():
