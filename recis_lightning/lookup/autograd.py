@@ -23,7 +23,7 @@ from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MEAN, MEAN_BY_COUNT, NONE, TILE
 from recis_lightning.table.anchor import leaves_of
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.lock import writing
+from recis_lightning.table.lock import write
 
 # For maps over hundreds of tables and tensors.
 _requires_grad, _generation, _dtype = map(attrgetter, ("requires_grad", "generation", "dtype"))
@@ -115,13 +115,9 @@ class LookupFunction(torch.autograd.Function):
         if features:
             plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, tensors))
             plan[:, fields.PLAN_DATA_STRIDE] = strides
-        with writing(layout.locks):
-            generations = list(map(_generation, layout.storages))
-            if generations != ctx.generations:
-                _raise_stale_rows(layout.tables, ctx.generations, generations)
-            if ctx.training:
-                ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.batch, tensors))
-            return (*[None] * (7 + ctx.num_leaves), *_weight_gradients(ctx, by_feature))
+        returned = OutputGradients(features, plan, ctx.batch, tensors)
+        weight_gradients = write(layout.locks, _return_gradients, ctx, returned, by_feature)
+        return (*[None] * (7 + ctx.num_leaves), *weight_gradients)
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:
@@ -156,6 +152,19 @@ def _raise_stale_rows(
         f"table {stale.name!r} lost rows between a lookup and its backward pass "
         "(evict, delete, clear or load); run backward first, or look up again"
     )
+
+
+def _return_gradients(
+    ctx: Any, gradients: OutputGradients, by_feature: dict[int, Tensor]
+) -> list[Tensor | None]:
+    """Leave gradients with the tables, if rows are where they were; return those of weights."""
+    layout: FeatureLayout = ctx.layout
+    generations = list(map(_generation, layout.storages))
+    if generations != ctx.generations:
+        _raise_stale_rows(layout.tables, ctx.generations, generations)
+    if ctx.training:
+        ctx.fetched.return_gradients(gradients)
+    return _weight_gradients(ctx, by_feature)
 
 
 def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:

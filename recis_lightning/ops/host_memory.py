@@ -101,7 +101,7 @@ class _Allocator:
         self._regions: list[_Region] = []
         self._returned: deque[tuple[int, int]] = deque()
         self.lock = threading.RLock()
-        self._is_busy = False  # in this thread: a finalizer interrupts a method
+        self._is_busy = False  # in the thread that has the lock
         self._mapped = 0
 
     def allocate(self, size: int) -> int:
@@ -141,14 +141,16 @@ class _Allocator:
         self._take_back()
 
     def _take_back(self) -> None:
-        with self.lock:
-            if self._is_busy:  # whoever is will look again
-                return
-            try:
-                self._is_busy = True
-                self._give_back()
-            finally:
-                self._is_busy = False
+        # A thread that is busy, this one or another, will look again. A finalizer does not wait for
+        # it: who knows what locks are held where it came up.
+        while self._returned and not self._is_busy:
+            with self.lock:
+                if not self._is_busy:
+                    try:
+                        self._is_busy = True
+                        self._give_back()
+                    finally:
+                        self._is_busy = False
 
     def _give_back(self) -> None:
         while self._returned:

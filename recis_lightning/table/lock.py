@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial, wraps
+from operator import methodcaller
 from threading import get_ident
 from types import FrameType
 from typing import Any, TypeVar
@@ -18,11 +20,12 @@ _numbers = itertools.count()
 _live: weakref.WeakSet[TableLock] = weakref.WeakSet()
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
+_release = methodcaller("release")
 _PATIENCE = 0.05  # seconds after which a writer asks whether those it waits for still read
 
 
 class TableLock:
-    """Lock of the tables of one module, entered by the thread that changes them.
+    """Lock of the tables of one module, for ``read`` and ``write``.
 
     Kernels run without the interpreter's lock, and what they are given are addresses: memory that
     they read must neither be replaced nor be written meanwhile. Readers only note themselves, so
@@ -32,11 +35,12 @@ class TableLock:
 
     Attributes:
         number: Order in which several locks are taken.
+        turn: Held by the thread that writes.
+        writer: The thread that writes or waits for readers; None if there is none.
 
     Example:
         >>> lock = TableLock()
-        >>> with lock:
-        ...     read([lock], len, "ab")
+        >>> write([lock], read, [lock], len, "ab")
         2
     """
 
@@ -46,9 +50,8 @@ class TableLock:
         _live.add(self)
 
     def _start(self) -> None:
-        self._turn = threading.RLock()  # of writers
-        self._depth = 0
-        self._writer: int | None = None
+        self.turn = threading.RLock()
+        self.writer: int | None = None
         self._readers: dict[int, int] = {}  # reads within reads, by thread
         self._left = threading.Event()
 
@@ -57,13 +60,13 @@ class TableLock:
         thread = get_ident()
         depth = self._readers.get(thread, 0)
         self._readers[thread] = depth + 1  # first, so that a writer who comes now sees it
-        if self._writer is None or self._writer == thread:
+        if self.writer is None or self.writer == thread:
             return
         if depth and _is_reading(sys._getframe(2)):
             return  # the writer waits for the read that this one is a part of
-        del self._readers[thread]
+        self._readers.pop(thread, None)
         self._left.set()
-        with self._turn:  # when the writer is done
+        with self.turn:  # when the writer is done
             self._readers[thread] = 1
 
     def end_read(self) -> None:
@@ -74,7 +77,7 @@ class TableLock:
             self._readers[thread] = depth - 1
             return
         self._readers.pop(thread, None)
-        if self._writer is not None:
+        if self.writer is not None:
             self._left.set()
 
     def _forget_the_gone(self) -> None:
@@ -84,49 +87,15 @@ class TableLock:
             if not _is_reading(frames.get(thread)):
                 self._readers.pop(thread, None)
 
-    def __enter__(self) -> None:
-        self._turn.acquire()
-        self._depth += 1
-        try:
-            thread = self._writer = get_ident()
-            while self._readers:
-                self._left.clear()
-                if not any(reader != thread for reader in list(self._readers)):
-                    break
-                if not self._left.wait(_PATIENCE):
-                    self._forget_the_gone()
-        except BaseException:  # Ctrl-C while it waits
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        if not self._depth:
-            return  # a child that was forked in between has a new lock
-        self._depth -= 1
-        if not self._depth:
-            self._writer = None
-        self._turn.release()
-
-
-class _AllOf:
-    """Several locks, taken in the order of their numbers."""
-
-    def __init__(self, locks: Sequence[TableLock]) -> None:
-        self._locks = locks
-        self._num_taken = 0
-
-    def __enter__(self) -> None:
-        try:
-            for lock in self._locks:
-                lock.__enter__()
-                self._num_taken += 1
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        for lock in self._locks[: self._num_taken][::-1]:
-            lock.__exit__()
+    def wait_for_readers(self) -> None:
+        """Keep readers out, and wait until those of other threads are done; ``write`` calls it."""
+        thread = self.writer = get_ident()
+        while self._readers:
+            self._left.clear()
+            if not any(reader != thread for reader in list(self._readers)):
+                break
+            if not self._left.wait(_PATIENCE):
+                self._forget_the_gone()
 
 
 def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
@@ -136,12 +105,14 @@ def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
 
 def read(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
     """Call a function while no other thread changes what the locks protect."""
+    begun = 0
     try:
         for lock in locks:
             lock.begin_read()
+            begun += 1
         return work(*args)
     finally:
-        for lock in locks:
+        for lock in locks[:begun]:
             lock.end_read()
 
 
@@ -154,9 +125,41 @@ def _is_reading(frame: FrameType | None) -> bool:
     return False
 
 
-def writing(locks: Sequence[TableLock]) -> AbstractContextManager[None]:
-    """Return a context in which no other thread reads or changes what the locks protect."""
-    return locks[0] if len(locks) == 1 else _AllOf(locks)
+def write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function while no other thread reads or changes what the locks protect."""
+    if len(locks) != 1:
+        return _write_all(locks, work, args)
+    (lock,) = locks
+    with lock.turn:  # as a lock of Python's own: Ctrl-C comes before it or within it
+        before = lock.writer
+        try:
+            lock.wait_for_readers()
+            return work(*args)
+        finally:
+            lock.writer = before
+
+
+def _write_all(
+    locks: Sequence[TableLock], work: Callable[..., _Result], args: tuple[Any, ...]
+) -> _Result:
+    turns: list[Any] = []
+    writers: list[int | None] = []
+    # Made before the first is taken, so that no line, where Ctrl-C may come, lies between releases.
+    releases = map(_release, turns)
+    try:
+        for lock in locks:
+            turns.append(lock.turn)
+            lock.turn.acquire()
+            writers.append(lock.writer)
+            lock.wait_for_readers()
+        return work(*args)
+    finally:
+        try:
+            for lock, before in zip(locks, writers, strict=False):
+                lock.writer = before
+        finally:
+            with contextlib.suppress(RuntimeError):  # the last may not have been taken
+                deque(releases, 0)
 
 
 def reads(method: _Method) -> _Method:
@@ -174,8 +177,7 @@ def writes(method: _Method) -> _Method:
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            return method(self, *args, **kwargs)
+        return write((self.lock,), partial(method, self, *args, **kwargs))
 
     return locked  # type: ignore[return-value]
 
@@ -188,4 +190,4 @@ def _restart_all() -> None:
 os.register_at_fork(after_in_child=_restart_all)  # the threads that held them are not there
 
 
-__all__ = ["TableLock", "distinct_locks", "read", "reads", "writes", "writing"]
+__all__ = ["TableLock", "distinct_locks", "read", "reads", "write", "writes"]

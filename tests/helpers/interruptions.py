@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from recis_lightning import HashTable
 from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows
 from tests.helpers.sample_tables import same
 
+_codes: list[CodeType] = []  # kept, so that their ids stay theirs
+_offsets: dict[int, frozenset[int]] = {}  # by a code's id
 _PACKAGE = str(Path(recis_lightning.__file__).parent)
 
 
@@ -37,6 +40,9 @@ class Counted(NamedTuple):
 def run_interrupted(call: Callable[[], Any], at: int) -> Counted:
     """Run a call and raise in it at the place number ``at``: before a line, or at a return.
 
+    Where a signal cannot come, nothing is raised: between a block of ``with`` or ``try`` and what
+    leaves it. It comes at the end of the block's last call, within the block.
+
     Args:
         call: Whatever it does in files of the package counts.
         at: From 0; a negative one interrupts nothing.
@@ -47,7 +53,7 @@ def run_interrupted(call: Callable[[], Any], at: int) -> Counted:
         nonlocal passed
         if event == "call":
             return trace if frame.f_code.co_filename.startswith(_PACKAGE) else None
-        if event in ("line", "return"):
+        if event == "return" or (event == "line" and _can_be_interrupted(frame)):
             passed += 1
             if passed == at + 1:
                 raise Interrupted
@@ -64,6 +70,41 @@ def run_interrupted(call: Callable[[], Any], at: int) -> Counted:
         sys.settrace(before)
         sys.unraisablehook = hook
     return Counted(passed, False)
+
+
+def _can_be_interrupted(frame: FrameType) -> bool:
+    code = frame.f_code
+    offsets = _offsets.get(id(code))  # a hash of code takes long
+    if offsets is None:
+        _codes.append(code)
+        offsets = _offsets[id(code)] = _uninterruptible(code)
+    return frame.f_lasti not in offsets
+
+
+def _uninterruptible(code: CodeType) -> frozenset[int]:
+    """Return the offsets of instructions before which no signal comes.
+
+    A NOP opens a block but is not part of it; the first behind a block comes after its last call,
+    whose end the block sees; and three times None is how a block of ``with`` is left.
+    """
+    handlers = {
+        at: entry.target
+        for entry in dis._parse_exception_table(code)  # type: ignore[attr-defined]
+        for at in range(entry.start, entry.end, 2)
+    }
+    instructions = [one for one in dis.get_instructions(code) if one.opname != "SWAP"]
+    offsets = set()
+    for number, one in enumerate(instructions):
+        before = handlers.get(one.offset - 2)
+        following = instructions[number : number + 3]
+        if (
+            one.opname == "NOP"
+            or (before is not None and handlers.get(one.offset) != before)
+            or [(i.opname, i.argval) for i in following] == 3 * [("LOAD_CONST", None)]
+        ):
+            # A SWAP keeps what a block returns, before it is left.
+            offsets |= {one.offset, one.offset - 2}
+    return frozenset(offsets)
 
 
 def state_of(table: HashTable, columns: Sequence[str]) -> dict[str, Any]:

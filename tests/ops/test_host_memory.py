@@ -125,12 +125,38 @@ def test_an_interrupted_allocator_goes_on():
     for at in range(num_points):
         allocator, held = _Allocator(), []
         run_interrupted(partial(work, allocator, held), at)
-        work(allocator, held)  # would wait for ever for a lock that was left
+        thread = threading.Thread(target=work, args=(allocator, held), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()  # no lock was left
         ends = sorted(held)
         for (start, size), (following, _) in pairwise(ends):
             assert start + size <= following
         for address, size in held:
             np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))[:] = 1
+
+
+def test_a_finalizer_does_not_wait_for_another_thread():
+    """That one may want a lock that is held where the finalizer came up."""
+    allocator, inside, over = _Allocator(), threading.Event(), threading.Event()
+    address, other = allocator.allocate(1 << 16), allocator.allocate(1 << 16)
+    give_back = allocator._give_back
+
+    def stay():
+        give_back()
+        inside.set()
+        over.wait(30)
+
+    allocator._give_back = stay
+    thread = threading.Thread(target=allocator.free, args=(address, 1 << 16), daemon=True)
+    thread.start()
+    assert inside.wait(30)
+    allocator.free(other, 1 << 16)
+    allocator._give_back = give_back
+    over.set()
+    thread.join(30)
+    assert not allocator._returned
+    assert not allocator._regions
 
 
 def test_threads_share_the_allocator():
