@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Peers of the benchmarks, and what they need. --no-deps: they must not change torch's version.
 PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
 	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
+# A worker a core, but no more than four: many tests start processes of their own.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # How long and from which seed on "make fuzz" looks for faults.
 MINUTES ?= 10
@@ -52,10 +54,10 @@ demo: $(STAMP)
 	@TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m examples.deepfm.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
