@@ -23,7 +23,7 @@ from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MEAN, MEAN_BY_COUNT, NONE, TILE
 from recis_lightning.table.anchor import leaves_of
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.lock import writing
+from recis_lightning.table.lock import write
 
 # For maps over hundreds of tables and tensors.
 _requires_grad, _generation, _dtype = map(attrgetter, ("requires_grad", "generation", "dtype"))
@@ -115,13 +115,21 @@ class LookupFunction(torch.autograd.Function):
         if features:
             plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, tensors))
             plan[:, fields.PLAN_DATA_STRIDE] = strides
-        with writing(layout.locks):
-            generations = list(map(_generation, layout.storages))
-            if generations != ctx.generations:
-                _raise_stale_rows(layout.tables, ctx.generations, generations)
-            if ctx.training:
-                ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.batch, tensors))
-            return (*[None] * (7 + ctx.num_leaves), *_weight_gradients(ctx, by_feature))
+        given = OutputGradients(features, plan, ctx.batch, tensors)
+        of_weights = write(layout.current_locks(), _leave_gradients, ctx, given, by_feature)
+        return (*[None] * (7 + ctx.num_leaves), *of_weights)
+
+
+def _leave_gradients(
+    ctx: Any, gradients: OutputGradients, by_feature: dict[int, Tensor]
+) -> list[Tensor | None]:
+    """Leave gradients with the tables, which no other thread uses; return those of weights."""
+    generations = list(map(_generation, ctx.layout.storages))
+    if generations != ctx.generations:
+        _raise_stale_rows(ctx.layout.tables, ctx.generations, generations)
+    if ctx.training:
+        ctx.fetched.return_gradients(gradients)
+    return _weight_gradients(ctx, by_feature)
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:

@@ -30,7 +30,7 @@ from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
-from recis_lightning.table.lock import distinct_locks, read, writing
+from recis_lightning.table.lock import distinct_locks, read, write
 
 # For maps over hundreds of tables and tensors.
 _pending, _device, _is_cpu = map(attrgetter, ("pending", "device", "is_cpu"))
@@ -240,8 +240,7 @@ def run_lookups(
         locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
     # Ranks answer one another in a fixed order, and so do the threads of each.
     if training or groups[0].num_ranks > 1:
-        with writing(locks):
-            return _take_turns(groups, batches, training)
+        return write(locks, _take_turns, groups, batches, training)
     return read(locks, _take_turns, groups, batches, training)
 
 

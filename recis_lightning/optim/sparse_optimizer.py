@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from recis_lightning.optim.table_updater import TableUpdater
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.lock import write
 
 
 class SparseOptimizer(Optimizer, ABC):
@@ -71,8 +72,8 @@ class SparseOptimizer(Optimizer, ABC):
         """Make this the optimizer of its tables, and lay out their rows for its state."""
         for table in self._updater.tables:
             table.optimizer = self
-            with table.lock:
-                table.storage.set_slots(self.slots(table.embedding_dim), self.state_fill())
+            slots = self.slots(table.embedding_dim)
+            write([table.lock], table.storage.set_slots, slots, self.state_fill())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients that no step has used."""

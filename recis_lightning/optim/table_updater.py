@@ -19,7 +19,7 @@ from recis_lightning.optim.first_step import announce_first_step
 from recis_lightning.optim.fused_update import FusedUpdate
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.lock import TableLock, distinct_locks, writing
+from recis_lightning.table.lock import TableLock, distinct_locks, write
 from recis_lightning.table.versions import layout_version
 
 _ADVICE = "pass hash_tables(module)"
@@ -87,8 +87,7 @@ class TableUpdater:
         """
         if self._layout_version != layout_version():
             self._locks = distinct_locks(table.lock for table in self.tables)
-        with writing(self._locks):
-            self._step(owner, rule, hyperparameters)
+        write(self._locks, self._step, owner, rule, hyperparameters)
 
     def _step(
         self,

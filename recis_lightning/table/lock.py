@@ -8,8 +8,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial, wraps
+from queue import Empty, SimpleQueue
 from threading import get_ident
 from types import FrameType
 from typing import Any, TypeVar
@@ -19,10 +19,11 @@ _live: weakref.WeakSet[TableLock] = weakref.WeakSet()
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
 _PATIENCE = 0.05  # seconds after which a writer asks whether those it waits for still read
+_Turn: Any = type(threading.RLock())
 
 
 class TableLock:
-    """Lock of the tables of one module, entered by the thread that changes them.
+    """Lock of the tables of one module, for ``read`` and ``write``.
 
     Kernels run without the interpreter's lock, and what they are given are addresses: memory that
     they read must neither be replaced nor be written meanwhile. Readers only note themselves, so
@@ -30,13 +31,17 @@ class TableLock:
     later ones wait for it. A thread that writes may read, and write again, but one that reads must
     not write.
 
+    Wherever an exception comes between, as of Ctrl-C, other threads go on: nobody is noted for good
+    who does not read or write.
+
     Attributes:
         number: Order in which several locks are taken.
+        turn: Taken by the thread that writes.
+        writer: That thread; one that does not write any more if an interrupt came between.
 
     Example:
         >>> lock = TableLock()
-        >>> with lock:
-        ...     read([lock], len, "ab")
+        >>> write([lock], read, [lock], len, "ab")
         2
     """
 
@@ -46,24 +51,25 @@ class TableLock:
         _live.add(self)
 
     def _start(self) -> None:
-        self._turn = threading.RLock()  # of writers
-        self._depth = 0
-        self._writer: int | None = None
+        self.turn = _Turn()
+        self.writer: int | None = None
         self._readers: dict[int, int] = {}  # reads within reads, by thread
-        self._left = threading.Event()
+        # One item for each reader that has left: unlike an Event, no interrupt can break it.
+        self._left: SimpleQueue[None] = SimpleQueue()
 
     def begin_read(self) -> None:
         """Wait until no other thread writes, and let none begin; ``read`` calls it."""
         thread = get_ident()
         depth = self._readers.get(thread, 0)
         self._readers[thread] = depth + 1  # first, so that a writer who comes now sees it
-        if self._writer is None or self._writer == thread:
+        if self.writer is None or self.writer == thread:
             return
-        if depth and _is_reading(sys._getframe(2)):
+        if depth and self._is_read_in(sys._getframe(2)):
             return  # the writer waits for the read that this one is a part of
-        del self._readers[thread]
-        self._left.set()
-        with self._turn:  # when the writer is done
+        self._readers.pop(thread, None)
+        self._left.put(None)
+        with self.turn:  # when the writer is done
+            self.writer = None
             self._readers[thread] = 1
 
     def end_read(self) -> None:
@@ -74,59 +80,32 @@ class TableLock:
             self._readers[thread] = depth - 1
             return
         self._readers.pop(thread, None)
-        if self._writer is not None:
-            self._left.set()
+        if self.writer is not None:
+            self._left.put(None)
+
+    def begin_write(self) -> None:
+        """Wait until no other thread reads, and let none begin; ``write`` calls it in its turn."""
+        self._left = SimpleQueue()
+        thread = self.writer = get_ident()
+        while any(reader != thread for reader in list(self._readers)):
+            try:
+                self._left.get(timeout=_PATIENCE)
+            except Empty:
+                self._forget_the_gone()
 
     def _forget_the_gone(self) -> None:
         """Forget readers that no longer read: their threads ended, or an interrupt came between."""
-        frames = sys._current_frames()
         for thread in list(self._readers):
-            if not _is_reading(frames.get(thread)):
+            if not self._is_read_in(sys._current_frames().get(thread)):
                 self._readers.pop(thread, None)
 
-    def __enter__(self) -> None:
-        self._turn.acquire()
-        self._depth += 1
-        try:
-            thread = self._writer = get_ident()
-            while self._readers:
-                self._left.clear()
-                if not any(reader != thread for reader in list(self._readers)):
-                    break
-                if not self._left.wait(_PATIENCE):
-                    self._forget_the_gone()
-        except BaseException:  # Ctrl-C while it waits
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        if not self._depth:
-            return  # a child that was forked in between has a new lock
-        self._depth -= 1
-        if not self._depth:
-            self._writer = None
-        self._turn.release()
-
-
-class _AllOf:
-    """Several locks, taken in the order of their numbers."""
-
-    def __init__(self, locks: Sequence[TableLock]) -> None:
-        self._locks = locks
-        self._num_taken = 0
-
-    def __enter__(self) -> None:
-        try:
-            for lock in self._locks:
-                lock.__enter__()
-                self._num_taken += 1
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        for lock in self._locks[: self._num_taken][::-1]:
-            lock.__exit__()
+    def _is_read_in(self, frame: FrameType | None) -> bool:
+        """Tell whether a frame, or one that it was called from, is of a ``read`` of this lock."""
+        while frame is not None:
+            if frame.f_code is read.__code__ and self in frame.f_locals["locks"]:
+                return True
+            frame = frame.f_back
+        return False
 
 
 def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
@@ -136,27 +115,42 @@ def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
 
 def read(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
     """Call a function while no other thread changes what the locks protect."""
+    begun: list[TableLock] = []
     try:
         for lock in locks:
             lock.begin_read()
+            begun.append(lock)
         return work(*args)
     finally:
-        for lock in locks:
+        for lock in begun:
             lock.end_read()
 
 
-def _is_reading(frame: FrameType | None) -> bool:
-    """Tell whether a frame, or one that it was called from, is of ``read``."""
-    while frame is not None:
-        if frame.f_code is read.__code__:
-            return True
-        frame = frame.f_back
-    return False
+def write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function while no other thread reads or changes what the locks protect.
 
-
-def writing(locks: Sequence[TableLock]) -> AbstractContextManager[None]:
-    """Return a context in which no other thread reads or changes what the locks protect."""
-    return locks[0] if len(locks) == 1 else _AllOf(locks)
+    Args:
+        locks: From ``distinct_locks``.
+        work: The function.
+        args: What it is called with.
+    """
+    thread, taken = get_ident(), list[Any]()
+    begun: list[TableLock] = []
+    # The interpreter looks at signals only after a call: none comes between a turn that is taken
+    # and its place in the list, nor between two that are given back.
+    give_back = map(_Turn.release, taken)
+    try:
+        try:
+            taken.extend(filter(_Turn.acquire, [lock.turn for lock in locks]))
+            begun = [lock for lock in locks if lock.writer != thread]
+            for lock in begun:
+                lock.begin_write()
+            return work(*args)
+        finally:
+            for lock in begun:
+                lock.writer = None
+    finally:
+        any(give_back)  # all of them
 
 
 def reads(method: _Method) -> _Method:
@@ -174,8 +168,7 @@ def writes(method: _Method) -> _Method:
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            return method(self, *args, **kwargs)
+        return write((self.lock,), partial(method, self, *args, **kwargs))
 
     return locked  # type: ignore[return-value]
 
@@ -188,4 +181,4 @@ def _restart_all() -> None:
 os.register_at_fork(after_in_child=_restart_all)  # the threads that held them are not there
 
 
-__all__ = ["TableLock", "distinct_locks", "read", "reads", "writes", "writing"]
+__all__ = ["TableLock", "distinct_locks", "read", "reads", "write", "writes"]

@@ -1,12 +1,13 @@
 """TableLock: readers together, writers one by one."""
 
 import os
+import signal
 import threading
 import time
 
 import pytest
 
-from recis_lightning.table.lock import _PATIENCE, TableLock, distinct_locks, read, writing
+from recis_lightning.table.lock import _PATIENCE, TableLock, distinct_locks, read, write
 
 
 def background(work):
@@ -32,13 +33,15 @@ def test_a_writer_is_alone():
     """Increments that are read and written in two steps are not lost, and no reader sees halves."""
     lock, state, torn = TableLock(), [0, 0], []
 
-    def write():
+    def change():
+        before = state[0]
+        state[0] = before + 1
+        time.sleep(0)
+        state[1] = before + 1
+
+    def change_often():
         for _ in range(100):
-            with lock, lock:
-                before = state[0]
-                state[0] = before + 1
-                time.sleep(0)
-                state[1] = before + 1
+            write([lock], write, [lock], change)
 
     def compare():
         first = state[0]
@@ -50,7 +53,7 @@ def test_a_writer_is_alone():
         for _ in range(300):
             read([lock], compare)
 
-    threads = [background(work) for work in (write, write, write, look, look)]
+    threads = [background(work) for work in (change_often, change_often, change_often, look, look)]
     for thread in threads:
         thread.join(60)
     assert state == [300, 300]
@@ -60,22 +63,20 @@ def test_a_writer_is_alone():
 def test_a_writer_may_read_and_write_again():
     lock = TableLock()
 
-    def write():
-        with lock:
-            return 3
+    started, done = threading.Event(), threading.Event()
 
-    with lock:
-        assert read([lock], write) == 3
-        started, done = threading.Event(), threading.Event()
+    def look():
+        started.set()
+        read([lock], done.set)
 
-        def look():
-            started.set()
-            read([lock], done.set)
-
+    def change():
+        assert read([lock], write, [lock], len, "abc") == 3
         thread = background(look)
         started.wait(30)
         assert not done.wait(0.05)
-    thread.join(30)
+        return thread
+
+    write([lock], change).join(30)
     assert done.is_set()
 
 
@@ -86,16 +87,10 @@ def test_an_error_releases_what_was_taken():
     assert taken == tuple(locks)
     others = []
 
-    def write():
-        with writing(taken):
-            others.append(1)
-
-    with pytest.raises(KeyError), writing(taken):
-        raise KeyError
-    background(write).join(30)
-    with pytest.raises(KeyError):
-        read(taken, {}.__getitem__, 1)
-    background(write).join(30)
+    for enter in (write, read):
+        with pytest.raises(KeyError):
+            enter(taken, {}.__getitem__, 1)
+        background(lambda: write(taken, others.append, 1)).join(30)
     assert others == [1, 1]
 
 
@@ -103,13 +98,9 @@ def test_a_read_within_a_read_keeps_writers_out():
     """The inner one neither ends the outer, nor waits for the writer that waits for it."""
     lock, order = TableLock(), []
 
-    def write():
-        with lock:
-            order.append("written")
-
     def outer():
-        writer = background(write)
-        while lock._writer is None:
+        writer = background(lambda: write([lock], order.append, "written"))
+        while lock.writer is None:
             time.sleep(0.001)
         read([lock], order.append, "inner")
         time.sleep(4 * _PATIENCE)  # the writer looks again who reads
@@ -132,19 +123,13 @@ def test_a_read_that_an_interrupt_left_behind(ended):
             over.wait(30)
             read([lock], written.wait, 30)
 
-    def write():
-        with lock:
-            time.sleep(0.01)
-            written.set()
-
     thread = background(leave)
     if ended:
         thread.join(30)
     else:
         while not lock._readers:
             time.sleep(0.001)
-    writer = background(write)
-    writer.join(30)
+    background(lambda: write([lock], written.set)).join(30)
     assert written.is_set()
     over.set()
     thread.join(30)
@@ -160,20 +145,80 @@ def test_an_interrupted_wait_for_readers_lets_others_write(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    def write():
-        with lock:
-            written.set()
-
     reader = background(lambda: read([lock], stay))
     inside.wait(30)
     monkeypatch.setattr(lock, "_forget_the_gone", interrupt)
-    with pytest.raises(KeyboardInterrupt), lock:
-        pass
+    with pytest.raises(KeyboardInterrupt):
+        write([lock], print)
     monkeypatch.undo()
     over.set()
     reader.join(30)
-    background(write).join(30)
+    background(lambda: write([lock], written.set)).join(30)
     assert written.is_set()
+
+
+@pytest.mark.parametrize("num_locks", [1, 3])
+def test_ctrl_c_at_any_time_lets_other_threads_go_on(num_locks):
+    locks, done = [TableLock() for _ in range(num_locks)], []
+
+    def use_until_interrupted(number):
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + number * 1e-7)
+        while True:
+            write(locks, read, locks, write, locks[:1], len, "")
+
+    def use():
+        write(locks, done.append, "written")
+        read(locks, done.append, "read")
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(300):
+            with pytest.raises(KeyboardInterrupt):
+                use_until_interrupted(number)
+            done.clear()
+            background(use).join(10)
+            assert done == ["written", "read"]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_read_that_did_not_begin_does_not_end_the_one_around_it(monkeypatch):
+    lock, order = TableLock(), []
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    def outer():
+        monkeypatch.setattr(TableLock, "begin_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            read([lock], len, "")
+        monkeypatch.undo()
+        writer = background(lambda: write([lock], order.append, "written"))
+        while lock.writer is None:
+            time.sleep(0.001)
+        time.sleep(4 * _PATIENCE)
+        order.append("read")
+        return writer
+
+    read([lock], outer).join(30)
+    assert order == ["read", "written"]
+
+
+def test_a_reader_that_a_writer_forgets_as_it_begins():
+    """What the writer of before left behind does not matter either."""
+
+    class Forgotten(dict):
+        def __setitem__(self, thread, depth):
+            pass
+
+    lock = TableLock()
+    lock._readers, lock.writer = Forgotten(), -1
+    assert read([lock], len, "abc") == 3
+    assert lock.writer is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -181,17 +226,15 @@ def test_an_interrupted_wait_for_readers_lets_others_write(monkeypatch):
 def test_a_child_does_not_wait_for_threads_that_it_does_not_have():
     lock, held, over = TableLock(), threading.Event(), threading.Event()
 
-    def write():
-        with lock:
-            held.set()
-            over.wait(30)
+    def stay():
+        held.set()
+        over.wait(30)
 
-    thread = background(write)
+    thread = background(lambda: write([lock], stay))
     held.wait(30)
     child = os.fork()
     if not child:
-        with lock:
-            read([lock], os._exit, 7)
+        write([lock], read, [lock], os._exit, 7)
     over.set()
     thread.join(30)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
