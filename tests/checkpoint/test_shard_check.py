@@ -11,9 +11,8 @@ import torch
 from recis_lightning import HashTable, checkpoint
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam
-from recis_lightning.table import state as table_state
 from tests.helpers.crafted_shards import craft
-from tests.helpers.sample_tables import by_id, same
+from tests.helpers.sample_tables import by_id, same, settings_of
 
 
 def tables(rows=0, names=("user", "item")):
@@ -27,7 +26,7 @@ def tables(rows=0, names=("user", "item")):
 
 
 def held(made):
-    return {table.name: by_id(table) | table_state.settings(table) for table in made}
+    return {table.name: by_id(table) | settings_of(table) for table in made}
 
 
 def put(key, value):
