@@ -31,6 +31,7 @@ from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.table.hash_table import HashTable, check_policies
 from recis_lightning.table.table_dict import TableDict
+from recis_lightning.table.versions import layout_version
 
 # The rest belongs to the table.
 _FEATURE_FIELDS = (
@@ -231,7 +232,9 @@ class EmbeddingEngine(nn.Module):
         for table in self.tables.values():
             if isinstance(table, HashTable):  # a lookup raises for what is none
                 first = table if first is None else first
-                table.lock = first.lock
+                if table.lock is not first.lock:
+                    table.lock = first.lock
+                    layout_version.advance()  # for whoever knows the one before
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]

@@ -51,8 +51,8 @@ def parallel_for(
         return
     reported = called = 0
     with ThreadPoolExecutor(len(done), "recis_lightning") as threads:
-        running = {threads.submit(run, thread) for thread in range(len(done))}
         try:
+            running = {threads.submit(run, thread) for thread in range(len(done))}
             while running:
                 ended, running = wait(running, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in ended:

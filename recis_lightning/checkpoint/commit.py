@@ -22,7 +22,8 @@ FOLDER_SUFFIX = ".tables"  # of the folder beside Lightning's checkpoint
 SHARD_SUFFIX = ".safetensors"
 UNFINISHED_SUFFIX = ".part"
 SLOT_PREFIX = "slots."  # of optimizer state among the tensors of a shard
-_MAX_NAME = 100
+_MAX_NAME = 100  # of a table, in the names of its files
+_MAX_FILE_NAME = 255  # bytes of a name, which file systems take
 _SHARD_FILE = re.compile(
     rf".+\.\d+-of-\d+\.([0-9a-f]{{16}}){re.escape(SHARD_SUFFIX)}(?:{re.escape(UNFINISHED_SUFFIX)})?"
 )
@@ -147,7 +148,7 @@ class Commit:
             names = [file.name + FOLDER_SUFFIX, self.folder] if self.folder != "." else ["."]
             parents = dict.fromkeys((file.parent, file.resolve().parent))
             folders = [parent / name for parent in parents for name in names]
-        found = [folder for folder in folders if folder.is_dir()]
+        found = [folder for folder in folders if _is_folder(folder)]
         one = next(iter(self.files()), None)
         for folder in found:
             if one is None or (folder / one).exists():
@@ -164,6 +165,13 @@ class Commit:
         )
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # as of a name that is too long
+        return False
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
@@ -174,6 +182,7 @@ def _is_file_name(name: Any) -> bool:
         isinstance(name, str)
         and name not in ("", ".", "..")
         and not any(part in name for part in ("/", "\\", "\0"))
+        and len(os.fsencode(name)) <= _MAX_FILE_NAME
     )
 
 

@@ -21,6 +21,7 @@ from recis_lightning.checkpoint.shard_tables import ShardTables
 from recis_lightning.checkpoint.state_tables import StateTables
 from recis_lightning.distributed import collectives
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.lock import distinct_locks, write
 
 
 class CheckpointReader:
@@ -113,8 +114,10 @@ class CheckpointReader:
     ) -> None:
         """Replace the rows of tables, of all or of none; all ranks call it together.
 
-        Tables with rows keep them until every byte is checked. Empty ones are filled at once, and
-        emptied again if a byte proves damaged.
+        Tables with rows keep them until every byte is checked, and are then replaced one by one.
+        Empty ones are filled at once, and emptied again if a byte proves damaged. No other thread
+        reads or changes the tables meanwhile. After an interruption each table with rows has those
+        of before or those of the checkpoint.
 
         Args:
             tables: Tables to load, by the name of the saved one.
@@ -123,7 +126,8 @@ class CheckpointReader:
             whole: Whether they must be all tables of the checkpoint.
         """
         collectives.run_on_all_ranks(lambda: self.check_tables(tables, how, whole))
-        self._tables.load(tables, how, progress)
+        locks = distinct_locks(table.lock for table in tables.values())
+        write(locks, self._tables.load, tables, how, progress)
 
 
 def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]:

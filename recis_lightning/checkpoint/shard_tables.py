@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,22 +105,20 @@ class ShardTables(SavedTables):
         # Tables with rows keep them if a byte is damaged; empty ones skip the extra pass.
         if not all(collectives.gather(not any(map(_holds_anything, tables.values())))):
             collectives.run_on_all_ranks(partial(self.check, progress, list(tables)))
-        before = {table: table_state.settings(table) for table in tables.values()}
+        empty = [table for table in tables.values() if not _holds_anything(table)]
 
         def restore() -> None:
             with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
                 for name, table in tables.items():
                     self._restore(name, table, how, on_progress)
 
-        try:
+        with ExitStack() as changes:
+            for table in empty:
+                changes.enter_context(table.undo())
             collectives.run_on_all_ranks(restore)
-        except BaseException:
-            for table, settings in before.items():
-                table_state.reset(table, settings)
-            raise
 
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
-        """Replace the rows of one table, on this rank by itself; it is empty after an error."""
+        """Replace the rows of one table, on this rank by itself; after an error it is as before."""
         with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
             self._restore(name, table, FitRules(strict=False), on_progress)
 

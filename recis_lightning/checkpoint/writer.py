@@ -27,6 +27,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.lock import distinct_locks, read
 
 # More than so many tables of less than so many bytes each share files of about so many bytes.
 _MANY_TABLES, _SMALL_BYTES, _SHARED_BYTES = 64, 1 << 20, 1 << 26
@@ -91,7 +92,9 @@ def write_shards(
         return shards
 
     try:
-        shards = collectives.gather(collectives.run_on_all_ranks(write))
+        # Other threads may read the tables, but not train them.
+        locks = distinct_locks(table.lock for table in own.values())
+        shards = collectives.gather(collectives.run_on_all_ranks(lambda: read(locks, write)))
     except BaseException:
         # A rank that failed removes its own files; the others may still write theirs.
         for file in directory.glob(f"*.{rank}-of-{world_size}.{save_id}{SHARD_SUFFIX}"):

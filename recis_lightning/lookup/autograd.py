@@ -115,9 +115,21 @@ class LookupFunction(torch.autograd.Function):
         if features:
             plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, tensors))
             plan[:, fields.PLAN_DATA_STRIDE] = strides
-        returned = OutputGradients(features, plan, ctx.batch, tensors)
-        weight_gradients = write(layout.locks, _return_gradients, ctx, returned, by_feature)
-        return (*[None] * (7 + ctx.num_leaves), *weight_gradients)
+        given = OutputGradients(features, plan, ctx.batch, tensors)
+        of_weights = write(layout.current_locks(), _leave_gradients, ctx, given, by_feature)
+        return (*[None] * (7 + ctx.num_leaves), *of_weights)
+
+
+def _leave_gradients(
+    ctx: Any, gradients: OutputGradients, by_feature: dict[int, Tensor]
+) -> list[Tensor | None]:
+    """Leave gradients with the tables, which no other thread uses; return those of weights."""
+    generations = list(map(_generation, ctx.layout.storages))
+    if generations != ctx.generations:
+        _raise_stale_rows(ctx.layout.tables, ctx.generations, generations)
+    if ctx.training:
+        ctx.fetched.return_gradients(gradients)
+    return _weight_gradients(ctx, by_feature)
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:
@@ -152,19 +164,6 @@ def _raise_stale_rows(
         f"table {stale.name!r} lost rows between a lookup and its backward pass "
         "(evict, delete, clear or load); run backward first, or look up again"
     )
-
-
-def _return_gradients(
-    ctx: Any, gradients: OutputGradients, by_feature: dict[int, Tensor]
-) -> list[Tensor | None]:
-    """Leave gradients with the tables, if rows are where they were; return those of weights."""
-    layout: FeatureLayout = ctx.layout
-    generations = list(map(_generation, layout.storages))
-    if generations != ctx.generations:
-        _raise_stale_rows(layout.tables, ctx.generations, generations)
-    if ctx.training:
-        ctx.fetched.return_gradients(gradients)
-    return _weight_gradients(ctx, by_feature)
 
 
 def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable, write_segment
-from recis_lightning.table.lock import distinct_locks
+from recis_lightning.table.lock import TableLock, distinct_locks
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.versions import layout_version
 
@@ -148,8 +148,14 @@ class FeatureLayout:
         return self._trains
 
     def is_current(self) -> bool:
-        """Return whether the tables' storage is where it was when the layout was made."""
+        """Return whether the tables' storage and locks are as they were for the layout."""
         return self._layout_version == layout_version()
+
+    def current_locks(self) -> Sequence[TableLock]:
+        """Return the locks of the tables, which an engine may have replaced since."""
+        if self.is_current():
+            return self.locks
+        return distinct_locks(table.lock for table in self.tables)
 
     def check_current(self) -> None:
         """Raise if a table got another storage since; nobody else changes it from now on.

@@ -103,9 +103,9 @@ class FusedUpdate:
 
     def _note_blocks(self) -> None:
         """Note the addresses and the numbering of the rows, unless they are known."""
-        if self._moves == block_version():
+        version = block_version()
+        if self._moves == version:
             return
-        self._moves = block_version()
         rows = self._storages[0].rows
         addresses = [storage.rows.addresses for storage in self._storages]
         counts = np.array([part.size for part in addresses])
@@ -122,6 +122,7 @@ class FusedUpdate:
         self._layout = RowLayout(
             rows.embedding_dim, rows.dtype, 4 * rows.row_words, rows.block_shift, self.device
         )
+        self._moves = version  # last: after an interruption all of it is noted again
 
     def _plans(self) -> list[embedding_bag.Plan]:
         """Return the plans of the pending gradients, with the features of these tables only."""
@@ -131,8 +132,9 @@ class FusedUpdate:
             record = first[0]
             if pending == [first] * len(pending):  # one lookup, each table once: the usual case
                 if record.tables is not self._feature_tables:
-                    self._feature_tables = record.tables
+                    self._feature_tables = ()
                     self._feature_bases = [self._base_of[table] for table in record.tables]
+                    self._feature_tables = record.tables
                 record.plan[:, fields.PLAN_FLAT_BASE] = self._feature_bases
                 return [record.plan]
         tables_of: dict[PendingGradient, set[object]] = defaultdict(set)

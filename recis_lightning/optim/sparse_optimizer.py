@@ -73,7 +73,7 @@ class SparseOptimizer(Optimizer, ABC):
         for table in self._updater.tables:
             table.optimizer = self
             slots = self.slots(table.embedding_dim)
-            write((table.lock,), table.storage.set_slots, slots, self.state_fill())
+            write([table.lock], table.storage.set_slots, slots, self.state_fill())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients that no step has used."""

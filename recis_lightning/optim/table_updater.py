@@ -111,14 +111,15 @@ class TableUpdater:
     def _current_updates(self, owner: Optimizer) -> list[FusedUpdate]:
         """Return the updates of the tables that have gradients on any rank."""
         tables = self.tables
-        if self._layout_version != layout_version():
-            self._layout_version = layout_version()
+        version = layout_version()
+        if self._layout_version != version:
             if not self._announced:
                 self._announced = True
                 announce_first_step(tables)
             self._given_away = {table for table in tables if table.optimizer is not owner}
             self._updates = self._fuse([True] * len(tables))
             self._last_waiting = []
+            self._layout_version = version  # last: an interrupted step does all of it again
         # A table's update is one of all its shards, also of those that got no gradient.
         waiting = collectives.any_rank([bool(table.pending) for table in tables], tables[0].device)
         if all(waiting) and not self._given_away:

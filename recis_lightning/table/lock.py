@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
-from operator import methodcaller
+from queue import Empty, SimpleQueue
 from threading import get_ident
 from types import FrameType
 from typing import Any, TypeVar
@@ -20,8 +18,8 @@ _numbers = itertools.count()
 _live: weakref.WeakSet[TableLock] = weakref.WeakSet()
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
-_release = methodcaller("release")
 _PATIENCE = 0.05  # seconds after which a writer asks whether those it waits for still read
+_Turn: Any = type(threading.RLock())
 
 
 class TableLock:
@@ -33,10 +31,13 @@ class TableLock:
     later ones wait for it. A thread that writes may read, and write again, but one that reads must
     not write.
 
+    Wherever an exception comes between, as of Ctrl-C, other threads go on: nobody is noted for good
+    who does not read or write.
+
     Attributes:
         number: Order in which several locks are taken.
-        turn: Held by the thread that writes.
-        writer: The thread that writes or waits for readers; None if there is none.
+        turn: Taken by the thread that writes.
+        writer: That thread; one that does not write any more if an interrupt came between.
 
     Example:
         >>> lock = TableLock()
@@ -50,10 +51,11 @@ class TableLock:
         _live.add(self)
 
     def _start(self) -> None:
-        self.turn = threading.RLock()
+        self.turn = _Turn()
         self.writer: int | None = None
         self._readers: dict[int, int] = {}  # reads within reads, by thread
-        self._left = threading.Event()
+        # One item for each reader that has left: unlike an Event, no interrupt can break it.
+        self._left: SimpleQueue[None] = SimpleQueue()
 
     def begin_read(self) -> None:
         """Wait until no other thread writes, and let none begin; ``read`` calls it."""
@@ -62,11 +64,12 @@ class TableLock:
         self._readers[thread] = depth + 1  # first, so that a writer who comes now sees it
         if self.writer is None or self.writer == thread:
             return
-        if depth and _is_reading(sys._getframe(2)):
+        if depth and self._is_read_in(sys._getframe(2)):
             return  # the writer waits for the read that this one is a part of
         self._readers.pop(thread, None)
-        self._left.set()
+        self._left.put(None)
         with self.turn:  # when the writer is done
+            self.writer = None
             self._readers[thread] = 1
 
     def end_read(self) -> None:
@@ -78,24 +81,31 @@ class TableLock:
             return
         self._readers.pop(thread, None)
         if self.writer is not None:
-            self._left.set()
+            self._left.put(None)
+
+    def begin_write(self) -> None:
+        """Wait until no other thread reads, and let none begin; ``write`` calls it in its turn."""
+        self._left = SimpleQueue()
+        thread = self.writer = get_ident()
+        while self._readers and any(reader != thread for reader in list(self._readers)):
+            try:
+                self._left.get(timeout=_PATIENCE)
+            except Empty:
+                self._forget_the_gone()
 
     def _forget_the_gone(self) -> None:
         """Forget readers that no longer read: their threads ended, or an interrupt came between."""
-        frames = sys._current_frames()
         for thread in list(self._readers):
-            if not _is_reading(frames.get(thread)):
+            if not self._is_read_in(sys._current_frames().get(thread)):
                 self._readers.pop(thread, None)
 
-    def wait_for_readers(self) -> None:
-        """Keep readers out, and wait until those of other threads are done; ``write`` calls it."""
-        thread = self.writer = get_ident()
-        while self._readers:
-            self._left.clear()
-            if not any(reader != thread for reader in list(self._readers)):
-                break
-            if not self._left.wait(_PATIENCE):
-                self._forget_the_gone()
+    def _is_read_in(self, frame: FrameType | None) -> bool:
+        """Tell whether a frame, or one that it was called from, is of a ``read`` of this lock."""
+        while frame is not None:
+            if frame.f_code is read.__code__ and self in frame.f_locals["locks"]:
+                return True
+            frame = frame.f_back
+        return False
 
 
 def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
@@ -105,61 +115,42 @@ def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
 
 def read(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
     """Call a function while no other thread changes what the locks protect."""
-    begun = 0
+    begun: list[TableLock] = []
     try:
         for lock in locks:
             lock.begin_read()
-            begun += 1
+            begun.append(lock)
         return work(*args)
     finally:
-        for lock in locks[:begun]:
+        for lock in begun:
             lock.end_read()
 
 
-def _is_reading(frame: FrameType | None) -> bool:
-    """Tell whether a frame, or one that it was called from, is of ``read``."""
-    while frame is not None:
-        if frame.f_code is read.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
-    """Call a function while no other thread reads or changes what the locks protect."""
-    if len(locks) != 1:
-        return _write_all(locks, work, args)
-    (lock,) = locks
-    with lock.turn:  # as a lock of Python's own: Ctrl-C comes before it or within it
-        before = lock.writer
+    """Call a function while no other thread reads or changes what the locks protect.
+
+    Args:
+        locks: From ``distinct_locks``.
+        work: The function.
+        args: What it is called with.
+    """
+    taken = list[Any]()
+    writers = list[int | None]()
+    # The interpreter looks at signals only after a call: none comes between a turn that is taken
+    # and its place in the list, nor between two that are given back.
+    give_back = map(_Turn.release, taken)
+    try:
         try:
-            lock.wait_for_readers()
+            taken.extend(filter(_Turn.acquire, [lock.turn for lock in locks]))
+            for lock in locks:
+                writers.append(lock.writer)
+                lock.begin_write()
             return work(*args)
         finally:
-            lock.writer = before
-
-
-def _write_all(
-    locks: Sequence[TableLock], work: Callable[..., _Result], args: tuple[Any, ...]
-) -> _Result:
-    turns: list[Any] = []
-    writers: list[int | None] = []
-    # Made before the first is taken, so that no line, where Ctrl-C may come, lies between releases.
-    releases = map(_release, turns)
-    try:
-        for lock in locks:
-            turns.append(lock.turn)
-            lock.turn.acquire()
-            writers.append(lock.writer)
-            lock.wait_for_readers()
-        return work(*args)
-    finally:
-        try:
             for lock, before in zip(locks, writers, strict=False):
                 lock.writer = before
-        finally:
-            with contextlib.suppress(RuntimeError):  # the last may not have been taken
-                deque(releases, 0)
+    finally:
+        any(give_back)  # all of them
 
 
 def reads(method: _Method) -> _Method:

@@ -226,32 +226,6 @@ def _fill(
         storage.admission_counter.load_state(state, storage.name)
 
 
-# ---- settings, which a failed load of several tables gives back
-
-
-def settings(table: StatefulTable) -> dict[str, Any]:
-    """Return what a load changes beside rows and what policies keep."""
-    storage = table.storage
-    return {
-        "name": table.given_name,
-        "seed": table.seed,
-        "step": storage.step,
-        "num_updates": int(storage.header.fields[NUM_UPDATES]),
-        "slots": storage.rows.slots,
-        "state_fill": storage.rows.state_fill,
-    }
-
-
-def reset(table: StatefulTable, settings: dict[str, Any]) -> None:
-    """Empty a table and give it settings that it had."""
-    with table.undo():
-        table.clear()
-        fields = table.storage.header.fields
-        fields[STEP], fields[NUM_UPDATES] = settings["step"], settings["num_updates"]
-        table.storage.set_slots(settings["slots"], settings["state_fill"])
-        table.set_key(settings["name"], settings["seed"])
-
-
 # ---- pickling
 
 
@@ -295,12 +269,10 @@ __all__ = [
     "from_arrays",
     "load",
     "refuse_many_ranks",
-    "reset",
     "restore",
     "row_columns",
     "saved_fields",
     "set_shard_loader",
-    "settings",
     "to_arrays",
     "with_checksum",
 ]

@@ -106,7 +106,7 @@ def check_structure(state: Any, where: str, embedding_dim: int) -> None:
 def check_primitives(state: Any, where: str, embedding_dim: int) -> None:
     """Raise ValueError unless the fields of a state that are no tensors are valid."""
     _check_kinds(state, where, _FIELDS, embedding_dim)
-    check_dtype(state["dtype"])
+    _check_dtype(state["dtype"], where)
     if not math.isfinite(state["state_fill"]) or abs(state["state_fill"]) > 3.4e38:
         raise ValueError(f"{where}: expected a float32 state_fill, got {state['state_fill']}")
     for key in _OPTIONAL_INTS:
@@ -153,7 +153,7 @@ def check_rows(
     slots: Mapping[str, tuple[Shape, torch.dtype]],
 ) -> None:
     """Raise ValueError unless weights and slots, by shape and dtype, are those of such rows."""
-    _check_shape(where, "weights", weights, ((num_rows, embedding_dim), check_dtype(dtype)))
+    _check_shape(where, "weights", weights, ((num_rows, embedding_dim), _check_dtype(dtype, where)))
     words = 0
     for key, (shape, kind) in slots.items():
         wanted = (num_rows, *(shape[1:2] or (embedding_dim,)))
@@ -183,7 +183,8 @@ def _check_kinds(
         got = state.get("schema") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{where}: expected schema {SCHEMA}, got {got!r}")
     for key, kind in kinds.items():
-        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+        value = state.get(key)
+        if key not in state or not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{where}: {key} is missing or not what it should be")
     if state["embedding_dim"] != embedding_dim:
         raise ValueError(
@@ -193,6 +194,14 @@ def _check_kinds(
         raise ValueError(
             f"{where}: it has unknown fields {unknown}: damaged, or of a later version"
         )
+
+
+def _check_dtype(name: str, where: str) -> torch.dtype:
+    """Return the dtype of a name; ValueError if it is none that weights may have."""
+    try:
+        return check_dtype(name)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _of(tensor: Tensor) -> tuple[Shape, torch.dtype]:

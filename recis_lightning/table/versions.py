@@ -21,7 +21,7 @@ class Version:
         self._number = next(self._numbers)  # one that no other thread sets
 
 
-layout_version = Version()  # some table has a new storage, dtype or optimizer
+layout_version = Version()  # some table has a new storage, dtype, optimizer or lock
 block_version = Version()  # some row store has other blocks
 
 

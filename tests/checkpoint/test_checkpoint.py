@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ from torch import nn
 
 from recis_lightning import DynamicEmbedding, HashTable, checkpoint, hash_tables
 from recis_lightning.admission import BloomCount, MinCount
+from recis_lightning.checkpoint.owned_rows import OwnedRows
 from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdagrad, SparseAdam, SparseRowwiseAdagrad, SparseSGD
-from recis_lightning.table import state as table_state
 from tests.helpers.full_disk import largest_file
-from tests.helpers.sample_tables import EXTREMES, by_id, same, trained
+from tests.helpers.sample_tables import EXTREMES, by_id, same, settings_of, trained
 
 
 def model(dim=3, dtype=torch.float32, optimizer=SparseAdam, names=("user", "item/ä")):
@@ -47,7 +48,7 @@ def train(module, steps=4, size=500):
 def held(module):
     """Return all that the tables of a module hold."""
     return {
-        table.name: by_id(table) | table_state.settings(table) | {"dtype": table.dtype}
+        table.name: by_id(table) | settings_of(table) | {"dtype": table.dtype}
         for table in hash_tables(module)
     }
 
@@ -180,6 +181,56 @@ def test_what_is_damaged_changes_nothing(tmp_path, harm, message, fresh):
         checkpoint.load(tmp_path / "a", module)
     assert same(held(module), before)
     assert same(held(train(module)), held(train(undisturbed)))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interrupted_load(tmp_path, monkeypatch, fresh, number):
+    """Fresh tables stay empty; of others each has the rows of before or of the checkpoint."""
+    loaded = held(saved(tmp_path))
+    module = model() if fresh else train(model(), steps=2)
+    before, write, calls = held(module), OwnedRows.write, []
+
+    def interrupted(self, table, *arguments):
+        write(self, table, *arguments)
+        calls.append(table)
+        if len(calls) > number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(OwnedRows, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.load(tmp_path, module)
+    monkeypatch.undo()
+    names = [] if fresh else [table.name for table in calls[:number]]
+    assert same(held(module), {**before, **{name: loaded[name] for name in names}})
+    checkpoint.load(tmp_path, module)
+    assert same(held(module), loaded)
+
+
+def test_a_load_waits_for_other_threads(tmp_path):
+    """Threads that evaluate get rows of before or of the checkpoint."""
+    values = torch.arange(3000.0)[:, None].expand(-1, 3)
+    table, ids = HashTable(3, name="t"), torch.arange(3000)
+    for number in (1, 2):
+        table.insert(ids, values * number)
+        checkpoint.save(tmp_path / str(number), [table])
+    ended, torn = threading.Event(), []
+
+    def evaluate():
+        while not ended.is_set():
+            found = table.embeddings(ids)
+            if not torch.equal(found, values) and not torch.equal(found, 2 * values):
+                torn.append(found)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(20):
+        checkpoint.load(tmp_path / str(1 + number % 2), [table])
+    ended.set()
+    for thread in threads:
+        thread.join(30)
+    assert not torn
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import torch
 
 from recis_lightning import HashTable, checkpoint
 from recis_lightning.optim import SparseAdagrad, SparseAdam
-from recis_lightning.table import state as table_state
-from tests.helpers.sample_tables import same
+from tests.helpers.sample_tables import same, settings_of
 
 IDS = torch.arange(20)
 
@@ -19,9 +18,7 @@ def tables(*names, dtype=torch.float32, optimizer=SparseAdam, dim=3):
 
 
 def held(made):
-    return {
-        table.name: {**table.get_extra_state(), **table_state.settings(table)} for table in made
-    }
+    return {table.name: {**table.get_extra_state(), **settings_of(table)} for table in made}
 
 
 @pytest.fixture(params=["folder", "file"])

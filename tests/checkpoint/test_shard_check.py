@@ -11,9 +11,8 @@ import torch
 from recis_lightning import HashTable, checkpoint
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam
-from recis_lightning.table import state as table_state
 from tests.helpers.crafted_shards import craft
-from tests.helpers.sample_tables import by_id, same
+from tests.helpers.sample_tables import by_id, same, settings_of
 
 
 def tables(rows=0, names=("user", "item")):
@@ -27,7 +26,7 @@ def tables(rows=0, names=("user", "item")):
 
 
 def held(made):
-    return {table.name: by_id(table) | table_state.settings(table) for table in made}
+    return {table.name: by_id(table) | settings_of(table) for table in made}
 
 
 def put(key, value):
@@ -71,7 +70,7 @@ def wide(rows):
         (note("state_fill", 1e300), "expected a float32 state_fill"),
         (note("embedding_dim", 100_000), "expected weights of shape"),
         (note("embedding_dim", None), "expected embedding_dim >= 1, got None"),
-        (note("dtype", "complex64"), "dtype: expected"),
+        (note("dtype", "complex64"), r"safetensors: dtype: expected .* got 'complex64'"),
         (note("rows", 49), "not of this save"),
         (note("rows", [50]), "not of this save"),
         (note("more", 1), r"unknown fields \['more'\]"),
@@ -178,6 +177,9 @@ def test_malformed_headers(tmp_path, header):
         lambda commit: commit["tables"]["user"][0].update(file="../item"),
         lambda commit: commit["tables"]["user"][0].update(file="/etc/passwd"),
         lambda commit: commit["tables"]["user"][0].update(file="a\0b"),
+        lambda commit: commit["tables"]["user"][0].update(file="x" * 256),
+        lambda commit: commit["tables"]["user"][0].update(file="\ud800"),
+        lambda commit: commit.update(folder="x" * 5000),
         lambda commit: commit["tables"]["user"][0].update(size="1"),
         lambda commit: commit["tables"]["user"][0].update(rows=-1),
         lambda commit: commit["tables"]["user"][0].update(rows=True),

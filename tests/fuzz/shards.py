@@ -34,6 +34,7 @@ class Shard:
     def write(self) -> tuple[int, int]:
         """Write the file with checksums of what it holds; return its size and its own checksum."""
         rows = json.loads(self.metadata["piece_rows"])
+        rows = rows if isinstance(rows, dict) else {}
         sums = b"".join(
             crc32(part).to_bytes(8, "little")
             for name, (dtype, shape, data) in self.tensors.items()

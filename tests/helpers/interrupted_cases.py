@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
+from recis_lightning import (
+    DynamicEmbedding,
+    EmbeddingEngine,
+    EmbeddingOption,
+    HashTable,
+    hash_tables,
+)
 from recis_lightning.admission import MinCount
 from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows
 from recis_lightning.optim import SparseAdam
@@ -132,6 +138,19 @@ def step():
     return Case([module.table], sparse.step, again)
 
 
+def step_after_growth():
+    """Addresses of rows are noted anew, and the tables are grouped anew."""
+    module, sparse = _module(dim=64)
+    module(torch.arange(6000)).pow(2).sum().backward()
+    HashTable(2)  # another table: all layouts are looked at again
+
+    def again():
+        if module.table.pending:
+            sparse.step()
+
+    return Case([module.table], sparse.step, again)
+
+
 def step_of_two():
     """Tables of different dims take a kernel call each."""
     modules = [DynamicEmbedding(dim, eviction=_policy(), name=f"d{dim}") for dim in (4, 8)]
@@ -158,7 +177,7 @@ def bulk():
 
 SMALL = [
     *(growth, reuse, counted, engine, insert, delete, evict, evict_and_compact, clear, compact),
-    *(relayout, load, change_dtype, step, step_of_two),
+    *(relayout, load, change_dtype, step, step_after_growth, step_of_two),
 ]
 LARGE = [rounds, bulk]
 

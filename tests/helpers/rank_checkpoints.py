@@ -25,6 +25,7 @@ from recis_lightning.table import state as table_state
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, trainer
 from tests.helpers.rank_trainers import as_torchrun, train_loader
+from tests.helpers.sample_tables import settings_of
 
 
 def owned(ids):
@@ -82,7 +83,7 @@ def held(made):
             order[False] = state["pending_ids"].argsort()
         for key, value in state.items():
             states[table.name, key] = value[order[not key.startswith("pending")]].numpy()
-        states[table.name, "settings"] = (table_state.settings(table), fields.get("num_lookups"))
+        states[table.name, "settings"] = (settings_of(table), fields.get("num_lookups"))
     return states
 
 

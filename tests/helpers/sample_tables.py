@@ -49,6 +49,14 @@ def by_id(table):
     return {**columns, **{key: slot[order] for key, slot in state["slots"].items()}}
 
 
+def settings_of(table):
+    """Return what a load changes beside rows and what policies keep."""
+    storage = table.storage
+    counts = {"step": table.step, "num_updates": table.num_updates}
+    layout = {"slots": storage.rows.slots, "state_fill": storage.rows.state_fill}
+    return {"name": table.given_name, "seed": table.seed, **counts, **layout}
+
+
 def same(a, b):
     """Tell whether two states hold the same, bit by bit."""
     if isinstance(a, torch.Tensor):

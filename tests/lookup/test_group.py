@@ -20,6 +20,7 @@ from recis_lightning import (
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Constant
 from recis_lightning.optim import SparseSGD
+from recis_lightning.table.lock import TableLock
 
 KNOWN = torch.arange(1000)
 THREADS = 4
@@ -155,6 +156,29 @@ def test_tables_of_an_engine_share_a_lock():
     assert locks[0] != locks[1]
     engine.tables["b"] = HashTable(4, name="b")
     assert engine({name: KNOWN for name in "abc"})["b"].shape == (1000, 4)
+
+
+def test_whoever_uses_a_table_of_two_engines_takes_its_lock(monkeypatch):
+    """Putting it into another engine gives it that one's lock, whoever knows the one before."""
+    one = EmbeddingEngine({name: EmbeddingOption(4) for name in "ab"})
+    other = EmbeddingEngine({name: EmbeddingOption(4) for name in "ca"})
+    batch = {name: KNOWN for name in "abc"}
+    optimizer = SparseSGD(hash_tables(one), lr=1.0)
+    for _ in range(2):
+        outputs = one(batch)
+        (outputs["a"].sum() + outputs["b"].sum()).backward()
+        optimizer.step()
+    outputs = one(batch)
+    other.tables["a"] = table = one.tables["a"]
+    other(batch)
+    assert table.lock is other.tables["c"].lock
+    begun, begin = [], TableLock.begin_write
+    monkeypatch.setattr(TableLock, "begin_write", lambda lock: (begun.append(lock), begin(lock)))
+    loss = outputs["a"].sum() + outputs["b"].sum()
+    for use in (loss.backward, optimizer.step, lambda: one(batch)):
+        begun.clear()
+        use()
+        assert table.lock in begun
 
 
 def test_a_lookup_needs_data():

@@ -1,6 +1,7 @@
 """TableLock: readers together, writers one by one."""
 
 import os
+import signal
 import threading
 import time
 
@@ -32,15 +33,15 @@ def test_a_writer_is_alone():
     """Increments that are read and written in two steps are not lost, and no reader sees halves."""
     lock, state, torn = TableLock(), [0, 0], []
 
-    def increment():
+    def change():
         before = state[0]
         state[0] = before + 1
         time.sleep(0)
         state[1] = before + 1
 
-    def add():
+    def change_often():
         for _ in range(100):
-            write([lock], write, [lock], increment)
+            write([lock], write, [lock], change)
 
     def compare():
         first = state[0]
@@ -52,7 +53,7 @@ def test_a_writer_is_alone():
         for _ in range(300):
             read([lock], compare)
 
-    threads = [background(work) for work in (add, add, add, look, look)]
+    threads = [background(work) for work in (change_often, change_often, change_often, look, look)]
     for thread in threads:
         thread.join(60)
     assert state == [300, 300]
@@ -60,36 +61,37 @@ def test_a_writer_is_alone():
 
 
 def test_a_writer_may_read_and_write_again():
-    lock, started, done = TableLock(), threading.Event(), threading.Event()
+    lock = TableLock()
+
+    started, done = threading.Event(), threading.Event()
 
     def look():
         started.set()
         read([lock], done.set)
 
-    def work():
-        assert read([lock], write, [lock], abs, -3) == 3
+    def change():
+        assert read([lock], write, [lock], len, "abc") == 3
         thread = background(look)
         started.wait(30)
         assert not done.wait(0.05)
         return thread
 
-    write([lock], work).join(30)
+    write([lock], change).join(30)
     assert done.is_set()
 
 
-@pytest.mark.parametrize("function", [read, write])
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_an_error_releases_what_was_taken(function, count):
+def test_an_error_releases_what_was_taken():
     """Of several locks, which are taken in one order, in whatever order they are given."""
-    locks = [TableLock() for _ in range(3)][:count]
-    taken = distinct_locks([*locks[::-1], *locks])
+    locks = [TableLock() for _ in range(3)]
+    taken = distinct_locks([locks[2], locks[0], locks[1], locks[0]])
     assert taken == tuple(locks)
     others = []
-    with pytest.raises(KeyError):
-        function(taken, {}.__getitem__, 1)
-    assert function(taken, abs, -1) == 1
-    background(lambda: write(taken, others.append, 1)).join(30)
-    assert others == [1]
+
+    for enter in (write, read):
+        with pytest.raises(KeyError):
+            enter(taken, {}.__getitem__, 1)
+        background(lambda: write(taken, others.append, 1)).join(30)
+    assert others == [1, 1]
 
 
 def test_a_read_within_a_read_keeps_writers_out():
@@ -116,7 +118,7 @@ def test_a_read_that_an_interrupt_left_behind(ended):
     lock, over, written = TableLock(), threading.Event(), threading.Event()
 
     def leave():
-        lock.begin_read()  # its end does not come
+        lock.begin_read()
         if not ended:
             over.wait(30)
             read([lock], written.wait, 30)
@@ -147,13 +149,76 @@ def test_an_interrupted_wait_for_readers_lets_others_write(monkeypatch):
     inside.wait(30)
     monkeypatch.setattr(lock, "_forget_the_gone", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write([lock], written.set)
+        write([lock], print)
     monkeypatch.undo()
     over.set()
     reader.join(30)
-    assert not written.is_set()
     background(lambda: write([lock], written.set)).join(30)
     assert written.is_set()
+
+
+@pytest.mark.parametrize("num_locks", [1, 3])
+def test_ctrl_c_at_any_time_lets_other_threads_go_on(num_locks):
+    locks, done = [TableLock() for _ in range(num_locks)], []
+
+    def use_until_interrupted(number):
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + number * 1e-7)
+        while True:
+            write(locks, read, locks, write, locks[:1], len, "")
+
+    def use():
+        write(locks, done.append, "written")
+        read(locks, done.append, "read")
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(300):
+            with pytest.raises(KeyboardInterrupt):
+                use_until_interrupted(number)
+            done.clear()
+            background(use).join(10)
+            assert done == ["written", "read"]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_read_that_did_not_begin_does_not_end_the_one_around_it(monkeypatch):
+    lock, order = TableLock(), []
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    def outer():
+        monkeypatch.setattr(TableLock, "begin_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            read([lock], len, "")
+        monkeypatch.undo()
+        writer = background(lambda: write([lock], order.append, "written"))
+        while lock.writer is None:
+            time.sleep(0.001)
+        time.sleep(4 * _PATIENCE)
+        order.append("read")
+        return writer
+
+    read([lock], outer).join(30)
+    assert order == ["read", "written"]
+
+
+def test_a_reader_that_a_writer_forgets_as_it_begins():
+    """What the writer of before left behind does not matter either."""
+
+    class Forgotten(dict):
+        def __setitem__(self, thread, depth):
+            pass
+
+    lock = TableLock()
+    lock._readers, lock.writer = Forgotten(), -1
+    assert read([lock], len, "abc") == 3
+    assert lock.writer is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -161,11 +226,11 @@ def test_an_interrupted_wait_for_readers_lets_others_write(monkeypatch):
 def test_a_child_does_not_wait_for_threads_that_it_does_not_have():
     lock, held, over = TableLock(), threading.Event(), threading.Event()
 
-    def hold():
+    def stay():
         held.set()
         over.wait(30)
 
-    thread = background(lambda: write([lock], hold))
+    thread = background(lambda: write([lock], stay))
     held.wait(30)
     child = os.fork()
     if not child:

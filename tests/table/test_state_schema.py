@@ -62,6 +62,8 @@ def bomb(tensor):
         (put("slots", lambda slots: {1: slots["exp_avg"]}), "slots is not what it should be"),
         (put("counts", torch.full((7,), -1)), "expected counts from 0 to .*, got -1"),
         (put("num_lookups", -5), "expected num_lookups from 0"),
+        (lambda state: state.pop("name"), "name is missing or not what it should be"),
+        (put("dtype", "complex64"), "dtype: expected .* got 'complex64'"),
         (put("wieghts", 1), r"unknown fields \['wieghts'\]"),
     ],
 )
