@@ -16,7 +16,7 @@ import os
 import threading
 from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,10 +145,13 @@ def _run_on_threads(
     if openmp is not None:
         openmp(address, pointer, num_threads, 0)
         return
-    running = [_thread_pool().submit(call, pointer) for _ in range(num_threads - 1)]
-    call(pointer)
-    for future in running:
-        future.result()
+    running: list[Future[None]] = []
+    try:
+        for _ in range(num_threads - 1):
+            running.append(_thread_pool().submit(call, pointer))
+        call(pointer)
+    finally:  # whatever interrupts, nobody may use the memory of a launch after it
+        wait(running)
 
 
 def _as_word(value: Any) -> int:
