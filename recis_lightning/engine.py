@@ -201,7 +201,7 @@ class EmbeddingEngine(nn.Module):
             trainable = any(self.options[feature].trainable for feature in sharing)
             option = self.options[sharing[0]]
             self.tables[name] = _make_table(name, option, admissions[name], trainable)
-        self._share_lock()
+        self._adopt_tables()
         self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
         self._known_keys: set[Any] = set()  # of batches, that are no features and were checked
 
@@ -225,13 +225,14 @@ class EmbeddingEngine(nn.Module):
         inserting = [policy for _, policy in given if _admits(policy) == "all"]
         return (checked[0][1:] if checked else [*inserting, given[0][1]])[0]
 
-    def _share_lock(self) -> None:
-        """Give all tables one lock: a lookup takes it once, however many there are."""
+    def _adopt_tables(self) -> None:
+        """Name tables that have no name, and give all one lock, which a lookup takes once."""
         first: HashTable | None = None
-        for table in self.tables.values():
+        for name, table in self.tables.items():
             if isinstance(table, HashTable):  # a lookup raises for what is none
                 first = table if first is None else first
                 table.lock = first.lock
+                table.set_default_name(name)
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]
@@ -314,7 +315,7 @@ class EmbeddingEngine(nn.Module):
         """Return the groups of the features, as their tables are now."""
         tables = list(self.tables._modules.values())
         if tables != self._grouped:  # somebody put another one in
-            self._share_lock()
+            self._adopt_tables()
             self._groups, self._grouped = CurrentGroups(), tables
         return self._groups.of(self._features)
 
@@ -333,7 +334,7 @@ class EmbeddingEngine(nn.Module):
         added = {"strict": False, "_known_keys": set()}  # to what 0.1.0 pickled
         made = {"options": FeatureOptions(state["options"]), "_groups": CurrentGroups()}
         super().__setstate__({**added, **state, **made, "_grouped": []})  # type: ignore[no-untyped-call]
-        self._share_lock()
+        self._adopt_tables()
 
     def _table(self, feature: str) -> HashTable:
         option = self.options[feature]

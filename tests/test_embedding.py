@@ -423,6 +423,27 @@ def test_rows_of_unnamed_tables_do_not_begin_alike():
     assert hash_tables(named)[0].name == "0"
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_rows_of_unnamed_tables_filled_by_insert_do_not_begin_alike(listed):
+    """Their rows were given, none has begun as that of a name."""
+    pair = torch.nn.ModuleList([DynamicEmbedding(4), DynamicEmbedding(4)])
+    for module in pair:
+        module.table.insert(torch.arange(3), torch.zeros(3, 4))
+    if listed:
+        assert [table.name for table in hash_tables(pair)] == ["0", "1"]
+    ids = torch.arange(5, 9)
+    assert not pair[0](ids).equal(pair[1](ids))
+
+
+def test_a_saved_table_without_a_name_goes_on_with_the_rows_it_would_have_had():
+    """Also one that was not the first to be used."""
+    first, other = DynamicEmbedding(4), DynamicEmbedding(4)
+    first(torch.arange(3)), other(torch.arange(3))
+    resumed = DynamicEmbedding(4)
+    resumed.load_state_dict(other.state_dict())
+    assert resumed(torch.arange(9)).equal(other(torch.arange(9)))
+
+
 def test_seed_none_is_that_of_torch():
     """So ``seed_everything`` reaches initial rows."""
     ids = torch.arange(5)
