@@ -423,6 +423,29 @@ def test_rows_of_unnamed_tables_do_not_begin_alike():
     assert hash_tables(named)[0].name == "0"
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["step", "insert"])
+def test_a_gradient_of_weights_needs_the_rows_as_they_were(training, change):
+    """As autograd has it: what it would read has changed, so it is an error, not another number."""
+    ids, bag = torch.arange(6).view(2, 3), DynamicEmbeddingBag(4, mode="sum", name="tags")
+    optimizer = SparseSGD(hash_tables(bag), lr=0.1)
+    bag(ids).sum().backward()
+    weights = torch.ones(2, 3, requires_grad=True)
+    out = bag.train(training)(ids, per_sample_weights=weights)
+    if change == "step":
+        optimizer.step()
+    else:
+        bag.table.insert(ids, torch.zeros(2, 3, 4))
+    with pytest.raises(
+        RuntimeError, match=r"^ids: rows of table 'tags', needed for .* overwritten"
+    ):
+        out.sum().backward()
+    again = bag(ids, per_sample_weights=weights)
+    bag.table.insert(torch.tensor([99]), torch.zeros(1, 4))  # a new row is no change
+    again.sum().backward()
+    assert weights.grad.equal(bag.table.embeddings(ids).sum(-1))
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_rows_of_unnamed_tables_filled_by_insert_do_not_begin_alike(listed):
     """Their rows were given, none has begun as that of a name."""

@@ -93,6 +93,7 @@ class LookupFunction(torch.autograd.Function):
             frozen = layout.frozen.difference(weighted)
             ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
         ctx.generations = list(map(_generation, layout.storages))
+        ctx.versions = list(map(fetched.version_of, weighted))
         return tuple(outputs)
 
     @staticmethod
@@ -164,11 +165,17 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
     layout: FeatureLayout = ctx.layout
     fetched: FetchedRows = ctx.fetched
     results: list[Tensor | None] = []
-    for feature in ctx.weighted:
+    for feature, version in zip(ctx.weighted, ctx.versions, strict=True):
         gradient = gradients.get(feature)
         if gradient is None:
             results.append(None)
             continue
+        if fetched.version_of(feature) != version:
+            raise RuntimeError(
+                f"{layout.names[feature]}: rows of table {layout.feature_tables[feature].name!r}, "
+                "needed for the gradient of weights, were overwritten since the lookup (by an "
+                "optimizer's step or insert); run backward first, or look up again"
+            )
         bags, first = ctx.batch.bags_of(feature), int(ctx.plan[feature, fields.PLAN_FIRST_ID])
         rows = fetched.rows[first : first + bags.ids.numel()]
         header = fetched.header_of(feature)
