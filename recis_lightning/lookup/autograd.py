@@ -104,7 +104,7 @@ class LookupFunction(torch.autograd.Function):
         layout: FeatureLayout = ctx.layout
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        trains = layout.trains() if ctx.training else ctx.trains
+        trains = layout.trains() if ctx.num_leaves and _accumulates(ctx) else [False]
         if layout.frozen or not all(ctx.trains) or not all(trains):
             trained = set(compress(layout.tables, map(and_, ctx.trains, trains)))
             trains = [
@@ -124,6 +124,19 @@ class LookupFunction(torch.autograd.Function):
             if ctx.training:
                 ctx.fetched.return_gradients(OutputGradients(features, plan, ctx.batch, tensors))
             return (*[None] * (7 + ctx.num_leaves), *_weight_gradients(ctx, by_feature))
+
+
+def _accumulates(ctx: Any) -> bool:
+    """Return whether the pass adds gradients up where they belong, those of tables too.
+
+    ``torch.autograd.grad`` returns what it was asked for and adds up nothing, and ``backward`` may
+    be asked for the gradients of other leaves alone.
+    """
+    leaves = [node for node, _ in ctx.next_functions[: ctx.num_leaves]]
+    try:
+        return any(map(torch._C._will_engine_execute_node, leaves))
+    except RuntimeError:  # torch.autograd.grad was asked for an anchor's
+        return False
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:

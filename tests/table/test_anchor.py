@@ -90,6 +90,26 @@ def test_zero_grad_of_a_module_drops_what_is_pending(set_to_none, whole):
     assert not module[0].table.embeddings(IDS).isnan().any()
 
 
+def test_a_table_gets_a_gradient_only_from_passes_that_add_it_up():
+    """As a parameter: not from ``torch.autograd.grad``, nor where others' are asked for."""
+    bag, tower = DynamicEmbeddingBag(4, mode="sum", name="tags"), nn.Linear(4, 1)
+    weights = torch.ones(1, 5, requires_grad=True)
+    anchor = bag.table.anchor
+
+    def loss():
+        return tower(bag(IDS.view(1, -1), per_sample_weights=weights * 1)).sum()
+
+    torch.autograd.grad(loss(), weights)
+    torch.autograd.grad(loss(), [anchor, weights, *tower.parameters()], allow_unused=True)
+    loss().backward(inputs=[weights, tower.weight])
+    assert not bag.table.pending
+    loss().backward(inputs=[weights, anchor])
+    assert len(bag.table.pending) == 1
+    bag.zero_grad()
+    loss().backward()
+    assert len(bag.table.pending) == 1
+
+
 def test_zero_grad_of_a_dense_optimizer_leaves_tables_their_gradients():
     """Of two optimizers, each steps and zeroes its own."""
     module = model()
