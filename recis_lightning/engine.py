@@ -16,6 +16,7 @@ from typing_extensions import override
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import (
     HINTS,
+    check_bool,
     check_dtype,
     check_embedding_dim,
     check_padding_idx,
@@ -105,8 +106,7 @@ class EmbeddingOption:
             check_str("table", self.table)
         check_policies(self.initializer, self.admission, self.eviction)
         for name in ("trainable", "use_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
         if self.mode not in _MODES:
             raise ValueError(f"mode: expected one of {_MODES}, got {self.mode!r}")
         if self.mean_by not in ("weights", "count"):
@@ -323,6 +323,8 @@ class EmbeddingEngine(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "options" and "_groups" in self.__dict__:
             raise AttributeError(f"options: {_FIXED}")
+        if name == "strict":
+            check_bool(name, value)
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> None:

@@ -424,6 +424,16 @@ def test_rows_of_unnamed_tables_do_not_begin_alike():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_weights_of_no_ids_have_an_empty_gradient(training, shape):
+    """As in torch, not none."""
+    bag = DynamicEmbeddingBag(4, mode="sum", name="tags").train(training)
+    weights = torch.ones(shape, requires_grad=True)
+    bag(torch.ones(shape, dtype=torch.int64), per_sample_weights=weights).sum().backward()
+    assert weights.grad.shape == shape
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("change", ["step", "insert"])
 def test_a_gradient_of_weights_needs_the_rows_as_they_were(training, change):
     """As autograd has it: what it would read has changed, so it is an error, not another number."""

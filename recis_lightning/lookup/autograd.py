@@ -181,7 +181,8 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
     for feature, version in zip(ctx.weighted, ctx.versions, strict=True):
         gradient = gradients.get(feature)
         if gradient is None:
-            results.append(None)
+            weights: Any = ctx.batch.bags.details[feature].weights
+            results.append(None if weights.numel() else torch.zeros_like(weights))
             continue
         if fetched.version_of(feature) != version:
             raise RuntimeError(

@@ -25,6 +25,7 @@ from typing_extensions import override
 from recis_lightning.admission import Admission, Screening
 from recis_lightning.arguments import (
     HINTS,
+    check_bool,
     check_dtype,
     check_embedding_dim,
     check_ids,
@@ -35,6 +36,7 @@ from recis_lightning.arguments import (
     check_str,
     explain_arguments,
     refuse_recording,
+    refuse_script,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
@@ -148,6 +150,7 @@ class HashTable(nn.Module):
             check_str("name", name)
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
         check_seed(seed)
+        check_bool("trainable", trainable)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -262,6 +265,7 @@ class HashTable(nn.Module):
 
     @trainable.setter
     def trainable(self, trainable: bool) -> None:
+        check_bool("trainable", trainable)
         self.anchor.requires_grad = trainable
 
     @property
@@ -414,6 +418,10 @@ class HashTable(nn.Module):
         """
         assert _lookup is not None
         return _lookup.look_up(self, ids)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script(f"table {self.name!r}")
 
     # ---- reading and writing rows
 

@@ -107,6 +107,7 @@ MODULES = {
     "embedding": lambda: DynamicEmbedding(4, name="user"),
     "bag": lambda: DynamicEmbeddingBag(4, name="tags"),
     "engine": lambda: EngineOfOne(),
+    "table": lambda: HashTable(4, name="user"),
 }
 
 

@@ -15,6 +15,7 @@ from recis_lightning import (
     DynamicEmbeddingBag,
     EmbeddingEngine,
     EmbeddingOption,
+    HashTable,
     hash_tables,
 )
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD
@@ -60,6 +61,16 @@ def test_trainable_is_an_argument(make):
     assert not module(IDS.view(1, -1)).requires_grad
     engine = EmbeddingEngine({"a": EmbeddingOption(4, trainable=False), "b": EmbeddingOption(4)})
     assert [table.trainable for table in engine.tables.values()] == [False, True]
+
+
+def test_trainable_is_a_bool():
+    """And whatever else leaves a table as it was."""
+    table = HashTable(4)
+    with pytest.raises(TypeError, match=r"^trainable: expected a bool, got 'no'"):
+        table.trainable = "no"
+    with pytest.raises(TypeError, match=r"^trainable: expected a bool, got 'no'"):
+        DynamicEmbedding(4, trainable="no")
+    assert table.trainable
 
 
 def test_what_was_frozen_in_the_forward_pass_gets_no_gradient():
