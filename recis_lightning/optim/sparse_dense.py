@@ -58,8 +58,8 @@ class SparseDenseOptimizer(Optimizer):
         if _needs_closure(dense):
             raise TypeError(
                 f"dense: {type(dense).__name__} evaluates the loss several times in a step, and "
-                "rows would not move in between; expected an optimizer that steps without a closure, "
-                "such as torch.optim.AdamW"
+                "rows would not move in between; expected an optimizer that steps without a "
+                "closure, such as torch.optim.AdamW"
             )
         self.dense = dense
         self.sparse = [sparse] if isinstance(sparse, SparseOptimizer) else list(sparse)
