@@ -173,6 +173,19 @@ def refuse_script(what: str) -> NoReturn:
     refuse_recording(what, "torch.jit.script")
 
 
+def check_bool(name: str, value: bool) -> bool:
+    """Return ``value`` if it is a bool, else raise.
+
+    Example:
+        >>> check_bool("trainable", "no")
+        Traceback (most recent call last):
+        TypeError: trainable: expected a bool, got 'no'
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+    return value
+
+
 def check_padding_idx(padding_idx: int | None) -> int | None:
     """Return ``padding_idx`` if it is an int64 or None, else raise."""
     if padding_idx is None:
@@ -310,6 +323,7 @@ HINTS = {
 __all__ = [
     "HINTS",
     "MAX_INT",
+    "check_bool",
     "check_bound",
     "check_dtype",
     "check_embedding_dim",

@@ -11,6 +11,7 @@ from typing_extensions import override
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import (
     HINTS,
+    check_bool,
     check_ids,
     check_padding_idx,
     explain_arguments,
@@ -263,6 +264,8 @@ class DynamicEmbeddingBag(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mode":
             _check_bag_mode(value)
+        elif name == "include_last_offset":
+            check_bool(name, value)
         _check_setting(name, value)
         super().__setattr__(name, value)
         if name in _SETTINGS:

@@ -16,6 +16,7 @@ from typing_extensions import override
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import (
     HINTS,
+    check_bool,
     check_dtype,
     check_embedding_dim,
     check_padding_idx,
@@ -106,8 +107,7 @@ class EmbeddingOption:
             check_str("table", self.table)
         check_policies(self.initializer, self.admission, self.eviction)
         for name in ("trainable", "use_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
         if self.mode not in _MODES:
             raise ValueError(f"mode: expected one of {_MODES}, got {self.mode!r}")
         if self.mean_by not in ("weights", "count"):
@@ -202,7 +202,7 @@ class EmbeddingEngine(nn.Module):
             trainable = any(self.options[feature].trainable for feature in sharing)
             option = self.options[sharing[0]]
             self.tables[name] = _make_table(name, option, admissions[name], trainable)
-        self._share_lock()
+        self._adopt_tables()
         self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
         self._known_keys: set[Any] = set()  # of batches, that are no features and were checked
 
@@ -226,15 +226,16 @@ class EmbeddingEngine(nn.Module):
         inserting = [policy for _, policy in given if _admits(policy) == "all"]
         return (checked[0][1:] if checked else [*inserting, given[0][1]])[0]
 
-    def _share_lock(self) -> None:
-        """Give all tables one lock: a lookup takes it once, however many there are."""
+    def _adopt_tables(self) -> None:
+        """Name tables that have no name, and give all one lock, which a lookup takes once."""
         first: HashTable | None = None
-        for table in self.tables.values():
+        for name, table in self.tables.items():
             if isinstance(table, HashTable):  # a lookup raises for what is none
                 first = table if first is None else first
                 if table.lock is not first.lock:
                     table.lock = first.lock
                     layout_version.advance()  # for whoever knows the one before
+                table.set_default_name(name)
 
     def _check_same_table(self, table: str, first: str, second: str) -> None:
         one, two = self.options[first], self.options[second]
@@ -317,7 +318,7 @@ class EmbeddingEngine(nn.Module):
         """Return the groups of the features, as their tables are now."""
         tables = list(self.tables._modules.values())
         if tables != self._grouped:  # somebody put another one in
-            self._share_lock()
+            self._adopt_tables()
             self._groups, self._grouped = CurrentGroups(), tables
         return self._groups.of(self._features)
 
@@ -325,6 +326,8 @@ class EmbeddingEngine(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "options" and "_groups" in self.__dict__:
             raise AttributeError(f"options: {_FIXED}")
+        if name == "strict":
+            check_bool(name, value)
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> None:
@@ -336,7 +339,7 @@ class EmbeddingEngine(nn.Module):
         added = {"strict": False, "_known_keys": set()}  # to what 0.1.0 pickled
         made = {"options": FeatureOptions(state["options"]), "_groups": CurrentGroups()}
         super().__setstate__({**added, **state, **made, "_grouped": []})  # type: ignore[no-untyped-call]
-        self._share_lock()
+        self._adopt_tables()
 
     def _table(self, feature: str) -> HashTable:
         option = self.options[feature]

@@ -423,6 +423,60 @@ def test_rows_of_unnamed_tables_do_not_begin_alike():
     assert hash_tables(named)[0].name == "0"
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_weights_of_no_ids_have_an_empty_gradient(training, shape):
+    """As in torch, not none."""
+    bag = DynamicEmbeddingBag(4, mode="sum", name="tags").train(training)
+    weights = torch.ones(shape, requires_grad=True)
+    bag(torch.ones(shape, dtype=torch.int64), per_sample_weights=weights).sum().backward()
+    assert weights.grad.shape == shape
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["step", "insert"])
+def test_a_gradient_of_weights_needs_the_rows_as_they_were(training, change):
+    """As autograd has it: what it would read has changed, so it is an error, not another number."""
+    ids, bag = torch.arange(6).view(2, 3), DynamicEmbeddingBag(4, mode="sum", name="tags")
+    optimizer = SparseSGD(hash_tables(bag), lr=0.1)
+    bag(ids).sum().backward()
+    weights = torch.ones(2, 3, requires_grad=True)
+    out = bag.train(training)(ids, per_sample_weights=weights)
+    if change == "step":
+        optimizer.step()
+    else:
+        bag.table.insert(ids, torch.zeros(2, 3, 4))
+    with pytest.raises(
+        RuntimeError, match=r"^ids: rows of table 'tags', needed for .* overwritten"
+    ):
+        out.sum().backward()
+    again = bag(ids, per_sample_weights=weights)
+    bag.table.insert(torch.tensor([99]), torch.zeros(1, 4))  # a new row is no change
+    again.sum().backward()
+    assert weights.grad.equal(bag.table.embeddings(ids).sum(-1))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_rows_of_unnamed_tables_filled_by_insert_do_not_begin_alike(listed):
+    """Their rows were given, none has begun as that of a name."""
+    pair = torch.nn.ModuleList([DynamicEmbedding(4), DynamicEmbedding(4)])
+    for module in pair:
+        module.table.insert(torch.arange(3), torch.zeros(3, 4))
+    if listed:
+        assert [table.name for table in hash_tables(pair)] == ["0", "1"]
+    ids = torch.arange(5, 9)
+    assert not pair[0](ids).equal(pair[1](ids))
+
+
+def test_a_saved_table_without_a_name_goes_on_with_the_rows_it_would_have_had():
+    """Also one that was not the first to be used."""
+    first, other = DynamicEmbedding(4), DynamicEmbedding(4)
+    first(torch.arange(3)), other(torch.arange(3))
+    resumed = DynamicEmbedding(4)
+    resumed.load_state_dict(other.state_dict())
+    assert resumed(torch.arange(9)).equal(other(torch.arange(9)))
+
+
 def test_seed_none_is_that_of_torch():
     """So ``seed_everything`` reaches initial rows."""
     ids = torch.arange(5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
+from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, Jagged, hash_tables
 from recis_lightning.admission import ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Constant, Uniform
@@ -424,3 +424,14 @@ def test_bags_of_more_dimensions(mode):
     found = engine({"f": ids})["f"]
     assert found.shape == (2, 3, 6 if mode == "tile" else 3)
     assert found.view(6, -1).equal(engine({"f": ids.view(6, 4)})["f"])
+
+
+def test_tables_without_a_name_get_that_of_their_place():
+    """So that their rows do not begin alike; one that has a name keeps it."""
+    engine = EmbeddingEngine({name: EmbeddingOption(4) for name in "abc"})
+    for name in "ab":
+        engine.tables[name] = HashTable(4)
+    engine.tables["c"] = HashTable(4, name="other")
+    out = engine(dict.fromkeys("abc", IDS))
+    assert [table.name for table in engine.tables.values()] == ["a", "b", "other"]
+    assert not out["a"].equal(out["b"])

@@ -266,6 +266,8 @@ class ProfilerHook(Hook):
         folder = Path(self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path, unfinished = folder / name, folder / f".{name}.part"
+        if self._position <= self.wait + self.warmup and str(path) in self.trace_paths:
+            return  # a window without a batch, which opened where the last one closed
         prof.export_chrome_trace(str(unfinished))
         unfinished.replace(path)
         if str(path) not in self.trace_paths:

@@ -93,16 +93,18 @@ class LookupFunction(torch.autograd.Function):
             frozen = layout.frozen.difference(weighted)
             ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
         ctx.generations = list(map(_generation, layout.storages))
+        ctx.versions = list(map(fetched.version_of, weighted))
         return tuple(outputs)
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it counts references
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         layout: FeatureLayout = ctx.layout
         features, tensors, strides = _present(gradients)
         by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        trains = layout.trains() if ctx.training else ctx.trains
+        trains = layout.trains() if ctx.num_leaves and _accumulates(ctx) else [False]
         if layout.frozen or not all(ctx.trains) or not all(trains):
             trained = set(compress(layout.tables, map(and_, ctx.trains, trains)))
             trains = [
@@ -130,6 +132,19 @@ def _leave_gradients(
     if ctx.training:
         ctx.fetched.return_gradients(gradients)
     return _weight_gradients(ctx, by_feature)
+
+
+def _accumulates(ctx: Any) -> bool:
+    """Return whether the pass adds gradients up where they belong, those of tables too.
+
+    ``torch.autograd.grad`` returns what it was asked for and adds up nothing, and ``backward`` may
+    be asked for the gradients of other leaves alone.
+    """
+    leaves = [node for node, _ in ctx.next_functions[: ctx.num_leaves]]
+    try:
+        return any(map(torch._C._will_engine_execute_node, leaves))
+    except RuntimeError:  # torch.autograd.grad was asked for an anchor's
+        return False
 
 
 def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:
@@ -171,11 +186,18 @@ def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | N
     layout: FeatureLayout = ctx.layout
     fetched: FetchedRows = ctx.fetched
     results: list[Tensor | None] = []
-    for feature in ctx.weighted:
+    for feature, version in zip(ctx.weighted, ctx.versions, strict=True):
         gradient = gradients.get(feature)
         if gradient is None:
-            results.append(None)
+            weights: Any = ctx.batch.bags.details[feature].weights
+            results.append(None if weights.numel() else torch.zeros_like(weights))
             continue
+        if fetched.version_of(feature) != version:
+            raise RuntimeError(
+                f"{layout.names[feature]}: rows of table {layout.feature_tables[feature].name!r}, "
+                "needed for the gradient of weights, were overwritten since the lookup (by an "
+                "optimizer's step or insert); run backward first, or look up again"
+            )
         bags, first = ctx.batch.bags_of(feature), int(ctx.plan[feature, fields.PLAN_FIRST_ID])
         rows = fetched.rows[first : first + bags.ids.numel()]
         header = fetched.header_of(feature)

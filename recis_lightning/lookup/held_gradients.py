@@ -4,15 +4,19 @@ An update reads gradients where they lie. Those that autograd made are nobody el
 views of one joint gradient, as of ``torch.cat``: a copy would cost a pass over all of them. But
 ``out.backward(g)`` hands over ``g`` itself or a view of it, and a hook may keep what it saw. They
 have Python objects with more references than a backward pass has on its own, and are copied.
+If ``g`` itself is a view, nobody need hold the tensor that it is a view of; so ``backward`` is
+asked what it was given. It cannot be where a GPU's gradients have a thread of their own.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from itertools import compress
 from operator import attrgetter
 from sys import getrefcount
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 _base = attrgetter("_base")  # of a view, the tensor that it is a view of
 _NO_BASE = {id(None)}
+_BACKWARD = torch.autograd.backward.__code__
 
 
 def copy_held_(gradients: list[Tensor]) -> None:
@@ -29,6 +34,11 @@ def copy_held_(gradients: list[Tensor]) -> None:
     Args:
         gradients: A list that ``backward`` of a Function made of what it was given.
     """
+    given = _given_memory()
+    if given:
+        for index, gradient in enumerate(gradients):
+            if gradient.untyped_storage().data_ptr() in given:
+                gradients[index] = gradient.clone()
     most, most_of_base = expected_references()
     if len(gradients) == 1:  # as of one embedding: with the fewest instructions
         count, base_count = _count(gradients)
@@ -56,6 +66,18 @@ def copy_held_(gradients: list[Tensor]) -> None:
                 gradients[index] = gradients[index].clone()
 
 
+def _given_memory() -> set[int]:
+    """Return the addresses of the gradients that the caller of ``backward`` gave to it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not _BACKWARD:
+        frame = frame.f_back
+    given = None if frame is None else frame.f_locals["grad_tensors"]
+    if given is None:
+        return set()
+    tensors = [given] if isinstance(given, Tensor) else given
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+
 def _count(gradients: list[Tensor]) -> tuple[int, int]:
     """Return the references to the one gradient of a list, and to its base, 0 if it has none."""
     base = gradients[0]._base
@@ -75,7 +97,7 @@ def _held_bases(bases: list[Tensor | None], most: int) -> set[int]:
 
 
 class _Probe(torch.autograd.Function):
-    """Counts references in a backward pass where nobody holds any."""
+    """Counts references in a backward pass where nobody holds any, called as ``LookupFunction``."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, counted: list[int]) -> Tensor:
@@ -83,6 +105,7 @@ class _Probe(torch.autograd.Function):
         return anchor.clone()
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has references, too
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         tensors = list(gradients)

@@ -92,6 +92,10 @@ class FetchedLocalRows(NamedTuple):
         """Return the header of the feature's table."""
         return self.layout.feature_tables[feature].storage.header
 
+    def version_of(self, feature: int) -> int:
+        """Return the version of the weights of the feature's table."""
+        return self.layout.feature_tables[feature].storage.weights_version
+
     def return_gradients(self, gradients: OutputGradients) -> None:
         """Leave gradients with the tables as pending."""
         features = gradients.features

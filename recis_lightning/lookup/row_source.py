@@ -42,6 +42,9 @@ class FetchedRows(Protocol):
     def header_of(self, feature: int) -> Header:
         """Return the header by which kernels find the rows of the feature at a position."""
 
+    def version_of(self, feature: int) -> int:
+        """Return a number that grows when what is read by ``header_of`` is overwritten."""
+
     def return_gradients(self, gradients: OutputGradients) -> None:
         """Leave gradients as pending with the tables that own the rows, on whatever rank."""
 

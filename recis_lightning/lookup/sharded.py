@@ -86,6 +86,10 @@ class FetchedShardedRows(NamedTuple):
         """Return the header of the received rows."""
         return self.exchange.header
 
+    def version_of(self, feature: int) -> int:
+        """Return 0: nobody overwrites what was received."""
+        return 0
+
     def return_gradients(self, gradients: OutputGradients) -> None:
         """Send gradients to the owners of ids, and leave those that come with the tables."""
         plan = gradients.plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from itertools import compress
 from operator import is_
 from typing import Any, ClassVar
@@ -28,7 +29,8 @@ class SparseDenseOptimizer(Optimizer):
         sparse: A sparse optimizer, or several.
 
     Raises:
-        TypeError: An argument is no optimizer of its kind.
+        TypeError: An argument is no optimizer of its kind, or ``dense`` cannot step without a
+            closure, as LBFGS.
 
     Example:
         >>> from recis_lightning import DynamicEmbedding, hash_tables
@@ -52,6 +54,12 @@ class SparseDenseOptimizer(Optimizer):
         if not isinstance(dense, Optimizer) or isinstance(dense, SparseOptimizer):
             raise TypeError(
                 f"dense: expected a torch.optim.Optimizer of parameters, got {type(dense).__name__}"
+            )
+        if _needs_closure(dense):
+            raise TypeError(
+                f"dense: {type(dense).__name__} evaluates the loss several times in a step, and "
+                "rows would not move in between; expected an optimizer that steps without a "
+                "closure, such as torch.optim.AdamW"
             )
         self.dense = dense
         self.sparse = [sparse] if isinstance(sparse, SparseOptimizer) else list(sparse)
@@ -195,6 +203,11 @@ class SparseDenseOptimizer(Optimizer):
         self.dense.add_param_group(group)
         self.param_groups.append(self.dense.param_groups[-1])
         self._share()
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
 
 
 def _name_apart(groups: Sequence[dict[str, Any]], num_dense: int) -> None:

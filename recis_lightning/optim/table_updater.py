@@ -67,6 +67,7 @@ class TableUpdater:
         """Make the fused updates anew in the next step."""
         self._layout_version = -1
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels change rows
     def step(
         self,
         owner: Optimizer,

@@ -11,16 +11,20 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import compress
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 _REQUIRES_GRAD: Any = torch._C.TensorBase.requires_grad  # torch's own descriptor
+_BETWEEN = {__file__, eval_frame.__file__}  # frames between who reads a gradient and who is asked
 
 
 class Anchor(nn.Parameter):
@@ -72,7 +76,7 @@ class Anchor(nn.Parameter):
         A ``zero_grad`` alone is told while something is pending, for it skips what has none.
         """
         pending = getattr(self, "pending", None)
-        if pending and sys._getframe(1).f_code.co_name == "zero_grad":
+        if pending and _is_asked_by_zero_grad():
             return PendingMark.of(pending, self)
         return None
 
@@ -80,6 +84,15 @@ class Anchor(nn.Parameter):
     def grad(self, gradient: Tensor | None) -> None:
         if gradient is None and getattr(self, "pending", None):
             self.pending.clear()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo cannot trace frames
+def _is_asked_by_zero_grad() -> bool:
+    """Return whether a function of that name, or what Dynamo made of it, reads ``grad``."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename in _BETWEEN:
+        frame = frame.f_back
+    return frame is not None and "zero_grad" in frame.f_code.co_name
 
 
 class PendingMark(Tensor):
@@ -121,22 +134,79 @@ def keep_anchors_out() -> None:
     a model has, it is given anchors, for it needs a parameter.
     """
     register_module_module_registration_hook(_leave_out_of_ddp)
-    add_param_group = Optimizer.add_param_group
+    init, add_param_group = Optimizer.__init__, Optimizer.add_param_group
+
+    @functools.wraps(init)
+    def init_without_anchors(self: Optimizer, params: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(self, "holds_anchors", False):
+            params = _without_anchors(params, type(self).__name__)
+        init(self, params, *args, **kwargs)
 
     @functools.wraps(add_param_group)
-    def without_anchors(self: Optimizer, param_group: dict[str, Any]) -> None:
-        add_param_group(self, param_group)
+    def add_without_anchors(self: Optimizer, param_group: dict[str, Any]) -> None:
         if not getattr(self, "holds_anchors", False):
-            _drop_anchors(self.param_groups[-1])
+            _drop_anchors(param_group)
+        add_param_group(self, param_group)
 
-    Optimizer.add_param_group = without_anchors  # type: ignore[method-assign]
+    Optimizer.__init__ = init_without_anchors  # type: ignore[method-assign]
+    Optimizer.add_param_group = add_without_anchors  # type: ignore[method-assign]
 
 
-def _drop_anchors(group: dict[str, Any]) -> None:
-    kept = [not isinstance(parameter, Anchor) for parameter in group["params"]]
-    if not all(kept):
-        for key in {"params", "param_names"} & group.keys():
-            group[key] = [item for item, keep in zip(group[key], kept, strict=True) if keep]
+def _without_anchors(params: Any, optimizer: str) -> Any:
+    """Return what an optimizer is given, without anchors; groups stay the same objects.
+
+    Args:
+        params: Of any form that torch takes.
+        optimizer: Its name, for the error.
+
+    Raises:
+        ValueError: There are anchors alone.
+    """
+    if isinstance(params, Tensor):
+        return params  # torch says what is wrong
+    given = list(params)
+    has_groups = bool(given) and isinstance(given[0], dict)
+    groups = given if has_groups else [{"params": given}]
+    entries = [entry for group in groups for entry in _entries_of(group)]
+    if entries and all(map(_is_anchor, entries)):
+        raise ValueError(
+            f"params: expected parameters, got those of tables alone; {optimizer} cannot train "
+            "rows, which are no parameters: use an optimizer of recis_lightning.optim, such as "
+            "SparseAdamW(hash_tables(module), lr=...)"
+        )
+    for group in groups:
+        _drop_anchors(group)
+    return given if has_groups else groups[0]["params"]
+
+
+def _drop_anchors(group: Any) -> None:
+    entries = _entries_of(group)
+    kept = [not _is_anchor(entry) for entry in entries]
+    if all(kept):
+        return
+    group["params"] = list(compress(entries, kept))
+    if "param_names" in group:
+        group["param_names"] = list(compress(group["param_names"], kept))
+    elif isinstance(entries[0], tuple):
+        group["param_names"] = []  # torch wants all groups named, and reads the names of the rest
+
+
+def _entries_of(group: Any) -> list[Any]:
+    """Return the parameters of a group, or its pairs of name and parameter; none if torch raises.
+
+    Those of an iterator are put in its place.
+    """
+    params = group.get("params") if isinstance(group, dict) else None
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, set) or not isinstance(params, Iterable):
+        return []
+    group["params"] = list(params)
+    return list(group["params"])
+
+
+def _is_anchor(entry: Any) -> bool:
+    return isinstance(entry[-1] if isinstance(entry, tuple) and entry else entry, Anchor)
 
 
 def _leave_out_of_ddp(module: nn.Module, name: str, child: Any) -> None:

@@ -25,6 +25,7 @@ from typing_extensions import override
 from recis_lightning.admission import Admission, Screening
 from recis_lightning.arguments import (
     HINTS,
+    check_bool,
     check_dtype,
     check_embedding_dim,
     check_ids,
@@ -35,6 +36,7 @@ from recis_lightning.arguments import (
     check_str,
     explain_arguments,
     refuse_recording,
+    refuse_script,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
@@ -148,6 +150,7 @@ class HashTable(nn.Module):
             check_str("name", name)
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
         check_seed(seed)
+        check_bool("trainable", trainable)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -211,9 +214,10 @@ class HashTable(nn.Module):
         return (self.default_name or "table") if self.given_name is None else self.given_name
 
     def set_default_name(self, name: str) -> None:
-        """Name the table unless it has a name or rows already."""
+        """Name the table unless it has a name, or rows that began as those of one."""
         if self.given_name is None:
-            self.set_key(name if self.storage.rows.num_rows == 0 else self.name, self.seed)
+            has_begun = self.default_name is not None and self.storage.rows.num_rows > 0
+            self.set_key(self.default_name if has_begun else name, self.seed)
 
     def set_key(self, name: str | None, seed: int) -> None:
         """Name the table, and let new rows depend on name and seed."""
@@ -261,6 +265,7 @@ class HashTable(nn.Module):
 
     @trainable.setter
     def trainable(self, trainable: bool) -> None:
+        check_bool("trainable", trainable)
         self.anchor.requires_grad = trainable
 
     @property
@@ -413,6 +418,10 @@ class HashTable(nn.Module):
         """
         assert _lookup is not None
         return _lookup.look_up(self, ids)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        refuse_script(f"table {self.name!r}")
 
     # ---- reading and writing rows
 
@@ -671,6 +680,7 @@ class HashTable(nn.Module):
         if "_name" in state:  # pickled by 0.1.0
             state["given_name"] = state.pop("_name")
             state = {key: value for key, value in state.items() if key not in _FIELDS_OF_0_1_0}
+            state["default_name"] = "table"  # as which the rows of those without a name began
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start(*parts)
         table_state.load(self, table_state.from_arrays(saved))
@@ -803,7 +813,7 @@ def hash_tables(module: nn.Module) -> list[HashTable]:
 
 
 def name_before_use(table: HashTable) -> None:
-    """Name a table that has no name when a training lookup begins, unless it has rows.
+    """Name a table that has no name when a training lookup begins.
 
     It is "table", or "table_2" and so on where another table alive has that name: the rows of two
     tables must not begin alike. Copies of a table are to begin as it does.
@@ -823,8 +833,7 @@ def name_before_use(table: HashTable) -> None:
         if other.original is not table and table.original is not other
     }
     names = itertools.chain(["table"], (f"table_{count}" for count in itertools.count(2)))
-    has_rows = table.storage.rows.num_rows > 0  # which began as those of "table"
-    table.default_name = "table" if has_rows else next(n for n in names if n not in taken)
+    table.default_name = next(name for name in names if name not in taken)
     table.set_key(None, table.seed)
 
 

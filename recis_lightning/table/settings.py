@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recis_lightning.admission import Admission
+from recis_lightning.arguments import check_seed
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer
 from recis_lightning.ops import row_init
@@ -36,12 +37,15 @@ def check(name: str, value: Any, storage: Storage | None = None) -> None:
 
     Raises:
         TypeError: The value is of another type.
-        ValueError: It is an eviction policy that needs columns which the table does not keep.
+        ValueError: It is a seed out of range, or an eviction policy that needs columns which the
+            table does not keep.
     """
     kind = _KINDS[name]
     if not isinstance(value, kind):
         wanted = getattr(kind, "__name__", str(kind))
         raise TypeError(f"{name.removeprefix('given_')}: expected {wanted}, got {value!r}")
+    if name == "seed":
+        check_seed(value)
     if name == "eviction" and storage is not None:
         missing = sorted(set(kept_columns(value)) - set(storage.kept_columns))
         if missing:

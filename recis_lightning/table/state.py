@@ -35,6 +35,7 @@ class StatefulTable(Protocol):
         storage: Ids, rows and columns.
         evictor: Pins.
         given_name: The table's name, None as long as it has none.
+        default_name: Name by which new rows begin as long as it has none, None before they do.
         seed: Of new rows.
         needs_reshard: Whether rows came that no lookup brought: other ranks may own them.
     """
@@ -42,6 +43,7 @@ class StatefulTable(Protocol):
     storage: Storage
     evictor: Evictor
     given_name: str | None
+    default_name: str | None
     seed: int
     needs_reshard: bool
 
@@ -102,7 +104,7 @@ def saved_fields(table: StatefulTable, rows: Tensor) -> dict[str, Any]:
     storage, columns = table.storage, table.storage.columns
     state: dict[str, Any] = {
         "schema": SCHEMA,
-        "name": table.given_name,
+        "name": table.default_name if table.given_name is None else table.given_name,
         "embedding_dim": storage.embedding_dim,
         "dtype": str(storage.dtype).removeprefix("torch."),
         "seed": table.seed,

@@ -26,6 +26,7 @@ from recis_lightning.ops.layout import (
     LAST_SEEN,
     LAST_TIME,
     NUM_IDS,
+    NUM_UPDATES,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
     SEGMENT_SIZE,
@@ -63,6 +64,7 @@ class Storage(TableMemory):
         generation: Grows when rows go: row numbers that a lookup noted before are void.
         num_removed: Rows that went since the table was made, by whatever way.
         num_loaded: Rows that came with a loaded state.
+        num_overwrites: Calls of ``insert`` that gave known ids other weights.
         num_void: Entries that insertions left behind which failed: no id has them, and they take
             room until the index is rebuilt.
     """
@@ -85,6 +87,7 @@ class Storage(TableMemory):
         self.embedding_dim, self.dtype, self.device = embedding_dim, dtype, device
         self.kept_columns, self.now, self.name = kept_columns, now, name
         self.generation = self.num_removed = self.num_loaded = self.num_void = 0
+        self.num_overwrites = 0
         self.header = Header(device, backend.is_async(device))
         self.admission_counter: AdmissionCounter | None = None
         self._empty({}, 0.0)
@@ -206,6 +209,12 @@ class Storage(TableMemory):
         return occupied
 
     # ---- columns of policies
+
+    @property
+    def weights_version(self) -> int:
+        """Number that grows whenever weights of rows that were there are overwritten."""
+        num_updates: int = self.header.fields.item(NUM_UPDATES)
+        return num_updates + self.num_overwrites
 
     @property
     def step(self) -> int:

@@ -165,6 +165,19 @@ def test_a_crash_leaves_the_trace_of_an_open_window(make_trainer, tmp_path, fail
     assert files(tmp_path / "next") == ["local-timeline-2.json"]
 
 
+@pytest.mark.filterwarnings("ignore:.*skew")
+def test_a_window_without_a_batch_replaces_no_trace(make_trainer, tmp_path):
+    """It opens where the last one closes, and its trace would have the same name."""
+    hook = ProfilerHook(wait=0, warmup=0, active=2, repeat=0, output_dir=tmp_path)
+    make_trainer(hook).fit(Boring(num_batches=4))
+    assert [Path(path).name for path in hook.trace_paths] == [
+        "local-timeline-2.json",
+        "local-timeline-4.json",
+    ]
+    for path in hook.trace_paths:
+        assert "run_training_batch" in named(path)
+
+
 def test_a_crash_outside_a_window_leaves_nothing(make_trainer, tmp_path):
     trainer = make_trainer(ProfilerHook(wait=1, warmup=2, output_dir=tmp_path / "out"))
     with pytest.raises(RuntimeError, match="no more"):

@@ -18,7 +18,7 @@ from recis_lightning import (
 )
 from recis_lightning.admission import MinCount
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.optim import SparseDenseOptimizer, SparseSGD
+from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, differences, everything, trainer
 
@@ -46,6 +46,36 @@ def test_a_compiled_lightning_module_trains_as_it_would_without(tmp_path, backen
     trainer(tmp_path).fit(torch.compile(compiled, backend=backend), loader())
     assert len(hash_tables(compiled)) == 3
     assert differences(everything(compiled), everything(plain)) == []
+
+
+# torch's compiler itself, when it traces torch's optimizers.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize("zero", ["optimizer", "module"])
+def test_a_whole_step_may_be_compiled(zero):
+    """Backward pass, update and zeroing as well: to the same bits, and with nothing to warn of."""
+
+    def train(wrap):
+        torch.manual_seed(0)
+        model = nn.Sequential(DynamicEmbedding(4, name="user"), nn.Linear(4, 4))
+        tables = hash_tables(model)
+        optimizer = SparseDenseOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            SparseAdam(tables, lr=0.1, clip_grad_norm=1.0),
+        )
+
+        def step(ids, gradient):
+            {"optimizer": optimizer, "module": model}[zero].zero_grad()
+            model(ids).backward(gradient)
+            gradient.zero_()  # the caller's own
+            optimizer.step()
+
+        step = wrap(step)
+        for _ in range(4):
+            step(torch.arange(3), torch.ones(3, 4))
+        assert tables[0].num_updates == 4
+        return tables[0].embeddings(torch.arange(3))
+
+    assert train(lambda step: torch.compile(step, backend="eager")).equal(train(lambda step: step))
 
 
 def test_later_steps_compile_nothing():
@@ -77,6 +107,7 @@ MODULES = {
     "embedding": lambda: DynamicEmbedding(4, name="user"),
     "bag": lambda: DynamicEmbeddingBag(4, name="tags"),
     "engine": lambda: EngineOfOne(),
+    "table": lambda: HashTable(4, name="user"),
 }
 
 

@@ -1,5 +1,6 @@
 """held_gradients: what the caller can still overwrite is copied, and nothing else."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,18 @@ def backward_with_a_view(out):
     return gradient
 
 
+def backward_with_a_view_of_nothing_held(out):
+    gradient = torch.ones(out.numel()).view(out.shape)
+    out.backward(gradient)
+    return gradient
+
+
+def backward_with_memory_of_numpy(out):
+    gradient = np.ones(out.numel(), np.float32)
+    out.backward(torch.from_numpy(gradient).view(out.shape))
+    return torch.from_numpy(gradient)
+
+
 def backward_of_several(out):
     gradient = torch.ones(2, *out.shape)
     torch.autograd.backward([out, out], list(gradient * 0.5))
@@ -44,7 +57,10 @@ def hook(out):
     return KEPT[0]
 
 
-WAYS = [backward, backward_of_a_view, backward_with_a_view, backward_of_several, hook]
+WAYS = [
+    *(backward, backward_of_a_view, backward_with_a_view, backward_of_several, hook),
+    *(backward_with_a_view_of_nothing_held, backward_with_memory_of_numpy),
+]
 
 
 @pytest.mark.parametrize("way", WAYS)

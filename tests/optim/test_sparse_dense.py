@@ -187,3 +187,10 @@ def test_a_state_of_earlier_names_is_loaded_under_those_of_now():
     optimizer.load_state_dict(state)
     assert [group["name"] for group in optimizer.param_groups[1:]] == ["a", "b"]
     assert [group["lr"] for group in sparse[0].param_groups] == [0.7]
+
+
+def test_a_dense_optimizer_that_needs_a_closure_is_refused():
+    """LBFGS moves parameters several times in a step, and rows could not follow."""
+    user, tower = DynamicEmbedding(4, name="user"), torch.nn.Linear(4, 1)
+    with pytest.raises(TypeError, match=r"^dense: LBFGS evaluates the loss several times"):
+        SparseDenseOptimizer(torch.optim.LBFGS(tower.parameters()), SparseSGD(hash_tables(user)))

@@ -15,6 +15,7 @@ from recis_lightning import (
     DynamicEmbeddingBag,
     EmbeddingEngine,
     EmbeddingOption,
+    HashTable,
     hash_tables,
 )
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD
@@ -62,6 +63,16 @@ def test_trainable_is_an_argument(make):
     assert [table.trainable for table in engine.tables.values()] == [False, True]
 
 
+def test_trainable_is_a_bool():
+    """And whatever else leaves a table as it was."""
+    table = HashTable(4)
+    with pytest.raises(TypeError, match=r"^trainable: expected a bool, got 'no'"):
+        table.trainable = "no"
+    with pytest.raises(TypeError, match=r"^trainable: expected a bool, got 'no'"):
+        DynamicEmbedding(4, trainable="no")
+    assert table.trainable
+
+
 def test_what_was_frozen_in_the_forward_pass_gets_no_gradient():
     """As autograd has it: of a group, only what was trained when it was looked up."""
     engine = EmbeddingEngine({"a": EmbeddingOption(4), "b": EmbeddingOption(4)})
@@ -88,6 +99,26 @@ def test_zero_grad_of_a_module_drops_what_is_pending(set_to_none, whole):
     module(IDS).sum().backward()
     optimizer.step()
     assert not module[0].table.embeddings(IDS).isnan().any()
+
+
+def test_a_table_gets_a_gradient_only_from_passes_that_add_it_up():
+    """As a parameter: not from ``torch.autograd.grad``, nor where others' are asked for."""
+    bag, tower = DynamicEmbeddingBag(4, mode="sum", name="tags"), nn.Linear(4, 1)
+    weights = torch.ones(1, 5, requires_grad=True)
+    anchor = bag.table.anchor
+
+    def loss():
+        return tower(bag(IDS.view(1, -1), per_sample_weights=weights * 1)).sum()
+
+    torch.autograd.grad(loss(), weights)
+    torch.autograd.grad(loss(), [anchor, weights, *tower.parameters()], allow_unused=True)
+    loss().backward(inputs=[weights, tower.weight])
+    assert not bag.table.pending
+    loss().backward(inputs=[weights, anchor])
+    assert len(bag.table.pending) == 1
+    bag.zero_grad()
+    loss().backward()
+    assert len(bag.table.pending) == 1
 
 
 def test_zero_grad_of_a_dense_optimizer_leaves_tables_their_gradients():
@@ -125,9 +156,75 @@ def test_dense_optimizers_hold_no_anchors(kind, named):
     assert [tuple(p.shape) for p in optimizer.param_groups[0]["params"]] == [(1, 4), (1,)]
     if named:
         assert optimizer.param_groups[0]["param_names"] == ["1.weight", "1.bias"]
-    alone = kind(DynamicEmbedding(4).parameters(), lr=0.1)
-    alone.step()
-    assert alone.param_groups[0]["params"] == []
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, torch.optim.SparseAdam, torch.optim.SGD, torch.optim.LBFGS]
+)
+def test_dense_optimizers_refuse_tables_alone(kind):
+    """Whatever the form; else a table would seem to have an optimizer."""
+    module = nn.ModuleList([DynamicEmbedding(4), DynamicEmbedding(4)])
+    for params in (
+        module.parameters(),
+        module.named_parameters(),
+        [{"params": part.parameters()} for part in module],
+        [{"params": module[0].table.anchor}],
+    ):
+        with pytest.raises(ValueError, match=rf"^params: .* {kind.__name__} .*SparseAdamW\("):
+            kind(params)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_of_a_dense_optimizer_may_have_tables_alone(named):
+    """Beside others: they are groups of nothing, as those of modules without parameters."""
+    module = model()
+    read = nn.Module.named_parameters if named else nn.Module.parameters
+    groups = [{"params": read(part)} for part in module]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    optimizer.add_param_group({"params": read(DynamicEmbedding(4))})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2, 0]
+    assert optimizer.param_groups[0] is groups[0]
+    if named:
+        assert [group["param_names"] for group in optimizer.param_groups] == [
+            [],
+            ["weight", "bias"],
+            [],
+        ]
+
+
+def test_an_optimizer_that_adds_groups_itself_sees_no_anchors():
+    """It may count on the shapes of what it is given."""
+
+    class Rows(torch.optim.SGD):
+        def add_param_group(self, param_group):
+            self.param_groups.append({**self.defaults, "params": list(param_group["params"])})
+            assert all(p.numel() for p in self.param_groups[-1]["params"])
+
+    assert len(Rows(model().parameters(), lr=0.1).param_groups[0]["params"]) == 2
+
+
+def test_optimizers_say_themselves_what_is_wrong_with_parameters():
+    """With tables among them as without."""
+    anchor = DynamicEmbedding(4).table.anchor
+    for params, error in (
+        (anchor, TypeError),
+        ([], ValueError),
+        ([{"params": {anchor}}], TypeError),
+        ([{"lr": 1.0}], KeyError),
+        ([anchor, "weight"], TypeError),
+    ):
+        with pytest.raises(error):
+            torch.optim.SGD(params, lr=0.1)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_compiled_zero_grad_drops_what_is_pending(set_to_none):
+    """And torch's compiler has nothing to warn of."""
+    module = model()
+    module(IDS).sum().backward()
+    torch._dynamo.reset()
+    torch.compile(lambda: module.zero_grad(set_to_none), backend="eager")()
+    assert not module[0].table.pending
 
 
 def test_anchors_are_not_in_a_state():

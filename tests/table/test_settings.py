@@ -81,13 +81,16 @@ def test_an_eviction_policy_needs_columns_that_the_table_keeps():
         ("initializer", None),
         ("eviction", 3),
         ("seed", "1"),
+        ("seed", True),
+        ("seed", 2**64),
         ("given_name", 4),
     ],
 )
 def test_what_is_no_setting_is_refused(name, value):
     table = HashTable(2, name="user")
     before = getattr(table, name)
-    with pytest.raises(TypeError, match=f"^{name.removeprefix('given_')}: expected"):
+    error = ValueError if value == 2**64 else TypeError
+    with pytest.raises(error, match=f"^{name.removeprefix('given_')}: expected"):
         setattr(table, name, value)
     assert getattr(table, name) is before
 
@@ -110,12 +113,23 @@ def test_padding_idx_mode_and_table_of_a_module(training):
     for name, value, error in (
         ("mode", "max", ValueError),
         ("padding_idx", 1.5, TypeError),
+        ("include_last_offset", None, TypeError),
         ("table", torch.nn.Linear(2, 2), TypeError),
     ):
         with pytest.raises(error, match=f"^{name}: expected"):
             setattr(bag, name, value)
     with pytest.raises(ValueError, match="mode: DynamicEmbeddingBag pools"):
         DynamicEmbedding(2).mode = "sum"
+
+
+def test_an_engine_may_become_strict():
+    engine = EmbeddingEngine({"a": EmbeddingOption(2), "b": EmbeddingOption(2)})
+    engine({"a": ONE})
+    with pytest.raises(TypeError, match=r"^strict: expected a bool, got 'yes'"):
+        engine.strict = "yes"
+    engine.strict = True
+    with pytest.raises(ValueError, match="features: missing"):
+        engine({"a": ONE})
 
 
 def test_another_table_of_an_engine():
