@@ -130,7 +130,8 @@ def load(
 
     Raises:
         ValueError: Another set of tables, another dim, dtype or optimizer, or files that are
-            missing, damaged or of another save; on a rank that found nothing wrong while another
+            missing, damaged or of another save; a FileNotFoundError too if there is no checkpoint
+            at ``path``. On a rank that found nothing wrong while another
             one did, a RuntimeError.
 
     Example:
@@ -187,7 +188,8 @@ def inspect(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[
             file holds, so only for a file of your own.
 
     Raises:
-        ValueError: It is no checkpoint, or a file is missing, torn or of another save.
+        ValueError: It is no checkpoint, or a file is missing, torn or of another save; a
+            FileNotFoundError too if there is nothing at ``path``.
     """
     reader = CheckpointReader.open(path, weights_only)
     return {name: reader.contents(name) for name in reader.names()}

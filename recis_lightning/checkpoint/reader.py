@@ -23,6 +23,10 @@ from recis_lightning.distributed import collectives
 from recis_lightning.table.hash_table import HashTable
 
 
+class NoCheckpointError(FileNotFoundError, ValueError):
+    """Error of a path at which there is no checkpoint."""
+
+
 class CheckpointReader:
     """Tables of one checkpoint, for this rank to read; made by its class methods.
 
@@ -46,6 +50,7 @@ class CheckpointReader:
                 the file holds, so only for a file of your own.
 
         Raises:
+            NoCheckpointError: There is none.
             ValueError: It is no checkpoint, or has no tables.
         """
         path = Path(path)
@@ -55,7 +60,7 @@ class CheckpointReader:
                 return cls(path, ShardTables(Commit.read(file), file))
             main = path.with_name(path.name.removesuffix(FOLDER_SUFFIX))
             if main == path or not main.is_file():
-                raise ValueError(f"{path}: no checkpoint: it has no {COMMIT_FILE}")
+                raise NoCheckpointError(f"{path}: no checkpoint: it has no {COMMIT_FILE}")
             path = main
         return cls.of_lightning(path, read_lightning_file(path, weights_only))
 
@@ -129,7 +134,7 @@ class CheckpointReader:
 def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]:
     """Read a file of Lightning, its tensors memory-mapped; ValueError if it is none."""
     if not os.path.lexists(file):
-        raise ValueError(f"{file}: no such checkpoint")
+        raise NoCheckpointError(f"{file}: no such checkpoint")
     check_regular(file)
     try:
         _refuse_compressed(file)
@@ -158,4 +163,4 @@ def _refuse_compressed(file: Path) -> None:
                 raise ValueError("it has compressed entries")
 
 
-__all__ = ["CheckpointReader", "read_lightning_file"]
+__all__ = ["CheckpointReader", "NoCheckpointError", "read_lightning_file"]

@@ -1,6 +1,7 @@
 """Checkpoints of tables without a Trainer, in one process."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from recis_lightning import DynamicEmbedding, HashTable, checkpoint, hash_tables
+from recis_lightning import DynamicEmbedding, HashTable, checkpoint, hash_tables, report
 from recis_lightning.admission import BloomCount, MinCount
 from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.eviction import GlobalStepFilter
@@ -320,3 +321,21 @@ def test_no_checkpoint_at_all(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             checkpoint.inspect(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["none", "none.ckpt", "."])
+def test_a_missing_checkpoint_is_a_file_that_is_not_found(tmp_path, path):
+    """Of every reader; a ValueError too, as what is damaged."""
+    table, path = HashTable(3, name="t"), tmp_path / path
+    for read in (
+        lambda: checkpoint.load(path, [table]),
+        lambda: checkpoint.inspect(path),
+        lambda: checkpoint.read_table(path, "t"),
+        lambda: checkpoint.write_parquet(path, "t", tmp_path / "t.parquet"),
+        lambda: report(path, tmp_path / "r.html"),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no such checkpoint|no checkpoint: it has no"):
+            read()
+        with pytest.raises(ValueError, match=re.escape(f"{path}: no ")):
+            read()
+    assert not any(tmp_path.iterdir())
