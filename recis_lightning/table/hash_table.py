@@ -34,6 +34,7 @@ from recis_lightning.arguments import (
     check_seed,
     check_str,
     explain_arguments,
+    is_row_dtype,
     refuse_recording,
 )
 from recis_lightning.eviction import Eviction
@@ -680,7 +681,12 @@ class HashTable(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
-        check_dtype(probe.dtype)
+        if not is_row_dtype(probe.dtype):
+            raise ValueError(
+                f"table {self.name!r}: expected torch.float32 or torch.bfloat16 for its rows, got "
+                f"{probe.dtype}, from module.to(...) or Trainer(precision=...); use precision "
+                "'32-true', 'bf16-true', 'bf16-mixed' or '16-mixed'"
+            )
         if probe.is_shared() and probe.is_cpu:
             raise RuntimeError(
                 f"table {self.name!r}: share_memory() cannot share a table, whose memory grows; "
