@@ -7,6 +7,7 @@ writes it: every function here takes either.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from recis_lightning.checkpoint.commit import COMMIT_FILE, Commit, new_save_id, remove_files
+from recis_lightning.checkpoint.commit import (
+    COMMIT_FILE,
+    Commit,
+    new_save_id,
+    remove_files,
+    remove_unfinished,
+)
 from recis_lightning.checkpoint.export import read_table, write_parquet
 from recis_lightning.checkpoint.load_plan import LoadPlan, plan_load
 from recis_lightning.checkpoint.progress import Progress, progress_bar
@@ -36,7 +43,8 @@ def save(
     """Save tables to a folder; every rank calls it and writes its own rows.
 
     The checkpoint that the folder holds stays valid until the new one is whole, and goes then, with
-    what killed saves left. No other file of the folder is removed.
+    what killed saves left. No other file of the folder is removed, nor a ``checkpoint.json`` that
+    is none of ours replaced.
 
     Args:
         directory: The folder; made if it is not there. All ranks must see the same one.
@@ -45,6 +53,7 @@ def save(
 
     Raises:
         ValueError: Two tables of one name, or ranks with different tables.
+        FileExistsError: The folder has a ``checkpoint.json`` of something else, or a damaged one.
         RuntimeError: Another process or thread saves to the folder; the error names it.
         OSError: The disk is full, or another error of the system; on the other ranks a
             RuntimeError.
@@ -65,11 +74,13 @@ def save(
 
     def begin() -> None:
         if collectives.rank() == 0:
+            _check_replaceable(folder)
             begin_save(folder, save_id, owner, lambda: _commit_in(folder))
 
     def commit_shards() -> None:
         if collectives.rank() == 0:
-            replaced = _files_to_replace(folder)
+            before = _commit_in(folder)
+            replaced = set() if before is None else before.files()
             note_replaced(folder, replaced)
             commit.write(folder)
             remove_files(folder, replaced)
@@ -79,6 +90,10 @@ def save(
     try:
         commit = write_shards(folder, own.values(), ".", progress, save_id)
         collectives.run_on_all_ranks(commit_shards)
+    except BaseException:
+        if collectives.rank() == 0:
+            _remove_uncommitted(folder, save_id)
+        raise
     finally:
         if collectives.rank() == 0:
             end_save(folder, save_id)
@@ -89,12 +104,23 @@ def _commit_in(folder: Path) -> Commit | None:
     return Commit.read(file) if os.path.lexists(file) else None
 
 
-def _files_to_replace(folder: Path) -> set[str]:
+def _check_replaceable(folder: Path) -> None:
+    """Raise FileExistsError if the folder has a ``checkpoint.json`` that no save of ours wrote."""
     try:
+        _commit_in(folder)
+    except ValueError as error:
+        raise FileExistsError(
+            f"directory: {folder / COMMIT_FILE} is no checkpoint of ours, or damaged ({error}), "
+            "and is not replaced: save to another folder, or remove it"
+        ) from None
+
+
+def _remove_uncommitted(folder: Path, save_id: str) -> None:
+    """Remove the files of a save that failed, unless it is the checkpoint already."""
+    with contextlib.suppress(OSError, ValueError):
         commit = _commit_in(folder)
-    except ValueError:  # what it named is not known
-        return set()
-    return set() if commit is None else commit.files()
+        if commit is None or commit.save_id != save_id:
+            remove_unfinished(folder, [save_id])
 
 
 def load(

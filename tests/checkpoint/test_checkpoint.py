@@ -226,6 +226,35 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert same(held(other), before)
 
 
+def test_a_full_disk_at_the_commit_leaves_nothing(tmp_path):
+    """Shards that are written go, if the file that would name them cannot be."""
+    tables = [HashTable(1, name=f"a table with a longer name {i}") for i in range(60)]
+    before, small = saved(tmp_path), sorted(tmp_path.iterdir())
+    with largest_file(10_000), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path, tables)
+    assert sorted(tmp_path.iterdir()) == small
+    other = model()
+    checkpoint.load(tmp_path, other)
+    assert same(held(other), held(before))
+
+
+@pytest.mark.parametrize("content", ['{"steps": 3}', "mine", "", "[]", '{"format": 99}'])
+def test_a_file_of_the_commits_name_that_is_none_is_kept(tmp_path, content):
+    """It is another program's, of a later version, or damaged."""
+    (tmp_path / "checkpoint.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"directory: .*checkpoint.json is no checkpoint of"):
+        checkpoint.save(tmp_path, [HashTable(2, name="t")])
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.json"]
+    assert (tmp_path / "checkpoint.json").read_text() == content
+
+
+@pytest.mark.parametrize("tables", [None, 3])
+def test_save_says_what_tables_are(tmp_path, tables):
+    with pytest.raises(TypeError, match="tables: expected a module with tables, or tables, got"):
+        checkpoint.save(tmp_path / "new", tables)
+    assert not (tmp_path / "new").exists()
+
+
 def test_inspect(tmp_path):
     """``inspect`` returns sizes and layout."""
     module = saved(tmp_path)
