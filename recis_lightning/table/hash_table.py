@@ -178,7 +178,8 @@ class HashTable(nn.Module):
         self.needs_reshard = False
         self.shard_reference: dict[str, Any] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._original: weakref.ref[HashTable] | None = None
+        self._originals: tuple[weakref.ref[HashTable], ...] = ()  # the nearest first
+        self.family = object()  # shared with copies of copies too
         self.lock = TableLock()
         self.groups: Any = None
         _live[next(_birth)] = self
@@ -645,8 +646,9 @@ class HashTable(nn.Module):
 
     @property
     def original(self) -> HashTable | None:
-        """The table that this one is a deep copy of, as long as it lives."""
-        return None if self._original is None else self._original()
+        """The table that this one is a deep copy of, or if that is gone, the one before it."""
+        alive = (original() for original in self._originals)
+        return next((table for table in alive if table is not None), None)
 
     @reads
     def __getstate__(self) -> dict[str, Any]:
@@ -663,7 +665,8 @@ class HashTable(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied._original = weakref.ref(self)
+        older = (original for original in self._originals if original() is not None)
+        copied._originals, copied.family = (weakref.ref(self), *older), self.family
         return copied
 
     @override
@@ -739,7 +742,8 @@ _NOT_COPIED = (
     "pending",
     "shard_reference",
     "_optimizer",
-    "_original",
+    "_originals",
+    "family",
     "lock",
     "groups",
 )
@@ -826,7 +830,7 @@ def name_before_use(table: HashTable) -> None:
     taken = {
         other.given_name or other.default_name
         for other in live_hash_tables()
-        if other.original is not table and table.original is not other
+        if other.family is not table.family
     }
     names = itertools.chain(["table"], (f"table_{count}" for count in itertools.count(2)))
     has_rows = table.storage.rows.num_rows > 0  # which began as those of "table"
