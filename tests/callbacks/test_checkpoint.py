@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -326,6 +327,27 @@ def test_a_moved_checkpoint(tmp_path):
             resumed(tmp_path / "again", renamed, hook)
     with pytest.raises(ValueError, match=missing):
         Model.load_from_checkpoint(renamed)
+
+
+@pytest.mark.parametrize("how", ["link", "url", "open file", "fabric"])
+def test_a_moved_checkpoint_by_other_names(tmp_path, how):
+    """By a link, a URL or an open file, and with Lightning's Fabric."""
+    model = Model()
+    saving(tmp_path / "a", every=16).fit(model, ResumableLoader())
+    (tmp_path / "a").rename(tmp_path / "b")
+    file = (tmp_path / "b" / "step=16.ckpt").rename(tmp_path / "b" / "best.ckpt")
+    (tmp_path / "b" / "step=16.ckpt.tables").rename(f"{file}.tables")
+    if how == "fabric":
+        loaded = Model(seed=3)
+        Fabric(accelerator="cpu").load(file, {"state_dict": loaded})
+    elif how == "open file":
+        with file.open("rb") as opened:
+            loaded = Model.load_from_checkpoint(opened)
+    else:
+        link = tmp_path / "last.ckpt"
+        link.symlink_to(file)
+        loaded = Model.load_from_checkpoint(link if how == "link" else f"file://{file}")
+    assert differences(everything(model), everything(loaded)) == []
 
 
 def test_only_files_of_ours_are_removed(tmp_path):
