@@ -180,8 +180,9 @@ def load(
 
     def plan() -> LoadPlan:
         names = None if tables is None else _names(tables)
+        renamed = {} if rename is None else rename
         return plan_load(
-            str(reader.path), reader.names(), own, names, rename or {}, optimizer_state, cast
+            str(reader.path), reader.names(), own, names, renamed, optimizer_state, cast
         )
 
     planned = collectives.run_on_all_ranks(plan)

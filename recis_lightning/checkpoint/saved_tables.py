@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,42 @@ class FitRules(NamedTuple):
     cast: torch.dtype | None = None
 
 
+def check_layout(
+    where: str,
+    table: HashTable,
+    dim: int,
+    dtype: torch.dtype,
+    slots: Mapping[str, int],
+    how: FitRules,
+) -> None:
+    """Raise ValueError unless a table can hold rows of a layout.
+
+    Args:
+        where: Path of the checkpoint.
+        table: The table.
+        dim: Weights in a saved row.
+        dtype: Of the weights.
+        slots: Optimizer state of a row: name -> float32 words.
+        how: What may differ.
+    """
+    where = f"table {table.name!r}: the checkpoint's ({where})"
+    if dim != table.embedding_dim:
+        raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
+    if how.strict and dtype is not table.dtype and table.dtype is not how.cast:
+        raise ValueError(
+            f"{where} has dtype {dtype}, the model's {table.dtype}; "
+            f"checkpoint.load(..., cast={str(table.dtype)[6:]!r}) converts it"
+        )
+    compared = how.strict and how.optimizer_state and table.optimizer is not None
+    if compared and slots != table.storage.rows.slots:
+        raise ValueError(
+            f"{where} has optimizer state {slots or 'of no kind'}, "
+            f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
+            "resume with the optimizer that the checkpoint was trained with, or load rows "
+            "alone: checkpoint.load(..., optimizer_state=False)"
+        )
+
+
 class SavedTables(ABC):
     """Tables of one checkpoint, by name; every read raises ValueError if a byte is damaged.
 
@@ -87,4 +123,4 @@ class SavedTables(ABC):
         """Replace all rows of tables that passed ``check_fit``; all ranks call it together."""
 
 
-__all__ = ["FitRules", "SavedTables", "TableContents"]
+__all__ = ["FitRules", "SavedTables", "TableContents", "check_layout"]

@@ -15,7 +15,12 @@ from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.commit import FORMAT, SLOT_PREFIX, Commit
 from recis_lightning.checkpoint.owned_rows import OwnedRows, prefetch_rows
 from recis_lightning.checkpoint.progress import Progress, on_rank_zero
-from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import (
+    FitRules,
+    SavedTables,
+    TableContents,
+    check_layout,
+)
 from recis_lightning.checkpoint.shard_check import check_file, check_same_layout, slots_of
 from recis_lightning.checkpoint.shard_file import FileDigest, ShardFile, opened
 from recis_lightning.distributed import collectives
@@ -81,23 +86,7 @@ class ShardTables(SavedTables):
 
     @override
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
-        where = f"table {table.name!r}: the checkpoint's ({self._folder})"
-        dim, dtype, slots = self._layout(name)
-        if dim != table.embedding_dim:
-            raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
-        if how.strict and dtype is not table.dtype and table.dtype is not how.cast:
-            raise ValueError(
-                f"{where} has dtype {dtype}, the model's {table.dtype}; "
-                f"checkpoint.load(..., cast={str(table.dtype)[6:]!r}) converts it"
-            )
-        compared = how.strict and how.optimizer_state and table.optimizer is not None
-        if compared and slots != table.storage.rows.slots:
-            raise ValueError(
-                f"{where} has optimizer state {slots or 'of no kind'}, "
-                f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
-                "resume with the optimizer that the checkpoint was trained with, or load rows "
-                "alone: checkpoint.load(..., optimizer_state=False)"
-            )
+        check_layout(str(self._folder), table, *self._layout(name), how)
 
     @override
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:

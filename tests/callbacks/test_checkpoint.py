@@ -512,6 +512,21 @@ def test_other_tables_without_strict_loading(tmp_path, caplog, hook):
         assert "no rows of ['more'], and the model has no tables ['item', 'tags']" in caplog.text
 
 
+def test_another_table_in_its_place_without_strict_loading(tmp_path):
+    """Tables are told apart by their names: one gets no rows of the table that was there."""
+    model = Model()
+    saving(tmp_path).fit(model, ResumableLoader())
+    other, loaded = Model(seed=1), {}
+    other.user.table.given_name = "customer"
+    other.strict_loading = False
+    other.on_test_start = lambda: loaded.update({t.name: len(t) for t in hash_tables(other)})
+    trainer(tmp_path, CheckpointHook()).test(
+        other, loader(200), ckpt_path=tmp_path / "step=10.ckpt", verbose=False
+    )
+    assert loaded.pop("customer") == 0
+    assert all(loaded.values())
+
+
 def test_another_precision_is_refused(tmp_path):
     """Rows of float32 would lose bits; those of bfloat16 stay such."""
     saving(tmp_path).fit(Model(), ResumableLoader())

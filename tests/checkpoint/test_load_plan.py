@@ -130,6 +130,7 @@ def by_name(made):
             ["item"],
             "rename: expected one saved table for each",
         ),
+        ({"tables": ["item"], "rename": {"user": "item"}}, ["item"], r"got \['user'\] too"),
         ({"cast": "float16"}, ["user", "item", "tags"], "cast: expected torch.float32"),
     ],
 )
@@ -141,6 +142,46 @@ def test_what_is_refused(saved, arguments, names, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load(path, loaded, **arguments)
     assert same(held(loaded), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"optimizer": SparseAdagrad}, r"table 'tags': .* state {'exp_avg': 3, 'exp_avg_sq': 3}, "),
+        ({"dtype": torch.bfloat16}, r"table 'tags': .* has dtype torch.float32, the model's "),
+        ({"dim": 2}, r"table 'tags'.* embedding_dim=.*"),
+    ],
+)
+def test_another_layout_is_refused(saved, kind, message):
+    """Of one table among others, in a folder and in Lightning's file; nothing changes."""
+    path, _ = saved
+    loaded = [*tables("user", "item"), *tables("tags", **kind)]
+    before = held(loaded)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path, loaded)
+    assert same(held(loaded), before)
+
+
+def test_two_tables_of_one_name_in_a_file(tmp_path):
+    """They are no checkpoint by name; one table of two modules is."""
+    one, other = tables("user")[0], tables("user")[0]
+    other.insert(IDS, torch.ones(20, 3))
+    for first, second in ((one, other), (one, one)):
+        state = {
+            "a.table._extra_state": first.get_extra_state(),
+            "b.table._extra_state": second.get_extra_state(),
+        }
+        torch.save({"state_dict": state}, tmp_path / f"{first is second}.ckpt")
+    with pytest.raises(ValueError, match="two of its tables have the name 'user', and tables are"):
+        checkpoint.inspect(tmp_path / "False.ckpt")
+    assert checkpoint.inspect(tmp_path / "True.ckpt")["user"].rows == [0]
+
+
+@pytest.mark.parametrize("rename", [["user"], "user", []])
+def test_rename_is_a_dict(saved, rename):
+    path, _ = saved
+    with pytest.raises(TypeError, match="rename: expected a dict, name that was saved -> name in"):
+        checkpoint.load(path, tables("user"), rename=rename)
 
 
 @pytest.mark.parametrize("names", ["user", [HashTable(3)], [3]])
