@@ -137,8 +137,10 @@ def load(
     """Replace the rows of tables by those of a checkpoint: of all tables or of none.
 
     Every byte is checked before a table changes. Any number of ranks may load what any other
-    number saved; each takes the rows that it owns. A load of anything less than all is asked for,
-    and rank 0 prints what it will do first.
+    number saved; each takes the rows that it owns. Until the load has succeeded, memory holds what
+    there was and what comes: ``clear()`` the tables first where there is no room for both.
+
+    A load of anything less than all is asked for, and rank 0 prints what it will do first.
 
     Args:
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.

@@ -119,7 +119,7 @@ class CheckpointReader:
         """Replace the rows of tables, of all or of none; all ranks call it together.
 
         Tables with rows keep them until every byte is checked. Empty ones are filled at once, and
-        emptied again if a byte proves damaged.
+        are empty again if a byte proves damaged. After any exception, all hold what they held.
 
         Args:
             tables: Tables to load, by the name of the saved one.

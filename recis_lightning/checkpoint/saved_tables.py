@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,18 @@ def check_layout(
         )
 
 
+@contextmanager
+def all_or_none(tables: Iterable[HashTable]) -> Iterator[None]:
+    """Give all tables back what they held if the block, which loads them, is left by an exception.
+
+    Until then, memory holds what there was and what comes.
+    """
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(table.undo())
+        yield
+
+
 class SavedTables(ABC):
     """Tables of one checkpoint, by name; every read raises ValueError if a byte is damaged.
 
@@ -120,7 +133,10 @@ class SavedTables(ABC):
 
     @abstractmethod
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        """Replace all rows of tables that passed ``check_fit``; all ranks call it together."""
+        """Replace all rows of tables that passed ``check_fit``; all ranks call it together.
+
+        After any exception, also one of another rank, the tables hold what they held.
+        """
 
 
-__all__ = ["FitRules", "SavedTables", "TableContents", "check_layout"]
+__all__ = ["FitRules", "SavedTables", "TableContents", "all_or_none", "check_layout"]

@@ -19,6 +19,7 @@ from recis_lightning.checkpoint.saved_tables import (
     FitRules,
     SavedTables,
     TableContents,
+    all_or_none,
     check_layout,
 )
 from recis_lightning.checkpoint.shard_check import check_file, check_same_layout, slots_of
@@ -90,25 +91,20 @@ class ShardTables(SavedTables):
 
     @override
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        # Tables with rows keep them if a byte is damaged; empty ones skip the extra pass.
+        # Tables with rows are not touched if a byte is damaged; empty ones skip the extra pass.
         if not all(collectives.gather(not any(map(_holds_anything, tables.values())))):
             collectives.run_on_all_ranks(partial(self.check, progress, list(tables)))
-        before = {table: table_state.settings(table) for table in tables.values()}
 
         def restore() -> None:
             with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
                 for name, table in tables.items():
                     self._restore(name, table, how, on_progress)
 
-        try:
+        with all_or_none(tables.values()):
             collectives.run_on_all_ranks(restore)
-        except BaseException:
-            for table, settings in before.items():
-                table_state.reset(table, settings)
-            raise
 
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
-        """Replace the rows of one table, on this rank by itself; it is empty after an error."""
+        """Replace the rows of one table, on this rank by itself; it keeps them after an error."""
         with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
             self._restore(name, table, FitRules(strict=False), on_progress)
 

@@ -15,6 +15,7 @@ from recis_lightning.checkpoint.saved_tables import (
     FitRules,
     SavedTables,
     TableContents,
+    all_or_none,
     check_layout,
 )
 from recis_lightning.table import state as table_state
@@ -97,15 +98,16 @@ class StateTables(SavedTables):
 
     @override
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        for name, table in tables.items():
-            state = self._states[name]
-            if name != table.name:
-                state = {**state, "name": table.name}
-            if not how.optimizer_state:
-                state = {**state, "slots": {}, "num_updates": 0}
-            if state is not self._states[name]:
-                state.pop(CHECKSUM, None)  # that of the whole, which is checked
-            table.set_extra_state(state)
+        with all_or_none(tables.values()):
+            for name, table in tables.items():
+                state = self._states[name]
+                if name != table.name:
+                    state = {**state, "name": table.name}
+                if not how.optimizer_state:
+                    state = {**state, "slots": {}, "num_updates": 0}
+                if state is not self._states[name]:
+                    state.pop(CHECKSUM, None)  # that of the whole, which is checked
+                table.set_extra_state(state)
 
 
 def _is_same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -226,7 +226,7 @@ def _fill(
         storage.admission_counter.load_state(state, storage.name)
 
 
-# ---- settings, which a failed load of several tables gives back
+# ---- settings
 
 
 def settings(table: StatefulTable) -> dict[str, Any]:
@@ -240,16 +240,6 @@ def settings(table: StatefulTable) -> dict[str, Any]:
         "slots": storage.rows.slots,
         "state_fill": storage.rows.state_fill,
     }
-
-
-def reset(table: StatefulTable, settings: dict[str, Any]) -> None:
-    """Empty a table and give it settings that it had."""
-    with table.undo():
-        table.clear()
-        fields = table.storage.header.fields
-        fields[STEP], fields[NUM_UPDATES] = settings["step"], settings["num_updates"]
-        table.storage.set_slots(settings["slots"], settings["state_fill"])
-        table.set_key(settings["name"], settings["seed"])
 
 
 # ---- pickling
@@ -295,7 +285,6 @@ __all__ = [
     "from_arrays",
     "load",
     "refuse_many_ranks",
-    "reset",
     "restore",
     "row_columns",
     "saved_fields",

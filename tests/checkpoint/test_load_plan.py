@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recis_lightning import HashTable, checkpoint
+from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.optim import SparseAdagrad, SparseAdam
 from recis_lightning.table import state as table_state
 from tests.helpers.sample_tables import same
@@ -160,6 +161,35 @@ def test_another_layout_is_refused(saved, kind, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load(path, loaded)
     assert same(held(loaded), before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_load_that_ends_on_its_way_changes_no_table(saved, monkeypatch, error, number):
+    """Nor one that was loaded by then; and they train on."""
+    path, _ = saved
+    loaded, others = tables("user", "item", "tags"), tables("user", "item", "tags")
+    for table in (*loaded, *others):
+        table.insert(IDS + 7, torch.ones(20, 3))
+        table.update_step(2)
+    before, replaced, replace = held(loaded), [], table_state._replace
+
+    def fail(table, *arguments):
+        if len(replaced) == number:
+            raise error
+        replaced.append(table)
+        replace(table, *arguments)
+
+    monkeypatch.setattr(table_state, "_replace", fail)
+    with pytest.raises(error):
+        checkpoint.load(path, loaded, progress=no_progress)
+    assert replaced == loaded[:number]
+    assert same(held(loaded), before)
+    for table in (*loaded, *others):
+        table(IDS).sum().backward()
+    loaded[0].kept.step()
+    others[0].kept.step()
+    assert same(held(loaded), held(others))
 
 
 def test_two_tables_of_one_name_in_a_file(tmp_path):
