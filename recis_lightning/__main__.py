@@ -7,27 +7,40 @@ name. A module configures its own optimizers, since it joins a dense and a spars
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
+import lightning.pytorch.callbacks
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # jsonargparse finds a class by its short name once its module is imported.
 import recis_lightning.admission
 import recis_lightning.callbacks
 import recis_lightning.eviction
 import recis_lightning.initializers
-import recis_lightning.optim  # noqa: F401
+import recis_lightning.optim
 
 _PACKAGE = str(Path(__file__).parent)
 
 
 class _CLI(LightningCLI):
     """LightningCLI that says in one line which setting of ours a file or an option has wrong."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the settings; after the error of a misspelt class, name the one that was meant."""
+        try:
+            super().parse_arguments(parser, args)
+        except SystemExit as ended:
+            for hint in _class_hints(_chain(ended)):
+                print(hint, file=sys.stderr)
+            raise
 
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer from the settings."""
@@ -58,11 +71,7 @@ def _settings_errors_in_a_line(within: str | None = None) -> Iterator[None]:
 
 def _refusal(error: BaseException, within: str | None) -> str | None:
     """Return the message of an argument that a constructor of ours refused; None for others."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = _chain(error)
     for one in reversed(chain):
         frames = [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
         if not isinstance(one, (TypeError, ValueError, ImportError)) or not frames:
@@ -81,6 +90,47 @@ def _refusal(error: BaseException, within: str | None) -> str | None:
         if owners:
             return f"{owners[-1]}: {one}"
     return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an exception and those that led to it, the last one first."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+# A class that jsonargparse does not find, in its words: without a module, and of a module.
+_UNKNOWN_CLASS = re.compile(
+    r"(?:dot import path string: |has no attribute ')(\w+)'?$", flags=re.MULTILINE
+)
+
+
+def _class_hints(chain: Sequence[BaseException]) -> list[str]:
+    """Return a line for each class that is misspelt in the errors of a parser."""
+    named = [name for error in chain for name in _UNKNOWN_CLASS.findall(str(error))]
+    known = {name.casefold(): name for name in _class_names()}
+    hints = []
+    for name in dict.fromkeys(named):
+        close = get_close_matches(name.casefold(), known, 1, cutoff=0.8)
+        if close:
+            hints.append(f"hint: there is no class {name}; did you mean {known[close[0]]}?")
+    return hints
+
+
+def _class_names() -> list[str]:
+    """Return the names of classes that a file may write without their module."""
+    rooms = (
+        lightning.pytorch.callbacks,
+        recis_lightning.callbacks,
+        recis_lightning.admission,
+        recis_lightning.eviction,
+        recis_lightning.initializers,
+        recis_lightning.optim,
+    )
+    return [name for room in rooms for name in room.__all__ if name[0].isupper()]
 
 
 def _frames(chain: Sequence[BaseException]) -> Iterator[FrameType]:

@@ -92,6 +92,11 @@ def check_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
     return checked
 
 
+def is_row_dtype(dtype: torch.dtype) -> bool:
+    """Return whether rows can be of a dtype."""
+    return dtype in _DTYPES.values()
+
+
 def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
     """Return ``ids`` as int64 if it is a strided tensor of int64 or int32, else raise.
 
@@ -103,7 +108,7 @@ def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
         TypeError: item: expected dtype torch.int64 or torch.int32, got torch.float32
     """
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name}: expected an int64 Tensor, got {type(ids).__name__}")
+        raise TypeError(f"{name}: expected a Tensor of int64 or int32, got {type(ids).__name__}")
     if ids.dtype is not torch.int64:
         if ids.dtype is not torch.int32:
             raise TypeError(f"{name}: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
@@ -336,6 +341,7 @@ __all__ = [
     "check_str",
     "check_strided",
     "explain_arguments",
+    "is_row_dtype",
     "refuse_recording",
     "refuse_script",
 ]

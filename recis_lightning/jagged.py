@@ -172,8 +172,8 @@ def read_bags(feature: Any, name: str) -> Bags:
         if len(feature) == 3:  # a Jagged that a collate function rebuilt as a plain tuple
             return read_jagged(Jagged(*feature), name)
     raise TypeError(
-        f"{name}: expected an int64 Tensor, (ids, weights), a jagged NestedTensor or Jagged, "
-        f"got {type(feature).__name__}"
+        f"{name}: expected a Tensor of int64 or int32, (ids, weights), a jagged NestedTensor or "
+        f"Jagged, got {type(feature).__name__}"
     )
 
 

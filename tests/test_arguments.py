@@ -39,7 +39,7 @@ def test_valid_values_are_returned():
         (lambda: check_str("name", 3), TypeError, r"name: expected a str, got int \(3\)"),
         (lambda: check_embedding_dim(0), ValueError, r"embedding_dim: expected an int >= 1"),
         (lambda: check_dtype(torch.float16), ValueError, r"or torch.bfloat16, got torch.float16"),
-        (lambda: check_ids([1]), TypeError, r"ids: expected an int64 Tensor, got list"),
+        (lambda: check_ids([1]), TypeError, r"ids: expected a Tensor of int64 or int32, got list"),
         (lambda: check_ids(torch.ones(1), "keys"), TypeError, r"keys: .* got torch.float32"),
         (lambda: check_padding_idx(1.0), TypeError, r"padding_idx: expected an int or None"),
         (lambda: check_padding_idx(2**63), ValueError, r"padding_idx: expected an int64"),

@@ -149,6 +149,35 @@ def test_errors_name_the_culprit(args, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("trainer: {callbacks: {class_path: LoggerHok}}", "LoggerHook"),
+        ("trainer: {callbacks: [LoggerHook, {class_path: Hashtablefilterhook}]}",
+         "HashTableFilterHook"),
+        ("trainer: {callbacks: [recis_lightning.callbacks.ProfilerHok]}", "ProfilerHook"),
+        ("trainer: {callbacks: [EarlyStoping]}", "EarlyStopping"),
+        ("model: {init_args: {sparse_optimizer: {class_path: SparseAdmaW}}}", "SparseAdamW"),
+        ("model: {init_args: {embeddings: {a: {embedding_dim: 3, eviction: MaxRow}}}}", "MaxRows"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_class_is_told_apart(given, meant, capsys):
+    """The parser's own error says that it expected an import path."""
+    Path("typo.yaml").write_text(given)
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "-c", str(MOVIELENS), "-c", "typo.yaml"])
+    assert done.value.code == 2
+    hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint:")]
+    assert len(hints) == 1
+    assert hints[0].endswith(f"; did you mean {meant}?")
+
+
+def test_a_class_that_resembles_none_gets_no_hint(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(MOVIELENS), "--trainer.callbacks", "NoSuchHook"])
+    assert "hint:" not in capsys.readouterr().err
+
+
 def test_a_value_that_an_option_refuses_is_named():
     option = "{user: {embedding_dim: 3, mode: max}}"
     with pytest.raises((ValueError, SystemExit), match=r"mode: expected one of|2"):

@@ -401,7 +401,7 @@ def test_int32_ids_are_widened():
         ({"a": IDS}, ValueError, r"features: missing \['b'\], unknown \[\]"),
         ({"a": IDS, "b": IDS, "c": IDS}, ValueError, r"missing \[\], unknown \['c'\]"),
         ({"a": IDS, "b": IDS.short()}, TypeError, r"b: expected .*int64 .*, got torch\.int16"),
-        ({"a": IDS, "b": "x"}, TypeError, "b: expected an int64 Tensor.*got str"),
+        ({"a": IDS, "b": "x"}, TypeError, "b: expected a Tensor of int64 or int32.*got str"),
         ({"a": IDS, "b": (IDS, IDS)}, TypeError, "b: expected weights as a floating-point"),
         ({"a": IDS, "b": (IDS, torch.ones(3))}, ValueError, r"b: expected weights .*got \(3,\)"),
         ({"a": IDS, "b": Jagged(IDS, IDS.float())}, TypeError, r"b\.offsets: .*got torch\.float32"),

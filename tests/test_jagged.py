@@ -119,8 +119,8 @@ def test_weights_become_float32():
 @pytest.mark.parametrize(
     ("feature", "error", "words"),
     [
-        (7, TypeError, r"f: expected an int64 Tensor, .*got int"),
-        ([1], TypeError, "f: expected an int64 Tensor, .*got list"),
+        (7, TypeError, r"f: expected a Tensor of int64 or int32, .*got int"),
+        ([1], TypeError, "f: expected a Tensor of int64 or int32, .*got list"),
         (VALUES.float(), TypeError, r"f: expected .*got torch\.float32"),
         (Jagged(VALUES.short(), OFFSETS), TypeError, r"f\.values: .*got torch\.int16"),
         (Jagged(VALUES, OFFSETS.short()), TypeError, r"f\.offsets: .*got torch\.int16"),

@@ -118,7 +118,8 @@ class CheckpointHook(Hook):
         reader.load(tables, FitRules(strict=False), progress, whole=strict)
         if not strict:
             _tell_what_is_left(path, self._module, reader)
-        SHARD_LOADER.note_loaded(commit, tables.values())
+        # Not by the place in the module, as states are loaded: other tables stay as they are.
+        SHARD_LOADER.note_loaded(commit, hash_tables(self._module))
         self._loaded = reader
 
 

@@ -7,6 +7,7 @@ writes it: every function here takes either.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from recis_lightning.checkpoint.commit import COMMIT_FILE, Commit, new_save_id, remove_files
+from recis_lightning.checkpoint.commit import (
+    COMMIT_FILE,
+    Commit,
+    new_save_id,
+    remove_files,
+    remove_unfinished,
+)
 from recis_lightning.checkpoint.export import read_table, write_parquet
 from recis_lightning.checkpoint.load_plan import LoadPlan, plan_load
 from recis_lightning.checkpoint.progress import Progress, progress_bar
@@ -36,7 +43,8 @@ def save(
     """Save tables to a folder; every rank calls it and writes its own rows.
 
     The checkpoint that the folder holds stays valid until the new one is whole, and goes then, with
-    what killed saves left. No other file of the folder is removed.
+    what killed saves left. No other file of the folder is removed, nor a ``checkpoint.json`` that
+    is none of ours replaced.
 
     Args:
         directory: The folder; made if it is not there. All ranks must see the same one.
@@ -45,6 +53,7 @@ def save(
 
     Raises:
         ValueError: Two tables of one name, or ranks with different tables.
+        FileExistsError: The folder has a ``checkpoint.json`` of something else, or a damaged one.
         RuntimeError: Another process or thread saves to the folder; the error names it.
         OSError: The disk is full, or another error of the system; on the other ranks a
             RuntimeError.
@@ -65,11 +74,13 @@ def save(
 
     def begin() -> None:
         if collectives.rank() == 0:
+            _check_replaceable(folder)
             begin_save(folder, save_id, owner, lambda: _commit_in(folder))
 
     def commit_shards() -> None:
         if collectives.rank() == 0:
-            replaced = _files_to_replace(folder)
+            before = _commit_in(folder)
+            replaced = set() if before is None else before.files()
             note_replaced(folder, replaced)
             commit.write(folder)
             remove_files(folder, replaced)
@@ -79,6 +90,10 @@ def save(
     try:
         commit = write_shards(folder, own.values(), ".", progress, save_id)
         collectives.run_on_all_ranks(commit_shards)
+    except BaseException:
+        if collectives.rank() == 0:
+            _remove_uncommitted(folder, save_id)
+        raise
     finally:
         if collectives.rank() == 0:
             end_save(folder, save_id)
@@ -89,12 +104,23 @@ def _commit_in(folder: Path) -> Commit | None:
     return Commit.read(file) if os.path.lexists(file) else None
 
 
-def _files_to_replace(folder: Path) -> set[str]:
+def _check_replaceable(folder: Path) -> None:
+    """Raise FileExistsError if the folder has a ``checkpoint.json`` that no save of ours wrote."""
     try:
+        _commit_in(folder)
+    except ValueError as error:
+        raise FileExistsError(
+            f"directory: {folder / COMMIT_FILE} is no checkpoint of ours, or damaged ({error}), "
+            "and is not replaced: save to another folder, or remove it"
+        ) from None
+
+
+def _remove_uncommitted(folder: Path, save_id: str) -> None:
+    """Remove the files of a save that failed, unless it is the checkpoint already."""
+    with contextlib.suppress(OSError, ValueError):
         commit = _commit_in(folder)
-    except ValueError:  # what it named is not known
-        return set()
-    return set() if commit is None else commit.files()
+        if commit is None or commit.save_id != save_id:
+            remove_unfinished(folder, [save_id])
 
 
 def load(
@@ -111,8 +137,10 @@ def load(
     """Replace the rows of tables by those of a checkpoint: of all tables or of none.
 
     Every byte is checked before a table changes. Any number of ranks may load what any other
-    number saved; each takes the rows that it owns. A load of anything less than all is asked for,
-    and rank 0 prints what it will do first.
+    number saved; each takes the rows that it owns. Until the load has succeeded, memory holds what
+    there was and what comes: ``clear()`` the tables first where there is no room for both.
+
+    A load of anything less than all is asked for, and rank 0 prints what it will do first.
 
     Args:
         path: A folder that ``save`` wrote to, or Lightning's checkpoint file.
@@ -130,7 +158,8 @@ def load(
 
     Raises:
         ValueError: Another set of tables, another dim, dtype or optimizer, or files that are
-            missing, damaged or of another save; on a rank that found nothing wrong while another
+            missing, damaged or of another save; a FileNotFoundError too if there is no checkpoint
+            at ``path``. On a rank that found nothing wrong while another
             one did, a RuntimeError.
 
     Example:
@@ -153,8 +182,9 @@ def load(
 
     def plan() -> LoadPlan:
         names = None if tables is None else _names(tables)
+        renamed = {} if rename is None else rename
         return plan_load(
-            str(reader.path), reader.names(), own, names, rename or {}, optimizer_state, cast
+            str(reader.path), reader.names(), own, names, renamed, optimizer_state, cast
         )
 
     planned = collectives.run_on_all_ranks(plan)
@@ -187,7 +217,8 @@ def inspect(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[
             file holds, so only for a file of your own.
 
     Raises:
-        ValueError: It is no checkpoint, or a file is missing, torn or of another save.
+        ValueError: It is no checkpoint, or a file is missing, torn or of another save; a
+            FileNotFoundError too if there is nothing at ``path``.
     """
     reader = CheckpointReader.open(path, weights_only)
     return {name: reader.contents(name) for name in reader.names()}

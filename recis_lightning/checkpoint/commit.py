@@ -145,9 +145,10 @@ class Commit:
             folders = [Path(self.location)]
         else:
             # A file may have been renamed together with its folder.
-            names = [file.name + FOLDER_SUFFIX, self.folder] if self.folder != "." else ["."]
-            parents = dict.fromkeys((file.parent, file.resolve().parent))
-            folders = [parent / name for parent in parents for name in names]
+            places = dict.fromkeys((file, file.resolve()))  # it may be a link
+            names = [*(place.name + FOLDER_SUFFIX for place in places), self.folder]
+            names = list(dict.fromkeys(names)) if self.folder != "." else ["."]
+            folders = [place.parent / name for place in places for name in names]
         found = [folder for folder in folders if _is_folder(folder)]
         one = next(iter(self.files()), None)
         for folder in found:

@@ -35,7 +35,8 @@ def read_table(
         one column for each number: ``weights_0``, ``weights_1`` ...
 
     Raises:
-        ValueError: No such table or kind, no checkpoint, or a damaged one.
+        ValueError: No such table or kind, no checkpoint (a FileNotFoundError too), or a damaged
+            one.
         ImportError: pandas is asked for and not installed.
     """
     if kind not in ("numpy", "pandas"):

@@ -74,13 +74,22 @@ def plan_load(
         cast: As for ``FitRules``; or its name.
 
     Raises:
+        TypeError: ``rename`` is no mapping.
         ValueError: A name that is not there, or two saved tables for one of the model.
     """
+    if not isinstance(rename, Mapping):
+        raise TypeError(
+            "rename: expected a dict, name that was saved -> name in the model, got "
+            f"{type(rename).__name__}"
+        )
     wanted = list(saved) if names is None else list(dict.fromkeys(names))
     for argument, given in (("tables", wanted), ("rename", rename)):
         unknown = [name for name in given if name not in saved]
         if unknown:
             raise ValueError(f"{argument}: {path} has the tables {sorted(saved)}, got {unknown}")
+    unused = [name for name in rename if name not in wanted]
+    if unused:
+        raise ValueError(f"rename: expected names among tables={wanted}, got {unused} too")
     unknown = [name for name in rename.values() if name not in model]
     if unknown:
         raise ValueError(f"rename: the model has the tables {sorted(model)}, got {unknown}")

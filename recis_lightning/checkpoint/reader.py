@@ -24,6 +24,10 @@ from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import distinct_locks, write
 
 
+class NoCheckpointError(FileNotFoundError, ValueError):
+    """Error of a path at which there is no checkpoint."""
+
+
 class CheckpointReader:
     """Tables of one checkpoint, for this rank to read; made by its class methods.
 
@@ -47,6 +51,7 @@ class CheckpointReader:
                 the file holds, so only for a file of your own.
 
         Raises:
+            NoCheckpointError: There is none.
             ValueError: It is no checkpoint, or has no tables.
         """
         path = Path(path)
@@ -56,7 +61,7 @@ class CheckpointReader:
                 return cls(path, ShardTables(Commit.read(file), file))
             main = path.with_name(path.name.removesuffix(FOLDER_SUFFIX))
             if main == path or not main.is_file():
-                raise ValueError(f"{path}: no checkpoint: it has no {COMMIT_FILE}")
+                raise NoCheckpointError(f"{path}: no checkpoint: it has no {COMMIT_FILE}")
             path = main
         return cls.of_lightning(path, read_lightning_file(path, weights_only))
 
@@ -114,10 +119,9 @@ class CheckpointReader:
     ) -> None:
         """Replace the rows of tables, of all or of none; all ranks call it together.
 
-        Tables with rows keep them until every byte is checked, and are then replaced one by one.
-        Empty ones are filled at once, and emptied again if a byte proves damaged. No other thread
-        reads or changes the tables meanwhile. After an interruption each table with rows has those
-        of before or those of the checkpoint.
+        Tables with rows keep them until every byte is checked. Empty ones are filled at once, and
+        are empty again if a byte proves damaged. After any exception, all hold what they held. No
+        other thread reads or changes the tables meanwhile.
 
         Args:
             tables: Tables to load, by the name of the saved one.
@@ -133,7 +137,7 @@ class CheckpointReader:
 def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]:
     """Read a file of Lightning, its tensors memory-mapped; ValueError if it is none."""
     if not os.path.lexists(file):
-        raise ValueError(f"{file}: no such checkpoint")
+        raise NoCheckpointError(f"{file}: no such checkpoint")
     check_regular(file)
     try:
         _refuse_compressed(file)
@@ -162,4 +166,4 @@ def _refuse_compressed(file: Path) -> None:
                 raise ValueError("it has compressed entries")
 
 
-__all__ = ["CheckpointReader", "read_lightning_file"]
+__all__ = ["CheckpointReader", "NoCheckpointError", "read_lightning_file"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,54 @@ class FitRules(NamedTuple):
     cast: torch.dtype | None = None
 
 
+def check_layout(
+    where: str,
+    table: HashTable,
+    dim: int,
+    dtype: torch.dtype,
+    slots: Mapping[str, int],
+    how: FitRules,
+) -> None:
+    """Raise ValueError unless a table can hold rows of a layout.
+
+    Args:
+        where: Path of the checkpoint.
+        table: The table.
+        dim: Weights in a saved row.
+        dtype: Of the weights.
+        slots: Optimizer state of a row: name -> float32 words.
+        how: What may differ.
+    """
+    where = f"table {table.name!r}: the checkpoint's ({where})"
+    if dim != table.embedding_dim:
+        raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
+    if how.strict and dtype is not table.dtype and table.dtype is not how.cast:
+        raise ValueError(
+            f"{where} has dtype {dtype}, the model's {table.dtype}; "
+            f"checkpoint.load(..., cast={str(table.dtype)[6:]!r}) converts it"
+        )
+    compared = how.strict and how.optimizer_state and table.optimizer is not None
+    if compared and slots != table.storage.rows.slots:
+        raise ValueError(
+            f"{where} has optimizer state {slots or 'of no kind'}, "
+            f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
+            "resume with the optimizer that the checkpoint was trained with, or load rows "
+            "alone: checkpoint.load(..., optimizer_state=False)"
+        )
+
+
+@contextmanager
+def all_or_none(tables: Iterable[HashTable]) -> Iterator[None]:
+    """Give all tables back what they held if the block, which loads them, is left by an exception.
+
+    Until then, memory holds what there was and what comes.
+    """
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(table.undo())
+        yield
+
+
 class SavedTables(ABC):
     """Tables of one checkpoint, by name; every read raises ValueError if a byte is damaged.
 
@@ -84,7 +133,10 @@ class SavedTables(ABC):
 
     @abstractmethod
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        """Replace all rows of tables that passed ``check_fit``; all ranks call it together."""
+        """Replace all rows of tables that passed ``check_fit``; all ranks call it together.
+
+        After any exception, also one of another rank, the tables hold what they held.
+        """
 
 
-__all__ = ["FitRules", "SavedTables", "TableContents"]
+__all__ = ["FitRules", "SavedTables", "TableContents", "all_or_none", "check_layout"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,13 @@ from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.commit import FORMAT, SLOT_PREFIX, Commit
 from recis_lightning.checkpoint.owned_rows import OwnedRows, prefetch_rows
 from recis_lightning.checkpoint.progress import Progress, on_rank_zero
-from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import (
+    FitRules,
+    SavedTables,
+    TableContents,
+    all_or_none,
+    check_layout,
+)
 from recis_lightning.checkpoint.shard_check import check_file, check_same_layout, slots_of
 from recis_lightning.checkpoint.shard_file import FileDigest, ShardFile, opened
 from recis_lightning.distributed import collectives
@@ -82,43 +87,24 @@ class ShardTables(SavedTables):
 
     @override
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
-        where = f"table {table.name!r}: the checkpoint's ({self._folder})"
-        dim, dtype, slots = self._layout(name)
-        if dim != table.embedding_dim:
-            raise ValueError(f"{where} has embedding_dim={dim}, the model's {table.embedding_dim}")
-        if how.strict and dtype is not table.dtype and table.dtype is not how.cast:
-            raise ValueError(
-                f"{where} has dtype {dtype}, the model's {table.dtype}; "
-                f"checkpoint.load(..., cast={str(table.dtype)[6:]!r}) converts it"
-            )
-        compared = how.strict and how.optimizer_state and table.optimizer is not None
-        if compared and slots != table.storage.rows.slots:
-            raise ValueError(
-                f"{where} has optimizer state {slots or 'of no kind'}, "
-                f"{type(table.optimizer).__name__} keeps {table.storage.rows.slots or 'none'}: "
-                "resume with the optimizer that the checkpoint was trained with, or load rows "
-                "alone: checkpoint.load(..., optimizer_state=False)"
-            )
+        check_layout(str(self._folder), table, *self._layout(name), how)
 
     @override
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        # Tables with rows keep them if a byte is damaged; empty ones skip the extra pass.
+        # Tables with rows are not touched if a byte is damaged; empty ones skip the extra pass.
         if not all(collectives.gather(not any(map(_holds_anything, tables.values())))):
             collectives.run_on_all_ranks(partial(self.check, progress, list(tables)))
-        empty = [table for table in tables.values() if not _holds_anything(table)]
 
         def restore() -> None:
             with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
                 for name, table in tables.items():
                     self._restore(name, table, how, on_progress)
 
-        with ExitStack() as changes:
-            for table in empty:
-                changes.enter_context(table.undo())
+        with all_or_none(tables.values()):
             collectives.run_on_all_ranks(restore)
 
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
-        """Replace the rows of one table, on this rank by itself; after an error it is as before."""
+        """Replace the rows of one table, on this rank by itself; it keeps them after an error."""
         with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
             self._restore(name, table, FitRules(strict=False), on_progress)
 

@@ -6,11 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.checkpoint.progress import Progress
-from recis_lightning.checkpoint.saved_tables import FitRules, SavedTables, TableContents
+from recis_lightning.checkpoint.saved_tables import (
+    FitRules,
+    SavedTables,
+    TableContents,
+    all_or_none,
+    check_layout,
+)
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.state_schema import (
@@ -29,7 +36,7 @@ class StateTables(SavedTables):
         file: That it was read from, for errors.
 
     Raises:
-        ValueError: A table's state has no valid structure.
+        ValueError: A table's state has no valid structure, or two tables have one name.
     """
 
     def __init__(self, state_dict: Mapping[str, Any], file: Path) -> None:
@@ -42,7 +49,12 @@ class StateTables(SavedTables):
                 module = key.removesuffix("._extra_state").removesuffix(".table")
                 name = str(state.get("name") or module or "table")
                 check_structure(state, self._where(name), _dim(state))
-                self._states[name] = state
+                if not _is_same(self._states.setdefault(name, state), state):
+                    raise ValueError(
+                        f"{file}: two of its tables have the name {name!r}, and tables are told "
+                        "apart by their names here; load it by module.load_state_dict, give each "
+                        "a name (name='user') and save it anew"
+                    )
 
     def _where(self, name: str) -> str:
         return f"{self._file}: state of table {name!r}"
@@ -78,20 +90,33 @@ class StateTables(SavedTables):
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         state = self._states[name]
         check_structure(state, self._where(name), table.embedding_dim)
+        saved = self.contents(name)
+        layout = (saved.embedding_dim, saved.dtype, saved.slots)
+        check_layout(str(self._file), table, *layout, how)
         check_checksum(state, self._where(name))
         check_distinct(state, self._where(name))
 
     @override
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        for name, table in tables.items():
-            state = self._states[name]
-            if name != table.name:
-                state = {**state, "name": table.name}
-            if not how.optimizer_state:
-                state = {**state, "slots": {}, "num_updates": 0}
-            if state is not self._states[name]:
-                state.pop(CHECKSUM, None)  # that of the whole, which is checked
-            table.set_extra_state(state)
+        with all_or_none(tables.values()):
+            for name, table in tables.items():
+                state = self._states[name]
+                if name != table.name:
+                    state = {**state, "name": table.name}
+                if not how.optimizer_state:
+                    state = {**state, "slots": {}, "num_updates": 0}
+                if state is not self._states[name]:
+                    state.pop(CHECKSUM, None)  # that of the whole, which is checked
+                table.set_extra_state(state)
+
+
+def _is_same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two states are of one table, which modules may share."""
+    if state is other:
+        return True
+    if CHECKSUM in state and CHECKSUM in other:
+        return bool(state[CHECKSUM] == other[CHECKSUM])
+    return all(torch.equal(state[key], other[key]) for key in ("ids", "weights"))
 
 
 def _dim(state: dict[str, Any]) -> int:

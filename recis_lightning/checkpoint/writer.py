@@ -37,6 +37,10 @@ def tables_by_name(tables: nn.Module | Iterable[HashTable]) -> dict[str, HashTab
     """Return tables, or those of a module, by name; ValueError if two have one name."""
     if isinstance(tables, nn.Module):
         tables = hash_tables(tables)
+    if not isinstance(tables, Iterable):
+        raise TypeError(
+            f"tables: expected a module with tables, or tables, got {type(tables).__name__}"
+        )
     named: dict[str, HashTable] = {}
     for table in tables:
         if not isinstance(table, HashTable):

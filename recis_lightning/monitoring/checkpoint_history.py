@@ -1,4 +1,4 @@
-"""History of a run and figures of its tables, read from a checkpoint of Lightning."""
+"""History of a run and figures of its tables, read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from recis_lightning.checkpoint.reader import CheckpointReader, read_lightning_file
+from recis_lightning.checkpoint.commit import COMMIT_FILE
+from recis_lightning.checkpoint.reader import (
+    CheckpointReader,
+    NoCheckpointError,
+    read_lightning_file,
+)
 from recis_lightning.checkpoint.saved_tables import TableContents
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.ops.hash_index import capacity_for
@@ -37,23 +42,18 @@ class SavedRun(NamedTuple):
 
 
 def read_run(path: str | os.PathLike[str]) -> SavedRun:
-    """Read a checkpoint of Lightning, and all rows of its tables.
+    """Read a checkpoint, and all rows of its tables.
 
     Args:
-        path: Its file, or a folder: then the newest file ``*.ckpt`` in it, or below it.
+        path: Lightning's file; a folder that ``checkpoint.save`` wrote to; or another folder: then
+            the newest file ``*.ckpt`` in it, or below it.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of Lightning, or holds no tables.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It is no checkpoint with tables, or is damaged.
     """
-    file = _checkpoint_file(Path(path))
-    try:
-        checkpoint = read_lightning_file(file)
-    except Exception as error:
-        raise ValueError(f"source: {file} is no checkpoint that can be read: {error}") from error
-    if "state_dict" not in checkpoint:
-        raise ValueError(f"source: {file} is no checkpoint of Lightning")
-    reader = CheckpointReader.of_lightning(file, checkpoint)
+    file = _checkpoint_at(Path(path))
+    reader, checkpoint = _open(file)
     tables = {name: reader.contents(name) for name in reader.names()}
     history, figures = _history(checkpoint), {}
     for name, contents in tables.items():
@@ -63,17 +63,38 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
         if found.ages is not None:
             history.distributions[f"table/{name}/ages"] = found.ages
     if not len(history):
-        history.append(int(checkpoint.get("global_step", 0)), _values(figures))
+        step = checkpoint.get("global_step", max(t.step for t in tables.values()))
+        history.append(int(step), _values(figures))
     return SavedRun(file, tables, history)
 
 
-def _checkpoint_file(path: Path) -> Path:
-    if path.is_file():
+def _checkpoint_at(path: Path) -> Path:
+    """Return Lightning's file, or the folder that ``checkpoint.save`` wrote to."""
+    if not os.path.lexists(path):
+        raise NoCheckpointError(f"source: {path}: no such checkpoint")
+    if not path.is_dir():
         return path
+    if os.path.lexists(path / COMMIT_FILE):
+        return path.absolute()
     files = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise FileNotFoundError(f"source: no checkpoint (*.ckpt) at {path}")
+        raise NoCheckpointError(
+            f"source: {path}: no checkpoint: it has no {COMMIT_FILE}, and no *.ckpt in it or below"
+        )
     return files[-1]
+
+
+def _open(file: Path) -> tuple[CheckpointReader, Mapping[str, Any]]:
+    """Return the reader of a checkpoint, and the content of Lightning's file; {} of a folder."""
+    try:
+        if file.is_dir():
+            return CheckpointReader.open(file), {}
+        checkpoint = read_lightning_file(file)
+    except Exception as error:
+        raise ValueError(f"source: {file} is no checkpoint that can be read: {error}") from error
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"source: {file} is no checkpoint of Lightning")
+    return CheckpointReader.of_lightning(file, checkpoint), checkpoint
 
 
 def _history(checkpoint: Mapping[str, Any]) -> RunHistory:

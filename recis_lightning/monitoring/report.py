@@ -80,7 +80,8 @@ class TableReport:
         """Return the report of a checkpoint: its tables and the history of ``MetricReportHook``.
 
         Args:
-            path: A checkpoint of Lightning, or a folder of checkpoints: then the newest.
+            path: Lightning's file, a folder that ``checkpoint.save`` wrote to, or a folder with
+                checkpoints of Lightning: then the newest.
 
         Raises:
             FileNotFoundError: There is none.
@@ -142,7 +143,8 @@ def report(source: Any, path: str | os.PathLike[str]) -> Path:
     Args:
         source: A Lightning Trainer (whose ``MetricReportHook`` has kept the history; without one
             the report shows the tables as they are now), a module with tables, a list of tables,
-            or the path of a checkpoint or of a folder with checkpoints.
+            or a path: Lightning's checkpoint, a folder that ``checkpoint.save`` wrote to, or a
+            folder with checkpoints of Lightning, of which the newest is shown.
         path: Of the report; ends in ``.html`` or ``.png``.
 
     Returns:

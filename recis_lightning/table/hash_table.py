@@ -35,6 +35,7 @@ from recis_lightning.arguments import (
     check_seed,
     check_str,
     explain_arguments,
+    is_row_dtype,
     refuse_recording,
     refuse_script,
 )
@@ -180,7 +181,8 @@ class HashTable(nn.Module):
         self.needs_reshard = False
         self.shard_reference: dict[str, Any] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._original: weakref.ref[HashTable] | None = None
+        self._originals: tuple[weakref.ref[HashTable], ...] = ()  # the nearest first
+        self.family = object()  # shared with copies of copies too
         self.lock = TableLock()
         self.groups: Any = None
         _live[next(_birth)] = self
@@ -653,8 +655,9 @@ class HashTable(nn.Module):
 
     @property
     def original(self) -> HashTable | None:
-        """The table that this one is a deep copy of, as long as it lives."""
-        return None if self._original is None else self._original()
+        """The table that this one is a deep copy of, or if that is gone, the one before it."""
+        alive = (original() for original in self._originals)
+        return next((table for table in alive if table is not None), None)
 
     @reads
     def __getstate__(self) -> dict[str, Any]:
@@ -671,7 +674,8 @@ class HashTable(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied._original = weakref.ref(self)
+        older = (original for original in self._originals if original() is not None)
+        copied._originals, copied.family = (weakref.ref(self), *older), self.family
         return copied
 
     @override
@@ -690,7 +694,12 @@ class HashTable(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
-        check_dtype(probe.dtype)
+        if not is_row_dtype(probe.dtype):
+            raise ValueError(
+                f"table {self.name!r}: expected torch.float32 or torch.bfloat16 for its rows, got "
+                f"{probe.dtype}, from module.to(...) or Trainer(precision=...); use precision "
+                "'32-true', 'bf16-true', 'bf16-mixed' or '16-mixed'"
+            )
         if probe.is_shared() and probe.is_cpu:
             raise RuntimeError(
                 f"table {self.name!r}: share_memory() cannot share a table, whose memory grows; "
@@ -743,7 +752,8 @@ _NOT_COPIED = (
     "pending",
     "shard_reference",
     "_optimizer",
-    "_original",
+    "_originals",
+    "family",
     "lock",
     "groups",
 )
@@ -830,7 +840,7 @@ def name_before_use(table: HashTable) -> None:
     taken = {
         other.given_name or other.default_name
         for other in live_hash_tables()
-        if other.original is not table and table.original is not other
+        if other.family is not table.family
     }
     names = itertools.chain(["table"], (f"table_{count}" for count in itertools.count(2)))
     table.default_name = next(name for name in names if name not in taken)

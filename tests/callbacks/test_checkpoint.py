@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -328,6 +329,27 @@ def test_a_moved_checkpoint(tmp_path):
         Model.load_from_checkpoint(renamed)
 
 
+@pytest.mark.parametrize("how", ["link", "url", "open file", "fabric"])
+def test_a_moved_checkpoint_by_other_names(tmp_path, how):
+    """By a link, a URL or an open file, and with Lightning's Fabric."""
+    model = Model()
+    saving(tmp_path / "a", every=16).fit(model, ResumableLoader())
+    (tmp_path / "a").rename(tmp_path / "b")
+    file = (tmp_path / "b" / "step=16.ckpt").rename(tmp_path / "b" / "best.ckpt")
+    (tmp_path / "b" / "step=16.ckpt.tables").rename(f"{file}.tables")
+    if how == "fabric":
+        loaded = Model(seed=3)
+        Fabric(accelerator="cpu").load(file, {"state_dict": loaded})
+    elif how == "open file":
+        with file.open("rb") as opened:
+            loaded = Model.load_from_checkpoint(opened)
+    else:
+        link = tmp_path / "last.ckpt"
+        link.symlink_to(file)
+        loaded = Model.load_from_checkpoint(link if how == "link" else f"file://{file}")
+    assert differences(everything(model), everything(loaded)) == []
+
+
 def test_only_files_of_ours_are_removed(tmp_path):
     """Others in the folder of shards, or with names like those of our unfinished files, stay."""
     model, run = Model(), saving(tmp_path, every=100, save_top_k=0)
@@ -488,6 +510,21 @@ def test_other_tables_without_strict_loading(tmp_path, caplog, hook):
     if hook:
         assert "loaded the tables ['user'] of" in caplog.text
         assert "no rows of ['more'], and the model has no tables ['item', 'tags']" in caplog.text
+
+
+def test_another_table_in_its_place_without_strict_loading(tmp_path):
+    """Tables are told apart by their names: one gets no rows of the table that was there."""
+    model = Model()
+    saving(tmp_path).fit(model, ResumableLoader())
+    other, loaded = Model(seed=1), {}
+    other.user.table.given_name = "customer"
+    other.strict_loading = False
+    other.on_test_start = lambda: loaded.update({t.name: len(t) for t in hash_tables(other)})
+    trainer(tmp_path, CheckpointHook()).test(
+        other, loader(200), ckpt_path=tmp_path / "step=10.ckpt", verbose=False
+    )
+    assert loaded.pop("customer") == 0
+    assert all(loaded.values())
 
 
 def test_another_precision_is_refused(tmp_path):

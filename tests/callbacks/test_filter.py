@@ -265,6 +265,24 @@ def test_by_hand_a_deep_copy_stays_as_it_is():
     assert hash_tables(best)[0].step == 4
 
 
+@pytest.mark.parametrize("gone", ["none", "middle", "first"])
+def test_by_hand_a_copy_of_a_copy_stays_as_long_as_one_before_it_lives(gone):
+    first = torch.nn.Sequential(DynamicEmbedding(2, eviction=GlobalStepFilter(1), name="m"))
+    first(torch.tensor([1, 2, 3]))
+    middle = copy.deepcopy(first)
+    last = copy.deepcopy(middle)
+    if gone == "middle":
+        del middle
+    elif gone == "first":
+        del first
+    hook = HashTableFilterHook(1)
+    for step in range(4):
+        hook.after_step(None, step)
+    assert len(hash_tables(last)[0]) == 3
+    if gone != "middle":
+        assert len(hash_tables(middle)[0]) == (0 if gone == "first" else 3)
+
+
 def test_by_hand_without_a_table_it_says_so_once(caplog, monkeypatch):
     monkeypatch.setattr(filter_module, "live_hash_tables", list)
     hook = HashTableFilterHook(1)

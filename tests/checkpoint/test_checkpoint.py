@@ -1,6 +1,7 @@
 """Checkpoints of tables without a Trainer, in one process."""
 
 import json
+import re
 import shutil
 import threading
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from recis_lightning import DynamicEmbedding, HashTable, checkpoint, hash_tables
+from recis_lightning import DynamicEmbedding, HashTable, checkpoint, hash_tables, report
 from recis_lightning.admission import BloomCount, MinCount
 from recis_lightning.checkpoint.owned_rows import OwnedRows
 from recis_lightning.checkpoint.progress import no_progress
@@ -186,7 +187,7 @@ def test_what_is_damaged_changes_nothing(tmp_path, harm, message, fresh):
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_interrupted_load(tmp_path, monkeypatch, fresh, number):
-    """Fresh tables stay empty; of others each has the rows of before or of the checkpoint."""
+    """Fresh tables stay empty, and others keep their rows, also those that were loaded already."""
     loaded = held(saved(tmp_path))
     module = model() if fresh else train(model(), steps=2)
     before, write, calls = held(module), OwnedRows.write, []
@@ -201,8 +202,7 @@ def test_an_interrupted_load(tmp_path, monkeypatch, fresh, number):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.load(tmp_path, module)
     monkeypatch.undo()
-    names = [] if fresh else [table.name for table in calls[:number]]
-    assert same(held(module), {**before, **{name: loaded[name] for name in names}})
+    assert same(held(module), before)
     checkpoint.load(tmp_path, module)
     assert same(held(module), loaded)
 
@@ -274,6 +274,35 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     other = model()
     checkpoint.load(tmp_path, other)
     assert same(held(other), before)
+
+
+def test_a_full_disk_at_the_commit_leaves_nothing(tmp_path):
+    """Shards that are written go, if the file that would name them cannot be."""
+    tables = [HashTable(1, name=f"a table with a longer name {i}") for i in range(60)]
+    before, small = saved(tmp_path), sorted(tmp_path.iterdir())
+    with largest_file(10_000), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path, tables)
+    assert sorted(tmp_path.iterdir()) == small
+    other = model()
+    checkpoint.load(tmp_path, other)
+    assert same(held(other), held(before))
+
+
+@pytest.mark.parametrize("content", ['{"steps": 3}', "mine", "", "[]", '{"format": 99}'])
+def test_a_file_of_the_commits_name_that_is_none_is_kept(tmp_path, content):
+    """It is another program's, of a later version, or damaged."""
+    (tmp_path / "checkpoint.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"directory: .*checkpoint.json is no checkpoint of"):
+        checkpoint.save(tmp_path, [HashTable(2, name="t")])
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.json"]
+    assert (tmp_path / "checkpoint.json").read_text() == content
+
+
+@pytest.mark.parametrize("tables", [None, 3])
+def test_save_says_what_tables_are(tmp_path, tables):
+    with pytest.raises(TypeError, match="tables: expected a module with tables, or tables, got"):
+        checkpoint.save(tmp_path / "new", tables)
+    assert not (tmp_path / "new").exists()
 
 
 def test_inspect(tmp_path):
@@ -371,3 +400,21 @@ def test_no_checkpoint_at_all(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             checkpoint.inspect(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["none", "none.ckpt", "."])
+def test_a_missing_checkpoint_is_a_file_that_is_not_found(tmp_path, path):
+    """Of every reader; a ValueError too, as what is damaged."""
+    table, path = HashTable(3, name="t"), tmp_path / path
+    for read in (
+        lambda: checkpoint.load(path, [table]),
+        lambda: checkpoint.inspect(path),
+        lambda: checkpoint.read_table(path, "t"),
+        lambda: checkpoint.write_parquet(path, "t", tmp_path / "t.parquet"),
+        lambda: report(path, tmp_path / "r.html"),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no such checkpoint|no checkpoint: it has no"):
+            read()
+        with pytest.raises(ValueError, match=re.escape(f"{path}: no ")):
+            read()
+    assert not any(tmp_path.iterdir())

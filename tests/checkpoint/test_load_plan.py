@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from recis_lightning import HashTable, checkpoint
+from recis_lightning.checkpoint.progress import no_progress
 from recis_lightning.optim import SparseAdagrad, SparseAdam
+from recis_lightning.table import state as table_state
 from tests.helpers.sample_tables import same, settings_of
 
 IDS = torch.arange(20)
@@ -127,6 +129,7 @@ def by_name(made):
             ["item"],
             "rename: expected one saved table for each",
         ),
+        ({"tables": ["item"], "rename": {"user": "item"}}, ["item"], r"got \['user'\] too"),
         ({"cast": "float16"}, ["user", "item", "tags"], "cast: expected torch.float32"),
     ],
 )
@@ -138,6 +141,75 @@ def test_what_is_refused(saved, arguments, names, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load(path, loaded, **arguments)
     assert same(held(loaded), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"optimizer": SparseAdagrad}, r"table 'tags': .* state {'exp_avg': 3, 'exp_avg_sq': 3}, "),
+        ({"dtype": torch.bfloat16}, r"table 'tags': .* has dtype torch.float32, the model's "),
+        ({"dim": 2}, r"table 'tags'.* embedding_dim=.*"),
+    ],
+)
+def test_another_layout_is_refused(saved, kind, message):
+    """Of one table among others, in a folder and in Lightning's file; nothing changes."""
+    path, _ = saved
+    loaded = [*tables("user", "item"), *tables("tags", **kind)]
+    before = held(loaded)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path, loaded)
+    assert same(held(loaded), before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_load_that_ends_on_its_way_changes_no_table(saved, monkeypatch, error, number):
+    """Nor one that was loaded by then; and they train on."""
+    path, _ = saved
+    loaded, others = tables("user", "item", "tags"), tables("user", "item", "tags")
+    for table in (*loaded, *others):
+        table.insert(IDS + 7, torch.ones(20, 3))
+        table.update_step(2)
+    before, replaced, replace = held(loaded), [], table_state._replace
+
+    def fail(table, *arguments):
+        if len(replaced) == number:
+            raise error
+        replaced.append(table)
+        replace(table, *arguments)
+
+    monkeypatch.setattr(table_state, "_replace", fail)
+    with pytest.raises(error):
+        checkpoint.load(path, loaded, progress=no_progress)
+    assert replaced == loaded[:number]
+    assert same(held(loaded), before)
+    for table in (*loaded, *others):
+        table(IDS).sum().backward()
+    loaded[0].kept.step()
+    others[0].kept.step()
+    assert same(held(loaded), held(others))
+
+
+def test_two_tables_of_one_name_in_a_file(tmp_path):
+    """They are no checkpoint by name; one table of two modules is."""
+    one, other = tables("user")[0], tables("user")[0]
+    other.insert(IDS, torch.ones(20, 3))
+    for first, second in ((one, other), (one, one)):
+        state = {
+            "a.table._extra_state": first.get_extra_state(),
+            "b.table._extra_state": second.get_extra_state(),
+        }
+        torch.save({"state_dict": state}, tmp_path / f"{first is second}.ckpt")
+    with pytest.raises(ValueError, match="two of its tables have the name 'user', and tables are"):
+        checkpoint.inspect(tmp_path / "False.ckpt")
+    assert checkpoint.inspect(tmp_path / "True.ckpt")["user"].rows == [0]
+
+
+@pytest.mark.parametrize("rename", [["user"], "user", []])
+def test_rename_is_a_dict(saved, rename):
+    path, _ = saved
+    with pytest.raises(TypeError, match="rename: expected a dict, name that was saved -> name in"):
+        checkpoint.load(path, tables("user"), rename=rename)
 
 
 @pytest.mark.parametrize("names", ["user", [HashTable(3)], [3]])

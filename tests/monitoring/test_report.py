@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding, TableReport, report
+from recis_lightning import DynamicEmbedding, TableReport, checkpoint, report
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.monitoring.history import RunHistory
 from tests.helpers.monitored_tables import filled, monitored_run
@@ -86,8 +86,26 @@ def test_report_of_a_checkpoint(tmp_path):
     assert TableReport.of_checkpoint(new).history.steps == [10, 20, 30, 40, 50]
 
 
+def test_report_of_a_folder_that_save_wrote_to(tmp_path):
+    """Its tables, at their step; the newest *.ckpt in it is another run's."""
+    tables = [filled("t", 50, eviction=GlobalStepFilter(9)), filled("u", 5)]
+    tables[0].update_step(4)
+    checkpoint.save(tmp_path, tables)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    saved = TableReport.of_checkpoint(tmp_path)
+    assert saved.title == f"Tables of {tmp_path.name}"
+    assert saved.history.steps == [tables[0].step]
+    assert saved.history.last("table/t/rows") == 50
+    assert saved.history.last("table/u/rows") == 5
+    assert report(tmp_path, tmp_path / "r.html").read_text().count("<section>") == 2
+    shard = next(tmp_path.glob("t.*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name}: this file of the checkpoint is missing"):
+        report(tmp_path, tmp_path / "r.html")
+
+
 def test_sources_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="source: no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"source: .*: no checkpoint: .*, and no "):
         report(tmp_path, tmp_path / "r.html")
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(ValueError, match=r"torn.ckpt is no checkpoint that can be read"):

@@ -103,10 +103,14 @@ def test_bf16_true(tmp_path):
     assert model.user.table.num_updates == 8
 
 
-def test_64_true_is_refused(tmp_path):
-    """There are no float64 rows."""
-    with pytest.raises(ValueError, match=r"dtype: expected .*got torch\.float64"):
-        fitted(tmp_path, precision="64-true")
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float64), ("16-true", torch.float16)]
+)
+def test_precision_of_other_rows_is_refused(tmp_path, precision, dtype):
+    """There are rows of float32 and bfloat16; the error names a table and the precisions."""
+    wanted = rf"table '\w+': .*got {dtype}, from .*precision=.*; use precision '32-true'"
+    with pytest.raises(ValueError, match=wanted):
+        fitted(tmp_path, precision=precision)
 
 
 # ---- schedulers

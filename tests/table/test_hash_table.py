@@ -268,6 +268,19 @@ def test_initial_rows_depend_on_seed_name_and_id_only():
     assert rows().unique().numel() == 16
 
 
+@pytest.mark.parametrize("generations", [1, 2])
+def test_rows_of_copies_begin_alike(generations):
+    """Of copies of one table, and of copies of copies, though none has a name."""
+    table = HashTable(4, initializer=Normal(std=1.0))
+    twins = [copy.deepcopy(table) for _ in range(2)]
+    if generations == 2:
+        twins = [copy.deepcopy(twin) for twin in twins]
+    rows = [one(torch.arange(5)) for one in (table, *twins)]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[0], HashTable(4, initializer=Normal(std=1.0))(torch.arange(5)))
+
+
 def test_a_table_can_be_called():
     """As ``DynamicEmbedding`` looks up: rows and gradients in training, reading in evaluation."""
     table, module = HashTable(3, name="t"), DynamicEmbedding(3, name="t")

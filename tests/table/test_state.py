@@ -160,8 +160,8 @@ def test_a_state_is_converted_to_the_dtype_of_the_table():
 @pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.half])
 def test_other_dtypes_are_refused(convert):
     """double() and half() would need other kernels."""
-    module = nn.Sequential(DynamicEmbedding(3))
-    with pytest.raises(ValueError, match=r"dtype: expected .*, got torch.(float64|float16)"):
+    module = nn.Sequential(DynamicEmbedding(3, name="u"))
+    with pytest.raises(ValueError, match=r"table 'u': expected .*, got torch.(float64|float16)"):
         convert(module)
     assert module(torch.arange(2)).dtype is torch.float32
 

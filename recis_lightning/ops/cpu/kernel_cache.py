@@ -50,6 +50,14 @@ def cache_folder() -> Path | None:
     return None
 
 
+@functools.cache
+def tell_compiling() -> None:
+    """Log, once a process, that kernels are compiled; the first step waits for them."""
+    folder = cache_folder()
+    if folder is not None:  # else a warning was logged
+        _log.info("Compiling the CPU kernels of tables, once: they are kept in %s", folder)
+
+
 def _candidates() -> list[Path]:
     folders = []
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
@@ -125,4 +133,4 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-__all__ = ["KernelCache", "cache_folder"]
+__all__ = ["KernelCache", "cache_folder", "tell_compiling"]

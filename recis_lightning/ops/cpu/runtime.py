@@ -28,7 +28,7 @@ from numba.core import compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
-from recis_lightning.ops.cpu.kernel_cache import KernelCache
+from recis_lightning.ops.cpu.kernel_cache import KernelCache, tell_compiling
 
 _I64 = ir.IntType(64)
 
@@ -179,6 +179,7 @@ def _compile(function: Callable[..., None], constants: tuple[int, ...]) -> _Comp
         result = cache.load()
         is_cached = result is not None
         if not is_cached:
+            tell_compiling()
             flags = compiler.Flags()
             cpu_target.options.parse_as_flags(flags, {})
             flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True

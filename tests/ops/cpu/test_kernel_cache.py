@@ -89,3 +89,20 @@ def test_damaged_files_and_full_disks_are_no_errors(tmp_path, monkeypatch, caplo
     for path in (tmp_path / "recis_lightning").iterdir():
         path.write_bytes(b"no kernel")
     assert _cached(_start(tmp_path, [5])) == {"5": "0"}
+
+
+def test_the_first_process_says_that_it_compiles(tmp_path):
+    """One line for all kernels, with the folder; none where they are loaded."""
+    log = "import logging; logging.basicConfig(level='INFO', format='%(name)s: %(message)s')"
+    said = []
+    for _ in range(2):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", log + _SCRIPT.replace("CONSTANTS", "[1, 2]")],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        said.append([line for line in done.stderr.splitlines() if "Compiling" in line])
+    assert said[1] == []
+    (line,) = said[0]
+    assert line.startswith("recis_lightning.ops.cpu.kernel_cache: Compiling the CPU kernels")
+    assert line.endswith(str(tmp_path / "recis_lightning"))
