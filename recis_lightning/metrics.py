@@ -72,8 +72,8 @@ def add_metric(name: str, metric: object) -> None:
 
     Example:
         >>> add_metric("accuracy", 0.95)
-        >>> get_metrics()
-        {'accuracy': 0.95}
+        >>> get_metrics()["accuracy"]
+        0.95
         >>> clear_metrics()
     """
     check_str("name", name)

@@ -175,8 +175,8 @@ class _ShardedSave:
             if trainer.is_global_zero:
                 self.pending.begin(save_id, path)
 
-        collectives.run_on_all_ranks(begin)
         try:
+            collectives.run_on_all_ranks(begin)
             commit = write_shards(folder, tables, folder.name, trainer_progress(trainer), save_id)
             with _states_refer_to(commit, tables), _errors_on_all_ranks(trainer.strategy):
                 save(filepath, *args, **kwargs)

@@ -31,6 +31,7 @@ from recis_lightning.checkpoint.save_lock import (
     begin_save,
     clear_killed_saves,
     end_save,
+    fail_save,
     note_replaced,
     removing,
 )
@@ -102,9 +103,9 @@ class PendingSaves:
             if folder != shard_folder(main):
                 other = folder.with_name(folder.name.removesuffix(FOLDER_SUFFIX))
                 clear_killed_saves(folder, partial(_current_commit, other))
-        begin_save(shard_folder(main), save_id, self, partial(_current_commit, main))
         with self._lock:
-            self._mains[save_id] = main
+            self._mains[save_id] = main  # first: whatever interrupts, it can be abandoned
+        begin_save(shard_folder(main), save_id, self, partial(_current_commit, main))
 
     def finish(self, save_id: str, temporary: Path, main: Path) -> bool:
         """Rename a written main file; if the save was abandoned, remove it and return False."""
@@ -125,7 +126,7 @@ class PendingSaves:
             self._abandoned.add(save_id)
         folder = shard_folder(main)
         remove_unfinished(folder, [save_id])
-        end_save(folder, save_id)
+        fail_save(folder, save_id, partial(_current_commit, main))
         with contextlib.suppress(OSError):  # of saves before it
             folder.rmdir()
 
@@ -176,6 +177,7 @@ class _ShardIO(CheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             self.pending.abandon(save_id)
+            fail_save(folder, save_id, partial(_current_commit, target))
             raise
         finally:
             end_save(folder, save_id)

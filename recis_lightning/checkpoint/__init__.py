@@ -7,7 +7,6 @@ writes it: every function here takes either.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,13 +20,12 @@ from recis_lightning.checkpoint.commit import (
     Commit,
     new_save_id,
     remove_files,
-    remove_unfinished,
 )
 from recis_lightning.checkpoint.export import read_table, write_parquet
 from recis_lightning.checkpoint.load_plan import LoadPlan, plan_load
 from recis_lightning.checkpoint.progress import Progress, progress_bar
 from recis_lightning.checkpoint.reader import CheckpointReader
-from recis_lightning.checkpoint.save_lock import begin_save, end_save, note_replaced
+from recis_lightning.checkpoint.save_lock import begin_save, end_save, fail_save, note_replaced
 from recis_lightning.checkpoint.saved_tables import TableContents
 from recis_lightning.checkpoint.writer import tables_by_name, write_shards
 from recis_lightning.distributed import collectives
@@ -86,17 +84,14 @@ def save(
             remove_files(folder, replaced)
             end_save(folder, save_id)  # before any rank returns
 
-    collectives.run_on_all_ranks(begin)
     try:
+        collectives.run_on_all_ranks(begin)
         commit = write_shards(folder, own.values(), ".", progress, save_id)
         collectives.run_on_all_ranks(commit_shards)
     except BaseException:
         if collectives.rank() == 0:
-            _remove_uncommitted(folder, save_id)
+            fail_save(folder, save_id, lambda: _commit_in(folder))
         raise
-    finally:
-        if collectives.rank() == 0:
-            end_save(folder, save_id)
 
 
 def _commit_in(folder: Path) -> Commit | None:
@@ -113,14 +108,6 @@ def _check_replaceable(folder: Path) -> None:
             f"directory: {folder / COMMIT_FILE} is no checkpoint of ours, or damaged ({error}), "
             "and is not replaced: save to another folder, or remove it"
         ) from None
-
-
-def _remove_uncommitted(folder: Path, save_id: str) -> None:
-    """Remove the files of a save that failed, unless it is the checkpoint already."""
-    with contextlib.suppress(OSError, ValueError):
-        commit = _commit_in(folder)
-        if commit is None or commit.save_id != save_id:
-            remove_unfinished(folder, [save_id])
 
 
 def load(

@@ -16,11 +16,11 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from recis_lightning.checkpoint.commit import Commit, remove_files, remove_unfinished
+from recis_lightning.checkpoint.commit import Commit, new_save_id, remove_files, remove_unfinished
 
 LOCK_FILE = ".recis_lightning.lock"
 _FORMAT = "recis_lightning.lock"
@@ -33,6 +33,8 @@ _FOREIGN_SECONDS = 3600.0
 CurrentCommit = Callable[[], Commit | None]
 
 _held: dict[Path, SaveLock] = {}  # by folder
+# Of locks that are taken, by folder; an interrupt may leave one that is held no longer.
+_descriptors: dict[Path, int] = {}
 _guard = threading.RLock()
 
 
@@ -51,13 +53,8 @@ class SaveLock:
         self._note({"format": _FORMAT, "pid": self.pid, "host": socket.gethostname()})
 
     def _note(self, line: dict[str, Any]) -> None:
-        """Add a line to the lock's file; if the disk is full and no save is under way, let go."""
-        try:
-            os.write(self._file, (json.dumps(line) + "\n").encode())
-        except BaseException:
-            if not self.saves:
-                self.close()
-            raise
+        """Add a line to the lock's file."""
+        os.write(self._file, (json.dumps(line) + "\n").encode())
 
     def begin(self, save_id: str) -> None:
         """Note a save before its first file is written."""
@@ -80,14 +77,20 @@ class SaveLock:
             with contextlib.suppress(OSError):
                 self._note({"ended": save_id})
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what was noted."""
+        return list(_lines(self.folder, self._file))
+
     def close(self) -> None:
-        """Remove the file and let others take the lock."""
+        """Remove the file and let others take the lock; does nothing if that was done."""
+        if _descriptors.get(self.folder) != self._file:
+            return
         with contextlib.suppress(OSError):
             (self.folder / LOCK_FILE).unlink()
         # A forked process has the descriptor too, and would keep the lock.
         with contextlib.suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)
-        os.close(self._file)
+        _close(self.folder)
 
 
 def begin_save(folder: Path, save_id: str, owner: object, current: CurrentCommit) -> None:
@@ -105,6 +108,9 @@ def begin_save(folder: Path, save_id: str, owner: object, current: CurrentCommit
     folder = folder.resolve()
     with _guard:
         lock = _own_lock(folder)
+        if lock is not None and not lock.saves:  # an interrupt came between
+            lock.close()
+            lock = None
         if lock is None:
             lock = _take(folder, owner, current)
         elif lock.owner is not owner:
@@ -112,8 +118,14 @@ def begin_save(folder: Path, save_id: str, owner: object, current: CurrentCommit
                 f"{folder}: another save of this process ({lock.pid} on {socket.gethostname()}) "
                 "writes to this checkpoint; let it end first, or save to another path"
             )
-        lock.begin(save_id)
-        _held[folder] = lock
+        try:
+            _held[folder] = lock
+            lock.begin(save_id)
+        except BaseException:
+            if not lock.saves:
+                _held.pop(folder, None)
+                lock.close()
+            raise
 
 
 def note_replaced(folder: Path, files: Iterable[str]) -> None:
@@ -129,12 +141,32 @@ def end_save(folder: Path, save_id: str) -> None:
     folder = folder.resolve()
     with _guard:
         lock = _own_lock(folder)
-        if lock is None or save_id not in lock.saves:
+        if lock is None:
             return
-        lock.end(save_id)
-        if not lock.saves:
-            del _held[folder]
+        if save_id in lock.saves:
+            lock.end(save_id)
+        if not lock.saves:  # also where an interrupt came between
             lock.close()
+            del _held[folder]
+
+
+def fail_save(folder: Path, save_id: str, current: CurrentCommit) -> None:
+    """End a save after an exception: remove its files, or those of the checkpoint it replaced.
+
+    Does nothing if it ended before.
+
+    Args:
+        folder: Folder of the shard files.
+        save_id: Random name of the save.
+        current: Returns the commit of the checkpoint that is there.
+    """
+    folder = folder.resolve()
+    with _guard:
+        lock = _own_lock(folder)
+        if lock is not None and save_id in lock.saves:
+            with contextlib.suppress(OSError):  # the lock's next owner may succeed
+                _clear(folder, lock.lines(), current, lock.saves - {save_id})
+        end_save(folder, save_id)
 
 
 @contextlib.contextmanager
@@ -146,26 +178,27 @@ def removing(folder: Path, files: Iterable[str], current: CurrentCommit) -> Iter
         files: Those of the checkpoint, removed at the end of the context.
         current: Returns the commit of the checkpoint that is there.
     """
-    files, resolved, taken = sorted(files), folder.resolve(), None
+    files, folder, removal = sorted(files), folder.resolve(), new_save_id()
     with _guard:
-        lock = _own_lock(resolved)
+        lock = _own_lock(folder)
         if lock is None and files:
             with contextlib.suppress(OSError, RuntimeError, ValueError):  # another process has it
-                lock = taken = _take(resolved, None, current)
+                lock = _held[folder] = _take(folder, None, current)
         if lock is not None:
             lock.remove(files)
+            lock.saves.add(removal)
     try:
         yield
         remove_files(folder, files)
     finally:
-        if taken is not None:
-            taken.close()
+        end_save(folder, removal)
 
 
 def clear_killed_saves(folder: Path, current: CurrentCommit) -> None:
     """Remove what killed saves left in a folder; the folder too, if nothing else is in it."""
+    folder = folder.resolve()
     with _guard, contextlib.suppress(OSError, RuntimeError):
-        if folder.resolve() not in _held:
+        if folder not in _held:
             if (folder / LOCK_FILE).exists():
                 _take(folder, None, current).close()
             folder.rmdir()  # fails if it is not empty
@@ -190,16 +223,17 @@ def _take(folder: Path, owner: object, current: CurrentCommit) -> SaveLock:
             if age < _FOREIGN_SECONDS:
                 raise _busy(folder, holder)
         _clear(folder, lines, current)
+        return SaveLock(folder, file, owner)
     except BaseException:
-        os.close(file)
+        _close(folder)
         raise
-    return SaveLock(folder, file, owner)
 
 
 def _open_locked(folder: Path) -> int:
     """Open and lock a folder's lock file, which another process may remove at any moment."""
     path = folder / LOCK_FILE
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    _close(folder)
     for _ in range(100):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -209,15 +243,25 @@ def _open_locked(folder: Path) -> int:
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise ValueError(f"{path}: expected a regular file; remove it")
+            _descriptors[folder] = file
             _lock(folder, file)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False)):
                     return file
         except BaseException:
-            os.close(file)
+            _descriptors[folder] = file
+            _close(folder)
             raise
-        os.close(file)
+        _close(folder)
     raise RuntimeError(f"{path}: other processes took this lock a hundred times; try again")
+
+
+def _close(folder: Path) -> None:
+    """Close the descriptor of a folder's lock, if there is one."""
+    file = _descriptors.pop(folder, None)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            os.close(file)
 
 
 def _lock(folder: Path, file: int) -> None:
@@ -272,8 +316,20 @@ def _lines(folder: Path, file: int) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def _clear(folder: Path, lines: list[dict[str, Any]], current: CurrentCommit) -> None:
-    """Remove the files of killed saves that a lock names, but not those of the checkpoint."""
+def _clear(
+    folder: Path,
+    lines: list[dict[str, Any]],
+    current: CurrentCommit,
+    under_way: Set[str] = frozenset(),
+) -> None:
+    """Remove the files of ended saves that a lock names, but not those of the checkpoint.
+
+    Args:
+        folder: Folder of the shard files.
+        lines: Of the lock.
+        current: Returns the commit of the checkpoint that is there.
+        under_way: ``save_id`` of saves that go on.
+    """
     try:
         commit = current()
     except ValueError:
@@ -281,7 +337,7 @@ def _clear(folder: Path, lines: list[dict[str, Any]], current: CurrentCommit) ->
     named = None if commit is None else commit.save_id
     kept = set() if commit is None else commit.files()
     begun = {line["saving"] for line in lines if isinstance(line.get("saving"), str)}
-    begun -= {line.get("ended") for line in lines}
+    begun -= {line.get("ended") for line in lines} | under_way
     remove_unfinished(folder, begun - {named})
     # Files are gone with the checkpoint that a save of this lock replaced, or that was removed.
     gone = "removes" if commit is None else "replaces"
@@ -299,6 +355,7 @@ __all__ = [
     "begin_save",
     "clear_killed_saves",
     "end_save",
+    "fail_save",
     "note_replaced",
     "removing",
 ]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import threading
 import time
 import warnings
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
+from tqdm import tqdm
 
 from recis_lightning import HashTable, checkpoint
 from recis_lightning.callbacks import CheckpointHook
@@ -32,7 +34,7 @@ IDS, STEPS = torch.arange(-400, 400), 40
 def killed_after(seconds, works):
     """Run functions in processes of their own, kill -9 all after a time; return what they sent."""
     ours, theirs = _FORK.Pipe(duplex=False)
-    processes = [_FORK.Process(target=work, args=(theirs,)) for work in works]
+    processes = [_FORK.Process(target=alone, args=(work, theirs)) for work in works]
     for process in processes:
         process.start()
     theirs.close()
@@ -60,6 +62,12 @@ def killed_after(seconds, works):
         except (EOFError, OSError):
             break
     return words
+
+
+def alone(work, pipe):
+    """Run in a forked process: one that is killed must not hold the progress bars' common lock."""
+    tqdm.set_lock(threading.RLock())
+    work(pipe)
 
 
 def tables():

@@ -14,6 +14,7 @@ from recis_lightning import HashTable, checkpoint
 from recis_lightning.checkpoint import save_lock
 from recis_lightning.checkpoint.commit import Commit
 from recis_lightning.checkpoint.save_lock import LOCK_FILE, begin_save, clear_killed_saves, end_save
+from tests.helpers.interruptions import run_interrupted
 
 IDS = {"killed": "0" * 16, "there": "1" * 16, "before": "2" * 16, "next": "3" * 16}
 HOST = socket.gethostname()
@@ -157,6 +158,32 @@ def test_what_a_killed_save_left(tmp_path, lines, current, gone):
     if "killed" in gone:
         expected.add(f"{shard('killed')}.part")
     assert before - set(names(tmp_path)) == expected
+
+
+def test_an_interrupted_save_leaves_no_lock(tmp_path):
+    """Wherever it comes: the next save of this process, or of another, is not refused."""
+    table = HashTable(2, name="t")
+    table.insert(torch.arange(3), torch.ones(3, 2))
+
+    def save():
+        checkpoint.save(tmp_path / "saved", [table])
+
+    def save_in_a_process():
+        save()
+        os._exit(0)
+
+    save()
+    num_points = run_interrupted(save, -1).num_points
+    for at in range(0, num_points, max(num_points // 60, 1)):
+        run_interrupted(save, at)
+        save()
+        if at % 5 == 0:
+            run_interrupted(save, at)
+            process = _FORK.Process(target=save_in_a_process)
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+        assert len(names(tmp_path / "saved")) == 2
 
 
 def test_clears_a_folder_beside(tmp_path):
