@@ -68,18 +68,18 @@ class StaticEngine(nn.Module):
             nn.init.zeros_(table.weight[-1])
             self.tables[name] = table
 
-    def forward(self, features: dict[str, Tensor | Jagged]) -> dict[str, Tensor]:
-        """Return one row per feature and example."""
-        rows = {}
+    def concat(self, features: dict[str, Tensor | Jagged]) -> Tensor:
+        """Return one row per feature and example, side by side."""
+        rows = []
         for name, table in self.tables.items():
             feature, vocabulary = features[name], self.vocabulary[name]
             ids = _ids(feature)
             index = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
             index = index.where(vocabulary[index] == ids, len(vocabulary))
-            rows[name] = (
+            rows.append(
                 table(index, feature.offsets) if isinstance(feature, Jagged) else table(index)
             )
-        return rows
+        return torch.cat(rows, 1)
 
 
 def _ids(feature: Tensor | Jagged) -> Tensor:

@@ -77,8 +77,23 @@ def maximum(column: int) -> Callable[[Line], float | None]:
 
 
 _BAG, _INDEX, _FILTER = "bench_embedding_bag", "bench_hash_index", "bench_filter"
+_MODEL = "bench_in_model"
 _UPDATE, _TRAINING, _SAVING = "bench_row_update", "bench_training", "bench_checkpoint"
 TARGETS = [
+    Target(_MODEL, "in_model", "in a model / one nn.Embedding + SparseAdam", figure("fused"), 5),
+    Target(_MODEL, "in_model", "in a model / FBGEMM, Adagrad", figure("fbgemm"), 4),
+    Target(_MODEL, "in_model", "time in a model / alone", figure("alone"), 1.2, False, "of"),
+    Target(
+        _MODEL,
+        "in_model",
+        "in a model at dim 64 / bandwidth limit",
+        lambda line: float(line["figures"]["limit_shapes"][1]),
+        2,
+        False,
+        "of",
+    ),
+    Target(_MODEL, "in_model", "in a model / 26 nn.Embedding + SparseAdam", figure("tables")),
+    Target(_MODEL, "in_model", "whole step / one nn.Embedding + SparseAdam", figure("step")),
     Target(_BAG, "train", "training step / nn.Embedding + SparseAdam", mean_of(3), 5),
     Target(_BAG, "train", "training step / FBGEMM, Adagrad", mean_of(8), 2.5),
     Target(

@@ -8,7 +8,8 @@ import torch
 from recis_lightning import admission, checkpoint, eviction, initializers, trainer_bridge
 from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
 from recis_lightning.embedding import DynamicEmbedding, DynamicEmbeddingBag
-from recis_lightning.engine import EmbeddingEngine, EmbeddingOption
+from recis_lightning.embedding_option import EmbeddingOption
+from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.jagged import Jagged
 from recis_lightning.lookup.table_call import TableLookup
 from recis_lightning.metrics import GAUC, add_metric
@@ -32,7 +33,7 @@ hash_table.set_lookup(TableLookup())
 # time.time.
 torch.serialization.add_safe_globals(
     [
-        EmbeddingOption,
+        *(EmbeddingOption, (EmbeddingOption, "recis_lightning.engine.EmbeddingOption")),  # of 0.1.0
         *(admission.ReadOnly, admission.MinCount, admission.Probability, admission.BloomCount),
         *(eviction.GlobalStepFilter, eviction.TimeToLive, eviction.MaxRows, eviction.MinNorm),
         *(eviction.AnyOf, eviction.AllOf, time.time),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from difflib import SequenceMatcher
 from typing import Any, Literal, NoReturn
 
@@ -14,23 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import Admission
-from recis_lightning.arguments import (
-    HINTS,
-    check_bool,
-    check_dtype,
-    check_embedding_dim,
-    check_padding_idx,
-    check_str,
-    explain_arguments,
-    refuse_script,
-)
-from recis_lightning.eviction import Eviction
-from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
+from recis_lightning.arguments import check_bool, refuse_script
+from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_features, read_keyed_jagged
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
-from recis_lightning.table.hash_table import HashTable, check_policies
+from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.table_dict import TableDict
 from recis_lightning.table.versions import layout_version
 
@@ -39,95 +29,7 @@ _FEATURE_FIELDS = (
     *("table", "mode", "padding_idx", "tile_len", "mean_by", "use_weights"),
     *("trainable", "admission"),
 )
-_MODES = ("none", "sum", "mean", "tile")
 _ALIKE = 0.8  # similarity from which a key is taken for a misspelt feature
-
-
-@explain_arguments(
-    {
-        **HINTS,
-        "shared_name": "write table=",
-        "name": "write table=",
-        "combiner": "write mode=",
-        "combiner_kwargs": "write tile_len=",
-        "use_weight": "write use_weights=",
-    }
-)
-@dataclass(frozen=True)
-class EmbeddingOption:
-    """Settings of a feature: of its lookup, and of its table.
-
-    They do not change; ``dataclasses.replace`` makes another option.
-
-    Args:
-        embedding_dim: Size of a row.
-        table: Name of the table that has its rows; the feature's name by default. Options that
-            name the same table share its rows, and must agree on dim, initializer, eviction,
-            dtype, device and seed. The rest belongs to the feature.
-        mode: "none" (a row an id), "sum", "mean" or "tile" (the first ``tile_len`` rows of a bag
-            side by side, zero padded).
-        initializer: Distribution of new rows.
-        admission: Policy that says which unknown ids of this feature get a row; None admits all. Of
-            features that share a table some may have a policy, others ``ReadOnly()`` or None.
-        eviction: Policy that says which rows the table evicts; None evicts none.
-        padding_idx: An id of this feature that reads as zeros and gets no row.
-        dtype: torch.float32 or torch.bfloat16, also by name.
-        device: Where the table lives.
-        trainable: Whether rows get gradients from this feature.
-        tile_len: Rows of a bag, for mode "tile" only.
-        seed: With the table's name and the id, what a new row's values depend on; None takes
-            torch's initial seed, as ``seed_everything`` sets it.
-        use_weights: Whether weights that come with the ids count; otherwise they are ignored.
-        mean_by: Divisor of mode "mean": "weights" is the sum of the ids' weights, "count" the
-            number of ids, as in RecIS. Without weights both are the same.
-
-    Raises:
-        TypeError, ValueError: A field is not what it should be.
-    """
-
-    embedding_dim: int
-    table: str | None = None
-    mode: Literal["none", "sum", "mean", "tile"] = "none"
-    initializer: Initializer = DEFAULT_INITIALIZER
-    admission: Admission | None = None
-    eviction: Eviction | None = None
-    padding_idx: int | None = None
-    dtype: torch.dtype | str = torch.float32
-    device: torch.device | str | None = None
-    trainable: bool = True
-    tile_len: int | None = None
-    seed: int | None = 0
-    use_weights: bool = True
-    mean_by: Literal["weights", "count"] = "weights"
-
-    def __post_init__(self) -> None:
-        check_embedding_dim(self.embedding_dim)
-        check_dtype(self.dtype)
-        if self.table is not None:
-            check_str("table", self.table)
-        check_policies(self.initializer, self.admission, self.eviction)
-        for name in ("trainable", "use_weights"):
-            check_bool(name, getattr(self, name))
-        if self.mode not in _MODES:
-            raise ValueError(f"mode: expected one of {_MODES}, got {self.mode!r}")
-        if self.mean_by not in ("weights", "count"):
-            raise ValueError(f"mean_by: expected 'weights' or 'count', got {self.mean_by!r}")
-        if self.mean_by == "count" and self.mode != "mean":
-            raise ValueError(f"mean_by: only mode 'mean' takes 'count', this is {self.mode!r}")
-        if (self.mode == "tile") != (self.tile_len is not None):
-            raise ValueError(
-                f"tile_len: mode 'tile' needs one and no other takes one, got "
-                f"tile_len={self.tile_len!r} with mode={self.mode!r}"
-            )
-        if self.tile_len is not None and (
-            isinstance(self.tile_len, bool)
-            or not isinstance(self.tile_len, int)
-            or self.tile_len < 1
-        ):
-            raise ValueError(f"tile_len: expected an int >= 1, got {self.tile_len!r}")
-        check_padding_idx(self.padding_idx)
-
-
 _FIXED = (
     "an engine's options are fixed when it is made; make another engine, or change a table of "
     "engine.tables (its admission, eviction or initializer)"
@@ -269,13 +171,7 @@ class EmbeddingEngine(nn.Module):
             ValueError: The engine is strict, and a feature is missing or unknown (names it).
             TypeError: A feature is of no kind named above (names it).
         """
-        given: Mapping[str, Any] = features
-        if not isinstance(features, Mapping):
-            if not all(hasattr(features, name) for name in ("keys", "values", "lengths")):
-                raise TypeError(
-                    f"features: expected a dict or KeyedJaggedTensor, got {type(features).__name__}"
-                )
-            given = read_keyed_jagged(features)
+        given = _by_name(features)
         is_whole = given.keys() == self.options.keys()
         if not is_whole:
             self._check_keys(given)
@@ -293,6 +189,56 @@ class EmbeddingEngine(nn.Module):
             return embeddings
         found = {name: rows for name, rows in embeddings.items() if name in given}
         return found | {key: features[key] for key in given if key not in self.options}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns that each feature has in ``concat``, in order."""
+        return {name: option.width for name, option in self.options.items()}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
+    def concat(self, features: dict[str, Any]) -> Tensor:
+        """Look all features up into one tensor, side by side in the order of the options.
+
+        Values, gradients and updates are those of ``torch.cat`` over the outputs of ``forward``,
+        to the bit. But each row is written where it belongs, and the gradient is read where it
+        lies: nothing is copied, and nothing is made for each feature. (Tables of several dtypes or
+        devices give a tensor each, which are then joined.)
+
+        Args:
+            features: As for ``forward``, and every feature is there, each with B samples: ids [B]
+                or [B, L], or ragged. Mode "none" takes one id a sample, [B] or [B, 1]. Keys that
+                are no features are left alone.
+
+        Returns:
+            [B, sum of widths], in the tables' dtype.
+
+        Raises:
+            ValueError: A feature is missing, has another number of samples, or does not give one
+                row a sample (names it).
+            TypeError: As ``forward``.
+
+        Example:
+            >>> engine = EmbeddingEngine({
+            ...     "user": EmbeddingOption(4), "tags": EmbeddingOption(2, mode="sum"),
+            ... })
+            >>> tags = torch.tensor([[3, 5], [4, 4]])
+            >>> out = engine.concat({"user": torch.tensor([1, 2]), "tags": tags})
+            >>> out.shape, engine.widths
+            (torch.Size([2, 6]), {'user': 4, 'tags': 2})
+            >>> user, tags = out.split([*engine.widths.values()], 1)
+        """
+        given = _by_name(features)
+        if given.keys() != self.options.keys():
+            missing = sorted(name for name in self.options if name not in given)
+            unknown = [key for key in given if key not in self.options]
+            if missing or self.strict:
+                raise ValueError(
+                    f"features: concat needs every feature of the engine; missing {missing}, "
+                    f"unknown {sorted(unknown, key=str)}"
+                )
+        groups = self.current_groups()
+        bags = [_read(given, group, is_whole=True) for group in groups]
+        return self._groups.joined(self.options).look_up(bags, self.training)
 
     def _check_keys(self, given: Mapping[str, Any]) -> None:
         """Raise if the engine is strict; warn once of a key that looks like a missing feature."""
@@ -382,6 +328,17 @@ def _admits(policy: Admission | None) -> Literal["policy", "all", "none"]:
     if not policy.admits:
         return "none"
     return "all" if policy.screening is None else "policy"
+
+
+def _by_name(features: Any) -> Mapping[str, Any]:
+    """Return features as a mapping, whatever they came as."""
+    if isinstance(features, Mapping):
+        return features
+    if not all(hasattr(features, name) for name in ("keys", "values", "lengths")):
+        raise TypeError(
+            f"features: expected a dict or KeyedJaggedTensor, got {type(features).__name__}"
+        )
+    return read_keyed_jagged(features)
 
 
 def _looks_like(key: Any, name: str) -> bool:

@@ -341,38 +341,6 @@ def test_options_that_disagree_on_a_table(field, first, second):
     EmbeddingEngine({"x": one, "y": copy.deepcopy(one)})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"mode": "max"}, ValueError, r"mode: expected one of .*, got 'max'"),
-        ({"mode": "tile"}, ValueError, "tile_len: mode 'tile' needs one"),
-        ({"tile_len": 3}, ValueError, "tile_len: .*got tile_len=3 with mode='none'"),
-        ({"mode": "tile", "tile_len": 0}, ValueError, "tile_len: expected an int >= 1, got 0"),
-        ({"padding_idx": "0"}, TypeError, "padding_idx: expected an int or None, got '0'"),
-        ({"embedding_dim": -2}, ValueError, "embedding_dim: expected an int >= 1, got -2"),
-        ({"dtype": "float64"}, ValueError, "dtype: expected .*got 'float64'"),
-        ({"device": "meta"}, ValueError, "device: .*got 'meta'"),
-        ({"table": 16}, TypeError, r"table: expected a str, got int \(16\)"),
-        ({"trainable": 1}, TypeError, "trainable: expected a bool, got 1"),
-        ({"use_weights": None}, TypeError, "use_weights: expected a bool, got None"),
-        ({"mean_by": "ids"}, ValueError, "mean_by: expected 'weights' or 'count', got 'ids'"),
-        ({"mean_by": "count", "mode": "sum"}, ValueError, "mean_by: only mode 'mean' takes"),
-        ({"initializer": "normal"}, TypeError, r"got 'normal'; write initializer=Normal\(\)"),
-        ({"admission": ReadOnly}, TypeError, r"admission: .*; write admission=ReadOnly\(\)"),
-        ({"admission": GlobalStepFilter(3)}, TypeError, r"write eviction=GlobalStepFilter\("),
-        ({"eviction": "max-rows"}, TypeError, r"eviction: .*; write eviction=MaxRows\(n=\.\.\.\)"),
-        ({"combiner": "sum"}, TypeError, "combiner: EmbeddingOption has none; write mode="),
-        ({"shared_name": "t"}, TypeError, "shared_name: .*; write table="),
-        ({"trainabel": False}, TypeError, "trainabel: .*did you mean trainable"),
-        ({"block_size": 8}, TypeError, "block_size: .*does not exist here: leave it out"),
-    ],
-)
-def test_wrong_options(arguments, error, words):
-    """An error names the argument, the value got and what was expected."""
-    with pytest.raises(error, match=words):
-        EmbeddingEngine({"a": EmbeddingOption(**{"embedding_dim": 4, **arguments})})
-
-
 def test_options_are_options():
     """A dict of something else, or of nothing, is refused."""
     with pytest.raises(TypeError, match=r"options\['a'\]: expected EmbeddingOption, got 4"):

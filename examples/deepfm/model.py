@@ -63,7 +63,7 @@ class DeepFM(L.LightningModule):
         if len(dims) != 1:
             raise ValueError(f"all embeddings need one embedding_dim, got {sorted(dims)}")
         self.embeddings = embeddings
-        self.engine: nn.Module = EmbeddingEngine(embeddings)
+        self.engine = EmbeddingEngine(embeddings)
         self.linear = nn.Linear(num_dense, 1, bias=False) if num_dense else None
         widths = [len(embeddings) * (dims.pop() - 1) + num_dense, *hidden]
         layers: list[nn.Module] = []
@@ -77,8 +77,8 @@ class DeepFM(L.LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits [B]."""
-        known = {n: ids for n, ids in batch["features"].items() if n in self.embeddings}
-        rows = torch.stack([*self.engine(known).values()], dim=1)
+        joined = self.engine.concat(batch["features"])
+        rows = joined.view(len(joined), len(self.embeddings), -1)  # a row a feature
         weights, factors = rows[..., 0], rows[..., 1:]
         # The sum over pairs of inner products, without the pairs.
         pairs = (factors.sum(1).square() - factors.square().sum(1)).sum(1) / 2

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from operator import and_, attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,39 +32,160 @@ _stride: Any = Tensor.stride
 _is_neg: Any = Tensor.is_neg  # a view whose memory holds the negative values
 
 
-def record_lookup(
-    layout: FeatureLayout,
-    batch: Batch,
-    plan: Plan,
-    fetched: FetchedRows,
-    outputs: list[Tensor],
-    training: bool,
-) -> list[Tensor]:
-    """Return the outputs of a lookup as autograd knows them.
+class Lookup(NamedTuple):
+    """Lookup of a group's features that has filled its outputs.
 
-    Args:
+    Attributes:
         layout: The group's features.
         batch: What was looked up.
         plan: The plan by which the outputs were filled.
         fetched: The rows that it points to.
-        outputs: One for each feature.
+        outputs: One for each feature; none if the features fill columns of a joined output.
         training: Whether rows get gradients; per-sample weights get them in evaluation too.
     """
+
+    layout: FeatureLayout
+    batch: Batch
+    plan: Plan
+    fetched: FetchedRows
+    outputs: list[Tensor]
+    training: bool
+
+    def weighted(self) -> list[int]:
+        """Return the features whose weights ask for a gradient."""
+        details = self.batch.bags.details
+        return [i for i in self.batch.weighted if _requires_grad(details[i].weights)]
+
+    def learns(self) -> bool:
+        """Return whether rows of any table get gradients."""
+        return self.training and any(self.layout.trains())
+
+
+class OutputRecord:
+    """Record of a lookup's outputs, by which a backward pass returns their gradients.
+
+    Args:
+        lookup: The lookup, whose tables are locked.
+        weighted: Features whose weights ask for a gradient.
+    """
+
+    def __init__(self, lookup: Lookup, weighted: list[int]) -> None:
+        # Not the outputs: they hold the graph, which holds this.
+        self.lookup, self.weighted = lookup._replace(outputs=[]), weighted
+        layout = self.layout = lookup.layout
+        # Of a table that was frozen in the forward pass, autograd would know nothing.
+        self._trains = layout.trains() if lookup.training else [False]
+        self._generations = list(map(_generation, layout.storages))
+        self._versions = list(map(lookup.fetched.version_of, weighted))
+
+    def trained(self, features: Sequence[int], accumulates: bool) -> list[bool] | None:
+        """Return for each of some features whether its rows get a gradient; None if all do.
+
+        Args:
+            features: The features.
+            accumulates: Whether the pass adds up gradients of tables.
+        """
+        layout = self.layout
+        trains = layout.trains() if accumulates else [False]
+        if not layout.frozen and all(self._trains) and all(trains):
+            return None
+        trained = set(compress(layout.tables, map(and_, self._trains, trains)))
+        return [
+            feature not in layout.frozen and layout.feature_tables[feature] in trained
+            for feature in features
+        ]
+
+    def check_generations(self) -> None:
+        """Raise if a table lost rows since; the caller has locked the tables.
+
+        Raises:
+            RuntimeError: A row may be another id's by now (names the table).
+        """
+        generations = list(map(_generation, self.layout.storages))
+        if generations != self._generations:
+            _raise_stale_rows(self.layout.tables, self._generations, generations)
+
+    def return_gradients(
+        self, features: Sequence[int], addresses: Any, strides: Any, tensors: list[Tensor]
+    ) -> None:
+        """Leave gradients with the tables; the caller has locked them.
+
+        Args:
+            features: Features that have a gradient and train.
+            addresses: Where each one's gradient lies.
+            strides: Bytes from one bag of each to the next.
+            tensors: What has these gradients, float32, and nobody else writes to.
+        """
+        lookup = self.lookup
+        if not lookup.training:
+            return
+        is_whole = len(features) == len(self.layout.features)
+        plan = lookup.plan.copy() if is_whole else lookup.plan[features]
+        if len(features):
+            plan[:, fields.PLAN_DATA] = addresses
+            plan[:, fields.PLAN_DATA_STRIDE] = strides
+        lookup.fetched.return_gradients(OutputGradients(features, plan, lookup.batch, tensors))
+
+    def weight_gradients(self, gradients: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """Return the gradient of each feature's weights that asks for one.
+
+        Args:
+            gradients: Gradients of the features' outputs, as far as there are any.
+
+        Raises:
+            RuntimeError: Rows that a gradient needs were overwritten (names feature and table).
+        """
+        lookup, fetched = self.lookup, self.lookup.fetched
+        results: list[Tensor | None] = []
+        for feature, version in zip(self.weighted, self._versions, strict=True):
+            gradient = gradients.get(feature)
+            if gradient is None:
+                weights: Any = lookup.batch.bags.details[feature].weights
+                results.append(None if weights.numel() else torch.zeros_like(weights))
+                continue
+            if fetched.version_of(feature) != version:
+                raise RuntimeError(
+                    f"{self.layout.names[feature]}: rows of table "
+                    f"{self.layout.feature_tables[feature].name!r}, needed for the gradient of "
+                    "weights, were overwritten since the lookup (by an optimizer's step or "
+                    "insert); run backward first, or look up again"
+                )
+            bags = lookup.batch.bags_of(feature)
+            first = int(lookup.plan[feature, fields.PLAN_FIRST_ID])
+            rows = fetched.rows[first : first + bags.ids.numel()]
+            header = fetched.header_of(feature)
+            results.append(_weight_gradient(self.layout, feature, bags, header, rows, gradient))
+        return results
+
+
+def record_lookup(lookup: Lookup) -> list[Tensor]:
+    """Return the outputs of a lookup as autograd knows them."""
     if not torch.is_grad_enabled():
-        return outputs
-    details = batch.bags.details
-    weighted = [feature for feature in batch.weighted if _requires_grad(details[feature].weights)]
-    learns = training and any(layout.trains())
+        return lookup.outputs
+    learns, weighted = lookup.learns(), lookup.weighted()
     if not weighted and not learns:
-        return outputs
-    expected_references()  # what it does must not be nested in a backward pass
-    # Autograd calls us for their sake; they get no gradient.
-    leaves = leaves_of(layout.anchors) if learns else []
-    weights = [details[feature].weights for feature in weighted]
-    recorded = LookupFunction.apply(  # type: ignore[no-untyped-call]
-        layout, batch, plan, fetched, outputs, weighted, training, *leaves, *weights
-    )
+        return lookup.outputs
+    record = OutputRecord(lookup, weighted)
+    inputs = inputs_of([record], [learns])
+    recorded = LookupFunction.apply(lookup.outputs, record, *inputs)  # type: ignore[no-untyped-call]
     return list(recorded)
+
+
+def inputs_of(records: Sequence[OutputRecord], learns: Sequence[bool]) -> list[Tensor]:
+    """Return what autograd must know of lookups: leaves of their tables, then their weights.
+
+    Args:
+        records: Of the lookups.
+        learns: For each, whether rows get gradients.
+    """
+    expected_references()  # what it does must not be nested in a backward pass
+    anchors = [anchor for record in compress(records, learns) for anchor in record.layout.anchors]
+    # Autograd calls us for their sake; they get no gradient.
+    leaves: list[Any] = list(leaves_of(anchors)) if anchors else []
+    for record in records:
+        details = record.lookup.batch.bags.details
+        leaves += [details[feature].weights for feature in record.weighted]
+    return leaves
 
 
 class LookupFunction(torch.autograd.Function):
@@ -72,28 +193,14 @@ class LookupFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        layout: FeatureLayout,
-        batch: Batch,
-        plan: Plan,
-        fetched: FetchedRows,
-        outputs: list[Tensor],
-        weighted: list[int],
-        training: bool,
-        *leaves_and_weights: Tensor,
+        ctx: Any, outputs: list[Tensor], record: OutputRecord, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         """Return ``outputs``, which are filled already."""
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.batch, ctx.plan, ctx.fetched = layout, batch, plan, fetched
-        ctx.weighted, ctx.training = weighted, training
-        ctx.num_leaves = len(leaves_and_weights) - len(weighted)
-        # Of a table that was frozen in the forward pass, autograd would know nothing.
-        ctx.trains = layout.trains() if training else [False]
-        if layout.frozen:
-            frozen = layout.frozen.difference(weighted)
+        ctx.record, ctx.num_leaves = record, len(inputs) - len(record.weighted)
+        if record.layout.frozen:
+            frozen = record.layout.frozen.difference(record.weighted)
             ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
-        ctx.generations = list(map(_generation, layout.storages))
-        ctx.versions = list(map(fetched.version_of, weighted))
         return tuple(outputs)
 
     @staticmethod
@@ -101,44 +208,32 @@ class LookupFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
-        layout: FeatureLayout = ctx.layout
-        features, tensors, strides = _present(gradients)
-        by_feature = dict(zip(features, tensors, strict=True)) if ctx.weighted else {}
-        trains = layout.trains() if ctx.num_leaves and _accumulates(ctx) else [False]
-        if layout.frozen or not all(ctx.trains) or not all(trains):
-            trained = set(compress(layout.tables, map(and_, ctx.trains, trains)))
-            trains = [
-                feature not in layout.frozen and layout.feature_tables[feature] in trained
-                for feature in features
-            ]
-            features, tensors = list(compress(features, trains)), list(compress(tensors, trains))
-            strides = list(compress(strides, trains))
-        plan = ctx.plan[features] if len(features) < len(gradients) else ctx.plan.copy()
-        if features:
-            plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, tensors))
-            plan[:, fields.PLAN_DATA_STRIDE] = strides
-        given = OutputGradients(features, plan, ctx.batch, tensors)
-        of_weights = write(layout.current_locks(), _leave_gradients, ctx, given, by_feature)
-        return (*[None] * (7 + ctx.num_leaves), *of_weights)
+        record: OutputRecord = ctx.record
+        features, tensors, strides = present_gradients(gradients)
+        by_feature = dict(zip(features, tensors, strict=True)) if record.weighted else {}
+        trained = record.trained(features, accumulates(ctx))
+        if trained is not None:
+            features, tensors = list(compress(features, trained)), list(compress(tensors, trained))
+            strides = list(compress(strides, trained))
+        addresses = list(map(Tensor.data_ptr, tensors))
+
+        def leave_gradients() -> list[Tensor | None]:
+            record.check_generations()
+            record.return_gradients(features, addresses, strides, tensors)
+            return record.weight_gradients(by_feature)
+
+        of_weights = write(record.layout.current_locks(), leave_gradients)
+        return (*[None] * (2 + ctx.num_leaves), *of_weights)
 
 
-def _leave_gradients(
-    ctx: Any, gradients: OutputGradients, by_feature: dict[int, Tensor]
-) -> list[Tensor | None]:
-    """Leave gradients with the tables, which no other thread uses; return those of weights."""
-    generations = list(map(_generation, ctx.layout.storages))
-    if generations != ctx.generations:
-        _raise_stale_rows(ctx.layout.tables, ctx.generations, generations)
-    if ctx.training:
-        ctx.fetched.return_gradients(gradients)
-    return _weight_gradients(ctx, by_feature)
-
-
-def _accumulates(ctx: Any) -> bool:
-    """Return whether the pass adds gradients up where they belong, those of tables too.
+def accumulates(ctx: Any) -> bool:
+    """Return whether a backward pass adds gradients of tables up.
 
     ``torch.autograd.grad`` returns what it was asked for and adds up nothing, and ``backward`` may
     be asked for the gradients of other leaves alone.
+
+    Args:
+        ctx: Of a function whose first ``ctx.num_leaves`` inputs are leaves of tables.
     """
     leaves = [node for node, _ in ctx.next_functions[: ctx.num_leaves]]
     try:
@@ -147,11 +242,13 @@ def _accumulates(ctx: Any) -> bool:
         return False
 
 
-def _present(gradients: Sequence[Tensor | None]) -> tuple[Sequence[int], list[Tensor], list[int]]:
+def present_gradients(
+    gradients: Sequence[Tensor | None],
+) -> tuple[Sequence[int], list[Tensor], list[int]]:
     """Return the gradients that are there, as tensors that nobody else writes to.
 
     Returns:
-        Positions of their features; the gradients as float32 with contiguous rows; their row
+        Positions of their outputs; the gradients as float32 with contiguous rows; their row
         strides in bytes.
     """
     features: Sequence[int] = range(len(gradients))
@@ -179,30 +276,6 @@ def _raise_stale_rows(
         f"table {stale.name!r} lost rows between a lookup and its backward pass "
         "(evict, delete, clear or load); run backward first, or look up again"
     )
-
-
-def _weight_gradients(ctx: Any, gradients: dict[int, Tensor]) -> list[Tensor | None]:
-    """Return the gradient of each feature's weights that asks for one."""
-    layout: FeatureLayout = ctx.layout
-    fetched: FetchedRows = ctx.fetched
-    results: list[Tensor | None] = []
-    for feature, version in zip(ctx.weighted, ctx.versions, strict=True):
-        gradient = gradients.get(feature)
-        if gradient is None:
-            weights: Any = ctx.batch.bags.details[feature].weights
-            results.append(None if weights.numel() else torch.zeros_like(weights))
-            continue
-        if fetched.version_of(feature) != version:
-            raise RuntimeError(
-                f"{layout.names[feature]}: rows of table {layout.feature_tables[feature].name!r}, "
-                "needed for the gradient of weights, were overwritten since the lookup (by an "
-                "optimizer's step or insert); run backward first, or look up again"
-            )
-        bags, first = ctx.batch.bags_of(feature), int(ctx.plan[feature, fields.PLAN_FIRST_ID])
-        rows = fetched.rows[first : first + bags.ids.numel()]
-        header = fetched.header_of(feature)
-        results.append(_weight_gradient(layout, feature, bags, header, rows, gradient))
-    return results
 
 
 def _weight_gradient(
@@ -250,4 +323,11 @@ def _weight_gradient(
     return dots
 
 
-__all__ = ["record_lookup"]
+__all__ = [
+    "Lookup",
+    "OutputRecord",
+    "accumulates",
+    "inputs_of",
+    "present_gradients",
+    "record_lookup",
+]

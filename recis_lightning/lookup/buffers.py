@@ -1,4 +1,4 @@
-"""Output buffers of many features, allocated a few times rather than once a feature.
+"""Output buffers of many features: columns of one tensor, or tensors that share a few allocations.
 
 An allocation costs torch microseconds, which hundreds of small features feel. So small outputs of
 one width share memory, though none is a view of another: each can be changed in place and has its
@@ -8,7 +8,10 @@ own version. A shared buffer is small, because whoever keeps one of its outputs 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +20,26 @@ _SHARED_BYTES = 1 << 20
 
 # Tensors that share memory are views, with restrictions, only where this key is not excluded.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+class Columns(NamedTuple):
+    """Columns of one tensor, in place of an output for each feature.
+
+    Attributes:
+        tensor: [B, width], contiguous rows.
+        first: int64 [num_features], each feature's first column.
+    """
+
+    tensor: Tensor
+    first: npt.NDArray[np.int64]
+
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Return where each feature's first bag lies."""
+        return self.first * self.tensor.element_size() + self.tensor.data_ptr()
+
+    def stride_bytes(self) -> int:
+        """Return the bytes from one bag to the next."""
+        return self.tensor.stride(0) * self.tensor.element_size()
 
 
 def allocate_outputs(
@@ -48,4 +71,4 @@ def allocate_outputs(
     return outputs
 
 
-__all__ = ["allocate_outputs"]
+__all__ = ["Columns", "allocate_outputs"]

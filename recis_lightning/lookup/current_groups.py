@@ -9,6 +9,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.lookup import surroundings
 from recis_lightning.lookup.features import Feature, FeatureLayout
 from recis_lightning.lookup.group import LookupGroup
+from recis_lightning.lookup.joined import JoinedOutput
 from recis_lightning.lookup.local import LocalRows
 from recis_lightning.lookup.sharded import ShardedRows
 
@@ -34,6 +35,7 @@ class CurrentGroups:
 
     def __init__(self) -> None:
         self._groups: list[LookupGroup] = []
+        self._joined: JoinedOutput | None = None
 
     def of(self, features: Callable[[], Iterable[Feature]]) -> list[LookupGroup]:
         """Return the groups as long as they are current, else new ones.
@@ -50,6 +52,16 @@ class CurrentGroups:
                 members.setdefault(key, []).append(feature)
             groups = self._groups = list(map(make_group, members.values()))
         return groups
+
+    def joined(self, names: Iterable[str]) -> JoinedOutput:
+        """Return the joined output of the groups that ``of`` returned last.
+
+        Args:
+            names: All features, in the order of their columns; the same in every call.
+        """
+        if self._joined is None or self._joined.groups is not self._groups:
+            self._joined = JoinedOutput(self._groups, list(names))
+        return self._joined
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CurrentGroups, ()

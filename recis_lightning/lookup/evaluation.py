@@ -47,7 +47,7 @@ def finish_evaluation(module: nn.Module) -> None:
                 "not know, or each others; all ranks must evaluate the same module"
             )
         groups = known[asked.pop()]
-        run_lookups(groups, [_no_ids(group) for group in groups], training=False)
+        run_lookups(groups, [_no_ids(group) for group in groups], False, None, lambda _: None)
 
 
 def _no_ids(group: LookupGroup) -> FeatureBags:

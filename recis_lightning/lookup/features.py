@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.batch import Batch, SizedLines
-from recis_lightning.lookup.buffers import allocate_outputs
+from recis_lightning.lookup.buffers import Columns, allocate_outputs
 from recis_lightning.lookup.signature import digest
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
@@ -84,6 +84,7 @@ class FeatureLayout:
         frozen: Positions of the features that do not train, though their table does.
         unweighted: Positions of the features whose weights do not count.
         row_type: (embedding_dim, dtype, device), as ops take them.
+        widths: Columns of each feature's output.
         locks: Of the tables, as ``table.lock`` takes them.
         training: Segments that insert, without sizes.
         evaluation: Segments that only read, without sizes.
@@ -117,7 +118,7 @@ class FeatureLayout:
         self.evaluation = self._segments(insert=False)
         self._last: SizedLines | None = None  # of the last batch
         self._has_row_per_id = np.array([feature.mode == "none" for feature in features])
-        self._widths = [
+        self.widths = [
             self.embedding_dim * (feature.tile_len if feature.mode == "tile" else 1)
             for feature in features
         ]
@@ -136,7 +137,7 @@ class FeatureLayout:
         plan[:, fields.PLAN_HEADER] = headers[self.segment_tables]
         plan[:, fields.PLAN_MODE] = [MODES[feature.mode] for feature in self.features]
         plan[:, fields.PLAN_TILE_LEN] = [feature.tile_len for feature in self.features]
-        plan[:, fields.PLAN_DATA_STRIDE] = np.array(self._widths) * self.dtype.itemsize
+        plan[:, fields.PLAN_DATA_STRIDE] = np.array(self.widths) * self.dtype.itemsize
         return plan
 
     def trains(self) -> list[bool]:
@@ -230,11 +231,20 @@ class FeatureLayout:
     def allocate(self, batch: Batch) -> tuple[list[Tensor], Plan]:
         """Return uninitialised outputs, and the plan that fills them once it points to rows."""
         plan = batch.lines.plan.copy()
-        outputs = allocate_outputs(batch.lines.num_bags, self._widths, self._prototype)
+        outputs = allocate_outputs(batch.lines.num_bags, self.widths, self._prototype)
         plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, outputs))
         if batch.bags.details:
             batch.enter_arguments(plan)
         return outputs, plan
+
+    def fill_columns(self, batch: Batch, columns: Columns) -> Plan:
+        """Return the plan that fills columns once it points to rows."""
+        plan = batch.lines.plan.copy()
+        plan[:, fields.PLAN_DATA] = columns.addresses()
+        plan[:, fields.PLAN_DATA_STRIDE] = columns.stride_bytes()
+        if batch.bags.details:
+            batch.enter_arguments(plan)
+        return plan
 
 
 def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:

@@ -6,9 +6,10 @@ one gather; backward leaves the gradients where they are and only notes them as 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import compress
 from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from recis_lightning.arguments import check_not_traced
 from recis_lightning.distributed import collectives
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
-from recis_lightning.lookup.autograd import record_lookup
+from recis_lightning.lookup.autograd import Lookup, record_lookup
 from recis_lightning.lookup.batch import (
     Batch,
     SizedLines,
@@ -25,12 +26,15 @@ from recis_lightning.lookup.batch import (
     join_weights,
     malformed_feature,
 )
+from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
 from recis_lightning.table.lock import distinct_locks, read, write
+
+_Result = TypeVar("_Result")
 
 # For maps over hundreds of tables and tensors.
 _pending, _device, _is_cpu = map(attrgetter, ("pending", "device", "is_cpu"))
@@ -91,19 +95,24 @@ class LookupGroup:
         weights = join_weights(bags, weighted) if is_recorded else None
         return Batch(bags, lines, offsets, weighted, weights, came_from)
 
-    def look_up(self, batch: Batch, training: bool) -> Generator[None, None, list[Tensor]]:
+    def look_up(
+        self, batch: Batch, training: bool, columns: Columns | None
+    ) -> Generator[None, None, Lookup]:
         """Look features up and pool their rows; pause while messages are under way.
 
         Args:
             batch: From ``prepare``.
             training: Insert unknown ids, stamp rows and leave gradients; otherwise only read.
-
-        Returns:
-            For each feature [n, dim] ("none"), [B, dim] or [B, tile_len * dim] ("tile").
+            columns: What to fill; None means outputs of their own, for each feature [n, dim]
+                ("none"), [B, dim] or [B, tile_len * dim] ("tile").
         """
         layout = self.layout
         layout.check_current()
-        outputs, plan = layout.allocate(batch)
+        outputs: list[Tensor] = []
+        if columns is None:
+            outputs, plan = layout.allocate(batch)
+        else:
+            plan = layout.fill_columns(batch, columns)
         # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
         inserts = training and torch._C._current_graph_task_id() == -1
         try:
@@ -111,11 +120,7 @@ class LookupGroup:
         except embedding_bag.MalformedOffsetsError as error:
             self._raise_malformed(error.feature, batch.bags)
             raise
-        if training or batch.weighted:
-            outputs = record_lookup(layout, batch, plan, fetched, outputs, training)
-        if batch.came_from.type == "cuda" and layout.device.type == "cpu":
-            return transfer.outputs_to_device(outputs, batch.came_from)
-        return outputs
+        return Lookup(layout, batch, plan, fetched, outputs, training)
 
     def _check_devices(self, bags: FeatureBags) -> None:
         """Raise if a feature is not where its table is."""
@@ -214,62 +219,95 @@ def look_up_groups(
     Returns:
         For each group, the outputs of its features.
     """
+    return look_up_with(groups, bags, training, None, _record_each)
+
+
+def _record_each(lookups: Sequence[Lookup]) -> list[list[Tensor]]:
+    return [_record_outputs(lookup) for lookup in lookups]
+
+
+def _record_outputs(lookup: Lookup) -> list[Tensor]:
+    """Return the outputs of a lookup as autograd knows them, where the caller has its tensors."""
+    outputs = lookup.outputs
+    if lookup.training or lookup.batch.weighted:
+        outputs = record_lookup(lookup)
+    if is_transferred(lookup):
+        return transfer.outputs_to_device(outputs, lookup.batch.came_from)
+    return outputs
+
+
+def is_transferred(lookup: Lookup) -> bool:
+    """Return whether the caller's tensors are on a GPU and the tables on the CPU."""
+    return lookup.batch.came_from.type == "cuda" and lookup.layout.device.type == "cpu"
+
+
+def look_up_with(
+    groups: Sequence[LookupGroup],
+    bags: Sequence[FeatureBags],
+    training: bool,
+    columns: Sequence[Columns] | None,
+    record: Callable[[Sequence[Lookup]], _Result],
+) -> _Result:
+    """Look groups up as ``look_up_groups`` does; return what ``record`` makes of the lookups.
+
+    Args:
+        groups: The groups of a module.
+        bags: For each group, those of its features.
+        training: As for ``LookupGroup.look_up``.
+        columns: For each group, the columns to fill; None means outputs of their own.
+        record: Called with the groups' lookups while their tables are locked.
+    """
     check_not_traced("lookup", bags[0].ids)
     if training or groups[0].num_ranks == 1:
-        return run_lookups(groups, bags, training)
+        return run_lookups(groups, bags, training, columns, record)
     for group in groups:
         group.runner.join_evaluation()
     # Ranks that have finished learn from it what to answer; the others have nothing to wait for.
     _, work = broadcast_signature(signature_of(groups), groups[0].layout.device)
-    outputs = run_lookups(groups, bags, training)
+    outputs = run_lookups(groups, bags, training, columns, record)
     work.wait()
     return outputs
 
 
 def run_lookups(
-    groups: Sequence[LookupGroup], bags: Sequence[FeatureBags], training: bool
-) -> list[list[Tensor]]:
+    groups: Sequence[LookupGroup],
+    bags: Sequence[FeatureBags],
+    training: bool,
+    columns: Sequence[Columns] | None,
+    record: Callable[[Sequence[Lookup]], _Result],
+) -> _Result:
     """Run the groups' lookups in turn, each up to its next pause, until all are done.
 
     All batches are checked before any table changes. Other threads may evaluate the same tables
-    meanwhile; they wait while one trains.
+    meanwhile; they wait while one trains. Arguments are those of ``look_up_with``.
     """
     batches = [group.prepare(parts, training) for group, parts in zip(groups, bags, strict=True)]
     locks = groups[0].layout.locks
     if len(groups) > 1 and any(group.layout.locks != locks for group in groups):
         locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
+    filled = [None] * len(groups) if columns is None else columns
+    running = list(map(LookupGroup.look_up, groups, batches, [training] * len(groups), filled))
     # Ranks answer one another in a fixed order, and so do the threads of each.
     if training or groups[0].num_ranks > 1:
-        return write(locks, _take_turns, groups, batches, training)
-    return read(locks, _take_turns, groups, batches, training)
+        return write(locks, lambda: record(_take_turns(running)))
+    return read(locks, lambda: record(_take_turns(running)))
 
 
-def _take_turns(
-    groups: Sequence[LookupGroup], batches: Sequence[Batch], training: bool
-) -> list[list[Tensor]]:
-    if len(groups) == 1:  # as most modules have: without the lists
-        lookup = groups[0].look_up(batches[0], training)
-        while True:
-            try:
-                next(lookup)
-            except StopIteration as end:
-                return [end.value]
-    outputs: list[list[Tensor]] = [[] for _ in groups]
-    running = [
-        (i, group.look_up(batch, training))
-        for i, (group, batch) in enumerate(zip(groups, batches, strict=True))
-    ]
-    while running:
+def _take_turns(running: Sequence[Generator[None, None, Lookup]]) -> list[Lookup]:
+    """Run lookups until all are done; return them in their order."""
+    found: list[Any] = [None] * len(running)
+    left = list(enumerate(running))
+    while left:
         paused = []
-        for i, lookup in running:
+        for i, lookup in left:
             try:
                 next(lookup)
             except StopIteration as end:
-                outputs[i] = end.value
+                found[i] = end.value
             else:
                 paused.append((i, lookup))
-        running = paused
-    return outputs
+        left = paused
+    return found
 
 
 def signature_of(groups: Sequence[LookupGroup]) -> int:
@@ -277,4 +315,11 @@ def signature_of(groups: Sequence[LookupGroup]) -> int:
     return digest([group.layout.signature for group in groups])
 
 
-__all__ = ["LookupGroup", "look_up_groups", "run_lookups", "signature_of"]
+__all__ = [
+    "LookupGroup",
+    "is_transferred",
+    "look_up_groups",
+    "look_up_with",
+    "run_lookups",
+    "signature_of",
+]

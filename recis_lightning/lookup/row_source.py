@@ -19,7 +19,7 @@ class OutputGradients(NamedTuple):
         features: Positions of the features that have a gradient and train.
         plan: int64 [len(features), PLAN_SIZE]; DATA points to gradients.
         batch: What was looked up.
-        tensors: The gradients, float32, one for each of ``features``; nobody else writes to them.
+        tensors: What has the gradients, float32; nobody else writes to it.
     """
 
     features: Sequence[int]

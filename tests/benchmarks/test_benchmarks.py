@@ -17,6 +17,7 @@ from benchmarks import (
     bench_embedding_bag,
     bench_filter,
     bench_hash_index,
+    bench_in_model,
     bench_memory,
     bench_row_update,
     bench_training,
@@ -32,13 +33,32 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are impl
 @pytest.fixture
 def few_ids(monkeypatch):
     """Reduce the number of ids in the benchmarks of training steps."""
-    for module in (bench_embedding_bag, bench_row_update, bench_training):
+    for module in (bench_embedding_bag, bench_in_model, bench_row_update, bench_training):
         monkeypatch.setattr(module, "NUM_IDS", 300)
 
 
 def test_embedding_bag_agrees_with_torch(few_ids):
     for bag in (1, 3):
         bench_embedding_bag.check(bench_embedding_bag.Data(2, 32, 4, bag))
+
+
+def test_embeddings_in_a_model_agree_with_torch(few_ids, monkeypatch, capfd):
+    """Rows after some steps, and a run of all contenders, each of whose parts takes time."""
+    bench_in_model.check(size=16)
+    monkeypatch.setattr(bench_in_model, "copy_gb_per_s", lambda: 10.0)
+    assert bench_in_model.main(["--run", "8", "4", "--rounds", "2"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert {"ours", "alone", "fused", "26 tables"} <= found["ms"].keys()
+    assert all(0 < part <= step for part, step in found["ms"].values())
+    assert found["limit"] > 0
+
+
+def test_batches_in_a_model_are_fresh(few_ids):
+    """No batch repeats, and a seed gives the same ones."""
+    one, other = bench_in_model.Batches(32, 0), bench_in_model.Batches(32, 0)
+    first = one.draw()
+    assert not torch.equal(torch.stack(first), torch.stack(one.draw()))
+    assert torch.equal(torch.stack(first), torch.stack(other.draw()))
 
 
 def test_row_update_agrees_with_torch(few_ids):

@@ -113,6 +113,45 @@ def inserted_rows():
     finish_evaluation(module)
 
 
+def joined_outputs():
+    """One joined output is what torch joins, to the bit: values, rows and optimizer state."""
+    results = []
+    for joins in (True, False):
+        options = {
+            "a": EmbeddingOption(4),
+            "b": EmbeddingOption(3, mode="sum"),
+            "c": EmbeddingOption(4, table="a", mode="tile", tile_len=2),
+            "d": EmbeddingOption(4, trainable=False),
+            "e": EmbeddingOption(4, dtype="bfloat16", mode="mean"),
+        }
+        engine = EmbeddingEngine(options)
+        sparse = SparseAdam(hash_tables(engine), lr=0.1)
+
+        def look_up(features, engine=engine, joins=joins):
+            if joins:
+                return engine.concat(features)
+            return torch.cat([*engine(features).values()], 1)
+
+        found = []
+        for step in range(4):
+            size = 0 if step == 2 and rank() == 1 else 4 + rank()
+            bags = IDS.roll(3 * step + rank())[: 2 * size].view(size, 2)
+            features = {"a": bags[:, 0], "b": bags, "c": bags.flip(1), "d": bags[:, 1], "e": bags}
+            found.append(look_up(features))
+            (found[-1] * torch.arange(float(found[-1].shape[1]))).sin().sum().backward()
+            sparse.step()
+        engine.eval()
+        with torch.no_grad():
+            found += [look_up(features) for _ in range(1 + rank())]
+        finish_evaluation(engine)
+        for table in hash_tables(engine):
+            found.append(table.embeddings(table.ids()).float())
+        results.append(found)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert len(results[0][-1])
+
+
 def features_that_differ():
     """Read-only, counting and frozen features of one table, and ranks that lack some of them."""
     options = {

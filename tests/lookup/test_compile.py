@@ -108,6 +108,7 @@ MODULES = {
     "bag": lambda: DynamicEmbeddingBag(4, name="tags"),
     "engine": lambda: EngineOfOne(),
     "table": lambda: HashTable(4, name="user"),
+    "joined": lambda: JoinedEngine(),
 }
 
 
@@ -118,6 +119,26 @@ class EngineOfOne(nn.Module):
 
     def forward(self, ids):
         return self.engine({"user": ids})["user"]
+
+
+class JoinedEngine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.engine = EmbeddingEngine({"user": EmbeddingOption(4, mode="sum")})
+
+    def forward(self, ids):
+        return self.engine.concat({"user": ids})
+
+
+def test_a_compiled_module_may_join_its_outputs():
+    """The lookup runs outside of what is compiled, once a step."""
+    ids, engine = torch.tensor([[1, 2], [3, 4]]), JoinedEngine()
+    compiled = torch.compile(nn.Sequential(engine, nn.Linear(4, 1)), backend="eager")
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            compiled(ids + step).sum().backward()
+        SparseSGD(hash_tables(engine), lr=0.1).step()
+    assert engine.engine.tables["user"].num_updates == 3
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
