@@ -8,6 +8,7 @@ from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.report import MetricReportHook
+from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.callbacks.trace import TraceHook
 from recis_lightning.callbacks.tracker import MLTrackerHook
 from recis_lightning.metrics import add_to_ml_tracker
@@ -21,6 +22,7 @@ __all__ = [
     "MLTrackerHook",
     "MetricReportHook",
     "ProfilerHook",
+    "TimelineProfiler",
     "TraceHook",
     "add_to_ml_tracker",
     "add_to_trace",
