@@ -3,6 +3,7 @@
 import logging as _logging
 
 from recis_lightning.callbacks.checkpoint import CheckpointHook
+from recis_lightning.callbacks.clip_grad_norm import ClipGradNormHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
@@ -16,6 +17,7 @@ from recis_lightning.trace import add_to_trace
 
 __all__ = [
     "CheckpointHook",
+    "ClipGradNormHook",
     "HashTableFilterHook",
     "Hook",
     "LoggerHook",

@@ -60,9 +60,15 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def module(op: str, device: torch.device) -> Any:
-    """Return the module that implements ``op`` (an op file's name) on ``device``."""
-    name = _forced or _KERNELS[device.type]
+def module(op: str, device: torch.device, backend: str | None = None) -> Any:
+    """Return the module that implements ``op`` (an op file's name) on ``device``.
+
+    Args:
+        op: Name of the op's file.
+        device: Of its tensors.
+        backend: As for ``use``; None: the device's, or the one in use.
+    """
+    name = backend or _forced or _KERNELS[device.type]
     loaded = _loaded.get((op, name))
     if loaded is None:
         loaded = importlib.import_module(f"recis_lightning.ops.{_FOLDERS[name]}.{op}")
