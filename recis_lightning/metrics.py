@@ -14,9 +14,13 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from recis_lightning.arguments import check_str
+from recis_lightning.click_metrics import BinnedAUROC, Calibration, NormalizedEntropy
 
 __all__ = [
     "GAUC",
+    "BinnedAUROC",
+    "Calibration",
+    "NormalizedEntropy",
     "add_metric",
     "add_to_ml_tracker",
     "clear_metrics",

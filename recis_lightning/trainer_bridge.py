@@ -1,21 +1,27 @@
-"""Bridge to Lightning: answers for a sharded lookup what it asks of the Trainer that runs it.
+"""Bridge to Lightning: answers for lookups and ops what they ask of the Trainer that runs them.
 
 A lookup knows its tables, not the LightningModule that holds them, and users need not pass any
 callback of ours. So the bridge searches the live LightningModules for those that hold the tables:
-once for each group of tables on several ranks, and once before an optimizer's first step.
+once for each group of tables on several ranks, and once before an optimizer's first step. An op
+does not even know its tables: for the Trainer's profiler the bridge searches for a module whose
+Trainer runs, in the first op after tables were given their device, as each run of a Trainer begins.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from recis_lightning.lookup import surroundings
+from recis_lightning.ops import backend
 from recis_lightning.optim.first_step import on_first_step
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.versions import move_version
 
 # Lightning's strategies that tables do not work under, and what to use for them. A strategy that
 # starts processes by multiprocessing returns rank 0's module alone to the process that called fit.
@@ -25,6 +31,9 @@ _REFUSED = {
     "FSDPStrategy": "it steps and saves an optimizer of sharded parameters only",
     "ModelParallelStrategy": "it steps and saves an optimizer of sharded parameters only",
 }
+
+# Profilers that list nothing, or list what torch's profiler records: our ops are in it anyhow.
+_NOT_LISTING = {"PassThroughProfiler", "PyTorchProfiler", "TimelineProfiler"}
 
 
 class TrainerBridge:
@@ -60,9 +69,50 @@ class TrainerRunner:
                 ShardedEvaluation.attach(trainer)
 
 
+class ProfilerRegions:
+    """Regions of our ops in the profiler of the Trainer that runs: a recorder of ``ops.backend``.
+
+    Only on the thread that runs the Trainer: Lightning's profilers know one thread.
+    """
+
+    def __init__(self) -> None:
+        self._moves = -1  # of tables, for which the following is right
+        self._trainer: weakref.ref[Any] | None = None  # the one that ran then
+
+    def __call__(self, name: str) -> AbstractContextManager[object] | None:
+        """Return the region, or None if no Trainer runs, or one whose profiler lists nothing."""
+        if self._moves != move_version():
+            self._find_trainer()
+        if self._trainer is None or move_version.thread != threading.get_ident():
+            return None
+        trainer = self._trainer()
+        if trainer is None or not _runs(trainer):
+            return None
+        profiler = trainer.profiler
+        profiler = getattr(profiler, "inner", profiler)  # RegionRecorder: torch has ours already
+        region: AbstractContextManager[object] = profiler.profile(name)
+        return region
+
+    def _find_trainer(self) -> None:
+        """Find the Trainer that runs, if it has a profiler that lists what it is told."""
+        self._moves, self._trainer = move_version(), None
+        for module in _lightning_modules():
+            trainer = module._trainer
+            if trainer is not None and _runs(trainer):
+                kinds = type(trainer.profiler).__mro__
+                if not _NOT_LISTING.intersection(kind.__name__ for kind in kinds):
+                    self._trainer = weakref.ref(trainer)
+                return
+
+
+def _runs(trainer: Any) -> bool:
+    return bool(getattr(getattr(trainer, "state", None), "status", None) == "running")
+
+
 def register() -> None:
-    """Let sharded lookups ask the bridge, and Trainers be checked when tables first train."""
+    """Let lookups and ops ask the bridge, and Trainers be checked when tables first train."""
     surroundings.register(TrainerBridge())
+    backend.set_recorder(ProfilerRegions())
     on_first_step(_check_fit)
 
 
@@ -106,15 +156,13 @@ def _modules_with(tables: Sequence[HashTable]) -> list[Any]:
 def _lightning_modules() -> list[Any]:
     """List the live LightningModules of whichever of Lightning's packages is imported."""
     names = ("lightning.pytorch", "pytorch_lightning")
-    kinds = {sys.modules[name].LightningModule for name in names if name in sys.modules}
-    todo = list(kinds)
-    while todo:
-        found = set(type.__subclasses__(todo.pop())) - kinds
-        kinds |= found
-        todo += found
+    kinds = [sys.modules[name].LightningModule for name in names if name in sys.modules]
+    for kind in kinds:  # grows while it is read: subclasses of subclasses
+        kinds += type.__subclasses__(kind)
     # Types are asked, not objects: a proxy may do anything when its class is asked for. An object
     # refers to its type; a list of all objects takes several times as long.
-    return [part for part in gc.get_referrers(*kinds) if type(part) in kinds] if kinds else []
+    wanted = frozenset(kinds)
+    return [part for part in gc.get_referrers(*wanted) if type(part) in wanted] if wanted else []
 
 
-__all__ = ["TrainerBridge", "TrainerRunner", "register"]
+__all__ = ["ProfilerRegions", "TrainerBridge", "TrainerRunner", "register"]

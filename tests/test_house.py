@@ -31,6 +31,7 @@ STUBS: dict[str, str] = {}
 TESTED_BY = {
     "__main__.py": "test_cli.py",
     "callbacks/shard_io.py": "callbacks/test_checkpoint.py",
+    "callbacks/timeline.py": "callbacks/test_profiler.py",
     "callbacks/trainer_progress.py": "callbacks/test_checkpoint.py",
     "callbacks/training_clock.py": "callbacks/test_logger.py",
     "checkpoint/commit.py": "checkpoint/test_ranks.py",

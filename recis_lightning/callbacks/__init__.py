@@ -3,11 +3,13 @@
 import logging as _logging
 
 from recis_lightning.callbacks.checkpoint import CheckpointHook
+from recis_lightning.callbacks.clip_grad_norm import ClipGradNormHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.report import MetricReportHook
+from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.callbacks.trace import TraceHook
 from recis_lightning.callbacks.tracker import MLTrackerHook
 from recis_lightning.metrics import add_to_ml_tracker
@@ -15,12 +17,14 @@ from recis_lightning.trace import add_to_trace
 
 __all__ = [
     "CheckpointHook",
+    "ClipGradNormHook",
     "HashTableFilterHook",
     "Hook",
     "LoggerHook",
     "MLTrackerHook",
     "MetricReportHook",
     "ProfilerHook",
+    "TimelineProfiler",
     "TraceHook",
     "add_to_ml_tracker",
     "add_to_trace",

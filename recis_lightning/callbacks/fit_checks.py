@@ -94,9 +94,11 @@ def _warnings(trainer: Any, module: Any) -> Iterable[str]:
         if optimizer.clip_grad_norm is None and optimizer.clip_grad_value is None
     ]
     if bound and unclipped:
-        wanted = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
+        by_value = trainer.gradient_clip_algorithm == "value"
+        wanted = "value" if by_value else "norm"
+        hook = "" if by_value else f"use ClipGradNormHook({bound}) in its place, or "
         yield (
-            f"gradient_clip_val={bound} clips dense parameters and no tables: give "
+            f"gradient_clip_val={bound} clips dense parameters and no tables: {hook}give "
             f"{', '.join(unclipped)} clip_grad_{wanted}={bound} too"
         )
     untrained = [t for t in tables if t.optimizer is None and getattr(t, "trainable", True)]

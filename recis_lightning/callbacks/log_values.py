@@ -57,29 +57,25 @@ class TensorCache:
 def log_values(
     trainer: Trainer,
     values: Mapping[str, float],
-    prog_bar: bool = False,
     exact: bool = False,
     cache: TensorCache | None = None,
 ) -> None:
     """Put values where ``self.log`` puts them, and write them to every logger, once.
 
-    ``self.log`` itself would have Lightning handle them after every batch (40 us, 1% of a step of
-    the demo, and on a GPU a synchronisation each), write them again at each of its own logging
-    steps until the epoch ends, not at all where the two intervals do not meet, and as float32: of
-    16777217 rows it would log 16777216. Lightning's metrics are float32 here too unless ``exact``.
+    For what ``self.log`` would falsify or repeat: TensorBoard would get 16777216 for 16777217 rows,
+    which float32 does not have; and Lightning would handle each name after every batch, write it
+    again at each of its own logging steps until the epoch ends, and not at all where the two
+    intervals do not meet. ``LoggerHook`` does use ``self.log``.
 
     Args:
         trainer: Owner of the metrics and loggers.
         values: Name -> number.
-        prog_bar: Whether the progress bar shows them.
         exact: Whether metrics, and TensorBoard's scalars, have 64 bits; other loggers always get
             the numbers as they are.
         cache: Tensors of earlier calls with the same ``exact``; None: none.
     """
     if trainer.barebones:
         return
-    if prog_bar:
-        trainer.progress_bar_metrics.update(values)
     cache = TensorCache() if cache is None else cache
     tensors = cache.tensors(values, torch.float64 if exact else torch.float32)
     trainer.callback_metrics.update(tensors)

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
-from recis_lightning.callbacks.log_values import log_values, to_host
+from recis_lightning.callbacks.log_values import to_host
 from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.distributed import collectives
 from recis_lightning.metrics import get_metrics
@@ -50,10 +50,17 @@ class LoggerHook(Hook):
     ``gstep`` is ``trainer.global_step`` (optimizer steps), ``lstep`` the training batches done
     on this rank (resumed runs continue the count), ``qps`` the batches per second since the last
     line. Then come the loss that ``training_step`` returned, unless one is registered, and
-    everything registered by ``add_metric`` under names of its own. Numbers among them go, with
-    ``qps`` and ``samples_per_sec`` (of all ranks), to the progress bar,
-    ``trainer.callback_metrics`` and, once for each line, to every logger. A loss that the
-    module itself logs as ``"loss"`` is not logged again.
+    everything registered by ``add_metric`` under names of its own.
+
+    ``qps``, ``samples_per_sec`` (of all ranks) and the numbers among the rest go through
+    ``self.log(on_step=True, on_epoch=False, prog_bar=True)``, to the progress bar,
+    ``trainer.callback_metrics`` and every logger, as float64: counts are exact to 2**53, save in
+    TensorBoard, which stores 32 bits. As with any such value, loggers get it at the Trainer's own
+    logging steps. Each gets the newest whole window: the last ``log_step`` batches that ended
+    together, even if they ended in the epoch before. So with ``log_every_n_steps`` above
+    ``log_step`` some windows reach the line and the progress bar only, and below it a window is
+    written several times; equal intervals write each window once. A loss that the module itself
+    logs as ``"loss"`` is not logged again.
 
     Time in validation, in the sanity check and in writing checkpoints is not counted. A device is
     synchronised at most once for each line. With several ranks, all must register the same
@@ -73,6 +80,8 @@ class LoggerHook(Hook):
         50
     """
 
+    log: Callable[..., None]  # the module's; Lightning gives it to all callbacks
+
     # on_train_batch_end does the same under a Trainer.
     _self_called = frozenset({"after_step"})
 
@@ -84,6 +93,8 @@ class LoggerHook(Hook):
         self._by_hand = False
         self._num_batches = 0  # in this window, as is the next
         self._num_samples: int | None = 0  # None: a batch of unknown size
+        self._logged: dict[str, Tensor] = {}  # of the newest window, float64 []
+        self._is_forgotten = False  # Lightning forgets all values when an epoch ends
 
     @override
     def after_step(self, metrics: Mapping[str, Any] | None, gstep: int | Tensor) -> None:
@@ -123,7 +134,12 @@ class LoggerHook(Hook):
         self._by_hand = False
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
+        self._logged, self._is_forgotten = {}, False
         self._clock.start(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_forgotten = True
 
     @override
     def on_train_batch_end(
@@ -135,6 +151,8 @@ class LoggerHook(Hook):
             size = _batch_size(batch)
             self._num_samples = None if size is None else self._num_samples + size
         if self._lstep % self.log_step:
+            if self._is_forgotten:
+                self._log(trainer)
             self._clock.mark()
             return
         self._report(trainer, pl_module, outputs)
@@ -182,8 +200,19 @@ class LoggerHook(Hook):
             _log.info("%s", _line(trainer.global_step, self._lstep, rates["qps"], values))
         if not is_registered and _module_logs(trainer, "loss"):
             values.pop("loss", None)
-        numbers = {k: v for k, v in values.items() if _is_number(v)}
-        log_values(trainer, rates | numbers, prog_bar=True)
+        numbers = rates | {k: v for k, v in values.items() if _is_number(v)}
+        self._logged = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+        self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        """Log the newest window: Lightning keeps it until the epoch ends.
+
+        The tensors are the host's, on a GPU too: to write them Lightning need not wait for it.
+        """
+        self._is_forgotten = False
+        if not trainer.barebones:  # Lightning warns of what it does not log
+            for name, number in self._logged.items():
+                self.log(name, number, on_step=True, on_epoch=False, prog_bar=True)
 
 
 @final

@@ -15,18 +15,51 @@ from lightning.pytorch.profilers import Profiler
 from torch.profiler import record_function
 from typing_extensions import override
 
-__all__ = ["RegionRecorder", "end_open_regions"]
+__all__ = ["OpenRegions", "RegionRecorder", "end_open_regions"]
 
 # torch does not escape names in its JSON, and a callback's state_key may hold anything.
 _UNSAFE = {ord('"'): "'", ord("\\"): "/", **dict.fromkeys(range(32), " ")}
 
 
 @final
+class OpenRegions:
+    """Regions of Lightning that are open in torch's trace, on the thread that made this.
+
+    Lightning may enter or leave regions for longer than torch's profiler runs: once this is closed
+    it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[str, Any]] = []  # (action, region), the outermost first
+        self._thread: int | None = threading.get_ident()  # torch's regions nest in a thread
+
+    def start(self, action_name: str) -> None:
+        """Begin a region."""
+        if self._thread == threading.get_ident():
+            region = record_function(action_name.translate(_UNSAFE))
+            region.__enter__()
+            self._open.append((action_name, region))
+
+    def stop(self, action_name: str) -> None:
+        """End the innermost region of that name, if there is one."""
+        if self._thread == threading.get_ident():
+            for index in range(len(self._open) - 1, -1, -1):
+                if self._open[index][0] == action_name:
+                    self._open.pop(index)[1].__exit__(None, None, None)
+                    break
+
+    def close(self) -> None:
+        """End all open regions, the innermost first, and record no more."""
+        self._thread = None
+        while self._open:
+            self._open.pop()[1].__exit__(None, None, None)
+
+
+@final
 class RegionRecorder(Profiler):
     """Profiler that records Lightning's regions in torch's trace and in the Trainer's profiler.
 
-    Lightning may hold it, in regions that it has entered, for longer than torch's profiler runs:
-    once it is closed it does nothing but pass on to ``inner``.
+    Once it is closed it does nothing but pass on to ``inner``.
 
     Args:
         inner: The Trainer's profiler.
@@ -35,31 +68,21 @@ class RegionRecorder(Profiler):
     def __init__(self, inner: Profiler) -> None:
         super().__init__()
         self.inner = inner
-        self._open: list[tuple[str, Any]] = []  # (action, region), the outermost first
-        self._thread: int | None = threading.get_ident()  # torch's regions nest in a thread
+        self._regions = OpenRegions()
 
     @override
     def start(self, action_name: str) -> None:
         self.inner.start(action_name)
-        if self._thread == threading.get_ident():
-            region = record_function(action_name.translate(_UNSAFE))
-            region.__enter__()
-            self._open.append((action_name, region))
+        self._regions.start(action_name)
 
     @override
     def stop(self, action_name: str) -> None:
-        if self._thread == threading.get_ident():
-            for index in range(len(self._open) - 1, -1, -1):
-                if self._open[index][0] == action_name:
-                    self._open.pop(index)[1].__exit__(None, None, None)
-                    break
+        self._regions.stop(action_name)
         self.inner.stop(action_name)
 
     def close(self) -> None:
         """End all open regions, the innermost first, and record no more."""
-        self._thread = None
-        while self._open:
-            self._open.pop()[1].__exit__(None, None, None)
+        self._regions.close()
 
 
 def end_open_regions() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 
 _KERNELS = {"cpu": "cpu", "cuda": "triton"}  # device -> backend
 _FOLDERS = {"cpu": "cpu", "triton": "gpu", "reference": "reference"}
+Recorder = Callable[[str], AbstractContextManager[object] | None]  # of the region of that name
+
 _forced: str | None = None
+_recorder: Recorder | None = None
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
@@ -57,9 +60,15 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def module(op: str, device: torch.device) -> Any:
-    """Return the module that implements ``op`` (an op file's name) on ``device``."""
-    name = _forced or _KERNELS[device.type]
+def module(op: str, device: torch.device, backend: str | None = None) -> Any:
+    """Return the module that implements ``op`` (an op file's name) on ``device``.
+
+    Args:
+        op: Name of the op's file.
+        device: Of its tensors.
+        backend: As for ``use``; None: the device's, or the one in use.
+    """
+    name = backend or _forced or _KERNELS[device.type]
     loaded = _loaded.get((op, name))
     if loaded is None:
         loaded = importlib.import_module(f"recis_lightning.ops.{_FOLDERS[name]}.{op}")
@@ -72,8 +81,27 @@ def is_async(device: torch.device) -> bool:
     return (_forced or _KERNELS[device.type]) == "triton"
 
 
+def set_recorder(recorder: Recorder | None) -> None:
+    """Have ``recorder`` asked for each region from now on, beside torch's profiler; None: nobody.
+
+    It answers None where it does not record, and does so quickly: every op asks.
+    """
+    global _recorder
+    _recorder = recorder
+
+
 def region(name: str) -> AbstractContextManager[object]:
     """Return a context that names its block in a trace; nearly free while no profiler runs."""
-    if torch._C._autograd._profiler_enabled():
-        return torch.profiler.record_function(name)
-    return nullcontext()
+    recorded = None if _recorder is None else _recorder(name)
+    if not torch._C._autograd._profiler_enabled():
+        return nullcontext() if recorded is None else recorded
+    traced: AbstractContextManager[object] = torch.profiler.record_function(name)
+    return traced if recorded is None else _both(recorded, traced)
+
+
+@contextmanager
+def _both(
+    outer: AbstractContextManager[object], inner: AbstractContextManager[object]
+) -> Iterator[None]:
+    with outer, inner:
+        yield

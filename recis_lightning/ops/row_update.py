@@ -101,6 +101,27 @@ def squared_norm(gradients: Gradients) -> Tensor:
         return torch.as_tensor(module.squared_norm(gradients), dtype=torch.float64)
 
 
+def reduced_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout) -> Tensor:
+    """Add up gradients by row, in plain torch, for what no kernel computes.
+
+    Args:
+        plan: As for ``sort_gradients``.
+        blocks: int64 [num_blocks, 2].
+        layout: Layout of the rows.
+
+    Returns:
+        float64 [num_rows, embedding_dim], rows in ascending order.
+
+    Raises:
+        ValueError: The gradients are not in the CPU's memory.
+    """
+    if layout.device.type != "cpu":
+        raise ValueError(f"device: expected gradients on the CPU, got {str(layout.device)!r}")
+    module = backend.module("row_update", layout.device, "reference")
+    gradients: Tensor = module.sort_gradients(plan, blocks, layout, None).gradients
+    return gradients
+
+
 def update_rows_(gradients: Gradients, rule: int) -> None:
     """Apply one optimizer step to every row that has a gradient.
 

@@ -2,6 +2,7 @@
 
 from recis_lightning.optim.adagrad import SparseAdagrad, SparseRowwiseAdagrad
 from recis_lightning.optim.adam import SparseAdam, SparseAdamW
+from recis_lightning.optim.clipping import clip_grad_norm_
 from recis_lightning.optim.sgd import SparseSGD
 from recis_lightning.optim.sparse_dense import SparseDenseOptimizer
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
@@ -14,4 +15,5 @@ __all__ = [
     "SparseOptimizer",
     "SparseRowwiseAdagrad",
     "SparseSGD",
+    "clip_grad_norm_",
 ]

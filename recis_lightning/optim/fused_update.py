@@ -5,6 +5,7 @@ A model may have hundreds of tables: what a step does in Python for each of them
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -78,6 +79,36 @@ class FusedUpdate:
 
     def gradients(self) -> Gradients | None:
         """Join the pending gradients of the tables, and sort them by row."""
+        plan = self._joined_plan()
+        if plan is None:
+            return None
+        return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
+
+    def norm_power(self, norm_type: float) -> Tensor:
+        """Return the sum of ``|g| ** norm_type`` of the rows' gradients, the largest if it is inf.
+
+        Args:
+            norm_type: Above 0; other than 2 only on the CPU, in plain torch.
+
+        Returns:
+            float64 [] on the tables' device.
+        """
+        if norm_type == 2:
+            gradients = self.gradients()
+            if gradients is not None:
+                return row_update.squared_norm(gradients)
+        elif (plan := self._joined_plan()) is not None:
+            reduced = row_update.reduced_gradients(plan, self._blocks, self._layout).abs()
+            if not reduced.numel():
+                pass
+            elif math.isinf(norm_type):
+                return reduced.max()
+            else:
+                return reduced.pow(norm_type).sum()
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _joined_plan(self) -> embedding_bag.Plan | None:
+        """Return one plan of all pending gradients of the tables; None without any."""
         self._note_blocks()
         parts = self._plans()
         if not parts:
@@ -88,7 +119,7 @@ class FusedUpdate:
         if not len(ends) or not ends[-1]:
             return None
         plan[:, fields.PLAN_FIRST_ID] = ends - sizes
-        return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
+        return plan
 
     def send_hyperparameters(self, scale: Tensor | None) -> None:
         """Send the hyperparameters to the device.

@@ -21,8 +21,8 @@ class SparseDenseOptimizer(Optimizer):
 
     ``param_groups`` are the dense optimizer's and then the sparse ones', the same objects: learning
     rate schedulers and ``LearningRateMonitor`` see and drive both. Clipping by the Trainer
-    (``gradient_clip_val``) finds the dense parameters only; for tables give the sparse optimizer
-    ``clip_grad_norm`` or ``clip_grad_value``.
+    (``gradient_clip_val``) finds the dense parameters only: ``ClipGradNormHook`` clips all
+    gradients together, a sparse optimizer's ``clip_grad_norm`` or ``clip_grad_value`` its tables'.
 
     Args:
         dense: Any torch optimizer of the dense parameters.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from recis_lightning.optim.table_updater import TableUpdater
@@ -67,6 +68,18 @@ class SparseOptimizer(Optimizer, ABC):
     @clip_grad_value.setter
     def clip_grad_value(self, bound: float | None) -> None:
         self._updater.clip_grad_value = bound
+
+    def norm_power(self, norm_type: float) -> Tensor:
+        """Return the sum of ``|g| ** norm_type`` over the rows' gradients, the largest if inf.
+
+        Returns:
+            float64 [] of this rank's rows. Used by ``clip_grad_norm_``.
+        """
+        return self._updater.norm_power(self, norm_type)
+
+    def scale_pending_(self, scale: Tensor) -> None:
+        """Multiply all pending gradients by ``scale``, float64 [], when the next step uses them."""
+        self._updater.scale_pending_(scale)
 
     def _own_tables(self) -> None:
         """Make this the optimizer of its tables, and lay out their rows for its state."""

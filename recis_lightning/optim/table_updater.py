@@ -53,6 +53,7 @@ class TableUpdater:
         self._given_away: set[HashTable] = set()
         self._last_waiting: list[bool] = []  # which tables had gradients, when not all had
         self._last_updates: list[FusedUpdate] = []
+        self._is_scaled = False  # some pending gradients may have a factor
 
     def __reduce__(self) -> tuple[Any, ...]:
         bounds = (self.clip_grad_norm, self.clip_grad_value)
@@ -86,9 +87,80 @@ class TableUpdater:
         Raises:
             RuntimeError: A table with a gradient has another optimizer by now.
         """
+        write(self._current_locks(), self._step, owner, rule, hyperparameters)
+
+    def norm_power(self, owner: Optimizer, norm_type: float) -> Tensor:
+        """Return the sum of ``|g| ** norm_type`` over all rows' gradients, the largest if inf.
+
+        All ranks must call it together. Gradients of a row are summed first.
+
+        Args:
+            owner: The optimizer of the tables.
+            norm_type: Above 0.
+
+        Returns:
+            float64 [] of this rank's rows, on the first table's device.
+
+        Raises:
+            RuntimeError: Some gradients were clipped and others came later.
+            ValueError: Another ``norm_type`` than 2 for tables on a GPU.
+        """
+        device = self.tables[0].device
+        if norm_type != 2 and any(table.device.type != "cpu" for table in self.tables):
+            raise ValueError(
+                f"norm_type: expected 2.0 for tables on a GPU, got {norm_type!r}; other norms "
+                "are computed on the CPU"
+            )
+
+        def powers_of_updates() -> tuple[Tensor | None, list[Tensor]]:
+            updates = self._current_updates(owner)
+            powers = [update.norm_power(norm_type).to(device) for update in updates]
+            return self._scale_of_pending(), powers
+
+        scale, powers = write(self._current_locks(), powers_of_updates)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for power in powers:
+            total = torch.maximum(total, power) if math.isinf(norm_type) else total + power
+        if scale is None:
+            return total
+        return total * (scale if math.isinf(norm_type) else scale**norm_type)
+
+    def scale_pending_(self, scale: Tensor) -> None:
+        """Multiply all pending gradients, when the next step uses them.
+
+        Args:
+            scale: float64 [].
+        """
+        write(self._current_locks(), self._scale_pending_, scale)
+
+    def _scale_pending_(self, scale: Tensor) -> None:
+        before = self._scale_of_pending()
+        scale = scale if before is None else scale * before.to(scale.device)
+        self._is_scaled = True
+        for table in self.tables:
+            for record in table.pending:
+                record.scales[table] = scale
+
+    def _scale_of_pending(self) -> Tensor | None:
+        """Return the factor that all pending gradients have; None if they have none.
+
+        Raises:
+            RuntimeError: They have different ones.
+        """
+        if not self._is_scaled:
+            return None
+        scales = [record.scales.get(table) for table in self.tables for record in table.pending]
+        if len(set(map(id, scales))) > 1:
+            raise RuntimeError(
+                "tables got gradients after theirs were clipped; clip once, after the last "
+                "backward pass of a step"
+            )
+        return scales[0] if scales else None
+
+    def _current_locks(self) -> Sequence[TableLock]:
         if self._layout_version != layout_version():
             self._locks = distinct_locks(table.lock for table in self.tables)
-        write(self._locks, self._step, owner, rule, hyperparameters)
+        return self._locks
 
     def _step(
         self,
@@ -100,14 +172,15 @@ class TableUpdater:
         updates = self._current_updates(owner)
         for update in updates:
             update.set_hyperparameters(hyperparameters, clip)
-        scale, sorted_gradients = None, dict[FusedUpdate, Gradients]()
+        scale, sorted_gradients = self._scale_of_pending(), dict[FusedUpdate, Gradients]()
         if self.clip_grad_norm is not None:
-            scale, sorted_gradients = self._clip_norm(updates, self.clip_grad_norm)
+            scale, sorted_gradients = self._clip_norm(updates, self.clip_grad_norm, scale)
         for update in reversed(updates):  # what is sorted comes before what is sorted now
             gradients = sorted_gradients.pop(update, None) or update.gradients()
             if gradients is not None:
                 update.send_hyperparameters(scale)
             update.apply(gradients, rule)
+        self._is_scaled = False
 
     def _current_updates(self, owner: Optimizer) -> list[FusedUpdate]:
         """Return the updates of the tables that have gradients on any rank."""
@@ -148,9 +221,14 @@ class TableUpdater:
         ]
 
     def _clip_norm(
-        self, updates: Sequence[FusedUpdate], max_norm: float
+        self, updates: Sequence[FusedUpdate], max_norm: float, factor: Tensor | None
     ) -> tuple[Tensor, dict[FusedUpdate, Gradients]]:
         """Return the factor of all gradients, as ``torch.nn.utils.clip_grad_norm_`` has it.
+
+        Args:
+            updates: Of the tables.
+            max_norm: Bound of the norm.
+            factor: Factor that the gradients have already, float64 []; None: 1.
 
         Returns:
             float64 [], on the first table's device: the host does not wait for it. And the
@@ -165,8 +243,12 @@ class TableUpdater:
                 if not row_update.outlive_next_sort(update.device):
                     kept = {one: its for one, its in kept.items() if one.device != update.device}
                 kept[update] = gradients
-        scale = max_norm / (collectives.sum_over_ranks(total).sqrt() + 1e-6)
-        return torch.where(scale < 1, scale, 1.0), kept
+        norm = collectives.sum_over_ranks(total).sqrt()
+        if factor is None:
+            scale = max_norm / (norm + 1e-6)
+            return torch.where(scale < 1, scale, 1.0), kept
+        scale = max_norm / (norm * factor.to(norm.device) + 1e-6)
+        return torch.where(scale < 1, scale, 1.0) * factor.to(norm.device), kept
 
 
 def make_updater(

@@ -65,7 +65,7 @@ from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.undo import Undo
-from recis_lightning.table.versions import layout_version
+from recis_lightning.table.versions import layout_version, move_version
 
 
 class Lookup(Protocol):
@@ -692,6 +692,7 @@ class HashTable(nn.Module):
     @override
     @writes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
+        move_version.advance()
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         device = self.device if self._stays else backend.check_device(probe.device)
         if not is_row_dtype(probe.dtype):

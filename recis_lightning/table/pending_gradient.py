@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ class PendingGradient:
         plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
         rows: int64 [n], rows of all ids of the lookup.
         keep: Tensors that ``plan`` points into.
+        scales: Factor of a table's gradients, float64 [], where they were clipped.
     """
 
     tables: Sequence[object]
     plan: Plan
     rows: Tensor
     keep: list[Tensor]
+    scales: dict[object, Tensor] = field(default_factory=dict)
 
     def rows_of(self, header: Header) -> Tensor:
         """Return the rows that a table has a gradient for, by its header; negative ones too."""

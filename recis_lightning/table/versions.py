@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 
 class Version:
-    """Number that grows when something changes that callers may have cached."""
+    """Number that grows when something changes that callers may have cached.
+
+    Attributes:
+        thread: Identifier of the thread that made the last change; 0 before the first.
+    """
 
     def __init__(self) -> None:
+        self.thread = 0
         self._number = 0
         self._numbers = itertools.count(1)
 
@@ -18,11 +24,13 @@ class Version:
 
     def advance(self) -> None:
         """Declare everything cached so far out of date."""
+        self.thread = threading.get_ident()
         self._number = next(self._numbers)  # one that no other thread sets
 
 
 layout_version = Version()  # some table has a new storage, dtype, optimizer or lock
 block_version = Version()  # some row store has other blocks
+move_version = Version()  # some table was given its device, as each run of a Trainer begins
 
 
-__all__ = ["Version", "block_version", "layout_version"]
+__all__ = ["Version", "block_version", "layout_version", "move_version"]

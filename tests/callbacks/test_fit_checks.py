@@ -104,8 +104,9 @@ def test_a_hook_with_nothing_to_do(warnings_of):
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_that_skips_tables(warnings_of, algorithm):
     fit = partial(warnings_of, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    hook = "use ClipGradNormHook(0.5) in its place, or " if algorithm == "norm" else ""
     assert fit(Model(), LoggerHook()) == [
-        "gradient_clip_val=0.5 clips dense parameters and no tables: give SparseAdam "
+        f"gradient_clip_val=0.5 clips dense parameters and no tables: {hook}give SparseAdam "
         f"clip_grad_{algorithm}=0.5 too"
     ]
     assert fit(Model(clip=0.5), LoggerHook()) == []

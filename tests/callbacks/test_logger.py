@@ -120,7 +120,7 @@ def lines(caplog):
 
 def test_line_and_loggers(make_trainer, clock, lines):
     recorders = [Recorder(), Recorder()]
-    trainer = make_trainer(LoggerHook(log_step=2), logger=recorders, log_every_n_steps=1)
+    trainer = make_trainer(LoggerHook(log_step=2), logger=recorders, log_every_n_steps=2)
     trainer.fit(Model(clock, num_batches=5))
     assert lines() == [
         "<gstep=2> <lstep=2> <qps=2.0000> <loss=2>",
@@ -139,10 +139,36 @@ def test_line_and_loggers(make_trainer, clock, lines):
         }
 
 
-@pytest.mark.parametrize(("log_every_n_steps", "log_step"), [(1, 3), (5, 2), (2, 1)])
-def test_each_window_reaches_a_logger_once(
-    make_trainer, clock, tmp_path, log_every_n_steps, log_step
+def test_everything_goes_through_self_log(make_trainer, clock):
+    calls = []
+
+    class Listening(Model):
+        def log(self, name, value, **settings):
+            calls.append((self.global_step, name, value, settings))
+            super().log(name, value, **settings)
+
+    add_metric("accuracy", 0.5)
+    make_trainer(LoggerHook(3)).fit(Listening(clock))
+    expected = {"qps": 2.0, "samples_per_sec": 6.0, "loss": 3.0, "accuracy": 0.5}
+    settings = {"on_step": True, "on_epoch": False, "prog_bar": True}
+    assert calls == [(3, name, value, settings) for name, value in expected.items()]
+    assert {call[2].dtype for call in calls} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("log_every_n_steps", "log_step", "expected"),
+    [
+        (3, 3, {2: 3, 5: 1, 8: 4}),  # each window once
+        (1, 3, {2: 3, 3: 3, 4: 3, 5: 1, 6: 1, 7: 1, 8: 4, 9: 4}),  # until the next
+        (5, 2, {4: 4, 9: 5}),  # the newest, at the Trainer's steps
+        (6, 5, {5: 5}),  # batch 6 is in another epoch than batch 5, where the window ended
+        (2, 1, {1: 2, 3: 4, 5: 1, 7: 3, 9: 5}),
+    ],
+)
+def test_a_logging_step_gets_the_newest_window(
+    make_trainer, clock, tmp_path, log_every_n_steps, log_step, expected
 ):
+    """Expected: step in the logger -> loss of the window, which is that of its last batch."""
     logger = CSVLogger(tmp_path)
     trainer = make_trainer(
         LoggerHook(log_step), logger=logger, log_every_n_steps=log_every_n_steps, max_epochs=2
@@ -150,8 +176,16 @@ def test_each_window_reaches_a_logger_once(
     trainer.fit(Model(clock, num_batches=5))
     with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
         windows = [row for row in csv.DictReader(file) if row["qps"]]
-    assert [int(row["step"]) for row in windows] == list(range(log_step - 1, 10, log_step))
+    assert {int(row["step"]): float(row["loss"]) for row in windows} == expected
+    assert len(windows) == len(expected)
     assert {row["qps"] for row in windows} == {"2.0"}
+
+
+def test_a_second_fit_does_not_log_the_windows_of_the_first(make_trainer, clock):
+    hook, recorder = LoggerHook(4), Recorder()
+    make_trainer(hook).fit(Model(clock))
+    make_trainer(hook, logger=recorder, log_every_n_steps=1).fit(Model(clock, num_batches=3))
+    assert not [call for call in recorder.calls if call[1]]
 
 
 def test_evaluation_and_checkpoints_take_no_training_time(make_trainer, clock, lines, tmp_path):
@@ -294,7 +328,7 @@ def test_registered_metrics(make_trainer, clock, lines):
             return loss
 
     recorder = Recorder()
-    trainer = make_trainer(LoggerHook(2), logger=recorder, log_every_n_steps=50)
+    trainer = make_trainer(LoggerHook(2), logger=recorder, log_every_n_steps=2)
     trainer.fit(Reporting(clock))
     assert lines() == [
         "<gstep=2> <lstep=2> <qps=2.0000> <loss=2> <accuracy=0.95> <ids=16777217> <count=7> "
@@ -316,7 +350,8 @@ def test_registered_metrics(make_trainer, clock, lines):
         "both_sum": 3.0,
         "called": 2.5,
     }
-    assert trainer.callback_metrics["accuracy"] == pytest.approx(0.95)
+    assert trainer.callback_metrics["accuracy"] == 0.95
+    assert trainer.callback_metrics["ids"] == 16_777_217
 
 
 def test_a_registered_loss_takes_the_place_of_the_steps(make_trainer, clock, lines):

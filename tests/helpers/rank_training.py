@@ -120,7 +120,17 @@ def train_alone(group_backend, **kwargs):
         return train(**kwargs)
 
 
-def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, device="cpu", **kwargs):
+def train(
+    optimizer,
+    steps,
+    accumulate=1,
+    model=None,
+    first=0,
+    start=None,
+    device="cpu",
+    clip=None,
+    **kwargs,
+):
     """Train; return what this rank holds.
 
     Args:
@@ -131,6 +141,7 @@ def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, devic
         first: Number of the first batch.
         start: A state to start from.
         device: Where the model is.
+        clip: Bound and type of the norm of all gradients; None: they are not clipped.
         kwargs: Arguments of the optimizer.
     """
     model = Model(**(model or {}))
@@ -142,13 +153,15 @@ def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, devic
     dense = torch.optim.SGD(model.tower.parameters(), lr=0.05)
     both = optim.SparseDenseOptimizer(dense, sparse)
     wrapped = DistributedDataParallel(model) if collectives.world_size() > 1 else model
-    sizes = []
+    sizes, norms = [], []
     for step in range(steps):
         for part in range(accumulate):
             batch = _moved(local_batch(first + step * accumulate + part), device)
             # The mean over the global batch, of which DDP averages the ranks' parts.
             error = (wrapped(batch) - batch["label"]).pow(2).sum()
             (error * collectives.world_size() / GLOBAL_BATCH / accumulate).backward()
+        if clip is not None:
+            norms.append(optim.clip_grad_norm_(both, *clip).item())
         both.step()
         both.zero_grad()
         for table in tables:
@@ -164,6 +177,7 @@ def train(optimizer, steps, accumulate=1, model=None, first=0, start=None, devic
         "tables": {table.name: shard(table) for table in tables},
         "counts": [_counts(table) for table in tables],
         "sizes": sizes,
+        "norms": norms,
         "scores": scores.numpy(),
     }
 
