@@ -162,7 +162,13 @@ def _lightning_modules() -> list[Any]:
     # Types are asked, not objects: a proxy may do anything when its class is asked for. An object
     # refers to its type; a list of all objects takes several times as long.
     wanted = frozenset(kinds)
-    return [part for part in gc.get_referrers(*wanted) if type(part) in wanted] if wanted else []
+    found = gc.get_referrers(*wanted) if wanted else []
+    return [part for part in found if type(part) in wanted and _is_made(part)]
+
+
+def _is_made(module: Any) -> bool:
+    """Tell whether a module is whole: one whose ``__init__`` failed lives on in its traceback."""
+    return {"_modules", "_trainer"} <= vars(module).keys()
 
 
 __all__ = ["ProfilerRegions", "TrainerBridge", "TrainerRunner", "register"]

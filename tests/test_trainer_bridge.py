@@ -183,3 +183,22 @@ def test_a_profiler_that_lists_nothing_is_not_asked(tmp_path):
 
     quiet_trainer(tmp_path, limit_val_batches=0).fit(Asking())
     assert asked == [nullcontext] * 6
+
+
+@pytest.mark.parametrize("made", [object, torch.nn.Module])
+def test_a_model_whose_init_failed_is_passed_over(made):
+    """It lives on in a traceback, as in a notebook."""
+
+    class Failing(L.LightningModule):
+        def __init__(self):
+            made.__init__(self)
+            raise ValueError
+
+    left = Failing.__new__(Failing)
+    with pytest.raises(ValueError, match=""):
+        left.__init__()
+    module = DynamicEmbedding(2)
+    optimizer = SparseAdam(hash_tables(module))
+    module(torch.arange(3)).sum().backward()
+    optimizer.step()
+    TrainerBridge().runner_of(hash_tables(module)).join_evaluation()
