@@ -7,6 +7,7 @@ name. A module configures its own optimizers, since it joins a dense and a spars
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,10 @@ import recis_lightning.admission
 import recis_lightning.callbacks
 import recis_lightning.eviction
 import recis_lightning.initializers
-import recis_lightning.optim  # noqa: F401
+import recis_lightning.optim
+
+with contextlib.suppress(ImportError):  # its files are read with pyarrow, an extra
+    import recis_lightning.data.module  # noqa: F401
 
 _PACKAGE = str(Path(__file__).parent)
 

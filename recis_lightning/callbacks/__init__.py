@@ -6,6 +6,7 @@ from recis_lightning.callbacks.checkpoint import CheckpointHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
+from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.trace import TraceHook
@@ -20,6 +21,7 @@ __all__ = [
     "LoggerHook",
     "MLTrackerHook",
     "MetricReportHook",
+    "PredictionWriter",
     "ProfilerHook",
     "TraceHook",
     "add_to_ml_tracker",
