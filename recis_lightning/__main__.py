@@ -7,6 +7,7 @@ name. A module configures its own optimizers, since it joins a dense and a spars
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import traceback
@@ -26,6 +27,9 @@ import recis_lightning.callbacks
 import recis_lightning.eviction
 import recis_lightning.initializers
 import recis_lightning.optim
+
+with contextlib.suppress(ImportError):  # its files are read with pyarrow, an extra
+    import recis_lightning.data.module
 
 _PACKAGE = str(Path(__file__).parent)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recis_lightning.arguments import check_ids, check_strided
+from recis_lightning.arguments import check_ids, check_int, check_strided
 
 
 class Jagged(NamedTuple):
@@ -31,10 +31,150 @@ class Jagged(NamedTuple):
     offsets: Tensor
     weights: Tensor | None = None
 
+    @classmethod
+    def from_lengths(cls, values: Tensor, lengths: Tensor, weights: Tensor | None = None) -> Jagged:
+        """Make one of the number of values of each bag.
+
+        Args:
+            values: [N, ...].
+            lengths: int64 or int32 [B], none negative; they add up to N.
+            weights: float32 [N], or None.
+
+        Raises:
+            TypeError: ``lengths`` has another dtype.
+            ValueError: ``lengths`` has another shape or, where the host can see them without
+                waiting for a device, values that do not fit.
+
+        Example:
+            >>> Jagged.from_lengths(torch.tensor([4, 5, 6]), torch.tensor([2, 0, 1])).offsets
+            tensor([0, 2, 2, 3])
+        """
+        lengths = check_ids(lengths, "lengths")
+        if lengths.dim() != 1:
+            raise ValueError(f"lengths: expected shape [B], got {tuple(lengths.shape)}")
+        if lengths.device.type == "cpu":
+            least = int(lengths.min()) if lengths.numel() else 0
+            if least < 0 or int(lengths.sum()) != values.shape[0]:
+                raise ValueError(
+                    f"lengths: expected none negative and a sum of {values.shape[0]}, the number "
+                    f"of values, got a least of {least} and a sum of {int(lengths.sum())}"
+                )
+        return cls(values, _offsets_of(lengths), weights)
+
     @property
     def num_bags(self) -> int:
         """Number of bags, B."""
         return self.offsets.numel() - 1
+
+    def lengths(self) -> Tensor:
+        """Return the number of values of each bag, int64 [B].
+
+        Example:
+            >>> Jagged(torch.tensor([4, 5, 6]), torch.tensor([0, 2, 2, 3])).lengths()
+            tensor([2, 0, 1])
+        """
+        return self.offsets.diff()
+
+    def select(self, samples: Tensor | slice) -> Jagged:
+        """Return the bags of some samples, in their order.
+
+        An index such as ``jagged[0]`` is that of the tuple, ``values``.
+
+        Args:
+            samples: A slice with a step of 1, or int64 [n] in [0, B), repeats allowed, or bool [B].
+
+        Raises:
+            TypeError: ``samples`` is neither.
+            ValueError: The slice has another step.
+
+        Example:
+            >>> bags = Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1, 3]))
+            >>> bags.select(torch.tensor([2, 0]))[:2]
+            (tensor([8, 9, 7]), tensor([0, 2, 3]))
+            >>> bags.select(slice(1, 3))[:2]
+            (tensor([8, 9]), tensor([0, 0, 2]))
+        """
+        if isinstance(samples, slice):
+            start, stop, step = samples.indices(self.num_bags)
+            if step != 1:
+                raise ValueError(f"samples: expected a slice with a step of 1, got {samples}")
+            offsets = self.offsets[start : max(start, stop) + 1]
+            ends = slice(int(offsets[0]), int(offsets[-1]))
+            return self._with(self.values[ends], offsets - offsets[0], ends)
+        if not isinstance(samples, Tensor):
+            raise TypeError(f"samples: expected a Tensor or a slice, got {type(samples).__name__}")
+        if samples.dtype is torch.bool:
+            samples = samples.nonzero().squeeze(1)
+        samples = check_ids(samples, "samples")
+        starts, lengths = self.offsets[samples], self.lengths()[samples]
+        offsets = _offsets_of(lengths)
+        index = torch.arange(int(offsets[-1]), device=offsets.device)
+        index += (starts - offsets[:-1]).repeat_interleave(lengths, output_size=index.numel())
+        return self._with(self.values[index], offsets, index)
+
+    def _with(self, values: Tensor, offsets: Tensor, where: Tensor | slice) -> Jagged:
+        return Jagged(values, offsets, None if self.weights is None else self.weights[where])
+
+    def to_padded(self, max_len: int | None = None, value: float = 0) -> tuple[Tensor, Tensor]:
+        """Return the values as a dense tensor, and which of its places hold one.
+
+        Args:
+            max_len: Length L of a row; a longer bag keeps its first L values. None takes the
+                longest bag's, for which the host waits for the device.
+            value: Fills the other places.
+
+        Returns:
+            Values [B, L, ...] and bool [B, L].
+
+        Raises:
+            TypeError, ValueError: ``max_len`` is not None or an int of at least 0.
+
+        Example:
+            >>> bags = Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1, 3]))
+            >>> values, mask = bags.to_padded(value=-1)
+            >>> values.tolist(), mask.tolist()
+            ([[7, -1], [-1, -1], [8, 9]], [[True, False], [False, False], [True, True]])
+        """
+        lengths = self.lengths()
+        if max_len is None:
+            max_len = int(lengths.max()) if lengths.numel() else 0
+        check_int("max_len", max_len, least=0, alternative=" or None")
+        place = torch.arange(max_len, device=lengths.device)
+        mask = place < lengths.unsqueeze(1)
+        if not self.values.shape[0]:
+            shape = (*mask.shape, *self.values.shape[1:])
+            return self.values.new_full(shape, value), mask
+        index = (self.offsets[:-1].unsqueeze(1) + place).clamp(max=self.values.shape[0] - 1)
+        found = self.values[index]
+        return found.masked_fill(~mask.view(*mask.shape, *[1] * (found.dim() - 2)), value), mask
+
+    def to(self, device: torch.device | str | int, non_blocking: bool | None = None) -> Jagged:
+        """Return it on another device.
+
+        Args:
+            device: The device.
+            non_blocking: Whether the host need not wait; None means: on the way to a GPU, as
+                Lightning moves tensors.
+        """
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda" and self.values.device.type == "cpu"
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=non_blocking)
+
+        weights = None if self.weights is None else moved(self.weights)
+        return Jagged(moved(self.values), moved(self.offsets), weights)
+
+    def pin_memory(self) -> Jagged:
+        """Return it in memory from which copies to a GPU need not wait; needs a GPU."""
+        weights = None if self.weights is None else self.weights.pin_memory()
+        return Jagged(self.values.pin_memory(), self.offsets.pin_memory(), weights)
+
+
+def _offsets_of(lengths: Tensor) -> Tensor:
+    offsets = lengths.new_zeros(lengths.numel() + 1)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return offsets
 
 
 class Bags(NamedTuple):
@@ -252,9 +392,7 @@ def read_keyed_jagged(features: Any) -> dict[str, Jagged]:
     read = {}
     for key in features.keys():  # noqa: SIM118 - it is no mapping
         part = features[key]
-        lengths = part.lengths().to(torch.int64)
-        offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
-        torch.cumsum(lengths, 0, out=offsets[1:])
+        offsets = _offsets_of(part.lengths().to(torch.int64))
         read[key] = Jagged(part.values().to(torch.int64), offsets, part.weights_or_none())
     return read
 

@@ -1,6 +1,7 @@
 """Jagged: a plain tuple that goes where tensors go; reading the layouts we accept."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -184,3 +185,134 @@ def test_a_plain_feature_of_another_dtype_is_named():
     """It is refused by its name, as it is alone."""
     with pytest.raises(TypeError, match=r"^b: expected dtype torch\.int64 or torch\.int32"):
         read_features({"a": torch.arange(3), "b": torch.arange(3.0)}, ["a", "b"])
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 5], [], [0, 0], [1], [0, 3, 0]])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lengths_and_offsets_say_the_same(lengths, weighted):
+    """With empty bags at both ends, and none at all."""
+    lengths = torch.tensor(lengths, dtype=torch.int64)
+    values = torch.arange(int(lengths.sum()))
+    jagged = Jagged.from_lengths(values, lengths, values.float() if weighted else None)
+    assert jagged.offsets.dtype is torch.int64
+    assert torch.equal(jagged.lengths(), lengths)
+    assert jagged.num_bags == len(lengths)
+    assert (jagged.weights is not None) == weighted
+    assert read_bags(jagged, "f").num_bags == len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "words"),
+    [
+        (torch.tensor([1, 2]), ValueError, "lengths: expected .* sum of 7.* sum of 3"),
+        (torch.tensor([8, -1]), ValueError, "lengths: expected none negative.* least of -1"),
+        (torch.tensor([[7]]), ValueError, r"lengths: expected shape \[B\], got \(1, 1\)"),
+        (torch.tensor([7.0]), TypeError, "lengths: expected dtype"),
+        ([7], TypeError, "lengths: expected an int64 Tensor, got list"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(lengths, error, words):
+    with pytest.raises(error, match=words):
+        Jagged.from_lengths(VALUES, lengths)
+
+
+def bags_of(jagged):
+    """List each bag's values."""
+    bounds = jagged.offsets.tolist()
+    return [jagged.values[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        *(slice(a, b) for a in (0, 1, 3, -1) for b in (0, 1, 2, 3, None)),
+        *(torch.tensor(rows, dtype=torch.int64) for rows in ([], [2], [2, 0, 2], [1, 1])),
+        torch.tensor([True, False, True]),
+    ],
+    ids=str,
+)
+def test_samples_are_selected_with_their_weights(samples):
+    """By slices, indices in any order and masks."""
+    jagged = Jagged(VALUES, OFFSETS, VALUES + 0.5)
+    bags = bags_of(jagged)
+    if isinstance(samples, slice):
+        expected = bags[samples]
+    elif samples.dtype is torch.bool:
+        expected = [bag for bag, keep in zip(bags, samples, strict=True) if keep]
+    else:
+        expected = [bags[row] for row in samples]
+    found = jagged.select(samples)
+    assert bags_of(found) == expected
+    assert torch.equal(found.weights, found.values + 0.5)
+    assert torch.equal(jagged.offsets, OFFSETS)
+
+
+def test_what_selects_no_samples_is_refused():
+    jagged = Jagged(VALUES, OFFSETS)
+    with pytest.raises(ValueError, match="step of 1"):
+        jagged.select(slice(None, None, 2))
+    with pytest.raises(TypeError, match="samples: expected a Tensor or a slice, got int"):
+        jagged.select(1)
+    with pytest.raises(TypeError, match="samples: expected dtype"):
+        jagged.select(torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize("max_len", [None, 0, 1, 3, 9])
+def test_padding(max_len):
+    """Longer bags are cut, shorter ones filled; torch's own ragged type agrees."""
+    values, mask = Jagged(VALUES, OFFSETS).to_padded(max_len, -1)
+    width = 5 if max_len is None else max_len
+    assert values.shape == mask.shape == (3, width)
+    nested = torch.nested.nested_tensor_from_jagged(VALUES, OFFSETS)
+    expected = torch.nested.to_padded_tensor(nested, -1)
+    expected = torch.nn.functional.pad(expected, (0, 9), value=-1)[:, :width]
+    assert torch.equal(values, expected)
+    assert torch.equal(mask, expected != -1)
+
+
+def test_padding_of_vectors_and_of_nothing():
+    """Rows of an embedding are padded whole; no values and no bags are legal."""
+    rows = torch.randn(7, 2)
+    values, mask = Jagged(rows, OFFSETS).to_padded(2, 0)
+    assert torch.equal(values[2], rows[2:4])
+    assert torch.equal(values[1], torch.zeros(2, 2))
+    assert mask.sum() == 4
+    empty, mask = Jagged(VALUES[:0], torch.tensor([0, 0])).to_padded(2, 8)
+    assert empty.tolist() == [[8, 8]]
+    assert not mask.any()
+    assert Jagged(VALUES[:0], torch.tensor([0])).to_padded()[0].shape == (0, 0)
+    with pytest.raises(ValueError, match="max_len: expected an int >= 0 or None, got -1"):
+        Jagged(VALUES, OFFSETS).to_padded(-1)
+
+
+def test_it_moves_as_lightning_moves_tensors(monkeypatch):
+    """All parts, and without waiting only on the way to a GPU."""
+    from lightning.pytorch.utilities import move_data_to_device
+
+    asked = []
+    to = torch.Tensor.to
+
+    def record(self, device, non_blocking=False):
+        asked.append((str(device), non_blocking))
+        return to(self, "meta")
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    jagged = Jagged(VALUES, OFFSETS, VALUES.float())
+    moved = move_data_to_device({"f": jagged}, torch.device("cuda", 0))["f"]
+    assert isinstance(moved, Jagged)
+    assert {part.device.type for part in moved} == {"meta"}
+    assert asked == [("cuda:0", True)] * 3
+    asked.clear()
+    assert jagged[:2] == Jagged(VALUES, OFFSETS)[:2]
+    assert Jagged(VALUES, OFFSETS).to("cpu").weights is None
+    assert asked == [("cpu", False)] * 2
+
+
+def test_memory_is_pinned_part_by_part(monkeypatch):
+    """A loader's pin_memory gives a Jagged, with or without weights."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    pinned = Jagged(VALUES, OFFSETS).pin_memory()
+    assert pinned.values.tolist() == (VALUES + 1).tolist()
+    assert pinned.offsets.tolist() == (OFFSETS + 1).tolist()
+    assert pinned.weights is None
+    assert Jagged(VALUES, OFFSETS, VALUES.float()).pin_memory().weights[0] == 1

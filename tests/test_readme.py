@@ -23,6 +23,13 @@ def test_the_policy_examples_run():
     exec(compile("\n".join(examples), str(page), "exec"), {"__name__": "policies"})
 
 
+def test_the_data_example_runs(capsys):
+    page = README.parent / "docs" / "data.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, str(page), "exec"), {"__name__": "data"})
+    assert sum(map(int, re.findall(r"\d+", capsys.readouterr().out))) == 3  # lengths 2, 0, 1
+
+
 def test_linked_files_exist():
     text = README.read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http)([^)#]+)\)|(examples/[\w./]+\.\w+)", text):

@@ -241,7 +241,4 @@ def take_bags(bags: Jagged, rows: Tensor) -> Jagged:
         >>> take_bags(bags, torch.tensor([2, 0]))[:2]
         (tensor([8, 9, 7]), tensor([0, 2, 3]))
     """
-    starts, lengths = bags.offsets[rows], bags.offsets[rows + 1] - bags.offsets[rows]
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    positions = torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(lengths)
-    return Jagged(values=bags.values[positions], offsets=offsets)
+    return bags.select(rows)

@@ -7,6 +7,7 @@ from recis_lightning.callbacks.clip_grad_norm import ClipGradNormHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
+from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
@@ -23,6 +24,7 @@ __all__ = [
     "LoggerHook",
     "MLTrackerHook",
     "MetricReportHook",
+    "PredictionWriter",
     "ProfilerHook",
     "TimelineProfiler",
     "TraceHook",

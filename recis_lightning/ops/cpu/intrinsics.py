@@ -60,6 +60,9 @@ load_i32, store_i32 = _memory_ops(types.int32, _I32, 4)
 load_u8, store_u8 = _memory_ops(types.uint8, _I8, 1)
 load_f32, store_f32 = _memory_ops(types.float32, _F32, 4)
 load_f64, store_f64 = _memory_ops(types.float64, ir.DoubleType(), 8)
+# Words at any address, as within a string.
+load_bytes_u64, _ = _memory_ops(types.uint64, _I64, 1)
+load_bytes_u32, _ = _memory_ops(types.uint32, _I32, 1)
 
 
 @intrinsic

@@ -1,0 +1,244 @@
+"""Columns of a data set: which file columns become which tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from recis_lightning.arguments import check_int, check_str
+from recis_lightning.data.conversion import (
+    bags_of,
+    fill_nulls,
+    float_of,
+    int64_of,
+    is_list,
+    one_of_list,
+)
+from recis_lightning.data.hashing import check_hash
+from recis_lightning.jagged import Jagged
+
+__all__ = ["Column", "Id", "IdList", "Label", "Number"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Column(ABC):
+    """Entry of a batch, and how it is read from a file's columns."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[str, ...]:
+        """Columns of a file that it reads."""
+
+    @abstractmethod
+    def read(self, arrays: Mapping[str, pa.Array]) -> Tensor | Jagged:
+        """Convert its columns.
+
+        Args:
+            arrays: Column of a file -> its values.
+
+        Returns:
+            [n] or n bags.
+
+        Raises:
+            TypeError, ValueError: The values are of another kind, or null without a default; the
+                caller adds the names of the file and of the column.
+        """
+
+
+@dataclass(frozen=True)
+class Id(Column):
+    """One id a row: int64 [B].
+
+    Integers, bools, whole decimals, times and dates are ids as they are; strings and bytes need a
+    ``hash``. A list of one value counts as the value, an empty one as null.
+
+    Args:
+        name: Entry of the batch.
+        hash: Hash of the values, as ``hash_strings`` takes it; None takes the values themselves.
+        seed: Of the hash.
+        default: Id of a null; None refuses nulls.
+        source: Column of the file; None means ``name``.
+
+    Example:
+        >>> column = Id("city", hash="xxh64", seed=3, default=0)
+        >>> column.read({"city": pa.array(["Berlin", None])})
+        tensor([1601191450551721879,                   0])
+    """
+
+    name: str
+    hash: str | None = None
+    seed: int = 0
+    default: int | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        check_str("name", self.name)
+        check_hash(self.hash, self.seed)
+
+    @property
+    @override
+    def sources(self) -> tuple[str, ...]:
+        return (self.source or self.name,)
+
+    @override
+    def read(self, arrays: Mapping[str, pa.Array]) -> Tensor:
+        array = one_of_list(arrays[self.sources[0]])
+        return fill_nulls(int64_of(array, self.hash, self.seed), array, self.default)
+
+
+@dataclass(frozen=True)
+class IdList(Column):
+    """A bag of ids a row: ``Jagged`` of int64.
+
+    A null list is an empty bag, and so is a null where the file's column holds single values.
+
+    Args:
+        name: Entry of the batch.
+        hash: Hash of the values, as ``hash_strings`` takes it; None takes the values themselves.
+        seed: Of the hash.
+        default: Id of a null within a list; None refuses it.
+        max_len: Longest bag; None keeps all values.
+        keep: Which values of a longer list are kept, ``"first"`` or ``"last"``.
+        weights: Column of the file with a weight for each value, lists of the same lengths.
+        source: Column of the file; None means ``name``.
+
+    Example:
+        >>> column = IdList("history", max_len=2, keep="last")
+        >>> column.read({"history": pa.array([[1, 2, 3], None, [4]])})[:2]
+        (tensor([2, 3, 4]), tensor([0, 2, 2, 3]))
+    """
+
+    name: str
+    hash: str | None = None
+    seed: int = 0
+    default: int | None = None
+    max_len: int | None = None
+    keep: str = "first"
+    weights: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        check_str("name", self.name)
+        check_hash(self.hash, self.seed)
+        if self.max_len is not None:
+            check_int("max_len", self.max_len, least=1, alternative=" or None")
+        if self.keep not in ("first", "last"):
+            raise ValueError(f"keep: expected 'first' or 'last', got {self.keep!r}")
+
+    @property
+    @override
+    def sources(self) -> tuple[str, ...]:
+        own = (self.source or self.name,)
+        return own if self.weights is None else (*own, self.weights)
+
+    @override
+    def read(self, arrays: Mapping[str, pa.Array]) -> Jagged:
+        values, lengths = bags_of(arrays[self.sources[0]])
+        if is_list(values.type):
+            raise TypeError("expected lists of ids, got lists of lists")
+        ids = fill_nulls(int64_of(values, self.hash, self.seed), values, self.default)
+        weights = None
+        if self.weights is not None:
+            given, weight_lengths = bags_of(arrays[self.weights])
+            if not torch.equal(lengths, weight_lengths):
+                row = int((lengths != weight_lengths).nonzero()[0])
+                raise ValueError(
+                    f"row {row} has {int(lengths[row])} values and {int(weight_lengths[row])} "
+                    f"weights in {self.weights!r}"
+                )
+            weights = fill_nulls(float_of(given, torch.float32), given, None)
+        bags = Jagged.from_lengths(ids, lengths, weights)
+        return bags if self.max_len is None else _cut(bags, self.max_len, self.keep)
+
+
+@dataclass(frozen=True)
+class Number(Column):
+    """One number a row: float32 or float64 [B].
+
+    Integers, floats, bools and decimals; times, dates and durations become seconds. A list of one
+    value counts as the value, an empty one as null. NaN is a value.
+
+    Args:
+        name: Entry of the batch.
+        default: Number of a null; None refuses nulls.
+        dtype: ``"float32"`` or ``"float64"``.
+        source: Column of the file; None means ``name``.
+
+    Example:
+        >>> Number("price", default=0.0).read({"price": pa.array([1, None])})
+        tensor([1., 0.])
+    """
+
+    name: str
+    default: float | None = None
+    dtype: str = "float32"
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        check_str("name", self.name)
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {self.dtype!r}")
+
+    @property
+    @override
+    def sources(self) -> tuple[str, ...]:
+        return (self.source or self.name,)
+
+    @override
+    def read(self, arrays: Mapping[str, pa.Array]) -> Tensor:
+        array = one_of_list(arrays[self.sources[0]])
+        return fill_nulls(float_of(array, _DTYPES[self.dtype]), array, self.default)
+
+
+@dataclass(frozen=True)
+class Label(Column):
+    """One target a row: float32 [B]; a null is refused.
+
+    Args:
+        name: Entry of the batch.
+        source: Column of the file; None means ``name``.
+
+    Example:
+        >>> Label("click").read({"click": pa.array([True, False])})
+        tensor([1., 0.])
+    """
+
+    name: str
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        check_str("name", self.name)
+
+    @property
+    @override
+    def sources(self) -> tuple[str, ...]:
+        return (self.source or self.name,)
+
+    @override
+    def read(self, arrays: Mapping[str, pa.Array]) -> Tensor:
+        array = one_of_list(arrays[self.sources[0]])
+        return fill_nulls(float_of(array, torch.float32), array, None)
+
+
+def _cut(bags: Jagged, max_len: int, keep: str) -> Jagged:
+    """Shorten bags to ``max_len`` values."""
+    lengths = bags.lengths()
+    kept = lengths.clamp(max=max_len)
+    if torch.equal(kept, lengths):
+        return bags
+    starts = bags.offsets[1:] - kept if keep == "last" else bags.offsets[:-1]
+    short: Any = Jagged.from_lengths(torch.empty(int(kept.sum())), kept)
+    index = torch.arange(short.values.numel())
+    index += (starts - short.offsets[:-1]).repeat_interleave(kept)
+    weights = None if bags.weights is None else bags.weights[index]
+    return Jagged(bags.values[index], short.offsets, weights)

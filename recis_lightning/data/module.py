@@ -1,0 +1,197 @@
+"""``ColumnarDataModule``: the files of training, validation, test and prediction, for a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from recis_lightning.arguments import check_int
+from recis_lightning.data.columns import Column, Label
+from recis_lightning.data.dataset import Batch, ColumnarDataset, state_after
+
+__all__ = ["ColumnarDataModule"]
+
+_PARTS = ("train", "val", "test", "predict")
+
+
+class ColumnarDataModule(L.LightningDataModule):
+    """Columnar files for each part of a run, read as ``ColumnarDataset`` reads them.
+
+    Its place in the training files is saved with Lightning's checkpoint, and so in the same commit
+    as the tables. A run that resumes, on any number of ranks, trains the rest of its epoch: each
+    row once an epoch. Validation, test and prediction keep the order of files and rows, and all
+    of their rows.
+
+    Args:
+        columns: Entries of a batch. ``Label`` columns are left out in prediction.
+        train: Files or glob patterns of the part; None if there is none.
+        val: The same, for validation.
+        test: The same, for the test.
+        predict: The same, for prediction.
+        batch_size: Rows of a batch on one rank.
+        shuffle_rows: Rows within which training rows are shuffled; 0 keeps their order.
+        seed: Of that order.
+        filter: Rows to keep, of all parts.
+        drop_last: Whether training leaves out rows that do not fill a batch on every rank.
+        on_bad_file: ``"error"`` or ``"skip"``.
+        lanes: Runs of a rank's rows that take turns; a multiple of ``num_workers``.
+        num_workers: Processes that read; 0 reads in threads of this one, which is enough unless
+            their work holds Python's lock.
+        prefetch: Batches made ahead by each reader.
+        pin_memory: Whether batches lie in pinned memory; None means: where there is a GPU.
+
+    Raises:
+        TypeError, ValueError: An argument is invalid.
+
+    Example:
+        >>> from recis_lightning.data import ColumnarDataModule, Id, Label
+        >>> data = ColumnarDataModule([Id("user", hash="xxh64"), Label("click")], train="*.parquet")
+        >>> data.batch_size
+        512
+    """
+
+    def __init__(
+        self,
+        columns: list[Column],
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        predict: str | list[str] | None = None,
+        batch_size: int = 512,
+        shuffle_rows: int = 0,
+        seed: int = 0,
+        filter: str | None = None,
+        drop_last: bool = False,
+        on_bad_file: str = "error",
+        lanes: int = 1,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.columns = columns
+        self.paths = dict(zip(_PARTS, (train, val, test, predict), strict=True))
+        self.batch_size = check_int("batch_size", batch_size, least=1)
+        self.shuffle_rows = check_int("shuffle_rows", shuffle_rows, least=0)
+        self.num_workers = check_int("num_workers", num_workers, least=0)
+        self.lanes = check_int("lanes", lanes, least=1)
+        self.seed, self.filter, self.drop_last = seed, filter, drop_last
+        self.on_bad_file, self.prefetch = on_bad_file, prefetch
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._datasets: dict[str, ColumnarDataset] = {}
+        if val is None:  # so Lightning sees no validation; an empty loader is worth a warning
+            self.val_dataloader = None  # type: ignore[assignment,method-assign]
+        self._loaded: dict[str, Any] | None = None
+        self._begin: dict[str, Any] | None = None  # place where the current iteration began
+
+    def dataset(self, part: str) -> ColumnarDataset:
+        """Return the data set of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: The part has no files; names the argument.
+        """
+        if part not in self._datasets:
+            paths = self.paths[part]
+            if paths is None:
+                raise ValueError(f"{part}: expected files or patterns, got None")
+            self._datasets[part] = self._make(part, paths)
+        return self._datasets[part]
+
+    def _make(self, part: str, paths: str | Sequence[str]) -> ColumnarDataset:
+        training = part == "train"
+        unlabelled = [column for column in self.columns if not isinstance(column, Label)]
+        return ColumnarDataset(
+            paths,
+            unlabelled if part == "predict" else self.columns,
+            self.batch_size,
+            shuffle_rows=self.shuffle_rows if training else 0,
+            seed=self.seed,
+            filter=self.filter,
+            drop_last=self.drop_last and training,
+            on_bad_file=self.on_bad_file,
+            lanes=self.lanes,
+            prefetch=self.prefetch,
+            pin_memory=self.pin_memory and not self.num_workers,
+        )
+
+    @override
+    def train_dataloader(self) -> Any:
+        data = self.dataset("train")
+        if self._loaded is not None:
+            data.load_state_dict(self._loaded)
+            self._begin, self._loaded = self._loaded, None
+        return _Loader(self, data, training=True)
+
+    @override
+    def val_dataloader(self) -> Any:
+        return self._loader("val")
+
+    @override
+    def test_dataloader(self) -> Any:
+        return self._loader("test")
+
+    @override
+    def predict_dataloader(self) -> Any:
+        return self._loader("predict")
+
+    def _loader(self, part: str) -> Any:
+        return _Loader(self, self.dataset(part), training=False)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return {"train": self._loaded}
+        if self._begin is None or self.trainer is None:
+            return {}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        # Not what the loader has given out: Lightning may have asked for a batch ahead.
+        return {"train": state_after(self._begin, progress.processed)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict.get("train")
+
+
+class _Loader:
+    """Batches of a data set for Lightning, epoch by epoch, whether or not processes read them."""
+
+    def __init__(self, module: ColumnarDataModule, data: ColumnarDataset, training: bool) -> None:
+        self._module, self._data, self._training = module, data, training
+
+    def __len__(self) -> int:
+        self._set_epoch()
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: Lightning makes the iterator before it knows the epoch that it resumes in.
+        self._set_epoch()
+        if self._training:
+            self._module._begin = self._data.state_dict()
+        if not self._module.num_workers:
+            yield from self._data
+            return
+        yield from DataLoader(
+            self._data,
+            batch_size=None,
+            num_workers=self._module.num_workers,
+            pin_memory=self._module.pin_memory,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place of the data module: by these methods Lightning knows that it has one."""
+        return self._module.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: the data module has loaded its place before it made this."""
+
+    def _set_epoch(self) -> None:
+        trainer = self._module.trainer
+        if self._training and trainer is not None:
+            self._data.set_epoch(trainer.current_epoch)
+        elif not self._training:
+            self._data.set_epoch(0)

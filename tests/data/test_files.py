@@ -1,0 +1,162 @@
+"""Files: which are found, their splits, and how bad ones are named."""
+
+import logging
+import os
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from recis_lightning.data import DataFileError
+from recis_lightning.data.files import FileSet, find_files
+from tests.helpers.columnar_files import table_of, write_files
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".orc"])
+def test_splits_and_their_rows(tmp_path, suffix):
+    files = FileSet(write_files(tmp_path, suffix=suffix), ["row", "user"])
+    rows = [files.read(split)["row"].to_pylist() for split in files.splits]
+    assert [row for part in rows for row in part] == list(range(22))
+    assert [len(part) for part in rows] == [split.num_rows for split in files.splits]
+    assert len(files.splits) == (4 if suffix == ".orc" else 10)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".orc"])
+def test_a_filter_counts_and_keeps_its_rows(tmp_path, suffix):
+    """Its columns need not be among those that are read; parts without rows are left out."""
+    pattern = write_files(tmp_path, suffix=suffix)
+    files = FileSet(pattern, ["row"], "country == 'DE' and click == False and price < 9")
+    rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
+    assert rows == [1, 7]
+    assert list(files.read(files.splits[0])) == ["row"]
+    assert sum(split.num_rows for split in files.splits) == 2
+    assert all(split.num_rows for split in files.splits)
+
+
+def test_only_the_columns_asked_for_are_read(tmp_path, monkeypatch):
+    files = FileSet(write_files(tmp_path), ["row", "click", "row"])
+    assert list(files.read(files.splits[0])) == ["row", "click"]
+
+
+def test_order_of_patterns_and_names(tmp_path):
+    """Names in order within a pattern; a file that two patterns match comes once."""
+    write_files(tmp_path)
+    found = find_files([str(tmp_path / "part-2.parquet"), str(tmp_path / "*.parquet")])
+    assert [path[-9] for _, path in found] == ["2", "0", "1", "3"]
+
+
+def test_files_behind_a_url():
+    """Through fsspec, as s3:// is."""
+    system = fsspec.filesystem("memory")
+    with system.open("/columnar/a.parquet", "wb") as out:
+        pa.parquet.write_table(table_of(0, 4), out)
+    files = FileSet("memory://columnar/*.parquet", ["row"])
+    assert files.read(files.splits[0])["row"].to_pylist() == [0, 1, 2, 3]
+    with pytest.raises(FileNotFoundError, match=r"no file matches 'memory://columnar/\*\.orc'"):
+        FileSet("memory://columnar/*.orc", ["row"])
+
+
+def damaged(folder, kind):
+    """Write three files of which the second is bad; return the pattern."""
+    pattern = write_files(folder, sizes=(4, 4, 4))
+    path = folder / "part-1.parquet"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "foreign":
+        path.write_bytes(b"row,user\n1,a\n" * 50)
+    else:
+        table = table_of(0, 4)
+        if kind == "missing column":
+            table = table.drop_columns(["row"])
+        else:
+            table = table.set_column(0, "row", pa.array(["a", "b", "c", "d"]))
+        pa.parquet.write_table(table, path)
+    return pattern
+
+
+BAD = {
+    "truncated": "part-1.parquet: ",
+    "empty": "part-1.parquet: ",
+    "foreign": "part-1.parquet: ",
+    "missing column": r"part-1.parquet: columns \['row'\] are missing; it has \['click', ",
+    "other kind": "part-1.parquet: column 'row' holds strings, in earlier files integers",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files_are_named_or_skipped(tmp_path, kind, caplog):
+    pattern = damaged(tmp_path, kind)
+    with pytest.raises(DataFileError, match=BAD[kind]):
+        FileSet(pattern, ["row"])
+    with caplog.at_level(logging.WARNING, "recis_lightning"):
+        files = FileSet(pattern, ["row"], on_bad_file="skip")
+    assert [path[-9] for path in files.files] == ["0", "2"]
+    assert "part-1.parquet" in caplog.text
+    rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
+    assert rows == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+def test_widths_may_differ_and_columns_may_be_all_null(tmp_path):
+    """int32 and int64, or a file without any value, are one kind."""
+    for index, rows in enumerate(
+        [pa.nulls(2), pa.array([1, 2], pa.int32()), pa.array([3, None], pa.int64()), pa.nulls(1)]
+    ):
+        pa.parquet.write_table(pa.table({"row": rows}), tmp_path / f"part-{index}.parquet")
+    files = FileSet(str(tmp_path / "*.parquet"), ["row"])
+    rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
+    assert rows == [None, None, 1, 2, 3, None, None]
+
+
+def test_damage_within_a_file_is_named_when_it_is_read(tmp_path):
+    pattern = write_files(tmp_path, sizes=(3000,), group_rows=1000)
+    path = tmp_path / "part-0.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    files = FileSet(pattern, ["row"])
+    with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: "):
+        files.read(files.splits[0])
+
+
+def test_a_file_that_changes_is_named(tmp_path):
+    files = FileSet(write_files(tmp_path), ["row"])
+    path = tmp_path / "part-0.parquet"
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: the file has changed"):
+        files.read(files.splits[0])
+    path.unlink()
+    with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: there is no such file"):
+        files.read(files.splits[0])
+
+
+def test_a_file_without_rows_has_no_splits(tmp_path):
+    files = FileSet(write_files(tmp_path, sizes=(0, 2, 0)), ["row"])
+    assert [split.num_rows for split in files.splits] == [2]
+    assert len(files.files) == 3
+
+
+@pytest.mark.parametrize(
+    ("paths", "error", "words"),
+    [
+        ([], ValueError, "paths: expected at least one file or pattern"),
+        ("nowhere/*.parquet", FileNotFoundError, r"paths: no file matches 'nowhere/\*\.parquet'"),
+        (["x.csv"], FileNotFoundError, "paths: no file matches 'x.csv'"),
+    ],
+)
+def test_paths_that_name_nothing(paths, error, words):
+    with pytest.raises(error, match=words):
+        find_files(paths)
+
+
+def test_other_bad_arguments(tmp_path):
+    (tmp_path / "a.csv").write_text("row\n1\n")
+    with pytest.raises(ValueError, match=r"expected names that end in .*got '.*a\.csv'"):
+        find_files(str(tmp_path / "a.csv"))
+    with pytest.raises(ValueError, match="on_bad_file: expected 'error' or 'skip', got 'ignore'"):
+        FileSet(write_files(tmp_path), ["row"], on_bad_file="ignore")
+    (tmp_path / "part-0.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="paths: none of the files"):
+        FileSet(str(tmp_path / "part-0.parquet"), ["row"], on_bad_file="skip")

@@ -1,0 +1,202 @@
+"""ColumnarDataModule: a Trainer's parts, YAML, and resuming within an epoch."""
+
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from recis_lightning import DynamicEmbedding, hash_tables
+from recis_lightning.__main__ import main
+from recis_lightning.data import ColumnarDataModule, Id, Label
+from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
+from tests.helpers.columnar_files import COLUMNS, rows_of, write_files
+
+# A run may go on without the callback that saved it.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Clicks(L.LightningModule):
+    """A model of one table that notes the rows it is trained on, and stops where it is told."""
+
+    def __init__(self, stop_at: int = -1):
+        super().__init__()
+        self.user, self.stop_at = DynamicEmbedding(4, name="user"), stop_at
+        self.rows = []
+
+    def training_step(self, batch):
+        if self.global_step == self.stop_at:
+            raise KeyboardInterrupt
+        self.rows.append((self.current_epoch, batch["row"].tolist()))
+        return self.user(batch["user"]).add(1 + batch["click"].unsqueeze(1)).square().mean()
+
+    def configure_optimizers(self):
+        return SparseDenseOptimizer(
+            torch.optim.SGD(self.parameters(), lr=0.1), SparseAdam(hash_tables(self), lr=0.1)
+        )
+
+    def trained(self, epoch):
+        return [rows for e, rows in self.rows if e == epoch]
+
+
+class Evaluated(Clicks):
+    """The same, which notes the rows it is evaluated on, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.others = []
+
+    def validation_step(self, batch):
+        self.others += batch["row"].tolist()
+
+    def test_step(self, batch):
+        self.others += batch["row"].tolist()
+
+    def predict_step(self, batch):
+        return batch
+
+
+@pytest.fixture
+def pattern(tmp_path):
+    return write_files(tmp_path)
+
+
+def data_of(pattern, **settings):
+    given = {"train": pattern, "batch_size": 4, "shuffle_rows": 6, "seed": 1, **settings}
+    return ColumnarDataModule(COLUMNS, **given)
+
+
+def fit(pattern, model, ckpt=None, callbacks=(), max_epochs=2, **settings):
+    trainer = L.Trainer(
+        **QUIET,
+        max_epochs=max_epochs,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
+        inference_mode=False,
+    )
+    trainer.fit(model, data_of(pattern, **settings), ckpt_path=ckpt, weights_only=True)
+    return trainer
+
+
+def weights_of(model):
+    return model.user.table.embeddings(model.user.table.ids().sort().values)
+
+
+def test_all_parts(pattern):
+    """Each with all rows, those of evaluation in order; predictions need no labels."""
+    model = Evaluated()
+    data = data_of(pattern, val=pattern, test=[pattern], predict=pattern)
+    trainer = L.Trainer(**QUIET, max_epochs=2, enable_checkpointing=False, num_sanity_val_steps=0)
+    trainer.fit(model, data)
+    for epoch in range(2):
+        assert sorted(row for rows in model.trained(epoch) for row in rows) == list(range(22))
+    assert model.trained(0) != model.trained(1)
+    assert model.others == 2 * list(range(22))
+    model.others = []
+    trainer.test(model, data, verbose=False)
+    assert model.others == list(range(22))
+    predicted = trainer.predict(model, data)
+    assert rows_of(predicted) == list(range(22))
+    assert "click" not in predicted[0]
+
+
+@pytest.mark.parametrize(("stop_at", "workers"), [(1, 0), (4, 0), (6, 0), (7, 0), (9, 0), (4, 2)])
+def test_a_run_that_is_stopped_goes_on_with_the_next_row(tmp_path, pattern, stop_at, workers):
+    """From the last checkpoint, bitwise as an undisturbed run, whatever was read ahead."""
+    whole = Clicks()
+    fit(pattern, whole)
+    saver = ModelCheckpoint(
+        tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
+    first = Clicks(stop_at)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(pattern, first, callbacks=[saver], num_workers=workers)
+    second = Clicks()
+    fit(pattern, second, ckpt=str(tmp_path / f"saved/step={stop_at}.ckpt"), num_workers=workers)
+    assert first.rows + second.rows == whole.rows
+    assert torch.equal(weights_of(second), weights_of(whole))
+
+
+def test_a_run_goes_on_after_a_whole_epoch(tmp_path, pattern):
+    """From the checkpoint of an epoch's end, and from one made after fit."""
+    whole = Clicks()
+    fit(pattern, whole)
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_on_train_epoch_end=True)
+    first = Clicks()
+    trainer = fit(pattern, first, callbacks=[saver], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "saved/after.ckpt")
+    for name in ("epoch=0.ckpt", "after.ckpt"):
+        second = Clicks()
+        fit(pattern, second, ckpt=str(tmp_path / "saved" / name))
+        assert first.rows + second.rows == whole.rows
+        assert torch.equal(weights_of(second), weights_of(whole))
+
+
+def test_yaml(tmp_path, pattern, monkeypatch):
+    """Columns are named by class; settings that do not fit are named in a line."""
+    config = {
+        "seed_everything": 1,
+        "model": {"class_path": "tests.data.test_module.Clicks"},
+        "data": {
+            "class_path": "recis_lightning.data.module.ColumnarDataModule",
+            "init_args": {
+                "train": pattern,
+                "batch_size": 8,
+                "columns": [
+                    {"class_path": "Id", "init_args": {"name": "row"}},
+                    {"class_path": "Id", "init_args": {"name": "user", "hash": "farmhash64"}},
+                    {"class_path": "Label", "init_args": {"name": "click"}},
+                ],
+            },
+        },
+        "trainer": {
+            **QUIET,
+            "max_epochs": 1,
+            "enable_checkpointing": False,
+            "default_root_dir": str(tmp_path / "run"),
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["recis_lightning"])
+    cli = main(["fit", "--config", str(path)])
+    assert cli.model.trained(0) == [list(range(8)), list(range(8, 16)), list(range(16, 22))]
+    assert cli.datamodule.columns == [Id("row"), Id("user", hash="farmhash64"), Label("click")]
+
+
+def test_bad_arguments(pattern):
+    with pytest.raises(ValueError, match="batch_size: expected an int >= 1, got 0"):
+        data_of(pattern, batch_size=0)
+    with pytest.raises(ValueError, match="train: expected files or patterns, got None"):
+        data_of(None).train_dataloader()
+
+
+def test_lightning_is_imported_when_the_module_is_asked_for():
+    """And the package names the extra where pyarrow is missing."""
+    code = (
+        "import sys\n"
+        "from recis_lightning import data\n"
+        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)\n"
+        "assert data.ColumnarDataModule.__name__ == 'ColumnarDataModule'\n"
+        "assert 'lightning' in sys.modules\n"
+        "for name in [name for name in sys.modules if name.startswith('recis_lightning.data')]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['pyarrow'] = None\n"
+        "try:\n"
+        "    import recis_lightning.data\n"
+        "except ImportError as error:\n"
+        "    assert \"pip install 'recis-lightning[data]'\" in str(error)\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
