@@ -168,7 +168,7 @@ def _lightning_modules() -> list[Any]:
 
 def _is_made(module: Any) -> bool:
     """Tell whether a module is whole: one whose ``__init__`` failed lives on in its traceback."""
-    return {"_modules", "_trainer"} <= vars(module).keys()
+    return "_modules" in vars(module) and "_trainer" in vars(module)
 
 
 __all__ = ["ProfilerRegions", "TrainerBridge", "TrainerRunner", "register"]
