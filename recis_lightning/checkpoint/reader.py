@@ -128,10 +128,30 @@ class CheckpointReader:
             how: What may differ.
             progress: Shows the progress of rank 0.
             whole: Whether they must be all tables of the checkpoint.
+
+        Raises:
+            ValueError: As for ``check_tables``, or ranks that load different things.
         """
         collectives.run_on_all_ranks(lambda: self.check_tables(tables, how, whole))
+        self._check_alike(tables, how)
         locks = distinct_locks(table.lock for table in tables.values())
         write(locks, self._tables.load, tables, how, progress)
+
+    def _check_alike(self, tables: dict[str, HashTable], how: FitRules) -> None:
+        """Raise ValueError unless all ranks load the same: each has a part of every table."""
+        targets = {name: table.name for name, table in tables.items()}
+        plans = collectives.gather(
+            {"path": str(self.path), "save": self._tables.save_id, "tables": targets, "how": how}
+        )
+        for rank, plan in enumerate(plans):
+            different = [key for key in plan if key != "path" and plan[key] != plans[0][key]]
+            if different:
+                shown = ["path", *different] if "save" in different else different
+                first, other = ({key: of[key] for key in shown} for of in (plans[0], plan))
+                raise ValueError(
+                    f"{self.path}: ranks must load the same; rank 0 loads {first}, rank {rank} "
+                    f"{other}"
+                )
 
 
 def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]:

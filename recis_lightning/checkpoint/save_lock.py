@@ -107,7 +107,7 @@ def begin_save(folder: Path, save_id: str, owner: object, current: CurrentCommit
     """
     folder = folder.resolve()
     with _guard:
-        lock = _own_lock(folder)
+        lock = _held.get(folder)
         if lock is not None and not lock.saves:  # an interrupt came between
             lock.close()
             lock = None
@@ -131,7 +131,7 @@ def begin_save(folder: Path, save_id: str, owner: object, current: CurrentCommit
 def note_replaced(folder: Path, files: Iterable[str]) -> None:
     """Note the files of the checkpoint that a save is about to replace: they are known after it."""
     with _guard:
-        lock = _own_lock(folder.resolve())
+        lock = _held.get(folder.resolve())
         if lock is not None:
             lock.replace(files)
 
@@ -140,7 +140,7 @@ def end_save(folder: Path, save_id: str) -> None:
     """End a save; the last one gives the folder free. Does nothing if it ended before."""
     folder = folder.resolve()
     with _guard:
-        lock = _own_lock(folder)
+        lock = _held.get(folder)
         if lock is None:
             return
         if save_id in lock.saves:
@@ -162,7 +162,7 @@ def fail_save(folder: Path, save_id: str, current: CurrentCommit) -> None:
     """
     folder = folder.resolve()
     with _guard:
-        lock = _own_lock(folder)
+        lock = _held.get(folder)
         if lock is not None and save_id in lock.saves:
             with contextlib.suppress(OSError):  # the lock's next owner may succeed
                 _clear(folder, lock.lines(), current, lock.saves - {save_id})
@@ -180,7 +180,7 @@ def removing(folder: Path, files: Iterable[str], current: CurrentCommit) -> Iter
     """
     files, folder, removal = sorted(files), folder.resolve(), new_save_id()
     with _guard:
-        lock = _own_lock(folder)
+        lock = _held.get(folder)
         if lock is None and files:
             with contextlib.suppress(OSError, RuntimeError, ValueError):  # another process has it
                 lock = _held[folder] = _take(folder, None, current)
@@ -202,14 +202,6 @@ def clear_killed_saves(folder: Path, current: CurrentCommit) -> None:
             if (folder / LOCK_FILE).exists():
                 _take(folder, None, current).close()
             folder.rmdir()  # fails if it is not empty
-
-
-def _own_lock(folder: Path) -> SaveLock | None:
-    lock = _held.get(folder)
-    if lock is not None and lock.pid != os.getpid():  # of the process that this one was forked from
-        del _held[folder]
-        return None
-    return lock
 
 
 def _take(folder: Path, owner: object, current: CurrentCommit) -> SaveLock:
@@ -347,6 +339,18 @@ def _clear(
         files = line.get(gone)
         if isinstance(files, list):
             remove_files(folder, {name for name in files if isinstance(name, str)} - kept)
+
+
+def _start_child() -> None:
+    """Leave the locks to the process that this one was forked from: it alone is to hold them."""
+    global _guard
+    _guard = threading.RLock()  # the thread that had it is not there
+    for folder in list(_descriptors):
+        _close(folder)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_start_child)
 
 
 __all__ = [

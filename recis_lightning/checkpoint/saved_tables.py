@@ -104,6 +104,11 @@ class SavedTables(ABC):
     ``StateTables`` are in Lightning's file itself, ``ShardTables`` in files of each rank.
     """
 
+    @property
+    @abstractmethod
+    def save_id(self) -> str | None:
+        """Random name of the save; None if it has none."""
+
     @abstractmethod
     def names(self) -> list[str]:
         """List the tables."""

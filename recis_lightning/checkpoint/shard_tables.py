@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,11 @@ class ShardTables(SavedTables):
         self._numbers: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {}  # of their tables
         self._shared: dict[str, ShardFile] = {}  # files of several tables, by their names
 
+    @property
+    @override
+    def save_id(self) -> str:
+        return self._commit.save_id
+
     @override
     def names(self) -> list[str]:
         return list(self._commit.tables)
@@ -96,7 +101,7 @@ class ShardTables(SavedTables):
             collectives.run_on_all_ranks(partial(self.check, progress, list(tables)))
 
         def restore() -> None:
-            with on_rank_zero(progress)("Loading tables", self._num_bytes()) as on_progress:
+            with on_rank_zero(progress)("Loading tables", self._num_bytes(tables)) as on_progress:
                 for name, table in tables.items():
                     self._restore(name, table, how, on_progress)
 
@@ -105,35 +110,36 @@ class ShardTables(SavedTables):
 
     def load_table(self, name: str, table: HashTable, progress: Progress) -> None:
         """Replace the rows of one table, on this rank by itself; it keeps them after an error."""
-        with on_rank_zero(progress)(f"Loading {name}", self._num_bytes()) as on_progress:
+        with on_rank_zero(progress)(f"Loading {name}", self._num_bytes([name])) as on_progress:
             self._restore(name, table, FitRules(strict=False), on_progress)
 
     def check(self, progress: Progress, names: Sequence[str] | None = None) -> None:
-        """Read this rank's share of the files; ValueError if a byte is damaged, or a field invalid.
+        """Read this rank's share of tables; ValueError if a byte is damaged, or a field invalid.
 
         Args:
             progress: Shows the progress of rank 0.
             names: Tables; None for all.
         """
-        with on_rank_zero(progress)("Checking tables", self._num_bytes()) as on_progress:
-            files = self._share()
+        names = self.names() if names is None else names
+        with on_rank_zero(progress)("Checking tables", self._num_bytes(names)) as on_progress:
+            files = self._share(names)
             chunks = [partial(file.chunk, *chunk) for file in files for chunk in file.chunks()]
             with opened(files):
                 parallel_for(len(chunks), lambda index: chunks[index]().nbytes, on_progress)
-        for name in self.names() if names is None else names:
+        for name in names:
             files, ranks = self._files_to_read(name)
             with opened(files):
                 state = OwnedRows(files, list(slots_of(files[0])), self._rank, ranks).state()
             self._check_state(name, files, state)
             check_distinct(state, f"{files[0].path}: table {name!r}")
 
-    def _share(self) -> list[ShardFile]:
+    def _share(self, names: Iterable[str]) -> list[ShardFile]:
         """List the files that this rank checks: its own, if as many ranks read as wrote."""
         writers = range(self._rank, self._commit.world_size, self._world_size)
-        return [self._file(table, writer) for table in self._commit.tables for writer in writers]
+        return [self._file(name, writer) for name in names for writer in writers]
 
-    def _num_bytes(self) -> int:
-        return sum(file.num_bytes for file in self._share())
+    def _num_bytes(self, names: Iterable[str]) -> int:
+        return sum(file.num_bytes for file in self._share(names))
 
     def _layout(self, name: str) -> tuple[int, torch.dtype, dict[str, int]]:
         """Return a table's embedding_dim, dtype and optimizer state (name -> float32 words)."""

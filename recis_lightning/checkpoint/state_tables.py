@@ -18,6 +18,7 @@ from recis_lightning.checkpoint.saved_tables import (
     all_or_none,
     check_layout,
 )
+from recis_lightning.distributed import collectives
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.state_schema import (
@@ -59,6 +60,11 @@ class StateTables(SavedTables):
     def _where(self, name: str) -> str:
         return f"{self._file}: state of table {name!r}"
 
+    @property
+    @override
+    def save_id(self) -> None:
+        return None
+
     @override
     def names(self) -> list[str]:
         return list(self._states)
@@ -98,7 +104,7 @@ class StateTables(SavedTables):
 
     @override
     def load(self, tables: dict[str, HashTable], how: FitRules, progress: Progress) -> None:
-        with all_or_none(tables.values()):
+        def restore() -> None:
             for name, table in tables.items():
                 state = self._states[name]
                 if name != table.name:
@@ -108,6 +114,9 @@ class StateTables(SavedTables):
                 if state is not self._states[name]:
                     state.pop(CHECKSUM, None)  # that of the whole, which is checked
                 table.set_extra_state(state)
+
+        with all_or_none(tables.values()):
+            collectives.run_on_all_ranks(restore)
 
 
 def _is_same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -57,20 +57,18 @@ class TableLock:
         # One item for each reader that has left: unlike an Event, no interrupt can break it.
         self._left: SimpleQueue[None] = SimpleQueue()
 
-    def begin_read(self) -> None:
-        """Wait until no other thread writes, and let none begin; ``read`` calls it."""
+    def begin_read(self) -> bool:
+        """Let no other thread begin to write; return False, and note nothing, where one writes."""
         thread = get_ident()
         depth = self._readers.get(thread, 0)
         self._readers[thread] = depth + 1  # first, so that a writer who comes now sees it
         if self.writer is None or self.writer == thread:
-            return
+            return True
         if depth and self._is_read_in(sys._getframe(2)):
-            return  # the writer waits for the read that this one is a part of
+            return True  # the writer waits for the read that this one is a part of
         self._readers.pop(thread, None)
         self._left.put(None)
-        with self.turn:  # when the writer is done
-            self.writer = None
-            self._readers[thread] = 1
+        return False
 
     def end_read(self) -> None:
         """Let writers begin; does nothing in a thread that does not read."""
@@ -114,16 +112,37 @@ def distinct_locks(locks: Iterable[TableLock]) -> tuple[TableLock, ...]:
 
 
 def read(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
-    """Call a function while no other thread changes what the locks protect."""
+    """Call a function while no other thread changes what the locks protect.
+
+    Args:
+        locks: From ``distinct_locks``.
+        work: The function.
+        args: What it is called with.
+    """
     begun: list[TableLock] = []
     try:
         for lock in locks:
-            lock.begin_read()
+            if not lock.begin_read():
+                # A thread that writes, or will, may wait for those that were begun.
+                while begun:
+                    begun.pop().end_read()
+                _in_turn(locks, _begin_reads, locks, begun)
+                break
             begun.append(lock)
         return work(*args)
     finally:
         for lock in begun:
             lock.end_read()
+
+
+def _begin_reads(locks: Sequence[TableLock], begun: list[TableLock]) -> None:
+    """Begin to read, in the turn of this thread."""
+    thread = get_ident()
+    for lock in locks:
+        if lock.writer != thread:
+            lock.writer = None  # an interrupt came between
+        lock.begin_read()
+        begun.append(lock)
 
 
 def write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
@@ -134,21 +153,31 @@ def write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) 
         work: The function.
         args: What it is called with.
     """
-    taken = list[Any]()
+    result: _Result = _in_turn(locks, _write, locks, work, *args)
+    return result
+
+
+def _write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
     writers = list[int | None]()
+    try:
+        for lock in locks:
+            writers.append(lock.writer)
+            lock.begin_write()
+        return work(*args)
+    finally:
+        for lock, before in zip(locks, writers, strict=False):
+            lock.writer = before
+
+
+def _in_turn(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function while no other thread has the turn of any of the locks."""
+    taken = list[Any]()
     # The interpreter looks at signals only after a call: none comes between a turn that is taken
     # and its place in the list, nor between two that are given back.
     give_back = map(_Turn.release, taken)
     try:
-        try:
-            taken.extend(filter(_Turn.acquire, [lock.turn for lock in locks]))
-            for lock in locks:
-                writers.append(lock.writer)
-                lock.begin_write()
-            return work(*args)
-        finally:
-            for lock, before in zip(locks, writers, strict=False):
-                lock.writer = before
+        taken.extend(filter(_Turn.acquire, [lock.turn for lock in locks]))
+        return work(*args)
     finally:
         any(give_back)  # all of them
 

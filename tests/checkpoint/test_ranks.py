@@ -64,6 +64,33 @@ def test_ranks_load_what_one_process_put_in_a_state_dict(tmp_path, ranks):
     assert same(joined(answers), held(made))
 
 
+def test_a_failure_on_one_rank_leaves_the_tables_of_all(tmp_path, ranks):
+    """Also those of Lightning's own file, which each rank loads without asking the others."""
+    torch.manual_seed(0)
+    made, _optimizers = checkpoint_ranks.filled(count=3000)
+    state = {f"{table.name}._extra_state": table.get_extra_state() for table in made}
+    torch.save(state, tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    other, failed = ranks.run(2, checkpoint_ranks.load_file_where_one_rank_fails, file, 1)
+    assert failed == "MemoryError: no room"
+    assert other == "RuntimeError: rank 1 failed: MemoryError: no room"
+
+
+def test_ranks_that_load_different_things(tmp_path, ranks):
+    """Else a table would have half of its rows, or those of two saves."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        ranks.run(2, checkpoint_ranks.make_and_save, folder)
+    for folders, arguments, message in (
+        ((one, one), ({"tables": ["adam"]}, {"tables": ["bf16"]}), "'tables': {'bf16': 'bf16'}"),
+        ((one, one), ({}, {"optimizer_state": False}), "optimizer_state=False"),
+        ((one, two), ({}, {}), f"'path': '{two}'"),
+    ):
+        answers = ranks.run(2, checkpoint_ranks.load_what_differs, folders, arguments)
+        assert all("ranks must load the same; rank 0 loads {" in answer for answer in answers)
+        assert all(message in answer for answer in answers)
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_a_state_dict_of_many_ranks_is_refused(tmp_path, ranks, world_size):
     """Without the hook it would hold one rank's rows."""

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
@@ -98,6 +99,50 @@ def test_another_process_is_refused(tmp_path):
     assert len(left) == 2
     assert LOCK_FILE not in left
     assert shard("killed") not in left
+
+
+def test_a_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
+    """As workers that a data loader forked during a save in the background."""
+    ours, theirs = _FORK.Pipe()
+
+    def hold():
+        begin_save(tmp_path, IDS["killed"], None, nothing)
+        child = os.fork()
+        if not child:
+            theirs.send(os.getpid())
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+
+    process = _FORK.Process(target=hold)
+    process.start()
+    child = ours.recv()
+    process.kill()
+    process.join()
+    try:
+        checkpoint.save(tmp_path, [HashTable(2, name="t")])
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert LOCK_FILE not in names(tmp_path)
+
+
+def test_a_child_saves_that_was_forked_while_a_thread_began_a_save(tmp_path):
+    has_begun, over = threading.Event(), threading.Event()
+
+    def look():
+        has_begun.set()
+        over.wait(60)
+
+    thread = threading.Thread(target=begin_save, args=(tmp_path, IDS["next"], None, look))
+    thread.start()
+    has_begun.wait(60)
+    child = _FORK.Process(target=checkpoint.save, args=(tmp_path / "child", []), daemon=True)
+    child.start()
+    child.join(30)
+    over.set()
+    thread.join()
+    end_save(tmp_path, IDS["next"])
+    assert child.exitcode == 0
 
 
 def test_threads_that_save_to_one_folder(tmp_path):

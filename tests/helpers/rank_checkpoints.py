@@ -176,6 +176,32 @@ def load_state_dict(file):
     return held(made)
 
 
+def load_file_where_one_rank_fails(file, failing_rank):
+    """Return the error of a load of Lightning's file, the second table of which fails on a rank."""
+    made, _optimizers = filled(seed=1, count=3000)
+    before = held(made)
+    if collectives.rank() == failing_rank:
+        made[1].storage.set_slots = lambda *_: (_ for _ in ()).throw(MemoryError("no room"))
+    try:
+        checkpoint.load(file, made)
+    except (MemoryError, RuntimeError) as error:
+        assert same(held(made), before)
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def load_what_differs(folders, arguments):
+    """Return the error of ranks that load other folders, or with other arguments; none changes."""
+    made, _optimizers = filled(seed=1, count=300)
+    before, rank = held(made), collectives.rank()
+    try:
+        checkpoint.load(folders[rank], made, **arguments[rank])
+    except ValueError as error:
+        assert same(held(made), before)
+        return str(error)
+    return "loaded"
+
+
 def state_dict_alone():
     return filled(count=30)[0][0].get_extra_state()
 

@@ -112,6 +112,34 @@ def test_a_read_within_a_read_keeps_writers_out():
     assert order == ["inner", "outer", "written"]
 
 
+def test_a_reader_of_two_waits_for_a_writer_of_one_with_empty_hands():
+    """A writer of both that comes first would wait for what the reader has, and it for the writer.
+
+    So do a save in the background, the lookup of one table and the step that trains all of them.
+    """
+    one, two = TableLock(), TableLock()
+    begun, over, order = threading.Event(), threading.Event(), []
+
+    def change_two():
+        begun.set()
+        over.wait(30)
+
+    threads = [background(lambda: write([two], change_two))]
+    begun.wait(30)
+    threads.append(background(lambda: write([one, two], order.append, "written")))
+    while one.turn.acquire(blocking=False):  # it has the first, and waits for the second
+        one.turn.release()
+        time.sleep(0.001)
+    threads.append(background(lambda: read([one, two], order.append, "read")))
+    time.sleep(4 * _PATIENCE)
+    over.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(order) == ["read", "written"]
+    assert not one._readers
+    assert not two._readers
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_read_that_an_interrupt_left_behind(ended):
     """Of a thread that is gone, or one that does other things by now."""
