@@ -17,7 +17,8 @@ from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.table import hash_table
 from recis_lightning.table.anchor import keep_anchors_out
 from recis_lightning.table.averaged_model import share_tables_with_averaged_models
-from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.state import set_shard_loader
 
 __version__ = "0.1.0"

@@ -89,8 +89,10 @@ TESTED_BY = {
     "optim/sgd.py": "optim/test_sparse_optimizer.py",
     "optim/table_updater.py": "optim/test_sparse_optimizer.py",
     "table/admission_counter.py": "test_admission.py",
+    "table/copying.py": "table/test_state.py",
     "table/insertion.py": "table/test_hash_table.py",
     "table/pending_gradient.py": "table/test_hash_table_machine.py",
+    "table/segment.py": "ops/test_find_and_gather.py",
     "table/versions.py": "table/test_moving.py",
 }
 

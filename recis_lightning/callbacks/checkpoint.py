@@ -25,7 +25,8 @@ from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
 from recis_lightning.checkpoint.writer import write_shards
 from recis_lightning.distributed import collectives
 from recis_lightning.table import state as table_state
-from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
 
 __all__ = ["CheckpointHook"]
 

@@ -13,7 +13,8 @@ from typing_extensions import override
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, is_new_trainer
 from recis_lightning.distributed import collectives
-from recis_lightning.table.hash_table import HashTable, hash_tables, live_hash_tables
+from recis_lightning.table.hash_table import HashTable, live_hash_tables
+from recis_lightning.table.listing import hash_tables
 
 __all__ = ["HashTableFilterHook"]
 

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelSummary
 
 from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
-from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
 
 __all__ = ["check_fit", "check_table_names", "summary"]
 

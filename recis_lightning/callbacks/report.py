@@ -22,7 +22,8 @@ from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.report import TableReport, check_path
 from recis_lightning.monitoring.watch import FIGURES, TableFigures, TableMonitor
-from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
 
 __all__ = ["MetricReportHook"]

@@ -80,7 +80,7 @@ def write_parquet(
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(
-            "write_parquet needs pyarrow: pip install 'recis-lightning[trace]'"
+            "write_parquet needs pyarrow: pip install 'recis-lightning[checkpoint]'"
         ) from error
 
     target = Path(target)
@@ -111,7 +111,9 @@ def _import_pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("read_table(kind='pandas') needs pandas: pip install pandas") from error
+        raise ImportError(
+            "read_table(kind='pandas') needs pandas: pip install 'recis-lightning[checkpoint]'"
+        ) from error
     return pandas
 
 

@@ -172,7 +172,8 @@ def read_lightning_file(file: Path, weights_only: bool = True) -> dict[str, Any]
             + ("" if found is None else f": an object of {found[1]}")
         ) from None
     except Exception as error:  # whatever a damaged pickle leads to
-        raise ValueError(f"{file}: damaged, or no checkpoint ({error})") from None
+        reason = error if zipfile.is_zipfile(file) else "torch.save wrote no such file"
+        raise ValueError(f"{file}: damaged, or no checkpoint ({reason})") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{file}: no checkpoint: it holds a {type(saved).__name__}")
     return saved

@@ -26,7 +26,8 @@ from recis_lightning.checkpoint.shard_file import TensorGroup, TensorSpec, write
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.table import state as table_state
-from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.lock import distinct_locks, read
 
 # More than so many tables of less than so many bytes each share files of about so many bytes.

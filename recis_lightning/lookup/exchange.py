@@ -36,8 +36,9 @@ from recis_lightning.ops.layout import (
     SEGMENT_START,
     UNKNOWN,
 )
-from recis_lightning.table.hash_table import HashTable, write_segment
+from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
+from recis_lightning.table.segment import write_segment
 
 
 def exchange_rows(

@@ -20,8 +20,9 @@ from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_SIZE, SEGMENT_START
 from recis_lightning.table.anchor import Anchor
-from recis_lightning.table.hash_table import HashTable, write_segment
+from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks
+from recis_lightning.table.segment import write_segment
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.versions import layout_version
 

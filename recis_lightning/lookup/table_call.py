@@ -9,7 +9,8 @@ from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
-from recis_lightning.table.hash_table import HashTable, name_before_use
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import name_before_use
 
 
 class TableLookup:

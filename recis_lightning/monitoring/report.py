@@ -18,7 +18,8 @@ from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.png import check_matplotlib
 from recis_lightning.monitoring.svg import chart_svg
 from recis_lightning.monitoring.watch import TableMonitor
-from recis_lightning.table.hash_table import HashTable, hash_tables
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
 
 __all__ = ["TableReport", "report"]
 

@@ -14,9 +14,8 @@ import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -35,26 +34,14 @@ from recis_lightning.arguments import (
     check_seed,
     check_str,
     explain_arguments,
-    is_row_dtype,
     refuse_recording,
     refuse_script,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
-from recis_lightning.ops.layout import (
-    CHECK_ADMISSION,
-    HAS_PADDING,
-    INSERT,
-    NUM_REJECTED,
-    NUM_UPDATES,
-    SEGMENT_FLAGS,
-    SEGMENT_HEADER,
-    SEGMENT_PADDING,
-    STEP,
-    TOUCH,
-)
-from recis_lightning.table import settings
+from recis_lightning.ops.layout import NUM_UPDATES, STEP
+from recis_lightning.table import copying, moving, settings
 from recis_lightning.table import state as table_state
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
@@ -665,11 +652,7 @@ class HashTable(nn.Module):
 
         A pickled ``nn.Parameter`` leaves its ``grad`` behind in the same way.
         """
-        state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
-        state |= {name: getattr(self, name) for name in _PARTS_ARE_MADE_OF}
-        others = {name: p for name, p in self._parameters.items() if p is not self.anchor}
-        state["_parameters"] = others
-        return {**state, "_saved": table_state.to_arrays(table_state.export(self))}
+        return copying.pack(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HashTable:
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -680,84 +663,30 @@ class HashTable(nn.Module):
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        saved, parts = state.pop("_saved"), [state.pop(name) for name in _PARTS_ARE_MADE_OF]
-        if "_name" in state:  # pickled by 0.1.0
-            state["given_name"] = state.pop("_name")
-            state = {key: value for key, value in state.items() if key not in _FIELDS_OF_0_1_0}
-            state["default_name"] = "table"  # as which the rows of those without a name began
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        attributes, parts, saved = copying.unpack(state)
+        super().__setstate__(attributes)  # type: ignore[no-untyped-call]
         self._start(*parts)
-        table_state.load(self, table_state.from_arrays(saved))
+        table_state.load(self, saved)
 
     @override
     @writes
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashTable:
         move_version.advance()
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        device = self.device if self._stays else backend.check_device(probe.device)
-        if not is_row_dtype(probe.dtype):
-            raise ValueError(
-                f"table {self.name!r}: expected torch.float32 or torch.bfloat16 for its rows, got "
-                f"{probe.dtype}, from module.to(...) or Trainer(precision=...); use precision "
-                "'32-true', 'bf16-true', 'bf16-mixed' or '16-mixed'"
-            )
-        if probe.is_shared() and probe.is_cpu:
-            raise RuntimeError(
-                f"table {self.name!r}: share_memory() cannot share a table, whose memory grows; "
-                "let processes load a checkpoint, or use the ranks of a process group"
-            )
+        device, dtype = moving.destination(self, fn, self._stays)
         if device != self.device:
             self._move(device)
-        if probe.dtype is not self.dtype:
-            state = table_state.export(self)
-            with self.undo():
-                self.storage.set_dtype(probe.dtype)
-                table_state.load(self, state)
+        if dtype is not self.dtype:
+            moving.convert(self, dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _move(self, device: torch.device) -> None:
-        """Move everything to a storage on another device; pending gradients are forgotten.
-
-        Raises:
-            MemoryError: No room there; the table is as it was.
-        """
-        old, state = self.storage, table_state.export(self)
-        counter = old.admission_counter
+        old, counter = self.storage, self.storage.admission_counter
         screening = None if counter is None else counter.screening
         new = self._new_storage(
             self.embedding_dim, self.dtype, device, old.kept_columns, screening, old.now
         )
-        new.num_removed, new.num_loaded = old.num_removed + len(old), old.num_loaded
-        table_state.fill(new, state)
-        new.header.read_counts()[NUM_REJECTED] = old.header.read_counts()[NUM_REJECTED]
-        new.header.publish_counts()
-        with self.undo():
-            # Row numbers that a lookup noted are void, whichever storage it asks about them.
-            old.generation = new.generation = old.generation + 1
-            self.storage = self.evictor.storage = new
-            self.pending.clear()
-            self.needs_reshard = True
-
-
-# Made anew; storage and pins are filled from the saved state.
-_PARTS_ARE_MADE_OF = ("embedding_dim", "dtype", "device", "eviction", "trainable")
-# Fields of tables that 0.1.0 pickled, which parts have now.
-_FIELDS_OF_0_1_0 = {
-    *("kept_columns", "generation", "may_hold_foreign_rows"),
-    *("_num_evicted", "_num_removed", "_num_loaded"),
-}
-_NOT_COPIED = (
-    "storage",
-    "evictor",
-    "pending",
-    "shard_reference",
-    "_optimizer",
-    "_originals",
-    "family",
-    "lock",
-    "groups",
-)
+        moving.move(self, new)
 
 
 def set_lookup(lookup: Lookup) -> None:
@@ -777,80 +706,9 @@ def check_policies(
     )
 
 
-def write_segment(
-    line: np.ndarray[Any, np.dtype[np.int64]],
-    table: HashTable,
-    insert: bool,
-    padding_idx: int | None,
-    admits: Literal["policy", "all", "none"] = "policy",
-) -> None:
-    """Enter what a feature asks of a table, int64 [SEGMENT_SIZE]; not where its ids are.
-
-    Args:
-        line: The feature's line of the segments.
-        table: Its table.
-        insert: Whether the lookup trains.
-        padding_idx: An id that reads as zeros, or None.
-        admits: Unknown ids that the feature inserts: those that the table's policy admits, or all,
-            or none.
-    """
-    storage = table.storage
-    line[SEGMENT_HEADER] = storage.header.address
-    inserts, asks_policy = insert and admits != "none", admits == "policy"
-    if asks_policy and table.admission is not None:
-        inserts = insert and table.admission.admits
-    line[SEGMENT_FLAGS] = INSERT * inserts | HAS_PADDING * (padding_idx is not None)
-    is_screened = insert and asks_policy and storage.admission_counter is not None
-    line[SEGMENT_FLAGS] |= CHECK_ADMISSION * is_screened
-    line[SEGMENT_FLAGS] |= TOUCH * (insert and storage.keeps_access_metadata)
-    line[SEGMENT_PADDING] = 0 if padding_idx is None else padding_idx
-
-
-def hash_tables(module: nn.Module) -> list[HashTable]:
-    """List a module's tables, each once, and name the unnamed after their place in it.
-
-    Example:
-        >>> hash_tables(nn.Sequential(HashTable(4), HashTable(4, name="item")))[0].name
-        '0'
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a module, got {type(module).__name__}")
-    tables = []
-    for path, child in module.named_modules():
-        if isinstance(child, HashTable):
-            child.set_default_name(path.removesuffix(".table") or "table")
-            tables.append(child)
-    return tables
-
-
-def name_before_use(table: HashTable) -> None:
-    """Name a table that has no name when a training lookup begins.
-
-    It is "table", or "table_2" and so on where another table alive has that name: the rows of two
-    tables must not begin alike. Copies of a table are to begin as it does.
-
-    Example:
-        >>> one, other = HashTable(2), HashTable(2)
-        >>> name_before_use(one), name_before_use(other)
-        (None, None)
-        >>> one.name == other.name
-        False
-    """
-    if table.given_name is not None or table.default_name is not None:
-        return
-    taken = {
-        other.given_name or other.default_name
-        for other in live_hash_tables()
-        if other.family is not table.family
-    }
-    names = itertools.chain(["table"], (f"table_{count}" for count in itertools.count(2)))
-    table.default_name = next(name for name in names if name not in taken)
-    table.set_key(None, table.seed)
-
-
 def live_hash_tables() -> list[HashTable]:
     """List every table alive in this process, in the order of creation."""
     return [table for _, table in sorted(_live.items())]
 
 
-__all__ = ["HashTable", "hash_tables", "live_hash_tables", "name_before_use"]
+__all__ = ["HashTable", "live_hash_tables"]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from recis_lightning.callbacks import HashTableFilterHook
-from recis_lightning.table.hash_table import hash_tables
+from recis_lightning.table.listing import hash_tables
 from tests.helpers.click_data import ResumableLoader, loader
 from tests.helpers.lightning_model import Model, differences, everything, trainer
 

@@ -15,7 +15,7 @@ from recis_lightning.initializers import Normal, Uniform
 from recis_lightning.lookup import finish_evaluation
 from recis_lightning.ops import backend
 from recis_lightning.optim import SparseAdam, SparseSGD
-from recis_lightning.table.hash_table import hash_tables
+from recis_lightning.table.listing import hash_tables
 from tests.helpers.rank_pool import set_timeout
 from tests.helpers.sample_tables import EXTREMES
 

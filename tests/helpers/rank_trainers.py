@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, MetricReportHook
 from recis_lightning.distributed import collectives
-from recis_lightning.table.hash_table import hash_tables
+from recis_lightning.table.listing import hash_tables
 from tests.helpers.click_data import Clicks, loader
 from tests.helpers.lightning_model import Model
 from tests.helpers.quiet_trainer import quiet_trainer

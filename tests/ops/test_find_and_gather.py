@@ -9,7 +9,7 @@ from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops.layout import PADDING, SEGMENT_SIZE, UNKNOWN
-from recis_lightning.table.hash_table import write_segment
+from recis_lightning.table.segment import write_segment
 from tests.helpers.gather_plans import Feature, mixed_features, ragged_offsets
 from tests.helpers.sample_tables import insert_initial
 

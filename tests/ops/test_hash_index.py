@@ -21,7 +21,7 @@ from recis_lightning.ops.layout import (
     SEGMENT_SIZE,
     UNKNOWN,
 )
-from recis_lightning.table.hash_table import write_segment
+from recis_lightning.table.segment import write_segment
 
 CPU = torch.device("cpu")
 LOWEST, HIGHEST = -(2**63), 2**63 - 1

@@ -14,7 +14,7 @@ from recis_lightning.ops import backend as ops_backend
 from recis_lightning.ops import hash_index, row_init
 from recis_lightning.ops.cpu import row_init as row_init_cpu
 from recis_lightning.ops.layout import SEGMENT_SIZE
-from recis_lightning.table.hash_table import write_segment
+from recis_lightning.table.segment import write_segment
 
 CPU = torch.device("cpu")
 DIMS = [1, 2, 3, 7, 8, 10, 16, 24, 33, 64, 128]

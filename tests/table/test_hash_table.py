@@ -6,14 +6,13 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 
-from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, HashTable
+from recis_lightning import DynamicEmbedding, HashTable
 from recis_lightning.admission import ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.initializers import Constant, Normal
 from recis_lightning.optim import SparseSGD
-from recis_lightning.table.hash_table import hash_tables, live_hash_tables
+from recis_lightning.table.hash_table import live_hash_tables
 from tests.helpers.sample_tables import EXTREMES, filled, trained
 
 
@@ -183,19 +182,6 @@ def test_insert_checks_shapes():
     """Rows must fit ids and dim."""
     with pytest.raises(ValueError, match=r"embeddings: expected shape \(2, 3\), got \(2, 4\)"):
         filled().insert(torch.tensor([1, 2]), torch.ones(2, 4))
-
-
-def test_hash_tables_lists_each_once_and_names_the_unnamed():
-    """A shared table is one table; a name given by the user, or taken by use, stays."""
-    shared = DynamicEmbedding(2)
-    used = DynamicEmbedding(2)
-    used(torch.tensor([1]))
-    module = nn.ModuleDict({"a": shared, "b": shared, "c": HashTable(2, name="own"), "d": used})
-    module["e"] = EmbeddingEngine({"f": EmbeddingOption(2), "g": EmbeddingOption(2, table="f")})
-    tables = hash_tables(module)
-    assert [table.name for table in tables] == ["a", "own", "table", "f"]
-    assert hash_tables(tables[0]) == [tables[0]]
-    assert tables[0].name == "a"
 
 
 def test_live_tables_are_those_alive():
