@@ -208,7 +208,7 @@ def test_lengths_and_offsets_say_the_same(lengths, weighted):
         (torch.tensor([8, -1]), ValueError, "lengths: expected none negative.* least of -1"),
         (torch.tensor([[7]]), ValueError, r"lengths: expected shape \[B\], got \(1, 1\)"),
         (torch.tensor([7.0]), TypeError, "lengths: expected dtype"),
-        ([7], TypeError, "lengths: expected an int64 Tensor, got list"),
+        ([7], TypeError, "lengths: expected a Tensor of int64 or int32, got list"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(lengths, error, words):

@@ -20,6 +20,7 @@ from benchmarks import (
     bench_in_model,
     bench_memory,
     bench_row_update,
+    bench_string_hash,
     bench_training,
     harness,
     summary,
@@ -256,6 +257,13 @@ def test_missed_targets_are_printed(capsys):
     assert not meets_targets("bench_filter", line)
     assert "0.75 s, target <= 0.5: MISSED" in capsys.readouterr().out
     assert summary.entries({}) == []
+
+
+def test_string_hash_agrees_with_the_reference():
+    pytest.importorskip("pyarrow")
+    rates = bench_string_hash.measure(2000)["million_per_s"]
+    assert set(bench_string_hash.HASHES) <= set(rates)
+    assert min(rates.values()) > 0
 
 
 def test_benchmarks_name_the_modules_they_measure():

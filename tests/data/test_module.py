@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.__main__ import main
 from recis_lightning.data import ColumnarDataModule, Id, Label
-from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
+from recis_lightning.optim import SparseAdam
 from tests.helpers.columnar_files import COLUMNS, rows_of, write_files
 
 # A run may go on without the callback that saved it.
@@ -41,9 +41,7 @@ class Clicks(L.LightningModule):
         return self.user(batch["user"]).add(1 + batch["click"].unsqueeze(1)).square().mean()
 
     def configure_optimizers(self):
-        return SparseDenseOptimizer(
-            torch.optim.SGD(self.parameters(), lr=0.1), SparseAdam(hash_tables(self), lr=0.1)
-        )
+        return SparseAdam(hash_tables(self), lr=0.1)
 
     def trained(self, epoch):
         return [rows for e, rows in self.rows if e == epoch]
