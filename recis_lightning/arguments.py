@@ -108,6 +108,7 @@ def check_ids(ids: Tensor, name: str = "ids") -> Tensor:
         TypeError: item: expected dtype torch.int64 or torch.int32, got torch.float32
     """
     if not isinstance(ids, Tensor):
+        refuse_symbols(name, ids)
         raise TypeError(f"{name}: expected a Tensor of int64 or int32, got {type(ids).__name__}")
     if ids.dtype is not torch.int64:
         if ids.dtype is not torch.int32:
@@ -171,6 +172,12 @@ def refuse_recording(what: str, kind: str) -> NoReturn:
         "torch's back; leave the lookup outside, and trace or export the module that takes "
         "embeddings"
     )
+
+
+def refuse_symbols(what: str, value: object) -> None:
+    """Raise where ``torch.fx.symbolic_trace`` passes a symbol for ids."""
+    if isinstance(value, torch.fx.Proxy):
+        refuse_recording(what, "torch.fx.symbolic_trace")
 
 
 def refuse_script(what: str) -> NoReturn:
@@ -344,4 +351,5 @@ __all__ = [
     "is_row_dtype",
     "refuse_recording",
     "refuse_script",
+    "refuse_symbols",
 ]

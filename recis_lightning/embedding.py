@@ -16,6 +16,7 @@ from recis_lightning.arguments import (
     check_padding_idx,
     explain_arguments,
     refuse_script,
+    refuse_symbols,
 )
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
@@ -226,6 +227,7 @@ class DynamicEmbeddingBag(nn.Module):
         Raises:
             TypeError, ValueError: Shapes or dtypes do not fit.
         """
+        refuse_symbols("ids", ids)
         if per_sample_weights is not None and self.mode != "sum":
             raise ValueError(
                 f"per_sample_weights: only mode 'sum' takes them, this is mode {self.mode!r}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recis_lightning.arguments import check_ids, check_int, check_strided
+from recis_lightning.arguments import check_ids, check_int, check_strided, refuse_symbols
 
 
 class Jagged(NamedTuple):
@@ -311,6 +311,7 @@ def read_bags(feature: Any, name: str) -> Bags:
             return _read_dense(feature[0], feature[1], name)
         if len(feature) == 3:  # a Jagged that a collate function rebuilt as a plain tuple
             return read_jagged(Jagged(*feature), name)
+    refuse_symbols(name, feature)
     raise TypeError(
         f"{name}: expected a Tensor of int64 or int32, (ids, weights), a jagged NestedTensor or "
         f"Jagged, got {type(feature).__name__}"
