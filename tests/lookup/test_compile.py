@@ -158,13 +158,13 @@ def test_what_records_a_program_is_refused(way, module, training):
     assert module(ids).equal(rows)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", MODULES)
 def test_symbolic_tracing_is_refused(kind):
     with pytest.raises(RuntimeError, match=r"torch\.fx\.symbolic_trace cannot follow a lookup"):
         torch.fx.symbolic_trace(MODULES[kind]().eval())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_onnx_export_is_refused():
     """Over ``torch.export`` it needs onnxscript, and then does what that does."""
     module = DynamicEmbedding(4, name="user").eval()
