@@ -18,20 +18,21 @@ from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.layout import SEGMENT_IDS
+from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_START
 
 
 class SizedLines(NamedTuple):
     """Segments and plan of batches of some sizes, without addresses; never written again.
 
     Attributes:
-        sizes: n of each feature; (n, B, bag length) where any feature is not plain.
+        sizes: n of each feature.
+        shapes: (B, bag length) of each, where any feature is not plain.
         num_ids: Number of all ids.
         plan: int64 [num_features, PLAN_SIZE].
-        training: Segments that insert; their IDS hold what is to be added to addresses.
-        evaluation: Segments that only read, likewise.
+        training: Segments that insert, without sizes.
+        evaluation: Segments that only read, without sizes.
         num_bags: Size of each output.
-        first_rows: Bytes from the row of the lookup's first id to that of each feature's.
+        starts: Where each feature's ids start if all lie one after the other.
         ragged: Features with offsets.
         pooled: Those of them whose outputs are bags.
         offset_starts: Where each ragged feature's offsets start if all lie one after the other.
@@ -39,28 +40,55 @@ class SizedLines(NamedTuple):
         ragged_sizes: n of each ragged feature.
     """
 
-    sizes: Sequence[object]
+    sizes: Sequence[int]
+    shapes: Sequence[tuple[int, int]]
     num_ids: int
     plan: Plan
     training: Segments
     evaluation: Segments
     num_bags: list[int]
-    first_rows: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
     ragged: list[int]
     pooled: list[int]
     offset_starts: npt.NDArray[np.int64]
     offset_lasts: npt.NDArray[np.int64]
     ragged_sizes: npt.NDArray[np.int64]
 
+    def resized(self, sizes: Sequence[int], has_row_per_id: npt.NDArray[np.bool_]) -> SizedLines:
+        """Return the lines of a batch whose bags have other sizes.
+
+        Args:
+            sizes: n of each feature.
+            has_row_per_id: bool [num_features], whether its ids are not pooled.
+        """
+        num_ids = np.array(sizes, np.int64)
+        starts = np.cumsum(num_ids) - num_ids
+        plan, num_bags = self.plan.copy(), self.num_bags
+        plan[:, fields.PLAN_FIRST_ID], plan[:, fields.PLAN_NUM_IDS] = starts, num_ids
+        if not num_bags or len(self.pooled) < len(self.ragged):
+            plan[has_row_per_id, fields.PLAN_NUM_BAGS] = num_ids[has_row_per_id]
+            num_bags = plan[:, fields.PLAN_NUM_BAGS].tolist()
+        plan.flags.writeable = False
+        return self._replace(
+            sizes=sizes,
+            num_ids=int(num_ids.sum()),
+            plan=plan,
+            num_bags=num_bags,
+            starts=starts,
+            ragged_sizes=num_ids[self.ragged],
+        )
+
     def segments(self, ids: Sequence[Tensor], training: bool) -> Segments:
         """Return segments for one lookup of ``ids``, which the caller keeps alive."""
         segments = (self.training if training else self.evaluation).copy()
-        segments[:, SEGMENT_IDS] += list(map(Tensor.data_ptr, ids))
+        segments[:, SEGMENT_START] = self.starts
+        # Kernels count from the lookup's first id.
+        segments[:, SEGMENT_IDS] = list(map(Tensor.data_ptr, ids)) - 8 * self.starts
         return segments
 
     def point_to_rows(self, plan: Plan, rows: Tensor) -> None:
         """Point each line of a plan to the rows of its ids, int64 [num_ids]."""
-        plan[:, fields.PLAN_ROWS] = self.first_rows + rows.data_ptr()
+        plan[:, fields.PLAN_ROWS] = 8 * self.starts + rows.data_ptr()
 
 
 class Batch(NamedTuple):
@@ -127,7 +155,6 @@ class Batch(NamedTuple):
         return bags
 
 
-@torch.no_grad()
 def join_offsets(bags: FeatureBags, lines: SizedLines) -> Tensor | None:
     """Return a copy of the offsets of all ragged features; None if there are none."""
     ragged = lines.ragged

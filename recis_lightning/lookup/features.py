@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from recis_lightning.lookup.signature import digest
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
-from recis_lightning.ops.layout import SEGMENT_IDS, SEGMENT_SIZE, SEGMENT_START
+from recis_lightning.ops.layout import SEGMENT_SIZE
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks
@@ -185,49 +185,44 @@ class FeatureLayout:
 
     def lines_for(self, bags: FeatureBags) -> SizedLines:
         """Return segments and plan for a batch: those of the last one, if it had the same sizes."""
-        sizes: Sequence[Any] = bags.sizes
-        if bags.details:
-            pairs = zip(bags.sizes, bags.details, strict=True)
-            sizes = [(size, bag.num_bags, bag.bag_length) for size, bag in pairs]
+        shapes = [(bag.num_bags, bag.bag_length) for bag in bags.details]
         lines = self._last
-        if lines is None or sizes != lines.sizes:
-            # Other threads may do the same; whose lines are kept does not matter.
-            lines = self._last = self._make_lines(sizes, has_details=bool(bags.details))
+        if lines is not None and bags.sizes == lines.sizes and shapes == lines.shapes:
+            return lines
+        if lines is not None and shapes and shapes == lines.shapes:  # of ragged ones, as a rule
+            lines = lines.resized(bags.sizes, self._has_row_per_id)
+        else:
+            lines = self._make_lines(bags.sizes, shapes)
+        self._last = lines  # other threads may do the same; whose are kept does not matter
         return lines
 
-    def _make_lines(self, sizes: Sequence[Any], has_details: bool) -> SizedLines:
-        if has_details:
-            num_ids, num_bags, lengths = np.array(sizes, np.int64).T
-        else:
-            num_ids = num_bags = np.array(sizes, np.int64)
-            lengths = np.ones_like(num_ids)
-        starts = np.cumsum(num_ids) - num_ids
-        training, evaluation, plan = self.training.copy(), self.evaluation.copy(), self._plan.copy()
-        training[:, SEGMENT_START] = evaluation[:, SEGMENT_START] = starts
-        training[:, SEGMENT_IDS] = evaluation[:, SEGMENT_IDS] = -8 * starts  # as kernels count
-        plan[:, fields.PLAN_FIRST_ID], plan[:, fields.PLAN_NUM_IDS] = starts, num_ids
-        plan[:, fields.PLAN_NUM_BAGS] = np.where(self._has_row_per_id, num_ids, num_bags)
+    def _make_lines(self, sizes: Sequence[int], shapes: Sequence[tuple[int, int]]) -> SizedLines:
+        num_ids = num_bags = np.array(sizes, np.int64)
+        lengths = np.ones_like(num_ids)
+        if shapes:
+            num_bags, lengths = np.array(shapes, np.int64).T
+        plan = self._plan.copy()
+        plan[:, fields.PLAN_NUM_BAGS] = num_bags
         plan[:, fields.PLAN_BAG_LENGTH] = np.where(self._has_row_per_id, 1, lengths)
         ragged = np.flatnonzero(lengths < 0)
         offset_counts = num_bags[ragged] + 1
         offset_ends = np.cumsum(offset_counts)
         lines = SizedLines(
-            sizes,
-            int(num_ids.sum()),
+            [],
+            shapes,
+            0,
             plan,
-            training,
-            evaluation,
-            plan[:, fields.PLAN_NUM_BAGS].tolist(),
-            8 * starts,
+            self.training,
+            self.evaluation,
+            [],
+            num_ids,
             ragged.tolist(),
             ragged[~self._has_row_per_id[ragged]].tolist(),
             offset_ends - offset_counts,
             offset_ends - 1,
-            num_ids[ragged],
+            num_ids,
         )
-        for part in (plan, training, evaluation):
-            part.flags.writeable = False
-        return lines
+        return lines.resized(sizes, self._has_row_per_id)
 
     def allocate(self, batch: Batch) -> tuple[list[Tensor], Plan]:
         """Return uninitialised outputs, and the plan that fills them once it points to rows."""
