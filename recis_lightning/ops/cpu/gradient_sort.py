@@ -173,21 +173,18 @@ def _sort_tables_kernel(chunk, thread, keys, spare, ranges, position_bits, all_c
 def _table_ranges(plan, num_rows):
     """Order the plan by table; return int64 [tables, 4]: first position, positions, base, rows."""
     bases = plan[:, PLAN_FLAT_BASE]
-    if (bases[1:] < bases[:-1]).any():
+    if np.count_nonzero(bases[1:] <= bases[:-1]):  # not a line for each table, in order
         plan = plan[np.argsort(bases, kind="stable")]
-        bases = plan[:, PLAN_FLAT_BASE]
-    sizes = plan[:, PLAN_NUM_IDS]
-    plan[:, PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
-    is_first = np.ones(len(bases), bool)
-    np.not_equal(bases[1:], bases[:-1], out=is_first[1:])
-    starts = np.flatnonzero(is_first)
-    ranges = np.empty((len(starts), 4), np.int64)
-    ranges[:, 0] = plan[starts, PLAN_FIRST_ID]
-    ranges[:, 1] = np.add.reduceat(sizes, starts)
-    ranges[:, 2] = firsts = bases[starts]
-    ranges[:-1, 3] = firsts[1:]
-    ranges[-1, 3] = num_rows
-    ranges[:, 3] -= firsts
+        sizes = plan[:, PLAN_NUM_IDS]
+        plan[:, PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
+        bases, starts = np.unique(plan[:, PLAN_FLAT_BASE], return_index=True)
+        firsts, sizes = plan[starts, PLAN_FIRST_ID], np.add.reduceat(sizes, starts)
+    else:
+        firsts, sizes = plan[:, PLAN_FIRST_ID], plan[:, PLAN_NUM_IDS]
+    ranges = np.empty((len(bases), 4), np.int64)
+    ranges[:, 0], ranges[:, 1], ranges[:, 2] = firsts, sizes, bases
+    ranges[:-1, 3], ranges[-1, 3] = bases[1:], num_rows
+    ranges[:, 3] -= bases
     return plan, ranges
 
 
@@ -231,7 +228,7 @@ def sort_gradients(plan, blocks, layout, blocks_on_device):
     scales = None
     modes = plan[:, PLAN_MODE]
     is_scaled = (modes == MEAN) | (modes == MEAN_BY_COUNT) | (plan[:, PLAN_WEIGHTS] != 0)
-    if is_scaled.any():
+    if np.count_nonzero(is_scaled):
         scales = workspace.take("gradient_scales", n, np.float32)
     _key_kernel.launch(
         split_plan(plan),
