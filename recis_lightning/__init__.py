@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +13,7 @@ from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.jagged import Jagged
 from recis_lightning.lookup.table_call import TableLookup
-from recis_lightning.metrics import GAUC, add_metric
+from recis_lightning.metrics import add_metric
 from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.table import hash_table
 from recis_lightning.table.anchor import keep_anchors_out
@@ -20,6 +21,9 @@ from recis_lightning.table.averaged_model import share_tables_with_averaged_mode
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.state import set_shard_loader
+
+if TYPE_CHECKING:
+    from recis_lightning.gauc import GAUC
 
 __version__ = "0.1.0"
 
@@ -61,3 +65,15 @@ __all__ = [
     "hash_tables",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GAUC":  # torchmetrics takes most of a second to import
+        from recis_lightning.gauc import GAUC
+
+        return GAUC
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from recis_lightning import compiler
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import (
     HINTS,
@@ -93,7 +94,7 @@ class DynamicEmbedding(nn.Module):
         """Return the group of the one feature, as its table is now."""
         return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
+    @compiler.disable  # a lookup changes its table
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up.
 
@@ -205,7 +206,7 @@ class DynamicEmbeddingBag(nn.Module):
         """Return the group of the one feature, as its table is now."""
         return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
+    @compiler.disable  # a lookup changes its table
     def forward(
         self,
         ids: Tensor | Jagged,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from recis_lightning import compiler
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_bool, refuse_script
 from recis_lightning.embedding_option import EmbeddingOption
@@ -153,7 +154,7 @@ class EmbeddingEngine(nn.Module):
                     f"disagree on {field.name}: {mine!r} and {other!r}"
                 )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
+    @compiler.disable  # a lookup changes its table
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Look features up.
 
@@ -195,7 +196,7 @@ class EmbeddingEngine(nn.Module):
         """Columns that each feature has in ``concat``, in order."""
         return {name: option.width for name, option in self.options.items()}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes its table
+    @compiler.disable  # a lookup changes its table
     def concat(self, features: dict[str, Any]) -> Tensor:
         """Look all features up into one tensor, side by side in the order of the options.
 

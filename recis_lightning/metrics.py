@@ -1,20 +1,23 @@
-"""Registries of named values (``add_metric``, ``add_to_ml_tracker``), and GAUC, AUC by user."""
+"""Registries of named values (``add_metric``, ``add_to_ml_tracker``), and the metric classes.
+
+The classes are imported when they are asked for: they need torchmetrics, whose import takes most of
+a second.
+"""
 
 from __future__ import annotations
 
 import threading
-import warnings
-from typing import Any, Generic, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
-from typing_extensions import override
 
 from recis_lightning.arguments import check_str
-from recis_lightning.click_metrics import BinnedAUROC, Calibration, NormalizedEntropy
+
+if TYPE_CHECKING:
+    from recis_lightning.click_metrics import BinnedAUROC, Calibration, NormalizedEntropy
+    from recis_lightning.gauc import GAUC
 
 __all__ = [
     "GAUC",
@@ -150,142 +153,17 @@ def take_tracked() -> dict[str, float | Tensor]:
     return _tracked.take()
 
 
-class GAUC(Metric):
-    """AUC within each group (usually a user), averaged with each group's samples as weights.
+def __getattr__(name: str) -> Any:
+    if name == "GAUC":
+        from recis_lightning.gauc import GAUC
 
-    A group with only positive or only negative samples has no AUC and is left out. Equal
-    scores share their average rank, so a tie between a positive and a negative counts one
-    half, as in the ordinary AUC. Scores may be probabilities or logits: only their order
-    matters. The result is NaN when a score is NaN and, with a warning, when no group has both
-    classes.
+        return GAUC
+    if name in ("BinnedAUROC", "Calibration", "NormalizedEntropy"):
+        from recis_lightning import click_metrics
 
-    Args:
-        **kwargs: Passed to ``torchmetrics.Metric``.
-
-    Example:
-        User 7 is ranked perfectly (AUC 1, three samples), user 9 wrongly (AUC 0, two
-        samples), and user 5 has positives only: 3 / 5.
-
-        >>> gauc = GAUC()
-        >>> gauc.update(
-        ...     preds=torch.tensor([0.9, 0.2, 0.1, 0.3, 0.6, 0.5]),
-        ...     target=torch.tensor([1, 0, 0, 1, 0, 1]),
-        ...     group_ids=torch.tensor([7, 7, 7, 9, 9, 5]),
-        ... )
-        >>> gauc.compute()
-        tensor(0.6000)
-
-    Source: Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", KDD 2017;
-    AUC from average ranks after Mann and Whitney (1947).
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    preds: list[Tensor]
-    target: list[Tensor]
-    group_ids: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("preds", default=[], dist_reduce_fx="cat")
-        self.add_state("target", default=[], dist_reduce_fx="cat")
-        self.add_state("group_ids", default=[], dist_reduce_fx="cat")
-
-    @override
-    def update(self, preds: Tensor, target: Tensor, group_ids: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            preds: Floating point scores, any shape.
-            target: 0 or 1 (any dtype) for each score.
-            group_ids: The group of each score, integers.
-
-        Raises:
-            TypeError: ``preds`` is not floating point, or ``group_ids`` are not integers.
-            ValueError: The three differ in their number of elements.
-        """
-        if not preds.is_floating_point():
-            raise TypeError(f"preds: expected a floating point dtype, got {preds.dtype}")
-        if group_ids.is_floating_point() or group_ids.is_complex():
-            raise TypeError(f"group_ids: expected an integer dtype, got {group_ids.dtype}")
-        if not preds.numel() == target.numel() == group_ids.numel():
-            raise ValueError(
-                "expected as many targets and group_ids as preds, got "
-                f"{target.numel()} and {group_ids.numel()} for {preds.numel()} preds"
-            )
-        self.preds.append(preds.detach().reshape(-1))
-        self.target.append(target.detach().reshape(-1))
-        self.group_ids.append(group_ids.detach().reshape(-1).to(torch.int64))
-
-    @override
-    def compute(self) -> Tensor:
-        """Return GAUC over everything added so far.
-
-        Returns:
-            A 0-d tensor of torch's default dtype.
-
-        Raises:
-            ValueError: A target is neither 0 nor 1.
-        """
-        if not _num_samples(self.preds):
-            return _no_group(self.device)
-        target = dim_zero_cat(self.target)
-        if not ((target == 0) | (target == 1)).all():
-            raise ValueError("target: expected 0 or 1 everywhere, got other values")
-        preds = dim_zero_cat(self.preds)
-        if preds.isnan().any():
-            return torch.tensor(torch.nan, device=preds.device)
-        return _grouped_auc(preds, target == 1, dim_zero_cat(self.group_ids))
+        return getattr(click_metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _num_samples(preds: list[Tensor] | Tensor) -> int:
-    return preds.numel() if isinstance(preds, Tensor) else sum(part.numel() for part in preds)
-
-
-def _no_group(device: torch.device) -> Tensor:
-    warnings.warn("GAUC: no group has both classes, the result is NaN", UserWarning, stacklevel=3)
-    return torch.tensor(torch.nan, device=device)
-
-
-def _grouped_auc(preds: Tensor, positive: Tensor, group_ids: Tensor) -> Tensor:
-    """Return the weighted mean of the groups' AUCs, from twice their rank sums in int64.
-
-    Args:
-        preds: [n] scores.
-        positive: bool [n].
-        group_ids: int64 [n].
-    """
-    order = torch.argsort(preds, stable=True)
-    order = order[torch.argsort(group_ids[order], stable=True)]
-    preds, positive = preds[order], positive[order].to(torch.int64)
-    _, group, num_samples = torch.unique_consecutive(
-        group_ids[order], return_inverse=True, return_counts=True
-    )
-    index = torch.arange(preds.numel(), device=preds.device)
-
-    # A run is a sequence of equal scores within a group; its members share their mean rank.
-    starts = torch.ones_like(positive, dtype=torch.bool)
-    starts[1:] = (preds[1:] != preds[:-1]) | (group[1:] != group[:-1])
-    run = starts.cumsum(0) - 1
-    run_first = index[starts]
-    run_last = torch.cat((run_first[1:], index.new_tensor([preds.numel()]))) - 1
-    group_first = num_samples.cumsum(0) - num_samples
-    twice_rank = (run_first + run_last)[run] - 2 * group_first[group] + 2
-
-    zeros = torch.zeros_like(num_samples)
-    num_positive = zeros.index_add(0, group, positive)
-    num_negative = num_samples - num_positive
-    twice_rank_sum = zeros.index_add(0, group, twice_rank * positive)
-    qualifies = (num_positive > 0) & (num_negative > 0)
-    if not qualifies.any():
-        return _no_group(preds.device)
-
-    wins = (twice_rank_sum - num_positive * (num_positive + 1))[qualifies].double()
-    pairs = (2 * num_positive * num_negative)[qualifies].double()
-    weight = num_samples[qualifies].double()
-    mean: Tensor = (wins / pairs * weight).sum() / weight.sum()
-    return mean.to(torch.get_default_dtype())
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,15 +1,14 @@
-"""The add_metric registry and GAUC."""
+"""The registry of add_metric, and the metric classes that are imported when they are asked for."""
 
 import pickle
 import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torchmetrics.functional.classification import binary_auroc
 
-from recis_lightning.metrics import GAUC, add_metric, clear_metrics, get_metrics
+import recis_lightning
+from recis_lightning import click_metrics, gauc, metrics
+from recis_lightning.metrics import add_metric, clear_metrics, get_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -17,26 +16,6 @@ def _empty_registry():
     clear_metrics()
     yield
     clear_metrics()
-
-
-def naive_gauc(preds, target, group_ids):
-    """Return GAUC by its definition, one pair at a time."""
-    total = weight = 0.0
-    for group in set(group_ids.tolist()):
-        mine = group_ids == group
-        positives = preds[mine & (target == 1)].tolist()
-        negatives = preds[mine & (target == 0)].tolist()
-        if positives and negatives:
-            wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
-            total += int(mine.sum()) * wins / (len(positives) * len(negatives))
-            weight += int(mine.sum())
-    return total / weight if weight else float("nan")
-
-
-def gauc(preds, target, group_ids):
-    metric = GAUC()
-    metric.update(preds, target, group_ids)
-    return metric.compute()
 
 
 def test_registry_keeps_first_added_order_and_the_newest_value():
@@ -80,105 +59,17 @@ def test_registry_under_threads():
     assert len(get_metrics()) == 800
 
 
-def test_gauc_of_one_group_is_the_auc():
-    generator = torch.Generator().manual_seed(0)
-    preds = torch.rand(500, generator=generator).mul(20).round().div(20)  # many ties
-    target = torch.randint(0, 2, (500,), generator=generator)
-    torch.testing.assert_close(
-        gauc(preds, target, torch.zeros(500, dtype=torch.int64)), binary_auroc(preds, target)
-    )
+def test_metric_classes_are_attributes_like_others():
+    for module in (metrics, recis_lightning):
+        assert module.GAUC is gauc.GAUC
+        assert set(module.__all__) <= set(dir(module))
+        with pytest.raises(
+            AttributeError, match=r"module 'recis_lightning.*' has no attribute 'AUC'"
+        ):
+            _ = module.AUC
+    for name in click_metrics.__all__:
+        assert getattr(metrics, name) is getattr(click_metrics, name)
 
 
-def test_gauc_weights_each_groups_auc_by_its_samples():
-    generator = torch.Generator().manual_seed(1)
-    preds = torch.rand(600, generator=generator)
-    target = torch.randint(0, 2, (600,), generator=generator)
-    groups = torch.randint(-3, 3, (600,), generator=generator)
-    total = 0.0
-    for group in range(-3, 3):
-        mine = groups == group
-        total += float(binary_auroc(preds[mine], target[mine])) * int(mine.sum())
-    assert gauc(preds, target, groups).item() == pytest.approx(total / 600, abs=1e-6)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([-1.5, 0.0, 0.25, 0.5, 1.0]),
-            st.integers(0, 1),
-            st.sampled_from([-(2**63), -1, 0, 7, 2**63 - 1]),
-        ),
-        min_size=1,
-        max_size=40,
-    )
-)
-def test_gauc_agrees_with_the_definition(samples):
-    preds, target, groups = (torch.tensor(column) for column in zip(*samples, strict=True))
-    expected = naive_gauc(preds, target, groups)
-    if expected != expected:
-        with pytest.warns(UserWarning, match="no group has both classes"):
-            assert gauc(preds.float(), target, groups).isnan()
-    else:
-        assert gauc(preds.float(), target, groups).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_gauc_adds_up_over_updates_and_resets():
-    metric = GAUC()
-    preds, target = torch.tensor([0.1, 0.9, 0.4, 0.3]), torch.tensor([0, 1, 0, 1])
-    groups = torch.tensor([1, 1, 2, 2])
-    for i in range(4):
-        metric.update(preds[i : i + 1], target[i : i + 1], groups[i : i + 1])
-    assert metric.compute() == 0.5
-    metric.reset()
-    metric.update(preds[:2], target[:2], groups[:2])
-    assert metric.compute() == 1.0
-
-
-def test_gauc_leaves_out_groups_with_one_class():
-    preds = torch.tensor([0.9, 0.1, 0.2, 0.3])
-    assert gauc(preds, torch.tensor([1, 0, 1, 1]), torch.tensor([0, 0, 1, 1])) == 1.0
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
-def test_gauc_takes_any_dtype_of_target(dtype):
-    preds = torch.tensor([[0.9, 0.1], [0.2, 0.3]], dtype=torch.float16)
-    target = torch.tensor([[1, 0], [1, 0]]).to(dtype)
-    assert gauc(preds, target, torch.tensor([[0, 0], [1, 1]], dtype=torch.int32)) == 0.5
-
-
-def test_gauc_of_nothing_is_nan_with_a_warning():
-    metric = GAUC()
-    metric.update(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64))
-    with pytest.warns(UserWarning, match="no group has both classes"):
-        assert metric.compute().isnan()
-
-
-def test_gauc_of_a_nan_score_is_nan():
-    preds = torch.tensor([0.9, float("nan"), 0.1])
-    assert gauc(preds, torch.tensor([1, 0, 0]), torch.tensor([0, 0, 0])).isnan()
-
-
-def test_gauc_names_what_is_wrong():
-    ids = torch.tensor([0, 0])
-    with pytest.raises(TypeError, match=r"preds: expected a floating point dtype, got torch.int64"):
-        GAUC().update(ids, ids, ids)
-    with pytest.raises(TypeError, match=r"group_ids: expected an integer dtype"):
-        GAUC().update(torch.rand(2), ids, torch.rand(2))
-    with pytest.raises(ValueError, match="got 2 and 1 for 2 preds"):
-        GAUC().update(torch.rand(2), ids, ids[:1])
-    with pytest.raises(ValueError, match="target: expected 0 or 1"):
-        gauc(torch.rand(2), torch.tensor([0, 2]), ids)
-
-
-def test_gauc_survives_pickling_and_joins_what_ranks_gathered():
-    metric = GAUC()
-    metric.update(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]), torch.tensor([1, 1]))
-    copy = pickle.loads(pickle.dumps(metric))
-    assert copy.compute() == 1.0
-    # After a sync over ranks, torchmetrics leaves one tensor where a list was.
-    synced = GAUC()
-    synced.preds, synced.target = torch.tensor([0.1, 0.9]), torch.tensor([0, 1])
-    synced.group_ids = torch.tensor([1, 1])
-    synced._update_count = 1
-    assert synced.compute() == 1.0
+def test_pickles_of_earlier_versions_name_gauc_in_metrics():
+    assert pickle.loads(b"crecis_lightning.metrics\nGAUC\n.") is gauc.GAUC

@@ -100,6 +100,23 @@ def test_all_is_true(module):
         assert hasattr(found, name)
 
 
+SLOW_IMPORTS = {
+    *("lightning", "lightning.pytorch", "matplotlib", "numba", "pandas", "pyarrow", "sympy"),
+    *("torch._dynamo", "torchmetrics", "triton"),
+}
+
+
+def test_importing_takes_no_slow_packages_along():
+    """Each takes up to more than a second, and is imported when something needs it."""
+    program = "import torch; import recis_lightning.optim, sys; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    imported = set(run.stdout.split())
+    assert "recis_lightning.engine" in imported
+    assert not imported & SLOW_IMPORTS
+
+
 def parameters(function):
     signature = inspect.signature(function)
     return {name: value.default for name, value in signature.parameters.items()}

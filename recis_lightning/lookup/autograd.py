@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recis_lightning import compiler
 from recis_lightning.jagged import Bags
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout
@@ -204,7 +205,7 @@ class LookupFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it counts references
+    @compiler.disable  # it counts references
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""

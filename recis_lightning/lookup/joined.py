@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recis_lightning import compiler
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
 from recis_lightning.lookup.autograd import (
@@ -191,7 +192,7 @@ class JoinedFunction(torch.autograd.Function):
         return tensors[0]
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it counts references
+    @compiler.disable  # it counts references
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""

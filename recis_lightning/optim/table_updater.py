@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from recis_lightning import compiler
 from recis_lightning.arguments import check_bound
 from recis_lightning.distributed import collectives
 from recis_lightning.ops import row_update
@@ -68,7 +69,7 @@ class TableUpdater:
         """Make the fused updates anew in the next step."""
         self._layout_version = -1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels change rows
+    @compiler.disable  # kernels change rows
     def step(
         self,
         owner: Optimizer,

@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from recis_lightning import compiler
+
 _REQUIRES_GRAD: Any = torch._C.TensorBase.requires_grad  # torch's own descriptor
-_BETWEEN = {__file__, eval_frame.__file__}  # frames between who reads a gradient and who is asked
+_BETWEEN = {__file__, compiler.__file__}  # frames between who reads a gradient and who is asked
 
 
 class Anchor(nn.Parameter):
@@ -86,7 +87,7 @@ class Anchor(nn.Parameter):
             self.pending.clear()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo cannot trace frames
+@compiler.disable  # Dynamo cannot trace frames
 def _is_asked_by_zero_grad() -> bool:
     """Return whether a function of that name, or what Dynamo made of it, reads ``grad``."""
     frame: FrameType | None = sys._getframe(1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from recis_lightning import compiler
 from recis_lightning.admission import Admission, Screening
 from recis_lightning.arguments import (
     HINTS,
@@ -390,7 +391,7 @@ class HashTable(nn.Module):
         assert _lookup is not None
         return _lookup.groups_of(self)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes the table
+    @compiler.disable  # a lookup changes the table
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up as ``DynamicEmbedding`` does.
 
