@@ -121,6 +121,27 @@ def test_modules_are_imported_by_name_in_one_file_only():
     check(found, IMPORTERS_BY_NAME)
 
 
+# Functions of torch that make a tensor on the default device if no device is given.
+MAKERS = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace"),
+    *("logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor"),
+    "zeros",
+}
+
+
+def test_every_new_tensor_names_its_device():
+    """Kernels are given addresses: a tensor on another default device would be overwritten."""
+    found = {
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    }
+    check(found)
+
+
 def our_bases(tree, node):
     """Return the names of a class's bases that this package defines."""
     ours = {inner.name for inner in ast.walk(tree) if isinstance(inner, ast.ClassDef)}

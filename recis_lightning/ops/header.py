@@ -142,7 +142,7 @@ def watch_counts(headers: Sequence[Header]) -> None:
     device = watched[0].device
     values, event = torch.stack([header.tensor[_COUNTS] for header in watched]), None
     if device.type != "cpu":
-        pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True)
+        pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True, device="cpu")
         values = pinned.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))

@@ -237,8 +237,8 @@ class RowStore:
         if self.header.device.type == "cpu":
             return self._read(rows)
         n = rows.numel()
-        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype)
-        slots = {name: torch.empty(n, words) for name, words in self.slots.items()}
+        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype, device="cpu")
+        slots = {name: torch.empty(n, words, device="cpu") for name, words in self.slots.items()}
         for start in range(0, n, _CHUNK_ROWS):  # so that the device need not hold them twice
             chunk = slice(start, min(start + _CHUNK_ROWS, n))
             weights[chunk], state = self._read(rows[chunk])
