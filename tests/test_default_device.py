@@ -51,7 +51,7 @@ def _batch(generator):
 
 
 def _run(optimizer, folder, batches, rows):
-    """Train, evaluate, insert, delete, evict, compact, save and load; return everything there is."""
+    """Train, evaluate, insert, delete, evict, compact, save and load; return what there is."""
     engine = _engine()
     sparse = getattr(optim, optimizer)(hash_tables(engine), lr=0.1, clip_grad_norm=0.5)
     found = []

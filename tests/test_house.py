@@ -72,7 +72,6 @@ TESTED_BY = {
     "ops/gpu/gradient_sort.py": "ops/test_row_update.py",
     "ops/gpu/hash_insert.py": "ops/test_hash_index.py",
     "ops/gpu/layout.py": "ops/gpu/test_compiled_kernels.py",
-    "ops/gpu/offset_check.py": "table/test_moving.py",
     "ops/gpu/segments.py": "ops/test_hash_index.py",
     "ops/gpu/prefix_sum.py": "ops/test_row_update.py",
     "ops/gpu/probe.py": "ops/test_hash_index.py",

@@ -305,7 +305,7 @@ def _weight_gradient(
     if mode == TILE:
         tiles = gradient.float().reshape(bags.num_bags, tile_len, dim)
         is_inside = position < tile_len
-        picked = tiles[bag, position.clamp(max=tile_len - 1)]
+        picked = tiles[bag, position.clamp(0, tile_len - 1)]
         return (values * picked).sum(1) * is_inside
     dots = (values * gradient.float()[bag]).sum(1)
     if mode == MEAN_BY_COUNT:
