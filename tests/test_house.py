@@ -70,7 +70,6 @@ TESTED_BY = {
     "ops/cpu/row_access.py": "table/test_eviction.py",
     "ops/cpu/row_blocks.py": "ops/test_embedding_bag.py",
     "ops/gpu/gradient_sort.py": "ops/test_row_update.py",
-    "ops/gpu/hash_insert.py": "ops/test_hash_index.py",
     "ops/gpu/layout.py": "ops/gpu/test_compiled_kernels.py",
     "ops/gpu/segments.py": "ops/test_hash_index.py",
     "ops/gpu/prefix_sum.py": "ops/test_row_update.py",
