@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning.ops import device_memory
 from recis_lightning.ops.async_copy import copy_async_
 from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW, NUM_FREE, NUM_IDS, NUM_REJECTED
 
@@ -50,7 +51,7 @@ class Header:
     )
 
     def __init__(self, device: torch.device, is_mirrored: bool) -> None:
-        self.tensor = torch.zeros(HEADER_SIZE, dtype=torch.int64, device=device)
+        self.tensor = device_memory.zeros(HEADER_SIZE, torch.int64, device)
         self.address = self.tensor.data_ptr()
         self.device = self.tensor.device
         self.is_mirrored = is_mirrored

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import host_memory, row_io
+from recis_lightning.ops import device_memory, host_memory, row_io
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
@@ -309,10 +309,7 @@ class RowStore:
 def _allocate(words: int, device: torch.device) -> npt.NDArray[np.float32] | Tensor:
     """Return uninitialised float32 words that start on a cache line."""
     if device.type != "cpu":
-        try:
-            return torch.empty(words, dtype=torch.float32, device=device)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"{4 * words} bytes on {device}") from error
+        return device_memory.empty(words, torch.float32, device)
     return host_memory.empty(4 * words).view(np.float32)
 
 

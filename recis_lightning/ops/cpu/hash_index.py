@@ -228,7 +228,8 @@ def _id_of_row_kernel(low, high, entries, ids, occupied):
 def allocate_entries(capacity, device):
     array = host_memory.empty(16 * (capacity + 1)).view(np.int64).reshape(-1, 2)
     _clear_kernel.launch(capacity + 1, _ENTRIES_PER_CHUNK, entries=array)
-    return torch.from_numpy(array)
+    with torch.inference_mode(False):  # what is made in inference mode nothing outside may change
+        return torch.from_numpy(array)
 
 
 def _find(segments, num_ids, training):

@@ -3,6 +3,7 @@
 import torch
 import triton.language as tl
 
+from recis_lightning.ops import device_memory
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.hash_insert import (
     Workspace,
@@ -178,10 +179,7 @@ def _id_of_row_kernel(
 
 def allocate_entries(capacity, device):
     """Allocate and clear entries."""
-    try:
-        entries = torch.empty((capacity + 1, 2), dtype=torch.int64, device=device)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{16 * (capacity + 1)} bytes on {device}") from error
+    entries = device_memory.empty((capacity + 1, 2), torch.int64, device)
     count = capacity + 1
     _clear_kernel.launch(device, -(-count // LANES), entries.data_ptr(), count, LANES=LANES)
     return entries
