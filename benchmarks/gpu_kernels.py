@@ -5,7 +5,8 @@
 
 Every kernel of ``recis_lightning/ops/gpu/`` is compiled with its first constants for each
 target, and with all of them for sm_90. A line is JSON: kernel, constants, target, bytes of shared
-memory, and for NVIDIA's targets registers and bytes of stack (spilled registers) of a thread.
+memory, and for NVIDIA's targets registers and bytes of stack (spilled registers) of a thread, and
+the races that ``ptx_races`` finds, also without any barrier, to see that it finds some.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.ptx_races import find_races, without_barriers
 from recis_lightning.ops import gpu
 from recis_lightning.ops.gpu import runtime
 
@@ -55,7 +57,15 @@ def compile_kernel(index: int, variant: int, target: str) -> dict[str, Any]:
     source = ASTSource(kernel.jit, signature, constexprs=constants)
     compiled = triton.compile(source, target=TARGETS[target], options=kernel.options)
     line = {"kernel": kernel.name, "constants": constants, "target": target}
-    return {**line, "shared_bytes": compiled.metadata.shared, **_resources(compiled)}
+    resources = {"shared_bytes": compiled.metadata.shared, **_resources(compiled)}
+    return {**line, **resources, **_races(compiled)}
+
+
+def _races(compiled: Any) -> dict[str, Any]:
+    if "ptx" not in compiled.asm:
+        return {}
+    ptx = compiled.asm["ptx"]
+    return {"races": find_races(ptx), "without_barriers": find_races(without_barriers(ptx))}
 
 
 def _resources(compiled: Any) -> dict[str, int]:

@@ -47,7 +47,11 @@ class NormalizedEntropy(Metric):
             raise ValueError(f"eps: expected a number in (0, 0.5), got {eps!r}")
         self.eps = eps
         for name in ("cross_entropy", "positive", "total"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                name,
+                torch.zeros((), dtype=torch.float64, device=torch.get_default_device()),
+                dist_reduce_fx="sum",
+            )
 
     @override
     def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
@@ -100,7 +104,11 @@ class Calibration(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("predicted", "positive"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                name,
+                torch.zeros((), dtype=torch.float64, device=torch.get_default_device()),
+                dist_reduce_fx="sum",
+            )
 
     @override
     def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
@@ -148,7 +156,9 @@ class BinnedAUROC(Metric):
     def __init__(self, num_bins: int = 10_000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_bins = check_int("num_bins", num_bins, least=1)
-        zeros = torch.zeros(2, num_bins, dtype=torch.float64)  # negatives, positives
+        zeros = torch.zeros(
+            2, num_bins, dtype=torch.float64, device=torch.get_default_device()
+        )  # negatives, positives
         self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     @override

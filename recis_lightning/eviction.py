@@ -36,7 +36,7 @@ from recis_lightning.arguments import check_bound, check_int, check_kinds
 KEPT_COLUMNS = ("last_seen", "counts", "last_time")  # those that training lookups write
 COLUMNS = (*KEPT_COLUMNS, "ids", "norms")
 
-_EMPTY = torch.empty(0, dtype=torch.int64)
+_EMPTY = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _sum_of_one_rank(tensor: Tensor) -> Tensor:
@@ -236,7 +236,9 @@ class MaxRows(Eviction):
 
     @override
     def expired(self, rows: RowColumns) -> Tensor:
-        sizes = torch.tensor([count_marked(rows.occupied), count_marked(rows.evictable)])
+        sizes = torch.tensor(
+            [count_marked(rows.occupied), count_marked(rows.evictable)], device="cpu"
+        )
         num_rows, num_evictable = rows.sum_over_ranks(sizes).tolist()
         keys = [rows.last_seen, rows.ids]
         if self.by == "count":

@@ -139,7 +139,7 @@ def add_to_ml_tracker(name: str, data: object) -> None:
         array = np.asarray(data)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"data: expected numbers for {name!r}, got dtype {array.dtype}")
-        value = torch.tensor(array)
+        value = torch.tensor(array, device="cpu")
     else:
         raise TypeError(
             f"data: expected a number, tensor, array or list for {name!r}, "

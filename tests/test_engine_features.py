@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, checkpoint, hash_tables
 from recis_lightning.admission import MinCount, ReadOnly
@@ -207,6 +208,34 @@ def test_means_by_count_and_their_gradients():
     seen = PICKED.unique()
     after = engine.tables["t"].embeddings(IDS)[seen]
     torch.testing.assert_close(after, (before - rows.grad)[seen])
+
+
+class _NoFloatAtomics(TorchDispatchMode):
+    """Refuses what CUDA adds up in whatever order its threads come."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("index_add", "scatter_add", "scatter_reduce", "index_reduce", "cumsum", "put"):
+            assert not any(torch.is_tensor(a) and a.is_floating_point() for a in args), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["none", "sum", "mean", "tile"])
+@pytest.mark.parametrize("mean_by", ["weights", "count"])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_gradients_of_weights_are_added_in_one_order(mode, mean_by, ragged):
+    """Two runs on a GPU give the same bits."""
+    tiles = {"tile_len": 2} if mode == "tile" else {}
+    mean = {"mean_by": mean_by} if mode == "mean" else {}
+    engine = engine_of(f={"mode": mode, **tiles, **mean})
+    weights = WEIGHTS.clone().requires_grad_()
+    feature = (IDS[PICKED].view(4, 3), weights.view(4, 3))
+    if ragged:
+        feature = Jagged(IDS[PICKED], OFFSETS, weights)
+    with _NoFloatAtomics():
+        out = engine({"f": feature})["f"]
+        (out.values if isinstance(out, Jagged) else out).square().sum().backward()
+    assert weights.grad.abs().sum() > 0
 
 
 # ---- names, copies and options

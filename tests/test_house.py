@@ -70,9 +70,7 @@ TESTED_BY = {
     "ops/cpu/row_access.py": "table/test_eviction.py",
     "ops/cpu/row_blocks.py": "ops/test_embedding_bag.py",
     "ops/gpu/gradient_sort.py": "ops/test_row_update.py",
-    "ops/gpu/hash_insert.py": "ops/test_hash_index.py",
     "ops/gpu/layout.py": "ops/gpu/test_compiled_kernels.py",
-    "ops/gpu/offset_check.py": "table/test_moving.py",
     "ops/gpu/segments.py": "ops/test_hash_index.py",
     "ops/gpu/prefix_sum.py": "ops/test_row_update.py",
     "ops/gpu/probe.py": "ops/test_hash_index.py",
@@ -119,6 +117,27 @@ def test_modules_are_imported_by_name_in_one_file_only():
         if words in path.read_text(encoding="utf-8")
     }
     check(found, IMPORTERS_BY_NAME)
+
+
+# Functions of torch that make a tensor on the default device if no device is given.
+MAKERS = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace"),
+    *("logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor"),
+    "zeros",
+}
+
+
+def test_every_new_tensor_names_its_device():
+    """Kernels are given addresses: a tensor on another default device would be overwritten."""
+    found = {
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    }
+    check(found)
 
 
 def our_bases(tree, node):

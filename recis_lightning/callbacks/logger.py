@@ -201,7 +201,9 @@ class LoggerHook(Hook):
         if not is_registered and _module_logs(trainer, "loss"):
             values.pop("loss", None)
         numbers = rates | {k: v for k, v in values.items() if _is_number(v)}
-        self._logged = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+        self._logged = {
+            k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in numbers.items()
+        }
         self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:

@@ -42,7 +42,7 @@ class MappedFile:
     def bytes_at(self, offset: int, count: int) -> Tensor:
         """Return bytes of the file, uint8 [count]; ValueError if it cannot be read to its end."""
         if self.mapped is None or not count:
-            data = torch.empty(count, dtype=torch.uint8)
+            data = torch.empty(count, dtype=torch.uint8, device="cpu")
             read_into(self.file, bytes_of(data), offset, self.path)
             return data
         try:  # a page that cannot be read would end the process when it is touched

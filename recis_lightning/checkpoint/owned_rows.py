@@ -95,7 +95,9 @@ class OwnedRows:
             for index, start in enumerate(range(0, length, step)):
                 stop, chosen = min(start + step, length), None
                 if positions is not None:
-                    low, high = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+                    low, high = torch.searchsorted(
+                        positions, torch.tensor([start, stop], device="cpu")
+                    ).tolist()
                     chosen = positions[low:high] - start
                 count = stop - start if chosen is None else len(chosen)
                 if count:

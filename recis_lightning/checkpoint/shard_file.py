@@ -325,7 +325,7 @@ class ShardFile:
     def empty(self, name: str) -> Tensor:
         """Return a tensor without rows, of the dtype and width of one in the file."""
         spec = self.specs[name]
-        return torch.empty((0, *spec.shape[1:]), dtype=spec.dtype)
+        return torch.empty((0, *spec.shape[1:]), dtype=spec.dtype, device="cpu")
 
     def check(self, digest: FileDigest) -> None:
         """Raise ValueError unless this is the file with that digest."""
@@ -366,7 +366,7 @@ class ShardFile:
         """
         offset, size, count = self._extent(name, index)
         if self._open is None:
-            data = torch.empty(size, dtype=torch.uint8)
+            data = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._read_at(offset, bytes_of(data))
         else:
             data = self._open.bytes_at(offset, size)

@@ -237,8 +237,8 @@ def _cut(bags: Jagged, max_len: int, keep: str) -> Jagged:
     if torch.equal(kept, lengths):
         return bags
     starts = bags.offsets[1:] - kept if keep == "last" else bags.offsets[:-1]
-    short: Any = Jagged.from_lengths(torch.empty(int(kept.sum())), kept)
-    index = torch.arange(short.values.numel())
+    short: Any = Jagged.from_lengths(torch.empty(int(kept.sum()), device="cpu"), kept)
+    index = torch.arange(short.values.numel(), device="cpu")
     index += (starts - short.offsets[:-1]).repeat_interleave(kept)
     weights = None if bags.weights is None else bags.weights[index]
     return Jagged(bags.values[index], short.offsets, weights)

@@ -116,7 +116,7 @@ def bags_of(array: pa.Array) -> tuple[pa.Array, Tensor]:
     An array that holds no lists gives lists of one value; a null among them an empty list.
     """
     if pa.types.is_null(array.type):
-        return array[:0], torch.zeros(len(array), dtype=torch.int64)
+        return array[:0], torch.zeros(len(array), dtype=torch.int64, device="cpu")
     if not is_list(array.type):
         valid = torch.from_numpy(array.is_valid().to_numpy(zero_copy_only=False))
         return array.drop_null(), valid.long()

@@ -73,7 +73,7 @@ def hash_array(array: pa.Array, hash: str, seed: int) -> Tensor:
     """
     kind = array.type
     if not len(array) or pa.types.is_null(kind):
-        return torch.zeros(len(array), dtype=torch.int64)
+        return torch.zeros(len(array), dtype=torch.int64, device="cpu")
     if pa.types.is_dictionary(kind):
         if array.dictionary.null_count or not len(array.dictionary):
             return hash_array(array.dictionary_decode(), hash, seed)

@@ -306,22 +306,31 @@ def _weight_gradient(
     if mode == TILE:
         tiles = gradient.float().reshape(bags.num_bags, tile_len, dim)
         is_inside = position < tile_len
-        picked = tiles[bag, position.clamp(max=tile_len - 1)]
+        picked = tiles[bag, position.clamp(0, tile_len - 1)]
         return (values * picked).sum(1) * is_inside
     dots = (values * gradient.float()[bag]).sum(1)
     if mode == MEAN_BY_COUNT:
         ones = torch.ones_like(dots) * (rows != hash_index.PADDING)
-        counts = torch.zeros(bags.num_bags, device=rows.device).index_add_(0, bag, ones)
+        counts = _sums_of_bags(ones, bags)
         dots = torch.where(rows == hash_index.PADDING, 0.0, dots / counts[bag])
     if mode == MEAN:
         assert weights is not None
         counted = weights * (rows != hash_index.PADDING)
-        zeros = torch.zeros(2, bags.num_bags, dtype=torch.float32, device=rows.device)
-        total = zeros[0].index_add_(0, bag, counted)
-        weighted = zeros[1].index_add_(0, bag, dots * weights)
+        total = _sums_of_bags(counted, bags)
+        weighted = _sums_of_bags(dots * weights, bags)
         mean = (weighted / total)[bag]
         dots = torch.where(rows == hash_index.PADDING, 0.0, (dots - mean) / total[bag])
     return dots
+
+
+def _sums_of_bags(values: Tensor, bags: Bags) -> Tensor:
+    """Add float32 [n] up by bag, [B], in the order of the ids; atomics would take any order."""
+    if bags.offsets is None:
+        return values.view(bags.num_bags, bags.bag_length).sum(1)
+    # Beside a GPU malformed offsets are found out later: no value outside the feature is read.
+    offsets = bags.offsets.clamp(0, values.numel()).cummax(0).values
+    sums: Tensor = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+    return sums
 
 
 __all__ = [

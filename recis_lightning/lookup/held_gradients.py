@@ -123,7 +123,7 @@ def expected_references() -> tuple[int, int]:
     """
     counted: list[int] = []
     with torch.inference_mode(False), torch.enable_grad():
-        anchor = torch.zeros(2, 2, requires_grad=True)
+        anchor = torch.zeros(2, 2, requires_grad=True, device="cpu")
         out = _Probe.apply(anchor, counted)  # type: ignore[no-untyped-call]
         (out.view(4) * 2).sum().backward()  # its gradient is a view
     of_gradient, of_base = counted

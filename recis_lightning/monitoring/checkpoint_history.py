@@ -118,7 +118,9 @@ def _survey(reader: CheckpointReader, name: str, step: int) -> tuple[RowSurvey, 
             columns = {key: chunk.pop(key) for key in _POLICY_COLUMNS if key in chunk}
             weights, num_columns = chunk.pop("weights"), len(columns)
             ages = (step - columns["last_seen"]).clamp_(min=0) if "last_seen" in columns else None
-            yield RowChunk(torch.arange(first, first + count), weights, [*chunk.values()], ages)
+            yield RowChunk(
+                torch.arange(first, first + count, device="cpu"), weights, [*chunk.values()], ages
+            )
             first += count
 
     return scan_chunks(chunks()), num_columns

@@ -114,13 +114,13 @@ class RunHistory:
         for line, point in zip(table, self._points, strict=True):
             line[: len(point)] = point
         return {
-            "steps": torch.tensor(self.steps, dtype=torch.int64),
+            "steps": torch.tensor(self.steps, dtype=torch.int64, device="cpu"),
             "columns": {
                 name: torch.from_numpy(table[:, index].copy())
                 for name, index in self._columns.items()
             },
             "distributions": {
-                name: torch.tensor(counts, dtype=torch.int64)
+                name: torch.tensor(counts, dtype=torch.int64, device="cpu")
                 for name, counts in self.distributions.items()
             },
             "num_appended": self._num_appended,

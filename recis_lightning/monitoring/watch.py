@@ -30,7 +30,7 @@ FIGURES = (
 _statistics_of = attrgetter(*_STATISTICS)
 _NUM_NORMS, _NUM_AGES = len(NORM_EDGES) - 1, len(AGE_EDGES) - 1
 _SURVEY_SIZE = 6 + _NUM_NORMS + _NUM_AGES  # numbers of an encoded survey
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
+_NO_ROWS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class TableFigures(NamedTuple):

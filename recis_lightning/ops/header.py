@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning.ops import device_memory
 from recis_lightning.ops.async_copy import copy_async_
 from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW, NUM_FREE, NUM_IDS, NUM_REJECTED
 
@@ -50,7 +51,7 @@ class Header:
     )
 
     def __init__(self, device: torch.device, is_mirrored: bool) -> None:
-        self.tensor = torch.zeros(HEADER_SIZE, dtype=torch.int64, device=device)
+        self.tensor = device_memory.zeros(HEADER_SIZE, torch.int64, device)
         self.address = self.tensor.data_ptr()
         self.device = self.tensor.device
         self.is_mirrored = is_mirrored
@@ -142,7 +143,7 @@ def watch_counts(headers: Sequence[Header]) -> None:
     device = watched[0].device
     values, event = torch.stack([header.tensor[_COUNTS] for header in watched]), None
     if device.type != "cpu":
-        pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True)
+        pinned = torch.empty(values.shape, dtype=torch.int64, pin_memory=True, device="cpu")
         values = pinned.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))

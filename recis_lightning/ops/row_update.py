@@ -98,7 +98,9 @@ def squared_norm(gradients: Gradients) -> Tensor:
     """
     with backend.region("recis::gradient_norm"):
         module = backend.module("row_update", gradients.layout.device)
-        return torch.as_tensor(module.squared_norm(gradients), dtype=torch.float64)
+        norm = module.squared_norm(gradients)
+        device = norm.device if isinstance(norm, Tensor) else "cpu"
+        return torch.as_tensor(norm, dtype=torch.float64, device=device)
 
 
 def reduced_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayout) -> Tensor:

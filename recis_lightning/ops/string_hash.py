@@ -42,7 +42,7 @@ def hash_strings(
     Returns:
         int64 [n]: the bits of the unsigned hashes.
     """
-    out = torch.empty(len(offsets) - 1, dtype=torch.int64)
+    out = torch.empty(len(offsets) - 1, dtype=torch.int64, device="cpu")
     with backend.region("recis::hash_strings"):
         module = backend.module("string_hash", _CPU)
         module.hash_strings(data, offsets, HASHES[name][0], seed, out)

@@ -84,7 +84,7 @@ def clip_grad_norm_(
         both = [of_tables.to(device)] if total is None else [total, of_tables.to(device)]
         total = torch.linalg.vector_norm(torch.stack(both), norm_type)
     if total is None:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"the gradients' norm of order {norm_type} is {total.item()}, which clipping cannot "
@@ -107,7 +107,9 @@ def _norm_of_tables(sparse: Sequence[SparseOptimizer], norm_type: float) -> Tens
         return total
     largest = stacked.max()
     if collectives.world_size() > 1:
-        of_ranks = torch.tensor(collectives.gather_numbers([largest.item()]), dtype=torch.float64)
+        of_ranks = torch.tensor(
+            collectives.gather_numbers([largest.item()]), dtype=torch.float64, device="cpu"
+        )
         largest = of_ranks.max().to(largest.device)
     return largest
 

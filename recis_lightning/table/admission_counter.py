@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.admission import Screening
-from recis_lightning.ops import admission, backend, hash_index
+from recis_lightning.ops import admission, backend, device_memory, hash_index
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header, watch_counts
 from recis_lightning.ops.layout import CAPACITY, NO_ROW, NUM_IDS
@@ -45,7 +45,7 @@ class AdmissionCounter:
             self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         size = self.screening.num_hashes * self.screening.width
         # Whole words: kernels may have no compare-and-swap of bytes.
-        padded = _zeros(-(-size // 4) * 4, self.header.device)
+        padded = device_memory.zeros(-(-size // 4) * 4, torch.uint8, self.header.device)
         self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
         self._padded_counters = padded
         self.header.fields[fields.ADMISSION_COUNTERS] = padded.data_ptr()
@@ -183,13 +183,6 @@ class AdmissionCounter:
                 return
             self._counters.copy_(state["sketch"])
             self._set_count(fields.ADMISSION_NUM_COUNTED, state["num_sketched"])
-
-
-def _zeros(size: int, device: torch.device) -> Tensor:
-    try:
-        return torch.zeros(size, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{size} bytes on {device}") from error
 
 
 __all__ = ["AdmissionCounter"]

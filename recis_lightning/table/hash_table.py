@@ -540,7 +540,7 @@ class HashTable(nn.Module):
     def pinned(self) -> Tensor:
         """int64 [n], the ids that are never evicted, ascending."""
         pinned = self.evictor.pinned
-        return torch.empty(0, dtype=torch.int64) if pinned is None else pinned
+        return torch.empty(0, dtype=torch.int64, device="cpu") if pinned is None else pinned
 
     def pin(self, ids: Tensor) -> None:
         """Never evict these ids; ``delete`` and ``clear`` still remove their rows.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import host_memory, row_io
+from recis_lightning.ops import device_memory, host_memory, row_io
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
@@ -237,8 +237,8 @@ class RowStore:
         if self.header.device.type == "cpu":
             return self._read(rows)
         n = rows.numel()
-        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype)
-        slots = {name: torch.empty(n, words) for name, words in self.slots.items()}
+        weights = torch.empty(n, self.embedding_dim, dtype=self.dtype, device="cpu")
+        slots = {name: torch.empty(n, words, device="cpu") for name, words in self.slots.items()}
         for start in range(0, n, _CHUNK_ROWS):  # so that the device need not hold them twice
             chunk = slice(start, min(start + _CHUNK_ROWS, n))
             weights[chunk], state = self._read(rows[chunk])
@@ -309,10 +309,7 @@ class RowStore:
 def _allocate(words: int, device: torch.device) -> npt.NDArray[np.float32] | Tensor:
     """Return uninitialised float32 words that start on a cache line."""
     if device.type != "cpu":
-        try:
-            return torch.empty(words, dtype=torch.float32, device=device)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"{4 * words} bytes on {device}") from error
+        return device_memory.empty(words, torch.float32, device)
     return host_memory.empty(4 * words).view(np.float32)
 
 

@@ -80,7 +80,7 @@ class RowSurvey(NamedTuple):
         norms, ages = bins[: len(NORM_EDGES) - 1], bins[len(NORM_EDGES) - 1 :]
         return cls(
             num_rows=int(num_rows),
-            nonfinite_rows=torch.full((int(num_nonfinite),), -1),
+            nonfinite_rows=torch.full((int(num_nonfinite),), -1, device="cpu"),
             norms=norms,
             norm_sum=norm_sum,
             norm_max=norm_max,
@@ -198,7 +198,7 @@ def scan_chunks(chunks: Iterable[RowChunk]) -> RowSurvey:
             if len(age):
                 age_sum += int(age.sum())
                 age_max = max(age_max, int(age.max()))
-    rows = torch.cat(nonfinite) if nonfinite else torch.empty(0, dtype=torch.int64)
+    rows = torch.cat(nonfinite) if nonfinite else torch.empty(0, dtype=torch.int64, device="cpu")
     age_counts = None if ages is None else ages.tolist()
     return RowSurvey(
         num_rows, rows, norms.tolist(), norm_sum, norm_max, age_counts, age_sum, age_max

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.admission import Screening
-from recis_lightning.ops import backend, hash_index, host_memory, row_init
+from recis_lightning.ops import backend, device_memory, hash_index, host_memory, row_init
 from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
@@ -416,13 +416,10 @@ def _return_to_system() -> None:
 
 def _new_column(count: int, device: torch.device) -> Tensor:
     """Return an uninitialised int64 [count]."""
-    with torch.inference_mode(False):  # what is made in inference mode nothing outside may change
-        if device.type == "cpu":
+    if device.type == "cpu":
+        with torch.inference_mode(False):  # as in ``device_memory``
             return host_memory.empty_int64(count)
-        try:
-            return torch.empty(count, dtype=torch.int64, device=device)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"{8 * count} bytes on {device}") from error
+    return device_memory.empty(count, torch.int64, device)
 
 
 class _Allocation:

@@ -244,7 +244,7 @@ def bulk_insert(segments, table, first, rows):
     table.reserve_rows(num_new)
     if num_new == count and not fields[NUM_FREE]:
         new = slice(first, rows.numel())
-        torch.arange(base, base + count, out=rows[first:])
+        torch.arange(base, base + count, out=rows[first:], device="cpu")
     else:
         new = _close_gaps(fields, base, first, rows, num_new)
     if fields[LAST_SEEN]:

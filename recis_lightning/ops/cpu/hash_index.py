@@ -228,11 +228,12 @@ def _id_of_row_kernel(low, high, entries, ids, occupied):
 def allocate_entries(capacity, device):
     array = host_memory.empty(16 * (capacity + 1)).view(np.int64).reshape(-1, 2)
     _clear_kernel.launch(capacity + 1, _ENTRIES_PER_CHUNK, entries=array)
-    return torch.from_numpy(array)
+    with torch.inference_mode(False):  # what is made in inference mode nothing outside may change
+        return torch.from_numpy(array)
 
 
 def _find(segments, num_ids, training):
-    rows = torch.empty(num_ids, dtype=torch.int64)
+    rows = torch.empty(num_ids, dtype=torch.int64, device="cpu")
     chunks = num_chunks(num_ids, CHUNK)
     miss_counts = workspace.take("miss_counts", chunks, np.int64)[:chunks]
     _find_kernel.launch(
@@ -277,8 +278,12 @@ def _find_or_bulk_insert(segments, num_ids, table, claims):
         if isinstance(rest, slice) and len(new) == rest.start:
             if had_no_rows:  # a position is a row
                 return rows, rows
-            return rows, torch.arange(num_ids, out=host_memory.empty_int64(num_ids))
-        rest = torch.arange(num_ids)[rest] if isinstance(rest, slice) else torch.from_numpy(rest)
+            return rows, torch.arange(num_ids, out=host_memory.empty_int64(num_ids), device="cpu")
+        rest = (
+            torch.arange(num_ids, device="cpu")[rest]
+            if isinstance(rest, slice)
+            else torch.from_numpy(rest)
+        )
     parts = [part for part in (new, rest) if part is not None]
     return rows, torch.cat(parts) if parts else None
 
@@ -369,8 +374,8 @@ def drop_rowless(header):
 
 
 def id_of_row(header, num_rows):
-    ids = torch.empty(num_rows, dtype=torch.int64)
-    occupied = torch.zeros(num_rows, dtype=torch.bool)
+    ids = torch.empty(num_rows, dtype=torch.int64, device="cpu")
+    occupied = torch.zeros(num_rows, dtype=torch.bool, device="cpu")
     _id_of_row_kernel.launch(
         int(header.fields[CAPACITY]) + 1,
         _ENTRIES_PER_CHUNK,

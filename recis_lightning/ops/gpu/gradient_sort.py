@@ -196,7 +196,11 @@ class SortedGradients:
         self.aligned = is_aligned(plan, 4 * layout.embedding_dim)
         self.wide = num_rows >= 2**31 - 1
         dtype = torch.int64 if self.wide else torch.int32
-        keys = torch.empty(n, dtype=dtype, device=device)
+        if min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) < 0:
+            # Malformed offsets, which are reported later, may leave ids out: these have no row.
+            keys = torch.full((n,), num_rows, dtype=dtype, device=device)
+        else:
+            keys = torch.empty(n, dtype=dtype, device=device)
         self.addresses = torch.empty(n, dtype=torch.int64, device=device)
         self.scales = None
         means = {fields.MEAN, fields.MEAN_BY_COUNT}

@@ -3,8 +3,10 @@
 import torch
 import triton.language as tl
 
+from recis_lightning.ops import device_memory
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.hash_insert import (
+    Workspace,
     claim,
     insert_misses,
     make_room,
@@ -177,28 +179,32 @@ def _id_of_row_kernel(
 
 def allocate_entries(capacity, device):
     """Allocate and clear entries."""
-    try:
-        entries = torch.empty((capacity + 1, 2), dtype=torch.int64, device=device)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{16 * (capacity + 1)} bytes on {device}") from error
+    entries = device_memory.empty((capacity + 1, 2), torch.int64, device)
     count = capacity + 1
     _clear_kernel.launch(device, -(-count // LANES), entries.data_ptr(), count, LANES=LANES)
     return entries
 
 
 def _find(staged, rows, slots, training):
-    where = (*staged.where, rows.data_ptr(), 0 if slots is None else slots.data_ptr())
-    constants = {"TRAINING": training, "CLAIMS": slots is not None, "LANES": LANES}
+    where = (*staged.where, rows.data_ptr(), slots)
+    constants = {"TRAINING": training, "CLAIMS": slots != 0, "LANES": LANES}
     _find_kernel.launch(rows.device, staged.num_programs, *where, **constants)
 
 
 def find(segments, num_ids, device):
     rows = torch.empty(num_ids, dtype=torch.int64, device=device)
-    _find(StagedSegments(segments, num_ids, device), rows, None, False)
+    _find(StagedSegments(segments, num_ids, device), rows, 0, False)
     return rows
 
 
 def find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims):
+    try:
+        return _find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"a lookup of {num_ids} ids found no memory on {device}") from error
+
+
+def _find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims):
     # Where all ids fit, were they all new, unknown ids are claimed in the pass that finds rows.
     # Else the host, or the policy, must first learn which are missing.
     rows = torch.empty(num_ids, dtype=torch.int64, device=device)
@@ -206,15 +212,15 @@ def find_or_insert(segments, num_ids, tables, segment_tables, check, device, cla
         return rows, None
     staged = stage_lookup(segments, num_ids, device, tables, segment_tables)
     free, short = tables_without_room(staged, tables)
-    slots = torch.empty(num_ids + LANES, dtype=torch.int64, device=device)
+    workspace = Workspace(num_ids, staged.num_programs, device)
     claims_at_once, counted = not short and check is None, {}
     claims.append(Claim(tables, None))
-    _find(staged, rows, slots if claims_at_once else None, True)
+    _find(staged, rows, workspace.slots if claims_at_once else 0, True)
     if check is not None:
         check(None, rows)  # the device knows which positions miss
     if short:
         counted = make_room(staged, rows, tables, short)
-    new = insert_misses(staged, rows, slots, claims_at_once, claims)
+    new = insert_misses(staged, rows, workspace, claims_at_once, claims)
     note_insertions(staged, tables, free, counted)
     return rows, new
 

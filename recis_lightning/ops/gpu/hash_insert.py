@@ -227,31 +227,53 @@ def make_room(staged, rows, tables, short):
     return {i: counts[i] for i in short}
 
 
-def insert_misses(staged, rows, slots, are_claimed, claims):
+class Workspace:
+    """Memory of an insertion, allocated before anything is claimed.
+
+    Args:
+        num_ids: n.
+        num_programs: Programs that the ids are split into.
+        device: Where the ids are.
+
+    Attributes:
+        new: int64 [n], for the positions of the new ids' first occurrences.
+        slots: Address of int64 [n + LANES], for each position the address of its id's entry.
+        counts: Address of int64 [num_programs + 1].
+    """
+
+    def __init__(self, num_ids, num_programs, device):
+        memory = torch.empty(
+            2 * num_ids + LANES + num_programs + 1, dtype=torch.int64, device=device
+        )
+        self.new, self._rest = memory[:num_ids], memory
+        self.slots = memory.data_ptr() + 8 * num_ids
+        self.counts = self.slots + 8 * (num_ids + LANES)
+
+
+def insert_misses(staged, rows, workspace, are_claimed, claims):
     """Insert the ids of ``rows`` that are MISSING and enter their rows; there is room for them.
 
     Args:
         staged: The lookup's segments.
         rows: int64 [n].
-        slots: int64 [n + LANES], for each position the address of its id's entry.
-        are_claimed: Whether ``slots`` is filled already; else the ids are claimed here.
+        workspace: Of the insertion.
+        are_claimed: Whether its slots are filled already; else the ids are claimed here.
         claims: Gets what an interruption must know.
 
     Returns:
         int64 [n]: positions of the new ids' first occurrences, ascending, then -1.
     """
-    device, programs, new = rows.device, staged.num_programs, torch.empty_like(rows)
-    counts = torch.empty(programs + 1, dtype=torch.int64, device=device)
-    where = (*staged.where, rows.data_ptr(), slots.data_ptr())
+    device, programs, counts = rows.device, staged.num_programs, workspace.counts
+    where = (*staged.where, rows.data_ptr(), workspace.slots)
     if not are_claimed:
         _claim_kernel.launch(device, programs, *where, LANES=LANES)
-    outputs = (*where, counts.data_ptr(), new.data_ptr())
+    outputs = (*where, counts, workspace.new.data_ptr())
     _count_first_kernel.launch(device, programs, *outputs, LANES=LANES)
-    add_up_(device, counts.data_ptr(), programs)
+    add_up_(device, counts, programs)
     _assign_kernel.launch(device, programs, *outputs, LANES=LANES)
-    claims.append(Claim((), None, new))
-    _fill_rows_kernel.launch(device, programs, *where, counts.data_ptr(), LANES=LANES)
-    return new
+    claims.append(Claim((), None, workspace.new))
+    _fill_rows_kernel.launch(device, programs, *where, counts, LANES=LANES)
+    return workspace.new
 
 
 def note_insertions(staged, tables, free, counted):
@@ -274,4 +296,11 @@ def note_insertions(staged, tables, free, counted):
     watch_counts(nearly_full)
 
 
-__all__ = ["claim", "insert_misses", "make_room", "note_insertions", "tables_without_room"]
+__all__ = [
+    "Workspace",
+    "claim",
+    "insert_misses",
+    "make_room",
+    "note_insertions",
+    "tables_without_room",
+]

@@ -29,7 +29,7 @@ class _LateErrors(threading.local):
         self._in_flight = []
 
     def watch(self, malformed, plan):
-        values = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        values = torch.empty(1, dtype=torch.int64, pin_memory=True, device="cpu")
         values.copy_(malformed, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(malformed.device))

@@ -93,6 +93,8 @@ def _update(
             w = w - lr * (g / (tl.sqrt(s) + _hyper(hyper, HYPER_EPS, mask)))
         if RULE == ROWWISE_ADAGRAD:
             s = tl.load(float_at(state), mask, 0) + sum_over(g * g, 1) / DIM
+            # Warps that share a row load the same word, and only one of them stores it.
+            tl.debug_barrier()
             tl.store(float_at(state), s, mask)
             w = w - lr * (g / (tl.sqrt(s)[:, None] + _hyper(hyper, HYPER_EPS, mask)))
         if RULE == ADAM:

@@ -29,7 +29,9 @@ def check_(
     segments: Segments, num_ids: int, misses: Tensor, rows: Tensor, occurrences: Tensor | None
 ) -> None:
     # All ids are counted before the first one is admitted.
-    given = torch.ones(num_ids, dtype=torch.int64) if occurrences is None else occurrences
+    given = (
+        torch.ones(num_ids, dtype=torch.int64, device="cpu") if occurrences is None else occurrences
+    )
     for segment, positions in _checked(segments, num_ids, misses):
         counter, ids = _counter_of(segment), segment.ids[positions - segment.start]
         if counter[fields.ADMISSION_KIND] == fields.COUNT:
@@ -98,7 +100,7 @@ def _count(counter: Tensor, ids: Tensor, occurrences: Tensor) -> None:
 
 def _add_to_sketch(counter: Tensor, ids: Tensor, occurrences: Tensor) -> None:
     sketch = _sketch(counter)
-    added = torch.zeros(sketch.numel(), dtype=torch.int64)
+    added = torch.zeros(sketch.numel(), dtype=torch.int64, device="cpu")
     for cells in _sketch_cells(counter, ids):
         added.index_add_(0, cells, occurrences)
     sketch.copy_((sketch + added).clamp(max=fields.MAX_COUNTER))
@@ -115,5 +117,5 @@ def _sketch_cells(counter: Tensor, ids: Tensor) -> Tensor:
     width = int(counter[fields.ADMISSION_WIDTH])
     first = mix(ids)
     second = mix(first ^ _SECOND_HASH)
-    hashes = torch.arange(int(counter[fields.ADMISSION_NUM_HASHES]))[:, None]
+    hashes = torch.arange(int(counter[fields.ADMISSION_NUM_HASHES]), device="cpu")[:, None]
     return shift_right(shift_right(first + hashes * second, 32) * width, 32) + hashes * width

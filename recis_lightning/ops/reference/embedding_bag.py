@@ -25,28 +25,30 @@ class Feature:
         count = self.rows.numel()
         length = int(line[fields.PLAN_BAG_LENGTH])
         if length >= 0:
-            self.offsets = torch.arange(self.num_bags + 1) * length
+            self.offsets = torch.arange(self.num_bags + 1, device="cpu") * length
         else:
             self.offsets = memory(int(line[fields.PLAN_OFFSETS]), self.num_bags + 1, torch.int64)
         sizes = self.offsets.diff()
         ends = (int(self.offsets[0]), int(self.offsets[-1]))
         self.has_valid_offsets = ends == (0, count) and bool((sizes >= 0).all())
         if self.has_valid_offsets:
-            self.bag = torch.repeat_interleave(torch.arange(self.num_bags), sizes)
-            self.place = torch.arange(count) - self.offsets[self.bag]
+            self.bag = torch.repeat_interleave(torch.arange(self.num_bags, device="cpu"), sizes)
+            self.place = torch.arange(count, device="cpu") - self.offsets[self.bag]
             self.used = self.rows >= 0
             if self.mode == fields.TILE:
                 self.used &= self.place < self.tile_len
 
     def scales(self) -> Tensor:
         """Return the factor of each id's row in the output, float64 [n]."""
-        scales = torch.ones(self.rows.numel(), dtype=torch.float64)
+        scales = torch.ones(self.rows.numel(), dtype=torch.float64, device="cpu")
         if self.line[fields.PLAN_WEIGHTS]:
             scales *= memory(int(self.line[fields.PLAN_WEIGHTS]), scales.numel(), torch.float32)
         if self.mode in (fields.MEAN, fields.MEAN_BY_COUNT):
             shares = scales if self.mode == fields.MEAN else torch.ones_like(scales)
             counted = shares * (self.rows != PADDING)
-            total = torch.zeros(self.num_bags, dtype=torch.float64).index_add_(0, self.bag, counted)
+            total = torch.zeros(self.num_bags, dtype=torch.float64, device="cpu").index_add_(
+                0, self.bag, counted
+            )
             scales = torch.where(total == 0, 0.0, 1 / total)[self.bag] * scales
         return scales
 
@@ -74,7 +76,7 @@ def gather(plan: Plan, embedding_dim: int, bfloat16: bool, device: torch.device)
         words = Rows.of(header, feature.rows).read(feature.rows)
         values = weights_of(words, embedding_dim, bfloat16).double() * feature.scales()[:, None]
         out = feature.data(embedding_dim, torch.bfloat16 if bfloat16 else torch.float32)
-        total = torch.zeros(out.shape, dtype=torch.float64)
+        total = torch.zeros(out.shape, dtype=torch.float64, device="cpu")
         used = feature.used
         places = (feature.bag[used], feature.tile()[used])
         out.copy_(total.index_put_(places, values[used], accumulate=True).float())

@@ -22,7 +22,7 @@ def allocate_entries(capacity: int, device: torch.device) -> Tensor:
 
 
 def _look_up(segments: Segments, num_ids: int, missing: int) -> Tensor:
-    rows = torch.empty(num_ids, dtype=torch.int64)
+    rows = torch.empty(num_ids, dtype=torch.int64, device="cpu")
     for segment in segments_of(segments, num_ids):
         found = Index.of(segment.header).rows(segment.ids)
         found[found == NO_ROW] = missing if segment.inserts else UNKNOWN
@@ -51,7 +51,9 @@ def find_or_insert(
         segment.header[fields.NUM_REJECTED] += rejected.sum()
     if check is not None:
         check((rows == MISSING).nonzero().squeeze(1), rows)
-    owner = torch.tensor(segment_tables)[segment_of(torch.arange(num_ids), segments)]
+    owner = torch.tensor(segment_tables, device="cpu")[
+        segment_of(torch.arange(num_ids, device="cpu"), segments)
+    ]
     ids = torch.cat([segment.ids for segment in segments_of(segments, num_ids)])
     new = {}
     for i in range(len(tables)):
@@ -88,7 +90,7 @@ def _take_rows(header: Tensor, count: int) -> Tensor:
     num_free, next_row = int(header[fields.NUM_FREE]), int(header[fields.NEXT_ROW])
     reused = min(num_free, count)
     stack = memory(int(header[fields.FREE_ROWS]), num_free, torch.int64)
-    unused = torch.arange(next_row, next_row + count - reused)
+    unused = torch.arange(next_row, next_row + count - reused, device="cpu")
     header[fields.NUM_FREE] -= reused
     header[fields.NEXT_ROW] += count - reused
     header[fields.NUM_IDS] += count
@@ -103,7 +105,7 @@ def rebuild(
 ) -> int:
     entries = Index(*old).entries
     entries = entries[entries[:, 1] < CLAIMED]
-    removed = torch.zeros(len(entries), dtype=torch.bool)
+    removed = torch.zeros(len(entries), dtype=torch.bool, device="cpu")
     if evicted is not None:
         removed = evicted[entries[:, 1]]
         evicted.zero_()
@@ -123,7 +125,7 @@ def drop_rowless(header: Header) -> int:
 def id_of_row(header: Header, num_rows: int) -> tuple[Tensor, Tensor]:
     entries = Index.of(header.tensor).entries
     entries = entries[entries[:, 1] != NO_ROW]
-    ids = torch.zeros(num_rows, dtype=torch.int64)
-    occupied = torch.zeros(num_rows, dtype=torch.bool)
+    ids = torch.zeros(num_rows, dtype=torch.int64, device="cpu")
+    occupied = torch.zeros(num_rows, dtype=torch.bool, device="cpu")
     ids[entries[:, 1]], occupied[entries[:, 1]] = entries[:, 0], True
     return ids, occupied

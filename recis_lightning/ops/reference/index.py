@@ -59,7 +59,7 @@ class Index:
     def slots(self, ids: Tensor) -> Tensor:
         """Return each id's entry, an empty one where it has none."""
         slots = self._first_slots(ids)
-        searching = torch.arange(ids.numel())
+        searching = torch.arange(ids.numel(), device="cpu")
         while searching.numel():
             keys = self.entries[slots[searching], 0]
             searching = searching[(keys != ids[searching]) & (keys != EMPTY)]
@@ -75,7 +75,7 @@ class Index:
     def add(self, ids: Tensor, rows: Tensor) -> None:
         """Add distinct ids that the index does not have yet."""
         slots = self._first_slots(ids)
-        remaining = torch.arange(ids.numel())
+        remaining = torch.arange(ids.numel(), device="cpu")
         while remaining.numel():
             tried = slots[remaining]
             free = self.entries[tried, 0] == EMPTY

@@ -17,7 +17,10 @@ _COLUMN = signed(0x9E3779B97F4A7C15)
 
 def _initial_weights(header: Tensor, ids: Tensor, embedding_dim: int) -> Tensor:
     """Return the initial weights of ids, float64 [n, embedding_dim]."""
-    bits = mix(mix(ids) ^ header[fields.INIT_KEY])[:, None] + torch.arange(embedding_dim) * _COLUMN
+    bits = (
+        mix(mix(ids) ^ header[fields.INIT_KEY])[:, None]
+        + torch.arange(embedding_dim, device="cpu") * _COLUMN
+    )
     uniform = (2 * shift_right(mix(bits), 41) + 1).double() * 2.0**-24
     kind = int(header[fields.INIT_KIND])
     first, second, low, high = (float_field(header, fields.INIT_ARGS + i) for i in range(4))
@@ -43,7 +46,7 @@ def init_rows_(
         positions = new[owner == i]
         new_rows = rows[positions]
         store = Rows.of(header, new_rows)
-        words = torch.zeros(new_rows.numel(), store.words)
+        words = torch.zeros(new_rows.numel(), store.words, device="cpu")
         initial = _initial_weights(header, ids[positions - start], embedding_dim)
         weights_of(words, embedding_dim, bfloat16).copy_(initial.float())
         state_of(words, embedding_dim, bfloat16).fill_(float_field(header, fields.STATE_FILL))

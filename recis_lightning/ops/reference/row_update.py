@@ -29,7 +29,10 @@ def sort_gradients(
     layout: RowLayout,
     blocks_on_device: Tensor | None,
 ) -> _Reduced:
-    rows, gradients = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, layout.embedding_dim)]
+    rows, gradients = (
+        [torch.empty(0, dtype=torch.int64, device="cpu")],
+        [torch.empty(0, layout.embedding_dim, device="cpu")],
+    )
     for feature in (Feature(line) for line in plan):
         used = feature.used
         data = feature.data(layout.embedding_dim, torch.float32)
@@ -37,7 +40,7 @@ def sort_gradients(
         gradients.append(per_id * feature.scales()[used, None])
         rows.append(feature.rows[used] + int(feature.line[fields.PLAN_FLAT_BASE]))
     distinct, inverse = torch.unique(torch.cat(rows), return_inverse=True)
-    total = torch.zeros(distinct.numel(), layout.embedding_dim, dtype=torch.float64)
+    total = torch.zeros(distinct.numel(), layout.embedding_dim, dtype=torch.float64, device="cpu")
     return _Reduced(distinct, total.index_add_(0, inverse, torch.cat(gradients).double()))
 
 

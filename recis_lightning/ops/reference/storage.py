@@ -14,7 +14,7 @@ from recis_lightning.ops import layout as fields
 def memory(address: int, count: int, dtype: torch.dtype) -> Tensor:
     """View ``count`` items at an address; the owner of the memory keeps it alive."""
     if count <= 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype)
 
@@ -56,7 +56,7 @@ class Rows:
 
     def read(self, rows: Tensor) -> Tensor:
         """Copy rows to float32 [n, words], zeros for negative rows."""
-        values = torch.zeros(rows.numel(), self.words)
+        values = torch.zeros(rows.numel(), self.words, device="cpu")
         for block, indices, inside in self._per_block(rows):
             values[indices] = block[inside]
         return values

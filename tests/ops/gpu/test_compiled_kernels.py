@@ -65,3 +65,13 @@ def test_kernels_keep_to_registers(compiled):
     }
     assert not spilling
     assert any("registers" in line for line in compiled)
+
+
+def test_no_warp_reads_what_another_has_stored(compiled):
+    """Rows with very many gradients are updated once, whichever warp comes last."""
+    scanned = [line for line in compiled if "races" in line]
+    assert {line["kernel"] for line in scanned} == set(_declared_kernels())
+    assert not [line for line in scanned if line["races"]]
+    # The scan sees the race that one barrier prevents.
+    found = {line["kernel"] for line in scanned if line["without_barriers"]}
+    assert "_update_long_kernel" in found
