@@ -44,6 +44,7 @@ torch.serialization.add_safe_globals(
         *(eviction.AnyOf, eviction.AllOf, time.time),
         *(initializers.Constant, initializers.Uniform, initializers.Normal),
         *(initializers.TruncatedNormal, initializers.XavierUniform, initializers.XavierNormal),
+        Jagged,  # among the example inputs of programs of torch.export
     ]
 )
 

@@ -170,7 +170,7 @@ def refuse_recording(what: str, kind: str) -> NoReturn:
     raise RuntimeError(
         f"{what}: {kind} cannot follow a lookup, whose kernels read and change memory behind "
         "torch's back; leave the lookup outside, and trace or export the module that takes "
-        "embeddings"
+        "embeddings (torch.export and torch.compile take lookups of modules in eval())"
     )
 
 

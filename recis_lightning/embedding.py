@@ -22,6 +22,7 @@ from recis_lightning.arguments import (
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_bags, read_jagged
+from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
@@ -94,7 +95,6 @@ class DynamicEmbedding(nn.Module):
         """Return the group of the one feature, as its table is now."""
         return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
 
-    @compiler.disable  # a lookup changes its table
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up.
 
@@ -107,6 +107,13 @@ class DynamicEmbedding(nn.Module):
         Raises:
             TypeError: ``ids`` is neither.
         """
+        if not self.training and torch.compiler.is_compiling():
+            return _record(self, ids)
+        rows: Tensor = self._look_up(ids)
+        return rows
+
+    @compiler.disable  # kernels read and change memory
+    def _look_up(self, ids: Tensor) -> Tensor:
         flat = check_ids(ids).reshape(-1).contiguous()
         if self.training:
             name_before_use(self.table)
@@ -206,7 +213,6 @@ class DynamicEmbeddingBag(nn.Module):
         """Return the group of the one feature, as its table is now."""
         return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
 
-    @compiler.disable  # a lookup changes its table
     def forward(
         self,
         ids: Tensor | Jagged,
@@ -228,6 +234,17 @@ class DynamicEmbeddingBag(nn.Module):
         Raises:
             TypeError, ValueError: Shapes or dtypes do not fit.
         """
+        if not self.training and torch.compiler.is_compiling():
+            feature = _recordable_bags(self, ids, offsets, per_sample_weights)
+            if recording.is_recordable(feature):
+                return _record(self, feature)
+        pooled: Tensor = self._look_up(ids, offsets, per_sample_weights)
+        return pooled
+
+    @compiler.disable  # kernels read and change memory
+    def _look_up(
+        self, ids: Tensor | Jagged, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
         refuse_symbols("ids", ids)
         if per_sample_weights is not None and self.mode != "sum":
             raise ValueError(
@@ -236,13 +253,13 @@ class DynamicEmbeddingBag(nn.Module):
         if isinstance(ids, Jagged) or (isinstance(ids, Tensor) and ids.is_nested):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets, per_sample_weights: expected None for ragged ids")
-            return self._look_up(read_bags(ids, "ids"))
+            return self._pool(read_bags(ids, "ids"))
         ids = check_ids(ids)
         if ids.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets: expected None for 2-D ids, whose rows are the bags")
             feature = ids if per_sample_weights is None else (ids, per_sample_weights)
-            return self._look_up(read_bags(feature, "ids"))
+            return self._pool(read_bags(feature, "ids"))
         if ids.dim() != 1:
             raise ValueError(f"ids: expected shape [N] or [B, L], got {tuple(ids.shape)}")
         if offsets is None:
@@ -253,9 +270,9 @@ class DynamicEmbeddingBag(nn.Module):
             # Not torch.cat: a tensor of one number from the host would wait for a GPU.
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=ids.numel())
         jagged = Jagged(ids, offsets, per_sample_weights)
-        return self._look_up(read_jagged(jagged, "ids", owns_offsets=is_padded))
+        return self._pool(read_jagged(jagged, "ids", owns_offsets=is_padded))
 
-    def _look_up(self, bags: Bags) -> Tensor:
+    def _pool(self, bags: Bags) -> Tensor:
         if self.training:
             name_before_use(self.table)
         return _look_up(self.current_groups(), FeatureBags.of([bags]), self.training)
@@ -325,6 +342,36 @@ def _make_table(
 def _look_up(groups: list[LookupGroup], bags: FeatureBags, training: bool) -> Tensor:
     """Return the rows of the one feature of the one group."""
     return look_up_groups(groups, [bags], training)[0][0]
+
+
+def _record(module: DynamicEmbedding | DynamicEmbeddingBag, feature: Any) -> Tensor:
+    """Look one feature up by the operator of recorded programs."""
+    recorded, shape = recording.read(feature, "ids", module.table, module.mode, module.padding_idx)
+    (rows,) = operator.record([recorded])
+    return recording.shaped(rows, feature, shape, module.mode)  # type: ignore[no-any-return]
+
+
+def _recordable_bags(
+    module: DynamicEmbeddingBag,
+    ids: Tensor | Jagged,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+) -> Any:
+    """Return a bag's arguments as a feature; None if it is not for a recorded program."""
+    if per_sample_weights is not None and module.mode != "sum":
+        return None  # refused outside
+    if isinstance(ids, Jagged):
+        return ids if offsets is None and per_sample_weights is None else None
+    if not isinstance(ids, Tensor) or ids.is_nested:
+        return None
+    if ids.dim() == 2 and offsets is None:
+        return ids if per_sample_weights is None else (ids, per_sample_weights)
+    if ids.dim() != 1 or offsets is None:
+        return None
+    if not module.include_last_offset:
+        # Not pad: its value would be a constant of the program.
+        offsets = torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
+    return Jagged(ids, offsets, per_sample_weights)
 
 
 def _describe(embedding_dim: int, padding_idx: int | None) -> str:

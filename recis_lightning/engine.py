@@ -18,6 +18,7 @@ from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_bool, refuse_script
 from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_features, read_keyed_jagged
+from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
@@ -154,7 +155,6 @@ class EmbeddingEngine(nn.Module):
                     f"disagree on {field.name}: {mine!r} and {other!r}"
                 )
 
-    @compiler.disable  # a lookup changes its table
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Look features up.
 
@@ -172,6 +172,13 @@ class EmbeddingEngine(nn.Module):
             ValueError: The engine is strict, and a feature is missing or unknown (names it).
             TypeError: A feature is of no kind named above (names it).
         """
+        if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
+            return self._record(features)
+        found: dict[str, Any] = self._look_up(features)
+        return found
+
+    @compiler.disable  # kernels read and change memory
+    def _look_up(self, features: dict[str, Any]) -> dict[str, Any]:
         given = _by_name(features)
         is_whole = given.keys() == self.options.keys()
         if not is_whole:
@@ -196,7 +203,6 @@ class EmbeddingEngine(nn.Module):
         """Columns that each feature has in ``concat``, in order."""
         return {name: option.width for name, option in self.options.items()}
 
-    @compiler.disable  # a lookup changes its table
     def concat(self, features: dict[str, Any]) -> Tensor:
         """Look all features up into one tensor, side by side in the order of the options.
 
@@ -228,6 +234,13 @@ class EmbeddingEngine(nn.Module):
             (torch.Size([2, 6]), {'user': 4, 'tags': 2})
             >>> user, tags = out.split([*engine.widths.values()], 1)
         """
+        if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
+            return self._record_joined(features)
+        joined: Tensor = self._look_up_joined(features)
+        return joined
+
+    @compiler.disable  # kernels read and change memory
+    def _look_up_joined(self, features: dict[str, Any]) -> Tensor:
         given = _by_name(features)
         if given.keys() != self.options.keys():
             missing = sorted(name for name in self.options if name not in given)
@@ -240,6 +253,53 @@ class EmbeddingEngine(nn.Module):
         groups = self.current_groups()
         bags = [_read(given, group, is_whole=True) for group in groups]
         return self._groups.joined(self.options).look_up(bags, self.training)
+
+    def _is_recordable(self, features: Any) -> bool:
+        """Return whether a recorded program takes the batch, as far as it has features."""
+        return (
+            isinstance(features, dict)
+            and not (self.strict and features.keys() != self.options.keys())
+            and any(name in features for name in self.options)
+            and all(
+                recording.is_recordable(features[name]) for name in self.options if name in features
+            )
+        )
+
+    def _record(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Look the features that a batch has up by the operator of recorded programs."""
+        names = [name for name in self.options if name in features]
+        recorded = [self._record_feature(name, features[name]) for name in names]
+        outputs = operator.record([feature for feature, _ in recorded])
+        found: dict[str, Any] = {}
+        for name, (_, shape), rows in zip(names, recorded, outputs, strict=True):
+            found[name] = recording.shaped(rows, features[name], shape, self.options[name].mode)
+        return found | {key: features[key] for key in features if key not in self.options}
+
+    def _record_feature(self, name: str, feature: Any) -> Any:
+        option = self.options[name]
+        mode = "mean_by_count" if option.mean_by == "count" else option.mode
+        table: Any = self.tables[option.table or name]
+        return recording.read(
+            *(feature, name, table, mode, option.padding_idx),
+            *(option.tile_len or 0, option.use_weights),
+        )
+
+    def _record_joined(self, features: dict[str, Any]) -> Tensor:
+        """Join what ``_record`` returns."""
+        missing = [name for name in self.options if name not in features]
+        if missing:
+            raise ValueError(f"features: concat needs every feature of the engine; {missing=}")
+        found = self._record(features)
+        parts = []
+        for name in self.options:
+            rows = found[name]
+            if not isinstance(rows, Tensor) or rows.dim() > 2:
+                is_single = isinstance(rows, Tensor) and rows.dim() == 3 and rows.shape[1] == 1
+                if not is_single or self.options[name].mode != "none":
+                    raise ValueError(f"{name}: concat needs one row a sample")
+                rows = rows.squeeze(1)
+            parts.append(rows)
+        return torch.cat(parts, 1)
 
     def _check_keys(self, given: Mapping[str, Any]) -> None:
         """Raise if the engine is strict; warn once of a key that looks like a missing feature."""

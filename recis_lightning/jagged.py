@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from recis_lightning.arguments import check_ids, check_int, check_strided, refuse_symbols
 
@@ -169,6 +170,10 @@ class Jagged(NamedTuple):
         """Return it in memory from which copies to a GPU need not wait; needs a GPU."""
         weights = None if self.weights is None else self.weights.pin_memory()
         return Jagged(self.values.pin_memory(), self.offsets.pin_memory(), weights)
+
+
+# By this name programs of torch.export that take one are saved.
+_pytree._register_namedtuple(Jagged, serialized_type_name="recis_lightning.Jagged")
 
 
 def _offsets_of(lengths: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class CurrentGroups:
     def __init__(self) -> None:
         self._groups: list[LookupGroup] = []
         self._joined: JoinedOutput | None = None
+        self._recorded: dict[tuple[Feature, ...], CurrentGroups] = {}
 
     def of(self, features: Callable[[], Iterable[Feature]]) -> list[LookupGroup]:
         """Return the groups as long as they are current, else new ones.
@@ -62,6 +63,10 @@ class CurrentGroups:
         if self._joined is None or self._joined.groups is not self._groups:
             self._joined = JoinedOutput(self._groups, list(names))
         return self._joined
+
+    def recorded(self, features: tuple[Feature, ...]) -> CurrentGroups:
+        """Return the groups of features that a recorded program looks up, made at its first run."""
+        return self._recorded.setdefault(features, CurrentGroups())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CurrentGroups, ()

@@ -147,6 +147,8 @@ def test_a_compiled_module_may_join_its_outputs():
 @pytest.mark.parametrize("way", WAYS_TO_RECORD)
 def test_what_records_a_program_is_refused(way, module, training):
     """It would keep addresses, and read whatever is there later."""
+    if way == "export" and module != "table" and not training:
+        pytest.skip("an operator: see test_operator.py")
     ids = torch.tensor([[1, 2], [3, 4]])
     module = MODULES[module]()
     rows = module(ids)
