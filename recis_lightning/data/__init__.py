@@ -11,22 +11,46 @@ except ImportError as error:
     ) from error
 
 from recis_lightning.data.columns import Column, Id, IdList, Label, Number
+from recis_lightning.data.cross import Cross
 from recis_lightning.data.dataset import ColumnarDataset
+from recis_lightning.data.features import Features
 from recis_lightning.data.files import DataFileError
 from recis_lightning.data.hashing import hash_strings
+from recis_lightning.data.transforms import (
+    Bucketize,
+    Clip,
+    Log1p,
+    Lookup,
+    Mask,
+    Mod,
+    MultiHash,
+    Transform,
+    Truncate,
+)
 
 if TYPE_CHECKING:
     from recis_lightning.data.module import ColumnarDataModule
 
 __all__ = [
+    "Bucketize",
+    "Clip",
     "Column",
     "ColumnarDataModule",
     "ColumnarDataset",
+    "Cross",
     "DataFileError",
+    "Features",
     "Id",
     "IdList",
     "Label",
+    "Log1p",
+    "Lookup",
+    "Mask",
+    "Mod",
+    "MultiHash",
     "Number",
+    "Transform",
+    "Truncate",
     "hash_strings",
 ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -22,6 +21,7 @@ from recis_lightning.data.conversion import (
     one_of_list,
 )
 from recis_lightning.data.hashing import check_hash
+from recis_lightning.data.transforms import cut
 from recis_lightning.jagged import Jagged
 
 __all__ = ["Column", "Id", "IdList", "Label", "Number"]
@@ -158,7 +158,7 @@ class IdList(Column):
                 )
             weights = fill_nulls(float_of(given, torch.float32), given, None)
         bags = Jagged.from_lengths(ids, lengths, weights)
-        return bags if self.max_len is None else _cut(bags, self.max_len, self.keep)
+        return bags if self.max_len is None else cut(bags, self.max_len, self.keep)
 
 
 @dataclass(frozen=True)
@@ -228,17 +228,3 @@ class Label(Column):
     def read(self, arrays: Mapping[str, pa.Array]) -> Tensor:
         array = one_of_list(arrays[self.sources[0]])
         return fill_nulls(float_of(array, torch.float32), array, None)
-
-
-def _cut(bags: Jagged, max_len: int, keep: str) -> Jagged:
-    """Shorten bags to ``max_len`` values."""
-    lengths = bags.lengths()
-    kept = lengths.clamp(max=max_len)
-    if torch.equal(kept, lengths):
-        return bags
-    starts = bags.offsets[1:] - kept if keep == "last" else bags.offsets[:-1]
-    short: Any = Jagged.from_lengths(torch.empty(int(kept.sum()), device="cpu"), kept)
-    index = torch.arange(short.values.numel(), device="cpu")
-    index += (starts - short.offsets[:-1]).repeat_interleave(kept)
-    weights = None if bags.weights is None else bags.weights[index]
-    return Jagged(bags.values[index], short.offsets, weights)

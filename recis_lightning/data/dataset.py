@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from recis_lightning.arguments import check_int
 from recis_lightning.data.background import in_background
 from recis_lightning.data.columns import Column
+from recis_lightning.data.features import Features, features_of
 from recis_lightning.data.files import DataFileError, FileSet
 from recis_lightning.data.order import Block, Deal, Span, blocks_of, row_order, whole
 from recis_lightning.distributed import collectives
@@ -42,8 +43,9 @@ class ColumnarDataset(IterableDataset[Batch]):
     Args:
         paths: Files or glob patterns, of names that end in ``.parquet`` or ``.orc``; a URL is read
             through fsspec.
-        columns: Entries of a batch.
+        columns: Entries of a batch; None, if ``features`` has them.
         batch_size: Rows of a batch on one rank.
+        features: Columns, and transforms that are applied to the rows of a block at once.
         shuffle_rows: As above; 0 keeps the order of files and rows.
         seed: Of the order.
         filter: Rows to keep, as in ``"country == 'DE' and price > 0"``. Row groups that Parquet's
@@ -80,9 +82,10 @@ class ColumnarDataset(IterableDataset[Batch]):
     def __init__(
         self,
         paths: str | Sequence[str],
-        columns: Sequence[Column],
-        batch_size: int,
+        columns: Sequence[Column] | None = None,
+        batch_size: int = 512,
         *,
+        features: Features | None = None,
         shuffle_rows: int = 0,
         seed: int = 0,
         filter: str | None = None,
@@ -93,7 +96,8 @@ class ColumnarDataset(IterableDataset[Batch]):
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
-        self.columns = _check_columns(columns)
+        self.features = features_of(columns, features)
+        self.columns = self.features.columns
         self.batch_size = check_int("batch_size", batch_size, least=1)
         self.shuffle_rows = check_int("shuffle_rows", shuffle_rows, least=0)
         self.seed = check_int("seed", seed, least=0)
@@ -239,13 +243,13 @@ class ColumnarDataset(IterableDataset[Batch]):
                 except (TypeError, ValueError) as error:
                     raise DataFileError(f"{where}, column {column.name!r}: {error}") from error
             parts.append(part)
-        return _join(parts)
+        return self.features.transform(list(_join(parts).values()))
 
     def empty(self) -> Batch:
         """Return a batch without rows."""
         split = self._files.splits[0]
         arrays = {name: array[:0] for name, array in self._files.read(split).items()}
-        return {column.name: column.read(arrays) for column in self.columns}
+        return self.features.transform([column.read(arrays) for column in self.columns])
 
     def _fingerprint(self) -> str:
         splits = [list(split) for split in self._files.splits]
@@ -335,19 +339,6 @@ class _Lane:
         if later >= 0 and data.prefetch:
             self._next_block = later
             self._next = self._pool.submit(data.read_block, blocks[later])
-
-
-def _check_columns(columns: Sequence[Column]) -> list[Column]:
-    columns = list(columns)
-    wrong = [column for column in columns if not isinstance(column, Column)]
-    if wrong or not columns:
-        got = type(wrong[0]).__name__ if wrong else "none"
-        raise TypeError(f"columns: expected Id, IdList, Number or Label, got {got}")
-    names = [column.name for column in columns]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"columns: expected each name once, got {twice} more than once")
-    return columns
 
 
 def _rows_of(value: Tensor | Jagged, rows: Tensor | slice) -> Tensor | Jagged:

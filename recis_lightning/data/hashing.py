@@ -13,7 +13,7 @@ from torch import Tensor
 from recis_lightning.arguments import check_int
 from recis_lightning.ops import string_hash
 
-__all__ = ["check_hash", "hash_array", "hash_strings"]
+__all__ = ["as_arrow", "check_hash", "hash_array", "hash_strings"]
 
 
 def hash_strings(
@@ -43,7 +43,7 @@ def hash_strings(
         tensor([-1205034819632174695, -5721391512241677820,                   -1])
     """
     check_hash(hash, seed)
-    array = _as_arrow(values)
+    array = as_arrow(values)
     if array.null_count and default is None:
         raise ValueError(f"values: {array.null_count} nulls, and no default= to take for them")
     found = hash_array(array, hash, seed)
@@ -105,7 +105,8 @@ def hash_array(array: pa.Array, hash: str, seed: int) -> Tensor:
     return string_hash.hash_strings(text, offsets, hash, seed)
 
 
-def _as_arrow(values: Any) -> pa.Array:
+def as_arrow(values: Any) -> pa.Array:
+    """Return a list, series, NumPy or Arrow array as one Arrow array."""
     if not isinstance(values, pa.Array | pa.ChunkedArray):
         values = values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
-from recis_lightning.data.columns import Column, Label
+from recis_lightning.data.columns import Column
 from recis_lightning.data.dataset import Batch, ColumnarDataset, state_after
+from recis_lightning.data.features import Features, features_of
 
 __all__ = ["ColumnarDataModule"]
 
@@ -28,7 +29,8 @@ class ColumnarDataModule(L.LightningDataModule):
     of their rows.
 
     Args:
-        columns: Entries of a batch. ``Label`` columns are left out in prediction.
+        columns: Entries of a batch; None, if ``features`` has them. ``Label`` columns, and what is
+            made of them, are left out in prediction.
         train: Files or glob patterns of the part; None if there is none.
         val: The same, for validation.
         test: The same, for the test.
@@ -44,6 +46,7 @@ class ColumnarDataModule(L.LightningDataModule):
             their work holds Python's lock.
         prefetch: Batches made ahead by each reader.
         pin_memory: Whether batches lie in pinned memory; None means: where there is a GPU.
+        features: Columns and transforms, in place of ``columns``.
 
     Raises:
         TypeError, ValueError: An argument is invalid.
@@ -57,7 +60,7 @@ class ColumnarDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        columns: list[Column],
+        columns: list[Column] | None = None,
         train: str | list[str] | None = None,
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
@@ -72,9 +75,11 @@ class ColumnarDataModule(L.LightningDataModule):
         num_workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool | None = None,
+        features: Features | None = None,
     ) -> None:
         super().__init__()
-        self.columns = columns
+        self.features = features_of(columns, features)
+        self.columns = self.features.columns
         self.paths = dict(zip(_PARTS, (train, val, test, predict), strict=True))
         self.batch_size = check_int("batch_size", batch_size, least=1)
         self.shuffle_rows = check_int("shuffle_rows", shuffle_rows, least=0)
@@ -104,11 +109,10 @@ class ColumnarDataModule(L.LightningDataModule):
 
     def _make(self, part: str, paths: str | Sequence[str]) -> ColumnarDataset:
         training = part == "train"
-        unlabelled = [column for column in self.columns if not isinstance(column, Label)]
         return ColumnarDataset(
             paths,
-            unlabelled if part == "predict" else self.columns,
-            self.batch_size,
+            batch_size=self.batch_size,
+            features=self.features.without_labels() if part == "predict" else self.features,
             shuffle_rows=self.shuffle_rows if training else 0,
             seed=self.seed,
             filter=self.filter,

@@ -172,6 +172,43 @@ def test_yaml(tmp_path, pattern, monkeypatch):
     assert cli.datamodule.columns == [Id("row"), Id("user", hash="farmhash64"), Label("click")]
 
 
+def test_yaml_of_features(tmp_path, pattern, monkeypatch):
+    """Columns and transforms are named by class."""
+    named = {
+        "columns": [
+            {"class_path": "Id", "init_args": {"name": "row"}},
+            {"class_path": "Id", "init_args": {"name": "user", "hash": "xxh64"}},
+            {"class_path": "Label", "init_args": {"name": "click"}},
+        ],
+        "transforms": [
+            {"class_path": "Cross", "init_args": {"name": "user", "sources": ["user", "row"]}},
+            {"class_path": "Mod", "init_args": {"name": "user", "modulus": 5}},
+        ],
+    }
+    init = {"train": pattern, "batch_size": 8}
+    init["features"] = {"class_path": "recis_lightning.data.Features", "init_args": named}
+    config = {
+        "model": {"class_path": "tests.data.test_module.Clicks"},
+        "data": {
+            "class_path": "recis_lightning.data.module.ColumnarDataModule",
+            "init_args": init,
+        },
+        "trainer": {
+            **QUIET,
+            "max_epochs": 1,
+            "enable_checkpointing": False,
+            "default_root_dir": str(tmp_path / "run"),
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["recis_lightning"])
+    cli = main(["fit", "--config", str(path)])
+    assert [one.name for one in cli.datamodule.features.transforms] == ["user", "user"]
+    assert set(cli.model.user.table.ids().tolist()) <= set(range(5))
+    assert len(cli.model.trained(0)) == 3
+
+
 def test_bad_arguments(pattern):
     with pytest.raises(ValueError, match="batch_size: expected an int >= 1, got 0"):
         data_of(pattern, batch_size=0)

@@ -1,0 +1,233 @@
+"""Features: one object for files and requests, saved as plain data."""
+
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from recis_lightning import Jagged
+from recis_lightning.data import (
+    Bucketize,
+    ColumnarDataset,
+    Cross,
+    Features,
+    Id,
+    IdList,
+    Label,
+    Log1p,
+    Lookup,
+    Mod,
+    MultiHash,
+    Number,
+)
+from recis_lightning.distributed import collectives
+from tests.helpers.columnar_files import table_of, write_files
+
+
+def features():
+    return Features(
+        [
+            Id("row"),
+            Id("user", hash="xxh64", seed=1),
+            IdList("tags", weights="tag_weights", max_len=2, keep="last"),
+            Number("price", default=-1.0),
+            Id("country", hash="farmhash64"),
+            Label("click"),
+        ],
+        [
+            Cross("user_tags", ["user", "tags"]),
+            Mod("user_tags", 1000),
+            Bucketize("price_bucket", [0.0, 5.0, 12.0], source="price"),
+            Log1p("price"),
+            Lookup("place", ["FR", "DE"], source="country"),
+            MultiHash("hashed", [50, 20], source="user"),
+            Log1p("target", source="click"),
+        ],
+    )
+
+
+def test_files_and_requests_give_the_same(tmp_path):
+    """A batch of shuffled files, and its rows from Arrow, lists, NumPy and pandas."""
+    made, table = features(), table_of(0, 22)
+    data = ColumnarDataset(write_files(tmp_path), features=made, batch_size=5, shuffle_rows=8)
+    for batch in data:
+        rows = table.take(batch["row"].tolist())
+        columns = {name: rows[name] for name in rows.column_names}
+        as_lists = {name: rows[name].to_pylist() for name in rows.column_names}
+        frame = rows.to_pandas()
+        mixed = {**as_lists, "row": np.array(as_lists["row"]), "user": pd.Series(frame["user"])}
+        for request in (columns, as_lists, mixed):
+            assert_same(made(request), batch)
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, entry in expected.items():
+        if isinstance(entry, Jagged):
+            assert all(
+                torch.equal(x, y) for x, y in zip(found[name], entry, strict=True) if x is not None
+            )
+        else:
+            assert torch.equal(found[name], entry)
+
+
+def test_tensors_are_entries_of_columns():
+    """A request may hash on its own side; a column's place is found by its name."""
+    made = Features([Id("user", hash="xxh64"), IdList("tags")], [Cross("both", ["user", "tags"])])
+    bags = Jagged(torch.tensor([5, 6]), torch.tensor([0, 2, 2]))
+    by_tensors = made({"user": made({"user": ["a", "b"], "tags": bags})["user"], "tags": bags})
+    assert_same(by_tensors, made({"user": ["a", "b"], "tags": [[5, 6], None]}))
+
+
+def test_a_request_has_no_labels():
+    table = {name: column.to_pylist() for name, column in zip(*_columns(3), strict=True)}
+    del table["click"]
+    found = features()(table)
+    assert "click" not in found
+    assert "target" not in found
+    assert_same(found, {name: features()({**table, "click": [0, 1, 0]})[name] for name in found})
+
+
+def _columns(num_rows):
+    table = table_of(0, num_rows)
+    return table.column_names, table.columns
+
+
+def test_without_labels():
+    """A later transform that writes over what was made of a label stays."""
+    made = Features(
+        [Id("a"), Label("y")],
+        [Log1p("z", source="y"), Log1p("w", source="z"), Mod("z", 5, source="a")],
+        outputs=["a", "z", "w", "y"],
+    ).without_labels()
+    assert [type(one).__name__ for one in made.transforms] == ["Mod"]
+    assert list(made({"a": [7]})) == ["a", "z"]
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_files_of_features(tmp_path, suffix):
+    made = features()
+    made.save(tmp_path / f"features{suffix}")
+    read = Features.load(tmp_path / f"features{suffix}")
+    assert (read.columns, read.transforms) == (made.columns, made.transforms)
+    assert read.outputs is None
+    text = (tmp_path / f"features{suffix}").read_text()
+    assert "hash: xxh64" in text or '"hash": "xxh64"' in text
+
+
+def test_exact_json():
+    """The format of version 1, which later versions read."""
+    made = Features([Id("a", hash="xxh64")], [Mod("b", 7, source="a")], outputs=["b"])
+    assert json.loads(made.to_json()) == {
+        "version": 1,
+        "columns": [{"kind": "Id", "name": "a", "hash": "xxh64"}],
+        "transforms": [{"kind": "Mod", "name": "b", "modulus": 7, "source": "a"}],
+        "outputs": ["b"],
+    }
+
+
+def test_saved_with_a_model(tmp_path):
+    """As plain data, which weights_only loads; the model's own are replaced."""
+    model = nn.ModuleDict({"features": features(), "tower": nn.Linear(2, 1)})
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = nn.ModuleDict({"features": Features([Id("x")]), "tower": nn.Linear(2, 1)})
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert other["features"].to_state() == features().to_state()
+    assert pickle.loads(pickle.dumps(features())).to_state() == features().to_state()
+    with pytest.raises(ValueError, match="state: expected version 1, got 2"):
+        other["features"].set_extra_state({**features().to_state(), "version": 2})
+    assert other["features"].to_state() == features().to_state()
+
+
+def test_passes_do_not_grow_with_features():
+    """One for each kind and step of the longest chain."""
+
+    def of(count):
+        names = [f"f{i}" for i in range(count)]
+        return Features(
+            [Number(name) for name in names],
+            [Log1p(name) for name in names]
+            + [Bucketize(name, [float(i)]) for i, name in enumerate(names)]
+            + [Mod(name, i + 1) for i, name in enumerate(names)],
+        )
+
+    assert of(1).num_passes == of(100).num_passes == 3
+
+
+def test_order_of_transforms():
+    """Each reads what those before it have written, and replaces for those after it."""
+    made = Features(
+        [Id("a")], [Mod("b", 100, source="a"), Mod("a", 10), Mod("c", 3, source="a"), Mod("b", 7)]
+    )
+    found = made({"a": [3458]})
+    assert {name: entry.item() for name, entry in found.items()} == {"a": 8, "b": 58 % 7, "c": 2}
+
+
+def test_ranks_without_rows_get_the_same_entries(tmp_path, monkeypatch):
+    pattern = write_files(tmp_path, sizes=(2,))
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    (batch,) = ColumnarDataset(pattern, features=features(), batch_size=4)
+    assert list(batch)[:3] == ["row", "user", "tags"]
+    assert batch["user_tags"].num_bags == batch["place"].numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Features([]), TypeError, "columns: expected Id, .*got none"),
+        (lambda: Features([Id("a")], [Id("b")]), TypeError, "transforms: expected .*got Id"),
+        (lambda: Features([Id("a")], [Mod("b", 3)]), ValueError, r"Mod 'b': expected sources amo"),
+        (lambda: Features([Id("a")], outputs=["b"]), ValueError, "outputs: expected names among"),
+        (lambda: Features([Id("a")], outputs=[]), ValueError, "outputs: expected names among"),
+        (lambda: Features([Id("a")], [Lookup("a", ["x"])]), ValueError, "Lookup 'a': strings need"),
+        (lambda: Features.from_json("{"), ValueError, "text: cannot be parsed"),
+        (lambda: Features.from_yaml("3"), ValueError, "state: expected columns and transforms"),
+        (
+            lambda: Features.from_state({"columns": [{"kind": "Mod", "name": "a"}]}),
+            ValueError,
+            r"state: expected a kind among \['Id', 'IdList', 'Label', 'Number'\]",
+        ),
+        (
+            lambda: Features.from_state({"columns": [{"kind": "Id", "nme": "a"}]}),
+            ValueError,
+            "state: Id None: .*nme",
+        ),
+        (
+            lambda: Features.from_state({"columns": [], "filter": "x"}),
+            ValueError,
+            r"state: expected columns, transforms and outputs, got \['filter'\]",
+        ),
+        (lambda: features()({"row": [1]}), KeyError, "column 'user': expected .*'user'"),
+        (
+            lambda: Features([Id("a")])({"a": ["x"]}),
+            TypeError,
+            "column 'a': expected integers.*give it a hash=",
+        ),
+        (
+            lambda: Features([Id("a")])({"a": [None]}),
+            ValueError,
+            "column 'a': .*null",
+        ),
+        (
+            lambda: ColumnarDataset("x.parquet", [Id("a")], 2, features=features()),
+            ValueError,
+            "columns, features: expected one of them",
+        ),
+        (lambda: ColumnarDataset("x.parquet"), ValueError, "columns, features: expected one"),
+    ],
+)
+def test_bad_arguments(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_arrow_types():
+    """A chunked array of a dictionary, as a table has it."""
+    column = pa.chunked_array([pa.array(part).dictionary_encode() for part in (["x", "y"], ["x"])])
+    plain = Features([Id("a", hash="xxh64")])({"a": ["x", "y", "x"]})["a"]
+    assert torch.equal(Features([Id("a", hash="xxh64")])({"a": column})["a"], plain)
