@@ -22,6 +22,9 @@ from recis_lightning import (
 from recis_lightning.lookup.named_tables import Binding, find_table, key_of
 from recis_lightning.lookup.operator import RecordedFeature, record, run
 
+# torch.compile touches the attribute itself.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 AUTO, STATIC = torch.export.Dim.AUTO, torch.export.Dim.STATIC
 
 

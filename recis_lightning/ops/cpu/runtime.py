@@ -94,7 +94,7 @@ class Kernel:
         self.function = function
         self.constants = constants
         names = inspect.signature(function).parameters
-        self._names = [name for name in names if name not in _CHUNK_VALUES]
+        self._names = dict.fromkeys(n for n in names if n not in _CHUNK_VALUES).keys()
         self._lock = threading.Lock()
         self._address = 0
 
@@ -122,11 +122,13 @@ class Kernel:
             RuntimeError: The kernel's body raised, as a division by zero does.
         """
         num_chunks = -(-num_items // items_per_chunk)
-        values = [arguments[name] for name in self._names if name in arguments]
-        if not len(values) == len(arguments) == len(self._names):
+        if arguments.keys() != self._names:
             expected, names = ", ".join(self._names), ", ".join(arguments)
             raise TypeError(f"{self.function.__qualname__} takes {expected}; got {names}")
-        words = [value if type(value) is int else _as_word(value) for value in values]
+        words = [
+            value if type(value) is int else _WORD_OF.get(type(value), _word_of_other)(value)
+            for value in map(arguments.__getitem__, self._names)
+        ]
         state = array("q", [0, num_chunks, 0, num_items, items_per_chunk, 0, *words])
         pointer, _ = state.buffer_info()
         address = self._address or self.address
@@ -155,14 +157,11 @@ def _run_on_threads(
         wait(running)
 
 
-def _as_word(value: Any) -> int:
+def _word_of_other(value: Any) -> int:
+    """Return the word of a value whose type is none of those in ``_WORD_OF``."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
-    if isinstance(value, np.ndarray):
-        return address_of(value)
-    if isinstance(value, ctypes.c_int64):
-        return ctypes.addressof(value)
-    return 0 if value is None else int(value)
+    return int(value)
 
 
 _CHUNK_VALUES = ("low", "high", "num_items", "chunk", "num_chunks", "next_chunk", "thread")
@@ -305,6 +304,14 @@ def address_of(values: npt.NDArray[Any]) -> int:
     except (TypeError, ValueError, BufferError):  # read-only, empty or strided
         address: int = values.__array_interface__["data"][0]
         return address
+
+
+_WORD_OF: dict[type, Callable[[Any], int]] = {
+    torch.Tensor: torch.Tensor.data_ptr,
+    np.ndarray: address_of,
+    ctypes.c_int64: ctypes.addressof,
+    type(None): lambda _: 0,
+}
 
 
 def as_array(address: int, count: int) -> npt.NDArray[np.int64]:
