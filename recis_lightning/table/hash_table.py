@@ -58,8 +58,9 @@ from recis_lightning.table import settings
 from recis_lightning.table import state as table_state
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
+from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.insertion import insert_rows
-from recis_lightning.table.lock import TableLock, reads, writes
+from recis_lightning.table.lock import TableLock, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
@@ -522,7 +523,6 @@ class HashTable(nn.Module):
         """
         self.storage.compact()
 
-    @writes
     def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
         """Remove the rows that the eviction policy names.
 
@@ -532,7 +532,7 @@ class HashTable(nn.Module):
         those that are left, memory is given back, unless gradients are pending; rows then have
         other numbers.
 
-        With several ranks, a ``MaxRows`` must be asked on all of them together.
+        With several ranks, all of them evict together.
 
         Args:
             policy: Used instead of the table's own; it may ask only for columns that the table
@@ -546,7 +546,9 @@ class HashTable(nn.Module):
             TypeError: ``policy`` is no policy.
             ValueError: It asks for a column that the table does not keep.
         """
-        return self.evictor.evict(policy, dry_run)
+        # A gradient keeps its row, on whatever rank it is.
+        exchange_gradients([self], lambda: f"evicts from table {self.name!r}", is_due=False)
+        return write((self.lock,), self.evictor.evict, policy, dry_run)
 
     @property
     def pinned(self) -> Tensor:
