@@ -39,6 +39,7 @@ from recis_lightning.arguments import (
     refuse_recording,
     refuse_script,
 )
+from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
@@ -441,9 +442,28 @@ class HashTable(nn.Module):
         rows = occupied.nonzero().squeeze(1)
         return ids[rows], rows
 
-    def ids(self) -> Tensor:
-        """Return all ids, int64 [len], in the order of their rows."""
-        return self.ids_map()[0]
+    def ids(self, all_ranks: bool = False) -> Tensor:
+        """Return all ids, int64 [len], in the order of their rows.
+
+        Args:
+            all_ranks: Those of all ranks' shards, ascending: the same on any number of ranks. A
+                collective operation.
+
+        Raises:
+            TypeError: ``all_ranks`` is no bool.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([5, -1]), torch.zeros(2, 2))
+            >>> table.ids().tolist(), table.ids(all_ranks=True).tolist()
+            ([5, -1], [-1, 5])
+        """
+        check_bool("all_ranks", all_ranks)
+        own = self.ids_map()[0]
+        if not all_ranks:
+            return own
+        shards = collectives.gather(own.cpu())
+        return torch.cat(shards).unique().to(own.device)
 
     @reads
     def embeddings(self, ids: Tensor) -> Tensor:
