@@ -2,7 +2,7 @@
 
 The ranks are those of torch's default process group, which Lightning's ``ddp`` sets up. With one
 rank, or none set up, nothing here communicates. Every function that communicates is collective:
-all ranks call it, in the same order.
+all ranks call it, in the same order; if one does something else, all get an error.
 """
 
 from __future__ import annotations
@@ -13,21 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from recis_lightning.distributed.digest import digest
+from recis_lightning.distributed.heads import Head, Kind, exchange_heads
+from recis_lightning.distributed.process_group import message_device, rank, world_size
+
 _T = TypeVar("_T")
-
-
-def world_size() -> int:
-    """Return the number of ranks; 1 without a process group."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
-
-
-def rank() -> int:
-    """Return this process's rank; 0 without a process group."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
-    return 0
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
@@ -39,6 +29,7 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """
     if world_size() == 1:
         return list(flags)
+    check_level("any_rank", len(flags))
     found = torch.tensor(flags, dtype=torch.int32, device=device)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
@@ -48,6 +39,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum of all ranks' tensors, the same on each; ``values`` stays as it is."""
     if world_size() == 1:
         return values
+    check_level("sum_over_ranks", tuple(values.shape))
     total = values.clone()
     distributed.all_reduce(total)
     return total
@@ -58,6 +50,7 @@ def gather(value: _T) -> list[_T]:
     size = world_size()
     values: list[Any] = [value] * size
     if size > 1:
+        check_level("gather")
         distributed.all_gather_object(values, value)
     return values
 
@@ -70,11 +63,26 @@ def gather_numbers(values: Sequence[float]) -> list[list[float]]:
     """
     if world_size() == 1:
         return [list(values)]
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    check_level("gather_numbers", len(values))
+    device = message_device()
     own = torch.tensor(values, dtype=torch.float64, device=device)
     parts = [torch.empty_like(own) for _ in range(world_size())]
     distributed.all_gather(parts, own)
     return [[int(x) if x.is_integer() else x for x in part.tolist()] for part in parts]
+
+
+def check_level(name: str, *about: object) -> None:
+    """Raise if another rank is about to do something else than this one.
+
+    Args:
+        name: Of a function that communicates.
+        about: What must be the same on all ranks, with a repr.
+
+    Raises:
+        RuntimeError: Says which rank does what; on every rank.
+    """
+    told = f"calls {name}({', '.join(map(repr, about))})"
+    exchange_heads(Head(Kind.COLLECTIVE, digest((name, about)), lambda: told))
 
 
 def all_to_all(
@@ -147,6 +155,7 @@ __all__ = [
     "all_to_all",
     "any_rank",
     "check_backend",
+    "check_level",
     "gather",
     "gather_numbers",
     "rank",

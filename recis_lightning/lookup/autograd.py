@@ -76,6 +76,7 @@ class OutputRecord:
         layout = self.layout = lookup.layout
         # Of a table that was frozen in the forward pass, autograd would know nothing.
         self._trains = layout.trains() if lookup.training else [False]
+        self._is_own = lookup.fetched.is_own
         self._generations = list(map(_generation, layout.storages))
         self._versions = list(map(lookup.fetched.version_of, weighted))
 
@@ -103,7 +104,7 @@ class OutputRecord:
             RuntimeError: A row may be another id's by now (names the table).
         """
         generations = list(map(_generation, self.layout.storages))
-        if generations != self._generations:
+        if generations != self._generations and self._is_own:
             _raise_stale_rows(self.layout.tables, self._generations, generations)
 
     def return_gradients(

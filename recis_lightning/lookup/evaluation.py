@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.heads import Head, Kind, exchange_heads
 from recis_lightning.jagged import FeatureBags
-from recis_lightning.lookup.group import LookupGroup, run_lookups, signature_of
-from recis_lightning.lookup.signature import FINISHED, broadcast_signature
+from recis_lightning.lookup.agreement import lookup_digest, read_counts
+from recis_lightning.lookup.gradient_ledger import ledger
+from recis_lightning.lookup.group import LookupGroup, run_lookups
 
 
 def finish_evaluation(module: nn.Module) -> None:
@@ -22,7 +26,8 @@ def finish_evaluation(module: nn.Module) -> None:
         module: The module that is evaluated; a lookup of another one cannot be answered.
 
     Raises:
-        RuntimeError: Another rank looks up what ``module`` does not have.
+        RuntimeError: Another rank looks up what ``module`` does not have, or does something else;
+            says which rank does what.
     """
     if collectives.world_size() == 1:
         return
@@ -31,23 +36,35 @@ def finish_evaluation(module: nn.Module) -> None:
         current_groups = getattr(part, "current_groups", None)
         if current_groups is not None:
             groups = current_groups()
-            known[signature_of(groups)] = groups
+            known[lookup_digest(groups, training=False)] = groups
     if not known:
         return
-    device = next(iter(known.values()))[0].layout.device
+    name = type(module).__name__
     while True:
-        answer, work = broadcast_signature(FINISHED, device)
-        work.wait()
-        asked = {signature for signature in answer.tolist() if signature != FINISHED}
+        ledger.follow_group()
+        heads = exchange_heads(
+            Head(
+                Kind.FINISHED,
+                0,
+                lambda: f"has finished the evaluation of a {name}",
+                ledger.num_lookups,
+            )
+        )
+        asked = set(heads.digests[heads.kinds == Kind.EVALUATION].tolist())
         if not asked:
             return
-        if len(asked) > 1 or not asked <= known.keys():
-            raise RuntimeError(
-                "this rank has finished its evaluation, and others look up features that it does "
-                "not know, or each others; all ranks must evaluate the same module"
+        (wanted,) = asked  # else the heads differ
+        exchange_heads(
+            Head(
+                Kind.ANSWER,
+                wanted if wanted in known else 0,
+                lambda: f"evaluates a {name}, which has not what other ranks look up",
+                ledger.num_lookups,
             )
-        groups = known[asked.pop()]
-        run_lookups(groups, [_no_ids(group) for group in groups], False, None, lambda _: None)
+        )
+        groups = known[wanted]
+        no_ids = [_no_ids(group) for group in groups]
+        run_lookups(groups, no_ids, False, None, lambda _: None, partial(read_counts, heads))
 
 
 def _no_ids(group: LookupGroup) -> FeatureBags:

@@ -1,9 +1,9 @@
-"""All-to-all of one lookup: ids to their owners, rows back, gradients to the owners.
+"""All-to-all of one lookup: ids to their owners, rows back.
 
 TorchRec's names: *input_dist* sends ids, *lookup* finds their rows at the owner, *output_dist*
 sends rows back. All tables of a group travel together. A message to a rank holds the ids of the
 first table, then those of the second, and so on, each id once; a matrix of counts goes ahead. So
-nothing but ids, rows and gradients travels with an id.
+nothing but ids and rows travels with an id.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.lookup.dedup import DeduplicatedIds
 from recis_lightning.lookup.features import FeatureLayout, header_addresses, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
-from recis_lightning.ops import backend, embedding_bag, hash_index, row_update
+from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.embedding_bag import Plan
@@ -37,56 +37,48 @@ from recis_lightning.ops.layout import (
     UNKNOWN,
 )
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.segment import write_segment
+
+Counts = npt.NDArray[np.int64]  # [num_ranks, num_sources], how many ids of each
 
 
 def exchange_rows(
     layout: FeatureLayout, deduplicated: DeduplicatedIds, training: bool
-) -> Generator[None, None, ShardExchange]:
+) -> Generator[Counts | None, Counts | None, ShardExchange]:
     """Fetch the rows of deduplicated ids from their owners; pause while messages are under way.
+
+    The first pause yields how many ids go to each rank, and is sent how many come from each.
 
     Args:
         layout: The group's features; of each table this rank has a shard.
         deduplicated: The ids that this rank looks up.
         training: Insert unknown ids and stamp rows; otherwise only read.
-
-    Raises:
-        RuntimeError: Another rank looks up something else.
     """
-    signature = layout.signature << 1 | training
-    recv_counts, signatures = yield from _exchange_counts(layout, deduplicated.counts, signature)
-    _check_signatures(layout, training, signatures, signature)
+    recv_counts = yield deduplicated.counts
+    assert recv_counts is not None
     num_sent: list[int] = deduplicated.counts.sum(1).tolist()
     num_received: list[int] = recv_counts.sum(1).tolist()
-    counts_occurrences = training and any(
+    needs_occurrences = training and counts_occurrences(layout)
+    message = deduplicated.ids
+    if needs_occurrences:
+        message = torch.stack([message, deduplicated.occurrences()], 1)
+    message = yield from _all_to_all(message, num_received, num_sent)
+    ids, occurrences = message, None
+    if needs_occurrences:
+        ids, occurrences = message.T.contiguous().unbind()
+    owned = _look_up(layout, recv_counts, ids, occurrences, training)
+    rows = yield from _all_to_all(_gather(layout, owned), num_sent, num_received)
+    return ShardExchange(Route(layout, num_sent, num_received, owned), rows)
+
+
+def counts_occurrences(layout: FeatureLayout) -> bool:
+    """Return whether a training lookup tells owners how often each id occurs."""
+    return any(
         source.admits == "none"
         or table.admission is not None
         or table.storage.keeps_access_metadata
         for source, table in zip(layout.sources, _source_tables(layout), strict=True)
     )
-    message = deduplicated.ids
-    if counts_occurrences:
-        message = torch.stack([message, deduplicated.occurrences()], 1)
-    message = yield from _all_to_all(message, num_received, num_sent)
-    ids, occurrences = message, None
-    if counts_occurrences:
-        ids, occurrences = message.T.contiguous().unbind()
-    owned = _look_up(layout, recv_counts, ids, occurrences, training)
-    rows = yield from _all_to_all(_gather(layout, owned), num_sent, num_received)
-    header, blocks = _header_over(rows)
-    return ShardExchange(layout, num_sent, num_received, owned, rows, header, blocks)
-
-
-def _exchange_counts(
-    layout: FeatureLayout, send_counts: npt.NDArray[np.int64], signature: int
-) -> Generator[None, None, tuple[npt.NDArray[np.int64], list[int]]]:
-    """Return how many ids of each source come from each rank, and the ranks' signatures."""
-    ones = [1] * len(send_counts)
-    signed = np.append(send_counts, np.full((len(ones), 1), signature), 1)
-    received = yield from _all_to_all(to_device_async(signed, layout.device), ones, ones)
-    recv_counts = received.cpu().numpy()
-    return recv_counts[:, :-1], recv_counts[:, -1].tolist()
 
 
 def _source_tables(layout: FeatureLayout) -> list[HashTable]:
@@ -96,26 +88,12 @@ def _source_tables(layout: FeatureLayout) -> list[HashTable]:
 
 def _all_to_all(
     message: Tensor, output_splits: list[int], input_splits: list[int]
-) -> Generator[None, None, Tensor]:
+) -> Generator[Counts | None, Counts | None, Tensor]:
     """Return what the other ranks send, after a pause in which it travels."""
     received, work = collectives.all_to_all(message, output_splits, input_splits)
-    yield
+    yield None
     work.wait()
     return received
-
-
-def _check_signatures(
-    layout: FeatureLayout, training: bool, signatures: list[int], own: int
-) -> None:
-    for rank, signature in enumerate(signatures):
-        if signature != own:
-            raise RuntimeError(
-                f"rank {rank} looks up other features or tables than this rank does (here: "
-                f"tables {[table.name for table in layout.tables]}, "
-                f"{'training' if training else 'evaluation'}); all ranks must look up "
-                "the same features in the same order and mode, with empty ids where a rank "
-                "has none"
-            )
 
 
 class OwnedIds(NamedTuple):
@@ -197,85 +175,47 @@ def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
     """Return the rows of owned ids, dtype [r, embedding_dim]."""
     size, device = owned.rows.numel(), layout.device
     values = torch.empty(size, layout.embedding_dim, dtype=layout.dtype, device=device)
-    _point_to_data(owned.plan, values)
+    point_to_data(owned.plan, values)
     embedding_bag.gather(owned.plan, *layout.row_type)
     return values
 
 
-class ShardExchange(NamedTuple):
-    """Finished exchange: rows fetched from their owners; returns gradients to the owners.
+class Route(NamedTuple):
+    """Way that ids took to their owners, by which gradients go.
 
     Attributes:
         layout: The group's features.
         num_sent: Number of ids sent to each rank.
         num_received: Number of ids received from each rank.
         owned: The ids received.
-        rows: dtype [u, embedding_dim], the rows of this rank's deduplicated ids.
-        header: A table's header by which kernels find ``rows``.
-        blocks: The block addresses that ``header`` points to.
     """
 
     layout: FeatureLayout
     num_sent: list[int]
     num_received: list[int]
     owned: OwnedIds
+
+
+class ShardExchange(NamedTuple):
+    """Finished exchange of a lookup.
+
+    Attributes:
+        route: Way back to the owners.
+        rows: dtype [u, embedding_dim], the rows of this rank's deduplicated ids.
+    """
+
+    route: Route
     rows: Tensor
-    header: Header
-    blocks: Tensor
-
-    def return_gradients(self, plan: Plan, has_gradient: Tensor | None) -> list[HashTable]:
-        """Send gradients to the owners, who keep them with their tables as pending.
-
-        Gradients are added up by id, in the order of the lookup, before they travel, and divided by
-        the number of ranks: the owner's sum over ranks is the average that DDP takes of dense ones.
-
-        Args:
-            plan: int64 [num_features, PLAN_SIZE] of the features that have a gradient; DATA points
-                to it, ROWS to the inverse of the deduplicated ids.
-            has_gradient: bool [u], which deduplicated ids have one; None if all do.
-
-        Returns:
-            The tables that have a gradient to apply on this rank.
-        """
-        size, dim = self.rows.shape
-        # Behind each gradient stands whether it is one: without a gradient a row is left alone,
-        # with one of zeros its moments decay.
-        sums = torch.zeros(size, dim + 1, device=self.layout.device)
-        if size and len(plan):
-            _sum_gradients(plan, sums, 1 / len(self.num_sent))
-        sums[:, dim] = 1.0 if has_gradient is None else has_gradient.to(sums.dtype)
-        received, work = collectives.all_to_all(sums, self.num_received, self.num_sent)
-        work.wait()
-        return self._leave_pending(received)
-
-    def _leave_pending(self, received: Tensor) -> list[HashTable]:
-        part_tables, plan, rows = self.owned
-        plan = plan.copy()
-        is_used = np.array([table.trainable for table in part_tables], bool)
-        is_missing = received[:, -1] == 0
-        if bool(is_missing.any()):
-            rows = rows.masked_fill(is_missing, UNKNOWN)
-            parts = is_missing.split(plan[:, fields.PLAN_NUM_IDS].tolist())
-            is_used &= ~torch.stack([part.all() for part in parts]).cpu().numpy()
-            point_to_rows(plan, rows)
-        _point_to_data(plan, received)
-        used = np.flatnonzero(is_used)
-        used_tables = [part_tables[part] for part in used.tolist()]
-        record = PendingGradient(used_tables, plan[used], rows, [received])
-        tables = list(dict.fromkeys(used_tables))
-        for table in tables:
-            table.pending.append(record)
-        return tables
 
 
-def _point_to_data(plan: Plan, data: Tensor) -> None:
+def point_to_data(plan: Plan, data: Tensor) -> None:
     """Point each line of a plan to its rows of ``data``, which start at its FIRST_ID."""
     stride = data.stride(0) * data.element_size()
     plan[:, fields.PLAN_DATA] = data.data_ptr() + stride * plan[:, fields.PLAN_FIRST_ID]
     plan[:, fields.PLAN_DATA_STRIDE] = stride
 
 
-def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
+def header_over(rows: Tensor) -> tuple[Header, Tensor]:
     """Return a table's header for rows that lie one after the other, and what it points to."""
     header = Header(rows.device, backend.is_async(rows.device))
     blocks = to_device_async(np.array([rows.data_ptr()]), rows.device)
@@ -286,27 +226,13 @@ def _header_over(rows: Tensor) -> tuple[Header, Tensor]:
     return header, blocks
 
 
-def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
-    """Add up the gradients of each id into ``sums``, float32 [u, embedding_dim + 1] of zeros.
-
-    The row update does it, on rows of zeros: SGD with a learning rate of -1 adds the gradient.
-    """
-    plan = plan.copy()
-    sizes = plan[:, fields.PLAN_NUM_IDS]
-    if not sizes.sum():
-        return
-    plan[:, fields.PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
-    plan[:, fields.PLAN_FLAT_BASE] = 0
-    hyper = np.zeros(fields.HYPER_SIZE, np.float32)
-    hyper[[fields.HYPER_LR, fields.HYPER_DECAY]] = -1, 1
-    hyper[[fields.HYPER_SCALE, fields.HYPER_CLIP]] = scale, np.inf
-    hyper_on_device = to_device_async(hyper, sums.device)
-    blocks = np.array([[sums.data_ptr(), hyper_on_device.data_ptr()]], np.int64)
-    size, width = sums.shape
-    layout = row_update.RowLayout(
-        width - 1, torch.float32, 4 * width, size.bit_length(), sums.device
-    )
-    row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), fields.SGD)
-
-
-__all__ = ["ShardExchange", "exchange_rows"]
+__all__ = [
+    "Counts",
+    "OwnedIds",
+    "Route",
+    "ShardExchange",
+    "counts_occurrences",
+    "exchange_rows",
+    "header_over",
+    "point_to_data",
+]

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning.distributed.digest import digest
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.buffers import Columns, allocate_outputs
-from recis_lightning.lookup.signature import digest
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
@@ -178,7 +178,7 @@ class FeatureLayout:
     def signature(self) -> int:
         """Number by which ranks recognise the features."""
         settings = [
-            (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len, f.admits)
+            (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len, f.admits, f.trainable)
             for f in self.features
         ]
         return digest((settings, self.embedding_dim, self.dtype))

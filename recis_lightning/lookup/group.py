@@ -7,7 +7,8 @@ one gather; backward leaves the gradients where they are and only notes them as 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from itertools import compress
+from functools import partial
+from itertools import compress, repeat
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from recis_lightning.arguments import check_not_traced
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.heads import announce_failure
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
+from recis_lightning.lookup.agreement import Counts, agree_on_lookup, describe
 from recis_lightning.lookup.autograd import Lookup, record_lookup
 from recis_lightning.lookup.batch import (
     Batch,
@@ -29,7 +32,6 @@ from recis_lightning.lookup.batch import (
 from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.row_source import RowSource
-from recis_lightning.lookup.signature import broadcast_signature, digest
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
 from recis_lightning.table.lock import distinct_locks, read, write
@@ -97,8 +99,8 @@ class LookupGroup:
 
     def look_up(
         self, batch: Batch, training: bool, columns: Columns | None
-    ) -> Generator[None, None, Lookup]:
-        """Look features up and pool their rows; pause while messages are under way.
+    ) -> Generator[Any, Any, Lookup]:
+        """Look features up and pool their rows; pause as ``RowSource.fetch`` does.
 
         Args:
             batch: From ``prepare``.
@@ -116,7 +118,7 @@ class LookupGroup:
         # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
         inserts = training and torch._C._current_graph_task_id() == -1
         try:
-            fetched = yield from self.rows.fetch(batch, plan, inserts)
+            fetched = yield from self.rows.fetch(batch, plan, inserts, training)
         except embedding_bag.MalformedOffsetsError as error:
             self._raise_malformed(error.feature, batch.bags)
             raise
@@ -258,15 +260,10 @@ def look_up_with(
         record: Called with the groups' lookups while their tables are locked.
     """
     check_not_traced("lookup", bags[0].ids)
-    if training or groups[0].num_ranks == 1:
-        return run_lookups(groups, bags, training, columns, record)
-    for group in groups:
-        group.runner.join_evaluation()
-    # Ranks that have finished learn from it what to answer; the others have nothing to wait for.
-    _, work = broadcast_signature(signature_of(groups), groups[0].layout.device)
-    outputs = run_lookups(groups, bags, training, columns, record)
-    work.wait()
-    return outputs
+    if not training and groups[0].num_ranks > 1:
+        for group in groups:
+            group.runner.join_evaluation()
+    return run_lookups(groups, bags, training, columns, record)
 
 
 def run_lookups(
@@ -275,44 +272,67 @@ def run_lookups(
     training: bool,
     columns: Sequence[Columns] | None,
     record: Callable[[Sequence[Lookup]], _Result],
+    agree: Callable[[Sequence[Counts]], Sequence[Counts]] | None = None,
 ) -> _Result:
     """Run the groups' lookups in turn, each up to its next pause, until all are done.
 
     All batches are checked before any table changes. Other threads may evaluate the same tables
-    meanwhile; they wait while one trains. Arguments are those of ``look_up_with``.
+    meanwhile; they wait while one trains.
+
+    Args:
+        groups: As for ``look_up_with``, and so what follows.
+        bags: The features.
+        training: Whether rows are inserted and get gradients.
+        columns: What to fill.
+        record: Makes the result.
+        agree: Given how many ids of each group go to each rank, returns how many come from each;
+            None asks the other ranks, which must look up the same.
     """
-    batches = [group.prepare(parts, training) for group, parts in zip(groups, bags, strict=True)]
+    try:
+        batches = list(map(LookupGroup.prepare, groups, bags, repeat(training)))
+    except Exception as error:
+        if groups[0].num_ranks > 1:
+            announce_failure(error, describe(groups, training))
+        raise
     locks = groups[0].layout.locks
     if len(groups) > 1 and any(group.layout.locks != locks for group in groups):
         locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
     filled = [None] * len(groups) if columns is None else columns
     running = list(map(LookupGroup.look_up, groups, batches, [training] * len(groups), filled))
+    if agree is None:
+        agree = partial(agree_on_lookup, groups, training)
     # Ranks answer one another in a fixed order, and so do the threads of each.
     if training or groups[0].num_ranks > 1:
-        return write(locks, lambda: record(_take_turns(running)))
-    return read(locks, lambda: record(_take_turns(running)))
+        return write(locks, lambda: record(_take_turns(running, agree)))
+    return read(locks, lambda: record(_take_turns(running, agree)))
 
 
-def _take_turns(running: Sequence[Generator[None, None, Lookup]]) -> list[Lookup]:
+def _take_turns(
+    running: Sequence[Generator[Any, Any, Lookup]],
+    agree: Callable[[Sequence[Counts]], Sequence[Counts]],
+) -> list[Lookup]:
     """Run lookups until all are done; return them in their order."""
     found: list[Any] = [None] * len(running)
-    left = list(enumerate(running))
+    left, counts = [], []
+    for i, lookup in enumerate(running):
+        try:
+            counts.append(next(lookup))
+        except StopIteration as end:
+            found[i] = end.value
+        else:
+            left.append((i, lookup))
+    answers: Any = agree(counts) if left else ()
     while left:
         paused = []
-        for i, lookup in left:
+        for (i, lookup), answer in zip(left, answers, strict=False):
             try:
-                next(lookup)
+                lookup.send(answer)
             except StopIteration as end:
                 found[i] = end.value
             else:
                 paused.append((i, lookup))
-        left = paused
+        left, answers = paused, repeat(None)
     return found
-
-
-def signature_of(groups: Sequence[LookupGroup]) -> int:
-    """Return a number, not negative, by which ranks recognise what is looked up."""
-    return digest([group.layout.signature for group in groups])
 
 
 __all__ = [
@@ -321,5 +341,4 @@ __all__ = [
     "look_up_groups",
     "look_up_with",
     "run_lookups",
-    "signature_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class LocalRows:
         layout: The group's features.
     """
 
+    is_sharded: ClassVar[bool] = False
+
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
         policies = [
@@ -43,7 +45,7 @@ class LocalRows:
         self._all_known = False  # whether the last training lookup found nothing to insert
 
     def fetch(
-        self, batch: Batch, plan: Plan, training: bool
+        self, batch: Batch, plan: Plan, training: bool, learns: bool
     ) -> Generator[None, None, FetchedLocalRows]:
         """Look ids up and fill the outputs, without a pause."""
         yield from ()
@@ -87,6 +89,11 @@ class FetchedLocalRows(NamedTuple):
 
     rows: Tensor
     layout: FeatureLayout
+
+    @property
+    def is_own(self) -> bool:
+        """True: an eviction on this rank may take these rows."""
+        return True
 
     def header_of(self, feature: int) -> Header:
         """Return the header of the feature's table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,10 @@ class FetchedRows(Protocol):
     def rows(self) -> Tensor:
         """int64 [n], the row of each id in its feature's header; UNKNOWN or PADDING if none."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the rows lie in this rank's tables, so that it alone sees when they are lost."""
+
     def header_of(self, feature: int) -> Header:
         """Return the header by which kernels find the rows of the feature at a position."""
 
@@ -50,19 +54,29 @@ class FetchedRows(Protocol):
 
 
 class RowSource(Protocol):
-    """Source of the rows of one group of tables."""
+    """Source of the rows of one group of tables.
 
-    def fetch(self, batch: Batch, plan: Plan, training: bool) -> Generator[None, None, FetchedRows]:
+    Attributes:
+        is_sharded: Whether a lookup is one of all ranks.
+    """
+
+    is_sharded: ClassVar[bool]
+
+    def fetch(
+        self, batch: Batch, plan: Plan, training: bool, learns: bool
+    ) -> Generator[Any, Any, FetchedRows]:
         """Look ids up and fill the outputs; pause while messages are under way.
 
         The groups of an engine take turns at the pauses, so that one group's messages travel while
-        another group works.
+        another group works. The first pause of sharded rows yields how many ids go to each rank,
+        and is sent how many come from each: int64 [num_ranks, num_sources].
 
         Args:
             batch: What to look up.
             plan: int64 [num_features, PLAN_SIZE]; DATA points to the outputs. HEADER and ROWS are
                 overwritten.
             training: Insert unknown ids and stamp rows; otherwise only read.
+            learns: Whether rows may get gradients, as far as autograd records.
         """
 
 

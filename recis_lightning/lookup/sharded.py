@@ -1,12 +1,13 @@
 """Rows of tables that are sharded over ranks.
 
-A lookup is a few local ops with three messages between: counts, ids, rows.
+A lookup is a few local ops with three messages between: a head with counts, ids, rows. Gradients
+travel later, where all ranks are level: see ``gradient_exchange``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -15,8 +16,13 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.dedup import Deduplicator
-from recis_lightning.lookup.exchange import ShardExchange, exchange_rows
+from recis_lightning.lookup.exchange import Counts, exchange_rows, header_over
 from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.gradient_ledger import (
+    UnsentGradient,
+    count_backward_passes,
+    ledger,
+)
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops import layout as fields
@@ -29,8 +35,8 @@ from recis_lightning.table.pending_gradient import PendingGradient
 class ShardedRows:
     """``RowSource`` of tables sharded over the ranks of torch's default process group.
 
-    Every rank looks up the same features in the same order, with empty ids where it has none, and
-    runs the same backward passes: a lookup or backward pass is one collective operation.
+    Every rank looks up the same features in the same order, with empty ids where it has none: a
+    lookup is one collective operation. A backward pass is none.
 
     Args:
         layout: The group's features.
@@ -39,8 +45,11 @@ class ShardedRows:
         ValueError: The process group cannot carry what the tables' device holds.
     """
 
+    is_sharded: ClassVar[bool] = True
+
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
+        count_backward_passes()
         collectives.check_backend(layout.tables[0].name, layout.device)
         for table in layout.tables:
             table.needs_reshard = True  # from a run with another number of ranks
@@ -53,69 +62,67 @@ class ShardedRows:
         )
 
     def fetch(
-        self, batch: Batch, plan: Plan, training: bool
-    ) -> Generator[None, None, FetchedShardedRows]:
+        self, batch: Batch, plan: Plan, training: bool, learns: bool
+    ) -> Generator[Counts | None, Counts | None, FetchedShardedRows]:
         """Ask ids of the ranks that own them, and fill the outputs."""
         layout = self._layout
+        # Backward may come to it: autograd records what is looked up now.
+        records = learns and torch.is_grad_enabled() and any(layout.trains())
         for table in layout.tables:
             if table.needs_reshard:
                 drop_rows_of_other_ranks(table)
         deduplicated = self._deduplicator.deduplicate(batch.bags.ids)
-        exchange = yield from exchange_rows(layout, deduplicated, training)
+        route, rows = yield from exchange_rows(layout, deduplicated, training)
         inverse = deduplicated.inverse
-        plan[:, fields.PLAN_HEADER] = exchange.header.address
+        fetched = FetchedShardedRows(inverse, layout, rows)
+        plan[:, fields.PLAN_HEADER] = fetched.header.address
         batch.lines.point_to_rows(plan, inverse)
         embedding_bag.gather(plan, *layout.row_type)
-        return FetchedShardedRows(inverse, layout, exchange)
+        if records:
+            ledger.add(route, fetched)
+        return fetched
 
 
-class FetchedShardedRows(NamedTuple):
+@final
+class FetchedShardedRows:
     """``FetchedRows`` that came from the ranks that own them.
 
-    Attributes:
+    Args:
         rows: int64 [n], the inverse of the deduplicated ids.
         layout: The group's features.
-        exchange: The exchange that fetched the rows.
+        received: dtype [u, embedding_dim], the rows of the deduplicated ids.
+
+    Attributes:
+        header: A table's header by which kernels find ``received``.
     """
 
-    rows: Tensor
-    layout: FeatureLayout
-    exchange: ShardExchange
+    def __init__(self, rows: Tensor, layout: FeatureLayout, received: Tensor) -> None:
+        self.rows, self._layout, self._received = rows, layout, received
+        self.header, self._blocks = header_over(received)
+
+    @property
+    def is_own(self) -> bool:
+        """False: ranks learn together of rows that were lost, where gradients travel."""
+        return False
 
     def header_of(self, feature: int) -> Header:
         """Return the header of the received rows."""
-        return self.exchange.header
+        return self.header
 
     def version_of(self, feature: int) -> int:
         """Return 0: nobody overwrites what was received."""
         return 0
 
     def return_gradients(self, gradients: OutputGradients) -> None:
-        """Send gradients to the owners of ids, and leave those that come with the tables."""
+        """Leave gradients with the tables, to be sent where all ranks are level."""
+        if not gradients.features:
+            return
         plan = gradients.plan
-        updated = self.exchange.return_gradients(plan, self._has_gradient(gradients))
-        # Ids of other ranks: nothing to apply here, but the table's update has this rank's part.
-        tables = (self.layout.feature_tables[feature] for feature in gradients.features)
+        record = PendingGradient([], plan[:0], self.rows[:0], gradients.buffers())
+        record.unsent = UnsentGradient(self, gradients)
+        tables = (self._layout.feature_tables[feature] for feature in gradients.features)
         for table in dict.fromkeys(tables):
-            if table not in updated:
-                table.pending.append(PendingGradient([], plan[:0], self.rows[:0], []))
-
-    def _has_gradient(self, gradients: OutputGradients) -> Tensor | None:
-        """Return bool [u], which deduplicated ids have a gradient; None if all do."""
-        features = self.layout.features
-        is_tiled = any(features[index].mode == "tile" for index in gradients.features)
-        if len(gradients.features) == len(features) and not is_tiled:
-            return None
-        size = len(self.exchange.rows)
-        has_gradient = torch.zeros(size + 1, dtype=torch.bool, device=self.rows.device)
-        for line, index in zip(gradients.plan, gradients.features, strict=True):
-            first = int(line[fields.PLAN_FIRST_ID])
-            rows = self.rows[first : first + int(line[fields.PLAN_NUM_IDS])]
-            if features[index].mode == "tile":
-                _, position = gradients.batch.bags_of(index).positions()
-                rows = rows.masked_fill(position >= features[index].tile_len, -1)
-            has_gradient[torch.where(rows < 0, size, rows)] = True  # no mask: a GPU's would wait
-        return has_gradient[:size]
+            table.pending.append(record)
 
 
 def drop_rows_of_other_ranks(table: HashTable) -> None:

@@ -15,6 +15,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.charts import COUNTERS, MEMORY
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.ops import distinct_rows
+from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES, RowSurvey
@@ -123,6 +124,7 @@ class TableMonitor:
 
     def start_batch(self) -> None:
         """Prepare for ``note_batch``, before the batch's backward pass."""
+        exchange_gradients(self.tables, lambda: "reports on its tables", is_due=False)
         self._num_pending = [len(table.pending) for table in self.tables]
 
     def note_batch(self) -> None:
@@ -131,6 +133,7 @@ class TableMonitor:
         Reads the pending gradients since ``start_batch``; ids without a row, and padding, are not
         counted.
         """
+        exchange_gradients(self.tables, lambda: "reports on its tables", is_due=False)
         by_record: dict[PendingGradient, dict[object, int]] = defaultdict(dict)
         for index, table in enumerate(self.tables):
             for record in table.pending[self._num_pending[index] :]:

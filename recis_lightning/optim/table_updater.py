@@ -19,6 +19,7 @@ from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.first_step import announce_first_step
 from recis_lightning.optim.fused_update import FusedUpdate
 from recis_lightning.table.anchor import Anchor
+from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks, write
 from recis_lightning.table.versions import layout_version
@@ -88,6 +89,9 @@ class TableUpdater:
         Raises:
             RuntimeError: A table with a gradient has another optimizer by now.
         """
+        exchange_gradients(
+            self.tables, lambda: f"steps {_describe(owner, self.tables)}", is_due=True
+        )
         write(self._current_locks(), self._step, owner, rule, hyperparameters)
 
     def norm_power(self, owner: Optimizer, norm_type: float) -> Tensor:
@@ -112,6 +116,12 @@ class TableUpdater:
                 f"norm_type: expected 2.0 for tables on a GPU, got {norm_type!r}; other norms "
                 "are computed on the CPU"
             )
+
+        exchange_gradients(
+            self.tables,
+            lambda: f"computes the norm of gradients of {_describe(owner, self.tables)}",
+            is_due=True,
+        )
 
         def powers_of_updates() -> tuple[Tensor | None, list[Tensor]]:
             updates = self._current_updates(owner)
@@ -295,6 +305,10 @@ def make_updater(
         param_groups.append({"name": name, **group, "params": anchors})
     updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value)
     return updater, param_groups
+
+
+def _describe(owner: Optimizer, tables: Sequence[HashTable]) -> str:
+    return f"{type(owner).__name__} of tables {_name_of(tables)}"
 
 
 def _listed(tables: Any) -> list[Any]:

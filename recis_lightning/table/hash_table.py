@@ -38,6 +38,7 @@ from recis_lightning.arguments import (
     refuse_recording,
     refuse_script,
 )
+from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
@@ -46,8 +47,9 @@ from recis_lightning.table import copying, moving, settings
 from recis_lightning.table import state as table_state
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
+from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.insertion import insert_rows
-from recis_lightning.table.lock import TableLock, reads, writes
+from recis_lightning.table.lock import TableLock, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import TableStatistics
@@ -428,9 +430,29 @@ class HashTable(nn.Module):
         rows = occupied.nonzero().squeeze(1)
         return ids[rows], rows
 
-    def ids(self) -> Tensor:
-        """Return all ids, int64 [len], in the order of their rows."""
-        return self.ids_map()[0]
+    def ids(self, all_ranks: bool = False) -> Tensor:
+        """Return all ids, int64 [len], in the order of their rows.
+
+        Args:
+            all_ranks: Those of all ranks' shards, ascending: the same on any number of ranks. A
+                collective operation.
+
+        Raises:
+            TypeError: ``all_ranks`` is no bool.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([5, -1]), torch.zeros(2, 2))
+            >>> table.ids().tolist(), table.ids(all_ranks=True).tolist()
+            ([5, -1], [-1, 5])
+        """
+        check_bool("all_ranks", all_ranks)
+        own = self.ids_map()[0]
+        if not all_ranks:
+            return own
+        shards = collectives.gather(own.cpu())
+        found: Tensor = torch.cat(shards).unique()
+        return found.to(own.device)
 
     @reads
     def embeddings(self, ids: Tensor) -> Tensor:
@@ -510,7 +532,6 @@ class HashTable(nn.Module):
         """
         self.storage.compact()
 
-    @writes
     def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
         """Remove the rows that the eviction policy names.
 
@@ -520,7 +541,7 @@ class HashTable(nn.Module):
         those that are left, memory is given back, unless gradients are pending; rows then have
         other numbers.
 
-        With several ranks, a ``MaxRows`` must be asked on all of them together.
+        With several ranks, all of them evict together.
 
         Args:
             policy: Used instead of the table's own; it may ask only for columns that the table
@@ -534,7 +555,9 @@ class HashTable(nn.Module):
             TypeError: ``policy`` is no policy.
             ValueError: It asks for a column that the table does not keep.
         """
-        return self.evictor.evict(policy, dry_run)
+        # A gradient keeps its row, on whatever rank it is.
+        exchange_gradients([self], lambda: f"evicts from table {self.name!r}", is_due=False)
+        return write((self.lock,), self.evictor.evict, policy, dry_run)
 
     @property
     def pinned(self) -> Tensor:

@@ -26,6 +26,7 @@ class PendingGradient:
         rows: int64 [n], rows of all ids of the lookup.
         keep: Tensors that ``plan`` points into.
         scales: Factor of a table's gradients, float64 [], where they were clipped.
+        unsent: Gradients of rows that other ranks own, and that have not travelled to them.
     """
 
     tables: Sequence[object]
@@ -33,6 +34,7 @@ class PendingGradient:
     rows: Tensor
     keep: list[Tensor]
     scales: dict[object, Tensor] = field(default_factory=dict)
+    unsent: object | None = None
 
     def rows_of(self, header: Header) -> Tensor:
         """Return the rows that a table has a gradient for, by its header; negative ones too."""

@@ -104,8 +104,10 @@ def inserted_rows():
     """What every rank inserts is there once; deleting and clearing are a rank's own."""
     module = DynamicEmbedding(2, name="t")
     module.table.insert(IDS, IDS[:, None].expand(-1, 2).clamp(-99, 99).float())
+    assert torch.equal(module.table.ids(all_ranks=True), IDS.sort().values)
     with torch.no_grad():
         module(IDS[:1])
+    assert torch.equal(module.table.ids(all_ranks=True), IDS.sort().values)
     mine = IDS[owner_of(IDS, collectives.world_size()) == rank()]
     assert set(module.table.ids().tolist()) == set(mine.tolist())
     found = module.eval()(IDS)

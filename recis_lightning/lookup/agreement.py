@@ -1,0 +1,122 @@
+"""Agreement of ranks on a lookup: before any ids travel, all know that they look up the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from recis_lightning.distributed import collectives
+from recis_lightning.distributed.digest import digest
+from recis_lightning.distributed.heads import (
+    PAYLOAD_SIZE,
+    Head,
+    Kind,
+    ReceivedHeads,
+    exchange_heads,
+)
+from recis_lightning.distributed.process_group import message_device
+from recis_lightning.lookup.exchange import Counts, counts_occurrences
+from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.gradient_ledger import ledger
+from recis_lightning.ops.async_copy import to_device_async
+
+_NAMED = 6  # features that an error lists
+
+
+class Group(Protocol):
+    """Group of features of one device, dtype and dim."""
+
+    layout: FeatureLayout
+
+
+def agree_on_lookup(
+    groups: Sequence[Group], training: bool, counts: Sequence[Counts]
+) -> list[Counts]:
+    """Return how many ids of each source come from each rank, once all ranks look up the same.
+
+    Args:
+        groups: What is looked up.
+        training: Whether the module trains.
+        counts: For each group int64 [num_ranks, num_sources], how many ids go to each rank.
+
+    Raises:
+        RuntimeError: Another rank does something else; says which rank does what.
+    """
+    ledger.follow_group()
+    head = Head(
+        Kind.TRAINING if training else Kind.EVALUATION,
+        lookup_digest(groups, training),
+        lambda: describe(groups, training),
+        ledger.num_lookups,
+        ledger.oldest(),
+    )
+    joined = np.concatenate(counts, 1)
+    heads = exchange_heads(head, joined if _fit(joined) else None)
+    if training:
+        ledger.drop_before(int(heads.oldest.min()))
+    elif (heads.kinds == Kind.FINISHED).any():
+        exchange_heads(head._replace(kind=Kind.ANSWER))
+    return read_counts(heads, counts)
+
+
+def read_counts(heads: ReceivedHeads, counts: Sequence[Counts]) -> list[Counts]:
+    """Return how many ids come from each rank, for each group, once all ranks agree.
+
+    Args:
+        heads: Of all ranks. Counts travel with them where they fit, else in a message of their own.
+        counts: How many go to each rank, for each group.
+    """
+    joined = np.concatenate(counts, 1)
+    if _fit(joined):
+        received = heads.payloads[:, : joined.shape[1]]
+    else:
+        ones = [1] * len(joined)
+        message = to_device_async(joined, message_device())
+        answer, work = collectives.all_to_all(message, ones, ones)
+        work.wait()
+        received = answer.cpu().numpy()
+    ends = np.cumsum([part.shape[1] for part in counts])[:-1]
+    return np.split(received, ends, axis=1)
+
+
+def _fit(joined: Counts) -> bool:
+    return bool(joined.shape[1] <= PAYLOAD_SIZE)
+
+
+def lookup_digest(groups: Sequence[Group], training: bool) -> int:
+    """Return a number by which ranks recognise what is looked up, and how."""
+    told: list[Any] = [group.layout.signature for group in groups]
+    if training:
+        learns = torch.is_grad_enabled()
+        told.append(torch._C._current_graph_task_id() == -1)  # a lookup, not one made again
+        for group in groups:
+            layout = group.layout
+            told += [counts_occurrences(layout), learns and layout.trains()]
+    return digest(told)
+
+
+def describe(groups: Sequence[Group], training: bool) -> str:
+    """Describe a lookup, for errors: "looks up ids (table 't', mode none) in training"."""
+    features = [feature for group in groups for feature in group.layout.features]
+    named = [f"{f.name} (table {f.table.name!r}, mode {f.mode})" for f in features[:_NAMED]]
+    if len(features) > _NAMED:
+        named.append(f"{len(features) - _NAMED} more")
+    mode = "evaluation"
+    if training:
+        mode = "training" if torch.is_grad_enabled() else "training without gradients"
+        if torch._C._current_graph_task_id() != -1:
+            mode += ", again in a backward pass"
+        frozen = [
+            table.name
+            for group in groups
+            for table, trains in zip(group.layout.tables, group.layout.trains(), strict=True)
+            if not trains
+        ]
+        mode += f", with tables {frozen} frozen" if frozen else ""
+    return f"looks up {', '.join(named)} in {mode}"
+
+
+__all__ = ["Counts", "agree_on_lookup", "describe", "lookup_digest", "read_counts"]

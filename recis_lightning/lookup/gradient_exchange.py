@@ -1,0 +1,310 @@
+"""All-to-all of gradients: those of all lookups of a step travel to the owners in one message.
+
+All ranks send at the same time, for the same lookups in the same order, and nothing for those that
+their loss did not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recis_lightning.distributed import collectives
+from recis_lightning.distributed.digest import digest
+from recis_lightning.distributed.heads import PAYLOAD_SIZE, Head, Kind, exchange_heads
+from recis_lightning.lookup.exchange import Route, point_to_data
+from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.gradient_ledger import (
+    LedgerEntry,
+    UnsentGradient,
+    ledger,
+    split_bits,
+    stack_bits,
+)
+from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.ops import layout as fields
+from recis_lightning.ops import row_update
+from recis_lightning.ops.async_copy import to_device_async
+from recis_lightning.ops.embedding_bag import Plan
+from recis_lightning.ops.layout import UNKNOWN
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.lock import distinct_locks, write
+from recis_lightning.table.pending_gradient import PendingGradient
+
+_NUMBERS = (PAYLOAD_SIZE - 1) // 3  # in a head, for the bits of each kind
+_WINDOW = 56 * _NUMBERS  # lookups that a head has bits for
+
+
+def send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_due: bool) -> None:
+    """Send all gradients that have not travelled: ``table.gradient_exchange.GradientExchange``.
+
+    Raises:
+        RuntimeError: Another rank does something else, or ran no backward pass where this one did,
+            or a table lost rows that a gradient is for; says which rank, and is raised on every
+            rank.
+    """
+    is_due = is_due and collectives.world_size() > 1
+    if not is_due and not ledger.entries:
+        return
+    ledger.follow_group()
+    if not is_due and not ledger.has(tables):
+        return
+    told = purpose()
+    kept: list[bool] = []
+    entries = ledger.entries
+    for first in range(0, max(len(entries), 1), _WINDOW):
+        kept += _send_window(entries[first : first + _WINDOW], told, first)
+    ledger.keep(kept)
+    ledger.ran_backward = False
+
+
+def _send_window(entries: Sequence[LedgerEntry], purpose: str, first: int) -> list[bool]:
+    """Send the gradients of some lookups; return for each whether any rank may have more."""
+    records = [entry.unsent() for entry in entries]
+    ran_backward = ledger.ran_backward or any(records)
+    bits = stack_bits(
+        [entry.is_alive() for entry in entries],
+        [bool(unsent) for unsent in records],
+        [entry.is_stale() for entry in entries],
+        size=_NUMBERS,
+    )
+    head = Head(Kind.GRADIENTS, digest((purpose, first)), lambda: purpose, ledger.num_lookups)
+    heads = exchange_heads(head, np.append(ran_backward, bits))
+    alive, sends, stale = split_bits(
+        heads.payloads[:, 1 : 1 + len(bits)], 3, len(entries)
+    ).swapaxes(0, 1)
+    _check_backward(entries, sends, heads.payloads[:, 0], purpose)
+    _check_rows(entries, sends, stale)
+    used = np.flatnonzero(sends.any(0)).tolist()
+    for device in dict.fromkeys(entries[i].route.layout.device for i in used):
+        chosen = [i for i in used if entries[i].route.layout.device == device]
+        _exchange([entries[i] for i in chosen], [records[i] for i in chosen], sends[:, chosen])
+    return list(map(bool, alive.any(0)))
+
+
+def _check_backward(
+    entries: Sequence[LedgerEntry], sends: npt.NDArray[Any], ran: Any, purpose: str
+) -> None:
+    if not sends.any() or ran.all():
+        return
+    without = np.flatnonzero(ran == 0).tolist()
+    sender, number = np.argwhere(sends)[0].tolist()
+    raise RuntimeError(
+        f"rank {without[0]} {purpose} without a backward pass since its last step, and rank "
+        f"{sender} ran one, for tables {_names(entries[number].route.layout)}; run as many "
+        "backward passes on all ranks (what a loss uses may differ)"
+    )
+
+
+def _check_rows(
+    entries: Sequence[LedgerEntry], sends: npt.NDArray[Any], stale: npt.NDArray[Any]
+) -> None:
+    wrong = sends.any(0) & stale
+    if wrong.any():
+        rank, number = np.argwhere(wrong)[0].tolist()
+        raise RuntimeError(
+            f"one of tables {_names(entries[number].route.layout)} lost rows on rank {rank} "
+            "between a lookup and the step that uses its gradients (evict, delete, clear or load); "
+            "run backward and step first, or look up again"
+        )
+
+
+def _names(layout: FeatureLayout) -> str:
+    names = [table.name for table in layout.tables]
+    return repr(names) if len(names) <= 4 else f"{names[:3]} and {len(names) - 3} more"
+
+
+def _exchange(
+    entries: Sequence[LedgerEntry],
+    records: Sequence[dict[PendingGradient, set[HashTable]]],
+    sends: npt.NDArray[Any],
+) -> None:
+    """Send the gradients of lookups of tables on one device.
+
+    Args:
+        entries: The lookups.
+        records: For each, this rank's gradients and the tables that they are for.
+        sends: bool [num_ranks, num_entries], whether the rank has gradients for it.
+    """
+    locks = distinct_locks(t.lock for entry in entries for t in entry.route.layout.tables)
+    write(locks, _exchange_locked, [entry.route for entry in entries], records, sends)
+
+
+def _exchange_locked(
+    routes: Sequence[Route],
+    records: Sequence[dict[PendingGradient, set[HashTable]]],
+    sends: npt.NDArray[Any],
+) -> None:
+    sums = [_sums_of(r, of) if of else None for r, of in zip(routes, records, strict=True)]
+    widths = np.array([route.layout.embedding_dim + 1 for route in routes])
+    sent = np.array([route.num_sent for route in routes]).T * widths
+    sent *= np.array([total is not None for total in sums])
+    received = np.array([route.num_received for route in routes]).T * widths * sends
+    message = _by_rank(sums, sent, routes[0].layout.device)
+    answer, work = collectives.all_to_all(message, received.sum(1).tolist(), sent.sum(1).tolist())
+    work.wait()
+    parts = [answer] if len(routes) == 1 and sends.all() else _by_route(answer, received)
+    for number, (route, of) in enumerate(zip(routes, records, strict=True)):
+        gradients = parts[number].view(-1, int(widths[number]))
+        if not sends[:, number].all():
+            gradients = _with_zeros(gradients, route, sends[:, number])
+        # What was sent is gone from here, whatever comes next.
+        for record, tables in of.items():
+            for table in tables:
+                table.pending.remove(record)
+        _leave_pending(route, gradients, {table for tables in of.values() for table in tables})
+
+
+def _by_rank(sums: Sequence[Tensor | None], sent: Any, device: torch.device) -> Tensor:
+    """Return the message: for each rank, the gradients of each lookup, one after the other."""
+    flat = [None if total is None else total.view(-1) for total in sums]
+    if len(flat) == 1 and flat[0] is not None:
+        return flat[0]
+    ends = np.cumsum(sent, 0)
+    parts = [
+        part[end - size : end]
+        for sizes, lasts in zip(sent.tolist(), ends.tolist(), strict=True)
+        for part, size, end in zip(flat, sizes, lasts, strict=True)
+        if part is not None and size
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, device=device)
+
+
+def _by_route(answer: Tensor, received: Any) -> list[Tensor]:
+    """Return what came for each lookup, by rank."""
+    num_routes = received.shape[1]
+    parts = answer.split(received.reshape(-1).tolist())
+    return [torch.cat(parts[number::num_routes]) for number in range(num_routes)]
+
+
+def _with_zeros(gradients: Tensor, route: Route, sends: Any) -> Tensor:
+    """Return gradients with lines of zeros, which are none, for ids of ranks that sent nothing."""
+    is_sent = np.repeat(sends, route.num_received)
+    full = gradients.new_zeros(len(is_sent), gradients.shape[1])
+    full[to_device_async(np.flatnonzero(is_sent), gradients.device)] = gradients
+    return full
+
+
+def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Tensor:
+    """Return this rank's gradients of each id of a lookup, float32 [u, embedding_dim + 1].
+
+    They are added up in the order of the lookup and divided by the number of ranks: the owner's sum
+    over ranks is the average that DDP takes of dense ones. Behind each stands whether it is one:
+    without a gradient a row is left alone, with one of zeros its moments decay.
+    """
+    layout, size = route.layout, sum(route.num_sent)
+    sums = torch.zeros(size, layout.embedding_dim + 1, device=layout.device)
+    plans: list[Plan] = []
+    flags: list[Tensor | None] = []
+    for record, tables in records.items():
+        unsent = record.unsent
+        assert isinstance(unsent, UnsentGradient)
+        gradients = _of_tables(unsent.gradients, layout, tables)
+        plans.append(gradients.plan)
+        flags.append(_has_gradient(gradients, layout, unsent.fetched.rows, size))
+    plan = plans[0] if len(plans) == 1 else np.concatenate(plans)
+    if size and len(plan):
+        _sum_gradients(plan, sums, 1 / len(route.num_sent))
+    given = [flag for flag in flags if flag is not None]
+    if len(given) < len(flags):
+        sums[:, -1] = 1.0
+    else:
+        sums[:, -1] = torch.stack(given).any(0).to(sums.dtype)
+    return sums
+
+
+def _of_tables(
+    gradients: OutputGradients, layout: FeatureLayout, tables: set[HashTable]
+) -> OutputGradients:
+    """Return the gradients of the features of some tables; those of others were dropped."""
+    kept = [layout.feature_tables[feature] in tables for feature in gradients.features]
+    if all(kept):
+        return gradients
+    features = [f for f, is_kept in zip(gradients.features, kept, strict=True) if is_kept]
+    return gradients._replace(features=features, plan=gradients.plan[np.array(kept, bool)])
+
+
+def _has_gradient(
+    gradients: OutputGradients, layout: FeatureLayout, inverse: Tensor, size: int
+) -> Tensor | None:
+    """Return bool [u], which deduplicated ids have a gradient; None if all do.
+
+    Args:
+        gradients: Of some features.
+        layout: The group's features.
+        inverse: int64 [n], positions of ids among the deduplicated.
+        size: u.
+    """
+    features = layout.features
+    is_tiled = any(features[index].mode == "tile" for index in gradients.features)
+    if len(gradients.features) == len(features) and not is_tiled:
+        return None
+    has_gradient = torch.zeros(size + 1, dtype=torch.bool, device=inverse.device)
+    for line, index in zip(gradients.plan, gradients.features, strict=True):
+        first = int(line[fields.PLAN_FIRST_ID])
+        rows = inverse[first : first + int(line[fields.PLAN_NUM_IDS])]
+        if features[index].mode == "tile":
+            _, position = gradients.batch.bags_of(index).positions()
+            rows = rows.masked_fill(position >= features[index].tile_len, -1)
+        has_gradient[torch.where(rows < 0, size, rows)] = True  # no mask: a GPU's would wait
+    return has_gradient[:size]
+
+
+def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None:
+    """Leave received gradients with the tables that own their rows.
+
+    Args:
+        route: Of the lookup.
+        received: float32 [r, embedding_dim + 1], by rank.
+        sent: Tables that this rank sent gradients of.
+    """
+    part_tables, plan, rows = route.owned
+    plan = plan.copy()
+    is_used = np.array([table.trainable for table in part_tables], bool)
+    is_missing = received[:, -1] == 0
+    if bool(is_missing.any()):
+        rows = rows.masked_fill(is_missing, UNKNOWN)
+        parts = is_missing.split(plan[:, fields.PLAN_NUM_IDS].tolist())
+        is_used &= ~torch.stack([part.all() for part in parts]).cpu().numpy()
+        point_to_rows(plan, rows)
+    point_to_data(plan, received)
+    used = np.flatnonzero(is_used)
+    used_tables = [part_tables[part] for part in used.tolist()]
+    record = PendingGradient(used_tables, plan[used], rows, [received])
+    updated = list(dict.fromkeys(used_tables))
+    for table in updated:
+        table.pending.append(record)
+    # Ids of other ranks: nothing to apply here, but the table's update has this rank's part.
+    for table in sent.difference(updated):
+        table.pending.append(PendingGradient([], plan[:0], rows[:0], []))
+
+
+def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
+    """Add up the gradients of each id into ``sums``, float32 [u, embedding_dim + 1] of zeros.
+
+    The row update does it, on rows of zeros: SGD with a learning rate of -1 adds the gradient.
+    """
+    plan = plan.copy()
+    sizes = plan[:, fields.PLAN_NUM_IDS]
+    if not sizes.sum():
+        return
+    plan[:, fields.PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
+    plan[:, fields.PLAN_FLAT_BASE] = 0
+    hyper = np.zeros(fields.HYPER_SIZE, np.float32)
+    hyper[[fields.HYPER_LR, fields.HYPER_DECAY]] = -1, 1
+    hyper[[fields.HYPER_SCALE, fields.HYPER_CLIP]] = scale, np.inf
+    hyper_on_device = to_device_async(hyper, sums.device)
+    blocks = np.array([[sums.data_ptr(), hyper_on_device.data_ptr()]], np.int64)
+    size, width = sums.shape
+    layout = row_update.RowLayout(
+        width - 1, torch.float32, 4 * width, size.bit_length(), sums.device
+    )
+    row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), fields.SGD)
+
+
+__all__ = ["send_gradients"]

@@ -1,0 +1,178 @@
+"""Ledger of the training lookups that may still get gradients: the same on every rank.
+
+A rank's loss may use any of its outputs, in any number of backward passes and any order. So
+gradients stay where a backward pass leaves them, and the ledger keeps the way to the owners of each
+lookup, in the order of the lookups, until no rank can have a gradient for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from recis_lightning.distributed.process_group import current_group
+from recis_lightning.lookup.exchange import Route
+from recis_lightning.lookup.held_gradients import expected_references
+from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.pending_gradient import PendingGradient
+
+
+class UnsentGradient(NamedTuple):
+    """Gradients that a backward pass left for rows of other ranks.
+
+    Attributes:
+        fetched: The lookup's ``FetchedShardedRows``.
+        gradients: Of its outputs.
+    """
+
+    fetched: Any
+    gradients: OutputGradients
+
+
+class LedgerEntry:
+    """Lookup that may still get gradients.
+
+    Args:
+        number: How many were before it.
+        route: Way to the owners.
+        fetched: The ``FetchedShardedRows`` by which this rank's graph and gradients know it.
+    """
+
+    def __init__(self, number: int, route: Route, fetched: Any) -> None:
+        self.number, self.route = number, route
+        self._fetched = weakref.ref(fetched)
+        self._generations = [storage.generation for storage in route.layout.storages]
+
+    def is_alive(self) -> bool:
+        """Return whether this rank may have a gradient for it, now or later."""
+        return self._fetched() is not None
+
+    def is_stale(self) -> bool:
+        """Return whether a table lost rows here since."""
+        layout = self.route.layout
+        return any(
+            table.storage is not storage or storage.generation != generation
+            for table, storage, generation in zip(
+                layout.tables, layout.storages, self._generations, strict=True
+            )
+        )
+
+    def unsent(self) -> dict[PendingGradient, set[HashTable]]:
+        """Return this rank's gradients for it that have not travelled, and for which tables."""
+        fetched = self._fetched()
+        found: dict[PendingGradient, set[HashTable]] = {}
+        if fetched is None:
+            return found
+        for table in self.route.layout.tables:
+            for record in table.pending:
+                unsent = record.unsent
+                if isinstance(unsent, UnsentGradient) and unsent.fetched is fetched:
+                    found.setdefault(record, set()).add(table)
+        return found
+
+
+class GradientLedger:
+    """Training lookups of one process group that may still get gradients.
+
+    Attributes:
+        entries: In the order of the lookups; ranks drop them together.
+        num_lookups: How many there were.
+        ran_backward: Whether this rank ran a backward pass, of whatever loss, since gradients
+            travelled.
+    """
+
+    def __init__(self) -> None:
+        self._group: weakref.ref[Any] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.entries: list[LedgerEntry] = []
+        self.num_lookups, self.ran_backward = 0, False
+
+    def follow_group(self) -> None:
+        """Forget the lookups of a process group that is gone."""
+        group = current_group()
+        known = self._group
+        if (None if known is None else known()) is not (None if group is None else group()):
+            self._start()
+        self._group = group
+
+    def add(self, route: Route, fetched: Any) -> None:
+        """Add a lookup, which all ranks have made."""
+        self.entries.append(LedgerEntry(self.num_lookups, route, fetched))
+        self.num_lookups += 1
+
+    def oldest(self) -> int:
+        """Return the number of the oldest lookup that this rank may have gradients for."""
+        alive = (entry.number for entry in self.entries if entry.is_alive())
+        return next(alive, self.num_lookups)
+
+    def drop_before(self, number: int) -> None:
+        """Drop the lookups before one, for which no rank has gradients."""
+        entries = self.entries
+        if entries and entries[0].number < number:
+            self.entries = [entry for entry in entries if entry.number >= number]
+
+    def keep(self, are_kept: Sequence[bool]) -> None:
+        """Drop the entries for which no rank has gradients."""
+        self.entries = [e for e, kept in zip(self.entries, are_kept, strict=True) if kept]
+
+    def has(self, tables: Sequence[Any]) -> bool:
+        """Return whether a lookup of one of ``tables`` may get gradients: the same on all ranks."""
+        wanted = set(tables)
+        return any(not wanted.isdisjoint(entry.route.layout.tables) for entry in self.entries)
+
+
+def stack_bits(*lists: Sequence[bool], size: int) -> Any:
+    """Return bits as numbers, int64 [size] for each list one after the other."""
+    bits = np.zeros((len(lists), size, _BITS), np.int64)
+    for line, flags in zip(bits.reshape(len(lists), -1), lists, strict=True):
+        line[: len(flags)] = flags
+    return (bits << np.arange(_BITS)).sum(-1).reshape(-1)
+
+
+def split_bits(numbers: Any, num_lists: int, num_flags: int) -> Any:
+    """Return bool [num_ranks, num_lists, num_flags] of a line of ``stack_bits`` for each rank."""
+    bits = (numbers[:, :, None] >> np.arange(_BITS)) & 1
+    return bits.reshape(len(numbers), num_lists, -1)[:, :, :num_flags].astype(bool)
+
+
+_BITS = 56
+
+ledger = GradientLedger()
+
+
+def count_backward_passes() -> None:
+    """From now on, let the ledger know of every backward pass.
+
+    One whose loss uses no table is one as well, and a rank that runs none forgot it.
+    """
+    expected_references()  # it runs one, once
+    original = torch.autograd.backward
+    if getattr(original, "tells_ledger", False):
+        return
+
+    @functools.wraps(original)
+    def backward(*args: Any, **kwargs: Any) -> None:
+        ledger.ran_backward = True
+        original(*args, **kwargs)
+
+    backward.tells_ledger = True  # type: ignore[attr-defined]
+    torch.autograd.backward = backward
+
+
+__all__ = [
+    "GradientLedger",
+    "LedgerEntry",
+    "UnsentGradient",
+    "count_backward_passes",
+    "ledger",
+    "split_bits",
+    "stack_bits",
+]

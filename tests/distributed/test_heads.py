@@ -1,0 +1,38 @@
+"""Heads: which of them differ, and how an error names the ranks."""
+
+import numpy as np
+import pytest
+
+from recis_lightning.distributed.heads import Kind, _differ, _named
+
+TRAINING, EVALUATION, FINISHED = Kind.TRAINING, Kind.EVALUATION, Kind.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("heads", "differs"),
+    [
+        ([(TRAINING, 5, 2)] * 3, False),
+        ([(TRAINING, 5, 2), (TRAINING, 5, 3)], True),
+        ([(TRAINING, 5, 2), (TRAINING, 6, 2)], True),
+        ([(TRAINING, 5, 2), (EVALUATION, 5, 2)], True),
+        ([(FINISHED, 0, 2), (EVALUATION, 5, 2)], False),
+        ([(FINISHED, 0, 2), (FINISHED, 0, 2)], False),
+        ([(FINISHED, 0, 2), (TRAINING, 5, 2), (TRAINING, 5, 2)], True),
+        ([(FINISHED, 0, 2), (EVALUATION, 5, 2), (EVALUATION, 6, 2)], True),
+        ([(Kind.FAILED, 0, 0)] * 2, True),
+        ([(Kind.FAILED, 0, 0), (FINISHED, 0, 0)], True),
+    ],
+)
+def test_which_heads_differ(heads, differs):
+    """Ranks that have finished go with those that evaluate one thing, and with nothing else."""
+    for order in (heads, heads[::-1]):
+        assert _differ(np.array(order, np.int64)) is differs
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [([3], "rank 3"), ([0, 2], "ranks 0, 2"), ([*range(9)], "ranks 0, 1, 2, 3, 4, 5, 6, 7, ...")],
+)
+def test_names_of_ranks(ranks, name):
+    """A few, and the first of many."""
+    assert _named(ranks) == name
