@@ -14,7 +14,6 @@ from recis_lightning.ops.cpu.intrinsics import (
     add,
     at_least,
     at_most,
-    div,
     fma,
     lane_sum,
     load_f32,
@@ -24,27 +23,21 @@ from recis_lightning.ops.cpu.intrinsics import (
     mul,
     prefetch,
     splat,
-    sqrt,
-    store_f32,
     store_f64,
     store_i64,
-    store_vector,
     store_weights,
-    sub,
     vector_width,
 )
 from recis_lightning.ops.cpu.runtime import kernel_template, num_chunks
+from recis_lightning.ops.cpu.update_rules import ROW_RULES, RULES, Hyper
 from recis_lightning.ops.layout import (
-    ADAGRAD,
+    COUPLED_DECAY,
     HYPER_CLIP,
     HYPER_DECAY,
     HYPER_EPS,
-    HYPER_INV_SQRT_BIAS2,
     HYPER_LR,
-    HYPER_ONE_MINUS_BETA1,
-    HYPER_ONE_MINUS_BETA2,
     HYPER_SCALE,
-    ROWWISE_ADAGRAD,
+    HYPER_WEIGHT_DECAY,
     SGD,
 )
 
@@ -57,6 +50,10 @@ _F = np.float32
 @kernel_template
 def _update_kernel(rule, width, bfloat16):
     item = 2 if bfloat16 else 4
+    is_decayed = rule >= COUPLED_DECAY
+    kind = SGD if rule == _NORM else rule % COUPLED_DECAY
+    is_rowwise = kind in ROW_RULES
+    apply_rule, update_row = RULES[kind], ROW_RULES.get(kind, RULES[kind])
 
     def update(
         low,
@@ -128,13 +125,14 @@ def _update_kernel(rule, width, bfloat16):
             scale = splat(width, load_f32(hyper + 4 * HYPER_SCALE))
             clip = splat(width, load_f32(hyper + 4 * HYPER_CLIP))
             no_clip = splat(width, -load_f32(hyper + 4 * HYPER_CLIP))
-            # Row-wise Adagrad needs the whole gradient's mean square before the first weight.
-            sweeps = 2 if rule == ROWWISE_ADAGRAD else 1
+            weight_decay = splat(width, load_f32(hyper + 4 * HYPER_WEIGHT_DECAY))
+            values = Hyper(lr, eps, decay, hyper, state, dim_bytes)
+            # A row-wise rule needs the whole gradient's mean square before the first weight.
+            sweeps = 2 if is_rowwise else 1
             squares = np.float64(0)
             for sweep in range(sweeps):
-                if rule == ROWWISE_ADAGRAD and sweep == 1:
-                    mean = _F(squares / embedding_dim)
-                    store_f32(state, load_f32(state) + mean)
+                if is_rowwise and sweep == 1:
+                    update_row(state, dim_bytes, hyper, _F(squares / embedding_dim))
                 for d in range(0, embedding_dim, width):
                     g = zero
                     for i in range(start, end):
@@ -150,32 +148,14 @@ def _update_kernel(rule, width, bfloat16):
                         norm += lane_sum(mul(g, g))
                         continue
                     g = at_least(at_most(mul(g, scale), clip), no_clip)
-                    if rule == ROWWISE_ADAGRAD and sweep == 0:
+                    if is_decayed:
+                        w = load_weights(width, bfloat16, row + item * d)
+                        g = fma(weight_decay, w, g)
+                    if is_rowwise and sweep == 0:
                         squares += lane_sum(mul(g, g))
                         continue
                     w = load_weights(width, bfloat16, row + item * d)
-                    if rule == SGD:
-                        w = fma(lr, g, mul(w, decay))
-                    elif rule == ADAGRAD:
-                        s = fma(g, g, load_vector(width, state + 4 * d))
-                        store_vector(state + 4 * d, s)
-                        w = fma(lr, div(g, add(sqrt(s), eps)), w)
-                    elif rule == ROWWISE_ADAGRAD:
-                        s = splat(width, load_f32(state))
-                        w = fma(lr, div(g, add(sqrt(s), eps)), w)
-                    else:
-                        share1 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA1))
-                        share2 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA2))
-                        inverse = splat(width, load_f32(hyper + 4 * HYPER_INV_SQRT_BIAS2))
-                        second = state + dim_bytes
-                        m = load_vector(width, state + 4 * d)
-                        v = load_vector(width, second + 4 * d)
-                        m = fma(share1, sub(g, m), m)
-                        v = fma(share2, sub(mul(g, g), v), v)
-                        store_vector(state + 4 * d, m)
-                        store_vector(second + 4 * d, v)
-                        w = mul(w, decay)
-                        w = fma(lr, div(m, fma(sqrt(v), inverse, eps)), w)
+                    w = apply_rule(w, g, state + 4 * d, values)
                     store_weights(bfloat16, row + item * d, w)
             start = end
         if rule == _NORM:
