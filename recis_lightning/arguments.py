@@ -218,6 +218,14 @@ def check_bound(name: str, value: float, low: float = 0.0, high: float = math.in
         raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
 
 
+def check_betas(betas: Any) -> None:
+    """Raise unless ``betas`` are two numbers from 0 to below 1, as Adam and Lion have them."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
+    check_bound("betas[0]", betas[0], high=1.0)
+    check_bound("betas[1]", betas[1], high=1.0)
+
+
 def check_kinds(**given: tuple[Any, type]) -> None:
     """Raise unless each value is of its kind, or None; say what to write.
 
@@ -335,6 +343,7 @@ HINTS = {
 __all__ = [
     "HINTS",
     "MAX_INT",
+    "check_betas",
     "check_bool",
     "check_bound",
     "check_dtype",

@@ -86,9 +86,10 @@ PLAN_FLAT_BASE = 14  # index of its table's first row among those of all tables
 NONE, SUM, MEAN, TILE, MEAN_BY_COUNT = range(5)
 
 # Rules of optimizers, and hyperparameters of a table, float32 [HYPER_SIZE].
-SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, MOMENTUM, RMSPROP, ROWWISE_ADAM, FTRL, LION = range(9)
+COUPLED_DECAY = 16  # added to a rule's number: g += HYPER_WEIGHT_DECAY * w comes before the rule
 
-HYPER_SIZE = 8
+HYPER_SIZE = 12
 HYPER_LR = 0  # learning rate, with Adam's first bias correction or Adagrad's decay in it
 HYPER_EPS = 1  # Adam: as added after the second bias correction
 HYPER_ONE_MINUS_BETA1 = 2  # 1 - beta1, rounded once: in float32, 1 - 0.999 is off by 5e-5 of itself
@@ -97,6 +98,9 @@ HYPER_INV_SQRT_BIAS2 = 4  # 1 / sqrt(1 - beta2 ** step)
 HYPER_DECAY = 5  # factor of the weights before the update: 1 - lr * weight_decay
 HYPER_SCALE = 6  # factor of gradients (norm clipping)
 HYPER_CLIP = 7  # bound of every gradient element (value clipping), inf where there is none
+HYPER_WEIGHT_DECAY = 8  # of COUPLED_DECAY
+HYPER_MOMENTUM, HYPER_OF_BUFFER, HYPER_OF_GRADIENT = 9, 10, 11  # MOMENTUM alone
+HYPER_L1, HYPER_L2, HYPER_BETA = 9, 10, 11  # FTRL alone
 
 # Header of an admission counter. Its index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) is as a table's.
 ADMISSION_NUM_COUNTED = 4  # occurrences since the sketch was last halved; kernels count them

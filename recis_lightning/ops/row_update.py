@@ -130,18 +130,28 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     With g the row's reduced gradient, times HYPER_SCALE and clamped to HYPER_CLIP, in float32, and
     hyperparameters named as in ``ops.layout`` without HYPER_:
 
-    - ``SGD``: w = w * HYPER_DECAY - HYPER_LR * g
-    - ``ADAGRAD``: s += g * g; w -= HYPER_LR * g / (sqrt(s) + HYPER_EPS)
+    - ``SGD``: w = w * DECAY - LR * g
+    - ``MOMENTUM``: m = MOMENTUM * m + g; w -= LR * (OF_BUFFER * m + OF_GRADIENT * g)
+    - ``ADAGRAD``: s += g * g; w -= LR * g / (sqrt(s) + EPS)
     - ``ROWWISE_ADAGRAD``: s += mean(g * g), one s a row; w as above
+    - ``RMSPROP``: v += ONE_MINUS_BETA2 * (g * g - v); w -= LR * g / (sqrt(v) + EPS)
     - ``ADAM``: m += ONE_MINUS_BETA1 * (g - m); v += ONE_MINUS_BETA2 * (g * g - v);
-      w = w * HYPER_DECAY - HYPER_LR * m / (sqrt(v) * HYPER_INV_SQRT_BIAS2 + HYPER_EPS)
+      w = w * DECAY - LR * m / (sqrt(v) * INV_SQRT_BIAS2 + EPS)
+    - ``ROWWISE_ADAM``: v += ONE_MINUS_BETA2 * (mean(g * g) - v), one v a row; m and w as above
+    - ``LION``: u = sign(m + ONE_MINUS_BETA1 * (g - m)); w = w * DECAY - LR * u;
+      m += ONE_MINUS_BETA2 * (g - m)
+    - ``FTRL``: r = sqrt(s); s += g * g; z += g - (sqrt(s) - r) / LR * w;
+      w = LR * (clamp(z, -L1, L1) - z) / (BETA + sqrt(s) + LR * L2)
+
+    State lies behind the weights in the order in which it is named here, but s before z, and
+    ROWWISE_ADAM's m before v.
 
     Args:
         gradients: The sorted gradients.
-        rule: ``SGD``, ``ADAGRAD``, ``ROWWISE_ADAGRAD`` or ``ADAM``.
+        rule: One of these, or one plus ``COUPLED_DECAY``: then g += WEIGHT_DECAY * w comes first.
 
-    Source: Duchi et al., 2011; Kingma and Ba, 2015; Loshchilov and Hutter, 2019; row-wise as in
-    FBGEMM.
+    Source: Sutskever et al., 2013; Duchi et al., 2011; Hinton, 2012; Kingma and Ba, 2015;
+    Loshchilov and Hutter, 2019; Chen et al., 2023; McMahan et al., 2013; row-wise as in FBGEMM.
     """
     with backend.region("recis::row_update"):
         backend.module("row_update", gradients.layout.device).update_rows_(gradients, rule)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from recis_lightning.arguments import check_bound
 from recis_lightning.ops import layout as fields
-from recis_lightning.optim.sparse_optimizer import SparseOptimizer
+from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_decay
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
@@ -24,14 +24,13 @@ class SparseAdagrad(SparseOptimizer):
         lr_decay: The rate of update number n is ``lr / (1 + (n - 1) * lr_decay)``.
         initial_accumulator_value: Initial value of the sum of squares.
         eps: Added to its root.
+        weight_decay: This times the weights is added to the gradients of the rows that have one.
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
 
     Source: Duchi, Hazan and Singer, 2011.
     """
-
-    rule = fields.ADAGRAD
 
     def __init__(
         self,
@@ -41,13 +40,19 @@ class SparseAdagrad(SparseOptimizer):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         *,
+        weight_decay: float = 0.0,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
     ) -> None:
-        defaults = _adagrad_defaults(lr, lr_decay, initial_accumulator_value, eps)
+        defaults = _adagrad_defaults(lr, lr_decay, initial_accumulator_value, eps, weight_decay)
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
         super().__init__(groups, defaults)
         self._own_tables()
+
+    @property
+    @override
+    def rule(self) -> int:
+        return with_decay(fields.ADAGRAD, self.param_groups)
 
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
@@ -70,8 +75,6 @@ class SparseRowwiseAdagrad(SparseOptimizer):
     Source: FBGEMM's ``EXACT_ROWWISE_ADAGRAD``.
     """
 
-    rule = fields.ROWWISE_ADAGRAD
-
     def __init__(
         self,
         tables: Iterable[HashTable] | Iterable[dict[str, Any]],
@@ -80,13 +83,19 @@ class SparseRowwiseAdagrad(SparseOptimizer):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         *,
+        weight_decay: float = 0.0,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
     ) -> None:
-        defaults = _adagrad_defaults(lr, lr_decay, initial_accumulator_value, eps)
+        defaults = _adagrad_defaults(lr, lr_decay, initial_accumulator_value, eps, weight_decay)
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
         super().__init__(groups, defaults)
         self._own_tables()
+
+    @property
+    @override
+    def rule(self) -> int:
+        return with_decay(fields.ROWWISE_ADAGRAD, self.param_groups)
 
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
@@ -102,22 +111,29 @@ class SparseRowwiseAdagrad(SparseOptimizer):
 
 
 def _adagrad_defaults(
-    lr: float, lr_decay: float, initial_accumulator_value: float, eps: float
+    lr: float, lr_decay: float, initial_accumulator_value: float, eps: float, weight_decay: float
 ) -> dict[str, Any]:
     check_bound("lr_decay", lr_decay)
     check_bound("initial_accumulator_value", initial_accumulator_value)
     check_bound("eps", eps)
+    check_bound("weight_decay", weight_decay)
     return {
         "lr": lr,
         "lr_decay": lr_decay,
         "initial_accumulator_value": initial_accumulator_value,
         "eps": eps,
+        "weight_decay": weight_decay,
     }
 
 
 def _adagrad_fields(group: dict[str, Any], num_updates: int) -> dict[int, float]:
     lr = group["lr"] / (1 + (num_updates - 1) * group["lr_decay"])
-    return {fields.HYPER_LR: lr, fields.HYPER_EPS: group["eps"]}
+    decay = group.get("weight_decay", 0.0)  # older pickles do not have it
+    return {
+        fields.HYPER_LR: lr,
+        fields.HYPER_EPS: group["eps"],
+        fields.HYPER_WEIGHT_DECAY: decay,
+    }
 
 
 __all__ = ["SparseAdagrad", "SparseRowwiseAdagrad"]

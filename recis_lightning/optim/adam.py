@@ -1,4 +1,4 @@
-"""Adam and AdamW of tables."""
+"""Adam, AdamW and row-wise Adam of tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from recis_lightning.arguments import check_bound
+from recis_lightning.arguments import check_betas, check_bound
 from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
@@ -34,8 +34,6 @@ class SparseAdam(SparseOptimizer):
     Source: Kingma and Ba, 2015.
     """
 
-    rule = fields.ADAM
-
     def __init__(
         self,
         tables: Iterable[HashTable] | Iterable[dict[str, Any]],
@@ -50,6 +48,11 @@ class SparseAdam(SparseOptimizer):
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
         super().__init__(groups, defaults)
         self._own_tables()
+
+    @property
+    @override
+    def rule(self) -> int:
+        return fields.ADAM
 
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
@@ -87,8 +90,6 @@ class SparseAdamW(SparseOptimizer):
     Source: Loshchilov and Hutter, 2019.
     """
 
-    rule = fields.ADAM
-
     def __init__(
         self,
         tables: Iterable[HashTable] | Iterable[dict[str, Any]],
@@ -115,6 +116,11 @@ class SparseAdamW(SparseOptimizer):
         super().__init__(groups, defaults)
         self._own_tables()
 
+    @property
+    @override
+    def rule(self) -> int:
+        return fields.ADAM
+
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
         return _adam_slots(embedding_dim)
@@ -132,11 +138,65 @@ class SparseAdamW(SparseOptimizer):
         return {**shared, fields.HYPER_EPS: eps, fields.HYPER_DECAY: decay}
 
 
+class SparseRowwiseAdam(SparseOptimizer):
+    """Adam with one second moment a row: it averages the mean square of the row's gradient.
+
+    Its state is ``4 * embedding_dim + 4`` bytes a row, half of Adam's. Weight decay is AdamW's,
+    on the rows of the step, and ``eps`` is added after the bias correction.
+
+    Args:
+        tables: Tables (``hash_tables(module)``), or dicts ``{"params": tables, "lr": ...}`` with
+            their own hyperparameters.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Weights are multiplied by ``1 - lr * weight_decay`` first.
+        clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
+            together is at most this; None leaves them. Gradients of a row are summed first.
+        clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+
+    Source: FBGEMM's ``PARTIAL_ROWWISE_ADAM``.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[HashTable] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> None:
+        check_bound("weight_decay", weight_decay)
+        defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        super().__init__(groups, defaults)
+        self._own_tables()
+
+    @property
+    @override
+    def rule(self) -> int:
+        return fields.ROWWISE_ADAM
+
+    @override
+    def slots(self, embedding_dim: int) -> dict[str, int]:
+        return {"exp_avg": embedding_dim, "exp_avg_sq": 1}
+
+    @override
+    def state_fill(self) -> float:
+        return 0.0
+
+    @override
+    def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
+        shared, _ = _shared_fields(group, num_updates)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        return {**shared, fields.HYPER_EPS: group["eps"], fields.HYPER_DECAY: decay}
+
+
 def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas: expected two numbers, got {betas!r}")
-    check_bound("betas[0]", betas[0], high=1.0)
-    check_bound("betas[1]", betas[1], high=1.0)
+    check_betas(betas)
     check_bound("eps", eps)
     return {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
 
@@ -158,4 +218,4 @@ def _shared_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, f
     return shared, root
 
 
-__all__ = ["SparseAdam", "SparseAdamW"]
+__all__ = ["SparseAdam", "SparseAdamW", "SparseRowwiseAdam"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from recis_lightning.ops import layout as fields
 from recis_lightning.optim.table_updater import TableUpdater
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
@@ -31,8 +32,12 @@ class SparseOptimizer(Optimizer, ABC):
 
     holds_anchors: ClassVar[bool] = True
 
-    rule: ClassVar[int]
     _updater: TableUpdater  # made and owned by each heir
+
+    @property
+    @abstractmethod
+    def rule(self) -> int:
+        """Update rule of ``ops.row_update``."""
 
     @abstractmethod
     def slots(self, embedding_dim: int) -> dict[str, int]:
@@ -142,6 +147,17 @@ class SparseOptimizer(Optimizer, ABC):
             self._own_tables()
 
 
+def with_decay(rule: int, groups: Sequence[dict[str, Any]]) -> int:
+    """Return an update rule with weight decay in the gradient, if a group asks for it.
+
+    Args:
+        rule: Of ``ops.row_update``.
+        groups: Parameter groups; their rule's fields have ``HYPER_WEIGHT_DECAY``.
+    """
+    is_decayed = any(group.get("weight_decay", 0) for group in groups)
+    return rule + fields.COUPLED_DECAY if is_decayed else rule
+
+
 def with_anchors(
     saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -166,4 +182,4 @@ def with_anchors(
     return result
 
 
-__all__ = ["SparseOptimizer", "with_anchors"]
+__all__ = ["SparseOptimizer", "with_anchors", "with_decay"]

@@ -65,6 +65,23 @@ def test_sharded_is_unsharded(ranks, optimizer, world_size):
     assert sum(evicted for *_, evicted in ours[0]["counts"]) > 20
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"optimizer": "SparseFTRL", "l1": 0.01, "l2": 0.1},
+        {"optimizer": "SparseLion", "weight_decay": 0.1},
+        {"optimizer": "SparseRMSprop", "weight_decay": 0.1, "eps": 1e-3},
+        {"optimizer": "SparseRowwiseAdam", "weight_decay": 0.1},
+        {"optimizer": "SparseSGD", "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"optimizer": "SparseRowwiseAdagrad", "weight_decay": 0.1},
+    ],
+    ids=lambda kwargs: kwargs["optimizer"],
+)
+def test_sharded_is_unsharded_with_accumulation(ranks, kwargs):
+    """Rules and weight decay see a row's gradient of all ranks and micro-batches, once a step."""
+    assert_sharding_changes_nothing(ranks, 2, steps=8, accumulate=2, **kwargs)
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     "kwargs",

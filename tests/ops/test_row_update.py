@@ -12,17 +12,27 @@ from recis_lightning.ops import row_update
 from recis_lightning.ops.layout import (
     ADAGRAD,
     ADAM,
+    COUPLED_DECAY,
+    FTRL,
     HYPER_CLIP,
     HYPER_DECAY,
     HYPER_EPS,
     HYPER_INV_SQRT_BIAS2,
     HYPER_LR,
+    HYPER_MOMENTUM,
+    HYPER_OF_BUFFER,
+    HYPER_OF_GRADIENT,
     HYPER_ONE_MINUS_BETA1,
     HYPER_ONE_MINUS_BETA2,
     HYPER_SCALE,
     HYPER_SIZE,
+    HYPER_WEIGHT_DECAY,
+    LION,
+    MOMENTUM,
     PADDING,
+    RMSPROP,
     ROWWISE_ADAGRAD,
+    ROWWISE_ADAM,
     SGD,
     UNKNOWN,
 )
@@ -37,8 +47,25 @@ SLOTS = {
     ADAGRAD: lambda dim: {"sum": dim},
     ROWWISE_ADAGRAD: lambda dim: {"sum": 1},
     ADAM: lambda dim: {"exp_avg": dim, "exp_avg_sq": dim},
+    MOMENTUM: lambda dim: {"momentum_buffer": dim},
+    RMSPROP: lambda dim: {"square_avg": dim},
+    ROWWISE_ADAM: lambda dim: {"exp_avg": dim, "exp_avg_sq": 1},
+    FTRL: lambda dim: {"sum": dim, "linear": dim},
+    LION: lambda dim: {"exp_avg": dim},
 }
-RULES = {"sgd": SGD, "adagrad": ADAGRAD, "rowwise_adagrad": ROWWISE_ADAGRAD, "adam": ADAM}
+RULES = {
+    "sgd": SGD,
+    "adagrad": ADAGRAD,
+    "rowwise_adagrad": ROWWISE_ADAGRAD,
+    "adam": ADAM,
+    "momentum": MOMENTUM,
+    "rmsprop": RMSPROP,
+    "rowwise_adam": ROWWISE_ADAM,
+    "ftrl": FTRL,
+    "lion": LION,
+    "adagrad, decayed": ADAGRAD + COUPLED_DECAY,
+    "rowwise_adagrad, decayed": ROWWISE_ADAGRAD + COUPLED_DECAY,
+}
 HYPER = {
     HYPER_LR: 0.1,
     HYPER_EPS: 1e-3,
@@ -48,13 +75,17 @@ HYPER = {
     HYPER_DECAY: 0.99,
     HYPER_SCALE: 0.5,
     HYPER_CLIP: 0.8,
+    HYPER_WEIGHT_DECAY: 0.3,
+    HYPER_MOMENTUM: 0.9,  # FTRL's l1
+    HYPER_OF_BUFFER: 0.7,  # its l2
+    HYPER_OF_GRADIENT: 1.1,  # its beta
 }
 
 
 def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     """Return a table with the state of ``rule``, none of it zero, whose row r is known."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=name)
-    table.storage.rows.relayout(SLOTS[rule](dim), 0.0)
+    table.storage.rows.relayout(SLOTS[rule % COUPLED_DECAY](dim), 0.0)
     insert_initial(table, torch.arange(num_rows))
     generator = torch.Generator().manual_seed(dim)
     weights, slots = table.storage.rows.read(torch.arange(num_rows))
@@ -151,6 +182,17 @@ def _assert_states_agree(ours, theirs, rtol=2e-5, atol=1e-6):
         ("adagrad", torch.bfloat16, [7]),
         ("rowwise_adagrad", torch.bfloat16, [7]),
         ("adam", torch.bfloat16, DIMS),
+        ("momentum", torch.float32, [24]),
+        ("rmsprop", torch.float32, [24]),
+        ("rowwise_adam", torch.float32, [24]),
+        ("ftrl", torch.float32, [24]),
+        ("lion", torch.float32, [24]),
+        ("adagrad, decayed", torch.float32, [24]),
+        ("rowwise_adagrad, decayed", torch.float32, [24]),
+        ("momentum", torch.bfloat16, [7]),
+        ("rowwise_adam", torch.bfloat16, [7]),
+        ("ftrl", torch.bfloat16, [7]),
+        ("rowwise_adagrad, decayed", torch.bfloat16, [7]),
     ],
 )
 def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
@@ -160,7 +202,7 @@ def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
     """
     num_bags = 40
     if kernels == "triton":
-        dims, num_bags = [7] if len(dims) == 1 else [1, 24], 12
+        dims, num_bags = [7] if len(dims) < len(DIMS) else [1, 24], 12
     for dim in dims:
         states, norms = {}, {}
         for name in ("reference", kernels):

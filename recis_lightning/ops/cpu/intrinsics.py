@@ -265,6 +265,30 @@ def splat(typingctx, width, value):
 
 
 @intrinsic
+def load_like(typingctx, like, address):
+    """Load as many float32 as ``like`` has lanes."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[1], _lanes(_F32, like.width).as_pointer())
+        return builder.load(pointer, align=4)
+
+    return like(like, types.int64), codegen
+
+
+@intrinsic
+def splat_like(typingctx, like, value):
+    """Fill as many lanes as ``like`` has with one float32."""
+
+    def codegen(context, builder, sig, args):
+        start = ir.Constant(_lanes(_F32, like.width), ir.Undefined)
+        first = builder.insert_element(start, args[1], _I32(0))
+        lanes = ir.Constant(_lanes(_I32, like.width), None)
+        return builder.shuffle_vector(first, start, lanes)
+
+    return like(like, types.float32), codegen
+
+
+@intrinsic
 def lane_sum(typingctx, value):
     """Add up the lanes, in order, in float64."""
 
@@ -325,9 +349,25 @@ def sqrt(typingctx, value):
     return value(value), codegen
 
 
+@intrinsic
+def sign(typingctx, value):
+    """Return -1, 0 or 1 for every lane; NaN stays."""
+
+    def codegen(context, builder, sig, args):
+        zero, one, minus = (_all(_F32, value.width, number) for number in (0.0, 1.0, -1.0))
+        negative = builder.fcmp_ordered("<", args[0], zero)
+        below = builder.select(negative, minus, args[0])
+        return builder.select(builder.fcmp_ordered(">", args[0], zero), one, below)
+
+    return value(value), codegen
+
+
+MAX_WIDTH = 16  # lanes
+
+
 def vector_width(embedding_dim):
-    """Return the widest lane count (16 at most) that divides ``embedding_dim``."""
-    return next(width for width in (16, 8, 4, 2, 1) if embedding_dim % width == 0)
+    """Return the widest lane count (``MAX_WIDTH`` at most) that divides ``embedding_dim``."""
+    return next(width for width in (MAX_WIDTH, 8, 4, 2, 1) if embedding_dim % width == 0)
 
 
 @intrinsic

@@ -6,16 +6,19 @@ registers and the row's weights and state are read and written once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from recis_lightning.ops.cpu.gradient_sort import sort_gradients
 from recis_lightning.ops.cpu.intrinsics import (
+    MAX_WIDTH,
     add,
     at_least,
     at_most,
-    div,
     fma,
+    inlined,
     lane_sum,
     load_f32,
     load_i64,
@@ -24,27 +27,21 @@ from recis_lightning.ops.cpu.intrinsics import (
     mul,
     prefetch,
     splat,
-    sqrt,
-    store_f32,
     store_f64,
     store_i64,
-    store_vector,
     store_weights,
-    sub,
     vector_width,
 )
 from recis_lightning.ops.cpu.runtime import kernel_template, num_chunks
+from recis_lightning.ops.cpu.update_rules import ROW_RULES, RULES, Hyper
 from recis_lightning.ops.layout import (
-    ADAGRAD,
+    COUPLED_DECAY,
     HYPER_CLIP,
     HYPER_DECAY,
     HYPER_EPS,
-    HYPER_INV_SQRT_BIAS2,
     HYPER_LR,
-    HYPER_ONE_MINUS_BETA1,
-    HYPER_ONE_MINUS_BETA2,
     HYPER_SCALE,
-    ROWWISE_ADAGRAD,
+    HYPER_WEIGHT_DECAY,
     SGD,
 )
 
@@ -54,9 +51,93 @@ _AHEAD = 12  # positions between prefetch and use
 _F = np.float32
 
 
-@kernel_template
-def _update_kernel(rule, width, bfloat16):
+class _Positions(NamedTuple):
+    """Sorted positions of one row's gradients."""
+
+    keys: int  # address
+    start: int
+    end: int
+    mask: int  # of the position in a key
+    addresses: int  # of the gradients' addresses
+    scales: int  # address, or 0
+
+
+class _Factors(NamedTuple):
+    """Hyperparameters of a row's table that every rule has."""
+
+    lr: float
+    eps: float
+    decay: float
+    scale: float
+    clip: float
+    weight_decay: float
+
+
+def _column_function(rule, width, bfloat16):
+    """Return a function that updates some of a row's columns, ``width`` at a time."""
     item = 2 if bfloat16 else 4
+    is_decayed, kind = rule >= COUPLED_DECAY, _kind(rule)
+    is_rowwise, apply_rule = kind in ROW_RULES, RULES[kind]
+
+    @inlined
+    def update_columns(first, last, positions, factors, hyper, row, state, second, sweep, squares):
+        """Return ``squares`` plus the squares of the gradients, where these are asked for."""
+        scale, clip = splat(width, factors.scale), splat(width, factors.clip)
+        no_clip, weight_decay = splat(width, -factors.clip), splat(width, factors.weight_decay)
+        lr, eps = splat(width, -factors.lr), splat(width, factors.eps)
+        values = Hyper(lr, eps, splat(width, factors.decay), hyper, state, second)
+        for d in range(first, last, width):
+            g = splat(width, _F(0))
+            for i in range(positions.start, positions.end):
+                position = load_i64(positions.keys + 8 * i) & positions.mask
+                gradient = load_i64(positions.addresses + 8 * position) + 4 * d
+                value = load_vector(width, gradient)
+                if positions.scales:
+                    weight = splat(width, load_f32(positions.scales + 4 * position))
+                    g = fma(value, weight, g)
+                else:
+                    g = add(g, value)
+            if rule == _NORM:
+                squares += lane_sum(mul(g, g))
+                continue
+            g = at_least(at_most(mul(g, scale), clip), no_clip)
+            if is_decayed:
+                w = load_weights(width, bfloat16, row + item * d)
+                g = fma(weight_decay, w, g)
+            if is_rowwise and sweep == 0:
+                squares += lane_sum(mul(g, g))
+                continue
+            w = load_weights(width, bfloat16, row + item * d)
+            w = apply_rule(w, g, state + 4 * d, values)
+            store_weights(bfloat16, row + item * d, w)
+        return squares
+
+    return update_columns
+
+
+def _kind(rule):
+    return SGD if rule == _NORM else rule % COUPLED_DECAY
+
+
+def _widths(rule, embedding_dim):
+    """Return how many columns are updated at a time, and how many of those that are left then.
+
+    The second is 0 if the first divides ``embedding_dim``, as it does where squares are added up in
+    the order of the columns.
+    """
+    width = vector_width(embedding_dim)
+    if rule == _NORM or _kind(rule) in ROW_RULES or 2 * width > min(embedding_dim, MAX_WIDTH):
+        return width, 0
+    wide = 1 << (min(embedding_dim, MAX_WIDTH).bit_length() - 1)
+    return wide, vector_width(embedding_dim % wide)
+
+
+@kernel_template
+def _update_kernel(rule, width, rest_width, bfloat16):
+    kind = _kind(rule)
+    is_rowwise, update_row = kind in ROW_RULES, ROW_RULES.get(kind, RULES[kind])
+    update_columns = _column_function(rule, width, bfloat16)
+    update_rest = _column_function(rule, rest_width or 1, bfloat16)
 
     def update(
         low,
@@ -83,7 +164,9 @@ def _update_kernel(rule, width, bfloat16):
         if bfloat16:
             state_at = ((embedding_dim + 1) >> 1) << 2
         dim_bytes = 4 * embedding_dim
-        zero = splat(width, _F(0))
+        rest = embedding_dim
+        if rest_width:
+            rest = embedding_dim - embedding_dim % width
         start = low
         norm = np.float64(0)
         if start > 0:  # a run that began before belongs to the chunk before
@@ -122,61 +205,25 @@ def _update_kernel(rule, width, bfloat16):
             row = load_i64(line) + (flat & block_mask) * row_bytes
             hyper = load_i64(line + 8)
             state = row + state_at
-            lr = splat(width, -load_f32(hyper + 4 * HYPER_LR))
-            eps = splat(width, load_f32(hyper + 4 * HYPER_EPS))
-            decay = splat(width, load_f32(hyper + 4 * HYPER_DECAY))
-            scale = splat(width, load_f32(hyper + 4 * HYPER_SCALE))
-            clip = splat(width, load_f32(hyper + 4 * HYPER_CLIP))
-            no_clip = splat(width, -load_f32(hyper + 4 * HYPER_CLIP))
-            # Row-wise Adagrad needs the whole gradient's mean square before the first weight.
-            sweeps = 2 if rule == ROWWISE_ADAGRAD else 1
-            squares = np.float64(0)
-            for sweep in range(sweeps):
-                if rule == ROWWISE_ADAGRAD and sweep == 1:
-                    mean = _F(squares / embedding_dim)
-                    store_f32(state, load_f32(state) + mean)
-                for d in range(0, embedding_dim, width):
-                    g = zero
-                    for i in range(start, end):
-                        position = load_i64(keys + 8 * i) & position_mask
-                        gradient = load_i64(addresses + 8 * position) + 4 * d
-                        value = load_vector(width, gradient)
-                        if scales:
-                            weight = splat(width, load_f32(scales + 4 * position))
-                            g = fma(value, weight, g)
-                        else:
-                            g = add(g, value)
-                    if rule == _NORM:
-                        norm += lane_sum(mul(g, g))
-                        continue
-                    g = at_least(at_most(mul(g, scale), clip), no_clip)
-                    if rule == ROWWISE_ADAGRAD and sweep == 0:
-                        squares += lane_sum(mul(g, g))
-                        continue
-                    w = load_weights(width, bfloat16, row + item * d)
-                    if rule == SGD:
-                        w = fma(lr, g, mul(w, decay))
-                    elif rule == ADAGRAD:
-                        s = fma(g, g, load_vector(width, state + 4 * d))
-                        store_vector(state + 4 * d, s)
-                        w = fma(lr, div(g, add(sqrt(s), eps)), w)
-                    elif rule == ROWWISE_ADAGRAD:
-                        s = splat(width, load_f32(state))
-                        w = fma(lr, div(g, add(sqrt(s), eps)), w)
-                    else:
-                        share1 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA1))
-                        share2 = splat(width, load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA2))
-                        inverse = splat(width, load_f32(hyper + 4 * HYPER_INV_SQRT_BIAS2))
-                        second = state + dim_bytes
-                        m = load_vector(width, state + 4 * d)
-                        v = load_vector(width, second + 4 * d)
-                        m = fma(share1, sub(g, m), m)
-                        v = fma(share2, sub(mul(g, g), v), v)
-                        store_vector(state + 4 * d, m)
-                        store_vector(second + 4 * d, v)
-                        w = mul(w, decay)
-                        w = fma(lr, div(m, fma(sqrt(v), inverse, eps)), w)
-                    store_weights(bfloat16, row + item * d, w)
+            positions = _Positions(keys, start, end, position_mask, addresses, scales)
+            factors = _Factors(
+                load_f32(hyper + 4 * HYPER_LR),
+                load_f32(hyper + 4 * HYPER_EPS),
+                load_f32(hyper + 4 * HYPER_DECAY),
+                load_f32(hyper + 4 * HYPER_SCALE),
+                load_f32(hyper + 4 * HYPER_CLIP),
+                load_f32(hyper + 4 * HYPER_WEIGHT_DECAY),
+            )
+            of_row = (positions, factors, hyper, row, state, dim_bytes)
+            if rule == _NORM:
+                norm = update_columns(0, rest, *of_row, 0, norm)
+            else:
+                if is_rowwise:  # its rule needs the whole gradient's mean square first
+                    squares = update_columns(0, rest, *of_row, 0, np.float64(0))
+                    update_row(state, dim_bytes, hyper, _F(squares / embedding_dim))
+                update_columns(0, rest, *of_row, 1, np.float64(0))
+                if rest_width:
+                    update_rest(rest, embedding_dim, *of_row, 1, np.float64(0))
             start = end
         if rule == _NORM:
             store_f64(norms + 8 * chunk, norm)
@@ -190,7 +237,7 @@ def _launch(gradients, rule):
     chunks = num_chunks(n, _POSITIONS_PER_CHUNK)
     norms = np.zeros(chunks if rule == _NORM else 0, np.float64)
     bfloat16 = int(layout.dtype is torch.bfloat16)
-    _update_kernel(rule, vector_width(layout.embedding_dim), bfloat16).launch(
+    _update_kernel(rule, *_widths(rule, layout.embedding_dim), bfloat16).launch(
         n,
         _POSITIONS_PER_CHUNK,
         keys=keys,

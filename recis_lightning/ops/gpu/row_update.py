@@ -12,19 +12,10 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
 from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
 from recis_lightning.ops.gpu.layout import (
-    ADAGRAD,
-    ADAM,
     HYPER_CLIP,
-    HYPER_DECAY,
-    HYPER_EPS,
-    HYPER_INV_SQRT_BIAS2,
-    HYPER_LR,
-    HYPER_ONE_MINUS_BETA1,
-    HYPER_ONE_MINUS_BETA2,
     HYPER_SCALE,
+    HYPER_WEIGHT_DECAY,
     NORM,
-    ROWWISE_ADAGRAD,
-    SGD,
 )
 from recis_lightning.ops.gpu.runtime import (
     cells_at,
@@ -38,16 +29,12 @@ from recis_lightning.ops.gpu.runtime import (
     power_of_two,
     sum_over,
 )
+from recis_lightning.ops.gpu.update_rules import apply_rule, hyper_at
 
 NORM.value = -1  # a rule that updates nothing
 
 _CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
 _SUMS = lanes(16, 64)  # of pieces, at once
-
-
-@device_function
-def _hyper(address, number: tl.constexpr, mask):
-    return tl.load(float_at(address + 4 * number), mask, 1)[:, None]
 
 
 @device_function
@@ -60,6 +47,7 @@ def _update(
     g,
     norms,
     RULE: tl.constexpr,
+    DECAYED: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -78,49 +66,36 @@ def _update(
         state = row + 4 * DIM
         if BFLOAT16:
             state = row + 4 * ((DIM + 1) // 2)
-        lr = _hyper(hyper, HYPER_LR, mask)
-        clip = _hyper(hyper, HYPER_CLIP, mask)
-        g = g * _hyper(hyper, HYPER_SCALE, mask)
+        clip = hyper_at(hyper, HYPER_CLIP, mask)
+        g = g * hyper_at(hyper, HYPER_SCALE, mask)
         g = tl.where(g > clip, clip, g)  # a comparison with NaN is false: NaN stays
         g = tl.where(g < -clip, -clip, g)
         w = load_weights(row, column, cells, BFLOAT16, ALIGNED)
-        if RULE == SGD:
-            w = w * _hyper(hyper, HYPER_DECAY, mask) - lr * g
-        if RULE == ADAGRAD:
-            at = cells_at(float_at(state), column, ALIGNED)
-            s = tl.load(at, cells, 0) + g * g
-            tl.store(at, s, cells)
-            w = w - lr * (g / (tl.sqrt(s) + _hyper(hyper, HYPER_EPS, mask)))
-        if RULE == ROWWISE_ADAGRAD:
-            s = tl.load(float_at(state), mask, 0) + sum_over(g * g, 1) / DIM
-            # Warps that share a row load the same word, and only one of them stores it.
-            tl.debug_barrier()
-            tl.store(float_at(state), s, mask)
-            w = w - lr * (g / (tl.sqrt(s)[:, None] + _hyper(hyper, HYPER_EPS, mask)))
-        if RULE == ADAM:
-            at1 = cells_at(float_at(state), column, ALIGNED)
-            at2 = cells_at(float_at(state + 4 * DIM), column, ALIGNED)
-            m, v = tl.load(at1, cells, 0), tl.load(at2, cells, 0)
-            m = m + _hyper(hyper, HYPER_ONE_MINUS_BETA1, mask) * (g - m)
-            v = v + _hyper(hyper, HYPER_ONE_MINUS_BETA2, mask) * (g * g - v)
-            tl.store(at1, m, cells)
-            tl.store(at2, v, cells)
-            inv_sqrt_bias2 = _hyper(hyper, HYPER_INV_SQRT_BIAS2, mask)
-            root = tl.sqrt(v) * inv_sqrt_bias2 + _hyper(hyper, HYPER_EPS, mask)
-            w = w * _hyper(hyper, HYPER_DECAY, mask) - lr * (m / root)
+        if DECAYED:
+            g = g + hyper_at(hyper, HYPER_WEIGHT_DECAY, mask) * w
+        w = apply_rule(w, g, state, hyper, column, mask, cells, RULE, DIM, ALIGNED)
         store_weights(row, column, w, cells, BFLOAT16, ALIGNED)
 
 
-_RULES = (NORM.value, fields.SGD, fields.ADAGRAD, fields.ROWWISE_ADAGRAD, fields.ADAM)
+_RULES = (NORM.value, *range(fields.LION + 1))
 _WIDE = {
     "DIM": 128,
     "COLUMNS": 128,
     "BFLOAT16": False,
+    "DECAYED": False,
     "ALIGNED": True,
     "PIECE": PIECE,
     "WIDE": False,
 }
-_ODD = {"DIM": 33, "COLUMNS": 64, "BFLOAT16": True, "ALIGNED": False, "PIECE": PIECE, "WIDE": True}
+_ODD = {
+    "DIM": 33,
+    "COLUMNS": 64,
+    "BFLOAT16": True,
+    "DECAYED": True,
+    "ALIGNED": False,
+    "PIECE": PIECE,
+    "WIDE": True,
+}
 
 
 @kernel(
@@ -142,6 +117,7 @@ def _update_kernel(
     block_shift: tl.int64,
     row_bytes: tl.int64,
     RULE: tl.constexpr,
+    DECAYED: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -192,6 +168,7 @@ def _update_kernel(
             g,
             norm,
             RULE,
+            DECAYED,
             DIM,
             COLUMNS,
             BFLOAT16,
@@ -214,6 +191,7 @@ def _update_long_kernel(
     block_shift: tl.int64,
     row_bytes: tl.int64,
     RULE: tl.constexpr,
+    DECAYED: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -258,6 +236,7 @@ def _update_long_kernel(
             g,
             norm,
             RULE,
+            DECAYED,
             DIM,
             COLUMNS,
             BFLOAT16,
@@ -281,7 +260,8 @@ def _launch(gradients, rule):
         norms = torch.zeros(n + stretches, dtype=torch.float32, device=device)
         at = norms.data_ptr()
     constants = {
-        "RULE": rule,
+        "RULE": rule if is_norm else rule % fields.COUPLED_DECAY,
+        "DECAYED": rule >= fields.COUPLED_DECAY,
         "DIM": dim,
         "COLUMNS": columns,
         "BFLOAT16": layout.dtype is torch.bfloat16,

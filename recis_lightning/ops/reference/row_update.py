@@ -13,6 +13,7 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.reference.embedding_bag import Feature
 from recis_lightning.ops.reference.storage import Rows, memory, state_of, weights_of
+from recis_lightning.ops.reference.update_rules import RULES
 from recis_lightning.ops.row_update import Gradients, RowLayout
 
 
@@ -60,22 +61,12 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     hyper = torch.stack(hypers)[rows >> layout.block_shift]
     words = store.read(rows)
     weights, state = weights_of(words, dim, bfloat16), state_of(words, dim, bfloat16)
-    w, columns = weights.double(), hyper.double().unbind(1)
-    lr, eps, rate1, rate2, inv_sqrt_bias2, decay, scale, clip = (c[:, None] for c in columns)
-    g = torch.minimum(torch.maximum(g * scale, -clip), clip)
-    if rule == fields.SGD:
-        w = w * decay - lr * g
-    elif rule in (fields.ADAGRAD, fields.ROWWISE_ADAGRAD):
-        squares = g.square()
-        s = state.double()
-        s = s + (squares if rule == fields.ADAGRAD else squares.mean(1, keepdim=True))
-        state.copy_(s)
-        w = w - lr * g / (s.sqrt() + eps)
-    else:
-        m, v = state[:, :dim].double(), state[:, dim:].double()
-        m, v = m + rate1 * (g - m), v + rate2 * (g.square() - v)
-        state.copy_(torch.cat([m, v], 1))
-        w = w * decay - lr * m / (v.sqrt() * inv_sqrt_bias2 + eps)
+    w, h = weights.double(), hyper.double().T[:, :, None]
+    clip = h[fields.HYPER_CLIP]
+    g = torch.minimum(torch.maximum(g * h[fields.HYPER_SCALE], -clip), clip)
+    if rule >= fields.COUPLED_DECAY:
+        g = g + h[fields.HYPER_WEIGHT_DECAY] * w
+    w = RULES[rule % fields.COUPLED_DECAY](w, g, state, h)
     weights.copy_(w.float())
     gradients.applied[0] = 1
     store.write(rows, words)
