@@ -427,6 +427,8 @@ class HashTable(nn.Module):
         """Return all ids and their rows, int64 [len] each, by row."""
         storage = self.storage
         ids, occupied = hash_index.id_of_row(storage.header, storage.rows.num_rows)
+        if occupied.all():
+            return ids, torch.arange(len(ids), device=ids.device)
         rows = occupied.nonzero().squeeze(1)
         return ids[rows], rows
 

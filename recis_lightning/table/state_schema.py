@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from recis_lightning.arguments import check_dtype
 
-try:  # the same checksum, several times as fast
-    from isal.isal_zlib import crc32
+try:  # the same checksum, several times as fast, and of parts in threads
+    from isal.isal_zlib import crc32, crc32_combine
 except ImportError:
     from zlib import crc32
+
+    crc32_combine = None  # type: ignore[assignment]
 
 SCHEMA = 1
 REFERENCE = "shards"  # in a state whose rows are in files of their own: the key of their names
@@ -57,7 +61,9 @@ _RANGES = {
     "pending_counts": (0, (1 << 32) - 1),
     "pending_lookups": (-(1 << 31), (1 << 31) - 1),
 }
+_PART_BYTES = 1 << 23  # of a checksum, on one thread
 _SLOT_WORDS = 64  # the most float32 words of optimizer state for each weight of a row
+DISTINCT = ("ids", "pending_ids")  # fields in which no id may occur twice
 
 Shape = tuple[int, ...]
 
@@ -72,13 +78,16 @@ def is_field(key: str) -> bool:
     return key in _KNOWN
 
 
-def check_state(state: Any, table: str, embedding_dim: int) -> None:
+def check_state(
+    state: Any, table: str, embedding_dim: int, distinct: Iterable[str] = DISTINCT
+) -> None:
     """Raise unless ``state`` is whole, valid, undamaged, and of a table of ``embedding_dim``.
 
     Args:
         state: Of a saved table.
         table: The name of the table that would load it, for errors.
         embedding_dim: Its dim.
+        distinct: Fields whose ids to compare with each other.
 
     Raises:
         ValueError: Names the table, the field, what was expected and what it is.
@@ -86,7 +95,7 @@ def check_state(state: Any, table: str, embedding_dim: int) -> None:
     where = f"state of table {table!r}"
     check_structure(state, where, embedding_dim)
     check_checksum(state, where)
-    check_distinct(state, where)
+    check_distinct(state, where, distinct)
 
 
 def check_structure(state: Any, where: str, embedding_dim: int) -> None:
@@ -166,9 +175,9 @@ def check_rows(
         )
 
 
-def check_distinct(state: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if an id occurs twice."""
-    for key in ("ids", "pending_ids"):
+def check_distinct(state: Mapping[str, Any], where: str, fields: Iterable[str] = DISTINCT) -> None:
+    """Raise ValueError if an id occurs twice in one of the fields."""
+    for key in fields:
         if key in state:
             ids = np.sort(state[key].detach().cpu().numpy())
             if twice := int((ids[1:] == ids[:-1]).sum()):
@@ -257,7 +266,19 @@ def _checksum(state: Mapping[str, Any]) -> int:
         if field.numel():
             # A dimension of one item may have any stride, and is contiguous all the same.
             flat = field.detach().cpu().contiguous().as_strided((field.numel(),), (1,))
-            value = crc32(flat.view(torch.uint8).numpy(), value)
+            value = _crc32_of(flat.view(torch.uint8).numpy(), value)
+    return value
+
+
+def _crc32_of(data: npt.NDArray[np.uint8], value: int) -> int:
+    """Return the CRC-32 of what has ``value``, and ``data`` behind it."""
+    num_threads = torch.get_num_threads()
+    if crc32_combine is None or num_threads == 1 or data.size < 2 * _PART_BYTES:
+        return crc32(data, value)
+    parts = [data[start : start + _PART_BYTES] for start in range(0, data.size, _PART_BYTES)]
+    with ThreadPoolExecutor(num_threads, "recis_lightning") as threads:
+        for part, of_part in zip(parts, threads.map(crc32, parts), strict=True):
+            value = crc32_combine(value, of_part, part.size)
     return value
 
 
@@ -271,6 +292,7 @@ def _leaves(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 __all__ = [
     "CHECKSUM",
+    "DISTINCT",
     "KEYED_BY",
     "REFERENCE",
     "SCHEMA",

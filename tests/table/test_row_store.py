@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from recis_lightning.ops import host_memory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import BLOCKS, NEXT_ROW, NUM_FREE
+from recis_lightning.table import row_store
 from recis_lightning.table.row_store import RowStore
 
 LAYOUTS = [
@@ -103,6 +105,19 @@ def test_blocks_start_on_a_cache_line_and_do_not_overlap():
         assert chunk.ctypes.data % 64 == 0
     gaps = np.diff(np.sort(store.addresses))
     assert gaps.min() >= 4 * store.row_words << store.block_shift
+
+
+@pytest.mark.parametrize(("dim", "dtype", "slots"), LAYOUTS[:-1])
+@pytest.mark.parametrize("num_rows", [0, 3000])
+def test_many_rows_are_read_into_huge_pages(monkeypatch, num_rows, dim, dtype, slots):
+    """What malloc would ask the system for comes from where tables have their memory."""
+    store = _store(dim, dtype, slots, num_rows=num_rows)
+    weights, state = _fill(store)
+    asked, empty = [], host_memory.empty
+    monkeypatch.setattr(row_store, "_MAPPED_BYTES", 0)
+    monkeypatch.setattr(host_memory, "empty", lambda size: asked.append(size) or empty(size))
+    _assert_reads(store, torch.arange(num_rows), weights, state)
+    assert asked == [tensor.nbytes for tensor in (weights, *state.values())]
 
 
 def test_growth_is_geometric_and_small_tables_are_small():

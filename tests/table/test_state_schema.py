@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import zlib
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from recis_lightning import DynamicEmbedding, HashTable
 from recis_lightning.admission import MinCount
 from recis_lightning.eviction import GlobalStepFilter
-from recis_lightning.table.state_schema import CHECKSUM
+from recis_lightning.table import state_schema
+from recis_lightning.table.state_schema import CHECKSUM, with_checksum
 from tests.helpers.sample_tables import filled, same, trained
 
 
@@ -157,3 +159,14 @@ def test_the_checksum_is_of_the_content():
     again["weights"] = again["weights"].t().contiguous().t()
     table.set_extra_state(again)
     assert table.get_extra_state()[CHECKSUM] == state[CHECKSUM]
+
+
+@pytest.mark.parametrize("combine", [state_schema.crc32_combine, None])
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 8, 15, 16, 17, 41])
+def test_the_checksum_in_threads_is_the_crc_of_all_bytes(monkeypatch, num_bytes, combine):
+    monkeypatch.setattr(state_schema, "_PART_BYTES", 8)
+    monkeypatch.setattr(state_schema, "crc32_combine", combine)
+    data = torch.arange(num_bytes, dtype=torch.uint8)
+    found = with_checksum({"sketch": data})[CHECKSUM]
+    head = f"sketch:torch.uint8({num_bytes},);".encode()
+    assert found == zlib.crc32(data.numpy().tobytes(), zlib.crc32(head))

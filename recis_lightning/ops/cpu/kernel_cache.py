@@ -17,7 +17,9 @@ import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from numba.core.caching import IndexDataCacheFile
 from numba.core.registry import cpu_target
 
 from recis_lightning.ops.private_folder import open_private
+
+SILENT_SECONDS = 1.0  # of compiling, before a line says so
 
 _log = logging.getLogger(__name__)
 
@@ -50,12 +54,37 @@ def cache_folder() -> Path | None:
     return None
 
 
-@functools.cache
-def tell_compiling() -> None:
-    """Log, once a process, that kernels are compiled; the first step waits for them."""
-    folder = cache_folder()
-    if folder is not None:  # else a warning was logged
-        _log.info("Compiling the CPU kernels of tables, once: they are kept in %s", folder)
+class CompilingNotice:
+    """Says, once a process, that kernels are compiled, when that has taken a second in all.
+
+    So a new installation says it, and a process that needs a kernel or two more does not.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0  # of compiling so far
+        self._is_given = False
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Return a context in which a kernel is compiled; there is one at a time."""
+        timer = threading.Timer(max(SILENT_SECONDS - self._seconds, 0.0), self._give)
+        timer.daemon = True
+        start = time.monotonic()
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._seconds += time.monotonic() - start
+
+    def _give(self) -> None:
+        folder = cache_folder()
+        if not self._is_given and folder is not None:  # else a warning was logged
+            self._is_given = True
+            _log.warning("Compiling kernels, once per installation; they are kept in %s", folder)
+
+
+notice = CompilingNotice()
 
 
 def _candidates() -> list[Path]:
@@ -133,4 +162,4 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-__all__ = ["KernelCache", "cache_folder", "tell_compiling"]
+__all__ = ["CompilingNotice", "KernelCache", "cache_folder", "notice"]

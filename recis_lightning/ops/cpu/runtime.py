@@ -28,7 +28,8 @@ from numba.core import compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
-from recis_lightning.ops.cpu.kernel_cache import KernelCache, tell_compiling
+from recis_lightning.ops.cpu import kernel_cache
+from recis_lightning.ops.cpu.kernel_cache import KernelCache
 
 _I64 = ir.IntType(64)
 
@@ -176,23 +177,28 @@ def _compile(function: Callable[..., None], constants: tuple[int, ...]) -> _Comp
         result = cache.load()
         is_cached = result is not None
         if not is_cached:
-            tell_compiling()
-            flags = compiler.Flags()
-            cpu_target.options.parse_as_flags(flags, {})
-            flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-            result = compiler.compile_extra(
-                cpu_target.typing_context,
-                cpu_target.target_context,
-                function,
-                signature.args,
-                signature.return_type,
-                flags,
-                locals={},
-            )
-            _add_chunk_loop(result, names)
+            with kernel_cache.notice.compiling():
+                result = _compile_anew(function, names, signature)
             cache.save(result)
         name = _LOOP_NAME + result.fndesc.llvm_func_name
         return _Compiled(result.library, result.library.get_pointer_to_function(name), is_cached)
+
+
+def _compile_anew(function, names, signature):
+    flags = compiler.Flags()
+    cpu_target.options.parse_as_flags(flags, {})
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    result = compiler.compile_extra(
+        cpu_target.typing_context,
+        cpu_target.target_context,
+        function,
+        signature.args,
+        signature.return_type,
+        flags,
+        locals={},
+    )
+    _add_chunk_loop(result, names)
+    return result
 
 
 class _Compiled(NamedTuple):

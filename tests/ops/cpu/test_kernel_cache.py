@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from recis_lightning.ops.cpu import kernel_cache
 
 ROOT = Path(__file__).parents[3]
+_IMPORT = "from recis_lightning.ops.cpu import kernel_cache"
 _SCRIPT = """
 import numpy as np
 from recis_lightning.ops.cpu import kernel_cache, runtime
@@ -91,18 +93,36 @@ def test_damaged_files_and_full_disks_are_no_errors(tmp_path, monkeypatch, caplo
     assert _cached(_start(tmp_path, [5])) == {"5": "0"}
 
 
+def _lines_of(folder, constants, silent_seconds):
+    """Return what a process says that needs these kernels."""
+    patience = f"\nkernel_cache.SILENT_SECONDS = {silent_seconds}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT + patience + _SCRIPT.replace("CONSTANTS", repr(constants))],
+        cwd=ROOT, env={**os.environ, "NUMBA_CACHE_DIR": str(folder)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [line for line in done.stderr.splitlines() if "Compiling" in line]
+
+
 def test_the_first_process_says_that_it_compiles(tmp_path):
-    """One line for all kernels, with the folder; none where they are loaded."""
-    log = "import logging; logging.basicConfig(level='INFO', format='%(name)s: %(message)s')"
-    said = []
-    for _ in range(2):
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", log + _SCRIPT.replace("CONSTANTS", "[1, 2]")],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        said.append([line for line in done.stderr.splitlines() if "Compiling" in line])
-    assert said[1] == []
-    (line,) = said[0]
-    assert line.startswith("recis_lightning.ops.cpu.kernel_cache: Compiling the CPU kernels")
-    assert line.endswith(str(tmp_path / "recis_lightning"))
+    """One line for all kernels, with the folder, seen without any set-up; none where they load."""
+    (line,) = _lines_of(tmp_path, [1, 2, 3], 0.02)
+    folder = tmp_path / "recis_lightning"
+    assert line == f"Compiling kernels, once per installation; they are kept in {folder}"
+    assert _lines_of(tmp_path, [1, 2, 3], 0.02) == []
+
+
+def test_a_process_that_compiles_little_says_nothing(tmp_path):
+    """As later processes do that need a kernel more."""
+    assert _lines_of(tmp_path, [1, 2], 600) == []
+
+
+def test_the_seconds_of_kernels_add_up(monkeypatch, caplog):
+    monkeypatch.setattr(kernel_cache, "SILENT_SECONDS", 0.2)
+    notice = kernel_cache.CompilingNotice()
+    for _ in range(4):
+        with notice.compiling():
+            time.sleep(0.15)
+    assert [record.message[:38] for record in caplog.records] == [
+        "Compiling kernels, once per installati"
+    ]
