@@ -48,7 +48,6 @@ TESTED_BY = {
     "checkpoint/tensor_group.py": "checkpoint/test_shard_file.py",
     "data/conversion.py": "data/test_columns.py",
     "distributed/digest.py": "distributed/test_heads.py",
-    "distributed/process_group.py": "distributed/test_collectives.py",
     "lookup/agreement.py": "lookup/test_gradient_exchange.py",
     "lookup/autograd.py": "test_engine.py",
     "lookup/current_groups.py": "test_engine.py",
