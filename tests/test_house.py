@@ -43,6 +43,7 @@ TESTED_BY = {
     "checkpoint/reader.py": "checkpoint/test_checkpoint.py",
     "checkpoint/regular_file.py": "checkpoint/test_shard_check.py",
     "checkpoint/saved_tables.py": "checkpoint/test_checkpoint.py",
+    "callbacks/level_fetcher.py": "callbacks/test_uneven_batches.py",
     "checkpoint/shard_tables.py": "checkpoint/test_checkpoint.py",
     "checkpoint/state_tables.py": "checkpoint/test_checkpoint.py",
     "checkpoint/tensor_group.py": "checkpoint/test_shard_file.py",
