@@ -7,9 +7,11 @@ for the notes of the others: a rank that leaves none is lost.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from torch import distributed
 
@@ -46,16 +48,26 @@ def _find_silent(process_group: ProcessGroup | None) -> list[int] | None:
     try:
         store = distributed.distributed_c10d._get_default_store()
         store.set(f"{prefix}/{rank()}", "")
-        silent = [other for other in global_ranks(process_group) if other != rank()]
-        end = time.monotonic() + _PATIENCE_S
-        while silent:
-            silent = [other for other in silent if not store.check([f"{prefix}/{other}"])]
-            if time.monotonic() > end:
-                break
-            time.sleep(_PAUSE_S if silent else 0)
+        others = [other for other in global_ranks(process_group) if other != rank()]
+        silent = _without_note(store, prefix, others)
+        store.set(f"{prefix}/found/{rank()}", "")
     except RuntimeError:
         return None
+    if rank() == 0:  # it may hold the store: not to end before the others have looked
+        with suppress(RuntimeError):
+            there = [other for other in others if other not in silent]
+            _without_note(store, f"{prefix}/found", there)
     return silent
+
+
+def _without_note(store: Any, prefix: str, ranks: Sequence[int]) -> list[int]:
+    """Return the ranks that have left no note in time."""
+    silent, end = list(ranks), time.monotonic() + _PATIENCE_S
+    while True:
+        silent = [other for other in silent if not store.check([f"{prefix}/{other}"])]
+        if not silent or time.monotonic() > end:
+            return silent
+        time.sleep(_PAUSE_S)
 
 
 def _describe(doing: str, silent: Sequence[int] | None, error: str) -> str:
@@ -72,9 +84,14 @@ def _describe(doing: str, silent: Sequence[int] | None, error: str) -> str:
     """
     start = f"rank {rank()} {doing}"
     if silent is None:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun
+            return (
+                f"{start} and lost another rank; it cannot ask which one, for the launcher, which "
+                "holds the store by which ranks find each other, is gone too"
+            )
         return (
-            f"{start} and lost another rank; it cannot ask which one, for the store by which ranks "
-            "find each other is gone too, with rank 0 or the launcher that holds it"
+            f"{start} and lost rank 0, which has ended, and with it the store by which ranks find "
+            "each other: whether others are lost cannot be asked"
         )
     if not silent:
         return f"{start}, and its message failed though all ranks are there: {error}"

@@ -27,13 +27,19 @@ def test_the_others_name_a_rank_that_ends(ranks, where, doing):
     [
         ([1, 3], "Connection closed by peer", "steps and lost ranks 1, 3, which have ended"),
         ([1], "Timed out waiting 3000ms", "steps and lost rank 1, which did not come within"),
-        (None, "Broken pipe", "steps and lost another rank; it cannot ask which one"),
+        (None, "Broken pipe", "steps and lost rank 0, which has ended, and with it the store"),
         ([], "Broken pipe", "steps, and its message failed though all ranks are there: Broken"),
     ],
 )
 def test_words(silent, error, says):
     """What is known of a rank's fate."""
     assert _describe("steps", silent, error).startswith(f"rank 0 {says}")
+
+
+def test_under_torchrun_the_launcher_holds_the_store(monkeypatch):
+    """Its end says nothing of rank 0."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert "and lost another rank; it cannot ask" in _describe("steps", None, "Broken pipe")
 
 
 @pytest.mark.parametrize(
