@@ -19,6 +19,7 @@ from recis_lightning.arguments import (
     refuse_script,
     refuse_symbols,
 )
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_bags, read_jagged
@@ -55,6 +56,7 @@ class DynamicEmbedding(nn.Module):
             initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints.
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
+        process_group: Ranks that the table is sharded over; None means all.
 
     Example:
         >>> user = DynamicEmbedding(16, name="user")
@@ -77,11 +79,13 @@ class DynamicEmbedding(nn.Module):
         seed: int | None = 0,
         name: str | None = None,
         trainable: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self._groups = CurrentGroups()
         self.table = _make_table(
-            embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
+            *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
+            *(trainable, process_group),
         )
         self.mode = "none"
         self.padding_idx = padding_idx
@@ -162,6 +166,7 @@ class DynamicEmbeddingBag(nn.Module):
             initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints.
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
+        process_group: Ranks that the table is sharded over; None means all.
         include_last_offset: ``offsets`` ends with the number of ids.
 
     Example:
@@ -184,6 +189,7 @@ class DynamicEmbeddingBag(nn.Module):
         seed: int | None = 0,
         name: str | None = None,
         trainable: bool = True,
+        process_group: ProcessGroup | None = None,
         include_last_offset: bool = False,
         **unsupported: Any,
     ) -> None:
@@ -198,7 +204,8 @@ class DynamicEmbeddingBag(nn.Module):
         super().__init__()
         self._groups = CurrentGroups()
         self.table = _make_table(
-            embedding_dim, initializer, admission, eviction, dtype, device, seed, name, trainable
+            *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
+            *(trainable, process_group),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -325,6 +332,7 @@ def _make_table(
     seed: int | None,
     name: str | None,
     trainable: bool,
+    process_group: ProcessGroup | None,
 ) -> HashTable:
     return HashTable(
         embedding_dim,
@@ -336,6 +344,7 @@ def _make_table(
         seed=seed,
         name=name,
         trainable=trainable,
+        process_group=process_group,
     )
 
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from recis_lightning import compiler
 from recis_lightning.admission import Admission
 from recis_lightning.arguments import check_bool, refuse_script
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_features, read_keyed_jagged
 from recis_lightning.lookup import operator, recording
@@ -64,6 +65,7 @@ class EmbeddingEngine(nn.Module):
     Args:
         options: Feature -> its settings.
         strict: Refuse batches that lack a feature or have something else.
+        process_group: Ranks that the tables are sharded over; None means all.
 
     Raises:
         TypeError: An option is no ``EmbeddingOption``.
@@ -82,7 +84,13 @@ class EmbeddingEngine(nn.Module):
         3
     """
 
-    def __init__(self, options: dict[str, EmbeddingOption], *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        options: dict[str, EmbeddingOption],
+        *,
+        strict: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(options, Mapping):
             raise TypeError(
@@ -105,7 +113,8 @@ class EmbeddingEngine(nn.Module):
         for name, sharing in members.items():
             trainable = any(self.options[feature].trainable for feature in sharing)
             option = self.options[sharing[0]]
-            self.tables[name] = _make_table(name, option, admissions[name], trainable)
+            made = _make_table(name, option, admissions[name], trainable, process_group)
+            self.tables[name] = made
         self._adopt_tables()
         self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
         self._known_keys: set[Any] = set()  # of batches, that are no features and were checked
@@ -434,7 +443,11 @@ def _read(given: Mapping[str, Any], group: LookupGroup, is_whole: bool) -> Featu
 
 
 def _make_table(
-    name: str, option: EmbeddingOption, admission: Admission | None, trainable: bool
+    name: str,
+    option: EmbeddingOption,
+    admission: Admission | None,
+    trainable: bool,
+    process_group: ProcessGroup | None,
 ) -> HashTable:
     return HashTable(
         option.embedding_dim,
@@ -446,6 +459,7 @@ def _make_table(
         seed=option.seed,
         name=name,
         trainable=trainable,
+        process_group=process_group,
     )
 
 

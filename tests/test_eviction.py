@@ -105,7 +105,7 @@ class Ranks:
     def __init__(self, count):
         self.barrier, self.parts = threading.Barrier(count), []
 
-    def sum(self, tensor):
+    def sum(self, tensor, _):
         self.parts.append(tensor.clone())
         self.barrier.wait(60)
         total = torch.stack(self.parts).sum(0)

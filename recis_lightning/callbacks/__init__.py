@@ -13,6 +13,7 @@ from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.callbacks.trace import TraceHook
 from recis_lightning.callbacks.tracker import MLTrackerHook
+from recis_lightning.callbacks.uneven_batches import UnevenBatches
 from recis_lightning.metrics import add_to_ml_tracker
 from recis_lightning.trace import add_to_trace
 
@@ -28,6 +29,7 @@ __all__ = [
     "ProfilerHook",
     "TimelineProfiler",
     "TraceHook",
+    "UnevenBatches",
     "add_to_ml_tracker",
     "add_to_trace",
 ]

@@ -18,6 +18,7 @@ from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.save_interception import intercept_saves
 from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_folder, wrap_io
 from recis_lightning.callbacks.trainer_progress import trainer_progress
+from recis_lightning.callbacks.uneven_batches import UnevenBatches
 from recis_lightning.checkpoint.commit import COMMIT_KEY, Commit, new_save_id
 from recis_lightning.checkpoint.reader import CheckpointReader
 from recis_lightning.checkpoint.saved_tables import FitRules
@@ -83,6 +84,7 @@ class CheckpointHook(Hook):
         """Check that the optimizers, made since, keep the state that was loaded."""
         check_table_names("CheckpointHook", hash_tables(pl_module))  # configure_model made some
         check_fit(trainer, pl_module)
+        UnevenBatches.attach(trainer)
         reader, self._loaded = self._loaded, None
         if reader is not None:
             reader.check_tables(

@@ -13,6 +13,7 @@ from typing_extensions import override
 from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, is_new_trainer
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.table.hash_table import HashTable, live_hash_tables
 from recis_lightning.table.listing import hash_tables
 
@@ -176,13 +177,30 @@ def _check_interval(argument: str, interval: int | None) -> int | None:
 
 def _evict(tables: Sequence[HashTable], step: int) -> None:
     """Have tables evict, and log what went on all ranks in one line of rank 0."""
-    counts: list[tuple[str, int, int]] = []
+    counts: dict[ProcessGroup | None, list[tuple[str, int, int]]] = {}
     for table in tables:
         before = len(table)
-        counts.append((table.name, before, before - int(table.evict())))
-    ranks = collectives.gather(counts)
-    if collectives.rank() > 0 or not _log.isEnabledFor(logging.INFO):
-        return
+        after = before - int(table.evict())
+        counts.setdefault(table.process_group, []).append((table.name, before, after))
+    changes = [
+        change
+        for process_group, own in counts.items()
+        for change in _changes(own, collectives.gather(own, process_group))
+    ]
+    if changes and collectives.rank() == 0:
+        number = f"{len(changes)} table{'s' if len(changes) > 1 else ''}"
+        _log.info("Filtered %s at step %d: %s", number, step, ", ".join(changes))
+
+
+def _changes(
+    counts: Sequence[tuple[str, int, int]], ranks: Sequence[Sequence[tuple[str, int, int]]]
+) -> list[str]:
+    """Return what went, for each table of which something did: "item 1548 -> 1503".
+
+    Args:
+        counts: Of each table its name, and its rows on this rank before and after.
+        ranks: Those of all ranks.
+    """
     changes = []
     for index, (name, *_) in enumerate(counts):
         # By hand, a rank may have other tables.
@@ -192,6 +210,4 @@ def _evict(tables: Sequence[HashTable], step: int) -> None:
         before, after = sum(part[1] for part in parts), sum(part[2] for part in parts)
         if before != after:
             changes.append(f"{name} {before} -> {after}")
-    if changes:
-        number = f"{len(changes)} table{'s' if len(changes) > 1 else ''}"
-        _log.info("Filtered %s at step %d: %s", number, step, ", ".join(changes))
+    return changes

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from recis_lightning.callbacks.fit_checks import check_fit
+from recis_lightning.callbacks.uneven_batches import UnevenBatches
 from recis_lightning.metrics import get_metrics
 
 __all__ = ["Hook"]
@@ -159,8 +160,9 @@ class Hook(Callback):
                 vars(self)[name] = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn once, whichever hook is first, of settings of tables that nothing acts on."""
+        """Warn once of settings that nothing acts on; let ranks end their epochs together."""
         check_fit(trainer, pl_module)
+        UnevenBatches.attach(trainer)
 
     def before_train(self, *args: Any, **kwargs: Any) -> None:
         """Run once before training, after the sanity check."""

@@ -25,6 +25,7 @@ from recis_lightning.checkpoint.progress import Progress, on_rank_zero
 from recis_lightning.checkpoint.shard_file import TensorGroup, TensorSpec, write_shard
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.ownership import owner_of
+from recis_lightning.distributed.process_group import global_ranks
 from recis_lightning.table import state as table_state
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
@@ -35,7 +36,7 @@ _MANY_TABLES, _SMALL_BYTES, _SHARED_BYTES = 64, 1 << 20, 1 << 26
 
 
 def tables_by_name(tables: nn.Module | Iterable[HashTable]) -> dict[str, HashTable]:
-    """Return tables, or those of a module, by name; ValueError if two have one name."""
+    """Return tables, or those of a module, by name; ValueError if they cannot be saved so."""
     if isinstance(tables, nn.Module):
         tables = hash_tables(tables)
     if not isinstance(tables, Iterable):
@@ -50,6 +51,11 @@ def tables_by_name(tables: nn.Module | Iterable[HashTable]) -> dict[str, HashTab
             raise ValueError(
                 f"tables: two have the name {table.name!r}, and a checkpoint tells tables apart "
                 "by their names; give one another name"
+            )
+        if collectives.world_size(table.process_group) != collectives.world_size():
+            raise ValueError(
+                f"tables: {table.name!r} is sharded over ranks {global_ranks(table.process_group)} "
+                f"of {collectives.world_size()}; checkpoints are of tables sharded over all ranks"
             )
     return named
 

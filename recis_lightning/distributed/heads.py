@@ -16,7 +16,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from recis_lightning.distributed.process_group import message_device, world_size
+from recis_lightning.distributed.lost_ranks import name_ranks, naming_lost_ranks
+from recis_lightning.distributed.process_group import (
+    ProcessGroup,
+    communicator,
+    global_ranks,
+    message_device,
+    world_size,
+)
 from recis_lightning.ops.async_copy import to_device_async
 
 _NUM_FIELDS = 4
@@ -70,42 +77,51 @@ class ReceivedHeads(NamedTuple):
     payloads: npt.NDArray[np.int64]
 
 
-def exchange_heads(head: Head, payload: npt.NDArray[np.int64] | None = None) -> ReceivedHeads:
-    """Exchange heads with all ranks.
+def exchange_heads(
+    head: Head,
+    payload: npt.NDArray[np.int64] | None = None,
+    process_group: ProcessGroup | None = None,
+) -> ReceivedHeads:
+    """Exchange heads with all ranks of a group.
 
     Args:
         head: This rank's.
         payload: int64 [m] for all ranks or [num_ranks, m], a line for each; m is at most
             PAYLOAD_SIZE.
+        process_group: The group; None means all ranks.
 
     Raises:
         RuntimeError: Another rank does something else, or has failed; says which rank does what,
-            and is raised on every rank.
+            and is raised on every rank. Or a rank has gone.
     """
-    num_ranks = world_size()
+    num_ranks = world_size(process_group)
     lines = np.zeros((num_ranks, _SIZE), np.int64)
     lines[:, :_NUM_FIELDS] = head.kind, head.digest, head.num_lookups, head.oldest
     if payload is not None:
         lines[:, _NUM_FIELDS : _NUM_FIELDS + payload.shape[-1]] = payload
-    sent = to_device_async(lines, message_device())
+    sent = to_device_async(lines, message_device(process_group))
     received: Tensor = torch.empty_like(sent)
-    distributed.all_to_all_single(received, sent)
-    heads = received.cpu().numpy()
+    with naming_lost_ranks(head.describe, process_group):
+        distributed.all_to_all_single(received, sent, group=communicator(process_group))
+        heads = received.cpu().numpy()
     if _differ(heads[:, :3]):
-        _raise_difference(head)
+        _raise_difference(head, process_group)
     return ReceivedHeads(heads[:, 0], heads[:, 1], heads[:, 3], heads[:, _NUM_FIELDS:])
 
 
-def announce_failure(error: Exception, doing: str) -> None:
+def announce_failure(
+    error: Exception, doing: str, process_group: ProcessGroup | None = None
+) -> None:
     """Let the other ranks fail with this one, which raises an error before an exchange.
 
     Args:
         error: What it raises.
         doing: What it was about to do: "looks up tables ['user']".
+        process_group: Whose ranks are told; None means all.
     """
     text = f"{doing} and failed with {type(error).__name__}: {error}"
     try:
-        exchange_heads(Head(Kind.FAILED, 0, lambda: text))
+        exchange_heads(Head(Kind.FAILED, 0, lambda: text), None, process_group)
     except RuntimeError:
         return  # that of the other ranks; this one has its own
 
@@ -123,31 +139,22 @@ def _differ(heads: npt.NDArray[np.int64]) -> bool:
     return bool((going_on != going_on[0]).any())
 
 
-def _raise_difference(own: Head) -> None:
-    texts: list[Any] = [None] * world_size()
-    distributed.all_gather_object(texts, (own.describe(), own.num_lookups))
+def _raise_difference(own: Head, process_group: ProcessGroup | None) -> None:
+    texts: list[Any] = [None] * world_size(process_group)
+    with naming_lost_ranks(own.describe, process_group):
+        told = own.describe(), own.num_lookups
+        distributed.all_gather_object(texts, told, group=communicator(process_group))
     distinct = {text for text, _ in texts}
     ranks_of: dict[str, list[int]] = {}
-    for rank, (text, count) in enumerate(texts):
-        told = text if len(distinct) > 1 else f"{text} (after {count} training lookups)"
-        ranks_of.setdefault(told, []).append(rank)
-    parts = [f"{_named(ranks)} {text}" for text, ranks in ranks_of.items()]
+    for rank, (text, count) in zip(global_ranks(process_group), texts, strict=True):
+        text = text if len(distinct) > 1 else f"{text} (after {count} training lookups)"
+        ranks_of.setdefault(text, []).append(rank)
+    parts = [f"{name_ranks(ranks)} {text}" for text, ranks in ranks_of.items()]
     raise RuntimeError(
         f"ranks do different things: {'; '.join(parts)}. All ranks must look up the same features "
         "in the same order and mode, with empty ids where a rank has none, and step and evict at "
         "the same places"
     )
-
-
-def _named(ranks: list[int]) -> str:
-    """Name ranks.
-
-    Example:
-        >>> _named([0, 2, 3])
-        'ranks 0, 2, 3'
-    """
-    listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
 
 
 __all__ = [

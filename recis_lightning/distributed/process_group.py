@@ -1,4 +1,10 @@
-"""The process group whose ranks tables are sharded over: torch's default one."""
+"""Process groups whose ranks tables are sharded over.
+
+By default these are all ranks, in a group of the package's own: DDP sends its messages over torch's
+default group in an order that may differ from rank to rank (its backward passes do, where ranks use
+other parameters), and no message of ours must be taken for one of them. A table may also have a
+group that its user made.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +14,63 @@ from typing import Any
 import torch
 from torch import distributed
 
+ProcessGroup = Any  # torch.distributed.ProcessGroup, which some builds of torch lack
 
-def world_size() -> int:
-    """Return the number of ranks; 1 without a process group."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
+# Torch's default group -> ours with the same ranks.
+_own: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def rank() -> int:
-    """Return this process's rank; 0 without a process group."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
-    return 0
+def is_initialized() -> bool:
+    """Return whether torch has a process group."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
-def current_group() -> weakref.ref[Any] | None:
-    """Return a reference that tells one process group from a later one; None without any."""
-    if distributed.is_available() and distributed.is_initialized():
-        return weakref.ref(distributed.distributed_c10d._get_default_group())
+def world_size(process_group: ProcessGroup | None = None) -> int:
+    """Return the number of ranks of a group; 1 while there is none.
+
+    Args:
+        process_group: The group; None means all ranks.
+    """
+    return distributed.get_world_size(process_group) if is_initialized() else 1
+
+
+def rank(process_group: ProcessGroup | None = None) -> int:
+    """Return this process's rank in a group, None for that of all ranks; 0 while there is none."""
+    return distributed.get_rank(process_group) if is_initialized() else 0
+
+
+def communicator(process_group: ProcessGroup | None = None) -> ProcessGroup:
+    """Return the group that carries messages.
+
+    That of all ranks is made when it is first asked for, which all ranks do at the same place:
+    before their first message.
+
+    Args:
+        process_group: A table's; None means all ranks.
+    """
+    if process_group is not None:
+        return process_group
+    default = distributed.distributed_c10d._get_default_group()
+    own = _own.get(default)
+    if own is None:
+        own = _own[default] = distributed.new_group(
+            timeout=_timeout_of(default), group_desc="recis_lightning"
+        )
+    return own
+
+
+def _timeout_of(group: ProcessGroup) -> Any:
+    """Return how long a group waits for its ranks; None for torch's default."""
+    for device in group._device_types:
+        timeout = getattr(group._get_backend(device).options, "_timeout", None)
+        if timeout is not None:
+            return timeout
     return None
 
 
-def message_device() -> torch.device:
+def message_device(process_group: ProcessGroup | None = None) -> torch.device:
     """Return where messages of no device lie: on the CPU, if the ranks' group serves it."""
-    group = distributed.distributed_c10d._get_default_group()
+    group = process_group or distributed.distributed_c10d._get_default_group()
     try:
         group._get_backend(torch.device("cpu"))
     except RuntimeError:
@@ -40,4 +78,37 @@ def message_device() -> torch.device:
     return torch.device("cpu")
 
 
-__all__ = ["current_group", "message_device", "rank", "world_size"]
+def global_ranks(process_group: ProcessGroup | None = None) -> list[int]:
+    """Return for each rank of a group its number among all ranks, by which errors name it."""
+    if process_group is None:
+        return list(range(world_size()))
+    return list(distributed.get_process_group_ranks(process_group))
+
+
+def check_process_group(process_group: ProcessGroup | None) -> None:
+    """Raise unless ``process_group`` is None or a group that this rank is in.
+
+    Raises:
+        TypeError: It is no process group.
+        ValueError: This rank is not in it.
+    """
+    if process_group is None:
+        return
+    if is_initialized() and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: expected a group that this rank is in, got one of others")
+    if not isinstance(process_group, getattr(distributed, "ProcessGroup", ())):
+        raise TypeError(
+            f"process_group: expected torch.distributed.ProcessGroup or None, got {process_group!r}"
+        )
+
+
+__all__ = [
+    "ProcessGroup",
+    "check_process_group",
+    "communicator",
+    "global_ranks",
+    "is_initialized",
+    "message_device",
+    "rank",
+    "world_size",
+]

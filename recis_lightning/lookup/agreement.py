@@ -17,10 +17,10 @@ from recis_lightning.distributed.heads import (
     ReceivedHeads,
     exchange_heads,
 )
-from recis_lightning.distributed.process_group import message_device
+from recis_lightning.distributed.process_group import ProcessGroup, message_device
 from recis_lightning.lookup.exchange import Counts, counts_occurrences
-from recis_lightning.lookup.features import FeatureLayout
-from recis_lightning.lookup.gradient_ledger import ledger
+from recis_lightning.lookup.features import FeatureLayout, listed
+from recis_lightning.lookup.gradient_ledger import ledger_of
 from recis_lightning.ops.async_copy import to_device_async
 
 _NAMED = 6  # features that an error lists
@@ -30,6 +30,7 @@ class Group(Protocol):
     """Group of features of one device, dtype and dim."""
 
     layout: FeatureLayout
+    process_group: ProcessGroup | None
 
 
 def agree_on_lookup(
@@ -45,7 +46,8 @@ def agree_on_lookup(
     Raises:
         RuntimeError: Another rank does something else; says which rank does what.
     """
-    ledger.follow_group()
+    process_group = groups[0].process_group
+    ledger = ledger_of(process_group)
     head = Head(
         Kind.TRAINING if training else Kind.EVALUATION,
         lookup_digest(groups, training),
@@ -54,18 +56,21 @@ def agree_on_lookup(
         ledger.oldest(),
     )
     joined = np.concatenate(counts, 1)
-    heads = exchange_heads(head, joined if _fit(joined) else None)
+    heads = exchange_heads(head, joined if _fit(joined) else None, process_group)
     if training:
         ledger.drop_before(int(heads.oldest.min()))
     elif (heads.kinds == Kind.FINISHED).any():
-        exchange_heads(head._replace(kind=Kind.ANSWER))
-    return read_counts(heads, counts)
+        exchange_heads(head._replace(kind=Kind.ANSWER), None, process_group)
+    return read_counts(groups, heads, counts)
 
 
-def read_counts(heads: ReceivedHeads, counts: Sequence[Counts]) -> list[Counts]:
+def read_counts(
+    groups: Sequence[Group], heads: ReceivedHeads, counts: Sequence[Counts]
+) -> list[Counts]:
     """Return how many ids come from each rank, for each group, once all ranks agree.
 
     Args:
+        groups: What is looked up.
         heads: Of all ranks. Counts travel with them where they fit, else in a message of their own.
         counts: How many go to each rank, for each group.
     """
@@ -74,9 +79,14 @@ def read_counts(heads: ReceivedHeads, counts: Sequence[Counts]) -> list[Counts]:
         received = heads.payloads[:, : joined.shape[1]]
     else:
         ones = [1] * len(joined)
-        message = to_device_async(joined, message_device())
-        answer, work = collectives.all_to_all(message, ones, ones)
-        work.wait()
+        process_group = groups[0].process_group
+        message = to_device_async(joined, message_device(process_group))
+        names = [table.name for group in groups for table in group.layout.tables]
+        answer = collectives.wait(
+            collectives.all_to_all(
+                message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
+            )
+        )
         received = answer.cpu().numpy()
     ends = np.cumsum([part.shape[1] for part in counts])[:-1]
     return np.split(received, ends, axis=1)

@@ -12,19 +12,20 @@ from recis_lightning.lookup.group import LookupGroup
 from recis_lightning.lookup.joined import JoinedOutput
 from recis_lightning.lookup.local import LocalRows
 from recis_lightning.lookup.sharded import ShardedRows
+from recis_lightning.table.hash_table import HashTable
 
 
 def make_group(features: Sequence[Feature]) -> LookupGroup:
     """Return a group of features: with several ranks, their rows are sharded over these.
 
     Args:
-        features: Their tables must agree on device, dtype and embedding_dim.
+        features: Their tables must agree on device, dtype, embedding_dim and process group.
 
     Raises:
         RuntimeError: Lightning runs a strategy that tables do not work under.
     """
     layout = FeatureLayout(features)
-    if collectives.world_size() == 1:
+    if collectives.world_size(layout.process_group) == 1:
         return LookupGroup(layout, LocalRows(layout), surroundings.NoRunner())
     runner = surroundings.runner_of(layout.tables)
     return LookupGroup(layout, ShardedRows(layout), runner)
@@ -43,12 +44,22 @@ class CurrentGroups:
 
         Args:
             features: Returns the module's features; their order is that of a group's.
+
+        Raises:
+            ValueError: Their tables are sharded over several process groups.
         """
         groups = self._groups
         if not groups or not all(group.is_current() for group in groups):
             members: dict[tuple[Any, ...], list[Feature]] = {}
+            first: HashTable | None = None
             for feature in features():
                 table = feature.table
+                first = table if first is None else first
+                if table.process_group is not first.process_group:
+                    raise ValueError(
+                        f"process_group: tables {first.name!r} and {table.name!r} of one module "
+                        "are sharded over the ranks of different groups; expected one"
+                    )
                 key = (table.device, table.dtype, table.embedding_dim)
                 members.setdefault(key, []).append(feature)
             groups = self._groups = list(map(make_group, members.values()))

@@ -9,9 +9,10 @@ from torch import nn
 
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.heads import Head, Kind, exchange_heads
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.agreement import lookup_digest, read_counts
-from recis_lightning.lookup.gradient_ledger import ledger
+from recis_lightning.lookup.gradient_ledger import ledger_of
 from recis_lightning.lookup.group import LookupGroup, run_lookups
 
 
@@ -31,24 +32,39 @@ def finish_evaluation(module: nn.Module) -> None:
     """
     if collectives.world_size() == 1:
         return
-    known: dict[int, list[LookupGroup]] = {}
+    known: dict[ProcessGroup | None, dict[int, list[LookupGroup]]] = {}
     for part in module.modules():
         current_groups = getattr(part, "current_groups", None)
         if current_groups is not None:
             groups = current_groups()
-            known[lookup_digest(groups, training=False)] = groups
-    if not known:
-        return
-    name = type(module).__name__
+            its = known.setdefault(groups[0].process_group, {})
+            its[lookup_digest(groups, training=False)] = groups
+    for process_group, lookups in known.items():
+        if collectives.world_size(process_group) > 1:
+            _answer(type(module).__name__, lookups, process_group)
+
+
+def _answer(
+    name: str, known: dict[int, list[LookupGroup]], process_group: ProcessGroup | None
+) -> None:
+    """Answer the lookups of other ranks of a group until all have finished.
+
+    Args:
+        name: Of the module's class.
+        known: Its lookups, by digest.
+        process_group: The group; None means all ranks.
+    """
+    ledger = ledger_of(process_group)
     while True:
-        ledger.follow_group()
         heads = exchange_heads(
             Head(
                 Kind.FINISHED,
                 0,
                 lambda: f"has finished the evaluation of a {name}",
                 ledger.num_lookups,
-            )
+            ),
+            None,
+            process_group,
         )
         asked = set(heads.digests[heads.kinds == Kind.EVALUATION].tolist())
         if not asked:
@@ -60,11 +76,15 @@ def finish_evaluation(module: nn.Module) -> None:
                 wanted if wanted in known else 0,
                 lambda: f"evaluates a {name}, which has not what other ranks look up",
                 ledger.num_lookups,
-            )
+            ),
+            None,
+            process_group,
         )
         groups = known[wanted]
         no_ids = [_no_ids(group) for group in groups]
-        run_lookups(groups, no_ids, False, None, lambda _: None, partial(read_counts, heads))
+        run_lookups(
+            groups, no_ids, False, None, lambda _: None, partial(read_counts, groups, heads)
+        )
 
 
 def _no_ids(group: LookupGroup) -> FeatureBags:

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from recis_lightning.distributed import collectives
 from recis_lightning.lookup.dedup import DeduplicatedIds
-from recis_lightning.lookup.features import FeatureLayout, header_addresses, point_to_rows
+from recis_lightning.lookup.features import (
+    FeatureLayout,
+    header_addresses,
+    listed,
+    point_to_rows,
+)
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
@@ -62,12 +67,12 @@ def exchange_rows(
     message = deduplicated.ids
     if needs_occurrences:
         message = torch.stack([message, deduplicated.occurrences()], 1)
-    message = yield from _all_to_all(message, num_received, num_sent)
+    message = yield from _all_to_all(layout, message, num_received, num_sent)
     ids, occurrences = message, None
     if needs_occurrences:
         ids, occurrences = message.T.contiguous().unbind()
     owned = _look_up(layout, recv_counts, ids, occurrences, training)
-    rows = yield from _all_to_all(_gather(layout, owned), num_sent, num_received)
+    rows = yield from _all_to_all(layout, _gather(layout, owned), num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows)
 
 
@@ -87,12 +92,16 @@ def _source_tables(layout: FeatureLayout) -> list[HashTable]:
 
 
 def _all_to_all(
-    message: Tensor, output_splits: list[int], input_splits: list[int]
+    layout: FeatureLayout, message: Tensor, output_splits: list[int], input_splits: list[int]
 ) -> Generator[Counts | None, Counts | None, Tensor]:
     """Return what the other ranks send, after a pause in which it travels."""
-    received, work = collectives.all_to_all(message, output_splits, input_splits)
-    yield None
-    work.wait()
+    received = yield from collectives.all_to_all(
+        message,
+        output_splits,
+        input_splits,
+        lambda: f"looks up tables {listed([table.name for table in layout.tables])}",
+        layout.process_group,
+    )
     return received
 
 

@@ -71,7 +71,7 @@ class FeatureLayout:
     to copies of its own.
 
     Args:
-        features: Their tables must agree on device, dtype and embedding_dim.
+        features: Their tables must agree on device, dtype, embedding_dim and process group.
 
     Attributes:
         names: Name of each feature.
@@ -84,6 +84,7 @@ class FeatureLayout:
         segment_sources: For each feature, its source's position in ``sources``.
         frozen: Positions of the features that do not train, though their table does.
         unweighted: Positions of the features whose weights do not count.
+        process_group: Of the tables: the ranks that they are sharded over; None means all.
         row_type: (embedding_dim, dtype, device), as ops take them.
         widths: Columns of each feature's output.
         locks: Of the tables, as ``table.lock`` takes them.
@@ -114,6 +115,7 @@ class FeatureLayout:
         self.unweighted = [i for i, feature in enumerate(features) if not feature.use_weights]
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
+        self.process_group = first.process_group
         self.row_type = (self.embedding_dim, self.dtype, self.device)
         self.training = self._segments(insert=True)
         self.evaluation = self._segments(insert=False)
@@ -251,6 +253,16 @@ def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:
 def point_to_rows(plan: Plan, rows: Tensor) -> None:
     """Point each line of a plan to the rows of its ids, which start at its FIRST_ID in ``rows``."""
     plan[:, fields.PLAN_ROWS] = rows.data_ptr() + 8 * plan[:, fields.PLAN_FIRST_ID]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name tables, a few of many.
+
+    Example:
+        >>> listed(["user"]), listed(list("abcdef"))
+        ("['user']", "['a', 'b', 'c'] and 3 more")
+    """
+    return repr(names) if len(names) <= 4 else f"{names[:3]} and {len(names) - 3} more"
 
 
 __all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "point_to_rows"]

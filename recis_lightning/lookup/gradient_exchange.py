@@ -17,12 +17,14 @@ from torch import Tensor
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.digest import digest
 from recis_lightning.distributed.heads import PAYLOAD_SIZE, Head, Kind, exchange_heads
+from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
 from recis_lightning.lookup.exchange import Route, point_to_data
-from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
 from recis_lightning.lookup.gradient_ledger import (
+    GradientLedger,
     LedgerEntry,
     UnsentGradient,
-    ledger,
+    ledger_of,
     split_bits,
     stack_bits,
 )
@@ -48,22 +50,30 @@ def send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_d
             or a table lost rows that a gradient is for; says which rank, and is raised on every
             rank.
     """
-    is_due = is_due and collectives.world_size() > 1
-    if not is_due and not ledger.entries:
+    if not is_initialized():
         return
-    ledger.follow_group()
-    if not is_due and not ledger.has(tables):
-        return
-    told = purpose()
-    kept: list[bool] = []
-    entries = ledger.entries
-    for first in range(0, max(len(entries), 1), _WINDOW):
-        kept += _send_window(entries[first : first + _WINDOW], told, first)
-    ledger.keep(kept)
-    ledger.ran_backward = False
+    for process_group in dict.fromkeys(table.process_group for table in tables):
+        ledger = ledger_of(process_group)
+        has_ranks = collectives.world_size(process_group) > 1
+        if not (is_due and has_ranks) and not ledger.has(tables):
+            continue
+        told = purpose()
+        kept: list[bool] = []
+        entries = ledger.entries
+        for first in range(0, max(len(entries), 1), _WINDOW):
+            window = entries[first : first + _WINDOW]
+            kept += _send_window(ledger, window, told, first, process_group)
+        ledger.keep(kept)
+        ledger.note_sent()
 
 
-def _send_window(entries: Sequence[LedgerEntry], purpose: str, first: int) -> list[bool]:
+def _send_window(
+    ledger: GradientLedger,
+    entries: Sequence[LedgerEntry],
+    purpose: str,
+    first: int,
+    process_group: ProcessGroup | None,
+) -> list[bool]:
     """Send the gradients of some lookups; return for each whether any rank may have more."""
     records = [entry.unsent() for entry in entries]
     ran_backward = ledger.ran_backward or any(records)
@@ -74,55 +84,64 @@ def _send_window(entries: Sequence[LedgerEntry], purpose: str, first: int) -> li
         size=_NUMBERS,
     )
     head = Head(Kind.GRADIENTS, digest((purpose, first)), lambda: purpose, ledger.num_lookups)
-    heads = exchange_heads(head, np.append(ran_backward, bits))
+    heads = exchange_heads(head, np.append(ran_backward, bits), process_group)
     alive, sends, stale = split_bits(
         heads.payloads[:, 1 : 1 + len(bits)], 3, len(entries)
     ).swapaxes(0, 1)
-    _check_backward(entries, sends, heads.payloads[:, 0], purpose)
-    _check_rows(entries, sends, stale)
+    ranks = collectives.global_ranks(process_group)
+    _check_backward(entries, sends, heads.payloads[:, 0], purpose, ranks)
+    _check_rows(entries, sends, stale, ranks)
     used = np.flatnonzero(sends.any(0)).tolist()
     for device in dict.fromkeys(entries[i].route.layout.device for i in used):
         chosen = [i for i in used if entries[i].route.layout.device == device]
-        _exchange([entries[i] for i in chosen], [records[i] for i in chosen], sends[:, chosen])
+        some, of = [entries[i] for i in chosen], [records[i] for i in chosen]
+        _exchange(some, of, sends[:, chosen], purpose)
     return list(map(bool, alive.any(0)))
 
 
 def _check_backward(
-    entries: Sequence[LedgerEntry], sends: npt.NDArray[Any], ran: Any, purpose: str
+    entries: Sequence[LedgerEntry],
+    sends: npt.NDArray[Any],
+    ran: Any,
+    purpose: str,
+    ranks: Sequence[int],
 ) -> None:
     if not sends.any() or ran.all():
         return
     without = np.flatnonzero(ran == 0).tolist()
     sender, number = np.argwhere(sends)[0].tolist()
     raise RuntimeError(
-        f"rank {without[0]} {purpose} without a backward pass since its last step, and rank "
-        f"{sender} ran one, for tables {_names(entries[number].route.layout)}; run as many "
+        f"rank {ranks[without[0]]} {purpose} without a backward pass since its last step, and rank "
+        f"{ranks[sender]} ran one, for tables {_names(entries[number].route.layout)}; run as many "
         "backward passes on all ranks (what a loss uses may differ)"
     )
 
 
 def _check_rows(
-    entries: Sequence[LedgerEntry], sends: npt.NDArray[Any], stale: npt.NDArray[Any]
+    entries: Sequence[LedgerEntry],
+    sends: npt.NDArray[Any],
+    stale: npt.NDArray[Any],
+    ranks: Sequence[int],
 ) -> None:
     wrong = sends.any(0) & stale
     if wrong.any():
         rank, number = np.argwhere(wrong)[0].tolist()
         raise RuntimeError(
-            f"one of tables {_names(entries[number].route.layout)} lost rows on rank {rank} "
-            "between a lookup and the step that uses its gradients (evict, delete, clear or load); "
-            "run backward and step first, or look up again"
+            f"one of tables {_names(entries[number].route.layout)} lost rows on rank "
+            f"{ranks[rank]} between a lookup and the step that uses its gradients (evict, delete, "
+            "clear or load); run backward and step first, or look up again"
         )
 
 
 def _names(layout: FeatureLayout) -> str:
-    names = [table.name for table in layout.tables]
-    return repr(names) if len(names) <= 4 else f"{names[:3]} and {len(names) - 3} more"
+    return listed([table.name for table in layout.tables])
 
 
 def _exchange(
     entries: Sequence[LedgerEntry],
     records: Sequence[dict[PendingGradient, set[HashTable]]],
     sends: npt.NDArray[Any],
+    purpose: str,
 ) -> None:
     """Send the gradients of lookups of tables on one device.
 
@@ -130,15 +149,17 @@ def _exchange(
         entries: The lookups.
         records: For each, this rank's gradients and the tables that they are for.
         sends: bool [num_ranks, num_entries], whether the rank has gradients for it.
+        purpose: What the rank does next.
     """
     locks = distinct_locks(t.lock for entry in entries for t in entry.route.layout.tables)
-    write(locks, _exchange_locked, [entry.route for entry in entries], records, sends)
+    write(locks, _exchange_locked, [entry.route for entry in entries], records, sends, purpose)
 
 
 def _exchange_locked(
     routes: Sequence[Route],
     records: Sequence[dict[PendingGradient, set[HashTable]]],
     sends: npt.NDArray[Any],
+    purpose: str,
 ) -> None:
     sums = [_sums_of(r, of) if of else None for r, of in zip(routes, records, strict=True)]
     widths = np.array([route.layout.embedding_dim + 1 for route in routes])
@@ -146,8 +167,11 @@ def _exchange_locked(
     sent *= np.array([total is not None for total in sums])
     received = np.array([route.num_received for route in routes]).T * widths * sends
     message = _by_rank(sums, sent, routes[0].layout.device)
-    answer, work = collectives.all_to_all(message, received.sum(1).tolist(), sent.sum(1).tolist())
-    work.wait()
+    process_group = routes[0].layout.process_group
+    sizes = received.sum(1).tolist(), sent.sum(1).tolist()
+    answer = collectives.wait(
+        collectives.all_to_all(message, *sizes, lambda: purpose, process_group)
+    )
     parts = [answer] if len(routes) == 1 and sends.all() else _by_route(answer, received)
     for number, (route, of) in enumerate(zip(routes, records, strict=True)):
         gradients = parts[number].view(-1, int(widths[number]))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from recis_lightning.distributed.process_group import current_group
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.lookup.exchange import Route
 from recis_lightning.lookup.held_gradients import expected_references
 from recis_lightning.lookup.row_source import OutputGradients
@@ -83,25 +83,21 @@ class GradientLedger:
     Attributes:
         entries: In the order of the lookups; ranks drop them together.
         num_lookups: How many there were.
-        ran_backward: Whether this rank ran a backward pass, of whatever loss, since gradients
-            travelled.
     """
 
     def __init__(self) -> None:
-        self._group: weakref.ref[Any] | None = None
-        self._start()
-
-    def _start(self) -> None:
         self.entries: list[LedgerEntry] = []
-        self.num_lookups, self.ran_backward = 0, False
+        self.num_lookups = 0
+        self._num_backward = _backward_passes.count
 
-    def follow_group(self) -> None:
-        """Forget the lookups of a process group that is gone."""
-        group = current_group()
-        known = self._group
-        if (None if known is None else known()) is not (None if group is None else group()):
-            self._start()
-        self._group = group
+    @property
+    def ran_backward(self) -> bool:
+        """Whether this rank ran a backward pass, of whatever loss, since gradients travelled."""
+        return _backward_passes.count > self._num_backward
+
+    def note_sent(self) -> None:
+        """Note that gradients travelled."""
+        self._num_backward = _backward_passes.count
 
     def add(self, route: Route, fetched: Any) -> None:
         """Add a lookup, which all ranks have made."""
@@ -145,11 +141,33 @@ def split_bits(numbers: Any, num_lists: int, num_flags: int) -> Any:
 
 _BITS = 56
 
-ledger = GradientLedger()
+
+class _BackwardPasses:
+    """Number of backward passes that this process ran."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+_backward_passes = _BackwardPasses()
+_ledgers: weakref.WeakKeyDictionary[Any, GradientLedger] = weakref.WeakKeyDictionary()
+
+
+def ledger_of(process_group: ProcessGroup | None) -> GradientLedger:
+    """Return the ledger of a process group that is there; it goes with the group.
+
+    Args:
+        process_group: The group; None means all ranks.
+    """
+    group = process_group or torch.distributed.distributed_c10d._get_default_group()
+    ledger = _ledgers.get(group)
+    if ledger is None:
+        ledger = _ledgers[group] = GradientLedger()
+    return ledger
 
 
 def count_backward_passes() -> None:
-    """From now on, let the ledger know of every backward pass.
+    """From now on, let ledgers know of every backward pass.
 
     One whose loss uses no table is one as well, and a rank that runs none forgot it.
     """
@@ -160,7 +178,7 @@ def count_backward_passes() -> None:
 
     @functools.wraps(original)
     def backward(*args: Any, **kwargs: Any) -> None:
-        ledger.ran_backward = True
+        _backward_passes.count += 1
         original(*args, **kwargs)
 
     backward.tells_ledger = True  # type: ignore[attr-defined]
@@ -172,7 +190,7 @@ __all__ = [
     "LedgerEntry",
     "UnsentGradient",
     "count_backward_passes",
-    "ledger",
+    "ledger_of",
     "split_bits",
     "stack_bits",
 ]

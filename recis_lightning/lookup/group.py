@@ -51,16 +51,19 @@ class LookupGroup:
         runner: The loop that runs the lookups.
 
     Attributes:
+        process_group: Ranks that the tables are sharded over; None means all.
         num_ranks: Number of ranks that the group was made for.
     """
 
     def __init__(self, layout: FeatureLayout, rows: RowSource, runner: Runner) -> None:
         self.layout, self.rows, self.runner = layout, rows, runner
-        self.num_ranks = collectives.world_size()
+        self.process_group = layout.process_group
+        self.num_ranks = collectives.world_size(self.process_group)
 
     def is_current(self) -> bool:
         """Return whether the tables' storage and the ranks are as they were for the layout."""
-        return self.layout.is_current() and self.num_ranks == collectives.world_size()
+        num_ranks = collectives.world_size(self.process_group)
+        return self.layout.is_current() and self.num_ranks == num_ranks
 
     def prepare(self, bags: FeatureBags, training: bool) -> Batch:
         """Check a batch, and copy what must not change; nothing of a table changes.
@@ -292,7 +295,7 @@ def run_lookups(
         batches = list(map(LookupGroup.prepare, groups, bags, repeat(training)))
     except Exception as error:
         if groups[0].num_ranks > 1:
-            announce_failure(error, describe(groups, training))
+            announce_failure(error, describe(groups, training), groups[0].process_group)
         raise
     locks = groups[0].layout.locks
     if len(groups) > 1 and any(group.layout.locks != locks for group in groups):

@@ -21,7 +21,7 @@ from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.gradient_ledger import (
     UnsentGradient,
     count_backward_passes,
-    ledger,
+    ledger_of,
 )
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag
@@ -33,7 +33,7 @@ from recis_lightning.table.pending_gradient import PendingGradient
 
 
 class ShardedRows:
-    """``RowSource`` of tables sharded over the ranks of torch's default process group.
+    """``RowSource`` of tables sharded over the ranks of their process group.
 
     Every rank looks up the same features in the same order, with empty ids where it has none: a
     lookup is one collective operation. A backward pass is none.
@@ -50,14 +50,15 @@ class ShardedRows:
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
         count_backward_passes()
-        collectives.check_backend(layout.tables[0].name, layout.device)
+        process_group = layout.process_group
+        collectives.check_backend(layout.tables[0].name, layout.device, process_group)
         for table in layout.tables:
             table.needs_reshard = True  # from a run with another number of ranks
         self._deduplicator = Deduplicator(
             layout.training,
             layout.segment_sources,
             len(layout.sources),
-            collectives.world_size(),
+            collectives.world_size(process_group),
             layout.device,
         )
 
@@ -79,7 +80,7 @@ class ShardedRows:
         batch.lines.point_to_rows(plan, inverse)
         embedding_bag.gather(plan, *layout.row_type)
         if records:
-            ledger.add(route, fetched)
+            ledger_of(layout.process_group).add(route, fetched)
         return fetched
 
 
@@ -132,18 +133,19 @@ def drop_rows_of_other_ranks(table: HashTable) -> None:
     """
     ids, rows = table.ids_map()
     dropped = torch.zeros(table.storage.rows.num_rows, dtype=torch.bool, device=table.device)
-    dropped[rows[_is_of_other_rank(ids)]] = True
+    dropped[rows[_is_of_other_rank(table, ids)]] = True
     if bool(dropped.any()):
         table.storage.remove_rows(dropped)
     counter = table.storage.admission_counter
     if counter is not None:
         counted = counter.state().get("pending_ids", ids[:0])
-        counter.forget(counted[_is_of_other_rank(counted)])
+        counter.forget(counted[_is_of_other_rank(table, counted)])
     table.needs_reshard = False
 
 
-def _is_of_other_rank(ids: Tensor) -> Tensor:
-    return owner_of(ids, collectives.world_size()) != collectives.rank()
+def _is_of_other_rank(table: HashTable, ids: Tensor) -> Tensor:
+    size = collectives.world_size(table.process_group)
+    return owner_of(ids, size) != collectives.rank(table.process_group)
 
 
 __all__ = ["FetchedShardedRows", "ShardedRows", "drop_rows_of_other_ranks"]

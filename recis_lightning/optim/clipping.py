@@ -103,8 +103,14 @@ def _norm_of_tables(sparse: Sequence[SparseOptimizer], norm_type: float) -> Tens
     powers = [optimizer.norm_power(norm_type) for optimizer in sparse]
     stacked = torch.stack([power.to(powers[0].device) for power in powers])
     if not math.isinf(norm_type):
-        total: Tensor = collectives.sum_over_ranks(stacked.sum()) ** (1 / norm_type)
-        return total
+        groups = [optimizer.tables[0].process_group for optimizer in sparse]
+        total = stacked.new_zeros(())
+        for process_group in dict.fromkeys(groups):
+            own = torch.stack(
+                [p for p, g in zip(stacked, groups, strict=True) if g is process_group]
+            )
+            total = total + collectives.sum_over_ranks(own.sum(), process_group)
+        return total ** (1 / norm_type)
     largest = stacked.max()
     if collectives.world_size() > 1:
         of_ranks = torch.tensor(

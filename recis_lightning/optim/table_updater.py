@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from recis_lightning import compiler
 from recis_lightning.arguments import check_bound
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.ops import row_update
 from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.first_step import announce_first_step
@@ -47,6 +48,7 @@ class TableUpdater:
         clip_grad_value: float | None,
     ) -> None:
         self.tables, self.groups = list(tables), list(groups)
+        self._process_group = _shared_group(self.tables)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self._layout_version = -1  # of the tables' storage, for which the following is valid
         self._locks: Sequence[TableLock] = ()
@@ -206,7 +208,8 @@ class TableUpdater:
             self._last_waiting = []
             self._layout_version = version  # last: an interrupted step does all of it again
         # A table's update is one of all its shards, also of those that got no gradient.
-        waiting = collectives.any_rank([bool(table.pending) for table in tables], tables[0].device)
+        pending = [bool(table.pending) for table in tables]
+        waiting = collectives.any_rank(pending, tables[0].device, self._process_group)
         if all(waiting) and not self._given_away:
             return self._updates
         if waiting == self._last_waiting:
@@ -254,7 +257,7 @@ class TableUpdater:
                 if not row_update.outlive_next_sort(update.device):
                     kept = {one: its for one, its in kept.items() if one.device != update.device}
                 kept[update] = gradients
-        norm = collectives.sum_over_ranks(total).sqrt()
+        norm = collectives.sum_over_ranks(total, self._process_group).sqrt()
         if factor is None:
             scale = max_norm / (norm + 1e-6)
             return torch.where(scale < 1, scale, 1.0), kept
@@ -305,6 +308,17 @@ def make_updater(
         param_groups.append({"name": name, **group, "params": anchors})
     updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value)
     return updater, param_groups
+
+
+def _shared_group(tables: Sequence[HashTable]) -> ProcessGroup | None:
+    """Return the process group of an optimizer's tables; ValueError if they have several."""
+    for table in tables:
+        if table.process_group is not tables[0].process_group:
+            raise ValueError(
+                f"process_group: tables {tables[0].name!r} and {table.name!r} of one optimizer are "
+                "sharded over the ranks of different groups; give each group its own optimizer"
+            )
+    return tables[0].process_group if tables else None
 
 
 def _describe(owner: Optimizer, tables: Sequence[HashTable]) -> str:

@@ -22,6 +22,7 @@ _NOT_COPIED = (
     "family",
     "lock",
     "groups",
+    "_process_group",
 )
 # Fields of tables that 0.1.0 pickled, which parts have now.
 _FIELDS_OF_0_1_0 = {

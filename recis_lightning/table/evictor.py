@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from recis_lightning.arguments import check_kinds
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.layout import NUM_IDS, NUM_REJECTED
@@ -179,14 +180,25 @@ class Evictor:
         if self.readmissions is None or self.readmissions.capacity != capacity:
             self.readmissions = ReadmissionTracker(capacity)
 
-    def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:
-        """Remove the rows that a policy names; ``HashTable.evict`` describes it in full."""
+    def evict(
+        self,
+        policy: Eviction | None = None,
+        dry_run: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> EvictionReport:
+        """Remove the rows that a policy names; ``HashTable.evict`` describes it in full.
+
+        Args:
+            policy: Used instead of the table's own.
+            dry_run: Remove nothing.
+            process_group: Ranks that have the table's shards; None means all.
+        """
         policy = self._policy if policy is None else policy
         if policy is None:
             return EvictionReport.of(0, {}, 0, 0, dry_run)
         check_kinds(policy=(policy, Eviction))
         storage = self.storage
-        gone, by_policy = self._name_rows(policy)
+        gone, by_policy = self._name_rows(policy, process_group)
         num_gone = count_marked(gone)
         freed = num_gone * (4 * storage.rows.row_words + 8 * len(storage.columns))
         if dry_run or not num_gone:
@@ -204,7 +216,9 @@ class Evictor:
         returned = max(before - storage.nbytes, 0)
         return EvictionReport.of(num_gone, by_policy, freed, returned, False)
 
-    def _name_rows(self, policy: Eviction) -> tuple[Tensor, dict[str, int]]:
+    def _name_rows(
+        self, policy: Eviction, process_group: ProcessGroup | None
+    ) -> tuple[Tensor, dict[str, int]]:
         """Return the rows that go, bool [rows], and how many each policy names."""
         storage, wanted = self.storage, policy.columns
         if missing := wanted & set(KEPT_COLUMNS) - set(storage.kept_columns):
@@ -213,9 +227,9 @@ class Evictor:
                 "not keep; give it an eviction policy that does"
             )
         by_policy: dict[str, int] = {}
-        return policy.name_rows(self._columns_for(policy), by_policy), by_policy
+        return policy.name_rows(self._columns_for(policy, process_group), by_policy), by_policy
 
-    def _columns_for(self, policy: Eviction) -> RowColumns:
+    def _columns_for(self, policy: Eviction, process_group: ProcessGroup | None) -> RowColumns:
         """Return what a policy decides by."""
         storage, wanted = self.storage, policy.columns
         device, num_rows = storage.header.device, storage.rows.num_rows
@@ -224,7 +238,9 @@ class Evictor:
             storage.step,
             occupied=occupied,
             evictable=self._evictable(occupied),
-            sum_over_ranks=lambda part: collectives.sum_over_ranks(part.to(device)).to(part.device),
+            sum_over_ranks=lambda part: collectives.sum_over_ranks(
+                part.to(device), process_group
+            ).to(part.device),
         )
         fields: dict[str, Any] = {
             name: storage.columns[name][:num_rows]

@@ -39,6 +39,7 @@ from recis_lightning.arguments import (
     refuse_script,
 )
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.process_group import ProcessGroup, check_process_group
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
@@ -90,6 +91,7 @@ class HashTable(nn.Module):
         name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
             place in the module, or "table", "table_2" and so on if it is trained before.
         trainable: Whether lookups leave gradients, as ``requires_grad`` of a parameter.
+        process_group: Ranks that the table is sharded over; None means all of them.
 
     Attributes:
         anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
@@ -115,6 +117,7 @@ class HashTable(nn.Module):
         (2, [[1.0, 1.0], [0.0, 0.0]])
     """
 
+    _process_group: ProcessGroup | None = None
     default_name: str | None = None  # what it is called until it is named, once it was trained
 
     def __init__(
@@ -129,6 +132,7 @@ class HashTable(nn.Module):
         seed: int | None = 0,
         name: str | None = None,
         trainable: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_not_traced("HashTable", ())
@@ -142,6 +146,8 @@ class HashTable(nn.Module):
         dim, dtype = check_embedding_dim(embedding_dim), check_dtype(dtype)
         check_seed(seed)
         check_bool("trainable", trainable)
+        check_process_group(process_group)
+        self._process_group = process_group
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -259,6 +265,11 @@ class HashTable(nn.Module):
     def trainable(self, trainable: bool) -> None:
         check_bool("trainable", trainable)
         self.anchor.requires_grad = trainable
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """Ranks that the table is sharded over; None means all. A pickle leaves it out."""
+        return self._process_group
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -452,7 +463,7 @@ class HashTable(nn.Module):
         own = self.ids_map()[0]
         if not all_ranks:
             return own
-        shards = collectives.gather(own.cpu())
+        shards = collectives.gather(own.cpu(), self._process_group)
         found: Tensor = torch.cat(shards).unique()
         return found.to(own.device)
 
@@ -559,7 +570,7 @@ class HashTable(nn.Module):
         """
         # A gradient keeps its row, on whatever rank it is.
         exchange_gradients([self], lambda: f"evicts from table {self.name!r}", is_due=False)
-        return write((self.lock,), self.evictor.evict, policy, dry_run)
+        return write((self.lock,), self.evictor.evict, policy, dry_run, self._process_group)
 
     @property
     def pinned(self) -> Tensor:
@@ -685,6 +696,7 @@ class HashTable(nn.Module):
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         older = (original for original in self._originals if original() is not None)
         copied._originals, copied.family = (weakref.ref(self), *older), self.family
+        copied._process_group = self._process_group
         return copied
 
     @override

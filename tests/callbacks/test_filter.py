@@ -236,7 +236,7 @@ def test_a_filtering_is_one_line_and_only_if_rows_went(caplog, monkeypatch):
 def test_the_line_has_the_rows_of_all_ranks(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     others = [("a", 10, 4), ("b", 5, 5)]
-    monkeypatch.setattr(collectives, "gather", lambda mine: [mine, others, others[:1]])
+    monkeypatch.setattr(collectives, "gather", lambda mine, _: [mine, others, others[:1]])
     tables = [HashTable(2, name=name, eviction=GlobalStepFilter(1)) for name in "ab"]
     hook = HashTableFilterHook(1)
     hook._tables = tables

@@ -1,9 +1,9 @@
-"""Heads: which of them differ, and how an error names the ranks."""
+"""Heads: which of them differ."""
 
 import numpy as np
 import pytest
 
-from recis_lightning.distributed.heads import Kind, _differ, _named
+from recis_lightning.distributed.heads import Kind, _differ
 
 TRAINING, EVALUATION, FINISHED = Kind.TRAINING, Kind.EVALUATION, Kind.FINISHED
 
@@ -27,12 +27,3 @@ def test_which_heads_differ(heads, differs):
     """Ranks that have finished go with those that evaluate one thing, and with nothing else."""
     for order in (heads, heads[::-1]):
         assert _differ(np.array(order, np.int64)) is differs
-
-
-@pytest.mark.parametrize(
-    ("ranks", "name"),
-    [([3], "rank 3"), ([0, 2], "ranks 0, 2"), ([*range(9)], "ranks 0, 1, 2, 3, 4, 5, 6, 7, ...")],
-)
-def test_names_of_ranks(ranks, name):
-    """A few, and the first of many."""
-    assert _named(ranks) == name

@@ -7,6 +7,7 @@ from torch import distributed
 
 from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption
 from recis_lightning.lookup import finish_evaluation
+from recis_lightning.lookup.gradient_ledger import ledger_of
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD, clip_grad_norm_
 from recis_lightning.table.listing import hash_tables
 
@@ -143,9 +144,8 @@ def clipped():
 
 def many_lookups():
     """More lookups without a step than a head has bits for; the dead are dropped."""
-    from recis_lightning.lookup.gradient_ledger import ledger
-
     (cn,), sparse, _ = tables("cn")
+    ledger = ledger_of(None)
     for _ in range(3):
         cn(IDS[:1])
     assert len(ledger.entries) <= 2

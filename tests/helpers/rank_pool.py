@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from recis_lightning.distributed.process_group import communicator
+
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -123,7 +125,8 @@ def _work(pipe):
 
 def set_timeout(seconds):
     """Let this rank wait so long for others from now on: once all are level, it may be short."""
-    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    for group in (None, communicator()):
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 __all__ = ["Ranks", "set_timeout"]

@@ -21,13 +21,15 @@ def test_a_backward_pass_of_any_loss_counts(monkeypatch):
     """Once it is asked to; ``torch.autograd.backward`` does what it did."""
     original = torch.autograd.backward
     monkeypatch.setattr(torch.autograd, "backward", original)  # put back at the end
-    monkeypatch.setattr(gradient_ledger.ledger, "ran_backward", False)
     gradient_ledger.count_backward_passes()
     counted = torch.autograd.backward
     gradient_ledger.count_backward_passes()
     assert torch.autograd.backward is counted
     weight = torch.ones(2, requires_grad=True)
-    assert not gradient_ledger.ledger.ran_backward
+    ledger = gradient_ledger.GradientLedger()
+    assert not ledger.ran_backward
     (3 * weight).sum().backward()
-    assert gradient_ledger.ledger.ran_backward
+    assert ledger.ran_backward
+    ledger.note_sent()
+    assert not ledger.ran_backward
     assert weight.grad.tolist() == [3, 3]

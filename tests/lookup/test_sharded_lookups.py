@@ -53,11 +53,13 @@ def test_a_state_dict_of_one_shard_is_refused(ranks):
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 def test_the_others_fail_when_a_rank_goes_away(ranks, how):
-    """Within the group's timeout, with torch's message; they do not wait for ever."""
+    """Within the group's timeout, with an error that names it; they do not wait for ever."""
     answers = ranks.try_to_run(2, checks.dying, how, 3)
     good, answer = answers[0]
     assert good, answer
     assert answers[1][0] == (how == "hangs")
     waited, message = answer
-    assert waited < 6
-    assert any(word in message for word in ("Timed out", "closed", "peer")), message
+    assert waited < 9
+    doing = "rank 0 looks up ids (table 't', mode none) in training and lost rank 1, which "
+    fate = "did not come within" if how == "hangs" else "has ended"
+    assert message.startswith(doing + fate), message
