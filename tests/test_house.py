@@ -47,6 +47,7 @@ TESTED_BY = {
     "checkpoint/state_tables.py": "checkpoint/test_checkpoint.py",
     "checkpoint/tensor_group.py": "checkpoint/test_shard_file.py",
     "data/conversion.py": "data/test_columns.py",
+    "data/rows.py": "data/test_dataset.py",
     "lookup/autograd.py": "test_engine.py",
     "lookup/current_groups.py": "test_engine.py",
     "lookup/dedup.py": "lookup/test_sharded_lookups.py",

@@ -188,6 +188,7 @@ def test_yaml_of_features(tmp_path, pattern, monkeypatch):
     init = {"train": pattern, "batch_size": 8}
     init["features"] = {"class_path": "recis_lightning.data.Features", "init_args": named}
     config = {
+        "seed_everything": 1,
         "model": {"class_path": "tests.data.test_module.Clicks"},
         "data": {
             "class_path": "recis_lightning.data.module.ColumnarDataModule",
