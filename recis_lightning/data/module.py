@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -129,19 +129,19 @@ class ColumnarDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> Any:
-        data = self.dataset("train")
+        data, trainer = self.dataset("train"), cast(Any, self.trainer)
         if self._loaded is not None:
             data.load_state_dict(self._loaded)
             self._begin, self._loaded = self._loaded, None
-            if self.trainer is not None:
+            if trainer is not None:
                 # On other ranks the rest of this epoch has another length than the next epoch, and
                 # Lightning asks for it once, unless it reloads.
-                self.trainer.reload_dataloaders_every_n_epochs = 1
-        elif self.trainer is not None and self.trainer.fit_loop.epoch_loop.restarting:
+                trainer.reload_dataloaders_every_n_epochs = 1
+        elif trainer is not None and trainer.fit_loop.epoch_loop.restarting:
             # Resumed where an epoch ends: Lightning begins the next one at its first batch only if
             # the last had as many batches as that one has.
             length = len(_Loader(self, data, training=True))
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
             progress.completed = max(progress.completed, length)
         return _Loader(self, data, training=True)
 
