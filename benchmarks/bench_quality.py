@@ -35,8 +35,10 @@ from torch import Tensor, nn
 
 from benchmarks.harness import append_result
 from examples.deepfm.batch import Batch
+from examples.deepfm.criteo import CriteoDataModule
 from examples.deepfm.model import DeepFM
-from examples.deepfm.train import criteo_data, criteo_model, movielens_data, movielens_model
+from examples.deepfm.movielens import MovieLensDataModule
+from examples.deepfm.train import criteo_data, criteo_model, movielens_model
 from recis_lightning import EmbeddingOption, Jagged
 from recis_lightning.callbacks import HashTableFilterHook
 from recis_lightning.optim import SparseAdam
@@ -169,9 +171,8 @@ def movielens(seeds: Sequence[int]) -> Task:
     """Return the demo's task, trained on the whole first 80%."""
 
     def data(seed: int) -> L.LightningDataModule:
-        files = movielens_data(str(ROOT / "data" / "ml-100k"), seed)
-        files.val_fraction = 0.0
-        return files
+        root = str(ROOT / "data" / "ml-100k")
+        return MovieLensDataModule(root, batch_size=256, val_fraction=0.0, seed=seed)
 
     return Task("movielens", movielens_model, data, 5e-4, 2, 0, seeds, 0.0, 0.005, 0.005)
 
@@ -180,10 +181,11 @@ def criteo(root: Path, seeds: Sequence[int], validation: bool) -> Task:
     """Return one epoch over parts 0 to 2, tested on part 3; for validation over 0 and 1, and 2."""
 
     def data(seed: int) -> L.LightningDataModule:
-        files = criteo_data(str(root), seed)
-        if validation:
-            files.patterns = {"train": ["part-[01].*"], "val": [], "test": ["part-2.*"]}
-        return files
+        if not validation:
+            return criteo_data(str(root), seed)
+        train, test = ["part-[01].*"], ["part-2.*"]
+        rest: dict[str, Any] = {"batch_size": 128, "shuffle_rows": 30000, "seed": seed}
+        return CriteoDataModule(str(root), train, test=test, **rest)
 
     task = Task("criteo", criteo_model, data, 2e-3, 1, 26, seeds, 0.65, 0.01, float("inf"))
     return replace(task, name="criteo, validation") if validation else task

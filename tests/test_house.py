@@ -50,6 +50,7 @@ TESTED_BY = {
     "data/conversion.py": "data/test_columns.py",
     "distributed/digest.py": "distributed/test_heads.py",
     "lookup/agreement.py": "lookup/test_gradient_exchange.py",
+    "data/rows.py": "data/test_dataset.py",
     "lookup/autograd.py": "test_engine.py",
     "lookup/current_groups.py": "test_engine.py",
     "lookup/dedup.py": "lookup/test_sharded_lookups.py",

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import csv
+import glob
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import lightning as L
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from pyarrow import csv, parquet
 
-from examples.deepfm.batch import Batch, as_is
-from recis_lightning import Jagged
+from examples.deepfm.batch import Batch, no_batches
+from recis_lightning.data import Bucketize, ColumnarDataModule, Features, Id, IdList, Label
 
 _PACKAGE = "recbole==1.2.1"  # its wheel contains the data set
 _MEMBERS = "recbole/dataset_example/ml-100k"
@@ -27,57 +28,42 @@ _SHA256 = {
     "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
 }
 
-
-class MovieLens(Dataset[Batch]):
-    """A slice of the interactions, as columns; a list of indices gives one batch."""
-
-    def __init__(
-        self, ids: dict[str, Tensor], genres: Jagged, label: Tensor, rows: range | None = None
-    ) -> None:
-        """Keep the columns; ``rows`` is the part of them in this data set."""
-        self.ids = ids
-        self.genres = genres
-        self.label = label
-        self.rows = range(len(label)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Return one example, as a batch of one."""
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Return the examples at ``indices`` as one batch; the DataLoader calls this."""
-        rows = torch.tensor(indices, dtype=torch.int64) + self.rows.start
-        ids = {name: column[rows] for name, column in self.ids.items()}
-        return Batch(
-            features={**ids, "genres": take_bags(self.genres, rows)},
-            dense=torch.empty(len(rows), 0),
-            label=self.label[rows],
-            group=ids["user"],
-        )
-
-    def split(self, *ends: float) -> Iterator[MovieLens]:
-        """Cut into consecutive parts that end at these fractions of the rows."""
-        start = 0
-        for end in ends:
-            stop = round(end * len(self))
-            yield MovieLens(self.ids, self.genres, self.label, self.rows[start:stop])
-            start = stop
+IDS = ["user", "item", "age", "gender", "occupation", "zip", "year", "hour", "genres"]
+FEATURES = Features(
+    [
+        *(Id(name) for name in ("user", "item", "age", "hour")),
+        *(Id(name, hash="xxh64") for name in ("gender", "occupation", "zip", "year")),
+        IdList("genres", hash="xxh64"),
+        Label("label", source="rating"),
+    ],
+    [Bucketize("label", [4.0])],
+)
 
 
-class MovieLensDataModule(L.LightningDataModule):
+def to_batch(entries: dict[str, Any]) -> Batch:
+    """Return the model's batch."""
+    label = entries["label"]
+    return Batch(
+        features={name: entries[name] for name in IDS},
+        dense=torch.empty(len(label), 0),
+        label=label.float(),
+        group=entries["user"],
+    )
+
+
+class MovieLensDataModule(ColumnarDataModule):
     """MovieLens-100k in the order of time: first 80% to train on, last 20% to test on.
 
     A rating of 4 or 5 is a like. The features are the ids ``user, item, age, gender, occupation,
-    zip, year, hour`` and the bag ``genres``. The data set (5 MB) is downloaded once, with pip.
+    zip, year, hour`` and the bag ``genres``. The data set (5 MB) is downloaded once, with pip, and
+    its three text files are joined to Parquet files of one percent of the interactions each.
 
     Args:
         root: Folder of the downloaded files.
-        batch_size: Examples in a batch.
-        val_fraction: Share of the training part, cut from its end, that is used for validation.
-        num_workers: Worker processes of each DataLoader; 0 loads in the main process.
+        batch_size: Examples in a batch of one rank.
+        val_fraction: Share of the training part, cut from its end, that is used for validation;
+            rounded to whole percents of the interactions.
+        num_workers: Processes that read; 0 reads in threads.
         seed: Of the order of training examples.
     """
 
@@ -89,58 +75,35 @@ class MovieLensDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         self.root = Path(root)
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.num_workers = num_workers
-        self.seed = seed
+        files = [glob.escape(str(path)) for path in part_files(self.root)]
+        train_end = round(80 * (1 - val_fraction))
+        super().__init__(
+            train=files[:train_end],
+            val=files[train_end:80] or None,
+            test=files[80:],
+            batch_size=batch_size,
+            shuffle_rows=100_000,  # all of it
+            num_workers=num_workers,
+            seed=seed,
+            features=FEATURES,
+            convert=to_batch,
+        )
+        if train_end == 80:  # on purpose: Lightning need not warn of it
+            self.val_dataloader = no_batches  # type: ignore[method-assign]
 
     def prepare_data(self) -> None:
-        """Download missing files."""
+        """Download missing files, and join them."""
         download(self.root)
+        if not all(path.is_file() for path in part_files(self.root)):
+            write_parts(self.root)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read the files and split them by time."""
-        if hasattr(self, "train"):
-            return
-        everything = read(self.root)
-        train_end = 0.8 * (1 - self.val_fraction)
-        self.train, self.val, self.test = everything.split(train_end, 0.8, 1.0)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training part, in an order that depends on the seed and the epoch only."""
-        return self._loader(self.train, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the validation part, or no loader if ``val_fraction`` is 0."""
-        return self._loader(self.val) if len(self.val) else []
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the last 20%."""
-        return self._loader(self.test)
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return the last 20%."""
-        return self._loader(self.test)
-
-    def _loader(self, part: MovieLens, shuffle: bool = False) -> DataLoader[Batch]:
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        # Lightning sets this sampler's epoch, also after a resume: no other state is needed.
-        sampler: DistributedSampler[Batch] = DistributedSampler(
-            part, ranks, rank, shuffle=shuffle, seed=self.seed
-        )
-        return DataLoader(
-            part,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=as_is,  # type: ignore[arg-type]
-        )
+def part_files(root: Path) -> list[Path]:
+    """Return the Parquet files of ``write_parts``, a hundred."""
+    return [root / "by-time" / f"part-{n:02}.parquet" for n in range(100)]
 
 
 def download(root: Path) -> None:
@@ -184,61 +147,55 @@ def _fetch_wheel(root: Path, scratch: Path) -> Path:
     return wheel
 
 
-def read(root: Path) -> MovieLens:
-    """Read the three files under ``root`` into columns sorted by time."""
-    users = {row["user_id"]: row for row in _rows(root / "ml-100k.user")}
-    items = {row["item_id"]: row for row in _rows(root / "ml-100k.item")}
-    rows = sorted(_rows(root / "ml-100k.inter"), key=lambda row: float(row["timestamp"]))
-    genres = {item: [stable_id(g) for g in row["class"].split()] for item, row in items.items()}
-    tokens: dict[str, list[str]] = {
-        "user": [row["user_id"] for row in rows],
-        "item": [row["item_id"] for row in rows],
-        "age": [users[row["user_id"]]["age"] for row in rows],
-        "gender": [users[row["user_id"]]["gender"] for row in rows],
-        "occupation": [users[row["user_id"]]["occupation"] for row in rows],
-        "zip": [users[row["user_id"]]["zip_code"][:3] for row in rows],
-        "year": [items[row["item_id"]]["release_year"] for row in rows],
-        "hour": [str(int(float(row["timestamp"])) // 3600 % 24) for row in rows],
-    }
-    bags = [genres[row["item_id"]] for row in rows]
-    return MovieLens(
-        ids={name: torch.tensor([*map(stable_id, column)]) for name, column in tokens.items()},
-        genres=Jagged(
-            values=torch.tensor([genre for bag in bags for genre in bag]),
-            offsets=torch.tensor([0, *map(len, bags)]).cumsum(0),
-        ),
-        label=torch.tensor([float(row["rating"]) >= 4 for row in rows], dtype=torch.float32),
+def write_parts(root: Path) -> None:
+    """Join the three files under ``root``, sort them by time and write ``part_files``.
+
+    A folder appears when it is complete.
+    """
+    users, items = _table(root / "ml-100k.user"), _table(root / "ml-100k.item")
+    seen = _table(root / "ml-100k.inter")
+    time = pc.cast(pc.cast(seen["timestamp"], pa.float64()), pa.int64())
+    by_time = pa.table({"time": time, "row": range(len(time))})
+    order = pc.sort_indices(by_time, [("time", "ascending"), ("row", "ascending")])
+    seen, time = seen.take(order), time.take(order)
+    user = users.take(pc.index_in(seen["user_id"], users["user_id"].combine_chunks()))
+    item = items.take(pc.index_in(seen["item_id"], items["item_id"].combine_chunks()))
+    genres = pc.split_pattern_regex(item["class"], "\\s+")
+    table = pa.table(
+        {
+            "user": pc.cast(seen["user_id"], pa.int64()),
+            "item": pc.cast(seen["item_id"], pa.int64()),
+            "age": pc.cast(user["age"], pa.int64()),
+            "gender": user["gender"],
+            "occupation": user["occupation"],
+            "zip": pc.utf8_slice_codeunits(user["zip_code"], 0, 3),
+            "year": item["release_year"],
+            "hour": pc.subtract(pc.divide(time, 3600), pc.multiply(pc.divide(time, 86400), 24)),
+            "genres": pc.if_else(pc.equal(item["class"], ""), pa.scalar([], genres.type), genres),
+            "rating": pc.cast(seen["rating"], pa.float32()),
+        }
     )
+    ends = [table.num_rows * n // 100 for n in range(101)]
+    final = part_files(root)[0].parent
+    with tempfile.TemporaryDirectory(dir=root, prefix=".parts-") as scratch:
+        done = Path(scratch) / final.name
+        done.mkdir()
+        for path, start, end in zip(part_files(root), ends, ends[1:], strict=False):
+            parquet.write_table(table.slice(start, end - start), done / path.name)
+        shutil.rmtree(final, ignore_errors=True)
+        done.rename(final)
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a tab-separated file whose header has ``name:type`` fields."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = [field.partition(":")[0] for field in next(reader)]
-        for row in reader:
-            yield dict(zip(names, row, strict=True))
-
-
-def stable_id(token: str) -> int:
-    """Return a number as itself and any other text as a 64-bit hash, the same on every machine.
-
-    Example:
-        >>> stable_id("1995"), stable_id("Drama")
-        (1995, -3780808780974187119)
-    """
-    if token.isdecimal():
-        return int(token)
-    digest = hashlib.blake2b(token.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def take_bags(bags: Jagged, rows: Tensor) -> Jagged:
-    """Return the bags at ``rows``, in that order, including repeats.
-
-    Example:
-        >>> bags = Jagged(values=torch.tensor([7, 8, 9]), offsets=torch.tensor([0, 1, 1, 3]))
-        >>> take_bags(bags, torch.tensor([2, 0]))[:2]
-        (tensor([8, 9, 7]), tensor([0, 2, 3]))
-    """
-    return bags.select(rows)
+def _table(path: Path) -> pa.Table:
+    """Read a tab-separated file whose header has ``name:type`` fields, as strings."""
+    with path.open(encoding="utf-8") as lines:
+        names = next(lines).rstrip("\n").split("\t")
+    return csv.read_csv(
+        path,
+        csv.ReadOptions(column_names=[name.partition(":")[0] for name in names], skip_rows=1),
+        csv.ParseOptions(delimiter="\t", quote_char=False),
+        csv.ConvertOptions(
+            column_types={name.partition(":")[0]: pa.string() for name in names},
+            strings_can_be_null=False,
+        ),
+    )

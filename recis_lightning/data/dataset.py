@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -18,16 +17,15 @@ from recis_lightning.data.columns import Column
 from recis_lightning.data.features import Features, features_of
 from recis_lightning.data.files import DataFileError, FileSet
 from recis_lightning.data.order import Block, Deal, Span, blocks_of, row_order, whole
+from recis_lightning.data.rows import Batch, join_rows, pinned, select_rows
 from recis_lightning.distributed import collectives
-from recis_lightning.jagged import Jagged
 
-__all__ = ["Batch", "ColumnarDataset", "state_after"]
+__all__ = ["ColumnarDataset", "state_after"]
 
-Batch: TypeAlias = dict[str, Tensor | Jagged]
 _STATE_VERSION = 1
 
 
-class ColumnarDataset(IterableDataset[Batch]):
+class ColumnarDataset(IterableDataset[Any]):
     """Batches from columnar files, in an order that depends on seed and epoch alone.
 
     A split is a row group of Parquet or a stripe of ORC. With ``shuffle_rows`` the splits are
@@ -46,6 +44,7 @@ class ColumnarDataset(IterableDataset[Batch]):
         columns: Entries of a batch; None, if ``features`` has them.
         batch_size: Rows of a batch on one rank.
         features: Columns, and transforms that are applied to the rows of a block at once.
+        convert: Function of a batch whose result takes its place, called where batches are made.
         shuffle_rows: As above; 0 keeps the order of files and rows.
         seed: Of the order.
         filter: Rows to keep, as in ``"country == 'DE' and price > 0"``. Row groups that Parquet's
@@ -86,6 +85,7 @@ class ColumnarDataset(IterableDataset[Batch]):
         batch_size: int = 512,
         *,
         features: Features | None = None,
+        convert: Callable[[Batch], Any] | None = None,
         shuffle_rows: int = 0,
         seed: int = 0,
         filter: str | None = None,
@@ -103,7 +103,7 @@ class ColumnarDataset(IterableDataset[Batch]):
         self.seed = check_int("seed", seed, least=0)
         self.lanes = check_int("lanes", lanes, least=1)
         self.prefetch = check_int("prefetch", prefetch, least=0)
-        self.drop_last, self.pin_memory = drop_last, pin_memory
+        self.drop_last, self.pin_memory, self.convert = drop_last, pin_memory, convert
         sources = [source for column in self.columns for source in column.sources]
         self._files = FileSet(paths, sources, filter, on_bad_file)
         self.epoch = 0
@@ -173,7 +173,7 @@ class ColumnarDataset(IterableDataset[Batch]):
         self.epoch, self._num_yielded = int(state["epoch"]), 0
         self._stages = [(int(r), int(b), int(n), int(t)) for r, b, n, t in state["stages"]]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         plan, worker = self._plan(), get_worker_info()
         self._num_yielded = 0
         share = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -210,7 +210,7 @@ class ColumnarDataset(IterableDataset[Batch]):
         deal = Deal(spans, num_ranks, batch_size, lanes, self.drop_last)
         return _Plan(blocks, deal, first + skipped, skipped)
 
-    def _batches(self, plan: _Plan, worker: int, num_workers: int) -> Iterator[Batch]:
+    def _batches(self, plan: _Plan, worker: int, num_workers: int) -> Iterator[Any]:
         rank = self._ranks()[0]
         sizes = plan.deal.batch_sizes(rank)
         with ThreadPoolExecutor(1, "recis_lightning.data.blocks") as pool:
@@ -220,10 +220,10 @@ class ColumnarDataset(IterableDataset[Batch]):
                 if index < plan.skipped or (index - plan.skipped) % num_workers != worker:
                     lane.skip(size)
                     continue
-                batch = lane.take(size)
-                if self.pin_memory:
-                    batch = {name: value.pin_memory() for name, value in batch.items()}
-                yield batch
+                batch: Any = lane.take(size)
+                if self.convert is not None:
+                    batch = self.convert(batch)
+                yield pinned(batch) if self.pin_memory else batch
 
     def read_block(self, block: Block) -> Batch:
         """Read the rows of a block, in the order of its splits.
@@ -243,7 +243,7 @@ class ColumnarDataset(IterableDataset[Batch]):
                 except (TypeError, ValueError) as error:
                     raise DataFileError(f"{where}, column {column.name!r}: {error}") from error
             parts.append(part)
-        return self.features.transform(list(_join(parts).values()))
+        return self.features.transform(list(join_rows(parts).values()))
 
     def empty(self) -> Batch:
         """Return a batch without rows."""
@@ -310,8 +310,8 @@ class _Lane:
             rows: Tensor | slice = slice(span.start, span.stop)
             if self._order is not None:
                 rows = self._order[rows]
-            parts.append({name: _rows_of(value, rows) for name, value in self._rows.items()})
-        return _join(parts) if parts else self._data.empty()
+            parts.append({name: select_rows(value, rows) for name, value in self._rows.items()})
+        return join_rows(parts) if parts else self._data.empty()
 
     def _pieces(self, num_rows: int) -> Iterator[Span]:
         while num_rows:
@@ -339,30 +339,3 @@ class _Lane:
         if later >= 0 and data.prefetch:
             self._next_block = later
             self._next = self._pool.submit(data.read_block, blocks[later])
-
-
-def _rows_of(value: Tensor | Jagged, rows: Tensor | slice) -> Tensor | Jagged:
-    if isinstance(value, Jagged):
-        found = value.select(rows)
-        if isinstance(rows, slice):  # views of the whole block
-            weights = None if found.weights is None else found.weights.clone()
-            return Jagged(found.values.clone(), found.offsets.clone(), weights)
-        return found
-    return value[rows].clone() if isinstance(rows, slice) else value.index_select(0, rows)
-
-
-def _join(parts: Sequence[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    return {name: _concat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _concat(values: Sequence[Any]) -> Tensor | Jagged:
-    if not isinstance(values[0], Jagged):
-        return torch.cat(list(values))
-    weights = [value.weights for value in values]
-    return Jagged.from_lengths(
-        torch.cat([value.values for value in values]),
-        torch.cat([value.lengths() for value in values]),
-        None if weights[0] is None else torch.cat(weights),
-    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.data.columns import Column
-from recis_lightning.data.dataset import Batch, ColumnarDataset, state_after
+from recis_lightning.data.dataset import ColumnarDataset, state_after
 from recis_lightning.data.features import Features, features_of
+from recis_lightning.data.rows import Batch
 
 __all__ = ["ColumnarDataModule"]
 
@@ -47,6 +48,7 @@ class ColumnarDataModule(L.LightningDataModule):
         prefetch: Batches made ahead by each reader.
         pin_memory: Whether batches lie in pinned memory; None means: where there is a GPU.
         features: Columns and transforms, in place of ``columns``.
+        convert: Function of a batch whose result takes its place.
 
     Raises:
         TypeError, ValueError: An argument is invalid.
@@ -76,10 +78,11 @@ class ColumnarDataModule(L.LightningDataModule):
         prefetch: int = 2,
         pin_memory: bool | None = None,
         features: Features | None = None,
+        convert: Callable[[Batch], Any] | None = None,
     ) -> None:
         super().__init__()
         self.features = features_of(columns, features)
-        self.columns = self.features.columns
+        self.columns, self.convert = self.features.columns, convert
         self.paths = dict(zip(_PARTS, (train, val, test, predict), strict=True))
         self.batch_size = check_int("batch_size", batch_size, least=1)
         self.shuffle_rows = check_int("shuffle_rows", shuffle_rows, least=0)
@@ -121,14 +124,25 @@ class ColumnarDataModule(L.LightningDataModule):
             lanes=self.lanes,
             prefetch=self.prefetch,
             pin_memory=self.pin_memory and not self.num_workers,
+            convert=self.convert,
         )
 
     @override
     def train_dataloader(self) -> Any:
-        data = self.dataset("train")
+        data, trainer = self.dataset("train"), cast(Any, self.trainer)
         if self._loaded is not None:
             data.load_state_dict(self._loaded)
             self._begin, self._loaded = self._loaded, None
+            if trainer is not None:
+                # On other ranks the rest of this epoch has another length than the next epoch, and
+                # Lightning asks for it once, unless it reloads.
+                trainer.reload_dataloaders_every_n_epochs = 1
+        elif trainer is not None and trainer.fit_loop.epoch_loop.restarting:
+            # Resumed where an epoch ends: Lightning begins the next one at its first batch only if
+            # the last had as many batches as that one has.
+            length = len(_Loader(self, data, training=True))
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
+            progress.completed = max(progress.completed, length)
         return _Loader(self, data, training=True)
 
     @override
@@ -171,7 +185,7 @@ class _Loader:
         self._set_epoch()
         return len(self._data)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         # A generator: Lightning makes the iterator before it knows the epoch that it resumes in.
         self._set_epoch()
         if self._training:

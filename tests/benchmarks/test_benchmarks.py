@@ -13,6 +13,7 @@ from benchmarks import (
     bench_checkpoint,
     bench_compaction,
     bench_cuda_step,
+    bench_data,
     bench_drift,
     bench_embedding_bag,
     bench_filter,
@@ -285,3 +286,13 @@ def test_benchmarks_name_the_modules_they_measure():
     contracts = {path.stem for path in (ops / "reference").glob("*.py")}
     contracts &= {path.stem for path in ops.glob("*.py")} - {"__init__"}
     assert {f"ops.{name}" for name in contracts} <= named
+
+
+def test_data_readers_agree(tmp_path):
+    """All readers make the same batches; the measurement runs on a small file."""
+    paths = bench_data.write(bench_data.sample(tmp_path).slice(0, 300), 700, tmp_path)
+    for kind, path in paths.items():
+        expected = bench_data.summary(bench_data.ours(path, kind))
+        assert expected[0] == 700
+        for make in (bench_data.arrow_loop, lambda p, k: iter(bench_data.Frames(p, k))):
+            assert bench_data.summary(make(path, kind)) == expected

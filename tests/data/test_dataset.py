@@ -230,6 +230,19 @@ def test_a_filter_leaves_whole_batches(pattern):
     assert data.num_rows == 11
 
 
+def test_convert_makes_the_batch(pattern):
+    """In threads and in workers."""
+    data = make(pattern, shuffle_rows=0, convert=rows_and_labels)
+    found = [*data, *DataLoader(make(pattern, shuffle_rows=0, convert=rows_and_labels), None)]
+    assert [batch["rows"]["row"].tolist() for batch in found[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(found) == 12
+    assert found[0]["label"].tolist() == [1, 0, 0, 1]
+
+
+def rows_and_labels(batch):
+    return {"rows": {"row": batch["row"]}, "label": batch["click"]}
+
+
 def test_errors_name_the_file_the_part_and_the_column(tmp_path):
     pattern = write_files(tmp_path, sizes=(4, 6))
     for columns, words in [

@@ -125,6 +125,27 @@ def test_a_run_that_is_stopped_goes_on_with_the_next_row(tmp_path, pattern, stop
     assert torch.equal(weights_of(second), weights_of(whole))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "stop_at"), [((4, 2), 3), ((4, 2), 6), ((2, 4), 5), ((2, 4), 11), ((2, 4), 13)]
+)
+def test_a_run_goes_on_with_batches_of_another_size(tmp_path, pattern, sizes, stop_at):
+    """Or on other ranks: each row once an epoch, though the epochs' lengths differ.
+
+    Stopped within an epoch, at its last batch (6 of 4 rows, 11 of 2), and within the next.
+    """
+    saver = ModelCheckpoint(
+        tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
+    first, second = Clicks(stop_at), Clicks()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(pattern, first, callbacks=[saver], max_epochs=3, batch_size=sizes[0])
+    ckpt = str(tmp_path / f"saved/step={stop_at}.ckpt")
+    fit(pattern, second, ckpt=ckpt, max_epochs=3, batch_size=sizes[1])
+    for epoch in range(3):
+        rows = [row for part in (first, second) for batch in part.trained(epoch) for row in batch]
+        assert sorted(rows) == list(range(22))
+
+
 def test_a_run_goes_on_after_a_whole_epoch(tmp_path, pattern):
     """From the checkpoint of an epoch's end, and from one made after fit."""
     whole = Clicks()
@@ -188,6 +209,7 @@ def test_yaml_of_features(tmp_path, pattern, monkeypatch):
     init = {"train": pattern, "batch_size": 8}
     init["features"] = {"class_path": "recis_lightning.data.Features", "init_args": named}
     config = {
+        "seed_everything": 1,
         "model": {"class_path": "tests.data.test_module.Clicks"},
         "data": {
             "class_path": "recis_lightning.data.module.ColumnarDataModule",

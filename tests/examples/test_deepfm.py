@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import lightning as L
-import pyarrow as pa
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from examples.deepfm import demo, train
-from examples.deepfm.batch import Batch, as_is
-from examples.deepfm.criteo import to_batch
+from examples.deepfm.batch import Batch
+from examples.deepfm.criteo import criteo_features, to_batch
 from examples.deepfm.history import History
 from examples.deepfm.model import DeepFM
 from recis_lightning import EmbeddingOption, Jagged, checkpoint, hash_tables
@@ -99,7 +98,7 @@ def trainer(**kwargs) -> L.Trainer:
 
 
 def loader(*batches: Batch) -> DataLoader[Batch]:
-    return DataLoader(batches, batch_size=None, collate_fn=as_is)
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
 
 
 @pytest.mark.parametrize("group", [None, -1])
@@ -162,7 +161,8 @@ def test_history_counts_evictions_wherever_it_stands():
 
 def test_criteo_model_takes_criteo_batches():
     model = train.criteo_model()
-    assert model(to_batch(pa.table(criteo_rows(6)))).shape == (6,)
+    entries = criteo_features()(criteo_rows(6))
+    assert model(to_batch(entries)).shape == (6,)
     assert len(hash_tables(model)) == 26
 
 

@@ -2,25 +2,24 @@
 
 import subprocess
 import zipfile
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from examples.deepfm import movielens
 from examples.deepfm.batch import Batch
 from examples.deepfm.criteo import (
     CATEGORIES,
     MISSING_ID,
-    Criteo,
     CriteoDataModule,
-    rebatch,
+    criteo_features,
     to_batch,
 )
-from examples.deepfm.movielens import MovieLensDataModule, read, stable_id, take_bags
-from recis_lightning import Jagged
+from examples.deepfm.movielens import MovieLensDataModule, part_files, write_parts
+from recis_lightning.data import DataFileError, hash_strings
 from tests.helpers.deepfm_data import criteo_rows, write_criteo, write_movielens
 
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "criteo"
@@ -31,12 +30,7 @@ def ml(tmp_path: Path) -> MovieLensDataModule:
     """A data module over a hundred interactions."""
     data = MovieLensDataModule(str(write_movielens(tmp_path)), batch_size=16)
     data.prepare_data()
-    data.setup()
     return data
-
-
-def users(batches: list[Batch]) -> list[int]:
-    return torch.cat([batch["features"]["user"] for batch in batches]).tolist()
 
 
 def timeline(batches: list[Batch]) -> list[tuple[int, int, float]]:
@@ -53,61 +47,56 @@ def timeline(batches: list[Batch]) -> list[tuple[int, int, float]]:
 # ---- MovieLens
 
 
-def test_stable_id_is_the_number_or_a_fixed_hash():
-    assert stable_id("0") == 0
-    assert stable_id("85711") == 85711
-    assert stable_id("Drama") == -3780808780974187119
-    assert stable_id("") != stable_id("Drama")
-    assert all(-(2**63) <= stable_id(f"x{n}") < 2**63 for n in range(100))
-
-
-@pytest.mark.parametrize("rows", [[], [0], [2, 0, 2], [3, 1, 1], [0, 1, 2, 3]])
-def test_take_bags_gives_the_bags_asked_for(rows):
-    bags = [[7, 8], [], [9], [1, 2, 3]]
-    jagged = Jagged(torch.tensor([7, 8, 9, 1, 2, 3]), torch.tensor([0, 2, 2, 3, 6]))
-    taken = take_bags(jagged, torch.tensor(rows, dtype=torch.int64))
-    ends = taken.offsets.tolist()
-    assert ends[0] == 0
-    got = [taken.values[a:b].tolist() for a, b in pairwise(ends)]
-    assert got == [bags[row] for row in rows]
-
-
-def test_read_joins_the_files_in_the_order_of_time(tmp_path):
+def test_parts_join_the_files_in_the_order_of_time(tmp_path):
     write_movielens(tmp_path, num_rows=3)
     header, *rows = (tmp_path / "ml-100k.inter").read_text().splitlines()
     rows = ["1\t2\t3\t7200", "2\t3\t4\t3600", "2\t1\t5\t7200"]  # two at the same time
     (tmp_path / "ml-100k.inter").write_text("\n".join([header, *rows]) + "\n")
-    data = read(tmp_path)
-    batch = data.__getitems__([0, 1, 2])
-    ids = {name: batch["features"][name].tolist() for name in data.ids}
-    assert ids["user"] == [2, 1, 2]
-    assert ids["item"] == [3, 2, 1]
-    assert ids["hour"] == [1, 2, 2]
-    assert ids["age"] == [53, 24, 53]
-    assert ids["zip"] == [stable_id("T8H"), 857, stable_id("T8H")]
-    assert ids["year"] == [stable_id("unknown"), 1995, 1995]
+    write_parts(tmp_path)
+    table = pa.concat_tables([parquet.read_table(path) for path in part_files(tmp_path)])
+    columns = {name: table[name] for name in table.column_names}
+    batch = movielens.to_batch(movielens.FEATURES(columns))
+    features = batch["features"]
+    assert list(features) == movielens.IDS
+    assert features["user"].tolist() == [2, 1, 2]
+    assert features["item"].tolist() == [3, 2, 1]
+    assert features["hour"].tolist() == [1, 2, 2]
+    assert features["age"].tolist() == [53, 24, 53]
+    assert torch.equal(features["zip"], hash_strings(["T8H", "857", "T8H"]))
+    assert torch.equal(features["year"], hash_strings(["unknown", "1995", "1995"]))
     assert batch["label"].tolist() == [1, 0, 1]
-    assert batch["group"].tolist() == ids["user"]
+    assert batch["label"].dtype is torch.float32
+    assert batch["group"].tolist() == features["user"].tolist()
     assert batch["dense"].shape == (3, 0)
-    genres = batch["features"]["genres"]
+    genres = features["genres"]
     assert genres.offsets.tolist() == [0, 0, 1, 4]
     names = ["Action", "Animation", "Children's", "Comedy"]
-    assert genres.values.tolist() == [stable_id(name) for name in names]
+    assert torch.equal(genres.values, hash_strings(names))
 
 
 def test_movielens_is_cut_by_time(ml):
-    assert [len(part) for part in (ml.train, ml.val, ml.test)] == [72, 8, 20]
-    everything = timeline([read(ml.root).__getitems__([*range(100)])])
-    assert timeline(list(ml.val_dataloader())) == everything[72:80]
-    assert timeline(list(ml.test_dataloader())) == everything[80:]
-    assert sorted(timeline(list(ml.train_dataloader()))) == sorted(everything[:72])
+    val, test = timeline([*ml.val_dataloader()]), timeline([*ml.test_dataloader()])
+    train = timeline([*ml.train_dataloader()])
+    assert [len(part) for part in (train, val, test)] == [72, 8, 20]
+    whole = MovieLensDataModule(str(ml.root), batch_size=100, val_fraction=0.0)
+    assert list(whole.val_dataloader()) == []
+    assert timeline([*whole.test_dataloader()]) == test
+    in_order = whole.dataset("train")
+    in_order.shuffle_rows = 0
+    everything = timeline([*in_order])
+    assert everything[72:] == val
+    assert sorted(everything[:72]) == sorted(train)
+    assert everything[:72] != train
 
 
-def test_movielens_without_validation_has_no_validation_loader(ml):
-    whole = MovieLensDataModule(str(ml.root), val_fraction=0.0)
-    whole.setup()
-    assert len(whole.train) == 80
-    assert whole.val_dataloader() == []
+def test_the_parts_are_written_once(ml):
+    before = [path.stat().st_mtime_ns for path in part_files(ml.root)]
+    ml.prepare_data()
+    assert [path.stat().st_mtime_ns for path in part_files(ml.root)] == before
+    part_files(ml.root)[7].unlink()
+    ml.prepare_data()
+    assert all(path.is_file() for path in part_files(ml.root))
+    assert not list(ml.root.glob(".*"))
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
@@ -118,10 +107,10 @@ def test_val_fraction_out_of_range_is_refused(fraction):
 
 def test_training_order_depends_on_seed_and_epoch_only(ml):
     def order(seed: int, epoch: int, num_workers: int = 0) -> list[tuple[int, int, float]]:
-        ml.seed, ml.num_workers = seed, num_workers
-        loader = ml.train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        return timeline(list(loader))
+        root = str(ml.root)
+        data = MovieLensDataModule(root, batch_size=16, seed=seed, num_workers=num_workers)
+        data.dataset("train").set_epoch(epoch)
+        return timeline([*data.train_dataloader()])
 
     first = order(0, 0)
     torch.manual_seed(5)
@@ -179,8 +168,12 @@ def test_without_network_the_error_says_what_to_do(tmp_path, monkeypatch):
 # ---- Criteo
 
 
-def test_to_batch_takes_numbers_ids_and_what_is_missing():
-    batch = to_batch(pa.table(criteo_rows(4)))
+def criteo_batch(rows: dict[str, list[list[float]]]) -> Batch:
+    return to_batch(criteo_features(hash=None)(rows))
+
+
+def test_criteo_takes_numbers_ids_and_what_is_missing():
+    batch = criteo_batch(criteo_rows(4))
     assert batch["label"].tolist() == [1, 0, 0, 0]
     assert batch["features"]["c1"].tolist() == [0, 1, 2, 3]
     assert batch["features"]["c2"].tolist() == [MISSING_ID, 2**39 + 1, 2**39 + 2, MISSING_ID]
@@ -193,46 +186,30 @@ def test_to_batch_takes_numbers_ids_and_what_is_missing():
     assert batch["group"].tolist() == [-1] * 4
 
 
+def test_hex_strings_are_hashed():
+    """As the raw files have them: a value a row, null where it is missing."""
+    rows = {
+        name: [values[0] if values else None for values in column]
+        for name, column in criteo_rows(2).items()
+    }
+    rows |= {name: ["68fd1e64", None] for name in CATEGORIES}
+    features = to_batch(criteo_features()(rows))["features"]
+    known = int(hash_strings(["68fd1e64"])[0])
+    assert all(column.tolist() == [known, MISSING_ID] for column in features.values())
+
+
 def test_negative_counts_keep_their_sign():
     rows = criteo_rows(2)
     rows["i1"] = [[-3.0], [3.0]]
-    first = to_batch(pa.table(rows))["dense"][:, 0]
+    first = criteo_batch(rows)["dense"][:, 0]
     torch.testing.assert_close(first, torch.tensor([-1.0, 1.0]) * torch.tensor(4.0).log())
 
 
 def test_rows_with_several_values_are_refused():
     rows = criteo_rows(2)
     rows["c3"] = [[1], [1, 2]]
-    with pytest.raises(ValueError, match=r"a.orc: column 'c3' has a row with 2 values"):
-        to_batch(pa.table(rows), "a.orc")
-
-
-def test_absent_columns_are_named():
-    rows = criteo_rows(2)
-    del rows["i7"]
-    with pytest.raises(ValueError, match=r"a.orc lacks the columns \['i7'\]"):
-        to_batch(pa.table(rows), "a.orc")
-
-
-def numbers(batches: list[Batch]) -> list[int]:
-    return torch.cat([batch["features"]["c1"] for batch in batches]).tolist()
-
-
-@pytest.mark.parametrize("sizes", [[], [3], [4], [1, 1, 1, 1, 1], [9, 0, 2], [4, 4]])
-def test_rebatch_keeps_rows_and_order(sizes):
-    firsts = [sum(sizes[:n]) for n in range(len(sizes))]
-    pieces = [
-        to_batch(pa.table(criteo_rows(size, first)))
-        for size, first in zip(sizes, firsts, strict=True)
-        if size
-    ]
-    batches = list(rebatch(iter(pieces), 4))
-    total = sum(sizes)
-    assert [len(batch["label"]) for batch in batches] == [4] * (total // 4) + [total % 4] * bool(
-        total % 4
-    )
-    if batches:
-        assert numbers(batches) == list(range(total))
+    with pytest.raises(ValueError, match=r"column 'c3': a row has 2 values, not one"):
+        criteo_batch(rows)
 
 
 @pytest.fixture
@@ -243,47 +220,50 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def numbers(batches: list[Batch]) -> list[int]:
+    return torch.cat([batch["features"]["c1"] for batch in batches]).tolist()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("shuffle_rows", [0, 15])
 def test_criteo_reads_every_row_once(files, num_workers, shuffle_rows):
     data = CriteoDataModule(
-        str(files), ["part-*"], batch_size=8, shuffle_rows=shuffle_rows, num_workers=num_workers
+        str(files),
+        ["part-*"],
+        batch_size=8,
+        shuffle_rows=shuffle_rows,
+        num_workers=num_workers,
+        hash=None,
     )
     rows = numbers(list(data.train_dataloader()))
     assert sorted(rows) == list(range(50))
     assert (rows == list(range(50))) is (shuffle_rows == 0 and num_workers == 0)
 
 
-def test_criteo_shuffles_by_its_seed(files):
-    def order(seed: int) -> list[int]:
-        return numbers(list(Criteo(sorted(files.iterdir()), 8, shuffle_rows=50, seed=seed)))
-
-    first = order(0)
-    torch.manual_seed(5)
-    assert order(0) == first
-    assert order(1) != first
-
-
 def test_criteo_parts_come_from_patterns_in_order(files):
     data = CriteoDataModule(
-        str(files), ["*1.parquet", "part-*"], val=["part-0.orc"], test=["part-[1-9]*"]
+        str(files), ["*1.parquet", "part-*"], val=["part-0.orc"], test=["part-[1-9]*"], hash=None
     )
-    assert [path.name for path in data.files("train")] == ["part-1.parquet", "part-0.orc"]
+    names = [Path(path).name for path in data.dataset("train")._files.files]
+    assert names == ["part-1.parquet", "part-0.orc"]
     assert numbers(list(data.val_dataloader())) == list(range(20))
     assert numbers(list(data.test_dataloader())) == list(range(20, 50))
-    assert list(CriteoDataModule(str(files), ["*"]).val_dataloader()) == []
+    assert list(CriteoDataModule(str(files), ["*"], val=[]).val_dataloader()) == []
 
 
-def test_a_pattern_without_files_is_an_error(tmp_path):
+def test_files_that_do_not_fit_are_named(tmp_path):
     data = CriteoDataModule(str(tmp_path), ["part-*"])
-    with pytest.raises(FileNotFoundError, match=r"'part-\*' \(train part\).*`root`"):
+    with pytest.raises(FileNotFoundError, match=r"no file matches '.*/part-\*'"):
         data.train_dataloader()
-
-
-def test_other_formats_are_refused(tmp_path):
     (tmp_path / "part-0.csv").write_text("")
-    with pytest.raises(ValueError, match=r"\.orc or \.parquet"):
-        list(CriteoDataModule(str(tmp_path), ["part-*"]).train_dataloader())
+    with pytest.raises(ValueError, match=r"\.parquet.*\.orc"):
+        data.train_dataloader()
+    (tmp_path / "part-0.csv").unlink()
+    rows = criteo_rows(2)
+    del rows["i7"]
+    parquet.write_table(pa.table(rows), tmp_path / "part-0.parquet")
+    with pytest.raises(DataFileError, match=r"part-0.parquet: columns \['i7'\] are missing"):
+        data.train_dataloader()
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the Criteo sample is not beside the checkout")

@@ -1,0 +1,271 @@
+"""Training that is killed at random moments and resumed on other numbers of ranks, until it ends.
+
+    python -m tests.helpers.killed_runs --kills 100 --ranks 1      # resumed on 1
+    python -m tests.helpers.killed_runs --kills 100 --ranks 1 2 3  # on one of these, drawn anew
+
+This process imports everything, and forks the ranks of each run, which costs no start of Python.
+A row of the files is an id of the table ``seen``, which learns by SGD to count: a weight is the
+number of times that its row was trained. Prints a JSON line of what was found.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed, nn
+
+from recis_lightning import DynamicEmbedding, hash_tables
+from recis_lightning.callbacks import CheckpointHook, HashTableFilterHook
+from recis_lightning.data import ColumnarDataModule, Features, Id, Label, Mod
+from recis_lightning.initializers import Constant
+from recis_lightning.optim import SparseDenseOptimizer, SparseSGD
+from tests.helpers.columnar_files import write_files
+from tests.helpers.quiet_trainer import quiet_trainer
+from tests.helpers.rank_trainers import as_torchrun
+from tests.helpers.rank_training import shard
+
+SIZES = (90, 1, 70, 39)  # rows of each file
+EPOCHS = 2
+EPOCH = 1_000_000  # ids of an epoch's rows are apart from those of the next
+_LIMIT_SECONDS = 120.0  # of a run: more is a hang
+
+
+class Counting(L.LightningModule):
+    """Counts of rows in a table; and a table, a tower and an optimizer whose state matters."""
+
+    def __init__(self, begun):
+        super().__init__()
+        self.begun = begun  # called before the first step
+        self.seen = DynamicEmbedding(1, initializer=Constant(0.0), name="seen")
+        self.user = DynamicEmbedding(4, name="user")
+        self.tower = nn.Linear(4, 1)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.begun()
+
+    def training_step(self, batch):
+        seen = self.seen(batch["row"] + EPOCH * self.current_epoch)
+        logits = self.tower(self.user(batch["user"])).squeeze(1)
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            logits, batch["click"], reduction="sum"
+        )
+        # Gradients are averaged over ranks; each row's count grows by one.
+        return 0.01 * loss - seen.sum() * self.trainer.world_size
+
+    def configure_optimizers(self):
+        return SparseDenseOptimizer(
+            torch.optim.Adam(self.tower.parameters(), lr=0.01),
+            SparseSGD(hash_tables(self), lr=1.0),
+        )
+
+
+def train(folder, pattern, every, ckpt, begun):
+    """Train to the end, with a checkpoint every few steps; write what this rank has then."""
+    torch.manual_seed(0)
+    features = Features([Id("row"), Id("user", hash="xxh64"), Label("click")], [Mod("user", 5)])
+    data = ColumnarDataModule(
+        train=pattern, features=features, batch_size=6, shuffle_rows=60, seed=3
+    )
+    model = Counting(begun)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=1)
+    with as_torchrun() as settings:
+        trainer = quiet_trainer(
+            folder, saver, CheckpointHook(), HashTableFilterHook(filter_interval=None),
+            max_epochs=EPOCHS, enable_checkpointing=True, **settings,
+        )  # fmt: skip
+        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    result = {
+        "tables": {table.name: shard(table) for table in hash_tables(model)},
+        "tower": {name: value.detach().numpy() for name, value in model.tower.named_parameters()},
+        "steps": trainer.global_step,
+        "adam": trainer.optimizers[0].state_dict()["state"],
+    }
+    torch.save(result, folder / f"result-{rank}.pt")
+
+
+def newest(folder):
+    """Return the checkpoint of the latest step, or None."""
+    found = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    return str(found[-1]) if found else None
+
+
+def live(folder, pattern, num_ranks, every, kill_after, from_start):
+    """Fork the ranks of a run; kill all after a time, counted from its start or its first step.
+
+    Returns:
+        Whether it was killed, and seconds from its first step to its end.
+    """
+    ours, theirs = os.pipe()
+    ckpt = newest(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        pids = [
+            _fork(folder, pattern, rank, num_ranks, every, ckpt, theirs, scratch)
+            for rank in range(num_ranks)
+        ]
+        os.close(theirs)
+        start = time.monotonic()
+        begun = None if not from_start else start
+        end = start + (kill_after if from_start else _LIMIT_SECONDS)
+        failed, killed, said = False, False, b""
+        left = dict.fromkeys(pids)
+        while left:
+            readable, _, _ = select.select([ours], [], [], 0.002)
+            if readable:
+                word = os.read(ours, 65536)
+                said += word
+                if b"begun" in said and begun is None:
+                    begun = time.monotonic()
+                    end = begun + kill_after
+            for pid in list(left):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    del left[pid]
+            if time.monotonic() >= end and not killed and left:
+                if begun is None or time.monotonic() - start > _LIMIT_SECONDS:
+                    failed = True
+                killed = True
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+        os.close(ours)
+    error = said.partition(b"!")[2]
+    if failed or (error and not killed):
+        raise AssertionError(f"a run failed, from {ckpt}: {error.decode() or 'it hung'}")
+    return killed, time.monotonic() - (begun or start)
+
+
+def _fork(folder, pattern, rank, num_ranks, every, ckpt, pipe, scratch):
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        warnings.simplefilter("ignore")
+        if num_ranks > 1:
+            distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{scratch}/store",
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timedelta(seconds=60),
+            )
+        told = []
+
+        def begun():
+            if not told:
+                told.append(os.write(pipe, b"begun "))
+
+        train(folder, pattern, every, ckpt, begun)
+        status = 0
+    except BaseException:
+        os.write(pipe, b"!" + traceback.format_exc().encode()[-3000:])
+    finally:
+        os._exit(status)
+
+
+def counts(folder):
+    """Return how often each row of each epoch was trained, as {id: count}."""
+    found = {}
+    for path in folder.glob("result-*.pt"):
+        table = torch.load(path, weights_only=False)["tables"]["seen"]
+        found |= dict(zip(table["ids"].tolist(), table["weights"][:, 0].tolist(), strict=True))
+    return found
+
+
+def flat(value, where=""):
+    """Return all numbers and arrays of a result as {place: bytes}."""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    elif isinstance(value, torch.Tensor):
+        return {where: value.numpy().tobytes()}
+    else:
+        return {where: value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()}
+    return {
+        place: part for key, one in parts for place, part in flat(one, f"{where}/{key}").items()
+    }
+
+
+def read_result(folder):
+    """Return what the one rank of a run had at its end, as ``flat``."""
+    return flat(torch.load(folder / "result-0.pt", weights_only=False))
+
+
+def run_rounds(kills, ranks, seed, folder):
+    """Train again and again, killed at random moments; return what was found."""
+    rng = random.Random(seed)
+    (folder / "data").mkdir()
+    pattern = write_files(folder / "data", SIZES, group_rows=13)
+    undisturbed, seconds = {}, 2.0
+    if 1 in ranks:
+        (folder / "whole").mkdir()
+        killed, seconds = live(folder / "whole", pattern, 1, 2, 1e9, False)
+        assert not killed
+        undisturbed = read_result(folder / "whole")
+    rows = {row + EPOCH * epoch for row in range(sum(SIZES)) for epoch in range(EPOCHS)}
+    found = {"kills": 0, "runs": 0, "lives": 0, "resumed_on": {}, "wrong": [], "differing": []}
+    while found["kills"] < kills or not found["runs"]:
+        run = folder / f"run-{found['runs']}"
+        run.mkdir()
+        used, every = [], rng.randint(1, 4)
+        while True:
+            used.append(rng.choice(ranks))
+            from_start = rng.random() < 0.2
+            after = rng.uniform(0, 1.0 if from_start else seconds)
+            after = after if found["kills"] < kills else 1e9
+            was_killed, _ = live(run, pattern, used[-1], every, after, from_start and after < 1e9)
+            found["lives"] += 1
+            if len(used) > 1:
+                key = f"{used[-2]}->{used[-1]}"
+                found["resumed_on"][key] = found["resumed_on"].get(key, 0) + 1
+            if not was_killed:
+                break
+            found["kills"] += 1
+        found["runs"] += 1
+        got = counts(run)
+        if set(got) != rows or any(abs(count - 1) > 1e-4 for count in got.values()):
+            wrong = {row: got.get(row, 0.0) for row in rows | set(got)}
+            found["wrong"].append(
+                {"ranks": used, "rows": [x for x in wrong.items() if abs(x[1] - 1) > 1e-4][:9]}
+            )
+        if set(used) == {1}:
+            ours = read_result(run)
+            places = undisturbed.keys() | ours.keys()
+            differing = [p for p in places if ours.get(p) != undisturbed.get(p)]
+            if differing:
+                found["differing"].append({"lives": len(used), "places": sorted(differing)})
+    return found
+
+
+def main(args=None):
+    """Kill and resume; return 1 if a row was lost or trained twice, or weights differ."""
+    parser = argparse.ArgumentParser("python -m tests.helpers.killed_runs")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(args)
+    torch.set_num_threads(1)
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as name:
+        found = run_rounds(given.kills, given.ranks, given.seed, Path(name))
+    print(json.dumps(found))
+    return int(bool(found["wrong"]) or bool(found["differing"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
