@@ -204,6 +204,10 @@ class Evictor:
         returned = max(before - storage.nbytes, 0)
         return EvictionReport.of(num_gone, by_policy, freed, returned, False)
 
+    def rows_named_by(self, policy: Eviction) -> Tensor:
+        """Return the rows that ``evict`` would remove, bool [rows]."""
+        return self._name_rows(policy)[0]
+
     def _name_rows(self, policy: Eviction) -> tuple[Tensor, dict[str, int]]:
         """Return the rows that go, bool [rows], and how many each policy names."""
         storage, wanted = self.storage, policy.columns
