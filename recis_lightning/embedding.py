@@ -113,8 +113,7 @@ class DynamicEmbedding(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling():
             return _record(self, ids)
-        rows: Tensor = self._look_up(ids)
-        return rows
+        return self._look_up(ids)  # type: ignore[no-any-return]
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, ids: Tensor) -> Tensor:
@@ -245,8 +244,7 @@ class DynamicEmbeddingBag(nn.Module):
             feature = _recordable_bags(self, ids, offsets, per_sample_weights)
             if recording.is_recordable(feature):
                 return _record(self, feature)
-        pooled: Tensor = self._look_up(ids, offsets, per_sample_weights)
-        return pooled
+        return self._look_up(ids, offsets, per_sample_weights)  # type: ignore[no-any-return]
 
     @compiler.disable  # kernels read and change memory
     def _look_up(

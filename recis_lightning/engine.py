@@ -183,8 +183,7 @@ class EmbeddingEngine(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
             return self._record(features)
-        found: dict[str, Any] = self._look_up(features)
-        return found
+        return self._look_up(features)  # type: ignore[no-any-return]
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -245,8 +244,7 @@ class EmbeddingEngine(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
             return self._record_joined(features)
-        joined: Tensor = self._look_up_joined(features)
-        return joined
+        return self._look_up_joined(features)  # type: ignore[no-any-return]
 
     @compiler.disable  # kernels read and change memory
     def _look_up_joined(self, features: dict[str, Any]) -> Tensor:

@@ -99,6 +99,8 @@ TESTED_BY = {
     "optim/sgd.py": "optim/test_sparse_optimizer.py",
     "optim/table_updater.py": "optim/test_sparse_optimizer.py",
     "serving/binding.py": "lookup/test_operator.py",
+    "serving/manifest.py": "serving/test_model.py",
+    "serving/values.py": "serving/test_model.py",
     "table/admission_counter.py": "test_admission.py",
     "table/copying.py": "table/test_state.py",
     "table/insertion.py": "table/test_hash_table.py",

@@ -216,6 +216,10 @@ class Evictor:
         returned = max(before - storage.nbytes, 0)
         return EvictionReport.of(num_gone, by_policy, freed, returned, False)
 
+    def rows_named_by(self, policy: Eviction) -> Tensor:
+        """Return the rows of this rank that ``evict`` would remove, bool [rows]."""
+        return self._name_rows(policy, None)[0]
+
     def _name_rows(
         self, policy: Eviction, process_group: ProcessGroup | None
     ) -> tuple[Tensor, dict[str, int]]:

@@ -21,6 +21,7 @@ from recis_lightning import (
 )
 from recis_lightning.lookup.named_tables import Binding, find_table, key_of
 from recis_lightning.lookup.operator import RecordedFeature, record, run
+from tests.helpers.served_model import make_batch, trained_model
 
 # torch.compile touches the attribute itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -36,66 +37,6 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-class Model(nn.Module):
-    """All kinds of embeddings, and all kinds of features that a program takes."""
-
-    def __init__(self):
-        super().__init__()
-        self.user = DynamicEmbedding(4, name="user", padding_idx=0)
-        self.tags = DynamicEmbeddingBag(4, mode="sum", name="tags")
-        self.fixed = DynamicEmbeddingBag(2, mode="mean", name="fixed")
-        self.engine = EmbeddingEngine(
-            {
-                "item": EmbeddingOption(4, table="item"),
-                "history": EmbeddingOption(4, table="item", mode="mean", padding_idx=3),
-                "tiles": EmbeddingOption(2, mode="tile", tile_len=3),
-                "short": EmbeddingOption(2, dtype="bfloat16", mode="sum"),
-                "by_count": EmbeddingOption(4, table="item", mode="mean", mean_by="count"),
-                "unweighted": EmbeddingOption(4, table="item", mode="sum", use_weights=False),
-            }
-        )
-        self.tower = nn.Linear(8 + 2 + 4 + 4 + 6 + 2 + 4 + 4, 1)
-
-    def forward(self, batch):
-        bags = self.tags(batch["tags"], batch["tag_offsets"], batch["tag_weights"])
-        pooled = [self.user(batch["user"]), bags, self.fixed(batch["pairs"])]
-        features = {name: batch[name] for name in self.engine.options}
-        joined = self.engine.concat(features)
-        by_name = self.engine({"item": batch["item"], "label": batch["label"]})
-        score = self.tower(torch.cat([*pooled, joined.float()], 1)).squeeze(1)
-        return score + by_name["item"].sum(1) + by_name["label"]
-
-
-def make_batch(size, seed):
-    """Return a batch with known and unknown ids, int32 among them, and empty bags."""
-    random = torch.Generator().manual_seed(seed)
-
-    def ids(*shape):
-        return torch.randint(-5, 9, shape, generator=random)
-
-    def ragged(weighted):
-        lengths = torch.randint(0, 4, (size,), generator=random)
-        num_ids = int(lengths.sum())
-        weights = torch.rand(num_ids, generator=random) if weighted else None
-        return Jagged.from_lengths(ids(num_ids), lengths, weights)
-
-    tags = ragged(weighted=True)
-    return {
-        "user": ids(size),
-        "tags": tags.values,
-        "tag_offsets": tags.offsets[:-1].int(),
-        "tag_weights": tags.weights,
-        "pairs": ids(size, 2),
-        "item": ids(size).int(),
-        "history": ragged(weighted=True),
-        "tiles": ids(size, 4),
-        "short": ragged(weighted=False),
-        "by_count": (ids(size, 3), torch.rand(size, 3, generator=random)),
-        "unweighted": (ids(size, 3), torch.rand(size, 3, generator=random)),
-        "label": torch.rand(size, generator=random),
-    }
-
-
 def shapes_of(value):
     """Return the dynamic shapes of a batch: torch finds which sizes belong together."""
     if isinstance(value, dict):
@@ -105,13 +46,6 @@ def shapes_of(value):
             map(shapes_of, value)
         )  # fmt: skip
     return None if value is None else {0: AUTO}
-
-
-def trained_model():
-    model = Model()
-    model(make_batch(9, seed=0))
-    assert [len(table) > 2 for table in hash_tables(model)] == [True] * 6
-    return model.eval()
 
 
 def export(model, size=5, strict=False):

@@ -1,0 +1,402 @@
+"""``export``: a trained model to a folder that is served."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recis_lightning.checkpoint.commit import file_stems
+from recis_lightning.distributed import collectives
+from recis_lightning.eviction import Eviction
+from recis_lightning.jagged import Jagged
+from recis_lightning.serving.array_file import ArrayWriter, FileRecord, to_numpy
+from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest, TableRecord
+from recis_lightning.serving.model import ServedModel
+from recis_lightning.serving.program import encode
+from recis_lightning.serving.served_table import FORMATS, write_table
+from recis_lightning.serving.values import TensorSpec, flatten, unflatten, without_unused
+from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.listing import hash_tables
+from recis_lightning.table.lock import distinct_locks, read
+
+_SUFFIXES = (".rows", ".weights")
+
+
+def export(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    example: Any,
+    rows: str | Mapping[str, str] | None = None,
+    drop: Eviction | Mapping[str, Eviction] | None = None,
+) -> None:
+    """Write a model to a folder for ``serving.load``.
+
+    The folder gets a file a table (index and rows, never optimizer state), one of the parameters,
+    and ``manifest.json`` with the program of ``torch.export``, which is written last: a reader sees
+    the old export or the new one, whole. The model is not changed. Where rows are kept as they are,
+    the served scores of the example are compared with the model's, bit for bit, before the folder
+    changes.
+
+    Args:
+        model: A module, or LightningModule, whose forward takes tensors, dicts and tuples of them
+            and ``Jagged``, and returns such.
+        folder: Where to; made if it is not there. An older export in it is replaced.
+        example: A batch as forward takes it, of two samples at least; a tuple (which is no
+            ``Jagged``) stands for several arguments. What depends on the number of samples or ids
+            may have any other number later.
+        rows: As what rows are kept: "float32", "bfloat16" or "int8" (with a scale a row), for all
+            tables or by name; by default as the table has them.
+        drop: Policy, for all tables or by name, that names rows to leave out, as for
+            ``HashTable.evict``: ``MinNorm(...)``, ``GlobalStepFilter(...)``, ``AnyOf(...)``.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be; or the model's forward does
+            what a served program cannot (says what).
+        RuntimeError: The tables are sharded over ranks, or the served scores are not the model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if collectives.world_size() > 1:
+        raise RuntimeError(
+            "model: its rows are spread over ranks; load its checkpoint in one process, and export "
+            "there"
+        )
+    tables = _tables_by_name(model)
+    formats = {name: _format_of(rows, name, table) for name, table in tables.items()}
+    policies = {name: _policy_of(drop, name) for name in tables}
+    for argument, given in (("rows", rows), ("drop", drop)):
+        if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(tables))):
+            raise ValueError(f"{argument}: no such tables {unknown}; there are {sorted(tables)}")
+    path = Path(folder)
+    older = _prepare(path)
+    save_id = secrets.token_hex(8)
+    written: list[Path] = []
+    with _evaluating(model), torch.no_grad():
+        recorded = _record(model, example)
+
+        def write() -> None:
+            records = _write_tables(path, save_id, tables, formats, policies, written)
+            manifest = _write_dense(path, save_id, model, recorded, records, written)
+            served = ServedModel(path, manifest, check_all=False)
+            is_exact = all(
+                formats[name] == _dtype_name(table) for name, table in tables.items()
+            ) and not any(policies.values())
+            if is_exact:
+                _compare(served(*recorded.arguments), model(*recorded.arguments))
+            manifest.write(path)
+
+        try:
+            # No thread trains the tables meanwhile: rows and scores are of one moment.
+            read(distinct_locks(table.lock for table in tables.values()), write)
+        except BaseException:
+            for file in written:
+                file.unlink(missing_ok=True)
+            raise
+    for name in [] if older is None else older.files():
+        if name.endswith(_SUFFIXES) and older is not None and older.save_id in name:
+            (path / name).unlink(missing_ok=True)
+
+
+class _Recorded(NamedTuple):
+    """Program of a model, and what it takes and returns.
+
+    Attributes:
+        arguments: Of the example.
+        specs: Name and spec of each.
+        inputs: Descriptions of the tensors that the program takes.
+        outputs: Spec of what it returns.
+        program: From ``program.encode``.
+        constants: Parameters and buffers that it reads.
+    """
+
+    arguments: tuple[Any, ...]
+    specs: list[list[Any]]
+    inputs: list[TensorSpec]
+    outputs: dict[str, Any]
+    program: dict[str, Any]
+    constants: dict[str, Tensor]
+
+
+class _Flat(nn.Module):
+    """Model whose forward takes and returns tensors alone."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: list[dict[str, Any]],
+        note: Callable[[dict[str, Any]], None],
+    ) -> None:
+        super().__init__()
+        self.model, self._specs, self._note = model, specs, note
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        """Call the model; note the spec of what it returns."""
+        found: list[Tensor] = []
+        returned = self.model(*(unflatten(spec, tensors) for spec in self._specs))
+        self._note(flatten(returned, "output", found))
+        return found
+
+
+def _record(model: nn.Module, example: Any) -> _Recorded:
+    """Record a model's program by an example."""
+    is_several = type(example) in (tuple, list)
+    arguments = tuple(example) if is_several else (example,)
+    names = _argument_names(model, len(arguments))
+    tensors: list[Tensor] = []
+    specs, places = [], list[str]()
+    for name, argument in zip(names, arguments, strict=True):
+        specs.append(flatten(argument, name, tensors))
+        _name_tensors(specs[-1], name, places)
+    outputs: list[dict[str, Any]] = []
+    flat = _Flat(model, specs, outputs.append)
+    # Tensors apart from one another: torch would take one that occurs twice for one input.
+    given = tuple(tensor.detach().clone() for tensor in tensors)
+    auto = torch.export.Dim.AUTO
+    shapes = tuple({i: auto for i in range(tensor.dim())} for tensor in given)
+    with _without_anchors(model):
+        exported = torch.export.export(flat, given, dynamic_shapes=(shapes,), strict=False)
+    signature = exported.graph_signature
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    used = {name: target for name, target in targets.items() if nodes[name].users}
+    user_inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+    numbers = {
+        position: number
+        for number, position in enumerate(
+            i for i, name in enumerate(user_inputs) if nodes[name].users
+        )
+    }
+    inputs = [
+        _describe(places[position], given[position], nodes[user_inputs[position]])
+        for position in numbers
+    ]
+    keys: dict[str, int | str] = {**used}
+    keys.update({user_inputs[position]: number for position, number in numbers.items()})
+    program = encode(exported.graph, keys)
+    state: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    constants = {target: state[target].detach().cpu() for target in used.values()}
+    kept = [[name, without_unused(spec, numbers)] for name, spec in zip(names, specs, strict=True)]
+    return _Recorded(arguments, kept, inputs, outputs[-1], program, constants)
+
+
+def _describe(place: str, tensor: Tensor, node: torch.fx.Node) -> TensorSpec:
+    """Return the description of an input; ValueError if it has a number of samples of its own."""
+    sizes = [size if isinstance(size, int) else None for size in node.meta["val"].shape]
+    if sizes and sizes[0] is not None:
+        raise ValueError(
+            f"example: {place} has {sizes[0]} samples or ids, and the model's program would take "
+            "no other number; give an example of several samples and ids, or have forward not "
+            "depend on how many there are"
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorSpec(place, dtype, sizes)
+
+
+def _name_tensors(spec: dict[str, Any], where: str, names: list[str]) -> None:
+    """Append the name of each tensor of a spec."""
+    ((kind, content),) = spec.items()
+    if kind == "tensor":
+        names.append(where)
+    elif kind == "jagged":
+        for part, field in zip(content, Jagged._fields, strict=True):
+            _name_tensors(part, f"{where}.{field}", names)
+    elif isinstance(content, (dict, list)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, part in items:
+            _name_tensors(part, f"{where}[{key!r}]", names)
+
+
+def _argument_names(model: nn.Module, count: int) -> list[str]:
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return [*names, *(f"argument {i}" for i in range(len(names), count))][:count]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation, and each part back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _without_anchors(model: nn.Module) -> Iterator[None]:
+    """Take the tables' anchors out of the parameters: torch finds them by paths of attributes.
+
+    A table may be called as a method of a module is, "type" for one, and no path leads to it.
+    """
+    taken = [(table, table._parameters.pop("anchor")) for table in hash_tables(model)]
+    try:
+        yield
+    finally:
+        for table, anchor in taken:
+            table._parameters["anchor"] = anchor
+
+
+def _tables_by_name(model: nn.Module) -> dict[str, HashTable]:
+    tables: dict[str, HashTable] = {}
+    for table in hash_tables(model):
+        if table.name in tables:
+            raise ValueError(f"model: two of its tables are called {table.name!r}; name them apart")
+        tables[table.name] = table
+    return tables
+
+
+def _dtype_name(table: HashTable) -> str:
+    return str(table.dtype).removeprefix("torch.")
+
+
+def _format_of(rows: Any, name: str, table: HashTable) -> str:
+    wanted = rows.get(name) if isinstance(rows, Mapping) else rows
+    if wanted is None:
+        return _dtype_name(table)
+    if wanted not in FORMATS:
+        raise ValueError(f"rows: expected one of {FORMATS}, got {wanted!r}")
+    return str(wanted)
+
+
+def _policy_of(drop: Any, name: str) -> Eviction | None:
+    policy = drop.get(name) if isinstance(drop, Mapping) else drop
+    if policy is not None and not isinstance(policy, Eviction):
+        raise TypeError(f"drop: expected an eviction policy, got {policy!r}")
+    return policy
+
+
+def _prepare(path: Path) -> Manifest | None:
+    """Make the folder if it is not there; return the manifest of an older export in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / MANIFEST_FILE).exists():
+        return None
+    try:
+        return Manifest.read(path)
+    except ValueError as error:
+        raise ValueError(
+            f"folder: it has a {MANIFEST_FILE} that is not replaced: {error}; remove it, or name "
+            "another folder"
+        ) from None
+
+
+def _write_tables(
+    path: Path,
+    save_id: str,
+    tables: Mapping[str, HashTable],
+    formats: Mapping[str, str],
+    policies: Mapping[str, Eviction | None],
+    written: list[Path],
+) -> dict[str, TableRecord]:
+    """Write a file a table; add their paths to ``written``."""
+    stems = file_stems(tables)
+    records = {}
+    for name, table in tables.items():
+        file = path / f"{stems[name]}.{save_id}.rows"
+        written.append(file)
+        ids = _kept_ids(table, policies[name]).cpu()
+        read_rows = _reader_of(table)
+        try:
+            record = write_table(file, ids.numpy(), read_rows, formats[name], table.embedding_dim)
+        except ValueError as error:
+            raise ValueError(f"table {name!r}: {error}") from None
+        records[name] = TableRecord(
+            record, ids.numel(), table.embedding_dim, _dtype_name(table), formats[name]
+        )
+    return records
+
+
+def _write_dense(
+    path: Path,
+    save_id: str,
+    model: nn.Module,
+    recorded: _Recorded,
+    records: dict[str, TableRecord],
+    written: list[Path],
+) -> Manifest:
+    """Write the file of parameters; return the manifest of all files, which is not written."""
+    file = path / f"dense.{save_id}.weights"
+    written.append(file)
+    dense = _write_constants(file, recorded.constants)
+    return Manifest(
+        save_id=save_id,
+        versions={"recis_lightning": _version(), "torch": str(torch.__version__)},
+        model=type(model).__name__,
+        inputs=[spec.to_state() for spec in recorded.inputs],
+        arguments=recorded.specs,
+        outputs=recorded.outputs,
+        features=[key for _, spec in recorded.specs for key in spec.get("dict", {})],
+        transforms=[],
+        tables=records,
+        dense=dense,
+        constants={
+            name: str(value.dtype).removeprefix("torch.")
+            for name, value in recorded.constants.items()
+        },
+        program=recorded.program,
+    )
+
+
+def _version() -> str:
+    return str(sys.modules["recis_lightning"].__version__)  # loaded, and above this room
+
+
+def _kept_ids(table: HashTable, policy: Eviction | None) -> Tensor:
+    """Return a table's ids without those whose rows a policy names."""
+    ids, rows = table.ids_map()
+    if policy is None:
+        return ids
+    marked = table.evictor.rows_named_by(policy)
+    return ids[~marked.to(rows.device)[rows]]
+
+
+def _reader_of(table: HashTable) -> Callable[[Tensor], Tensor]:
+    return lambda ids: table.embeddings(ids.to(table.device)).cpu()
+
+
+def _write_constants(file: Path, constants: Mapping[str, Tensor]) -> FileRecord:
+    writer = ArrayWriter(file)
+    try:
+        for name, value in constants.items():
+            array = to_numpy(value)
+            writer.add(name, array.shape, [array])
+        return writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _compare(served: Any, expected: Any) -> None:
+    """Raise RuntimeError unless both have the same tensors, bit for bit."""
+    found: list[Tensor] = []
+    wanted: list[Tensor] = []
+    if flatten(served, "output", found) != flatten(expected, "output", wanted):
+        raise RuntimeError("the served program returns something else than the model")
+    for one, other in zip(found, wanted, strict=True):
+        other = other.detach().cpu()
+        if one.dtype is not other.dtype or to_numpy(one).tobytes() != to_numpy(other).tobytes():
+            raise RuntimeError(
+                "the served program and the model score the example differently; does forward "
+                "depend on values, on chance, or on what it did before?"
+            )
+
+
+__all__ = ["export"]

@@ -1,0 +1,136 @@
+"""``load``: a served model, read-only and mapped, for any number of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_lightning.arguments import check_bool, check_dtype
+from recis_lightning.serving.array_file import MappedArrays
+from recis_lightning.serving.manifest import Manifest
+from recis_lightning.serving.program import Program
+from recis_lightning.serving.served_table import ServedTable
+from recis_lightning.serving.values import DTYPES, TensorSpec, collect, unflatten
+
+_TRIES = 3  # to open a folder that is exported anew meanwhile
+
+
+class ServedModel:
+    """Model of a served folder; call it as the model's forward.
+
+    Any number of threads may call it. It never changes, and reads nothing but its folder. A file
+    that is replaced by a new export stays as it was for the models that have it open.
+
+    Args:
+        folder: The folder.
+        manifest: Its manifest.
+        check_all: As for ``load``.
+
+    Attributes:
+        manifest: What the folder says of itself.
+        tables: The tables by name, to be bound (``serving.bind``) or looked up alone.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, check_all: bool) -> None:
+        self.manifest = manifest
+        self.tables: Mapping[str, ServedTable] = {
+            name: ServedTable(
+                *(name, MappedArrays(folder, table.file), table.row_format),
+                *(table.embedding_dim, check_dtype(table.dtype)),
+            )
+            for name, table in manifest.tables.items()
+        }
+        if check_all:
+            for table in self.tables.values():
+                table.check_all()
+        dense = MappedArrays(folder, manifest.dense)
+        dense.check_all()
+        constants = {
+            name: _to_tensor(dense[name], DTYPES[dtype])
+            for name, dtype in manifest.constants.items()
+        }
+        self._inputs = [TensorSpec.from_state(state) for state in manifest.inputs]
+        self._program = Program(manifest.program, len(self._inputs), constants, self.tables)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return what the model's forward returns in evaluation, without gradients.
+
+        Args:
+            arguments: As the model's forward takes them: those of the export's example, with any
+                number of samples. Entries of a dict that the model does not use may be missing, and
+                others may be there.
+
+        Raises:
+            TypeError, ValueError: An argument is not as in the example (names it), or a file is
+                damaged where it is read.
+        """
+        expected = self.manifest.arguments
+        if len(arguments) != len(expected):
+            names = ", ".join(name for name, _ in expected)
+            raise TypeError(f"the model takes ({names}), got {len(arguments)} arguments")
+        found: dict[int, Any] = {}
+        for value, (name, spec) in zip(arguments, expected, strict=True):
+            collect(value, spec, name, found)
+        inputs = [spec.take(found[number]) for number, spec in enumerate(self._inputs)]
+        return unflatten(self.manifest.outputs, self._program.run(inputs))
+
+    def __repr__(self) -> str:
+        tables = ", ".join(f"{name}: {len(table)} rows" for name, table in self.tables.items())
+        return f"ServedModel({self.manifest.model}, {tables})"
+
+
+def _to_tensor(array: Any, dtype: torch.dtype) -> Tensor:
+    """Return a copy of an array as a tensor of a dtype that NumPy may not have."""
+    tensor = torch.from_numpy(array.copy())
+    if tensor.dtype is dtype:
+        return tensor
+    if tensor.element_size() != dtype.itemsize:
+        raise ValueError(f"a parameter of {dtype} is kept as {tensor.dtype}")
+    return tensor != 0 if dtype is torch.bool else tensor.view(dtype)
+
+
+def load(folder: str | os.PathLike[str], *, check_all: bool = False) -> ServedModel:
+    """Open a served folder.
+
+    Its tables are mapped, not read: each part is read and checked when it is first used. Nothing in
+    a folder is run but operators of torch that compute; see SECURITY.md.
+
+    Args:
+        folder: From ``export``.
+        check_all: Read and check the tables whole, before the first lookup rather than during it.
+
+    Raises:
+        ValueError: It is no served folder, of another version, or damaged (names the file).
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from recis_lightning import DynamicEmbedding, serving
+        >>> model = torch.nn.Sequential(DynamicEmbedding(4, name="user"), torch.nn.Linear(4, 1))
+        >>> scores = model(torch.arange(3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     serving.export(model, folder, example=torch.arange(2))
+        ...     served = serving.load(folder)
+        ...     bool((served(torch.arange(3)) == scores).all())
+        True
+    """
+    check_bool("check_all", check_all)
+    path = Path(folder)
+    manifest = Manifest.read(path)
+    for _ in range(_TRIES):
+        try:
+            return ServedModel(path, manifest, check_all)
+        except ValueError:
+            newer = Manifest.read(path)
+            if newer.save_id == manifest.save_id:
+                raise
+            manifest = newer
+    return ServedModel(path, manifest, check_all)
+
+
+__all__ = ["ServedModel", "load"]

@@ -1,0 +1,212 @@
+"""Exports: what is written, what is left out, and what stays if one fails."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from recis_lightning import (
+    DynamicEmbedding,
+    DynamicEmbeddingBag,
+    EmbeddingEngine,
+    EmbeddingOption,
+    Jagged,
+    hash_tables,
+    serving,
+)
+from recis_lightning.eviction import GlobalStepFilter, MinNorm
+from recis_lightning.optim import SparseAdam
+from recis_lightning.serving import exporter
+from tests.helpers.served_model import make_batch, trained_model
+
+
+def small_model(**changed):
+    torch.manual_seed(0)
+    model = nn.Sequential(DynamicEmbedding(8, name="user", **changed), nn.Linear(8, 1))
+    model(torch.arange(100))
+    return model
+
+
+def files(folder):
+    return sorted(path.name.split(".")[0] for path in folder.iterdir())
+
+
+def test_a_model_is_left_as_it_was(tmp_path):
+    model = trained_model().train()
+    model.tower.eval()
+    before = {
+        name: value.clone() for name, value in model.state_dict().items() if "extra" not in name
+    }
+    sizes = [len(table) for table in hash_tables(model)]
+    parameters = [name for name, _ in model.named_parameters()]
+    serving.export(model, tmp_path, example=make_batch(5, seed=5))
+    assert model.training
+    assert not model.tower.training
+    assert model.engine.training
+    assert [len(table) for table in hash_tables(model)] == sizes
+    assert [name for name, _ in model.named_parameters()] == parameters
+    for name, value in before.items():
+        assert model.state_dict()[name].equal(value)
+
+
+def test_a_lightning_module_is_served(tmp_path):
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters()
+            self.user = DynamicEmbedding(4, name="user")
+            self.tags = DynamicEmbeddingBag(4, mode="mean", name="tags")
+            self.tower = nn.Linear(8, 1)
+
+        def forward(self, user, tags):
+            found = torch.cat([self.user(user), self.tags(tags)], 1)
+            return {"score": self.tower(found).sigmoid(), "parts": (found, None)}
+
+    model = Module()
+    tags = Jagged(torch.arange(5), torch.tensor([0, 2, 2, 5]))
+    model(torch.arange(3), tags)
+    serving.export(model, tmp_path, example=(torch.arange(3), tags))
+    served = serving.load(tmp_path)
+    more = Jagged(torch.arange(3), torch.tensor([0, 3]))
+    model.eval()
+    expected, found = model(torch.tensor([1]), more), served(torch.tensor([1]), more)
+    assert list(found) == ["score", "parts"]
+    assert found["score"].equal(expected["score"])
+    assert found["parts"][0].equal(expected["parts"][0])
+    assert found["parts"][1] is None
+
+
+def test_optimizer_state_is_not_written(tmp_path):
+    """It would be twice the size of the rows."""
+    model = small_model()
+    optimizer = SparseAdam(hash_tables(model), lr=0.1)
+    model(torch.arange(5000)).sum().backward()
+    optimizer.step()
+    serving.export(model, tmp_path, example=torch.arange(3))
+    size = next(tmp_path.glob("user.*.rows")).stat().st_size
+    assert 5000 * (8 + 4 * 8) < size < 5000 * (8 + 4 * 8) + 8 * 4096 + 4 * 5000
+    assert serving.load(tmp_path)(torch.arange(5)).equal(model.eval()(torch.arange(5)))
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "int8", {"user": "int8"}])
+def test_rows_may_be_kept_smaller(tmp_path, rows):
+    model = small_model().eval()
+    serving.export(model, tmp_path, example=torch.arange(3), rows=rows)
+    ids = torch.arange(100)
+    served, expected = serving.load(tmp_path)(ids), model(ids)
+    assert not served.equal(expected)
+    torch.testing.assert_close(served, expected, atol=2e-3, rtol=0)
+
+
+def test_rows_may_be_left_out(tmp_path):
+    model = small_model(eviction=GlobalStepFilter(5)).eval()
+    (table,) = hash_tables(model)
+    table.insert(torch.arange(40), torch.full((40, 8), 1e-9))
+    serving.export(model, tmp_path, example=torch.arange(3), drop=MinNorm(1e-3))
+    served = serving.load(tmp_path)
+    assert len(served.tables["user"]) == 60
+    assert len(table) == 100
+    assert served(torch.arange(40, 50)).equal(model(torch.arange(40, 50)))
+    assert served(torch.tensor([3])).equal(model(torch.tensor([-1])))
+    table.update_step(10)
+    drop = {"user": GlobalStepFilter(5)}
+    serving.export(model, tmp_path, example=torch.arange(3), drop=drop)
+    assert len(serving.load(tmp_path).tables["user"]) == 0
+
+
+def test_an_export_replaces_the_older_one(tmp_path):
+    """What is open stays as it was, and other files are not ours to remove."""
+    (tmp_path / "notes.txt").write_text("mine")
+    model = small_model().eval()
+    serving.export(model, tmp_path, example=torch.arange(3))
+    older = serving.load(tmp_path)
+    ids = torch.arange(10)
+    scores = older(ids)
+    with torch.no_grad():
+        model[1].bias.add_(1)
+    serving.export(model, tmp_path, example=torch.arange(3))
+    assert files(tmp_path) == ["dense", "manifest", "notes", "user"]
+    assert older(ids).equal(scores)
+    assert serving.load(tmp_path)(ids).equal(model(ids))
+
+
+def test_a_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
+    model = small_model().eval()
+    serving.export(model, tmp_path, example=torch.arange(3))
+    scores = serving.load(tmp_path)(torch.arange(10))
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(exporter, "_write_constants", fail)
+    with pytest.raises(OSError, match="no space"):
+        serving.export(small_model(), tmp_path, example=torch.arange(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert serving.load(tmp_path)(torch.arange(10)).equal(scores)
+
+
+def test_a_table_may_be_called_as_a_method_of_modules_is(tmp_path):
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.engine = EmbeddingEngine({"type": EmbeddingOption(2), "half": EmbeddingOption(2)})
+
+        def forward(self, batch):
+            return self.engine.concat(batch)
+
+    model = Typed()
+    batch = {"type": torch.arange(3), "half": torch.arange(3)}
+    expected = model(batch)
+    serving.export(model, tmp_path, example=batch)
+    assert serving.load(tmp_path)(batch).equal(expected)
+
+
+class Chance(nn.Module):
+    """Scores the same ids otherwise each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.user = DynamicEmbedding(2, name="user")
+
+    def forward(self, ids):
+        return self.user(ids) + torch.rand(1)
+
+
+def test_a_model_whose_scores_are_not_served_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="score the example differently"):
+        serving.export(Chance(), tmp_path, example=torch.arange(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("model", "model", TypeError, "model: expected a module"),
+        ("example", {"user": "a"}, TypeError, r"input\['user'\]: .*got str"),
+        ("example", torch.arange(1), ValueError, "example: input has 1 samples"),
+        ("rows", "int4", ValueError, "rows: expected one of"),
+        ("rows", {"item": "int8"}, ValueError, r"rows: no such tables \['item'\]"),
+        ("drop", 3, TypeError, "drop: expected an eviction policy"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, argument, value, error, message):
+    arguments = {"model": small_model(), "example": torch.arange(3), argument: value}
+    model = arguments.pop("model")
+    with pytest.raises(error, match=message):
+        serving.export(model, tmp_path / "served", **arguments)
+    assert not list(tmp_path.glob("served/*"))
+
+
+def test_a_manifest_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest\.json that is not replaced"):
+        serving.export(small_model(), tmp_path, example=torch.arange(3))
+    assert (tmp_path / "manifest.json").read_text() == "{}"
+
+
+def test_two_tables_of_one_name_are_refused(tmp_path):
+    model = nn.Sequential(DynamicEmbedding(2, name="user"), nn.Flatten())
+    model.other = DynamicEmbedding(2, name="user")
+    with pytest.raises(ValueError, match="two of its tables are called 'user'"):
+        serving.export(model, tmp_path, example=torch.arange(3))
