@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -174,6 +174,13 @@ class Storage(TableMemory):
     def nbytes(self) -> int:
         """Bytes of index, rows (weights and optimizer state), columns and admission counts."""
         return self.entries.nbytes + self.rows.nbytes + self.column_bytes
+
+    def memory(self) -> Iterator[Tensor]:
+        """Yield all tensors that kernels reach by the header, beside a GPU."""
+        yield from (self.header.tensor, self.entries, *self.columns.values())
+        yield from self.rows.memory()
+        if self.admission_counter is not None:
+            yield from self.admission_counter.memory()
 
     @property
     def column_bytes(self) -> int:
