@@ -21,7 +21,6 @@ from recis_lightning.optim import SparseAdam, SparseRowwiseAdagrad
 from tests.helpers.interleaving import MUTANTS, Model
 from tests.helpers.sample_tables import LOW
 
-
 _LANES = 4  # so that a few ids are many programs
 
 

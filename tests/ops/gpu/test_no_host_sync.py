@@ -4,6 +4,8 @@
 itself detects host syncs: ``test_on_gpu.test_a_steady_step_waits_for_nothing``.
 """
 
+import warnings
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_table
 from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
 from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows, TimeToLive
 from recis_lightning.ops import backend as ops_backend
-from tests.helpers.no_host_sync import Waited, no_waiting
+from tests.helpers.no_host_sync import Waited, no_waiting, no_waiting_for_cuda
 
 pytestmark = pytest.mark.interpreted
 
@@ -146,3 +148,25 @@ def test_the_guard_sees_a_wait(waits):
     loss = Both.apply(x).sum()
     with no_waiting(), pytest.raises(Waited):
         loss.backward()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_may_wait_again_after_a_test(fails, monkeypatch):
+    """Torch warns of the mode after it has set it, and warnings are errors in the tests."""
+    modes, seen = [], []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+            if fails:
+                raise RuntimeError("no such mode")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    try:
+        with no_waiting_for_cuda():
+            seen.append(list(modes))
+    except RuntimeError:
+        assert fails
+    assert modes == ["error", "default"]
+    assert seen == ([] if fails else [["error"]])
