@@ -1,8 +1,10 @@
 """Training step and lookup of tables on a GPU, in the shape that NVIDIA publishes for dynamicemb.
 
 10 tables of 1,677,721 rows, dim 128, float32; 1,048,570 lookups a step in all, ids by a power law
-of exponent 1.05 (about 350,000 distinct a step), no pooling. Then find and gather alone: 128M keys,
-dim 8, index half full. Times are from CUDA events. Without a GPU it prints that and ends.
+of exponent 1.05 (about 350,000 distinct a step), no pooling. Steps and evaluation take four batches
+in turn, so what the hottest ids need stays in the GPU's cache, as it does in training by a
+power law; "forward" is a training lookup, with its bookkeeping. Then find and gather alone: 128M
+keys, dim 8, index half full. Times are from CUDA events. Without a GPU it prints that and ends.
 
 Measures: ``recis_lightning.ops.gpu``, ``recis_lightning.engine``, ``recis_lightning.optim``.
 

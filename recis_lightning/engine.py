@@ -146,7 +146,7 @@ class EmbeddingEngine(nn.Module):
             if isinstance(table, HashTable):  # a lookup raises for what is none
                 first = table if first is None else first
                 if table.lock is not first.lock:
-                    table.lock = first.lock
+                    table.share_lock(first.lock)
                     layout_version.advance()  # for whoever knows the one before
                 table.set_default_name(name)
 

@@ -82,7 +82,6 @@ TESTED_BY = {
     "ops/gpu/layout.py": "ops/gpu/test_compiled_kernels.py",
     "ops/gpu/segments.py": "ops/test_hash_index.py",
     "ops/gpu/prefix_sum.py": "ops/test_row_update.py",
-    "ops/gpu/probe.py": "ops/test_hash_index.py",
     "ops/gpu/row_access.py": "table/test_eviction.py",
     "ops/layout.py": "ops/test_hash_index.py",
     "ops/reference/index.py": "ops/test_hash_index.py",

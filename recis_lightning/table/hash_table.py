@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -166,6 +166,7 @@ class HashTable(nn.Module):
     ) -> None:
         """Make the parts of an empty table."""
         screening = None if self.admission is None else self.admission.screening
+        self.lock = TableLock()
         self.storage = self._new_storage(
             dim, dtype, device, kept_columns(eviction), screening, clock_of(eviction)
         )
@@ -179,7 +180,7 @@ class HashTable(nn.Module):
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._originals: tuple[weakref.ref[HashTable], ...] = ()  # the nearest first
         self.family = object()  # shared with copies of copies too
-        self.lock = TableLock()
+        self.lock.streams.watch(self)
         self.groups: Any = None
         _live[next(_birth)] = self
 
@@ -718,6 +719,17 @@ class HashTable(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def share_lock(self, lock: TableLock) -> None:
+        """Take a lock that other tables have too, which a lookup of all of them takes once."""
+        self.lock = lock
+        lock.streams.watch(self)
+
+    def memory(self) -> Iterator[Tensor]:
+        """Yield all tensors on the table's device that kernels reach by it."""
+        yield from self.storage.memory()
+        for record in self.pending:
+            yield from (record.rows, *record.keep)
+
     def _move(self, device: torch.device) -> None:
         old, counter = self.storage, self.storage.admission_counter
         screening = None if counter is None else counter.screening
@@ -725,6 +737,7 @@ class HashTable(nn.Module):
             self.embedding_dim, self.dtype, device, old.kept_columns, screening, old.now
         )
         moving.move(self, new)
+        self.lock.streams.watch(self)
 
 
 def set_lookup(lookup: Lookup) -> None:

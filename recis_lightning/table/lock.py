@@ -14,6 +14,8 @@ from threading import get_ident
 from types import FrameType
 from typing import Any, TypeVar
 
+from recis_lightning.table.stream_order import StreamOrder
+
 _numbers = itertools.count()
 _live: weakref.WeakSet[TableLock] = weakref.WeakSet()
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -38,6 +40,7 @@ class TableLock:
         number: Order in which several locks are taken.
         turn: Taken by the thread that writes.
         writer: That thread; one that does not write any more if an interrupt came between.
+        streams: Order of the uses of the tables on a GPU, whose kernels run later than the host.
 
     Example:
         >>> lock = TableLock()
@@ -47,6 +50,7 @@ class TableLock:
 
     def __init__(self) -> None:
         self.number = next(_numbers)
+        self.streams = StreamOrder()
         self._start()
         _live.add(self)
 
@@ -129,6 +133,9 @@ def read(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any) -
                 _in_turn(locks, _begin_reads, locks, begun)
                 break
             begun.append(lock)
+        for lock in locks:
+            if lock.streams.is_used:
+                lock.streams.enter(writes=False)
         return work(*args)
     finally:
         for lock in begun:
@@ -163,6 +170,9 @@ def _write(locks: Sequence[TableLock], work: Callable[..., _Result], *args: Any)
         for lock in locks:
             writers.append(lock.writer)
             lock.begin_write()
+        for lock in locks:
+            if lock.streams.is_used:
+                lock.streams.enter(writes=True)
         return work(*args)
     finally:
         for lock, before in zip(locks, writers, strict=False):

@@ -7,6 +7,8 @@ addresses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -108,6 +110,11 @@ class RowStore:
     def nbytes(self) -> int:
         """Bytes of all blocks, the addresses and the list of freed rows."""
         return 4 * self.row_words * self.capacity + self.addresses.nbytes + self._free_rows.nbytes
+
+    def memory(self) -> Iterator[Tensor]:
+        """Yield the tensors of rows, addresses and freed rows, beside a GPU."""
+        yield from (self._addresses, self._free_rows)
+        yield from (part for part in self._allocations if isinstance(part, Tensor))
 
     @property
     def state_bytes(self) -> int:

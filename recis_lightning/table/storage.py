@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from recis_lightning.admission import Screening
 from recis_lightning.ops import backend, device_memory, hash_index, host_memory, row_init
+from recis_lightning.ops.device_memory import free_bytes
 from recis_lightning.ops.hash_index import Segments, TableMemory
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
@@ -40,7 +41,9 @@ from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import layout_version
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
-_HEADROOM_ROWS = 1 << 16  # beside a GPU, headroom is for so many ids, or a quarter of the table
+# Beside a GPU there is room for two more lookups, if it takes that share of the free memory; else for
+# so many ids, or a quarter of the table.
+_HEADROOM_SHARE, _HEADROOM_ROWS = 1 / 8, 1 << 16
 
 
 class Storage(TableMemory):
@@ -174,6 +177,13 @@ class Storage(TableMemory):
     def nbytes(self) -> int:
         """Bytes of index, rows (weights and optimizer state), columns and admission counts."""
         return self.entries.nbytes + self.rows.nbytes + self.column_bytes
+
+    def memory(self) -> Iterator[Tensor]:
+        """Yield all tensors that kernels reach by the header, beside a GPU."""
+        yield from (self.header.tensor, self.entries, *self.columns.values())
+        yield from self.rows.memory()
+        if self.admission_counter is not None:
+            yield from self.admission_counter.memory()
 
     @property
     def column_bytes(self) -> int:
@@ -330,10 +340,18 @@ class Storage(TableMemory):
     def reserve_headroom(self, num_new: int, num_ids: int) -> None:
         if self.header.is_mirrored:
             # Twice: the counts that tell how few were new come while the next lookup is launched.
-            headroom = num_new + min(2 * num_ids, max(_HEADROOM_ROWS, len(self) // 4))
+            headroom = 2 * num_ids
+            if headroom * self._bytes_per_id > _HEADROOM_SHARE * free_bytes(self.device):
+                headroom = min(headroom, max(_HEADROOM_ROWS, len(self) // 4))
+            headroom += num_new
             with contextlib.suppress(MemoryError):
                 self.reserve_ids(headroom)
                 self.reserve_rows(headroom)
+
+    @property
+    def _bytes_per_id(self) -> int:
+        """Bytes that room for one more id takes: its row, columns, and entries at a low load."""
+        return 4 * self.rows.row_words + 8 * len(self.columns) + 64
 
     @override
     def count_lookup(self) -> None:

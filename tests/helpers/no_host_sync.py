@@ -1,7 +1,8 @@
-"""Detection of host syncs, on a machine without a GPU."""
+"""Detection of host syncs, on a machine without a GPU and with one."""
 
 import sys
-from contextlib import ExitStack
+import warnings
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -79,4 +80,17 @@ def no_waiting():
     return stack
 
 
-__all__ = ["Waited", "no_waiting"]
+@contextmanager
+def no_waiting_for_cuda():
+    """Have torch raise where the host would wait for a GPU; afterwards it may, whatever happens."""
+    try:
+        with warnings.catch_warnings():
+            # Torch sets the mode first and then warns of it, once a process.
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+__all__ = ["Waited", "no_waiting", "no_waiting_for_cuda"]

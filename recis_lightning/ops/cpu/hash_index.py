@@ -341,7 +341,7 @@ def _round_of(misses, cuts, tables, segment_tables, distinct_share):
     return np.concatenate(kept), False
 
 
-def rebuild(old, device, new, evicted):
+def rebuild(old, header, new, evicted):
     address, num_entries = old[0], old[1] + 1
     entries, shift, capacity = new
     num_removed = ctypes.c_int64(0)

@@ -32,7 +32,7 @@ from recis_lightning.ops.gpu.layout import (
     SKETCH,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.probe import claim_slot, find_entry
+from recis_lightning.ops.gpu.probe import claim_slot, find_entry, report_full
 from recis_lightning.ops.gpu.row_init import mix
 from recis_lightning.ops.gpu.runtime import (
     any_of,
@@ -58,7 +58,7 @@ _DRAW_KEY = tl.constexpr(0xD1B54A32D192ED03)
 
 @device_function
 def _count_entry_of(counter, key, asked, dummy):
-    """Return the address of each id's count entry, claiming one where the id has none."""
+    """Return each id's count entry, claiming one where the id has none, and which ids have one."""
     entries, shift, capacity = (
         field(counter, ENTRIES),
         field(counter, SHIFT),
@@ -68,7 +68,7 @@ def _count_entry_of(counter, key, asked, dummy):
     num_claimed = sum_over(claimed.to(tl.int64), 0)
     if num_claimed != 0:
         tl.atomic_add(int64_at(counter + 8 * NUM_IDS), num_claimed, sem="relaxed")
-    return entry
+    return entry, report_full(counter, entry, asked)
 
 
 @device_function
@@ -170,9 +170,9 @@ def _count_kernel(
         added = _occurrences_at(occurrences, position, missing, WEIGHTED)
         kind = field(counter, ADMISSION_KIND)
         if kind == COUNT:
-            entry = _count_entry_of(counter, key, missing, slot)
+            entry, placed = _count_entry_of(counter, key, missing, slot)
             counted = tl.where(field(counter, ADMISSION_PER_BATCH) != 0, 1, added)
-            _add_to_counts(counter, entry + 8, counted, missing, slot)
+            _add_to_counts(counter, entry + 8, counted, placed, slot)
             tl.store(int64_at(slot), entry, missing)
         if kind == SKETCH:
             first = mix(key.to(tl.uint64, bitcast=True))
@@ -201,7 +201,7 @@ def _admit_kernel(
         count = position * 0
         if kind == COUNT:
             entry = tl.load(int64_at(slots + 8 * position), missing, 0)
-            count = tl.load(int64_at(entry + 8), missing, 0) & COUNT_MASK
+            count = tl.load(int64_at(entry + 8), entry != 0, 0) & COUNT_MASK
         elif kind == SKETCH:
             count = position * 0 + MAX_COUNTER
             i = field(counter, ADMISSION_NUM_HASHES) * 0

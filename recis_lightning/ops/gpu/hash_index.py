@@ -35,7 +35,7 @@ from recis_lightning.ops.gpu.layout import (
     SEGMENT_STEP,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.probe import claim_slot, row_of
+from recis_lightning.ops.gpu.probe import claim_slot, report_full, row_of
 from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, row_address, sum_over
 from recis_lightning.ops.gpu.segments import (
     LANES,
@@ -103,6 +103,7 @@ def _rebuild_kernel(
     capacity: tl.int64,
     evicted: tl.int64,
     removed: tl.int64,
+    header: tl.int64,
     EVICTS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -119,7 +120,8 @@ def _rebuild_kernel(
     # No other program touches the old entry of a lane.
     dummy = old + 16 * tl.minimum(entry, num_entries - 1)
     target, _ = claim_slot(new, entry * 0 + shift, capacity, key, moves, dummy)
-    tl.store(int64_at(target + 8), row, moves)
+    placed = report_full(header, target, moves)
+    tl.store(int64_at(target + 8), row, placed)
 
 
 @kernel(VARIANT)
@@ -225,17 +227,18 @@ def _find_or_insert(segments, num_ids, tables, segment_tables, check, device, cl
     return rows, new
 
 
-def rebuild(old, device, new, evicted):
+def rebuild(old, header, new, evicted):
     address, num_entries = old[0], old[1] + 1
     removed = None if evicted is None else torch.zeros_like(evicted)
     _rebuild_kernel.launch(
-        device,
+        header.device,
         -(-num_entries // LANES),
         address,
         num_entries,
         *new,
         0 if evicted is None else evicted.data_ptr(),
         0 if removed is None else removed.data_ptr(),
+        header.address,
         EVICTS=evicted is not None,
         LANES=LANES,
     )

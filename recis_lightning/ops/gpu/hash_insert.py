@@ -25,9 +25,10 @@ from recis_lightning.ops.gpu.layout import (
     SEGMENT_TABLE,
     SHIFT,
     STAGED_SEGMENT_BYTES,
+    UNKNOWN,
 )
 from recis_lightning.ops.gpu.prefix_sum import add_up_
-from recis_lightning.ops.gpu.probe import claim_slot
+from recis_lightning.ops.gpu.probe import claim_slot, report_full
 from recis_lightning.ops.gpu.runtime import (
     any_of,
     device_function,
@@ -49,7 +50,8 @@ def claim(segment, header, slots, position, missing):
     slot = slots + 8 * position
     key = ids_at(segment, position, missing)
     entry, _ = claim_slot(entries, shift, capacity, key, missing, slot)
-    tl.atomic_min(int64_at(entry + 8), position | CLAIMED, missing, sem="relaxed")
+    placed = report_full(header, entry, missing)
+    tl.atomic_min(int64_at(entry + 8), position | CLAIMED, placed, sem="relaxed")
     tl.store(int64_at(slot), entry, missing)
 
 
@@ -72,7 +74,8 @@ def _first_occurrences(rows, slots, position, inside):
     """Return which positions are the first ones of new ids, and the entries of all new ids."""
     missing = is_missing(rows, position, inside)
     entry = tl.load(int64_at(slots + 8 * position), missing, 0)
-    return missing & (tl.load(int64_at(entry + 8), missing, 0) == (position | CLAIMED)), entry
+    row = tl.load(int64_at(entry + 8), entry != 0, 0)
+    return row == (position | CLAIMED), entry
 
 
 @kernel(VARIANT)
@@ -151,13 +154,13 @@ def _fill_rows_kernel(
     chunk, segment, position, inside = own_ids(segments, num_segments, LANES)
     missing = is_missing(rows, position, inside)
     entry = tl.load(int64_at(slots + 8 * position), missing, 0)
-    row = tl.load(int64_at(entry + 8), missing, 0)
+    row = tl.load(int64_at(entry + 8), entry != 0, UNKNOWN)
     tl.store(int64_at(rows + 8 * position), row, missing)
     header = field(segment, SEGMENT_HEADER)
     last_seen = field(header, LAST_SEEN)
     if last_seen != 0:
         step = position * 0 + field(segment, SEGMENT_STEP)
-        tl.store(int64_at(last_seen + 8 * row), step, missing)
+        tl.store(int64_at(last_seen + 8 * row), step, entry != 0)
     if (field(segment, SEGMENT_IS_LAST) != 0) & (chunk == field(segment, SEGMENT_FIRST_CHUNK)):
         index = (segment - segments) // STAGED_SEGMENT_BYTES
         count = _new_before(segments, index + 1, before, field(segment, SEGMENT_TABLE), LANES)

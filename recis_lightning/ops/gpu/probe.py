@@ -10,6 +10,7 @@ from recis_lightning.ops.gpu.layout import (
     CAPACITY,
     EMPTY,
     ENTRIES,
+    IS_FULL,
     LINE_ENTRIES,
     NO_ROW,
     SHIFT,
@@ -37,12 +38,14 @@ def slot_of(key, shift):
 def find_entry(entries, shift, capacity, key, searching):
     """Return the address of each id's entry, and the row field in it; NO_ROW where there is none.
 
-    Lanes that are idle or find nothing get some address and NO_ROW.
+    Lanes that are idle or find nothing get some address and NO_ROW. A search ends when it has seen
+    every entry, so a full index is no trap.
     """
     slot = tl.where(key == EMPTY, capacity, slot_of(key, shift))
     entry = entries + 16 * slot
     row = key * 0 + NO_ROW
-    while any_of(searching):
+    turn = capacity * 0
+    while any_of(searching) & (turn < capacity):
         at = entries + 16 * slot
         there = tl.load(int64_at(at), searching, EMPTY)
         its_row = tl.load(int64_at(at + 8), searching, NO_ROW)  # both loads at once: one wait
@@ -51,6 +54,7 @@ def find_entry(entries, shift, capacity, key, searching):
         row = tl.where(hit, its_row, row)
         searching = searching & (hit == 0) & (there != EMPTY)
         slot = (slot + 1) & (capacity - 1)
+        turn += 1
     return entry, row
 
 
@@ -78,13 +82,15 @@ def claim_slot(entries, shift, capacity, key, claiming, dummy):
         dummy: Address of an int64 for each lane, which may be swapped for itself.
 
     Returns:
-        The entries' addresses, the last entry's for idle lanes; and which lanes claimed one.
+        The entries' addresses, the last entry's for idle lanes and 0 where a full index has none;
+        and which lanes claimed one.
     """
     entry = entries + 16 * (capacity + key * 0)
     slot = slot_of(key, shift)
     searching = claiming & (key != EMPTY)
     claimed = searching & (key == EMPTY)
-    while any_of(searching):
+    turn = capacity * 0
+    while any_of(searching) & (turn < capacity):
         at = entries + 16 * slot
         there = tl.load(int64_at(at), searching, 0)
         is_free = searching & (there == EMPTY)
@@ -101,7 +107,17 @@ def claim_slot(entries, shift, capacity, key, claiming, dummy):
         entry = tl.where(done, at, entry)
         searching = searching & (done == 0)
         slot = (slot + 1) & (capacity - 1)
-    return entry, claimed
+        turn += 1
+    return tl.where(searching, 0, entry), claimed
 
 
-__all__ = ["claim_slot", "find_entry", "row_of", "slot_of"]
+@device_function
+def report_full(header, entry, claiming):
+    """Tell the host of lanes that ``claim_slot`` found no entry for; return the others."""
+    lost = claiming & (entry == 0)
+    if any_of(lost):
+        tl.store(int64_at(header + 8 * IS_FULL), header * 0 + 1)
+    return claiming & (entry != 0)
+
+
+__all__ = ["claim_slot", "find_entry", "report_full", "row_of", "slot_of"]

@@ -99,7 +99,7 @@ def _take_rows(header: Tensor, count: int) -> Tensor:
 
 def rebuild(
     old: tuple[int, int],
-    device: torch.device,
+    header: Header,
     new: tuple[int, int, int],
     evicted: Tensor | None,
 ) -> int:

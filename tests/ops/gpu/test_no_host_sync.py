@@ -4,14 +4,25 @@
 itself detects host syncs: ``test_on_gpu.test_a_steady_step_waits_for_nothing``.
 """
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables, optim
+from recis_lightning import (
+    DynamicEmbedding,
+    EmbeddingEngine,
+    EmbeddingOption,
+    Jagged,
+    hash_tables,
+    optim,
+)
 from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
 from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows, TimeToLive
 from recis_lightning.ops import backend as ops_backend
-from tests.helpers.no_host_sync import Waited, no_waiting
+from recis_lightning.table import storage
+from tests.helpers.no_host_sync import Waited, no_waiting, no_waiting_for_cuda
 
 pytestmark = pytest.mark.interpreted
 
@@ -109,6 +120,25 @@ def test_a_steady_step_that_admits_waits_for_nothing(admission):
         _steps(_small_engine(admission=admission, eviction=eviction), "SparseSGD", first=3)
 
 
+@pytest.mark.parametrize(("free", "waits"), [(1 << 30, False), (1 << 16, True)])
+def test_a_lookup_of_many_known_ids_waits_for_nothing(free, waits, monkeypatch):
+    """Room is kept for two lookups of any size, unless it would take too much of the memory."""
+    monkeypatch.setattr(storage, "_HEADROOM_ROWS", 8)
+    monkeypatch.setattr(storage, "free_bytes", lambda device: free)
+    ids = torch.arange(50).repeat(40)
+    with ops_backend.use("triton"):
+        module = DynamicEmbedding(4, name="t")
+        sparse = optim.SparseAdam(hash_tables(module), lr=0.1)
+        for _ in range(3):
+            module(ids).sum().backward()
+            sparse.step()
+        with no_waiting(), pytest.raises(Waited) if waits else nullcontext():
+            for _ in range(3):
+                module(ids).sum().backward()
+                sparse.step()
+        assert len(module.table) == 50
+
+
 def test_a_read_only_table_waits_for_nothing():
     """The device counts rejected ids."""
     with ops_backend.use("triton"):
@@ -146,3 +176,25 @@ def test_the_guard_sees_a_wait(waits):
     loss = Both.apply(x).sum()
     with no_waiting(), pytest.raises(Waited):
         loss.backward()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_may_wait_again_after_a_test(fails, monkeypatch):
+    """Torch warns of the mode after it has set it, and warnings are errors in the tests."""
+    modes, seen = [], []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+            if fails:
+                raise RuntimeError("no such mode")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    try:
+        with no_waiting_for_cuda():
+            seen.append(list(modes))
+    except RuntimeError:
+        assert fails
+    assert modes == ["error", "default"]
+    assert seen == ([] if fails else [["error"]])

@@ -8,7 +8,6 @@ import torch
 from hypothesis import settings
 
 from benchmarks import (
-    bench_checkpoint,
     bench_cuda_step,
     bench_embedding_bag,
     bench_filter,
@@ -32,6 +31,7 @@ from recis_lightning.initializers import Normal
 from recis_lightning.optim import SparseAdam, SparseAdamW, SparseRowwiseAdagrad, SparseSGD
 from tests.helpers.click_data import loader
 from tests.helpers.lightning_model import Model, everything, trainer
+from tests.helpers.no_host_sync import no_waiting_for_cuda
 from tests.helpers.sample_tables import EXTREMES, by_id, filled, insert_initial, same, trained
 from tests.table.test_hash_table_machine import TableAgainstDict
 
@@ -185,7 +185,10 @@ def test_evaluation_agrees_with_the_cpu(dtype):
     }
     found = ours({name: part.cuda() for name, part in batch.items()})
     for name, out in wanted(batch).items():
-        torch.testing.assert_close(found[name].cpu(), out, rtol=1e-5, atol=1e-6)
+        # One step of float32 may round to another bfloat16: compiled kernels divide and take roots
+        # approximately, and fuse multiplications with additions.
+        rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found[name].cpu(), out, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,12 +218,9 @@ def test_a_steady_step_waits_for_nothing(admission, clip):
     for batch in batches[:30]:
         _step(engine, optimizer, batch, "cuda")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting_for_cuda():
         for batch in batches[30:]:
             _step(engine, optimizer, batch, "cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_out_of_memory_names_the_table_and_changes_nothing():
@@ -313,6 +313,13 @@ def test_a_trainer_on_the_gpu_with_all_hooks(tmp_path):
     assert list(tmp_path.glob("*timeline*.json"))
 
 
+def _bench_checkpoint():
+    pytest.importorskip("safetensors")
+    from benchmarks import bench_checkpoint
+
+    return bench_checkpoint
+
+
 @pytest.fixture
 def benchmarks_on_cuda(monkeypatch):
     for module in (bench_embedding_bag, bench_row_update, bench_training):
@@ -331,7 +338,7 @@ def benchmarks_on_cuda(monkeypatch):
         lambda: bench_training.check(batch=8, dim=4),
         lambda: bench_hash_index.check(None, 1000),
         lambda: bench_filter.check(2000),
-        lambda: bench_checkpoint.check(500),
+        lambda: _bench_checkpoint().check(500),
         lambda: bench_memory.check(),
         lambda: bench_cuda_step.check(torch.device("cuda"), 50, 40),
     ],
