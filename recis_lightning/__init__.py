@@ -40,6 +40,7 @@ torch.serialization.add_safe_globals(
         *(eviction.AnyOf, eviction.AllOf, time.time),
         *(initializers.Constant, initializers.Uniform, initializers.Normal),
         *(initializers.TruncatedNormal, initializers.XavierUniform, initializers.XavierNormal),
+        *(initializers.KaimingUniform, initializers.KaimingNormal),
     ]
 )
 
