@@ -45,6 +45,7 @@ torch.serialization.add_safe_globals(
         *(initializers.Constant, initializers.Uniform, initializers.Normal),
         *(initializers.TruncatedNormal, initializers.XavierUniform, initializers.XavierNormal),
         Jagged,  # among the example inputs of programs of torch.export
+        *(initializers.KaimingUniform, initializers.KaimingNormal),
     ]
 )
 

@@ -113,7 +113,7 @@ class DynamicEmbedding(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling():
             return _record(self, ids)
-        return self._look_up(ids)  # type: ignore[no-any-return]
+        return self._look_up(ids)
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, ids: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class DynamicEmbeddingBag(nn.Module):
             feature = _recordable_bags(self, ids, offsets, per_sample_weights)
             if recording.is_recordable(feature):
                 return _record(self, feature)
-        return self._look_up(ids, offsets, per_sample_weights)  # type: ignore[no-any-return]
+        return self._look_up(ids, offsets, per_sample_weights)
 
     @compiler.disable  # kernels read and change memory
     def _look_up(
@@ -355,7 +355,7 @@ def _record(module: DynamicEmbedding | DynamicEmbeddingBag, feature: Any) -> Ten
     """Look one feature up by the operator of recorded programs."""
     recorded, shape = recording.read(feature, "ids", module.table, module.mode, module.padding_idx)
     (rows,) = operator.record([recorded])
-    return recording.shaped(rows, feature, shape, module.mode)  # type: ignore[no-any-return]
+    return recording.shaped(rows, feature, shape, module.mode)
 
 
 def _recordable_bags(

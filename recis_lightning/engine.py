@@ -183,7 +183,7 @@ class EmbeddingEngine(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
             return self._record(features)
-        return self._look_up(features)  # type: ignore[no-any-return]
+        return self._look_up(features)
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class EmbeddingEngine(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
             return self._record_joined(features)
-        return self._look_up_joined(features)  # type: ignore[no-any-return]
+        return self._look_up_joined(features)
 
     @compiler.disable  # kernels read and change memory
     def _look_up_joined(self, features: dict[str, Any]) -> Tensor:

@@ -17,6 +17,9 @@ __all__ = ["GAUC"]
 class GAUC(Metric):
     """AUC within each group (usually a user), averaged with each group's samples as weights.
 
+    With weights of samples, a pair of a positive and a negative counts the product of their
+    weights, and a group the sum of its weights.
+
     A group with only positive or only negative samples has no AUC and is left out. Equal
     scores share their average rank, so a tie between a positive and a negative counts one
     half, as in the ordinary AUC. Scores may be probabilities or logits: only their order
@@ -24,7 +27,11 @@ class GAUC(Metric):
     classes.
 
     Args:
+        group_weight: "samples", or "equal": every group that has an AUC counts the same.
         **kwargs: Passed to ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``group_weight`` is another.
 
     Example:
         User 7 is ranked perfectly (AUC 1, three samples), user 9 wrongly (AUC 0, two
@@ -52,25 +59,37 @@ class GAUC(Metric):
     preds: list[Tensor]
     target: list[Tensor]
     group_ids: list[Tensor]
+    weights: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, group_weight: str = "samples", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if group_weight not in ("samples", "equal"):
+            raise ValueError(f"group_weight: expected 'samples' or 'equal', got {group_weight!r}")
+        self.group_weight = group_weight
         self.add_state("preds", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
         self.add_state("group_ids", default=[], dist_reduce_fx="cat")
+        self.add_state("weights", default=[], dist_reduce_fx="cat")
 
     @override
-    def update(self, preds: Tensor, target: Tensor, group_ids: Tensor) -> None:
+    def update(
+        self,
+        preds: Tensor,
+        target: Tensor,
+        group_ids: Tensor,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add samples.
 
         Args:
             preds: Floating point scores, any shape.
             target: 0 or 1 (any dtype) for each score.
             group_ids: The group of each score, integers.
+            weights: Finite and at least 0, for each score; None: 1.
 
         Raises:
             TypeError: ``preds`` is not floating point, or ``group_ids`` are not integers.
-            ValueError: The three differ in their number of elements.
+            ValueError: They differ in their number of elements, or a weight is out of range.
         """
         if not preds.is_floating_point():
             raise TypeError(f"preds: expected a floating point dtype, got {preds.dtype}")
@@ -81,6 +100,11 @@ class GAUC(Metric):
                 "expected as many targets and group_ids as preds, got "
                 f"{target.numel()} and {group_ids.numel()} for {preds.numel()} preds"
             )
+        if weights is None:
+            flat = torch.ones((), device=preds.device).expand(preds.numel())  # takes no memory
+        else:
+            flat = _checked_weights(weights, preds.numel())
+        self.weights.append(flat)
         self.preds.append(preds.detach().reshape(-1))
         self.target.append(target.detach().reshape(-1))
         self.group_ids.append(group_ids.detach().reshape(-1).to(torch.int64))
@@ -103,7 +127,20 @@ class GAUC(Metric):
         preds = dim_zero_cat(self.preds)
         if preds.isnan().any():
             return torch.tensor(torch.nan, device=preds.device)
-        return _grouped_auc(preds, target == 1, dim_zero_cat(self.group_ids))
+        ids, equal = dim_zero_cat(self.group_ids), self.group_weight == "equal"
+        weights = dim_zero_cat(self.weights)
+        if (weights == 1).all():
+            return _grouped_auc(preds, target == 1, ids, equal)
+        return _weighted_auc(preds, target == 1, ids, weights.double(), equal)
+
+
+def _checked_weights(weights: Tensor, count: int) -> Tensor:
+    if weights.numel() != count:
+        raise ValueError(f"weights: expected {count} elements, got {weights.numel()}")
+    flat = weights.detach().reshape(-1)
+    if not ((flat >= 0) & flat.isfinite()).all():
+        raise ValueError("weights: expected finite numbers >= 0, got others")
+    return flat if flat.is_floating_point() else flat.double()
 
 
 def _num_samples(preds: list[Tensor] | Tensor) -> int:
@@ -115,13 +152,14 @@ def _no_group(device: torch.device) -> Tensor:
     return torch.tensor(torch.nan, device=device)
 
 
-def _grouped_auc(preds: Tensor, positive: Tensor, group_ids: Tensor) -> Tensor:
+def _grouped_auc(preds: Tensor, positive: Tensor, group_ids: Tensor, equal: bool) -> Tensor:
     """Return the weighted mean of the groups' AUCs, from twice their rank sums in int64.
 
     Args:
         preds: [n] scores.
         positive: bool [n].
         group_ids: int64 [n].
+        equal: Whether groups count the same.
     """
     order = torch.argsort(preds, stable=True)
     order = order[torch.argsort(group_ids[order], stable=True)]
@@ -151,5 +189,41 @@ def _grouped_auc(preds: Tensor, positive: Tensor, group_ids: Tensor) -> Tensor:
     wins = (twice_rank_sum - num_positive * (num_positive + 1))[qualifies].double()
     pairs = (2 * num_positive * num_negative)[qualifies].double()
     weight = num_samples[qualifies].double()
-    mean: Tensor = (wins / pairs * weight).sum() / weight.sum()
+    return _mean_auc(wins / pairs, torch.ones_like(weight) if equal else weight)
+
+
+def _weighted_auc(
+    preds: Tensor, positive: Tensor, group_ids: Tensor, weights: Tensor, equal: bool
+) -> Tensor:
+    """Return the weighted mean of the groups' AUCs, with weights of samples, float64 [n]."""
+    order = torch.argsort(preds, stable=True)
+    order = order[torch.argsort(group_ids[order], stable=True)]
+    preds, weights = preds[order], weights[order]
+    is_positive = positive[order]
+    _, group = torch.unique_consecutive(group_ids[order], return_inverse=True)
+    starts = torch.ones_like(is_positive)
+    starts[1:] = (preds[1:] != preds[:-1]) | (group[1:] != group[:-1])
+    run = starts.cumsum(0) - 1
+    group_of_run = group[starts]
+
+    def by_run(values: Tensor) -> Tensor:
+        return values.new_zeros(int(run[-1]) + 1).index_add(0, run, values)
+
+    def by_group(values: Tensor) -> Tensor:
+        return values.new_zeros(int(group[-1]) + 1).index_add(0, group_of_run, values)
+
+    won, lost = by_run(weights * is_positive), by_run(weights * ~is_positive)
+    total_won, total_lost = by_group(won), by_group(lost)
+    before_group = total_lost.cumsum(0) - total_lost
+    below = lost.cumsum(0) - lost - before_group[group_of_run]
+    qualifies = (total_won > 0) & (total_lost > 0)
+    if not qualifies.any():
+        return _no_group(preds.device)
+    areas = by_group(won * (below + lost / 2))[qualifies] / (total_won * total_lost)[qualifies]
+    weight = (total_won + total_lost)[qualifies]
+    return _mean_auc(areas, torch.ones_like(weight) if equal else weight)
+
+
+def _mean_auc(areas: Tensor, weight: Tensor) -> Tensor:
+    mean: Tensor = (areas * weight).sum() / weight.sum()
     return mean.to(torch.get_default_dtype())

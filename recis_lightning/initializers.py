@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from typing_extensions import override
 
 from recis_lightning.ops import layout as fields
@@ -157,12 +158,80 @@ class XavierNormal(Initializer):
         return fields.INIT_NORMAL, (0.0, self.gain * math.sqrt(2 / (self.fan_in + embedding_dim)))
 
 
+@dataclass(frozen=True)
+class KaimingUniform(Initializer):
+    """Uniform within ``gain * sqrt(3 / fan)`` of 0.
+
+    ``gain`` is that of ``nonlinearity`` (and ``a``), as ``torch.nn.init.calculate_gain`` has it.
+    ``fan`` is ``fan_in`` in ``mode`` "fan_in", and the embedding's dim in "fan_out". A lookup is a
+    one-hot product, so ``fan_in`` is 1 unless the bags are longer.
+
+    Source: He et al., 2015; ``torch.nn.init.kaiming_uniform_``.
+    """
+
+    a: float = 0.0
+    mode: str = "fan_in"
+    nonlinearity: str = "leaky_relu"
+    fan_in: int = 1
+
+    def __post_init__(self) -> None:
+        _check_kaiming(self.a, self.mode, self.nonlinearity, self.fan_in)
+
+    @override
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        fan = self.fan_in if self.mode == "fan_in" else embedding_dim
+        bound = math.sqrt(3) * _gain(self.nonlinearity, self.a) / math.sqrt(fan)
+        return fields.INIT_UNIFORM, (-bound, bound)
+
+
+@dataclass(frozen=True)
+class KaimingNormal(Initializer):
+    """Normal with std ``gain / sqrt(fan)``; arguments are those of ``KaimingUniform``.
+
+    Source: He et al., 2015; ``torch.nn.init.kaiming_normal_``.
+    """
+
+    a: float = 0.0
+    mode: str = "fan_in"
+    nonlinearity: str = "leaky_relu"
+    fan_in: int = 1
+
+    def __post_init__(self) -> None:
+        _check_kaiming(self.a, self.mode, self.nonlinearity, self.fan_in)
+
+    @override
+    def distribution(self, embedding_dim: int) -> tuple[int, tuple[float, ...]]:
+        fan = self.fan_in if self.mode == "fan_in" else embedding_dim
+        return fields.INIT_NORMAL, (0.0, _gain(self.nonlinearity, self.a) / math.sqrt(fan))
+
+
+def _gain(nonlinearity: str, a: float) -> float:
+    return float(torch.nn.init.calculate_gain(nonlinearity, a))  # type: ignore[arg-type]
+
+
+def _check_kaiming(a: float, mode: str, nonlinearity: str, fan_in: int) -> None:
+    _check_finite(a=a, fan_in=fan_in)
+    if fan_in <= 0:
+        raise ValueError(f"fan_in: expected a number > 0, got {fan_in!r}")
+    if mode not in ("fan_in", "fan_out"):
+        raise ValueError(f"mode: expected 'fan_in' or 'fan_out', got {mode!r}")
+    try:
+        _gain(nonlinearity, a)
+    except ValueError:
+        raise ValueError(
+            "nonlinearity: expected a name that torch.nn.init.calculate_gain knows, "
+            f"got {nonlinearity!r}"
+        ) from None
+
+
 DEFAULT_INITIALIZER = Normal(std=0.01)  # of tables that are given none
 
 __all__ = [
     "DEFAULT_INITIALIZER",
     "Constant",
     "Initializer",
+    "KaimingNormal",
+    "KaimingUniform",
     "Normal",
     "TruncatedNormal",
     "Uniform",

@@ -18,12 +18,16 @@ from recis_lightning.arguments import check_str
 if TYPE_CHECKING:
     from recis_lightning.click_metrics import BinnedAUROC, Calibration, NormalizedEntropy
     from recis_lightning.gauc import GAUC
+    from recis_lightning.ranking_metrics import NDCG, MeanReciprocalRank, RecallAtK
 
 __all__ = [
     "GAUC",
+    "NDCG",
     "BinnedAUROC",
     "Calibration",
+    "MeanReciprocalRank",
     "NormalizedEntropy",
+    "RecallAtK",
     "add_metric",
     "add_to_ml_tracker",
     "clear_metrics",
@@ -162,6 +166,10 @@ def __getattr__(name: str) -> Any:
         from recis_lightning import click_metrics
 
         return getattr(click_metrics, name)
+    if name in ("NDCG", "MeanReciprocalRank", "RecallAtK"):
+        from recis_lightning import ranking_metrics
+
+        return getattr(ranking_metrics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc
 
 from recis_lightning import GAUC
+from tests.helpers.metric_ranks import joined_by_torchmetrics
 
 
 def naive_gauc(preds, target, group_ids):
@@ -130,6 +131,73 @@ def test_gauc_survives_pickling_and_joins_what_ranks_gathered():
     # After a sync over ranks, torchmetrics leaves one tensor where a list was.
     synced = GAUC()
     synced.preds, synced.target = torch.tensor([0.1, 0.9]), torch.tensor([0, 1])
-    synced.group_ids = torch.tensor([1, 1])
+    synced.group_ids, synced.weights = torch.tensor([1, 1]), torch.ones(2)
     synced._update_count = 1
     assert synced.compute() == 1.0
+
+
+def weighted_truth(preds, target, groups, weights, equal):
+    """Return the weighted GAUC by its definition, one pair at a time."""
+    areas, shares = [], []
+    for group in set(groups.tolist()):
+        rows = [
+            (p, y, w)
+            for p, y, g, w in zip(
+                *(part.tolist() for part in (preds, target, groups, weights)), strict=True
+            )
+            if g == group
+        ]
+        pairs = [
+            (w * v, (p > q) + 0.5 * (p == q)) for p, y, w in rows if y for q, z, v in rows if not z
+        ]
+        if sum(w for w, _ in pairs):
+            areas.append(sum(w * won for w, won in pairs) / sum(w for w, _ in pairs))
+            shares.append(1.0 if equal else sum(w for *_, w in rows))
+    return sum(a * s for a, s in zip(areas, shares, strict=True)) / sum(shares)
+
+
+@pytest.mark.parametrize("group_weight", ["samples", "equal"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gauc_weighs_samples_and_groups(group_weight, weighted):
+    """In any batches, some without weights; zero weights; on ranks, joined by torchmetrics."""
+    chance = torch.Generator().manual_seed(0)
+    preds = torch.randint(6, (200,), generator=chance).double() / 6
+    target = torch.randint(2, (200,), generator=chance)
+    groups = torch.randint(-4, 25, (200,), generator=chance)
+    weights = torch.randint(4, (200,), generator=chance).double() / 3
+    weights[:50] = 1
+    ranks = [GAUC(group_weight=group_weight) for _ in range(2)]
+    for part in (slice(0, 50), slice(50, 51), slice(51, 120), slice(120, 200)):
+        given = [weights[part]] if weighted and part.start else []
+        ranks[part.start >= 51].update(preds[part], target[part], groups[part], *given)
+    joined = joined_by_torchmetrics(ranks)
+    used = weights if weighted else torch.ones_like(weights)
+    wanted = weighted_truth(preds, target, groups, used, group_weight == "equal")
+    assert joined.compute().item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_gauc_agrees_with_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    chance = torch.Generator().manual_seed(1)
+    preds, weights = (torch.rand(60, generator=chance) for _ in range(2))
+    target, groups = torch.arange(60) % 2, torch.arange(60) % 3
+    metric = GAUC(group_weight="equal")
+    metric.update(preds, target, groups, weights)
+    areas = [
+        sklearn.roc_auc_score(target[groups == g], preds[groups == g], sample_weight=w)
+        for g, w in ((g, weights[groups == g]) for g in range(3))
+    ]
+    assert metric.compute().item() == pytest.approx(sum(areas) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(3), torch.tensor([1.0, -1]), torch.tensor([1, 1e999])]
+)
+def test_gauc_refuses_bad_weights_and_keeps_nothing_of_them(weights):
+    metric = GAUC()
+    with pytest.raises(ValueError, match="weights: expected"):
+        metric.update(torch.rand(2), torch.tensor([0, 1]), torch.tensor([0, 0]), weights)
+    assert not metric.preds
+    assert not metric.weights
+    with pytest.raises(ValueError, match="group_weight: expected 'samples' or 'equal', got 'user'"):
+        GAUC(group_weight="user")

@@ -6,6 +6,8 @@ import torch
 from recis_lightning import HashTable
 from recis_lightning.initializers import (
     Constant,
+    KaimingNormal,
+    KaimingUniform,
     Normal,
     TruncatedNormal,
     Uniform,
@@ -163,6 +165,32 @@ def test_xavier_spreads_as_torch_does(dim, gain, fan_in):
     assert normal.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"a": 0.5, "fan_in": 3},
+        {"mode": "fan_out", "nonlinearity": "relu"},
+        {"mode": "fan_out", "nonlinearity": "tanh", "fan_in": 9},
+    ],
+)
+def test_kaiming_spreads_as_torch_does(settings):
+    """The bound of one, the spread of the other, for a lookup as a one-hot product."""
+    dim, given = 12, dict(settings)
+    layer = torch.empty(dim, given.pop("fan_in", 1))  # [fan_out, fan_in], as of nn.Linear
+    layer = layer.repeat(4000, 1).view(4000, dim, -1)
+    generator = torch.Generator().manual_seed(0)
+    for part in layer:
+        torch.nn.init.kaiming_uniform_(part, **given, generator=generator)
+    bound = layer.abs().max().item()
+    uniform = _sample(KaimingUniform(**settings), torch.arange(4000), dim)
+    assert uniform.abs().max().item() == pytest.approx(bound, rel=1e-3)
+    assert uniform.std().item() == pytest.approx(layer.std().item(), rel=0.02)
+    normal = _sample(KaimingNormal(**settings), torch.arange(4000), dim)
+    assert normal.std().item() == pytest.approx(layer.std().item(), rel=0.02)
+    assert normal.abs().max().item() > 1.5 * bound
+
+
 def test_constant_is_exact():
     """Every weight is the given value."""
     assert (_sample(Constant(0.1)).float() == torch.tensor(0.1)).all()
@@ -193,6 +221,10 @@ NAN, INF = float("nan"), float("inf")
         (XavierUniform, {"gain": -1.0}, ValueError, "gain"),
         (XavierNormal, {"fan_in": -1}, ValueError, "fan_in"),
         (XavierNormal, {"gain": "1"}, TypeError, "gain"),
+        (KaimingUniform, {"fan_in": 0}, ValueError, "fan_in"),
+        (KaimingNormal, {"mode": "fan"}, ValueError, "mode"),
+        (KaimingNormal, {"nonlinearity": "gelus"}, ValueError, "nonlinearity"),
+        (KaimingUniform, {"a": "1"}, TypeError, "a"),
     ],
 )
 def test_bad_arguments_are_named(kind, arguments, error, named):

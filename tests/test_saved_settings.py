@@ -22,6 +22,8 @@ from recis_lightning.eviction import (
 )
 from recis_lightning.initializers import (
     Constant,
+    KaimingNormal,
+    KaimingUniform,
     Normal,
     TruncatedNormal,
     Uniform,
@@ -37,6 +39,7 @@ SETTINGS = [
     AnyOf([GlobalStepFilter(3), AllOf([MaxRows(5, by="count"), TimeToLive(60)])]),
     *(Constant(1.0), Uniform(-1, 1), Normal(0, 0.1), TruncatedNormal()),
     *(XavierNormal(), XavierUniform(gain=2.0)),
+    *(KaimingNormal(mode="fan_out"), KaimingUniform(nonlinearity="tanh")),
     EmbeddingOption(4, "t", "tile", tile_len=3, dtype=torch.bfloat16, device=torch.device("cpu")),
 ]
 

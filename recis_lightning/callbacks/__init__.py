@@ -2,6 +2,7 @@
 
 import logging as _logging
 
+from recis_lightning.callbacks.auto_profiler import AutoProfilerHook
 from recis_lightning.callbacks.checkpoint import CheckpointHook
 from recis_lightning.callbacks.clip_grad_norm import ClipGradNormHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
@@ -18,6 +19,7 @@ from recis_lightning.metrics import add_to_ml_tracker
 from recis_lightning.trace import add_to_trace
 
 __all__ = [
+    "AutoProfilerHook",
     "CheckpointHook",
     "ClipGradNormHook",
     "HashTableFilterHook",

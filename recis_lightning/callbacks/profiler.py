@@ -19,7 +19,7 @@ from recis_lightning.callbacks.timeline import Timeline
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.distributed import collectives
 
-__all__ = ["ProfilerHook"]
+__all__ = ["ProfilerHook", "begin_timeline"]
 
 _log = logging.getLogger(__name__)
 
@@ -160,18 +160,7 @@ class ProfilerHook(Hook):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        owner: Any = trainer
-
-        def record_regions() -> None:
-            if not isinstance(owner.profiler, RegionRecorder):
-                owner.profiler = RegionRecorder(owner.profiler)
-
-        self._timeline.begin(
-            batches_done(trainer),
-            trainer.global_rank if trainer.world_size > 1 else None,
-            on_open=record_regions,
-            on_close=lambda: _close_regions(owner),
-        )
+        begin_timeline(self._timeline, trainer)
 
     @override
     def on_train_batch_end(
@@ -195,6 +184,22 @@ class ProfilerHook(Hook):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._timeline.finish()
+
+
+def begin_timeline(timeline: Timeline, trainer: Trainer) -> None:
+    """Begin a timeline's first cycle under a Trainer, whose named regions its windows record."""
+    owner: Any = trainer
+
+    def record_regions() -> None:
+        if not isinstance(owner.profiler, RegionRecorder):
+            owner.profiler = RegionRecorder(owner.profiler)
+
+    timeline.begin(
+        batches_done(trainer),
+        trainer.global_rank if trainer.world_size > 1 else None,
+        on_open=record_regions,
+        on_close=lambda: _close_regions(owner),
+    )
 
 
 def _close_regions(trainer: Any) -> None:

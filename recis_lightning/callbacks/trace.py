@@ -14,7 +14,7 @@ from recis_lightning.arguments import check_int
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.trace.collect import TraceCollection
 from recis_lightning.trace.files import import_pyarrow
-from recis_lightning.trace.writer import TraceWriter, check_names
+from recis_lightning.trace.writer import TraceWriter, check_flushing, check_names
 
 __all__ = ["TraceHook"]
 
@@ -41,6 +41,9 @@ class TraceHook(Hook):
         path: The data set's folder.
         every: Batches from one traced step to the next, at least 1.
         queue_size: Steps that may wait to be written, at least 1.
+        flush_rows: Complete a file, for readers that follow the run, with the step that brings it
+            to so many rows; None: never.
+        flush_seconds: Complete a file so long after its first step; None: never.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -58,6 +61,8 @@ class TraceHook(Hook):
         path: str | os.PathLike[str],
         every: int = 1,
         queue_size: int = 16,
+        flush_rows: int | None = None,
+        flush_seconds: float | None = None,
     ) -> None:
         super().__init__()
         import_pyarrow()
@@ -65,6 +70,8 @@ class TraceHook(Hook):
         self.path = os.fspath(path)
         self.every = check_int("every", every, least=1)
         self.queue_size = check_int("queue_size", queue_size, least=1)
+        check_flushing(flush_rows, flush_seconds)
+        self.flush_rows, self.flush_seconds = flush_rows, flush_seconds
         self._writer: TraceWriter | None = None
         self._collection: TraceCollection | None = None
         self._step = 0
@@ -83,7 +90,12 @@ class TraceHook(Hook):
         """
         self._step, self._said_empty = batches_done(trainer), False
         self._writer = TraceWriter(
-            self.path, self.tensors, rank=trainer.global_rank, queue_size=self.queue_size
+            self.path,
+            self.tensors,
+            rank=trainer.global_rank,
+            queue_size=self.queue_size,
+            flush_rows=self.flush_rows,
+            flush_seconds=self.flush_seconds,
         )
         if self._step == 0 and any(self._writer.path.rglob(f"rank-{trainer.global_rank:05d}-*")):
             raise FileExistsError(

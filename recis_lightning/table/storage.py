@@ -41,8 +41,8 @@ from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import layout_version
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
-# Beside a GPU there is room for two more lookups, if it takes that share of the free memory; else for
-# so many ids, or a quarter of the table.
+# Beside a GPU there is room for two more lookups, if it takes that share of the free memory; else
+# for so many ids, or a quarter of the table.
 _HEADROOM_SHARE, _HEADROOM_ROWS = 1 / 8, 1 << 16
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +23,7 @@ from recis_lightning.trace.files import (
     rewind_files,
 )
 
-__all__ = ["TraceWriter", "check_names"]
+__all__ = ["TraceWriter", "check_flushing", "check_names"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class TraceWriter:
     int32 ``rank`` and a column for each tensor: fixed-size lists for [B, d], lists for ragged
     values, float32 for bfloat16. Rows of a rank are in the order of its steps. An open file is
     hidden (``.part``) and gets its name when it is complete: at 256 MiB, when the partition
-    changes, at ``flush`` and at ``close``.
+    changes, at ``flush`` and at ``close``; and, for readers that follow a run, at the latest when
+    ``flush_rows`` rows or ``flush_seconds`` have gone by since it was opened.
 
     ``write`` returns as soon as the step is in the queue, and waits while the queue is full. If
     writing fails, the next call raises.
@@ -46,6 +49,9 @@ class TraceWriter:
         tensors: The names of the columns; None takes those of the first step.
         rank: Of this process.
         queue_size: Steps that may wait to be written, at least 1.
+        flush_rows: Complete a file with the step that brings it to so many rows; None: never.
+        flush_seconds: Complete a file so long after its first step, if no other step comes too;
+            None: never.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -68,8 +74,12 @@ class TraceWriter:
         *,
         rank: int = 0,
         queue_size: int = 16,
+        flush_rows: int | None = None,
+        flush_seconds: float | None = None,
     ) -> None:
         import_pyarrow()
+        check_flushing(flush_rows, flush_seconds)
+        self.flush_rows, self.flush_seconds = flush_rows, flush_seconds
         self.path = Path(path)
         self.tensors = None if tensors is None else check_names(tensors)
         self.rank = check_int("rank", rank, least=0)
@@ -203,12 +213,29 @@ class TraceWriter:
 
     def _run(self) -> None:
         try:
-            while (item := self._queue.get()) is not None:
+            rows, due = 0, math.inf  # rows of the open file, and when it must be complete
+            while True:
+                try:
+                    wait = None if due == math.inf else max(due - time.monotonic(), 0.0)
+                    item = self._queue.get(timeout=wait)
+                except queue.Empty:
+                    self._files.finish()
+                    rows, due = 0, math.inf
+                    continue
+                if item is None:
+                    break
                 if isinstance(item, _Flush):
                     self._files.finish()
+                    rows, due = 0, math.inf
                     item.done.set()
-                else:
-                    self._files.append(item)
+                    continue
+                self._files.append(item)
+                rows += item.num_rows
+                if due == math.inf and self.flush_seconds is not None:
+                    due = time.monotonic() + self.flush_seconds
+                if rows >= (self.flush_rows or math.inf) or time.monotonic() >= due:
+                    self._files.finish()
+                    rows, due = 0, math.inf
             self._files.finish()
         except BaseException as error:  # the next call raises it in the caller's thread
             self._error = error
@@ -217,6 +244,18 @@ class TraceWriter:
 
 class _Flush(NamedTuple):
     done: threading.Event
+
+
+def check_flushing(flush_rows: int | None, flush_seconds: float | None) -> None:
+    """Raise unless both are positive numbers or None."""
+    if flush_rows is not None:
+        check_int("flush_rows", flush_rows, least=1, alternative=" or None")
+    if flush_seconds is None:
+        return
+    if isinstance(flush_seconds, bool) or not isinstance(flush_seconds, int | float):
+        raise TypeError(f"flush_seconds: expected a number > 0 or None, got {flush_seconds!r}")
+    if not 0 < flush_seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"flush_seconds: expected a number > 0 or None, got {flush_seconds!r}")
 
 
 def check_names(names: Sequence[str]) -> list[str]:

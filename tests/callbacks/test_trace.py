@@ -65,6 +65,16 @@ def test_only_every_second_step_and_only_what_is_named(tmp_path):
     assert found["id"] == [10, 11, 12, 30, 31, 32]
 
 
+def test_files_are_completed_while_the_run_goes_on(tmp_path):
+    hook = TraceHook(["id"], tmp_path / "t", flush_rows=6, flush_seconds=1000)
+    quiet_trainer(tmp_path, hook).fit(Model())
+    names = sorted(path.name for path in (tmp_path / "t").rglob("*.parquet"))
+    assert names == [f"rank-00000-step-{step:012d}.parquet" for step in (1, 3)]
+    assert read_trace(tmp_path / "t")["step"] == [step for step in range(1, 5) for _ in range(3)]
+    with pytest.raises(ValueError, match="flush_rows: expected an int >= 1 or None, got 0"):
+        TraceHook(["id"], tmp_path / "t", flush_rows=0)
+
+
 def test_without_names_the_first_step_decides(tmp_path):
     quiet_trainer(tmp_path, TraceHook(None, tmp_path / "t")).fit(Model())
     assert {"id", "score"} < set(read_trace(tmp_path / "t"))

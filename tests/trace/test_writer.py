@@ -134,3 +134,50 @@ def test_values_and_calls_are_checked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'recis-lightning\[trace\]'"):
         TraceWriter(tmp_path / "u")
+
+
+def _complete(folder):
+    return sorted(path.name for path in folder.rglob("rank-*.parquet"))
+
+
+def test_files_are_completed_by_rows(tmp_path):
+    """With the step that reaches them, and the next step begins a file of its own."""
+    with TraceWriter(tmp_path, ["id"], flush_rows=5) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"id": torch.arange(3) + step})
+        writer.flush()
+        writer.write(6, {"id": torch.arange(3)})
+    steps = [1, 3, 5, 6]
+    assert _complete(tmp_path) == [f"rank-00000-step-{step:012d}.parquet" for step in steps]
+    assert read_trace(tmp_path)["step"] == [step for step in range(1, 7) for _ in range(3)]
+
+
+def test_files_are_completed_by_seconds(tmp_path):
+    """Without another step; and steps that come in time share a file."""
+    with TraceWriter(tmp_path / "soon", ["id"], flush_seconds=0.05) as writer:
+        for step in (1, 2):
+            writer.write(step, {"id": torch.arange(3)})
+            deadline = time.monotonic() + 60
+            while len(_complete(tmp_path / "soon")) < step and time.monotonic() < deadline:
+                time.sleep(0.005)
+        assert len(_complete(tmp_path / "soon")) == 2
+    with TraceWriter(tmp_path / "late", ["id"], flush_seconds=1000) as writer:
+        for step in (1, 2):
+            writer.write(step, {"id": torch.arange(3)})
+    assert _complete(tmp_path / "late") == ["rank-00000-step-000000000001.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("flush_rows", 0, ValueError),
+        ("flush_rows", 1.5, TypeError),
+        ("flush_seconds", 0, ValueError),
+        ("flush_seconds", float("nan"), ValueError),
+        ("flush_seconds", "1", TypeError),
+    ],
+)
+def test_bounds_of_files_are_checked(tmp_path, argument, value, error):
+    with pytest.raises(error, match=f"{argument}: expected .* or None, got"):
+        TraceWriter(tmp_path / "none", **{argument: value})
+    assert not (tmp_path / "none").exists()
