@@ -8,6 +8,7 @@ name. A module configures its own optimizers, since it joins a dense and a spars
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 import traceback
@@ -31,6 +32,14 @@ import recis_lightning.optim
 with contextlib.suppress(ImportError):  # its files are read with pyarrow, an extra
     import recis_lightning.data.module
 
+_ROOMS = (
+    lightning.pytorch.callbacks,
+    recis_lightning.callbacks,
+    recis_lightning.admission,
+    recis_lightning.eviction,
+    recis_lightning.initializers,
+    recis_lightning.optim,
+)
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -119,22 +128,42 @@ def _class_hints(chain: Sequence[BaseException]) -> list[str]:
     hints = []
     for name in dict.fromkeys(named):
         close = get_close_matches(name.casefold(), known, 1, cutoff=0.8)
-        if close:
+        if close and known[close[0]] == name:
+            hints.append(
+                f"hint: {name} exists, but the type that its argument is annotated with does not "
+                "take it; a function that makes an optimizer of tables is a "
+                "Callable[[Iterable[HashTable]], SparseOptimizer]"
+            )
+        elif close:
             hints.append(f"hint: there is no class {name}; did you mean {known[close[0]]}?")
+    return hints + _argument_hints(chain)
+
+
+# An argument that jsonargparse does not find, in its words.
+_UNKNOWN_ARGUMENT = re.compile(r"Option '([\w.]+)' is not accepted")
+
+
+def _argument_hints(chain: Sequence[BaseException]) -> list[str]:
+    """Return a line for each argument that is misspelt in the errors of a parser."""
+    named = [name for error in chain for name in _UNKNOWN_ARGUMENT.findall(str(error))]
+    known = {
+        argument
+        for room in _ROOMS
+        for name in room.__all__
+        if name[0].isupper()
+        for argument in inspect.signature(getattr(room, name)).parameters
+    }
+    hints = []
+    for name in dict.fromkeys(given.rpartition(".")[2] for given in named):
+        close = get_close_matches(name, known, 1, cutoff=0.8)
+        if close and close[0] != name:
+            hints.append(f"hint: no argument is called {name}; did you mean {close[0]}?")
     return hints
 
 
 def _class_names() -> list[str]:
     """Return the names of classes that a file may write without their module."""
-    rooms = (
-        lightning.pytorch.callbacks,
-        recis_lightning.callbacks,
-        recis_lightning.admission,
-        recis_lightning.eviction,
-        recis_lightning.initializers,
-        recis_lightning.optim,
-    )
-    return [name for room in rooms for name in room.__all__ if name[0].isupper()]
+    return [name for room in _ROOMS for name in room.__all__ if name[0].isupper()]
 
 
 def _frames(chain: Sequence[BaseException]) -> Iterator[FrameType]:

@@ -96,6 +96,8 @@ class HashTableFilterHook(Hook):
         tables = self._tables
         if tables is None:
             tables = self._live_tables()
+        # A table in eval() stamps no row: counted on, it would lose all of them.
+        tables = [table for table in tables if table.training]
         for table in tables:
             table.update_step()
         if self.filter_interval is None or step - self.last_filter_step < self.filter_interval:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
@@ -29,6 +30,8 @@ def check_fit(trainer: Any, module: Any) -> None:
     """
     if vars(trainer).get(_KEY) is module:
         return
+    if _is_tuning(trainer):
+        return
     vars(trainer)[_KEY] = module
     if trainer.is_global_zero:
         if any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
@@ -37,6 +40,12 @@ def check_fit(trainer: Any, module: Any) -> None:
                 _log.info("%s", summary(tables))
         for warning in _warnings(trainer, module):
             _log.warning("%s", warning)
+
+
+def _is_tuning(trainer: Any) -> bool:
+    """Return whether Lightning's Tuner tries a rate or a batch size, without the callbacks."""
+    tries_batch_size = isinstance(trainer.logger, DummyLogger) and not trainer.fast_dev_run
+    return tries_batch_size or any(type(c).__name__ == "_LRCallback" for c in trainer.callbacks)
 
 
 def summary(tables: Sequence[HashTable]) -> str:

@@ -132,9 +132,12 @@ class JoinedOutput:
         num_samples = sizes[first]
         if set(sizes.values()) != {num_samples}:
             other = next(name for name in self.names if sizes[name] != num_samples)
+            hint = ""
+            if sizes[other] == num_samples - 1 or num_samples == sizes[other] - 1:
+                hint = "; offsets are one more than samples: did you pass lengths?"
             raise ValueError(
                 f"{other}: concat needs as many samples of each feature, and {first!r} has "
-                f"{num_samples}; got {sizes[other]}"
+                f"{num_samples}; got {sizes[other]}{hint}"
             )
         return num_samples
 

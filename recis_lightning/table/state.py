@@ -5,7 +5,8 @@ A saved table is a dict of tensors and primitives, ids by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ from recis_lightning.table.state_schema import (
     with_checksum,
 )
 from recis_lightning.table.storage import Storage
+
+_log = logging.getLogger(__name__)
 
 
 class StatefulTable(Protocol):
@@ -189,7 +192,21 @@ def _replace(
         if "pinned_ids" in state:  # a state that knows of no pins leaves those there are
             table.evictor.pinned = state["pinned_ids"].unique()
         if layout is not None:  # the state's slots may not be those of this table's optimizer
+            _warn_of_other_slots(storage, layout[0])
             storage.set_slots(*layout)
+
+
+def _warn_of_other_slots(storage: Storage, wanted: Mapping[str, int]) -> None:
+    """Say which optimizer state of a filled storage is about to be lost."""
+    held = storage.rows.slots
+    lost = [name for name, words in held.items() if wanted.get(name) != words]
+    if lost and len(storage):
+        _log.warning(
+            "Table %r: the loaded state was another optimizer's; %s is dropped, and %s starts anew",
+            storage.name,
+            ", ".join(lost),
+            ", ".join(wanted) or "nothing",
+        )
 
 
 def fill(storage: Storage, state: dict[str, Any]) -> None:
