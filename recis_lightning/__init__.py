@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +13,6 @@ from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.jagged import Jagged
 from recis_lightning.lookup.table_call import TableLookup
-from recis_lightning.metrics import GAUC, add_metric
 from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.table import hash_table
 from recis_lightning.table.anchor import keep_anchors_out
@@ -20,6 +20,9 @@ from recis_lightning.table.averaged_model import share_tables_with_averaged_mode
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.state import set_shard_loader
+
+if TYPE_CHECKING:
+    from recis_lightning.metrics import GAUC, add_metric
 
 __version__ = "0.1.0"
 
@@ -62,3 +65,11 @@ __all__ = [
     "hash_tables",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("GAUC", "add_metric"):  # import torchmetrics, which serving does without
+        from recis_lightning import metrics
+
+        return getattr(metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.ops.graph_break import graph_break
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import name_before_use
 
@@ -108,9 +109,9 @@ class DynamicEmbedding(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling():
             return _record(self, ids)
-        return self._look_up(ids)  # type: ignore[no-any-return]
+        return self._look_up(ids)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels read and change memory
+    @graph_break  # kernels read and change memory
     def _look_up(self, ids: Tensor) -> Tensor:
         flat = check_ids(ids).reshape(-1).contiguous()
         if self.training:
@@ -236,9 +237,9 @@ class DynamicEmbeddingBag(nn.Module):
             feature = _recordable_bags(self, ids, offsets, per_sample_weights)
             if recording.is_recordable(feature):
                 return _record(self, feature)
-        return self._look_up(ids, offsets, per_sample_weights)  # type: ignore[no-any-return]
+        return self._look_up(ids, offsets, per_sample_weights)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels read and change memory
+    @graph_break  # kernels read and change memory
     def _look_up(
         self, ids: Tensor | Jagged, offsets: Tensor | None, per_sample_weights: Tensor | None
     ) -> Tensor:
@@ -345,7 +346,8 @@ def _record(module: DynamicEmbedding | DynamicEmbeddingBag, feature: Any) -> Ten
     """Look one feature up by the operator of recorded programs."""
     recorded, shape = recording.read(feature, "ids", module.table, module.mode, module.padding_idx)
     (rows,) = operator.record([recorded])
-    return recording.shaped(rows, feature, shape, module.mode)  # type: ignore[no-any-return]
+    shaped: Tensor = recording.shaped(rows, feature, shape, module.mode)
+    return shaped
 
 
 def _recordable_bags(

@@ -21,6 +21,7 @@ from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.ops.graph_break import graph_break
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.table_dict import TableDict
 from recis_lightning.table.versions import layout_version
@@ -173,9 +174,9 @@ class EmbeddingEngine(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
             return self._record(features)
-        return self._look_up(features)  # type: ignore[no-any-return]
+        return self._look_up(features)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels read and change memory
+    @graph_break  # kernels read and change memory
     def _look_up(self, features: dict[str, Any]) -> dict[str, Any]:
         given = _by_name(features)
         is_whole = given.keys() == self.options.keys()
@@ -234,9 +235,9 @@ class EmbeddingEngine(nn.Module):
         """
         if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
             return self._record_joined(features)
-        return self._look_up_joined(features)  # type: ignore[no-any-return]
+        return self._look_up_joined(features)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels read and change memory
+    @graph_break  # kernels read and change memory
     def _look_up_joined(self, features: dict[str, Any]) -> Tensor:
         given = _by_name(features)
         if given.keys() != self.options.keys():

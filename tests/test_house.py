@@ -79,6 +79,7 @@ TESTED_BY = {
     "ops/gpu/prefix_sum.py": "ops/test_row_update.py",
     "ops/gpu/probe.py": "ops/test_hash_index.py",
     "ops/gpu/row_access.py": "table/test_eviction.py",
+    "ops/graph_break.py": "lookup/test_compile.py",
     "ops/layout.py": "ops/test_hash_index.py",
     "ops/reference/index.py": "ops/test_hash_index.py",
     "ops/reference/row_access.py": "table/test_eviction.py",

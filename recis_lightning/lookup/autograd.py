@@ -19,6 +19,7 @@ from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
+from recis_lightning.ops.graph_break import graph_break
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MEAN, MEAN_BY_COUNT, NONE, TILE
 from recis_lightning.table.anchor import leaves_of
@@ -204,7 +205,7 @@ class LookupFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it counts references
+    @graph_break  # it counts references
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recis_lightning.ops.graph_break import graph_break
+
 _base = attrgetter("_base")  # of a view, the tensor that it is a view of
 _NO_BASE = {id(None)}
 _BACKWARD = torch.autograd.backward.__code__
@@ -105,7 +107,7 @@ class _Probe(torch.autograd.Function):
         return anchor.clone()
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it has references, too
+    @graph_break  # it has references, too
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         tensors = list(gradients)

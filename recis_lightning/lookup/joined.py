@@ -26,6 +26,7 @@ from recis_lightning.lookup.autograd import (
 )
 from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.group import LookupGroup, is_transferred, look_up_with
+from recis_lightning.ops.graph_break import graph_break
 from recis_lightning.table.lock import distinct_locks, write
 
 
@@ -191,7 +192,7 @@ class JoinedFunction(torch.autograd.Function):
         return tensors[0]
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it counts references
+    @graph_break  # it counts references
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from recis_lightning.arguments import check_bound
 from recis_lightning.distributed import collectives
 from recis_lightning.ops import row_update
+from recis_lightning.ops.graph_break import graph_break
 from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.first_step import announce_first_step
 from recis_lightning.optim.fused_update import FusedUpdate
@@ -68,7 +69,7 @@ class TableUpdater:
         """Make the fused updates anew in the next step."""
         self._layout_version = -1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels change rows
+    @graph_break  # kernels change rows
     def step(
         self,
         owner: Optimizer,

@@ -12,19 +12,23 @@ import functools
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import compress
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from recis_lightning.ops.graph_break import graph_break
+
 _REQUIRES_GRAD: Any = torch._C.TensorBase.requires_grad  # torch's own descriptor
-_BETWEEN = {__file__, eval_frame.__file__}  # frames between who reads a gradient and who is asked
+# Frames between who reads a gradient and who is asked; to import Dynamo takes as long as torch.
+_DYNAMO = Path(torch.__file__).with_name("_dynamo") / "eval_frame.py"
+_BETWEEN = {__file__, str(_DYNAMO), torch._compile.__file__}
 
 
 class Anchor(nn.Parameter):
@@ -86,7 +90,7 @@ class Anchor(nn.Parameter):
             self.pending.clear()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo cannot trace frames
+@graph_break  # Dynamo cannot trace frames
 def _is_asked_by_zero_grad() -> bool:
     """Return whether a function of that name, or what Dynamo made of it, reads ``grad``."""
     frame: FrameType | None = sys._getframe(1)

@@ -40,6 +40,7 @@ from recis_lightning.arguments import (
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import Initializer, Normal
 from recis_lightning.ops import backend, embedding_bag, hash_index, row_init
+from recis_lightning.ops.graph_break import graph_break
 from recis_lightning.ops.layout import NUM_UPDATES, STEP
 from recis_lightning.table import copying, moving, settings
 from recis_lightning.table import state as table_state
@@ -390,7 +391,7 @@ class HashTable(nn.Module):
         assert _lookup is not None
         return _lookup.groups_of(self)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a lookup changes the table
+    @graph_break  # a lookup changes the table
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up as ``DynamicEmbedding`` does.
 
