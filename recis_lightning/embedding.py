@@ -355,7 +355,8 @@ def _record(module: DynamicEmbedding | DynamicEmbeddingBag, feature: Any) -> Ten
     """Look one feature up by the operator of recorded programs."""
     recorded, shape = recording.read(feature, "ids", module.table, module.mode, module.padding_idx)
     (rows,) = operator.record([recorded])
-    return recording.shaped(rows, feature, shape, module.mode)  # type: ignore[no-any-return]
+    shaped: Tensor = recording.shaped(rows, feature, shape, module.mode)
+    return shaped
 
 
 def _recordable_bags(

@@ -30,6 +30,13 @@ def test_the_data_example_runs(capsys):
     assert sum(map(int, re.findall(r"\d+", capsys.readouterr().out))) == 3  # lengths 2, 0, 1
 
 
+def test_the_serving_examples_run():
+    page = README.parent / "docs" / "serving.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 3
+    exec(compile("\n".join(examples), str(page), "exec"), {"__name__": "serving_page"})
+
+
 def test_linked_files_exist():
     text = README.read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http)([^)#]+)\)|(examples/[\w./]+\.\w+)", text):

@@ -113,7 +113,8 @@ served = serving.load(folder)
 batch, scores = torch.load(given, weights_only=True)
 assert served(batch).equal(scores)
 loaded = sorted({name.partition(".")[0] for name in sys.modules})
-assert not {"lightning", "pytorch_lightning", "numba", "llvmlite"} & set(loaded), loaded
+assert not {"lightning", "pytorch_lightning", "triton", "numba", "llvmlite"} & set(loaded), loaded
+assert not {"torch._dynamo", "torchmetrics"} & set(sys.modules)
 assert not [name for name in sys.modules if name.startswith("recis_lightning.ops.gpu")]
 assert not [name for name in sys.modules if name.startswith("recis_lightning.ops.cpu")]
 """
