@@ -212,6 +212,7 @@ def find_or_insert(
             check = admission.begin_check(
                 segments, num_ids, tables, segment_tables, device, occurrences
             )
+            _read_clocks(segments, tables, segment_tables)
         rows: Tensor
         new: Tensor | None
         claims, is_inserted = list[Claim](), False
@@ -223,10 +224,10 @@ def find_or_insert(
                 write_new(rows, new)
             is_inserted = True
             if has_policies:
-                _touch(segments, rows, tables, segment_tables, occurrences)
+                _touch(segments, rows, occurrences)
         except BaseException:
             if is_inserted:  # counted twice, perhaps, but never without a time
-                _touch(segments, rows, tables, segment_tables, occurrences)
+                _touch(segments, rows, occurrences)
                 raise
             _undo(claims)
             if write_new is not None and any(claim.new is not None for claim in claims):
@@ -293,21 +294,21 @@ def note_known(
     """
     if segments[:, SEGMENT_FLAGS].max(initial=0) >= CHECK_ADMISSION:
         admission.begin_check(segments, rows.numel(), tables, segment_tables, rows.device, None)
-        _touch(segments, rows, tables, segment_tables, None)
+        _read_clocks(segments, tables, segment_tables)
+        _touch(segments, rows, None)
 
 
-def _touch(
-    segments: Segments,
-    rows: Tensor,
-    tables: Sequence[TableMemory],
-    segment_tables: Sequence[int],
-    occurrences: Tensor | None,
+def _read_clocks(
+    segments: Segments, tables: Sequence[TableMemory], segment_tables: Sequence[int]
 ) -> None:
     touching = np.flatnonzero(segments[:, SEGMENT_FLAGS] & TOUCH).tolist()
-    if not touching:
-        return
     for i in {segment_tables[segment] for segment in touching}:
         tables[i].read_clock()
+
+
+def _touch(segments: Segments, rows: Tensor, occurrences: Tensor | None) -> None:
+    if not (segments[:, SEGMENT_FLAGS] & TOUCH).any():
+        return
     counted = None if occurrences is None else occurrences.contiguous()
     row_access.touch_(segments, rows, counted, rows.device)
 

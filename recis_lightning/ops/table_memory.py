@@ -29,6 +29,11 @@ class TableMemory(ABC):
     def reserve_rows(self, num_new: int) -> None:
         """Make room in the row store for ``num_new`` more rows."""
 
+    @property
+    def num_lookups(self) -> int:
+        """Number of training lookups that ``count_lookup`` counted."""
+        return 0
+
     @abstractmethod
     def guaranteed_free(self) -> int:
         """Return for how many more ids there surely is room, without waiting for the device.

@@ -78,8 +78,8 @@ class AdmissionCounter:
         """
         if self.num_lookups >= fields.MAX_LOOKUPS - 1:
             raise OverflowError("an admission policy counts 2**30 training lookups at most")
+        # Beside a GPU it is sent with the segments of the lookup.
         self.header.fields[fields.ADMISSION_NUM_LOOKUPS] += 1
-        self.header.publish()
         if self.screening.fade_after:
             admission.decay_(self.header, self._padded_counters, self.screening.fade_after)
 

@@ -244,8 +244,8 @@ class Storage(TableMemory):
     @override
     def read_clock(self) -> None:
         if "last_time" in self.kept_columns:
+            # Beside a GPU it is sent with the segments of the lookup.
             self.header.fields[TIME] = self._now_us()
-            self.header.publish()
 
     def ages(self, rows: Tensor) -> Tensor:
         """Return for each row the microseconds since its last training lookup, int64 [n]."""
@@ -352,6 +352,11 @@ class Storage(TableMemory):
     def _bytes_per_id(self) -> int:
         """Bytes that room for one more id takes: its row, columns, and entries at a low load."""
         return 4 * self.rows.row_words + 8 * len(self.columns) + 64
+
+    @property
+    @override
+    def num_lookups(self) -> int:
+        return 0 if self.admission_counter is None else self.admission_counter.num_lookups
 
     @override
     def count_lookup(self) -> None:

@@ -11,7 +11,6 @@ from recis_lightning.ops.gpu.layout import (
     ADMISSION_KIND,
     ADMISSION_NUM_COUNTED,
     ADMISSION_NUM_HASHES,
-    ADMISSION_NUM_LOOKUPS,
     ADMISSION_PER_BATCH,
     ADMISSION_THRESHOLD,
     ADMISSION_WIDTH,
@@ -28,6 +27,7 @@ from recis_lightning.ops.gpu.layout import (
     NUM_REJECTED,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
+    SEGMENT_LOOKUP,
     SHIFT,
     SKETCH,
     UNKNOWN,
@@ -49,7 +49,7 @@ from recis_lightning.ops.gpu.segments import (
     ids_at,
     is_missing,
     own_ids,
-    staged_segments,
+    staged_lookup,
 )
 
 _SECOND_HASH = tl.constexpr(0x9E3779B97F4A7C15)
@@ -72,9 +72,9 @@ def _count_entry_of(counter, key, asked, dummy):
 
 
 @device_function
-def _add_to_counts(counter, cell, occurrences, adding, dummy):
+def _add_to_counts(counter, now, cell, occurrences, adding, dummy):
     """Add to entries' counts, from 0 if they are void, up to the threshold."""
-    now, wanted = field(counter, ADMISSION_NUM_LOOKUPS), field(counter, ADMISSION_THRESHOLD)
+    wanted = field(counter, ADMISSION_THRESHOLD)
     forget_after = field(counter, ADMISSION_FORGET_AFTER)
     per_batch = field(counter, ADMISSION_PER_BATCH) != 0
     before = tl.load(int64_at(cell), adding, NO_ROW)
@@ -172,7 +172,8 @@ def _count_kernel(
         if kind == COUNT:
             entry, placed = _count_entry_of(counter, key, missing, slot)
             counted = tl.where(field(counter, ADMISSION_PER_BATCH) != 0, 1, added)
-            _add_to_counts(counter, entry + 8, counted, placed, slot)
+            now = field(segment, SEGMENT_LOOKUP)
+            _add_to_counts(counter, now, entry + 8, counted, placed, slot)
             tl.store(int64_at(slot), entry, missing)
         if kind == SKETCH:
             first = mix(key.to(tl.uint64, bitcast=True))
@@ -212,7 +213,7 @@ def _admit_kernel(
                 count = tl.minimum(count, byte.to(tl.int64))
         else:
             table_key = mix(field(header, INIT_KEY).to(tl.uint64, bitcast=True) ^ _DRAW_KEY)
-            now = field(counter, ADMISSION_NUM_LOOKUPS).to(tl.uint64, bitcast=True)
+            now = field(segment, SEGMENT_LOOKUP).to(tl.uint64, bitcast=True)
             bits = mix(mix(key.to(tl.uint64, bitcast=True) ^ table_key) ^ now)
             count = tl.where((bits >> 11).to(tl.int64) < wanted, wanted, -1)
         rejected = missing & (count < wanted)
@@ -276,7 +277,7 @@ def decay_(counter, sketch, window):
 
 def check_(segments, num_ids, misses, rows, occurrences):
     # A program finds the misses among its positions itself.
-    staged = staged_segments(segments, num_ids, rows.device)
+    staged = staged_lookup(segments, num_ids, rows.device)
     slots = torch.zeros(num_ids + LANES, dtype=torch.int64, device=rows.device)
     where = (*staged.where, rows.data_ptr(), slots.data_ptr())
     where += (0 if occurrences is None else occurrences.data_ptr(),)

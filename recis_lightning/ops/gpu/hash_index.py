@@ -212,7 +212,7 @@ def _find_or_insert(segments, num_ids, tables, segment_tables, check, device, cl
     rows = torch.empty(num_ids, dtype=torch.int64, device=device)
     if not num_ids:
         return rows, None
-    staged = stage_lookup(segments, num_ids, device, tables, segment_tables)
+    staged = stage_lookup(segments, num_ids, rows.device, tables, segment_tables)
     free, short = tables_without_room(staged, tables)
     workspace = Workspace(num_ids, staged.num_programs, device)
     claims_at_once, counted = not short and check is None, {}

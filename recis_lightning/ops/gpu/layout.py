@@ -26,7 +26,6 @@ STATE_FILL = tl.constexpr(fields.STATE_FILL)
 ADMISSION_COUNTER = tl.constexpr(fields.ADMISSION_COUNTER)
 COUNTS = tl.constexpr(fields.COUNTS)
 LAST_TIME = tl.constexpr(fields.LAST_TIME)
-TIME = tl.constexpr(fields.TIME)
 
 # Index.
 LINE_ENTRIES = tl.constexpr(fields.LINE_ENTRIES)
@@ -51,6 +50,8 @@ SEGMENT_END_CHUNK = tl.constexpr(10)  # behind its last program
 SEGMENT_TABLE = tl.constexpr(11)  # index of its table among those of the call
 SEGMENT_STEP = tl.constexpr(12)  # its table's step
 SEGMENT_IS_LAST = tl.constexpr(13)  # whether no later segment asks its table
+SEGMENT_TIME = tl.constexpr(14)  # its table's time of the lookup
+SEGMENT_LOOKUP = tl.constexpr(15)  # number of its table's training lookups, this one included
 STAGED_SEGMENT_SIZE = tl.constexpr(16)
 STAGED_SEGMENT_BYTES = tl.constexpr(8 * 16)
 
@@ -114,7 +115,6 @@ HYPER_BETA = tl.constexpr(fields.HYPER_BETA)
 ADMISSION_NUM_COUNTED = tl.constexpr(fields.ADMISSION_NUM_COUNTED)
 ADMISSION_KIND = tl.constexpr(fields.ADMISSION_KIND)
 ADMISSION_THRESHOLD = tl.constexpr(fields.ADMISSION_THRESHOLD)
-ADMISSION_NUM_LOOKUPS = tl.constexpr(fields.ADMISSION_NUM_LOOKUPS)
 ADMISSION_FORGET_AFTER = tl.constexpr(fields.ADMISSION_FORGET_AFTER)
 ADMISSION_PER_BATCH = tl.constexpr(fields.ADMISSION_PER_BATCH)
 ADMISSION_COUNTERS = tl.constexpr(fields.ADMISSION_COUNTERS)

@@ -7,11 +7,11 @@ from recis_lightning.ops.gpu.layout import (
     LAST_TIME,
     SEGMENT_FLAGS,
     SEGMENT_HEADER,
-    TIME,
+    SEGMENT_TIME,
     TOUCH,
 )
 from recis_lightning.ops.gpu.runtime import field, int64_at, kernel
-from recis_lightning.ops.gpu.segments import LANES, VARIANT, own_ids, staged_segments
+from recis_lightning.ops.gpu.segments import LANES, VARIANT, own_ids, staged_lookup
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
@@ -35,11 +35,13 @@ def _touch_kernel(
         if counts != 0:
             tl.atomic_add(int64_at(counts + 8 * row), added, known, sem="relaxed")
         if times != 0:
-            tl.store(int64_at(times + 8 * row), row * 0 + field(header, TIME), known)
+            tl.store(int64_at(times + 8 * row), row * 0 + field(segment, SEGMENT_TIME), known)
 
 
 def touch_(segments, rows, occurrences):
-    staged = staged_segments(segments, rows.numel(), rows.device)
+    if not rows.numel():
+        return
+    staged = staged_lookup(segments, rows.numel(), rows.device)
     _touch_kernel.launch(
         rows.device,
         staged.num_programs,

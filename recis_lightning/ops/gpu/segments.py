@@ -18,9 +18,11 @@ from recis_lightning.ops.gpu.layout import (
     SEGMENT_FIRST_CHUNK,
     SEGMENT_IDS,
     SEGMENT_IS_LAST,
+    SEGMENT_LOOKUP,
     SEGMENT_START,
     SEGMENT_STEP,
     SEGMENT_TABLE,
+    SEGMENT_TIME,
     STAGED_SEGMENT_BYTES,
     STAGED_SEGMENT_SIZE,
 )
@@ -104,6 +106,11 @@ class StagedSegments:
         if tables:
             steps = [table.header.fields.item(fields.STEP) for table in tables]
             lines[:, SEGMENT_STEP.value] = [steps[table] for table in segment_tables]
+            if segments[:, fields.SEGMENT_FLAGS].max(initial=0) >= fields.CHECK_ADMISSION:
+                times = [table.header.fields.item(fields.TIME) for table in tables]
+                lookups = [table.num_lookups for table in tables]
+                lines[:, SEGMENT_TIME.value] = [times[table] for table in segment_tables]
+                lines[:, SEGMENT_LOOKUP.value] = [lookups[table] for table in segment_tables]
         inserts = segments[:, fields.SEGMENT_FLAGS] & fields.INSERT
         self.num_programs, self.ids_to_insert = split.num_programs, split.ids_per_table
         if not inserts.all():
@@ -129,6 +136,12 @@ def stage_lookup(segments, num_ids, device, tables, segment_tables):
     return staged
 
 
+def staged_lookup(segments, num_ids, device):
+    """Return the segments of the lookup under way, with what they know of their tables."""
+    assert _last.key == (segments.tobytes(), num_ids, device)
+    return _last.staged
+
+
 def staged_segments(segments, num_ids, device):
     """Return staged segments: those staged last, if they are the same ones."""
     if _last.key == (segments.tobytes(), num_ids, device):
@@ -144,5 +157,6 @@ __all__ = [
     "is_missing",
     "own_ids",
     "stage_lookup",
+    "staged_lookup",
     "staged_segments",
 ]

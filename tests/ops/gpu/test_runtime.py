@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from recis_lightning import EmbeddingEngine, EmbeddingOption, HashTable, hash_tables
+from recis_lightning.admission import MinCount, Probability
+from recis_lightning.eviction import MaxRows, TimeToLive
 from recis_lightning.ops import async_copy, backend, row_update
 from recis_lightning.optim import SparseAdam
 
@@ -74,7 +76,7 @@ def test_a_launch_is_what_triton_would_have_launched(tmp_path):
         assert line["hooked"] == [line["kernel"]]
 
 
-def _launched(num_tables, do_step, **options):
+def _launched(num_tables, do_step, policies=None, **options):
     """Return the kernels that a steady step launches, and the number of arrays it copies."""
     from recis_lightning.ops.gpu.runtime import Kernel
 
@@ -88,10 +90,10 @@ def _launched(num_tables, do_step, **options):
 
     with backend.use("triton"):
         names = [f"t{i}" for i in range(num_tables)]
-        engine = EmbeddingEngine({name: EmbeddingOption(4) for name in names})
+        engine = EmbeddingEngine({name: EmbeddingOption(4, **(policies or {})) for name in names})
         optimizer = SparseAdam(hash_tables(engine), lr=0.1, **options)
         batch = {name: torch.arange(40) for name in names}
-        for _ in range(2):
+        for _ in range(4 if policies else 2):
             do_step(engine, optimizer, batch)
         with (
             patch.object(Kernel, "launch", recorded),
@@ -117,6 +119,25 @@ def test_ten_tables_are_launched_as_one():
     ten = _launched(10, _train)
     assert ten == _launched(1, _train)
     assert ten == (_LOOKUP + _SORT + _UPDATE, 4)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("policies", "added"),
+    [
+        ({"admission": MinCount(2)}, ["_count_kernel", "_admit_kernel", "_claim_kernel"]),
+        ({"admission": Probability(0.9)}, ["_count_kernel", "_admit_kernel", "_claim_kernel"]),
+        ({"eviction": TimeToLive(3600)}, ["_touch_kernel"]),
+        ({"eviction": MaxRows(1000, by="count")}, ["_touch_kernel"]),
+    ],
+    ids=["count", "draw", "time", "uses"],
+)
+def test_policies_of_several_tables_are_launched_as_one(policies, added):
+    """No more arrays are copied than without a policy, and their kernels are launched once."""
+    launches, num_sent = _launched(3, _train, policies)
+    assert (launches, num_sent) == _launched(1, _train, policies)
+    assert sorted(launches) == sorted(_LOOKUP + _SORT + _UPDATE + added)
+    assert num_sent == 4
 
 
 @pytest.mark.interpreted
