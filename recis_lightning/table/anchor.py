@@ -12,7 +12,6 @@ import functools
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
