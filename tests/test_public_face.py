@@ -120,7 +120,8 @@ COMMON = {
 def test_signatures():
     """Arguments and defaults are those that users, YAML files and checkpoints rely on."""
     empty = inspect.Parameter.empty
-    assert parameters(DynamicEmbedding) == {"embedding_dim": empty, **COMMON, "trainable": True}
+    added = {"trainable": True, "process_group": None}
+    assert parameters(DynamicEmbedding) == {"embedding_dim": empty, **COMMON, **added}
     bag = parameters(DynamicEmbeddingBag)
     assert {"embedding_dim": empty, "mode": "mean", **COMMON}.items() <= bag.items()
     assert parameters(DynamicEmbeddingBag.forward) == {
