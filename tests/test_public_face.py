@@ -37,6 +37,7 @@ EXPORTS = [
     (
         callbacks,
         [
+            "AutoProfilerHook",
             "HashTableFilterHook",
             "Hook",
             "LoggerHook",

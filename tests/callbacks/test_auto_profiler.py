@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 
 from recis_lightning.callbacks import AutoProfilerHook, ProfilerHook, TimelineProfiler
@@ -132,6 +134,33 @@ def test_a_crash_leaves_the_trace_of_an_open_window(make_trainer, tmp_path):
     with pytest.raises(RuntimeError, match="no more"):
         make_trainer(hook).fit(Boring(fail_at=3))
     assert files(tmp_path / "out") == ["local-timeline-3.json"]
+
+
+def test_yaml(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+        trainer:
+          accelerator: cpu
+          max_steps: 3
+          default_root_dir: {tmp_path}
+          logger: false
+          enable_checkpointing: false
+          enable_progress_bar: false
+          enable_model_summary: false
+          callbacks:
+          - class_path: recis_lightning.callbacks.AutoProfilerHook
+            init_args: {{enabled: true, ranks: [0], wait: 0, output_dir: {tmp_path}/out}}
+        """
+    )
+    LightningCLI(
+        BoringModel,
+        args=["fit", "--config", str(config)],
+        save_config_callback=None,
+        seed_everything_default=False,
+    )
+    assert files(tmp_path / "out") == ["local-timeline-2.json"]
 
 
 def test_defaults_are_those_of_recis():

@@ -296,6 +296,29 @@ def test_a_hook_may_log_and_save_state_like_any_callback(make_trainer):
     assert trainer.callback_metrics["twice"] == 4.0
 
 
+def test_lightnings_own_points_are_there_too(make_trainer):
+    """RecIS's ``after_data`` and ``after_backward`` by Lightning's names, beside its own."""
+
+    class Both(Hook):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.calls.append(f"data {tuple(batch.shape)}")
+
+        def on_after_backward(self, trainer, pl_module):
+            has_gradient = any(p.grad is not None for p in pl_module.parameters())
+            self.calls.append(f"backward {has_gradient}")
+
+        def after_step(self):
+            self.calls.append("step")
+
+    hook = Both()
+    make_trainer(hook).fit(BoringModel())
+    assert hook.calls == ["data (1, 32)", "backward True", "step"] * 2
+
+
 def test_a_hook_can_be_copied_and_pickled_after_a_run(make_trainer):
     hook = Parent()
     make_trainer(hook).fit(BoringModel())
