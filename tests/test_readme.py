@@ -25,8 +25,10 @@ def test_the_policy_examples_run():
 
 def test_the_data_example_runs(capsys):
     page = README.parent / "docs" / "data.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(example, str(page), "exec"), {"__name__": "data"})
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {"__name__": "data"}
+    exec(compile("\n".join(examples), str(page), "exec"), names)
+    assert names["batch"]["capital"].tolist() == [1]
     assert sum(map(int, re.findall(r"\d+", capsys.readouterr().out))) == 3  # lengths 2, 0, 1
 
 
