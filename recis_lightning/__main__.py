@@ -150,7 +150,7 @@ def _argument_hints(chain: Sequence[BaseException]) -> list[str]:
         argument
         for room in _ROOMS
         for name in room.__all__
-        if name[0].isupper()
+        if isinstance(getattr(room, name), type)
         for argument in inspect.signature(getattr(room, name)).parameters
     }
     hints = []

@@ -172,6 +172,27 @@ def test_a_misspelt_class_is_told_apart(given, meant, capsys):
     assert hints[0].endswith(f"; did you mean {meant}?")
 
 
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["--trainer.callbacks", "HashTableFilterHook",
+          "--trainer.callbacks.filter_intervall", "3"], "filter_interval"),
+        (["--trainer.callbacks", "{class_path: LoggerHook, init_args: {log_steps: 3}}"],
+         "log_step"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_argument_is_told_apart(args, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(MOVIELENS), *args])
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_class_that_the_argument_does_not_take_is_not_called_misspelt(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(MOVIELENS), "--model.init_args.hidden", "SparseAdamW"])
+    assert "there is no class" not in capsys.readouterr().err
+
+
 def test_a_class_that_resembles_none_gets_no_hint(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(MOVIELENS), "--trainer.callbacks", "NoSuchHook"])

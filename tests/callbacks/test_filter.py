@@ -164,6 +164,20 @@ def test_evaluation_ages_nothing(make_trainer, evictions):
     assert 99 not in model.table.ids().tolist()
 
 
+@pytest.mark.filterwarnings("ignore:Found 2 module.s. in eval mode")
+def test_a_table_in_eval_keeps_its_rows(make_trainer, evictions):
+    """It stamps no row, so each would soon be old; in train mode a frozen one is filtered."""
+    model = Model([[1], [2], [3], [4], [5], [6]])
+    model.filtered(torch.tensor([7, 8]))
+    model.filtered.requires_grad_(False).eval()
+    make_trainer(HashTableFilterHook(1), max_epochs=1).fit(model)
+    assert sorted(model.table.ids().tolist()) == [7, 8]
+    assert (model.table.step, hash_tables(model.plain)[0].step) == (0, 6)
+    model.filtered.train()
+    make_trainer(HashTableFilterHook(1), max_epochs=1).fit(model)
+    assert 7 not in model.table.ids().tolist()
+
+
 class OneBatchEpochs(Model):
     """Has one batch in each epoch, so that a run can resume from the end of any step."""
 

@@ -6,6 +6,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, HashTable
@@ -76,6 +77,22 @@ def test_a_policy_that_nothing_runs(warnings_of):
     )
     assert warnings_of(Model(policy), HashTableFilterHook()) == []
     (warning,) = warnings_of(Model(policy), HashTableFilterHook(None))
+    assert "that nothing runs" in warning
+
+
+def test_a_tuner_is_told_nothing(tmp_path, caplog):
+    """It tries rates without the Trainer's callbacks; the fit that follows has them."""
+    caplog.set_level(logging.INFO)
+    trainer = quiet_trainer(
+        tmp_path, HashTableFilterHook(2), limit_val_batches=0, max_epochs=1, barebones=False
+    )
+    model = Model(GlobalStepFilter(100))
+    model.lr = 0.1
+    Tuner(trainer).lr_find(model, num_training=3)
+    assert [record for record in caplog.records if record.name == LOGGER] == []
+    trainer.callbacks.clear()
+    trainer.fit(model)
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == LOGGER]
     assert "that nothing runs" in warning
 
 
