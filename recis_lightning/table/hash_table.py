@@ -325,7 +325,9 @@ class HashTable(nn.Module):
                 "eviction=GlobalStepFilter(filter_step=...)"
             )
         rows, last_seen = self._find(ids), storage.columns["last_seen"]
-        return torch.where(rows >= 0, last_seen[rows.clamp(min=0)], -1).view(ids.shape)
+        steps, is_known = torch.full_like(rows, -1), rows >= 0
+        steps[is_known] = last_seen[rows[is_known]]
+        return steps.view(ids.shape)
 
     # ---- sizes
 
