@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int
+from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.ops import layout as fields
 
 
@@ -89,6 +89,7 @@ class ReadOnly(Admission):
         return "ReadOnly()"
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class MinCount(Admission):
     """Admit an id in the training lookup in which its count reaches ``k``.
@@ -141,6 +142,7 @@ class MinCount(Admission):
         )
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class Probability(Admission):
     """Admit an unknown id with probability ``p``, drawn anew in each training lookup that has it.
@@ -175,6 +177,7 @@ class Probability(Admission):
         return AdmissionCheck(fields.DRAW, int(self.p * 2**53))
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class BloomCount(Admission):
     """Admit an id when a count-min sketch estimates ``k`` occurrences: bounded memory.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _Class = TypeVar("_Class", bound=type)
@@ -21,6 +22,8 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+_EXPORTS = "torch.export, torch.onnx.export, make_fx and FakeTensorMode"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -144,7 +147,7 @@ def check_not_traced(what: str, tensors: Iterable[Tensor]) -> None:
 
     Args:
         what: Is looked up, for the error.
-        tensors: Ids; those that ``torch.func`` wraps have no memory.
+        tensors: Ids or weights; those that ``torch.func`` wraps have no memory.
 
     Raises:
         RuntimeError: torch traces, exports or transforms what runs.
@@ -152,12 +155,32 @@ def check_not_traced(what: str, tensors: Iterable[Tensor]) -> None:
     if _tracing_state() is not None:
         kind = "torch.jit.trace (and torch.onnx.export over it)"
     elif _dispatch_mode(_FAKE) is not None or _dispatch_mode(_PROXY) is not None:
-        kind = "torch.export, torch.onnx.export, make_fx and FakeTensorMode"
+        kind = _EXPORTS
     elif _functorch_interpreter() is not None and any(map(_is_wrapped, tensors)):
         kind = "torch.func (vmap, grad, jvp)"
+    elif forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        kind = "forward-mode differentiation (torch.autograd.forward_ad)"
     else:
         return
     refuse_recording(what, kind)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_fake_mode() -> bool:
+    """Return whether new tensors have no memory that kernels could write to."""
+    return _dispatch_mode(_FAKE) is not None
+
+
+def refuse_fake_mode(what: str) -> NoReturn:
+    """Raise because ``FakeTensorMode`` is active.
+
+    Args:
+        what: Is used.
+    """
+    refuse_recording(what, _EXPORTS)
 
 
 def refuse_recording(what: str, kind: str) -> NoReturn:
@@ -281,12 +304,21 @@ def _plain(name: str) -> str:
     return name.casefold().replace("_", "").replace("-", "").replace(" ", "")
 
 
-def explain_arguments(hints: Mapping[str, str]) -> Callable[[_Class], _Class]:
-    """Return a class decorator: wrong arguments are told what to write instead.
+def explain_arguments(hints: Mapping[str, str] | None = None) -> Callable[[_Class], _Class]:
+    """Return a class decorator: wrong and missing arguments are told what to write instead.
 
     Args:
         hints: Name of an argument that the class does not have -> what to do about it.
+
+    Example:
+        >>> @explain_arguments()
+        ... class Filter:
+        ...     def __init__(self, filter_step): ...
+        >>> Filter(filter_steps=3)
+        Traceback (most recent call last):
+        TypeError: filter_steps: Filter has none; did you mean filter_step?
     """
+    known_mistakes = {} if hints is None else hints
 
     def decorate(cls: _Class) -> _Class:
         init = cls.__init__  # type: ignore[misc]
@@ -294,6 +326,11 @@ def explain_arguments(hints: Mapping[str, str]) -> Callable[[_Class], _Class]:
         ordered = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in parameters}
+        needed = [
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
 
         @functools.wraps(init)
         def explained(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -309,12 +346,18 @@ def explain_arguments(hints: Mapping[str, str]) -> Callable[[_Class], _Class]:
                     f"got {args!r}{advice}"
                 )
             for name in kwargs.keys() - names:
-                if name in hints:
-                    raise TypeError(f"{name}: {cls.__name__} has none; {hints[name]}")
+                if name in known_mistakes:
+                    raise TypeError(f"{name}: {cls.__name__} has none; {known_mistakes[name]}")
                 if not takes_any:
                     close = get_close_matches(name, names, 1)
                     advice = f"; did you mean {close[0]}?" if close else f", only {sorted(names)}"
                     raise TypeError(f"{name}: {cls.__name__} has none{advice}")
+            for name in needed:
+                if name not in kwargs and name not in ordered[: len(args)]:
+                    given = "..., " if args or kwargs else ""
+                    raise TypeError(
+                        f"{name}: {cls.__name__} needs it; write {cls.__name__}({given}{name}=...)"
+                    )
             init(self, *args, **kwargs)
 
         cls.__init__ = explained  # type: ignore[misc]
@@ -323,7 +366,8 @@ def explain_arguments(hints: Mapping[str, str]) -> Callable[[_Class], _Class]:
     return decorate
 
 
-# What users of nn.Embedding and of RecIS write -> what to write.
+# What users write of nn.Embedding, RecIS and torch.optim -> what to write.
+OPTIMIZER_HINTS = {"learning_rate": "write lr=", "params": "write tables=hash_tables(module)"}
 _LEAVE_OUT = "it does not exist here: leave it out"
 HINTS = {
     "num_embeddings": "any id gets a row when it occurs: leave it out",
@@ -343,6 +387,7 @@ HINTS = {
 __all__ = [
     "HINTS",
     "MAX_INT",
+    "OPTIMIZER_HINTS",
     "check_betas",
     "check_bool",
     "check_bound",
@@ -357,7 +402,9 @@ __all__ = [
     "check_str",
     "check_strided",
     "explain_arguments",
+    "is_fake_mode",
     "is_row_dtype",
+    "refuse_fake_mode",
     "refuse_recording",
     "refuse_script",
     "refuse_symbols",

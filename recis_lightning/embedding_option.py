@@ -84,6 +84,12 @@ class EmbeddingOption:
     def __post_init__(self) -> None:
         check_embedding_dim(self.embedding_dim)
         check_dtype(self.dtype)
+        if isinstance(self.table, int):
+            raise TypeError(
+                f"table: expected a str, got {type(self.table).__name__} ({self.table!r}); any id "
+                "gets a row when it occurs, so there is no num_embeddings: write "
+                f"EmbeddingOption({self.table!r})"
+            )
         if self.table is not None:
             check_str("table", self.table)
         check_policies(self.initializer, self.admission, self.eviction)

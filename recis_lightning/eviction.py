@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_bound, check_int, check_kinds
+from recis_lightning.arguments import check_bound, check_int, check_kinds, explain_arguments
 
 KEPT_COLUMNS = ("last_seen", "counts", "last_time")  # those that training lookups write
 COLUMNS = (*KEPT_COLUMNS, "ids", "norms")
@@ -123,6 +123,7 @@ class Eviction(ABC):
         return expired
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class GlobalStepFilter(Eviction):
     """Evict rows that no recent training lookup had.
@@ -152,6 +153,7 @@ class GlobalStepFilter(Eviction):
         return rows.last_seen < rows.step - self.filter_step
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class TimeToLive(Eviction):
     """Evict rows that no training lookup had in the last ``seconds``.
@@ -204,6 +206,7 @@ class TimeToLive(Eviction):
         return rows.now - rows.last_time > self.seconds
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class MaxRows(Eviction):
     """Evict down to ``n`` rows: the least recently, or least frequently, used are evicted first.
@@ -247,6 +250,7 @@ class MaxRows(Eviction):
         return _lowest(keys, rows.evictable, num_expired, rows.sum_over_ranks)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class MinNorm(Eviction):
     """Evict rows whose weights have an L2 norm below ``threshold``.

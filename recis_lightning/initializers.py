@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from recis_lightning.arguments import explain_arguments
 from recis_lightning.ops import layout as fields
 
 
@@ -43,6 +44,7 @@ def _check_xavier(gain: float, fan_in: int) -> None:
     _check_not_negative("fan_in", fan_in)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class Constant(Initializer):
     """Every weight is ``val``."""
@@ -57,6 +59,7 @@ class Constant(Initializer):
         return fields.INIT_CONSTANT, (self.val,)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class Uniform(Initializer):
     """Uniform in (a, b), as ``torch.nn.init.uniform_``."""
@@ -74,6 +77,7 @@ class Uniform(Initializer):
         return fields.INIT_UNIFORM, (self.a, self.b)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class Normal(Initializer):
     """Normal with ``mean`` and ``std``, as ``torch.nn.init.normal_``."""
@@ -90,6 +94,7 @@ class Normal(Initializer):
         return fields.INIT_NORMAL, (self.mean, self.std)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class TruncatedNormal(Initializer):
     """Normal with ``mean`` and ``std``, cut to [a, b], as ``torch.nn.init.trunc_normal_``."""
@@ -117,6 +122,7 @@ class TruncatedNormal(Initializer):
         return fields.INIT_TRUNCATED_NORMAL, (self.mean, self.std, *bounds)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class XavierUniform(Initializer):
     """Uniform within ``gain * sqrt(6 / (fan_in + embedding_dim))`` of 0.
@@ -138,6 +144,7 @@ class XavierUniform(Initializer):
         return fields.INIT_UNIFORM, (-bound, bound)
 
 
+@explain_arguments()
 @dataclass(frozen=True)
 class XavierNormal(Initializer):
     """Normal with std ``gain * sqrt(2 / (fan_in + embedding_dim))``.

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from recis_lightning.arguments import check_ids, check_int, check_strided, refuse_symbols
+from recis_lightning.arguments import (
+    check_ids,
+    check_int,
+    check_not_traced,
+    check_strided,
+    refuse_symbols,
+)
 
 
 class Jagged(NamedTuple):
@@ -333,6 +339,7 @@ def _read_weights(weights: Any, shape: tuple[int, ...], name: str) -> Tensor | N
         raise ValueError(
             f"{name}: expected weights of the ids' shape {shape}, got {tuple(weights.shape)}"
         )
+    check_not_traced(f"{name}.weights", [weights])
     check_strided(weights, f"{name}.weights")
     return weights.reshape(-1).float().resolve_neg().contiguous()
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from recis_lightning import HashTable
+from recis_lightning import EmbeddingOption, HashTable
+from recis_lightning.admission import MinCount
 from recis_lightning.arguments import (
     check_bound,
     check_dtype,
@@ -16,6 +17,10 @@ from recis_lightning.arguments import (
     check_seed,
     check_str,
 )
+from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, TraceHook
+from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.initializers import Normal
+from recis_lightning.optim import SparseAdam
 
 
 def test_valid_values_are_returned():
@@ -72,3 +77,23 @@ def test_a_seed_is_one_that_torch_takes():
             check_seed(seed)
     with pytest.raises(TypeError, match=r"seed: expected int, got 1\.5"):
         check_seed(1.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GlobalStepFilter(filter_steps=3), "GlobalStepFilter .* did you mean filter_step"),
+        (lambda: MinCount(), r"k: MinCount needs it; write MinCount\(k=\.\.\.\)"),
+        (lambda: Normal(stdev=1.0), "stdev: Normal has none; did you mean std"),
+        (lambda: HashTableFilterHook(interval=3), "interval: .* did you mean filter_interval"),
+        (lambda: LoggerHook(10, 3), r"LoggerHook: expected log_step .*, got \(10, 3\)"),
+        (lambda: TraceHook(["score"]), r"path: .*; write TraceHook\(\.\.\., path=\.\.\.\)"),
+        (lambda: SparseAdam([HashTable(2)], learning_rate=0.1), "SparseAdam has none; write lr="),
+        (lambda: SparseAdam(params=[]), r"params: .*; write tables=hash_tables\(module\)"),
+        (lambda: EmbeddingOption(1000, 16), r"no num_embeddings: write EmbeddingOption\(16\)"),
+    ],
+)
+def test_wrong_arguments_are_told_what_to_write(make, words):
+    """Those of policies, hooks, optimizers and options, as those of tables."""
+    with pytest.raises(TypeError, match=words):
+        make()

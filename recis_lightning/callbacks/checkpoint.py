@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
+from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.save_interception import intercept_saves
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 _KEY = "_recis_lightning_save"
 
 
+@explain_arguments()
 class CheckpointHook(Hook):
     """Let every rank save its rows in files of its own, and load its part of what any ranks saved.
 

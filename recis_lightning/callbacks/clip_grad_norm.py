@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.optim.clipping import check_clipping, clip_grad_norm_
 
 __all__ = ["ClipGradNormHook"]
 
 
+@explain_arguments()
 @final
 class ClipGradNormHook(Hook):
     """Clip the norm of all gradients together, dense and sparse, before each optimizer step.

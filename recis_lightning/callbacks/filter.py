@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int
+from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.callbacks.hook import Hook, is_new_trainer
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.process_group import ProcessGroup
@@ -22,6 +22,7 @@ __all__ = ["HashTableFilterHook"]
 _log = logging.getLogger(__name__)
 
 
+@explain_arguments()
 class HashTableFilterHook(Hook):
     """Evict rows by the tables' eviction policies, every ``filter_interval`` batches.
 

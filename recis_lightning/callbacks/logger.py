@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int
+from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.log_values import to_host
 from recis_lightning.callbacks.training_clock import TrainingClock
@@ -40,6 +40,7 @@ _FIRST_MEMBER: dict[type, Callable[[Any], Any]] = {
 _SAMPLES = "samples of this window"
 
 
+@explain_arguments()
 class LoggerHook(Hook):
     """Report progress every ``log_step`` training batches.
 

@@ -11,12 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_str
+from recis_lightning.arguments import check_str, explain_arguments
 from recis_lightning.jagged import Jagged
 
 __all__ = ["PredictionWriter"]
 
 
+@explain_arguments()
 class PredictionWriter(Callback):
     """Write what ``predict_step`` returns, beside entries of its batch, to Parquet files.
 

@@ -13,6 +13,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch import Tensor
 from typing_extensions import override
 
+from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.callbacks.profiler_regions import RegionRecorder
 from recis_lightning.callbacks.timeline import Timeline
@@ -24,6 +25,7 @@ __all__ = ["ProfilerHook", "begin_timeline"]
 _log = logging.getLogger(__name__)
 
 
+@explain_arguments()
 class ProfilerHook(Hook):
     """Profile training in cycles of ``wait + warmup + active`` batches, one trace for each cycle.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int
+from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.callbacks.fit_checks import check_table_names
 from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.callbacks.log_values import TensorCache, log_histogram, log_values, to_host
@@ -38,6 +38,7 @@ _ON_NAN = ("warn", "raise", "evict")
 _SHOWN_IDS = 10
 
 
+@explain_arguments()
 class MetricReportHook(Hook):
     """Report size and turnover of every table, every ``interval`` training batches.
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from typing_extensions import override
 
+from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.hook import batches_done
 from recis_lightning.callbacks.profiler_regions import OpenRegions
 from recis_lightning.callbacks.timeline import Timeline
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _MODULE = "[LightningModule]"  # its methods run last at each point, whether or not it has them
 
 
+@explain_arguments()
 @final
 class TimelineProfiler(Profiler):
     """Lightning profiler that writes Chrome traces of a few training batches.

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int
+from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.trace.collect import TraceCollection
 from recis_lightning.trace.files import import_pyarrow
@@ -21,6 +21,7 @@ __all__ = ["TraceHook"]
 _log = logging.getLogger(__name__)
 
 
+@explain_arguments()
 class TraceHook(Hook):
     """Write the tensors of ``add_to_trace`` in training steps to a Parquet data set.
 

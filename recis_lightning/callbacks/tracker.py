@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.log_values import log_distribution, log_values, to_host
 from recis_lightning.metrics import take_tracked
@@ -18,6 +19,7 @@ from recis_lightning.metrics import take_tracked
 __all__ = ["MLTrackerHook"]
 
 
+@explain_arguments()
 class MLTrackerHook(Hook):
     """Write the values of ``add_to_ml_tracker(name, data)`` to the Trainer's loggers, on rank 0.
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from typing_extensions import override
 
-from recis_lightning.arguments import check_bound
+from recis_lightning.arguments import OPTIMIZER_HINTS, check_bound, explain_arguments
 from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_decay
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
 
+@explain_arguments(OPTIMIZER_HINTS)
 class SparseAdagrad(SparseOptimizer):
     """Adagrad on the rows with a gradient, as ``torch.optim.Adagrad`` on sparse gradients.
 
@@ -67,6 +68,7 @@ class SparseAdagrad(SparseOptimizer):
         return _adagrad_fields(group, num_updates)
 
 
+@explain_arguments(OPTIMIZER_HINTS)
 class SparseRowwiseAdagrad(SparseOptimizer):
     """Adagrad with one sum a row: it adds up the mean square of the row's gradient.
 

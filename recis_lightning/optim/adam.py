@@ -8,13 +8,19 @@ from typing import Any
 
 from typing_extensions import override
 
-from recis_lightning.arguments import check_betas, check_bound
+from recis_lightning.arguments import (
+    OPTIMIZER_HINTS,
+    check_betas,
+    check_bound,
+    explain_arguments,
+)
 from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
 
+@explain_arguments(OPTIMIZER_HINTS)
 class SparseAdam(SparseOptimizer):
     """Adam on the rows with a gradient, as ``torch.optim.SparseAdam``.
 
@@ -68,6 +74,7 @@ class SparseAdam(SparseOptimizer):
         return {**shared, fields.HYPER_EPS: group["eps"] / root}
 
 
+@explain_arguments(OPTIMIZER_HINTS)
 class SparseAdamW(SparseOptimizer):
     """AdamW on the rows with a gradient, as ``torch.optim.AdamW`` where every row has one.
 
@@ -138,6 +145,7 @@ class SparseAdamW(SparseOptimizer):
         return {**shared, fields.HYPER_EPS: eps, fields.HYPER_DECAY: decay}
 
 
+@explain_arguments(OPTIMIZER_HINTS)
 class SparseRowwiseAdam(SparseOptimizer):
     """Adam with one second moment a row: it averages the mean square of the row's gradient.
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from typing_extensions import override
 
-from recis_lightning.arguments import check_betas, check_bound
+from recis_lightning.arguments import OPTIMIZER_HINTS, check_betas, check_bound, explain_arguments
 from recis_lightning.ops import layout as fields
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
 
 
+@explain_arguments(OPTIMIZER_HINTS)
 class SparseLion(SparseOptimizer):
     """Lion on the rows with a gradient: every weight moves by ``lr``, along the sign of a momentum.
 

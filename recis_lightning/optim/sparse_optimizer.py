@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from recis_lightning.ops import layout as fields
-from recis_lightning.optim.table_updater import TableUpdater
+from recis_lightning.optim.table_updater import TableUpdater, check_clip_bound
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import write
@@ -63,7 +63,7 @@ class SparseOptimizer(Optimizer, ABC):
 
     @clip_grad_norm.setter
     def clip_grad_norm(self, bound: float | None) -> None:
-        self._updater.clip_grad_norm = bound
+        self._updater.clip_grad_norm = check_clip_bound("clip_grad_norm", bound)
 
     @property
     def clip_grad_value(self) -> float | None:
@@ -72,7 +72,7 @@ class SparseOptimizer(Optimizer, ABC):
 
     @clip_grad_value.setter
     def clip_grad_value(self, bound: float | None) -> None:
-        self._updater.clip_grad_value = bound
+        self._updater.clip_grad_value = check_clip_bound("clip_grad_value", bound)
 
     def norm_power(self, norm_type: float) -> Tensor:
         """Return the sum of ``|g| ** norm_type`` over the rows' gradients, the largest if inf.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recis_lightning import compiler
-from recis_lightning.arguments import check_bound
+from recis_lightning.arguments import check_bound, is_fake_mode, refuse_fake_mode
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.ops import row_update
@@ -91,6 +91,8 @@ class TableUpdater:
         Raises:
             RuntimeError: A table with a gradient has another optimizer by now.
         """
+        if is_fake_mode():
+            refuse_fake_mode(type(owner).__name__)
         exchange_gradients(
             self.tables, lambda: f"steps {_describe(owner, self.tables)}", is_due=True
         )
@@ -284,8 +286,8 @@ def make_updater(
         ValueError: A hyperparameter out of range, no tables, or a table twice.
     """
     check_bound("lr", lr)
-    _check_positive("clip_grad_norm", clip_grad_norm)
-    _check_positive("clip_grad_value", clip_grad_value)
+    check_clip_bound("clip_grad_norm", clip_grad_norm)
+    check_clip_bound("clip_grad_value", clip_grad_value)
     given = _listed(tables)
     if not given:
         raise ValueError(
@@ -361,11 +363,13 @@ def _name_of(tables: Sequence[HashTable]) -> str:
     return "+".join(names) if len(names) <= _NAMED else f"{names[0]}+{len(names) - 1} more"
 
 
-def _check_positive(name: str, bound: float | None) -> None:
+def check_clip_bound(name: str, bound: float | None) -> float | None:
+    """Return ``bound`` if it is a number > 0 or None, else raise."""
     if bound is not None and not hasattr(bound, "__float__"):
         raise TypeError(f"{name}: expected a number > 0 or None, got {bound!r}")
     if bound is not None and not bound > 0:
         raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
+    return bound
 
 
 def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
@@ -381,4 +385,4 @@ def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
     return members
 
 
-__all__ = ["TableUpdater", "different", "make_updater"]
+__all__ = ["TableUpdater", "check_clip_bound", "different", "make_updater"]

@@ -225,11 +225,12 @@ class HashTable(nn.Module):
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         # Policies and the like may be changed at any time: the next lookup goes by them.
-        is_setting = settings.is_setting(name) and "storage" in self.__dict__
-        if is_setting:
-            settings.check(name, value, self.storage)
-        super().__setattr__(name, value)
-        if is_setting:
+        if not settings.is_setting(name) or "storage" not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        settings.check(name, value, self.storage)
+        with self.storage.undo(self):
+            super().__setattr__(name, value)
             settings.take_effect(name, value, self.seed, self.name, self.storage)
 
     @property
@@ -340,7 +341,9 @@ class HashTable(nn.Module):
                 "eviction=GlobalStepFilter(filter_step=...)"
             )
         rows, last_seen = self._find(ids), storage.columns["last_seen"]
-        return torch.where(rows >= 0, last_seen[rows.clamp(min=0)], -1).view(ids.shape)
+        steps, is_known = torch.full_like(rows, -1), rows >= 0
+        steps[is_known] = last_seen[rows[is_known]]
+        return steps.view(ids.shape)
 
     # ---- sizes
 

@@ -14,6 +14,7 @@ from threading import get_ident
 from types import FrameType
 from typing import Any, TypeVar
 
+from recis_lightning.arguments import is_fake_mode, refuse_fake_mode
 from recis_lightning.table.stream_order import StreamOrder
 
 _numbers = itertools.count()
@@ -193,20 +194,24 @@ def _in_turn(locks: Sequence[TableLock], work: Callable[..., _Result], *args: An
 
 
 def reads(method: _Method) -> _Method:
-    """Have a method of something with a ``lock`` run while no other thread changes it."""
+    """Have a table's method run while no other thread changes the table."""
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_fake_mode():
+            refuse_fake_mode(f"table {self.name!r}")
         return read((self.lock,), partial(method, self, *args, **kwargs))
 
     return locked  # type: ignore[return-value]
 
 
 def writes(method: _Method) -> _Method:
-    """Have a method of something with a ``lock`` run while no other thread reads or changes it."""
+    """Have a table's method run while no other thread reads or changes the table."""
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_fake_mode():
+            refuse_fake_mode(f"table {self.name!r}")
         return write((self.lock,), partial(method, self, *args, **kwargs))
 
     return locked  # type: ignore[return-value]

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -418,3 +420,19 @@ def test_a_missing_checkpoint_is_a_file_that_is_not_found(tmp_path, path):
         with pytest.raises(ValueError, match=re.escape(f"{path}: no ")):
             read()
     assert not any(tmp_path.iterdir())
+
+
+def test_missing_pandas_says_what_to_install(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, [HashTable(2, name="user")])
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pandas: pip install 'recis-lightning\[checkpoint\]'"):
+        checkpoint.read_table(tmp_path, "user", "pandas")
+
+
+def test_nobody_is_advised_to_trust_a_file(tmp_path):
+    """One that holds other objects is refused, and ``weights_only=False`` is not proposed."""
+    path = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}, "object": SimpleNamespace()}, path)
+    with pytest.raises(ValueError, match="holds more than tensors and primitives") as raised:
+        checkpoint.inspect(path)
+    assert "weights_only" not in str(raised.value)

@@ -5,6 +5,8 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -210,3 +212,30 @@ def test_a_recomputed_lookup_changes_nothing(use_reentrant):
         states = [module.table.get_extra_state() for module in (plain, again)]
         assert str(states[0]) == str(states[1])
     assert again.table.ids().tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch itself calls it
+@pytest.mark.parametrize("way", ["make_dual", "jvp", "vmap", "jacobian"])
+def test_transformed_weights_are_refused(way, training):
+    """Forward-mode differentiation would find a tangent of zeros."""
+    ids, ones = torch.tensor([[5, 6]]), torch.ones(1, 2)
+    bag = DynamicEmbeddingBag(4, mode="sum", name="tags").train(training)
+
+    def look_up(weights):
+        return bag(ids, per_sample_weights=weights)
+
+    words = "cannot follow a lookup"
+    if way == "make_dual":
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=words):
+            look_up(forward_ad.make_dual(ones, ones))
+    elif way == "jvp":
+        with pytest.raises(RuntimeError, match=words):
+            torch.func.jvp(look_up, (ones,), (ones,))
+    elif way == "vmap":
+        with pytest.raises(RuntimeError, match=words):
+            torch.func.vmap(look_up)(torch.ones(3, 1, 2))
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            jacobian(look_up, ones, strategy="forward-mode", vectorize=True)
+    assert len(bag.table) == 0

@@ -208,11 +208,20 @@ def test_a_lookup_needs_data():
         lambda table: table.insert(KNOWN, torch.ones(1000, 4)),
         lambda table: table.delete(KNOWN),
         lambda table: HashTable(4),
+        lambda table: table.ids(),
+        lambda table: table.evict(),
+        lambda table: table.clear(),
+        lambda table: table.get_extra_state(),
+        lambda table: copy.deepcopy(table),
+        lambda table: table.to(torch.bfloat16),
+        lambda table: table.optimizer.step(),
     ],
 )
 def test_a_table_needs_data(use):
     """As its lookups."""
     table = HashTable(4, name="data")
+    optimizer = SparseSGD([table], lr=1.0)
+    assert table.optimizer is optimizer
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         pytest.raises(RuntimeError, match="FakeTensorMode cannot follow a lookup"),

@@ -399,3 +399,15 @@ def test_what_is_no_table_is_told_what_to_pass(make, error, words):
     with pytest.raises(error, match=words):
         make(module)
     assert module.table.optimizer is None
+
+
+@pytest.mark.parametrize("name", ["clip_grad_norm", "clip_grad_value"])
+@pytest.mark.parametrize("bound", [-1.0, 0.0, math.nan, "1"])
+def test_a_bound_that_is_set_later_is_checked(name, bound):
+    """A negative one would turn gradients around."""
+    optimizer = SparseSGD(hash_tables(DynamicEmbedding(4)), lr=1.0, **{name: 2.0})
+    with pytest.raises((TypeError, ValueError), match=f"{name}: expected a number > 0 or None"):
+        setattr(optimizer, name, bound)
+    assert getattr(optimizer, name) == 2.0
+    setattr(optimizer, name, None)
+    assert getattr(optimizer, name) is None

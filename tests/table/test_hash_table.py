@@ -322,3 +322,9 @@ def test_a_step_beyond_int64_is_refused(steps):
     assert table.step == 5
     with pytest.raises(ValueError, match="seed: expected an int in"):
         HashTable(2, seed=2**64)
+
+
+def test_an_empty_table_has_seen_nothing():
+    table = HashTable(2, eviction=GlobalStepFilter(3))
+    assert table.last_seen(torch.tensor([[1, 2]])).tolist() == [[-1, -1]]
+    assert table.last_seen(torch.empty(0, dtype=torch.int64)).tolist() == []

@@ -6,8 +6,9 @@ import torch
 from recis_lightning import DynamicEmbedding, DynamicEmbeddingBag, EmbeddingEngine, EmbeddingOption
 from recis_lightning.admission import BloomCount, MinCount, ReadOnly
 from recis_lightning.eviction import AnyOf, GlobalStepFilter, TimeToLive
-from recis_lightning.initializers import Constant
+from recis_lightning.initializers import Constant, Normal
 from recis_lightning.table.hash_table import HashTable
+from tests.helpers.interruptions import run_interrupted
 
 ONE, TWO, THREE = (torch.tensor([number]) for number in (1, 2, 3))
 
@@ -159,3 +160,22 @@ def test_options_of_an_engine_are_fixed():
     with pytest.raises(AttributeError, match="options: an engine's options are fixed"):
         engine.options = {}
     assert list(engine.options) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("initializer", Constant(2.0)), ("seed", 9), ("admission", ReadOnly())],
+)
+def test_a_setting_that_is_interrupted_says_what_it_does(name, value):
+    """Either the old value and its rows, or the new one and those of it."""
+    for at in range(80):
+        table = HashTable(2, initializer=Normal(std=1.0), name="t")
+        interrupted = run_interrupted(lambda table=table: setattr(table, name, value), at)
+        twin = HashTable(
+            2, name="t", **{"initializer": Normal(std=1.0), name: getattr(table, name)}
+        )
+        assert torch.equal(table(ONE), twin(ONE)), at
+        if not interrupted.was_interrupted:
+            assert getattr(table, name) == value
+            return
+    pytest.fail("it is never done")
