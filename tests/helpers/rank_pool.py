@@ -96,6 +96,8 @@ class Ranks:
 def _work(pipe):
     torch.set_num_threads(1)
     importlib.import_module("tests.helpers.rank_training")
+    # Its functions keep the process group that there is when it is imported, as Dynamo imports it.
+    importlib.import_module("torch.distributed.nn")
     pipe.send("ready")
     while True:
         try:
