@@ -25,8 +25,9 @@ class ColumnarDataModule(L.LightningDataModule):
     """Columnar files for each part of a run, read as ``ColumnarDataset`` reads them.
 
     Its place in the training files is saved with Lightning's checkpoint, and so in the same commit
-    as the tables. A run that resumes, on any number of ranks, trains the rest of its epoch: each
-    row once an epoch. Validation, test and prediction keep the order of files and rows, and all
+    as the tables. A run that resumes, on any number of ranks, trains the rest of its epoch, from
+    what ``ModelCheckpoint`` saved after a step, validation or an epoch, or on an exception in a
+    training step. Validation, test and prediction keep the order of files and rows, and all
     of their rows.
 
     Args:
@@ -137,12 +138,9 @@ class ColumnarDataModule(L.LightningDataModule):
                 # On other ranks the rest of this epoch has another length than the next epoch, and
                 # Lightning asks for it once, unless it reloads.
                 trainer.reload_dataloaders_every_n_epochs = 1
+                _forget_unfinished_step(trainer.fit_loop)
         elif trainer is not None and trainer.fit_loop.epoch_loop.restarting:
-            # Resumed where an epoch ends: Lightning begins the next one at its first batch only if
-            # the last had as many batches as that one has.
-            length = len(_Loader(self, data, training=True))
-            progress = trainer.fit_loop.epoch_loop.batch_progress.current
-            progress.completed = max(progress.completed, length)
+            _begin_next_epoch(trainer.fit_loop, len(_Loader(self, data, training=True)))
         return _Loader(self, data, training=True)
 
     @override
@@ -213,3 +211,26 @@ class _Loader:
             self._data.set_epoch(trainer.current_epoch)
         elif not self._training:
             self._data.set_epoch(0)
+
+
+def _forget_unfinished_step(fit_loop: Any) -> None:
+    """Make Lightning, resumed from a save on an exception, count a step that was not taken as such.
+
+    It does so for the epoch's count, but tells by the total where later checkpoints were made.
+    """
+    total = fit_loop.epoch_loop.batch_progress.total
+    if total.processed < total.ready:
+        total.reset_on_restart()
+
+
+def _begin_next_epoch(fit_loop: Any, length: int) -> None:
+    """Make Lightning, resumed after the last step of an epoch, begin the next one.
+
+    It counts the resumed epoch as done before it reloads the loader. But it goes on as if the next
+    one had begun, so that checkpoints made in that look like those of an epoch's end; and it keeps
+    the count of batches, unless the last epoch had as many as the next one.
+    """
+    epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
+    if epoch.ready == epoch.processed:
+        fit_loop.reset_restart_stage()
+        batch.completed = max(batch.completed, length)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import lightning as L
 import pytest
@@ -15,8 +16,11 @@ from recis_lightning.data import ColumnarDataModule, Id, Label
 from recis_lightning.optim import SparseAdam
 from tests.helpers.columnar_files import COLUMNS, rows_of, write_files
 
-# A run may go on without the callback that saved it.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+# A run may go on without the callback that saved it, and save to another folder.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
 
 QUIET = {
     "accelerator": "cpu",
@@ -144,6 +148,89 @@ def test_a_run_goes_on_with_batches_of_another_size(tmp_path, pattern, sizes, st
     for epoch in range(3):
         rows = [row for part in (first, second) for batch in part.trained(epoch) for row in batch]
         assert sorted(rows) == list(range(22))
+
+
+class Validated(Clicks):
+    """Clicks, validated with a metric for each checkpoint."""
+
+    def validation_step(self, batch):
+        self.log("loss", float(self.global_step), batch_size=1)
+
+
+class Fails(Clicks):
+    """Clicks, but it fails instead of stopping, so that a checkpoint is made on the exception."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == self.stop_at:
+            raise ArithmeticError
+
+
+def live(pattern, folder, ckpt, stop_at, on_exception=False, val=None):
+    """Train from a checkpoint to the end, or up to a step, and keep the checkpoints made."""
+    model = (Fails if on_exception else Validated if val else Clicks)(stop_at)
+    steps = ModelCheckpoint(
+        folder,
+        filename="{step}",
+        every_n_train_steps=100 if on_exception else 1,
+        save_top_k=-1,
+        save_on_exception=on_exception,
+    )
+    ends = ModelCheckpoint(
+        folder, filename="end-{step}", save_on_train_epoch_end=True, save_top_k=-1
+    )
+    savers = [steps, ends]
+    if val:
+        savers.append(
+            ModelCheckpoint(
+                folder,
+                filename="val-{step}",
+                monitor="loss",
+                save_on_train_epoch_end=False,
+                save_top_k=-1,
+            )
+        )
+    with suppress(KeyboardInterrupt, SystemExit, ArithmeticError):
+        fit(pattern, model, ckpt, callbacks=savers, val=val)
+    return model
+
+
+def step_of(path):
+    return int(path.stem.split("=")[1])
+
+
+@pytest.mark.parametrize("first", ["step=6", "end-step=6", "val-step=6"])
+def test_a_resumed_run_is_resumed_from_each_checkpoint(tmp_path, pattern, first):
+    """Twice, from all that is saved about an epoch's end and in the two steps after it."""
+    val = pattern if first.startswith("val") else None
+    whole = live(pattern, tmp_path / "whole", None, -1, val=val)
+
+    def go_on(path, lives):
+        done, folder = step_of(path), path.parent / path.stem
+        model = live(pattern, folder, str(path), done + 3 if lives else -1, val=val)
+        assert model.rows == whole.rows[done : done + 3 if lives else None], str(path)
+        if not lives:
+            assert torch.equal(weights_of(model), weights_of(whole)), str(path)
+            return
+        made = [ckpt for ckpt in folder.glob("*.ckpt") if step_of(ckpt) <= done + 2]
+        assert len(made) >= 2
+        for ckpt in made:
+            go_on(ckpt, lives - 1)
+
+    go_on(tmp_path / "whole" / f"{first}.ckpt", 2)
+
+
+@pytest.mark.parametrize("failed_at", [2, 6])
+def test_a_run_that_failed_is_resumed_again_and_again(tmp_path, pattern, failed_at):
+    """From what was saved on an exception, then from what the run after it saved in either way."""
+    whole = live(pattern, tmp_path / "whole", None, -1)
+    live(pattern, tmp_path / "failed", None, failed_at, on_exception=True)
+    ckpt, rows = tmp_path / f"failed/step={failed_at}.ckpt", whole.rows[:failed_at]
+    for stop_at, on_exception in ((failed_at + 1, False), (failed_at + 3, True), (-1, False)):
+        folder = tmp_path / f"{stop_at}"
+        model = live(pattern, folder, str(ckpt), stop_at, on_exception)
+        rows, ckpt = rows + model.rows, folder / f"step={stop_at}.ckpt"
+    assert rows == whole.rows
+    assert torch.equal(weights_of(model), weights_of(whole))
 
 
 def test_a_run_goes_on_after_a_whole_epoch(tmp_path, pattern):
