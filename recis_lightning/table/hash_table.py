@@ -35,6 +35,8 @@ from recis_lightning.arguments import (
     check_seed,
     check_str,
     explain_arguments,
+    is_fake_mode,
+    refuse_fake_mode,
     refuse_recording,
     refuse_script,
 )
@@ -572,6 +574,8 @@ class HashTable(nn.Module):
             TypeError: ``policy`` is no policy.
             ValueError: It asks for a column that the table does not keep.
         """
+        if is_fake_mode():
+            refuse_fake_mode(f"table {self.name!r}")
         # A gradient keeps its row, on whatever rank it is.
         exchange_gradients([self], lambda: f"evicts from table {self.name!r}", is_due=False)
         return write((self.lock,), self.evictor.evict, policy, dry_run, self._process_group)
