@@ -35,6 +35,10 @@ class HashTableFilterHook(Hook):
     * filter_interval``... Validation, test and prediction count and evict nothing. With gradient
     accumulation a batch is a micro-batch.
 
+    A table in ``eval()``, as in a frozen part of a module, neither counts nor evicts: its lookups
+    stamp no row, so each would soon be old. A table that modules share follows the last ``eval()``
+    or ``train()`` of any of them; call ``table.train()`` if one of them goes on training it.
+
     In a loop written by hand, call ``after_step(None, global_step)`` after each step; it works
     on every table alive in the process that has an eviction policy, except deep copies of tables
     that are alive: a copy kept as the best model stays as it is. Without such a table it says so

@@ -319,6 +319,7 @@ GOOD = {"a": torch.arange(3), "b": torch.arange(6).view(3, 2)}
         ({"b": torch.ones(3, 1, 2).long()}, r"^b: concat needs ids \[B\] .*shape \(3, 1, 2\)"),
         ({"b": torch.arange(4)}, "^b: concat needs as many samples .* 'a' has 3; got 4"),
         ({"b": Jagged(torch.arange(3), torch.tensor([0, 3]))}, "^b: .* 'a' has 3; got 1"),
+        ({"b": Jagged(torch.arange(3), torch.tensor([1, 1, 1]))}, "^b: .* did you pass lengths"),
         ({"b": None}, r"^features: concat needs every feature .* missing \['b'\], unknown \[\]"),
     ],
 )

@@ -55,9 +55,10 @@ def test_a_copy_leaves_pending_gradients_behind():
     assert not torch.equal(module.table.embeddings(EXTREMES), before)
 
 
-def test_loading_into_another_optimizer_keeps_only_fitting_state():
+def test_loading_into_another_optimizer_keeps_only_fitting_state(caplog):
     """SparseAdagrad's sum of a whole row is no row-wise sum, and moments mean nothing to it."""
     for source in (SparseAdagrad, SparseAdam, SparseSGD):
+        caplog.clear()
         module, _ = trained(source)
         other = DynamicEmbedding(3, name="t")
         sparse = SparseRowwiseAdagrad(hash_tables(other), initial_accumulator_value=0.5)
@@ -65,6 +66,10 @@ def test_loading_into_another_optimizer_keeps_only_fitting_state():
         state = other.table.get_extra_state()
         assert torch.equal(state["weights"], module.table.get_extra_state()["weights"])
         assert state["slots"]["sum"].tolist() == [[0.5]] * len(other.table)
+        lost = {SparseAdagrad: "sum", SparseAdam: "exp_avg, exp_avg_sq", SparseSGD: None}[source]
+        messages = [r.getMessage() for r in caplog.records if r.name.endswith("table.state")]
+        assert len(messages) == (lost is not None)
+        assert all(f"another optimizer's; {lost} is dropped, and sum" in m for m in messages)
         other(EXTREMES).sum().backward()
         sparse.step()
 
