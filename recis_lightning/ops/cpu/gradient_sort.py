@@ -28,6 +28,7 @@ from recis_lightning.ops.layout import (
     PLAN_FIRST_ID,
     PLAN_FLAT_BASE,
     PLAN_MODE,
+    PLAN_NUM_BAGS,
     PLAN_NUM_IDS,
     PLAN_ROWS,
     PLAN_TILE_LEN,
@@ -38,19 +39,17 @@ from recis_lightning.ops.layout import (
 _SORT_SERIAL = 1 << 14  # fewer positions are sorted by one thread
 _DIGIT_BITS = 12  # a digit's counters and open cache lines fit the first-level cache
 _INSERTION_SORT = 32  # fewer keys of a table are sorted without counting
+_RANGE_SIZE = 6  # words of a table's range
 _F = np.float32
 
 
-@kernel
-def _key_kernel(
-    chunk, plan, num_features, keys, addresses, scales, position_bits, no_row, dim_bytes
-):
-    line = plan + feature_at(plan, num_features, chunk) * PLAN_BYTES
+@inlined
+def _enter_keys(line, low, high, keys, addresses, scales, position_bits, no_row, dim_bytes):
+    """Enter key, gradient and scale of each position of some bags of one line of the plan."""
     mode, first = load_i64(line + 8 * PLAN_MODE), load_i64(line + 8 * PLAN_FIRST_ID)
     rows, base = load_i64(line + 8 * PLAN_ROWS), load_i64(line + 8 * PLAN_FLAT_BASE)
     weights, tile_len = load_i64(line + 8 * PLAN_WEIGHTS), load_i64(line + 8 * PLAN_TILE_LEN)
     data, stride = load_i64(line + 8 * PLAN_DATA), load_i64(line + 8 * PLAN_DATA_STRIDE)
-    low, high = bags_of_chunk(line, chunk)
     for bag in range(low, high):
         start, end = bag_start(line, bag), bag_start(line, bag + 1)
         divisor = bag_divisor(mode, rows, weights, start, end)
@@ -70,6 +69,15 @@ def _key_kernel(
                 if mode in (MEAN, MEAN_BY_COUNT):
                     scale = scale / divisor if divisor != _F(0) else _F(0)
                 store_f32(scales + 4 * position, scale)
+
+
+@kernel
+def _key_kernel(
+    chunk, plan, num_features, keys, addresses, scales, position_bits, no_row, dim_bytes
+):
+    line = plan + feature_at(plan, num_features, chunk) * PLAN_BYTES
+    low, high = bags_of_chunk(line, chunk)
+    _enter_keys(line, low, high, keys, addresses, scales, position_bits, no_row, dim_bytes)
 
 
 @kernel
@@ -127,11 +135,30 @@ def _bit_length(n):
 
 
 @kernel
-def _sort_tables_kernel(chunk, thread, keys, spare, ranges, position_bits, all_counts):
+def _sort_tables_kernel(
+    chunk,
+    thread,
+    plan,
+    ranges,
+    keys,
+    spare,
+    addresses,
+    scales,
+    position_bits,
+    no_row,
+    dim_bytes,
+    all_counts,
+):
     # A chunk is one table: its keys fit a cache, and its rows need fewer digits than all rows.
+    table = ranges + 8 * _RANGE_SIZE * chunk
+    first, n = load_i64(table), load_i64(table + 8)
+    base, num_rows = load_i64(table + 16), load_i64(table + 24)
+    line = plan + load_i64(table + 32) * PLAN_BYTES
+    for _ in range(load_i64(table + 40)):
+        num_bags = load_i64(line + 8 * PLAN_NUM_BAGS)
+        _enter_keys(line, 0, num_bags, keys, addresses, scales, position_bits, no_row, dim_bytes)
+        line += PLAN_BYTES
     counts = all_counts + 8 * (thread << _DIGIT_BITS)
-    first, n = load_i64(ranges + 32 * chunk), load_i64(ranges + 32 * chunk + 8)
-    base, num_rows = load_i64(ranges + 32 * chunk + 16), load_i64(ranges + 32 * chunk + 24)
     source, target = keys + 8 * first, spare + 8 * first
     if n <= _INSERTION_SORT:
         _insertion_sort(source, n)
@@ -171,20 +198,28 @@ def _sort_tables_kernel(chunk, thread, keys, spare, ranges, position_bits, all_c
 
 
 def _table_ranges(plan, num_rows):
-    """Order the plan by table; return int64 [tables, 4]: first position, positions, base, rows."""
+    """Order the plan by table.
+
+    Returns:
+        The plan, and int64 [tables, _RANGE_SIZE]: first position, positions, base, rows, first line
+        and lines of each.
+    """
     bases = plan[:, PLAN_FLAT_BASE]
     if np.count_nonzero(bases[1:] <= bases[:-1]):  # not a line for each table, in order
         plan = plan[np.argsort(bases, kind="stable")]
         sizes = plan[:, PLAN_NUM_IDS]
         plan[:, PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
-        bases, starts = np.unique(plan[:, PLAN_FLAT_BASE], return_index=True)
-        firsts, sizes = plan[starts, PLAN_FIRST_ID], np.add.reduceat(sizes, starts)
+        bases, lines = np.unique(plan[:, PLAN_FLAT_BASE], return_index=True)
+        firsts, sizes = plan[lines, PLAN_FIRST_ID], np.add.reduceat(sizes, lines)
+        num_lines = np.diff(lines, append=len(plan))
     else:
         firsts, sizes = plan[:, PLAN_FIRST_ID], plan[:, PLAN_NUM_IDS]
-    ranges = np.empty((len(bases), 4), np.int64)
+        lines, num_lines = np.arange(len(plan)), 1
+    ranges = np.empty((len(bases), _RANGE_SIZE), np.int64)
     ranges[:, 0], ranges[:, 1], ranges[:, 2] = firsts, sizes, bases
     ranges[:-1, 3], ranges[-1, 3] = bases[1:], num_rows
     ranges[:, 3] -= bases
+    ranges[:, 4], ranges[:, 5] = lines, num_lines
     return plan, ranges
 
 
@@ -230,29 +265,22 @@ def sort_gradients(plan, blocks, layout, blocks_on_device):
     is_scaled = (modes == MEAN) | (modes == MEAN_BY_COUNT) | (plan[:, PLAN_WEIGHTS] != 0)
     if np.count_nonzero(is_scaled):
         scales = workspace.take("gradient_scales", n, np.float32)
-    _key_kernel.launch(
-        split_plan(plan),
-        1,
-        plan=plan,
-        num_features=len(plan),
-        keys=keys,
-        addresses=addresses,
-        scales=scales,
-        position_bits=position_bits,
-        no_row=num_rows,
-        dim_bytes=4 * layout.embedding_dim,
-    )
+    shared = {
+        "plan": plan,
+        "keys": keys,
+        "addresses": addresses,
+        "scales": scales,
+        "position_bits": position_bits,
+        "no_row": num_rows,
+        "dim_bytes": 4 * layout.embedding_dim,
+    }
     threads = torch.get_num_threads()
     if n < _SORT_SERIAL or ranges[:, 1].max() * threads * 2 <= n:
+        counts = workspace.take("digit_counts", threads << _DIGIT_BITS, np.int64)
         _sort_tables_kernel.launch(
-            len(ranges),
-            1,
-            keys=keys,
-            spare=spare,
-            ranges=ranges,
-            position_bits=position_bits,
-            all_counts=workspace.take("digit_counts", threads << _DIGIT_BITS, np.int64),
+            len(ranges), 1, **shared, spare=spare, ranges=ranges, all_counts=counts
         )
     else:
+        _key_kernel.launch(split_plan(plan), 1, **shared, num_features=len(plan))
         keys = _radix_sort(keys, spare, n, position_bits, row_bits)
     return keys, addresses, scales, n, position_bits
