@@ -79,13 +79,14 @@ class DeepFM(L.LightningModule):
         """Return logits [B]."""
         joined = self.engine.concat(batch["features"])
         rows = joined.view(len(joined), len(self.embeddings), -1)  # a row a feature
-        weights, factors = rows[..., 0], rows[..., 1:]
+        # Split, whose backward joins the two gradients: slices would each pad theirs with zeros.
+        weights, factors = rows.split([1, rows.shape[2] - 1], 2)
         # The sum over pairs of inner products, without the pairs.
         pairs = (factors.sum(1).square() - factors.square().sum(1)).sum(1) / 2
         deep = self.perceptron(torch.cat([factors.flatten(1), batch["dense"]], dim=1))
         if self.linear is not None:
             deep = deep + self.linear(batch["dense"])
-        logits: Tensor = weights.sum(1) + pairs + deep.squeeze(1)
+        logits: Tensor = weights.sum((1, 2)) + pairs + deep.squeeze(1)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
