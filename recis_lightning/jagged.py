@@ -311,9 +311,10 @@ def read_bags(feature: Any, name: str) -> Bags:
             and feature.dim() == 1
             and feature.dtype is torch.int64
             and feature.is_contiguous()
+            and not feature.is_neg()
         ):
             size = feature.numel()
-            return Bags(feature.resolve_neg(), size, 1, None, None, (size,))
+            return Bags(feature, size, 1, None, None, (size,))
         return _read_dense(feature, None, name)
     if isinstance(feature, Jagged):
         return read_jagged(feature, name)
