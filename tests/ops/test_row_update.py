@@ -388,6 +388,34 @@ def test_hot_rows_and_large_batches(backend):
     assert torch.equal(_state(table, 5000)["weights"], wanted)
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2048, 2048, 2048],  # each as many stretches as are added up together, and where they are
+        [33, 4096 + 31, 1, 2047],
+        [5, 0, 6100, 40],
+        [100, 2100, 4300],
+    ],
+    ids=["aligned", "between", "to-the-end", "shifted"],
+)
+@pytest.mark.parametrize("is_known", [True, False], ids=["all", "some"])
+def test_rows_of_very_many_gradients(backend, counts, is_known):
+    """Their sums are those of all positions, wherever the row begins and ends in the order."""
+    generator = torch.Generator().manual_seed(0)
+    table = _table(3, num_rows=len(counts))
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    if not is_known:  # positions without a row come behind all others, as many as a long row
+        rows = torch.cat([rows, torch.full((2500,), -1)])
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    feature = Feature(table, rows, "none")
+    # Small whole numbers: float32 sums are exact in every order.
+    feature.buffer = torch.randint(-3, 4, feature.buffer.shape, generator=generator).float()
+    table.storage.rows.write(torch.arange(len(counts)), torch.zeros(len(counts), 3), {})
+    _update([feature], SGD, {HYPER_LR: 1.0, HYPER_CLIP: math.inf})
+    wanted = torch.zeros(len(counts), 3).index_add_(0, rows[rows >= 0], -feature.buffer[rows >= 0])
+    assert torch.equal(_state(table, len(counts))["weights"], wanted)
+
+
 def test_gradients_of_a_row_are_added_in_the_order_of_the_batch():
     """The kernel's float32 sum of a row is that of a plain loop, bit by bit."""
     table = _table(1, num_rows=70)

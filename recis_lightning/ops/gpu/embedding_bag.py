@@ -63,6 +63,7 @@ from recis_lightning.ops.gpu.runtime import (
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
 _LANES = lanes(128, 4096)  # ids that a program looks up at a time
+_UNROLLED = tl.constexpr(lanes(4, 2))  # rows of a bag that are on their way together
 
 
 @device_function
@@ -145,16 +146,18 @@ def _pool(
             divisor = tl.full((BAGS,), 0.0, tl.float32)
             step = most * 0
             while step < most:
-                i = start + step
-                on = i < end
-                row = tl.load(int64_at(rows + 8 * i), on, PADDING)
-                scale = scale_of(weights, i, on)
-                known = row >= 0
-                address = row_address(blocks, shift, row_bytes, row, known)
-                mask = known[:, None] & (column < DIM)[None, :]
-                total += load_weights(address, column, mask, BFLOAT16, ALIGNED) * scale[:, None]
-                divisor += tl.where(row != PADDING, share_of(mode, scale, on), 0.0)
-                step += 1
+                for ahead in tl.static_range(0, _UNROLLED):
+                    i = start + step + ahead
+                    on = i < end
+                    row = tl.load(int64_at(rows + 8 * i), on, PADDING)
+                    scale = scale_of(weights, i, on)
+                    known = row >= 0
+                    address = row_address(blocks, shift, row_bytes, row, known)
+                    mask = known[:, None] & (column < DIM)[None, :]
+                    value = load_weights(address, column, mask, BFLOAT16, ALIGNED)
+                    total += value * scale[:, None]
+                    divisor += tl.where(row != PADDING, share_of(mode, scale, on), 0.0)
+                step += _UNROLLED
             if is_mean:
                 empty = divisor == 0
                 divisor = tl.where(empty, 1.0, divisor)

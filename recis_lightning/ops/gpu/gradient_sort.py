@@ -146,13 +146,19 @@ def _count_pieces_kernel(
     tl.store(int64_at(counts + 8 * chunk), sum_over(starts.to(tl.int64), 0))
 
 
-@kernel(*_PIECE_VARIANTS)
+@kernel(*({**variant, "SCALED": variant["WIDE"]} for variant in _PIECE_VARIANTS))
 def _list_pieces_kernel(
     keys: tl.int64,
     counts: tl.int64,
     n: tl.int64,
     num_rows: tl.int64,
     pieces: tl.int64,
+    order: tl.int64,
+    addresses: tl.int64,
+    sorted_addresses: tl.int64,
+    scales: tl.int64,
+    sorted_scales: tl.int64,
+    SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
     LANES: tl.constexpr,
@@ -167,6 +173,14 @@ def _list_pieces_kernel(
     following = key_at(keys, i + 1, i + 1 < n, WIDE)
     is_last = (i < n) & (key < num_rows) & ((i + 1 == n) | (following >= num_rows))
     tl.store(int64_at(pieces + 8 * piece), i + 1, is_last)
+    # The update then asks for a gradient as soon as it knows its piece.
+    has_row = (i < n) & (key < num_rows)
+    position = tl.load(int64_at(order + 8 * i), has_row, 0)
+    address = tl.load(int64_at(addresses + 8 * position), has_row, 0)
+    tl.store(int64_at(sorted_addresses + 8 * i), address, has_row)
+    if SCALED:
+        scale = tl.load(float_at(scales + 4 * position), has_row, 0)
+        tl.store(float_at(sorted_scales + 4 * i), scale, has_row)
 
 
 class SortedGradients:
@@ -177,9 +191,8 @@ class SortedGradients:
         num_rows: Number of rows in all blocks, and the key of ids without a row.
         keys: int32 or int64 [n], rows in ascending order; ids without one are at the end.
         wide: Whether keys are int64.
-        order: int64 [n], the position of each key.
-        addresses: int64 [n], address of each position's gradient.
-        scales: float32 [n], factor of each position's gradient; None if all are 1.
+        sorted_addresses: Address of int64 [n], each key's gradient's address.
+        sorted_scales: Address of float32 [n], each key's gradient's factor; 0 if all are 1.
         pieces: int64 [num_pieces + 1], start of each piece and end of the last one; the
             tensor is longer.
         num_pieces: Address of int64 [1].
@@ -201,13 +214,13 @@ class SortedGradients:
             keys = torch.full((n,), num_rows, dtype=dtype, device=device)
         else:
             keys = torch.empty(n, dtype=dtype, device=device)
-        self.addresses = torch.empty(n, dtype=torch.int64, device=device)
-        self.scales = None
+        addresses = torch.empty(n, dtype=torch.int64, device=device)
+        scales = None
         means = {fields.MEAN, fields.MEAN_BY_COUNT}
         if any(plan[:, fields.PLAN_WEIGHTS].tolist()) or not means.isdisjoint(
             plan[:, fields.PLAN_MODE].tolist()
         ):
-            self.scales = torch.empty(n, dtype=torch.float32, device=device)
+            scales = torch.empty(n, dtype=torch.float32, device=device)
         num_programs = split_plan(plan, _BAGS)
         staged = stage(plan, device)
         _key_kernel.launch(
@@ -216,29 +229,44 @@ class SortedGradients:
             staged.data_ptr(),
             len(plan),
             keys.data_ptr(),
-            self.addresses.data_ptr(),
-            0 if self.scales is None else self.scales.data_ptr(),
+            addresses.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
             num_rows,
             4 * layout.embedding_dim,
-            SCALED=self.scales is not None,
+            SCALED=scales is not None,
             WIDE=self.wide,
             BAGS=_BAGS,
         )
-        self.keys, self.order = torch.sort(keys, stable=True)
-        self._split()
+        self.keys, order = torch.sort(keys, stable=True)
+        self._split(order, addresses, scales)
 
-    def _split(self):
-        programs = -(-self.n // _LANES)
-        # One allocation: the pieces, and behind them how many of them each program finds.
-        memory = torch.empty(self.n + programs + 2, dtype=torch.int64, device=self.device)
-        self.pieces, counts = memory, memory.data_ptr() + 8 * (self.n + 1)
+    def _split(self, order, addresses, scales):
+        n, programs = self.n, -(-self.n // _LANES)
+        # One allocation: the pieces, how many of them each program finds, addresses and scales.
+        num_scales = 0 if scales is None else (n + 1) // 2
+        size = 2 * n + programs + 2 + num_scales
+        self.pieces = torch.empty(size, dtype=torch.int64, device=self.device)
+        counts = self.pieces.data_ptr() + 8 * (n + 1)
         self.num_pieces = counts + 8 * programs
-        where = (self.keys.data_ptr(), counts, self.n, self.num_rows)
+        self.sorted_addresses = self.num_pieces + 8
+        self.sorted_scales = 0 if scales is None else self.sorted_addresses + 8 * n
+        where = (self.keys.data_ptr(), counts, n, self.num_rows)
         constants = {"WIDE": self.wide, "PIECE": PIECE, "LANES": _LANES}
         _count_pieces_kernel.launch(self.device, programs, *where, **constants)
         add_up_(self.device, counts, programs)
-        pieces = self.pieces.data_ptr()
-        _list_pieces_kernel.launch(self.device, programs, *where, pieces, **constants)
+        _list_pieces_kernel.launch(
+            self.device,
+            programs,
+            *where,
+            self.pieces.data_ptr(),
+            order.data_ptr(),
+            addresses.data_ptr(),
+            self.sorted_addresses,
+            0 if scales is None else scales.data_ptr(),
+            self.sorted_scales,
+            SCALED=scales is not None,
+            **constants,
+        )
 
 
 __all__ = ["PIECE", "SortedGradients", "key_at"]

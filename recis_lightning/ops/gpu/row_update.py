@@ -2,7 +2,9 @@
 
 A row with few gradients is one piece: its program adds them up and updates the row at once. Of a
 row with many, each program adds up one piece, and one more program adds the sums of the pieces, in
-their order. So no row keeps one program busy for long, and sums are always taken in the same order.
+their order. Where a row may have hundreds of thousands, sums of neighbouring pieces are added up
+before that, by programs of their own. So no row keeps one program busy for long, and sums are
+always taken in the same order.
 """
 
 import torch
@@ -35,6 +37,10 @@ NORM.value = -1  # a rule that updates nothing
 
 _CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
 _SUMS = lanes(16, 64)  # of pieces, at once
+_UNROLLED = lanes(2, 2)  # gradients of a piece that are on their way together
+_GROUP = 64  # stretches whose sums are added up first where there are many
+# Positions from which on that is worth a launch: fewer are at most 512 turns of one program.
+_MANY = lanes(1 << 18, 1 << 12)
 
 
 @device_function
@@ -99,13 +105,12 @@ _ODD = {
 
 
 @kernel(
-    *({**_WIDE, "RULE": rule, "SCALED": False, "ROWS": 8} for rule in _RULES),
-    {**_WIDE, "BFLOAT16": True, "RULE": fields.ADAM, "SCALED": True, "ROWS": 8},
-    {**_ODD, "RULE": fields.ADAM, "SCALED": True, "ROWS": 16},
+    *({**_WIDE, "RULE": rule, "SCALED": False, "ROWS": 8, "UNROLLED": 2} for rule in _RULES),
+    {**_WIDE, "BFLOAT16": True, "RULE": fields.ADAM, "SCALED": True, "ROWS": 8, "UNROLLED": 2},
+    {**_ODD, "RULE": fields.ADAM, "SCALED": True, "ROWS": 16, "UNROLLED": 2},
 )
 def _update_kernel(
     keys: tl.int64,
-    order: tl.int64,
     addresses: tl.int64,
     scales: tl.int64,
     pieces: tl.int64,
@@ -126,6 +131,7 @@ def _update_kernel(
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)
     count = tl.load(int64_at(num_pieces))
@@ -143,16 +149,16 @@ def _update_kernel(
         most = largest(end - start)
         step = most * 0
         while step < most:
-            i = start + step
-            on = i < end
-            position = tl.load(int64_at(order + 8 * i), on, 0)
-            address = tl.load(int64_at(addresses + 8 * position), on, 0)
-            at = cells_at(float_at(address), column, ALIGNED)
-            value = tl.load(at, on[:, None] & (column < DIM)[None, :], 0)
-            if SCALED:
-                value = value * tl.load(float_at(scales + 4 * position), on, 0)[:, None]
-            g += value
-            step += 1
+            for ahead in tl.static_range(0, UNROLLED):
+                i = start + step + ahead
+                on = i < end
+                address = tl.load(int64_at(addresses + 8 * i), on, 0)
+                at = cells_at(float_at(address), column, ALIGNED)
+                value = tl.load(at, on[:, None] & (column < DIM)[None, :], 0)
+                if SCALED:
+                    value = value * tl.load(float_at(scales + 4 * i), on, 0)[:, None]
+                g += value
+            step += UNROLLED
         # A stretch of PIECE indices may leave two sums: of the row that began before it, and of the
         # row that goes on behind it.
         sum_index = start // PIECE * 2 + tl.where(start % PIECE == 0, 0, 1)
@@ -177,14 +183,98 @@ def _update_kernel(
         first += tl.num_programs(0) * ROWS
 
 
+_SIZES = ("DIM", "COLUMNS", "ALIGNED", "WIDE", "PIECE")
+
+
+@device_function
+def _add_sums(sums, i, on, g, DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Add sums, float32 [DIM] at the addresses ``sums`` where ``on``, to ``g`` [1, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)
+    at = cells_at(float_at(sums + i), column, ALIGNED)
+    return g + sum_over(tl.load(at, on[:, None] & (column < DIM)[None, :], 0), 0)[None, :]
+
+
+@device_function
+def _add_run(
+    sums,
+    first,
+    until,
+    keys,
+    key,
+    g,
+    STRETCHES: tl.constexpr,
+    BYTES: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Add the sums from ``first`` on, each of STRETCHES stretches, as far as a row goes.
+
+    Returns:
+        ``g`` with them; the first that was not added, ``until`` at most.
+    """
+    i = first
+    more = i < until
+    while more:
+        others = i + tl.arange(0, SUMS)
+        on = others < until
+        # Keys ascend: where the last stretch begins with the row, all do.
+        last = others * STRETCHES + (STRETCHES - 1)
+        on = on & (key_at(keys, last * PIECE, on, WIDE) == key)
+        g = _add_sums(sums, BYTES * others, on, g, DIM, COLUMNS, ALIGNED)
+        count = sum_over(on.to(tl.int32), 0)
+        i += count
+        more = count == SUMS
+    return g, i
+
+
 @kernel(
-    *({**_WIDE, "RULE": rule, "SUMS": 16} for rule in _RULES),
-    {**_ODD, "RULE": fields.ADAM, "SUMS": 16},
+    *(
+        {**{name: shape[name] for name in _SIZES}, "SUMS": 16, "GROUP": _GROUP}
+        for shape in (_WIDE, _ODD)
+    )
+)
+def _add_groups_kernel(
+    keys: tl.int64,
+    partial_sums: tl.int64,
+    group_sums: tl.int64,
+    num_rows: tl.int64,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+    SUMS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # One program GROUP stretches: where all begin with the same row, their sums of it are added up.
+    group = tl.program_id(0).to(tl.int64)
+    first, zero = group * GROUP, tl.arange(0, 1)
+    key = key_at(keys, first * PIECE + zero, zero == 0, WIDE)
+    is_one = key_at(keys, (first + GROUP - 1) * PIECE + zero, zero == 0, WIDE) == key
+    if largest((is_one & (key < num_rows)).to(tl.int32)) != 0:
+        column = tl.arange(0, COLUMNS)
+        g = tl.full((1, COLUMNS), 0.0, tl.float32)
+        for part in tl.static_range(0, GROUP, SUMS):
+            stretch = first + part + tl.arange(0, SUMS)
+            g = _add_sums(partial_sums, 8 * DIM * stretch, stretch >= 0, g, DIM, COLUMNS, ALIGNED)
+        at = cells_at(float_at(group_sums + 4 * DIM * group + zero), column, ALIGNED)
+        tl.store(at, g, (column < DIM)[None, :])
+
+
+@kernel(
+    *({**_WIDE, "RULE": rule, "SUMS": 16, "GROUP": _GROUP} for rule in _RULES),
+    {**_ODD, "RULE": fields.ADAM, "SUMS": 16, "GROUP": _GROUP},
 )
 def _update_long_kernel(
     keys: tl.int64,
     blocks: tl.int64,
     partial_sums: tl.int64,
+    group_sums: tl.int64,
+    num_groups: tl.int64,
     norms: tl.int64,
     n: tl.int64,
     num_rows: tl.int64,
@@ -199,6 +289,7 @@ def _update_long_kernel(
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
     SUMS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     # One program a stretch of PIECE indices: it updates the row that begins in the stretch and goes
     # on behind it, if there is one.
@@ -216,16 +307,60 @@ def _update_long_kernel(
         at = cells_at(float_at(partial_sums + 4 * sum_index * DIM), column, ALIGNED)
         g = tl.load(at, inside, 0)
         key = largest(flat)
-        other = stretch + 1
-        more = other > stretch
-        while more:
-            others = other + tl.arange(0, SUMS)
-            on = others * PIECE < n
-            on = on & (key_at(keys, others * PIECE, on, WIDE) == key)
-            sums = cells_at(float_at(partial_sums + 8 * others * DIM), column, ALIGNED)
-            g += sum_over(tl.load(sums, on[:, None] & inside, 0), 0)[None, :]
-            other += SUMS
-            more = sum_over(on.to(tl.int32), 0) == SUMS
+        run = stretch + 1
+        num_stretches = (n + PIECE - 1) // PIECE
+        if num_groups > 0:  # stretches up to the next group, groups, and then what is left
+            ahead = (run + GROUP - 1) // GROUP
+            g, run = _add_run(
+                partial_sums,
+                run,
+                tl.minimum(ahead * GROUP, num_stretches),
+                keys,
+                key,
+                g,
+                1,
+                8 * DIM,
+                DIM,
+                COLUMNS,
+                ALIGNED,
+                WIDE,
+                PIECE,
+                SUMS,
+            )
+            if run == ahead * GROUP:
+                g, ahead = _add_run(
+                    group_sums,
+                    ahead,
+                    num_groups,
+                    keys,
+                    key,
+                    g,
+                    GROUP,
+                    4 * DIM,
+                    DIM,
+                    COLUMNS,
+                    ALIGNED,
+                    WIDE,
+                    PIECE,
+                    SUMS,
+                )
+                run = ahead * GROUP
+        g, run = _add_run(
+            partial_sums,
+            run,
+            num_stretches,
+            keys,
+            key,
+            g,
+            1,
+            8 * DIM,
+            DIM,
+            COLUMNS,
+            ALIGNED,
+            WIDE,
+            PIECE,
+            SUMS,
+        )
         norm = norms + 4 * stretch + 4 * zero
         _update(
             blocks,
@@ -253,7 +388,10 @@ def _launch(gradients, rule):
     n, device = work.n, work.device
     dim, columns = layout.embedding_dim, power_of_two(layout.embedding_dim)
     stretches = -(-n // PIECE)
-    partial_sums = torch.empty(2 * stretches * dim, dtype=torch.float32, device=device)
+    num_groups = stretches // _GROUP if n >= _MANY else 0
+    size = (2 * stretches + num_groups) * dim
+    partial_sums = torch.empty(size, dtype=torch.float32, device=device)
+    group_sums = partial_sums.data_ptr() + 8 * stretches * dim
     is_norm = rule == NORM.value
     norms, at = None, 0
     if is_norm:
@@ -276,9 +414,8 @@ def _launch(gradients, rule):
         device,
         min(-(-n // rows), num_programs_at_once(device)),
         work.keys.data_ptr(),
-        work.order.data_ptr(),
-        work.addresses.data_ptr(),
-        0 if work.scales is None else work.scales.data_ptr(),
+        work.sorted_addresses,
+        work.sorted_scales,
         work.pieces.data_ptr(),
         work.num_pieces,
         work.blocks.data_ptr(),
@@ -287,22 +424,38 @@ def _launch(gradients, rule):
         n,
         layout.block_shift,
         layout.row_bytes,
-        SCALED=work.scales is not None,
+        SCALED=work.sorted_scales != 0,
         ROWS=rows,
+        UNROLLED=_UNROLLED,
         **constants,
     )
+    if num_groups:
+        _add_groups_kernel.launch(
+            device,
+            num_groups,
+            work.keys.data_ptr(),
+            partial_sums.data_ptr(),
+            group_sums,
+            work.num_rows,
+            **{name: constants[name] for name in _SIZES},
+            SUMS=_SUMS,
+            GROUP=_GROUP,
+        )
     _update_long_kernel.launch(
         device,
         (n - 1) // PIECE,  # no row goes on behind the last stretch
         work.keys.data_ptr(),
         work.blocks.data_ptr(),
         partial_sums.data_ptr(),
+        group_sums,
+        num_groups,
         at + 4 * n,
         n,
         work.num_rows,
         layout.block_shift,
         layout.row_bytes,
         SUMS=_SUMS,
+        GROUP=_GROUP,
         **constants,
     )
     return norms
