@@ -36,6 +36,7 @@ from recis_lightning.ops.gpu.update_rules import apply_rule, hyper_at
 NORM.value = -1  # a rule that updates nothing
 
 _CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
+_ON_EACH = 10  # programs that a multiprocessor's 65,536 registers have room for
 _SUMS = lanes(16, 64)  # of pieces, at once
 _UNROLLED = lanes(2, 2)  # gradients of a piece that are on their way together
 _GROUP = 64  # stretches whose sums are added up first where there are many
@@ -412,7 +413,7 @@ def _launch(gradients, rule):
     rows = max(_CELLS // columns, 1)
     _update_kernel.launch(
         device,
-        min(-(-n // rows), num_programs_at_once(device)),
+        min(-(-n // rows), num_programs_at_once(device, _ON_EACH)),
         work.keys.data_ptr(),
         work.sorted_addresses,
         work.sorted_scales,

@@ -149,11 +149,16 @@ def lanes(compiled, interpreted):
 
 
 @functools.cache
-def num_programs_at_once(device):
-    """Return how many programs keep the device busy, where each of them loops over its share."""
+def num_programs_at_once(device, on_each=16):
+    """Return how many programs keep the device busy, where each of them loops over its share.
+
+    Args:
+        device: The GPU.
+        on_each: How many of them stay on a multiprocessor: more would come in a second turn.
+    """
     if INTERPRETED:
         return 2
-    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
+    return on_each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def stage(array, device):
