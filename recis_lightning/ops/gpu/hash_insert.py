@@ -194,9 +194,13 @@ def _count_distinct(staged, rows, num_tables):
     where = (*staged.where, rows.data_ptr(), keys.data_ptr(), owners.data_ptr())
     _copy_missing_kernel.launch(rows.device, staged.num_programs, *where, LANES=LANES)
     missing = owners >= 0
-    pairs = torch.stack([owners[missing], keys[missing]])
-    distinct = torch.unique(pairs, dim=1)[0]
-    return torch.bincount(distinct, minlength=num_tables).tolist()
+    # Two radix sorts: torch.unique of pairs would compare them.
+    keys, order = keys[missing].sort()
+    owners, order = owners[missing][order].sort(stable=True)
+    keys = keys[order]
+    is_first = torch.ones_like(keys, dtype=torch.bool)
+    is_first[1:] = (keys[1:] != keys[:-1]) | (owners[1:] != owners[:-1])
+    return torch.bincount(owners[is_first], minlength=num_tables).tolist()
 
 
 def tables_without_room(staged, tables):

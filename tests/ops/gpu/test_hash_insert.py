@@ -5,11 +5,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding
+from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.admission import BloomCount, MinCount
 from recis_lightning.initializers import Constant
 from recis_lightning.ops import backend
 from recis_lightning.ops.backend import module as backend_module
+from recis_lightning.ops.gpu import hash_insert
 
 pytestmark = pytest.mark.interpreted
 
@@ -93,3 +94,22 @@ def test_an_interrupted_launch_changes_nothing(failing):
         with patch.object(kind, "launch", interrupted), pytest.raises(KeyboardInterrupt):
             module(torch.arange(10, 30))
         _check_as_before(module, list(range(20)))
+
+
+def test_new_ids_are_counted_by_table():
+    """Each distinct id once, for each of the tables that lack it, also the smallest of int64."""
+    smallest = torch.iinfo(torch.int64).min
+    with backend.use("triton"):
+        engine = EmbeddingEngine({name: EmbeddingOption(2) for name in ("a", "b", "c")})
+        engine({"a": torch.tensor([3]), "b": torch.tensor([4]), "c": torch.tensor([4])})
+        counted = []
+        original = hash_insert._count_distinct
+        with patch.object(
+            hash_insert,
+            "_count_distinct",
+            lambda *args: counted.append(original(*args)) or counted[-1],
+        ):
+            ids = torch.tensor([5, smallest, 3, 5, -1, 5, smallest]).repeat(40_000)
+            engine({"a": ids, "b": ids + 1, "c": torch.tensor([4])})
+    assert counted == [[3, 3, 0]]
+    assert [len(table) for table in hash_tables(engine)] == [4, 4, 1]
