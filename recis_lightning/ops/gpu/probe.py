@@ -92,7 +92,9 @@ def claim_slot(entries, shift, capacity, key, claiming, dummy):
     turn = capacity * 0
     while any_of(searching) & (turn < capacity):
         at = entries + 16 * slot
-        there = tl.load(int64_at(at), searching, 0)
+        # Past the first-level cache: there a line that another multiprocessor has changed looks
+        # free, and each duplicate of a new id would swap.
+        there = tl.load(int64_at(at), searching, 0, cache_modifier=".cg")
         is_free = searching & (there == EMPTY)
         if any_of(is_free):
             swapped = tl.atomic_cas(
