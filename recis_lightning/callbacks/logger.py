@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -96,6 +96,8 @@ class LoggerHook(Hook):
         self._num_samples: int | None = 0  # None: a batch of unknown size
         self._logged: dict[str, Tensor] = {}  # of the newest window, float64 []
         self._is_forgotten = False  # Lightning forgets all values when an epoch ends
+        self._is_held = False  # Lightning goes through them after each batch
+        self._released: dict[str, Any] = {}  # Lightning's own holders of what was taken from it
 
     @override
     def after_step(self, metrics: Mapping[str, Any] | None, gstep: int | Tensor) -> None:
@@ -135,7 +137,8 @@ class LoggerHook(Hook):
         self._by_hand = False
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
-        self._logged, self._is_forgotten = {}, False
+        self._logged, self._released = {}, {}
+        self._is_forgotten = self._is_held = False
         self._clock.start(trainer)
 
     @override
@@ -152,8 +155,10 @@ class LoggerHook(Hook):
             size = _batch_size(batch)
             self._num_samples = None if size is None else self._num_samples + size
         if self._lstep % self.log_step:
-            if self._is_forgotten:
+            if self._is_forgotten or trainer._logger_connector.should_update_logs:
                 self._log(trainer)
+            elif self._is_held:
+                self._release(trainer)
             self._clock.mark()
             return
         self._report(trainer, pl_module, outputs)
@@ -208,14 +213,26 @@ class LoggerHook(Hook):
         self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:
-        """Log the newest window: Lightning keeps it until the epoch ends.
+        """Log the newest window.
 
         The tensors are the host's, on a GPU too: to write them Lightning need not wait for it.
         """
-        self._is_forgotten = False
+        self._is_forgotten, self._is_held = False, True
         if not trainer.barebones:  # Lightning warns of what it does not log
+            cast(Any, trainer._results).update(self._released)  # to make new ones takes 1 ms
+            self._released = {}
             for name, number in self._logged.items():
                 self.log(name, number, on_step=True, on_epoch=False, prog_bar=True)
+
+    def _release(self, trainer: Trainer) -> None:
+        """Take the window out of what Lightning goes through after each batch.
+
+        It would handle each value there, at 10 us, until the epoch ends. The progress bar and
+        ``callback_metrics`` have them by now; before a logging step they are logged again.
+        """
+        self._is_held, results = False, cast(Any, trainer._results)
+        keys = [key for name in self._logged if (key := f"on_train_batch_end.{name}") in results]
+        self._released = {key: results.pop(key) for key in keys}
 
 
 @final
