@@ -16,7 +16,13 @@ from torch import Tensor
 
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.digest import digest
-from recis_lightning.distributed.heads import PAYLOAD_SIZE, Head, Kind, exchange_heads
+from recis_lightning.distributed.heads import (
+    PAYLOAD_SIZE,
+    Head,
+    Kind,
+    announce_failure,
+    exchange_heads,
+)
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
 from recis_lightning.lookup.exchange import Route, point_to_data
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
@@ -76,6 +82,13 @@ def _send_window(
 ) -> list[bool]:
     """Send the gradients of some lookups; return for each whether any rank may have more."""
     records = [entry.unsent() for entry in entries]
+    try:
+        for unsent in records:
+            for record, for_tables in unsent.items():
+                record.check_unchanged(min(table.name for table in for_tables))
+    except RuntimeError as error:
+        announce_failure(error, purpose, process_group)
+        raise
     ran_backward = ledger.ran_backward or any(records)
     bits = stack_bits(
         [entry.is_alive() for entry in entries],

@@ -162,6 +162,7 @@ class FusedUpdate:
         if len(first) == 1 and len(first[0].tables) == len(pending):
             record = first[0]
             if pending == [first] * len(pending):  # one lookup, each table once: the usual case
+                record.check_unchanged(self.tables[0].name)
                 if record.tables is not self._feature_tables:
                     self._feature_tables = ()
                     self._feature_bases = [self._base_of[table] for table in record.tables]
@@ -171,6 +172,7 @@ class FusedUpdate:
         tables_of: dict[PendingGradient, set[object]] = defaultdict(set)
         for table, records in zip(self.tables, pending, strict=True):
             for record in records:
+                record.check_unchanged(table.name)
                 tables_of[record].add(table)
         return [self._plan_of(record, tables) for record, tables in tables_of.items()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import UNKNOWN
+
+_version = attrgetter("_version")  # grows when a tensor, or one that shares its memory, is changed
 
 
 @dataclass(eq=False)
@@ -35,6 +38,25 @@ class PendingGradient:
     keep: list[Tensor]
     scales: dict[object, Tensor] = field(default_factory=dict)
     unsent: object | None = None
+
+    def __post_init__(self) -> None:
+        self._versions = list(map(_version, self.keep))
+
+    def check_unchanged(self, name: str) -> None:
+        """Raise if somebody has changed a gradient in place: only what autograd made is not copied.
+
+        Args:
+            name: Of a table that it is for.
+
+        Raises:
+            RuntimeError: The update would use other numbers than backward gave (names the table).
+        """
+        if list(map(_version, self.keep)) != self._versions:
+            raise RuntimeError(
+                f"table {name!r}: a gradient was changed in place between backward and the "
+                "optimizer's step (by a hook that keeps what it saw, or a backward that returns a "
+                "buffer of its own); change a copy of it, gradient.clone(), or return one"
+            )
 
     def rows_of(self, header: Header) -> Tensor:
         """Return the rows that a table has a gradient for, by its header; negative ones too."""

@@ -211,6 +211,16 @@ def differing(case):
             if first:
                 clip_grad_norm_(sparse, 1.0)
             sparse.step()
+        elif case == "changed gradient":
+            rows, kept = cn(IDS), []
+            rows.register_hook(lambda gradient: kept.append(gradient.detach()))
+            (rows * 1.0).sum().backward()
+            if first:
+                kept[0].zero_()
+            try:
+                sparse.step()
+            finally:
+                sparse.zero_grad()
         elif case == "lost rows":
             loss = cn(IDS).sum()
             if first:
@@ -230,6 +240,10 @@ CASES = {
     "frozen": ("rank 1 looks up ids (table 'cn', mode none) in training, with tables ['cn']", ""),
     "bad input": ("a.offsets: must start at 0", "rank 0 looks up a (table 'a', mode sum) in"),
     "clip": ("rank 0 computes the norm of gradients of SparseSGD", ""),
+    "changed gradient": (
+        "table 'cn': a gradient was changed in place",
+        "rank 0 steps SparseSGD of tables cn+us and failed with RuntimeError: table 'cn': a",
+    ),
     "lost rows": ("['cn'] lost rows on rank 0 between a lookup and the step", ""),
 }
 

@@ -75,6 +75,50 @@ def test_what_the_caller_holds_may_be_overwritten(way, shape):
     assert (module.table.embeddings(IDS) == -1).all()
 
 
+class Own(torch.autograd.Function):
+    """Function whose backward returns a buffer of its own."""
+
+    buffer = torch.ones(12, 4)
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Own.buffer.detach()
+
+
+def a_detached_view(out):
+    out.register_hook(lambda gradient: KEPT.append(gradient.detach()))
+    (out * 1.0).sum().backward()
+    return KEPT.pop()
+
+
+def a_buffer_of_a_function(out):
+    Own.apply(out).backward()
+    return Own.buffer
+
+
+@pytest.mark.parametrize("way", [a_detached_view, a_buffer_of_a_function])
+def test_what_is_changed_all_the_same_is_an_error(way):
+    """Never an update with other numbers than backward gave."""
+    KEPT.clear()
+    engine = EmbeddingEngine({n: EmbeddingOption(4, initializer=Constant(0.0)) for n in "ab"})
+    optimizer = SparseSGD(hash_tables(engine), lr=1.0)
+    out = engine(dict.fromkeys("ab", IDS))
+    out["b"].sum().backward()
+    held = way(out["a"])
+    held.zero_()
+    with pytest.raises(RuntimeError, match="table 'a': a gradient was changed in place between"):
+        optimizer.step()
+    assert all((table.embeddings(IDS) == 0).all() for table in hash_tables(engine))
+    optimizer.zero_grad()
+    engine(dict.fromkeys("ab", IDS))["a"].sum().backward()
+    optimizer.step()
+    assert (engine.tables["a"].embeddings(IDS) == -1).all()
+
+
 def test_gradients_of_an_engine():
     """Of several outputs' gradients, those are copied that are held."""
     engine = EmbeddingEngine({n: EmbeddingOption(4, initializer=Constant(0.0)) for n in "abc"})
