@@ -169,6 +169,10 @@ class _SeenIds(TableMemory):
         self.header.publish_counts()
 
     @override
+    def outgrows_index(self, num_new: int) -> bool:
+        return False
+
+    @override
     def reserve_ids(self, num_new: int) -> None:
         pass  # ``start`` has made room for all
 

@@ -17,8 +17,8 @@ from recis_lightning.checkpoint.reader import (
 )
 from recis_lightning.checkpoint.saved_tables import TableContents
 from recis_lightning.monitoring.history import RunHistory
-from recis_lightning.ops.hash_index import capacity_for
 from recis_lightning.table.scan import RowChunk, RowSurvey, scan_chunks
+from recis_lightning.table.sizing import index_capacity
 
 __all__ = ["SavedRun", "read_run"]
 
@@ -129,7 +129,9 @@ def _survey(reader: CheckpointReader, name: str, step: int) -> tuple[RowSurvey, 
 def _figures(contents: TableContents, num_columns: int, found: RowSurvey) -> dict[str, float]:
     """Return the figures that ``TableWatch`` records under the same names."""
     num_rows = sum(contents.rows)
-    capacity = capacity_for(num_rows)
+    num_words = -(-contents.embedding_dim * contents.dtype.itemsize // 4)
+    row_bytes = 4 * (num_words + sum(contents.slots.values())) + 8 * num_columns
+    capacity = index_capacity(num_rows, row_bytes)
     return {
         "rows": num_rows,
         "capacity": capacity,

@@ -2,8 +2,9 @@
 
 Open addressing with linear probing from the first entry of a cache line. Entries ``(key, row)`` are
 contiguous, so nearly every search is one memory transaction. The top bits of a mixed hash select
-the line, so a doubling of the index maps old lines to new ones in order: growth streams through
-memory. There are no tombstones: a removal rebuilds the index.
+the line, so a larger index has old lines in the same order: growth streams through memory. On the
+CPU a small index may have any capacity of whole lines (``table.sizing``). There are no tombstones:
+a removal rebuilds the index.
 
 Ops take a *group* of tables. Each feature has a *segment*, which holds the address of its ids, the
 header of its table and its padding id. Positions count the ids of all features, one feature after
@@ -43,7 +44,7 @@ from recis_lightning.ops.table_memory import TableMemory
 Segments = npt.NDArray[np.int64]
 
 MIN_CAPACITY = 64
-# Load limits by size: a small index stays in cache and can use a lower load factor, in a large one
+# Load limits by size: an index that stays in cache can use a lower load factor, in a large one
 # memory counts.
 _MAX_LOAD_SMALL, _MAX_LOAD_LARGE, _LARGE_CAPACITY = 0.5, 0.8, 1 << 22
 _COUNTS = slice(NUM_IDS, NUM_FREE + 1)  # header fields that an insertion changes
@@ -68,7 +69,7 @@ class Claim(NamedTuple):
 
 
 def max_load(capacity: int) -> float:
-    """Return the share of ``capacity`` that may be filled before the index grows."""
+    """Return the share of a power of two that may be filled before the index grows."""
     return _MAX_LOAD_SMALL if capacity < _LARGE_CAPACITY else _MAX_LOAD_LARGE
 
 

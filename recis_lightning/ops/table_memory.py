@@ -29,6 +29,13 @@ class TableMemory(ABC):
     def reserve_rows(self, num_new: int) -> None:
         """Make room in the row store for ``num_new`` more rows."""
 
+    @abstractmethod
+    def outgrows_index(self, num_new: int) -> bool:
+        """Return whether ``num_new`` more ids might need a larger index."""
+
+    def fit_index(self) -> None:
+        """Give room in the index back that a small table did not need after all."""
+
     @property
     def num_lookups(self) -> int:
         """Number of training lookups that ``count_lookup`` counted."""

@@ -1,8 +1,9 @@
-"""Rows in fixed-size blocks: growth copies nothing.
+"""Rows in fixed-size blocks: growth copies one block at most.
 
 A row is a table's weights for one id and the optimizer's state behind them, so that one update is
-one contiguous read and write. Blocks never move; kernels find them through a table of their
-addresses.
+one contiguous read and write. Kernels find blocks through a table of their addresses. Whole blocks
+never move. On the CPU, while there are few, the last one may be a part, with memory for its first
+rows alone, which moves when it grows: small tables are small.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from recis_lightning.ops.layout import (
 from recis_lightning.ops.row_io import RowField
 from recis_lightning.table.versions import block_version
 
-_BLOCK_BYTES = 1 << 18  # about this much a block: small tables stay small, tables of blocks too
+_BLOCK_BYTES = 1 << 18  # about this much a block: quick to copy, and tables of blocks are small
 _GPU_BLOCK_BYTES = 1 << 21  # on a GPU allocations are dear, and block addresses travel each step
+_FEW_BLOCKS = 16  # a store of as many whole blocks has no part of one
 _CHUNK_ROWS = 1 << 16  # rows read or written at once where all of them are copied
 _MAPPED_BYTES = 1 << 25  # from here malloc always asks the system, which hands out small pages
 
@@ -47,6 +49,10 @@ class RowStore:
         dtype: float32 or bfloat16 weights; state is float32.
         slots: Optimizer state: name -> float32 words a row.
         state_fill: What state starts from.
+
+    Attributes:
+        addresses: int64 [num_blocks], of the blocks.
+        capacity: Rows there is memory for.
     """
 
     def __init__(
@@ -67,9 +73,8 @@ class RowStore:
         self.row_words = -(-words // 4) * 4 if header.is_mirrored else words
         block_bytes = _BLOCK_BYTES if header.device.type == "cpu" else _GPU_BLOCK_BYTES
         self.block_shift = max(3, (block_bytes // (4 * self.row_words)).bit_length() - 1)
-        self._allocations: tuple[npt.NDArray[np.float32] | Tensor, ...] = ()
         self._enter_layout()
-        self._set_addresses(np.empty(0, np.int64))
+        self._set_allocations(())
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
 
     def _set_counts(self, next_row: int, num_free: int) -> None:
@@ -77,15 +82,24 @@ class RowStore:
         fields[NEXT_ROW], fields[NUM_FREE] = next_row, num_free
         self.header.publish_counts()
 
-    def _set_addresses(self, addresses: npt.NDArray[np.int64]) -> None:
+    def _set_allocations(self, allocations: tuple[npt.NDArray[np.float32] | Tensor, ...]) -> None:
+        """Take memory for rows: allocations of whole blocks, the last one perhaps of a part."""
         block_version.advance()
-        self.addresses = addresses
+        self._allocations = allocations
+        row_bytes = 4 * self.row_words
+        self.capacity = sum(allocation.nbytes for allocation in allocations) // row_bytes
+        starts = [
+            np.arange(0, allocation.nbytes, row_bytes << self.block_shift, dtype=np.int64)
+            + _address_of(allocation)
+            for allocation in allocations
+        ]
+        self.addresses = addresses = np.concatenate([np.empty(0, np.int64), *starts])
         self._addresses = torch.from_numpy(addresses).to(self.header.device)
         self.header.fields[BLOCKS] = self._addresses.data_ptr()
         self.header.publish()
 
     def _enter_layout(self) -> None:
-        """Enter the layout of a row into the header; ``_set_addresses`` publishes it."""
+        """Enter the layout of a row into the header; ``_set_allocations`` publishes it."""
         fields = self.header.fields
         fields[ROW_BYTES], fields[BLOCK_SHIFT] = 4 * self.row_words, self.block_shift
         fields[NUM_STATE] = sum(self.slots.values())
@@ -100,11 +114,6 @@ class RowStore:
     def num_rows(self) -> int:
         """Rows that were ever handed out, freed ones included."""
         return int(self.header.read_counts()[NEXT_ROW])
-
-    @property
-    def capacity(self) -> int:
-        """Rows there is memory for."""
-        return len(self.addresses) << self.block_shift
 
     @property
     def nbytes(self) -> int:
@@ -126,21 +135,40 @@ class RowStore:
         """Rows there is memory for and no id has, by the counts that the host has seen."""
         return self.capacity - self.header.fields.item(NEXT_ROW) + self.header.fields.item(NUM_FREE)
 
-    def reserve(self, num_new: int) -> None:
-        """Make room for ``num_new`` rows more; freed rows count as room."""
+    def reserve(self, num_new: int, growth: int = 0) -> None:
+        """Make room for ``num_new`` rows more; freed rows count as room.
+
+        Args:
+            num_new: Rows.
+            growth: By how many rows at least a store of few blocks grows, if it does.
+        """
         self.header.read_counts()
         unused = self.unused
         if num_new <= unused:
             return
-        block_rows = 1 << self.block_shift
-        missing = -(-(num_new - unused) // block_rows)
-        num_blocks = max(missing, len(self.addresses) // 8)
-        words = num_blocks * block_rows * self.row_words
-        allocation = _allocate(words, self.header.device)
-        self._allocations = (*self._allocations, allocation)
-        size = 4 * self.row_words * block_rows
-        new = _address_of(allocation) + size * np.arange(num_blocks, dtype=np.int64)
-        self._set_addresses(np.concatenate([self.addresses, new]))
+        missing, block_rows = num_new - unused, 1 << self.block_shift
+        if len(self.addresses) >= _FEW_BLOCKS or self.header.device.type != "cpu":
+            growth = len(self.addresses) // 8 << self.block_shift
+        old_whole, old_rest = divmod(self.capacity, block_rows)
+        whole, rest = self._divide(self.capacity + max(missing, growth))
+        kept, part = self._allocations, None
+        if old_rest:
+            kept, part = kept[:-1], kept[-1]
+        sizes = ((whole - old_whole) << self.block_shift, rest)
+        new = [self._allocate(size) for size in sizes if size]
+        if part is not None:  # the first of the new ones is larger
+            new[0][: len(part)] = part  # type: ignore[assignment]  # both are of one kind
+        self._set_allocations((*kept, *new))
+
+    def _divide(self, num_rows: int) -> tuple[int, int]:
+        """Return the whole blocks to hold so many rows, and the rows of a part behind them."""
+        whole, rest = divmod(num_rows, 1 << self.block_shift)
+        if rest and (whole >= _FEW_BLOCKS or self.header.device.type != "cpu"):
+            return whole + 1, 0
+        return whole, rest
+
+    def _allocate(self, num_rows: int) -> npt.NDArray[np.float32] | Tensor:
+        return _allocate(num_rows * self.row_words, self.header.device)
 
     def blocks_for(self, num_rows: int) -> int:
         """Return how many blocks hold so many rows."""
@@ -162,30 +190,25 @@ class RowStore:
             row_io.scatter_fields_(self.header, target[chunk], columns)
 
     def shrink(self, num_rows: int) -> None:
-        """Keep the first ``num_rows`` rows, none of them freed, and the blocks that hold them.
+        """Keep the first ``num_rows`` rows, none of them freed, and the memory that holds them.
 
-        The blocks of an allocation that is kept in part are copied to one of their size.
+        What is kept of an allocation that is not kept whole is copied.
         """
-        num_blocks = self.blocks_for(num_rows)
-        kept, first = [], 0
+        whole, rest = self._divide(num_rows)
+        kept, left = [], (whole << self.block_shift) + rest
         for allocation in self._allocations:
-            blocks = allocation.nbytes // (4 * self.row_words << self.block_shift)
-            wanted = min(blocks, num_blocks - first)
-            if wanted == blocks:
+            rows = allocation.nbytes // (4 * self.row_words)
+            if rows <= left:
                 kept.append(allocation)
-            elif wanted > 0:
-                words = (wanted << self.block_shift) * self.row_words
-                smaller = _allocate(words, self.header.device)
-                smaller[:] = allocation[:words]  # type: ignore[assignment]  # both are of one kind
-                kept.append(smaller)
-            first += blocks
-        self._allocations = tuple(kept)
-        size = 4 * self.row_words << self.block_shift
-        starts = [
-            _address_of(allocation) + np.arange(0, allocation.nbytes, size, dtype=np.int64)
-            for allocation in kept
-        ]
-        self._set_addresses(np.concatenate([np.empty(0, np.int64), *starts]))
+            elif left > 0:
+                whole_rows = left >> self.block_shift << self.block_shift
+                for start, stop in ((0, whole_rows), (whole_rows, left)):
+                    if start < stop:
+                        smaller, words = self._allocate(stop - start), self.row_words
+                        smaller[:] = allocation[start * words : stop * words]  # type: ignore[assignment]
+                        kept.append(smaller)
+            left -= rows
+        self._set_allocations(tuple(kept))
         self._set_counts(num_rows, 0)
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=self.header.device))
 
@@ -228,9 +251,8 @@ class RowStore:
         """Take over the blocks of another store, and their layout; header and counts stay."""
         self.slots, self.state_fill = other.slots, other.state_fill
         self.row_words, self.block_shift = other.row_words, other.block_shift
-        self._allocations = other._allocations
         self._enter_layout()
-        self._set_addresses(other.addresses)
+        self._set_allocations(other._allocations)
 
     def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Copy rows out.

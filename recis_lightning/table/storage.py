@@ -35,6 +35,7 @@ from recis_lightning.ops.layout import (
     TIME,
     TOUCH,
 )
+from recis_lightning.table import sizing
 from recis_lightning.table.admission_counter import AdmissionCounter
 from recis_lightning.table.row_store import RowStore
 from recis_lightning.table.undo import Undo
@@ -159,6 +160,7 @@ class Storage(TableMemory):
         with _Allocation(self, "rows laid out for another optimizer"), self.undo():
             self.rows.relayout(slots, state_fill)
             self._fit_columns()  # blocks of another layout hold other numbers of rows
+            self.fit_index()
 
     # ---- sizes
 
@@ -288,8 +290,34 @@ class Storage(TableMemory):
     @override
     def reserve_ids(self, num_new: int) -> None:
         num_ids = len(self)
-        if hash_index.capacity_for(num_ids + self.num_void + num_new) > self.capacity:
-            self._rebuild(max(hash_index.capacity_for(num_ids + num_new), self.capacity))
+        if self.outgrows_index(num_new):
+            self._rebuild(max(self._capacity_for(num_ids + num_new), self.capacity))
+
+    @override
+    def outgrows_index(self, num_new: int) -> bool:
+        num_ids, capacity = len(self) + self.num_void + num_new, self.capacity
+        # Half of it may always be filled: most insertions ask no more.
+        return 2 * num_ids > capacity and self._capacity_for(num_ids) > capacity
+
+    def _capacity_for(self, num_ids: int) -> int:
+        """Return how many entries an index has that is made for so many ids."""
+        if self.header.is_mirrored:
+            return hash_index.capacity_for(num_ids)
+        return sizing.index_capacity(num_ids, self._row_bytes)
+
+    @property
+    def _row_bytes(self) -> int:
+        return 4 * self.rows.row_words + 8 * len(self.columns)
+
+    @override
+    def fit_index(self) -> None:
+        num_ids = len(self)
+        if num_ids > sizing.SMALL_IDS or self.header.is_mirrored:
+            return
+        capacity = self._capacity_for(num_ids)
+        if capacity < self.capacity:
+            with contextlib.suppress(MemoryError):
+                self._rebuild(capacity)
 
     def _rebuild(self, capacity: int) -> None:
         """Move all ids into a new index."""
@@ -299,7 +327,7 @@ class Storage(TableMemory):
 
     @override
     def larger_index(self, num_new: int) -> Tensor | None:
-        capacity = hash_index.capacity_for(len(self) + num_new)
+        capacity = self._capacity_for(len(self) + num_new)
         if capacity <= self.capacity:
             self.reserve_ids(num_new)  # entries without an id may be in the way
             return None
@@ -322,7 +350,7 @@ class Storage(TableMemory):
         if num_new <= self.rows.unused:
             return
         with _Allocation(self, f"{num_new} rows more"), self.undo():
-            self.rows.reserve(num_new)
+            self.rows.reserve(num_new, sizing.row_growth(self.rows.capacity, self._row_bytes))
             self._fit_columns()
 
     @override
@@ -351,7 +379,7 @@ class Storage(TableMemory):
     @property
     def _bytes_per_id(self) -> int:
         """Bytes that room for one more id takes: its row, columns, and entries at a low load."""
-        return 4 * self.rows.row_words + 8 * len(self.columns) + 64
+        return self._row_bytes + 64
 
     @property
     @override
@@ -405,7 +433,7 @@ class Storage(TableMemory):
         """
         with self.undo() as undo:
             num_ids, occupied = len(self), self.occupied_rows()
-            capacity = hash_index.capacity_for(num_ids)
+            capacity = self._capacity_for(num_ids)
             source = occupied[num_ids:].nonzero().squeeze(1) + num_ids
             target = (~occupied[:num_ids]).nonzero().squeeze(1)
             if source.numel() or capacity < self.capacity:

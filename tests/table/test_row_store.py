@@ -81,15 +81,15 @@ def test_slots_that_are_not_given_start_afresh(backend):
 
 
 @pytest.mark.parametrize(("dim", "dtype", "slots"), LAYOUTS)
-def test_growth_moves_nothing(dim, dtype, slots):
-    """Blocks keep their addresses and rows their content while the store grows."""
+def test_growth_moves_no_whole_block(dim, dtype, slots):
+    """Whole blocks keep their addresses and rows their content while the store grows."""
     store = _store(dim, dtype, slots, num_rows=5)
     weights, state = _fill(store)
-    for _ in range(4):
-        before = store.addresses.copy()
-        _hand_out(store, store.capacity)
+    for num_new in (1, store.capacity, 2 << store.block_shift, 3, 1 << store.block_shift):
+        before = store.addresses[: store.capacity >> store.block_shift].copy()
+        _hand_out(store, num_new)
         assert store.capacity >= store.num_rows
-        assert len(store.addresses) > len(before)
+        assert len(store.addresses) == -(-store.capacity >> store.block_shift)
         assert (store.addresses[: len(before)] == before).all()
         assert store.header.fields[BLOCKS] == store.addresses.ctypes.data
     assert len(set(store.addresses.tolist())) == len(store.addresses)
@@ -121,9 +121,9 @@ def test_many_rows_are_read_into_huge_pages(monkeypatch, num_rows, dim, dtype, s
 
 
 def test_growth_is_geometric_and_small_tables_are_small():
-    """A table of ten rows takes a block; a hundred thousand rows take few allocations."""
+    """Ten rows take what they need; a hundred thousand rows take few allocations."""
     store = _store(16, num_rows=10)
-    assert store.nbytes < 1 << 19
+    assert store.nbytes == 10 * 64 + 8
     for _ in range(1000):
         _hand_out(store, 100)
     assert store.num_rows == 100_010
@@ -199,5 +199,31 @@ def test_nbytes_counts_blocks_addresses_and_freed_rows():
     store.set_free_rows(torch.arange(50))
     row_bytes = 4 * (2 + 3)
     blocks = len(store.addresses)
-    assert store.capacity == blocks << store.block_shift
+    assert blocks == -(-store.capacity >> store.block_shift)
     assert store.nbytes == store.capacity * row_bytes + blocks * 8 + 50 * 8
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 4096, 5000, 9000, 10_000])
+def test_shrinking_leaves_a_part_that_grows_again(num_rows):
+    """What is kept of an allocation of several blocks and of a part, to the row."""
+    store = _store(16, num_rows=5000)
+    _hand_out(store, 5000)
+    weights, _ = _fill(store)
+    assert len(store.addresses) == 3
+    store.shrink(num_rows)
+    assert store.capacity == num_rows
+    _assert_reads(store, torch.arange(num_rows), weights[:num_rows], {})
+    _hand_out(store, 5000)
+    _assert_reads(store, torch.arange(num_rows), weights[:num_rows], {})
+
+
+def test_stores_of_many_blocks_have_whole_ones_only():
+    """From sixteen blocks on; the part that was there goes into the next one."""
+    store = _store(16, num_rows=15 * 4096 + 7)
+    assert store.capacity == 15 * 4096 + 7
+    weights, _ = _fill(store)
+    _hand_out(store, 4096)
+    assert store.capacity % 4096 == 0
+    _assert_reads(store, torch.arange(len(weights)), weights, {})
+    store.shrink(16 * 4096 + 1)
+    assert store.capacity == 17 * 4096

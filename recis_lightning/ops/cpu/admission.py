@@ -107,7 +107,7 @@ def _count_misses_kernel(
     segment, end = segment_at(segments, num_segments, load_i64(misses + 8 * low)), np.int64(-1)
     ids, counter, kind, now = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     wanted, forget_after, per_batch = np.int64(0), np.int64(0), np.int64(0)
-    index = Index(np.int64(0), np.int64(0), np.int64(0))
+    index = Index(np.int64(0), np.int64(0))
     cells, width, num_hashes = np.int64(0), np.int64(0), np.int64(0)
     for i in range(low, high):
         position = load_i64(misses + 8 * i)

@@ -247,7 +247,7 @@ def _gather_kernel(width, bfloat16, finding):
             store_i64(bad_feature, feature)
         first, last = bag_start(line, low), bag_start(line, high)
         none = np.int64(0)
-        lookup = _Lookup(none, Index(none, none, none), none, none, none, none)
+        lookup = _Lookup(none, Index(none, none), none, none, none, none)
         if finding:
             lookup = _lookup_of(header, segments + feature * SEGMENT_BYTES, training)
             for i in range(first, min(first + AHEAD, last)):

@@ -29,7 +29,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     store_u8,
     store_vector,
 )
-from recis_lightning.ops.cpu.probe import AHEAD, LINE_KEYS, Index, claim_slot, slot_of
+from recis_lightning.ops.cpu.probe import AHEAD, LINE_KEYS, Index, claim_slot, slot_at_shift
 from recis_lightning.ops.cpu.runtime import as_array, kernel, num_chunks
 from recis_lightning.ops.layout import (
     CAPACITY,
@@ -132,7 +132,7 @@ def _fill_region_kernel(
         # The region that this thread will most likely fill next, while this one is computed.
         prefetch(ahead + (32 * i & (16 * region_size - 64)))
         key, item = load_i64(items + 16 * i), load_i64(items + 16 * i + 8)
-        slot = slot_of(key, shift) if key != EMPTY else limit
+        slot = slot_at_shift(key, shift) if key != EMPTY else limit
         while slot < limit:
             # The id's entry, or the first empty one: a line at a time, without guessing where.
             line = entries + 16 * slot
@@ -161,10 +161,10 @@ def _fill_region_kernel(
 
 @kernel
 def _insert_overflow_kernel(
-    low, high, entries, shift, capacity, items, base, first, rows, last_seen, step, all_new
+    low, high, entries, capacity, items, base, first, rows, last_seen, step, all_new
 ):
     # One chunk, one thread: there are few such ids.
-    num_new, index = np.int64(0), Index(entries, shift, capacity)
+    num_new, index = np.int64(0), Index(entries, capacity)
     for i in range(low, high):
         key, item = load_i64(items + 16 * i), load_i64(items + 16 * i + 8)
         slot, _ = claim_slot(key, index)
@@ -270,7 +270,6 @@ def _fill_index(segments, fields, larger, base, first, rows):
     num_overflow, num_new = np.empty(num_regions, np.int64), ctypes.c_int64(0)
     shared = {
         "entries": index.entries,
-        "shift": index.shift,
         "base": base,
         "first": first,
         "rows": rows,
@@ -282,6 +281,7 @@ def _fill_index(segments, fields, larger, base, first, rows):
         num_regions,
         1,
         **shared,
+        shift=index.shift,
         region_shift=partitions.region_shift,
         is_fresh=int(index.is_fresh),
         all_items=index.entries if partitions.items is None else partitions.items,

@@ -94,7 +94,7 @@ def _find_segment(start, end, segment, rows, unknown, training, lines):
     """
     header, ids = load_i64(segment + 8 * SEGMENT_HEADER), load_i64(segment + 8 * SEGMENT_IDS)
     index = index_of(header)
-    entries, shift = index.entries, index.shift
+    entries, capacity = index.entries, index.capacity
     has_padding = load_i64(segment + 8 * SEGMENT_FLAGS) & HAS_PADDING
     padding = load_i64(segment + 8 * SEGMENT_PADDING)
     special = padding if has_padding else np.int64(EMPTY)
@@ -102,13 +102,13 @@ def _find_segment(start, end, segment, rows, unknown, training, lines):
     last_seen = load_i64(header + 8 * LAST_SEEN) if training else 0
     deferred, num_deferred, num_unknown = lines + 8 * AHEAD, 0, np.int64(0)
     for i in range(start, min(start + AHEAD, end)):
-        line = entries + 16 * slot_of(load_i64(ids + 8 * i), shift)
+        line = entries + 16 * slot_of(load_i64(ids + 8 * i), capacity)
         prefetch(line)
         store_i64(lines + 8 * (i & (AHEAD - 1)), line)
     for i in range(start, end):
         line = load_i64(lines + 8 * (i & (AHEAD - 1)))
         if i + AHEAD < end:
-            later = entries + 16 * slot_of(load_i64(ids + 8 * (i + AHEAD)), shift)
+            later = entries + 16 * slot_of(load_i64(ids + 8 * (i + AHEAD)), capacity)
             prefetch(later)
             store_i64(lines + 8 * (i & (AHEAD - 1)), later)
         key = load_i64(ids + 8 * i)
@@ -173,8 +173,8 @@ def _clear_kernel(low, high, entries):
 
 
 @kernel
-def _rebuild_kernel(low, high, old, new, shift, capacity, evicted, found, num_removed):
-    removed, index = np.int64(0), Index(new, shift, capacity)
+def _rebuild_kernel(low, high, old, new, capacity, evicted, found, num_removed):
+    removed, index = np.int64(0), Index(new, capacity)
     for i in range(low, high):
         key, row = load_i64(old + 16 * i), load_i64(old + 16 * i + 8)
         if row >= CLAIMED:  # empty, or left by an insertion that found no room
@@ -343,7 +343,7 @@ def _round_of(misses, cuts, tables, segment_tables, distinct_share):
 
 def rebuild(old, header, new, evicted):
     address, num_entries = old[0], old[1] + 1
-    entries, shift, capacity = new
+    entries, _, capacity = new
     num_removed = ctypes.c_int64(0)
     found = None if evicted is None else torch.zeros_like(evicted)
     _rebuild_kernel.launch(
@@ -351,7 +351,6 @@ def rebuild(old, header, new, evicted):
         _ENTRIES_PER_CHUNK,
         old=address,
         new=entries,
-        shift=shift,
         capacity=capacity,
         evicted=evicted,
         found=found,

@@ -26,7 +26,7 @@ from recis_lightning.ops.cpu.probe import (
     prefetch_key,
     segment_at,
 )
-from recis_lightning.ops.cpu.runtime import kernel, num_chunks
+from recis_lightning.ops.cpu.runtime import as_array, kernel, num_chunks
 from recis_lightning.ops.layout import (
     CLAIMED,
     FREE_ROWS,
@@ -40,6 +40,8 @@ from recis_lightning.ops.layout import (
     SEGMENT_START,
     STEP,
 )
+
+_MAX_COUNTED = 4096  # misses that are counted before an index grows: 60 us
 
 
 @inlined
@@ -62,7 +64,7 @@ def _list_misses_kernel(low, high, chunk, rows, offsets, misses):
 @kernel
 def _claim_kernel(low, high, misses, entries_of_misses, segments, num_segments, num_ids):
     segment, end = segment_at(segments, num_segments, load_i64(misses + 8 * low)), np.int64(-1)
-    ids, index = np.int64(0), Index(np.int64(0), np.int64(0), np.int64(0))
+    ids, index = np.int64(0), Index(np.int64(0), np.int64(0))
     for i in range(low, high):
         position = load_i64(misses + 8 * i)
         if position >= end:
@@ -157,8 +159,14 @@ def insert_misses(segments, tables, segment_tables, misses, rows):
         int64 [m], ascending: the position of each new id's first occurrence.
     """
     starts, num_misses = segments[:, SEGMENT_START], len(misses)
-    for table, count in _per_table(misses, starts, segment_tables):
-        tables[table].reserve_ids(int(count))
+    growing = []
+    for table, total in _per_table(misses, starts, segment_tables):
+        memory, count = tables[table], int(total)
+        if memory.outgrows_index(count):
+            if 1 < count <= min(memory.header.fields.item(NUM_IDS), _MAX_COUNTED):
+                count = _count_distinct(segments, segment_tables, table, misses)
+            growing.append(memory)
+            memory.reserve_ids(count)
 
     found = {"misses": misses, "entries_of_misses": np.empty(num_misses, np.int64)}
     of_segments = {
@@ -184,7 +192,22 @@ def insert_misses(segments, tables, segment_tables, misses, rows):
     )
     _assign_rows(new, entries_of_new, tables, starts, segment_tables)
     _fill_rows_kernel.launch(num_misses, CHUNK, **found, rows=rows, **of_segments)
+    for memory in growing:  # of very many misses it was not known how many are distinct
+        memory.fit_index()
     return new
+
+
+def _count_distinct(segments, segment_tables, table, misses):
+    """Return how many of a table's ids at ``misses`` are distinct."""
+    cuts = np.append(np.searchsorted(misses, segments[:, SEGMENT_START]), len(misses))
+    parts = []
+    for segment in np.flatnonzero(np.asarray(segment_tables) == table):
+        positions = misses[cuts[segment] : cuts[segment + 1]]
+        if len(positions):
+            first, last = positions[0], positions[-1]
+            address = segments[segment, SEGMENT_IDS] + 8 * first
+            parts.append(as_array(address, last - first + 1)[positions - first])
+    return len(np.unique(np.concatenate(parts)))
 
 
 def _per_table(positions, starts, segment_tables):

@@ -20,7 +20,7 @@ import torch
 
 from recis_lightning.ops import host_memory
 from recis_lightning.ops.cpu.intrinsics import inlined, load_i64, store_i64, stream_line
-from recis_lightning.ops.cpu.probe import slot_of
+from recis_lightning.ops.cpu.probe import slot_at_shift
 from recis_lightning.ops.cpu.runtime import as_array, kernel
 from recis_lightning.ops.layout import (
     CLAIMED,
@@ -116,7 +116,7 @@ def _partition_kernel(
         ):
             key, row = load_i64(old_entries + 16 * i), load_i64(old_entries + 16 * i + 8)
             if row < CLAIMED:
-                region = slot_of(key, shift) >> region_shift
+                region = slot_at_shift(key, shift) >> region_shift
                 _append(key, ~row, region, cursors, starts, items, buffers)
     else:
         ids = load_i64(segment + 8 * SEGMENT_IDS)
@@ -129,7 +129,7 @@ def _partition_kernel(
             if has_padding and key == padding:
                 store_i64(rows + 8 * i, PADDING)
                 continue
-            region = slot_of(key, shift) >> region_shift
+            region = slot_at_shift(key, shift) >> region_shift
             _append(key, i, region, cursors, starts, items, buffers)
     if items:
         for region in range(num_regions):

@@ -92,6 +92,18 @@ def _atomic(operation):
     return atomic
 
 
+@intrinsic
+def high_product(typingctx, a, b):
+    """Return the upper 64 bits of the product of two unsigned 64-bit integers."""
+
+    def codegen(context, builder, sig, args):
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(arg, wide) for arg in args))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), _I64)
+
+    return types.uint64(types.uint64, types.uint64), codegen
+
+
 atomic_add = _atomic("add")
 atomic_min = _atomic("min")
 

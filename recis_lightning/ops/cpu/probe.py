@@ -13,6 +13,7 @@ import numpy as np
 from recis_lightning.ops.cpu.intrinsics import (
     compare_and_swap,
     equal_words,
+    high_product,
     inlined,
     load_i64,
     lowest_bit,
@@ -26,7 +27,6 @@ from recis_lightning.ops.layout import (
     NO_ROW,
     SEGMENT_SIZE,
     SEGMENT_START,
-    SHIFT,
 )
 
 CHUNK = 4096  # ids: long enough to hide taking a chunk, short enough to even out threads
@@ -43,30 +43,38 @@ class Index(NamedTuple):
     """Index that a header describes."""
 
     entries: int  # address
-    shift: int
     capacity: int
 
 
 @inlined
 def index_of(header):
     """Return the index of a table or of an admission counter."""
-    capacity = load_i64(header + 8 * CAPACITY)
-    return Index(load_i64(header + 8 * ENTRIES), load_i64(header + 8 * SHIFT), capacity)
+    return Index(load_i64(header + 8 * ENTRIES), load_i64(header + 8 * CAPACITY))
 
 
 @inlined
-def slot_of(key, shift):
-    """Return the slot where the search for ``key`` starts."""
+def _mix(key):
     mixed = np.uint64(key) * _MIX_1
     mixed ^= mixed >> _U32
-    mixed *= _MIX_2
-    return np.int64(mixed >> np.uint64(shift)) & -LINE_ENTRIES
+    return mixed * _MIX_2
+
+
+@inlined
+def slot_of(key, capacity):
+    """Return the slot where the search for ``key`` starts, of any capacity of whole lines."""
+    return np.int64(high_product(_mix(key), np.uint64(capacity))) & -LINE_ENTRIES
+
+
+@inlined
+def slot_at_shift(key, shift):
+    """Return what ``slot_of`` does where the capacity is a power of two, ``2 ** (64 - shift)``."""
+    return np.int64(_mix(key) >> np.uint64(shift)) & -LINE_ENTRIES
 
 
 @inlined
 def prefetch_key(key, index):
     """Prefetch the line where the search for ``key`` starts."""
-    prefetch(index.entries + 16 * slot_of(key, index.shift))
+    prefetch(index.entries + 16 * slot_of(key, index.capacity))
 
 
 @inlined
@@ -78,7 +86,7 @@ def find_row(key, index):
     """
     if key == EMPTY:
         return load_i64(index.entries + 16 * index.capacity + 8)
-    slot = slot_of(key, index.shift)
+    slot = slot_of(key, index.capacity)
     while True:
         line = index.entries + 16 * slot
         hits = equal_words(line, key) & LINE_KEYS
@@ -86,7 +94,9 @@ def find_row(key, index):
             return load_i64(line + 8 * lowest_bit(hits) + 8)
         if equal_words(line, EMPTY) & LINE_KEYS:
             return np.int64(NO_ROW)
-        slot = (slot + LINE_ENTRIES) & (index.capacity - 1)
+        slot += LINE_ENTRIES
+        if slot == index.capacity:
+            slot = np.int64(0)
 
 
 @inlined
@@ -94,12 +104,14 @@ def find_slot(key, index):
     """Return the slot of an id, or the empty one that ends its search."""
     if key == EMPTY:
         return index.capacity
-    slot = slot_of(key, index.shift)
+    slot = slot_of(key, index.capacity)
     while True:
         stored = load_i64(index.entries + 16 * slot)
         if stored in (key, EMPTY):
             return slot
-        slot = (slot + 1) & (index.capacity - 1)
+        slot += 1
+        if slot == index.capacity:
+            slot = np.int64(0)
 
 
 @inlined
@@ -110,7 +122,7 @@ def claim_slot(key, index):
     """
     if key == EMPTY:
         return index.capacity, False
-    slot = slot_of(key, index.shift)
+    slot = slot_of(key, index.capacity)
     while True:
         stored = load_i64(index.entries + 16 * slot)
         if stored == EMPTY:
@@ -119,7 +131,9 @@ def claim_slot(key, index):
                 return slot, True
         if stored == key:
             return slot, False
-        slot = (slot + 1) & (index.capacity - 1)
+        slot += 1
+        if slot == index.capacity:
+            slot = np.int64(0)
 
 
 @inlined

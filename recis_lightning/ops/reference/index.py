@@ -50,11 +50,14 @@ class Index:
     def _first_slots(self, ids: Tensor) -> Tensor:
         mixed = ids * _SLOT_MIX_1
         mixed = (mixed ^ shift_right(mixed, 32)) * _SLOT_MIX_2
-        slots = shift_right(mixed, 65 - self.capacity.bit_length()) & -LINE_ENTRIES
+        # The upper half of the product of hash and capacity, by halves of the hash.
+        low = (mixed & (1 << 32) - 1) * self.capacity
+        high = shift_right(mixed, 32) * self.capacity + shift_right(low, 32)
+        slots = shift_right(high, 32) & -LINE_ENTRIES
         return torch.where(ids == EMPTY, self.capacity, slots)
 
     def _next_slots(self, slots: Tensor) -> Tensor:
-        return (slots + 1) & (self.capacity - 1)
+        return torch.where(slots + 1 == self.capacity, 0, slots + 1)
 
     def slots(self, ids: Tensor) -> Tensor:
         """Return each id's entry, an empty one where it has none."""

@@ -48,10 +48,10 @@ class Rows:
         blocks = rows >> self.shift
         for block in torch.unique(blocks).tolist():
             if block >= 0:
-                size = self.words << self.shift
-                content = memory(int(self.addresses[block]), size, torch.float32)
                 indices = (blocks == block).nonzero().squeeze(1)
                 inside = rows[indices] & ((1 << self.shift) - 1)
+                size = self.words * (int(inside.max()) + 1)  # the last block may be a part
+                content = memory(int(self.addresses[block]), size, torch.float32)
                 yield content.view(-1, self.words), indices, inside
 
     def read(self, rows: Tensor) -> Tensor:
