@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.room import RoomMaker
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import Plan
@@ -143,12 +145,17 @@ def find_or_insert_rows(
         bfloat16 = layout.dtype is torch.bfloat16
         row_init.init_rows_(rows, new, segments, layout.embedding_dim, bfloat16)
 
-    rows, new = hash_index.find_or_insert(
-        segments,
-        *(num_ids, layout.storages, segment_tables, layout.device),
-        occurrences,
-        write_new,
-    )
+    with ExitStack() as undo:
+        make_room = None
+        if any(table.evictor.limit is not None for table in layout.tables):
+            make_room = RoomMaker(layout, segments, ids, segment_tables, undo)
+        rows, new = hash_index.find_or_insert(
+            segments,
+            *(num_ids, layout.storages, segment_tables, layout.device),
+            occurrences,
+            write_new,
+            make_room,
+        )
     if new is not None and any(t.evictor.readmissions is not None for t in layout.tables):
         _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
