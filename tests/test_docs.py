@@ -27,14 +27,3 @@ def test_every_row_of_recis_names_tests_that_exist():
         assert found, row
         for file, name in found:
             assert name in names_in(TESTS / "callbacks" / file), (file, name)
-
-
-def test_the_blocks_of_policies_run():
-    """One after the other, as a reader would paste them."""
-    text = (DOCS / "policies.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) > 4
-    names = {}
-    for block in blocks:
-        exec(block, names)  # our own page
-    assert names["report"].dry_run
