@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.lookup.unique_rows import UniqueRows, deduplicate, offsets_of
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import name_before_use
 
@@ -37,7 +38,7 @@ _BAG_HINTS = {name: hint for name, hint in _HINTS.items() if name not in _UNSUPP
 _SETTINGS = ("table", "mode", "padding_idx")  # may be changed: the next lookup goes by them
 
 
-@explain_arguments({**_HINTS, "mode": "bags pool: use DynamicEmbeddingBag"})
+@explain_arguments(_HINTS)
 class DynamicEmbedding(nn.Module):
     """An embedding of any int64 id: rows appear on first use.
 
@@ -57,6 +58,8 @@ class DynamicEmbedding(nn.Module):
         name: For logs and checkpoints.
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
         process_group: Ranks that the table is sharded over; None means all.
+        mode: "none", a row for each id, or "unique": ``forward`` returns ``UniqueRows``, a row for
+            each distinct id and where it stands, so that long sequences repeat no rows.
 
     Example:
         >>> user = DynamicEmbedding(16, name="user")
@@ -80,6 +83,7 @@ class DynamicEmbedding(nn.Module):
         name: str | None = None,
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
+        mode: Literal["none", "unique"] = "none",
     ) -> None:
         super().__init__()
         self._groups = CurrentGroups()
@@ -87,7 +91,7 @@ class DynamicEmbedding(nn.Module):
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
             *(trainable, process_group),
         )
-        self.mode = "none"
+        self.mode = mode
         self.padding_idx = padding_idx
 
     @property
@@ -97,31 +101,39 @@ class DynamicEmbedding(nn.Module):
 
     def current_groups(self) -> list[LookupGroup]:
         """Return the group of the one feature, as its table is now."""
-        return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
+        return self._groups.of(lambda: [Feature("ids", self.table, "none", self.padding_idx)])
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor | UniqueRows:
         """Look ids up.
 
         Args:
             ids: int64 or int32 [*].
 
         Returns:
-            [*, embedding_dim] in the table's dtype.
+            [*, embedding_dim] in the table's dtype; for mode "unique" a ``UniqueRows``.
 
         Raises:
             TypeError: ``ids`` is neither.
         """
-        if not self.training and torch.compiler.is_compiling():
+        if not self.training and torch.compiler.is_compiling() and self.mode == "none":
             return _record(self, ids)
         return self._look_up(ids)
 
     @compiler.disable  # kernels read and change memory
-    def _look_up(self, ids: Tensor) -> Tensor:
+    def _look_up(self, ids: Tensor) -> Tensor | UniqueRows:
         flat = check_ids(ids).reshape(-1).contiguous()
         if self.training:
             name_before_use(self.table)
+        if self.mode == "unique":
+            return self._look_up_unique(ids)
         rows = _look_up(self.current_groups(), FeatureBags([flat]), self.training)
         return rows.view(*ids.shape, self.embedding_dim)
+
+    def _look_up_unique(self, ids: Tensor) -> UniqueRows:
+        bags = read_bags(ids, "ids")
+        asked, inverses = deduplicate(FeatureBags.of([bags]), [0], ["ids"])
+        rows = _look_up(self.current_groups(), asked, self.training)
+        return UniqueRows(rows, inverses[0].view(ids.shape), offsets_of(bags))
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,8 +141,10 @@ class DynamicEmbedding(nn.Module):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mode" and value != "none":
-            raise ValueError(f"mode: DynamicEmbeddingBag pools, this has none; got {value!r}")
+        if name == "mode" and value not in ("none", "unique"):
+            raise ValueError(
+                f"mode: expected 'none' or 'unique', got {value!r}; DynamicEmbeddingBag pools"
+            )
         _check_setting(name, value)
         super().__setattr__(name, value)
         if name in _SETTINGS:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from recis_lightning.arguments import (
     check_bool,
     check_dtype,
     check_embedding_dim,
+    check_int,
     check_padding_idx,
     check_str,
     explain_arguments,
@@ -21,7 +23,7 @@ from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.table.hash_table import check_policies
 
-_MODES = ("none", "sum", "mean", "tile")
+_MODES = ("none", "sum", "mean", "tile", "unique")
 
 
 @explain_arguments(
@@ -29,7 +31,6 @@ _MODES = ("none", "sum", "mean", "tile")
         **HINTS,
         "shared_name": "write table=",
         "name": "write table=",
-        "combiner": "write mode=",
         "combiner_kwargs": "write tile_len=",
         "use_weight": "write use_weights=",
     }
@@ -45,8 +46,8 @@ class EmbeddingOption:
         table: Name of the table that has its rows; the feature's name by default. Options that
             name the same table share its rows, and must agree on dim, initializer, eviction,
             dtype, device and seed. The rest belongs to the feature.
-        mode: "none" (a row an id), "sum", "mean" or "tile" (the first ``tile_len`` rows of a bag
-            side by side, zero padded).
+        mode: "none" (a row an id), "sum", "mean", "tile" (the first ``tile_len`` rows of a bag
+            side by side, zero padded) or "unique" (``UniqueRows``: a row for each distinct id).
         initializer: Distribution of new rows.
         admission: Policy that says which unknown ids of this feature get a row; None admits all. Of
             features that share a table some may have a policy, others ``ReadOnly()`` or None.
@@ -61,6 +62,11 @@ class EmbeddingOption:
         use_weights: Whether weights that come with the ids count; otherwise they are ignored.
         mean_by: Divisor of mode "mean": "weights" is the sum of the ids' weights, "count" the
             number of ids, as in RecIS. Without weights both are the same.
+        combiner: Function, or module, that makes the feature's output of its rows, with mode
+            "none": it is called with rows [n, embedding_dim], times their weights if they have
+            any, and offsets, int64 [B + 1], and returns [B, ...]. Gradients flow through it. Rows
+            are zeros for padding and for ids without a row.
+        combiner_width: Columns of what ``combiner`` returns, which ``concat`` has to know.
 
     Raises:
         TypeError, ValueError: A field is not what it should be.
@@ -68,7 +74,7 @@ class EmbeddingOption:
 
     embedding_dim: int
     table: str | None = None
-    mode: Literal["none", "sum", "mean", "tile"] = "none"
+    mode: Literal["none", "sum", "mean", "tile", "unique"] = "none"
     initializer: Initializer = DEFAULT_INITIALIZER
     admission: Admission | None = None
     eviction: Eviction | None = None
@@ -80,6 +86,8 @@ class EmbeddingOption:
     seed: int | None = 0
     use_weights: bool = True
     mean_by: Literal["weights", "count"] = "weights"
+    combiner: Callable[..., Any] | None = None  # jsonargparse wants annotations of what it names
+    combiner_width: int | None = None
 
     def __post_init__(self) -> None:
         check_embedding_dim(self.embedding_dim)
@@ -113,10 +121,36 @@ class EmbeddingOption:
         ):
             raise ValueError(f"tile_len: expected an int >= 1, got {self.tile_len!r}")
         check_padding_idx(self.padding_idx)
+        self._check_combiner()
+
+    def _check_combiner(self) -> None:
+        if self.combiner is not None and not callable(self.combiner):
+            hint = f"; write mode={self.combiner!r}" if self.combiner in _MODES else ""
+            raise TypeError(
+                f"combiner: expected a function of (rows, offsets), got {self.combiner!r}{hint}"
+            )
+        if self.combiner is not None and self.mode != "none":
+            raise ValueError(f"combiner: only mode 'none' takes one, this is {self.mode!r}")
+        if self.combiner_width is not None:
+            check_int("combiner_width", self.combiner_width, least=1, alternative=" or None")
+            if self.combiner is None:
+                raise ValueError(
+                    f"combiner_width: expected None without a combiner, got {self.combiner_width}"
+                )
 
     @property
     def width(self) -> int:
-        """Columns of the feature's output: embedding_dim, times tile_len for mode "tile"."""
+        """Columns of the feature's output: embedding_dim, times tile_len for mode "tile".
+
+        Raises:
+            ValueError: Mode "unique" has none, or a combiner comes without ``combiner_width``.
+        """
+        if self.mode == "unique":
+            raise ValueError("mode 'unique' returns rows of distinct ids, not one for each sample")
+        if self.combiner is not None:
+            if self.combiner_width is None:
+                raise ValueError("its combiner may return any width; give combiner_width")
+            return self.combiner_width
         return self.embedding_dim * (self.tile_len or 1)
 
 

@@ -20,9 +20,11 @@ from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_features, read_keyed_jagged
 from recis_lightning.lookup import operator, recording
+from recis_lightning.lookup.combining import combine
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.lookup.unique_rows import UniqueRows, deduplicate, offsets_of
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.table_dict import TableDict
 from recis_lightning.table.versions import layout_version
@@ -30,7 +32,7 @@ from recis_lightning.table.versions import layout_version
 # The rest belongs to the table.
 _FEATURE_FIELDS = (
     *("table", "mode", "padding_idx", "tile_len", "mean_by", "use_weights"),
-    *("trainable", "admission"),
+    *("trainable", "admission", "combiner", "combiner_width"),
 )
 _ALIKE = 0.8  # similarity from which a key is taken for a misspelt feature
 _FIXED = (
@@ -61,6 +63,8 @@ class EmbeddingEngine(nn.Module):
 
     Features whose tables share device, dtype and dim form a group, and a group is one index pass
     and one gather a step, however many features it has and however they pool.
+
+    Combiners that are modules are the engine's, in ``combiners``: their parameters train with it.
 
     Args:
         options: Feature -> its settings.
@@ -117,7 +121,23 @@ class EmbeddingEngine(nn.Module):
             self.tables[name] = made
         self._adopt_tables()
         self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
+        self._adopt_outputs()
+        combiners = {
+            name: option.combiner
+            for name, option in self.options.items()
+            if isinstance(option.combiner, nn.Module)
+        }
+        if combiners:
+            self.combiners: nn.ModuleDict = TableDict(combiners)
         self._known_keys: set[Any] = set()  # of batches, that are no features and were checked
+
+    def _adopt_outputs(self) -> None:
+        """Note the features whose outputs are made from their rows."""
+        options = self.options.items()
+        self._unique = {name for name, option in options if option.mode == "unique"}
+        self._made = self._unique | {
+            name for name, option in options if option.combiner is not None
+        }
 
     def _features_by_table(self) -> dict[str, list[str]]:
         members: dict[str, list[str]] = {}
@@ -174,7 +194,8 @@ class EmbeddingEngine(nn.Module):
 
         Returns:
             Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; [B, S, ...] of
-            ids [B, S, L]; for "none" [*ids.shape, dim], and a ragged feature in its own layout.
+            ids [B, S, L]; for "none" [*ids.shape, dim], and a ragged feature in its own layout;
+            for "unique" a ``UniqueRows``; [B, ...] of a combiner, or [B, S, ...].
             Behind them, as it came, whatever is no feature.
 
         Raises:
@@ -193,23 +214,58 @@ class EmbeddingEngine(nn.Module):
             self._check_keys(given)
         groups = self.current_groups()
         bags = [_read(given, group, is_whole) for group in groups]
-        outputs = look_up_groups(groups, bags, self.training)
+        asked, inverses = bags, [dict[int, Tensor]()] * len(bags)
+        if self._unique:
+            asked, inverses = map(list, zip(*map(self._deduplicate, groups, bags), strict=True))
+        outputs = look_up_groups(groups, asked, self.training)
         embeddings: dict[str, Any] = dict.fromkeys(self.options)
-        for group, parts, rows in zip(groups, bags, outputs, strict=True):
+        for group, parts, rows, inverse in zip(groups, bags, outputs, inverses, strict=True):
             names = group.layout.names
             embeddings.update(zip(names, rows, strict=True))
             for name, bag in zip(names, parts.details, strict=False):  # none if all are plain
-                mode = self.options[name].mode
-                embeddings[name] = _shape(embeddings[name], bag, mode)
+                if name not in self._made:
+                    mode = self.options[name].mode
+                    embeddings[name] = _shape(embeddings[name], bag, mode)
+            for number, name in enumerate(names if self._made else ()):
+                if name in self._made and name in given:
+                    args = (name, rows[number], parts[number], inverse.get(number))
+                    embeddings[name] = self._make_output(*args)
         if is_whole:
             return embeddings
         found = {name: rows for name, rows in embeddings.items() if name in given}
         return found | {key: features[key] for key in given if key not in self.options}
 
+    def _deduplicate(
+        self, group: LookupGroup, bags: FeatureBags
+    ) -> tuple[FeatureBags, dict[int, Tensor]]:
+        names = group.layout.names
+        unique = [number for number, name in enumerate(names) if name in self._unique]
+        return deduplicate(bags, unique, names) if unique else (bags, {})
+
+    def _make_output(self, name: str, rows: Tensor, bags: Bags, inverse: Tensor | None) -> Any:
+        """Return the output of a feature with a combiner, or with mode "unique"."""
+        if inverse is not None:
+            shape = inverse.shape if bags.shape is None else bags.shape
+            return UniqueRows(rows, inverse.view(shape), offsets_of(bags))
+        option: Any = self.options[name]
+        is_own = isinstance(option.combiner, nn.Module)
+        combiner: Any = self.combiners[name] if is_own else option.combiner
+        return combine(combiner, rows, bags, name, option.combiner_width)
+
     @property
     def widths(self) -> dict[str, int]:
-        """Columns that each feature has in ``concat``, in order."""
-        return {name: option.width for name, option in self.options.items()}
+        """Columns that each feature has in ``concat``, in order.
+
+        Raises:
+            ValueError: A feature has no width that is known (names it).
+        """
+        widths = {}
+        for name, option in self.options.items():
+            try:
+                widths[name] = option.width
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return widths
 
     def concat(self, features: dict[str, Any]) -> Tensor:
         """Look all features up into one tensor, side by side in the order of the options.
@@ -257,14 +313,21 @@ class EmbeddingEngine(nn.Module):
                     f"features: concat needs every feature of the engine; missing {missing}, "
                     f"unknown {sorted(unknown, key=str)}"
                 )
+        if self._made:
+            _ = self.widths  # known for all, or an error before anything changes
         groups = self.current_groups()
         bags = [_read(given, group, is_whole=True) for group in groups]
-        return self._groups.joined(self.options).look_up(bags, self.training)
+        joined = self._groups.joined(self.options)
+        if self._made:
+            joined.num_samples(bags, self._made)
+            return self._join(self._look_up({name: given[name] for name in self.options}))
+        return joined.look_up(bags, self.training)
 
     def _is_recordable(self, features: Any) -> bool:
         """Return whether a recorded program takes the batch, as far as it has features."""
         return (
             isinstance(features, dict)
+            and not self._made
             and not (self.strict and features.keys() != self.options.keys())
             and any(name in features for name in self.options)
             and all(
@@ -296,13 +359,16 @@ class EmbeddingEngine(nn.Module):
         missing = [name for name in self.options if name not in features]
         if missing:
             raise ValueError(f"features: concat needs every feature of the engine; {missing=}")
-        found = self._record(features)
-        parts = []
+        return self._join(self._record(features))
+
+    def _join(self, found: dict[str, Any]) -> Tensor:
+        """Return outputs side by side."""
+        parts: list[Tensor] = []
         for name in self.options:
             rows = found[name]
-            if not isinstance(rows, Tensor) or rows.dim() > 2:
+            if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.is_nested:
                 is_single = isinstance(rows, Tensor) and rows.dim() == 3 and rows.shape[1] == 1
-                if not is_single or self.options[name].mode != "none":
+                if not is_single or self.options[name].mode != "none" or rows.is_nested:
                     raise ValueError(f"{name}: concat needs one row a sample")
                 rows = rows.squeeze(1)
             parts.append(rows)
@@ -353,6 +419,7 @@ class EmbeddingEngine(nn.Module):
         added = {"strict": False, "_known_keys": set()}  # to what 0.1.0 pickled
         made = {"options": FeatureOptions(state["options"]), "_groups": CurrentGroups()}
         super().__setstate__({**added, **state, **made, "_grouped": []})  # type: ignore[no-untyped-call]
+        self._adopt_outputs()
         self._adopt_tables()
 
     def _table(self, feature: str) -> HashTable:
@@ -375,10 +442,11 @@ class EmbeddingEngine(nn.Module):
             for feature in sharing:
                 option = self.options[feature]
                 admits = _admits(option.admission)
+                mode = "none" if option.mode == "unique" else option.mode
                 features[feature] = Feature(
                     feature,
                     table,
-                    "mean_by_count" if option.mean_by == "count" else option.mode,
+                    "mean_by_count" if option.mean_by == "count" else mode,
                     option.padding_idx,
                     option.tile_len or 0,
                     # Where all features agree the table decides, and may be changed later.

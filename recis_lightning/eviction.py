@@ -21,106 +21,18 @@ Example:
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_bound, check_int, check_kinds, explain_arguments
-
-KEPT_COLUMNS = ("last_seen", "counts", "last_time")  # those that training lookups write
-COLUMNS = (*KEPT_COLUMNS, "ids", "norms")
-
-_EMPTY = torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-def _sum_of_one_rank(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class RowColumns(NamedTuple):
-    """Columns of a table's rows; a column is empty unless ``Eviction.columns`` names it.
-
-    Free and pinned rows, and rows with a pending gradient, are included; ``evictable`` marks the
-    others.
-
-    Attributes:
-        step: The table's step.
-        last_seen: int64 [rows], the step of each row's last training lookup.
-        counts: int64 [rows], occurrences of the id in training lookups since it got its row.
-        last_time: float64 [rows], the time of the last training lookup, by the policy's clock.
-        ids: int64 [rows].
-        norms: float32 [rows], L2 norms of the weights.
-        now: Time of the policy's clock; 0.0 unless ``Eviction.columns`` names "last_time".
-        occupied: bool [rows], whether the row has an id.
-        evictable: bool [rows], whether the row is occupied and may be evicted.
-        sum_over_ranks: Function that sums an int64 tensor over the ranks that share the table.
-    """
-
-    step: int
-    last_seen: Tensor = _EMPTY
-    counts: Tensor = _EMPTY
-    last_time: Tensor = _EMPTY
-    ids: Tensor = _EMPTY
-    norms: Tensor = _EMPTY
-    now: float = 0.0
-    occupied: Tensor = _EMPTY
-    evictable: Tensor = _EMPTY
-    sum_over_ranks: Callable[[Tensor], Tensor] = _sum_of_one_rank
-
-
-class Eviction(ABC):
-    """Policy that decides from columns of a table's rows which of them to evict.
-
-    Attributes:
-        columns: Names of the ``RowColumns`` that it needs: "last_seen", "counts", "last_time",
-            "ids", "norms".
-    """
-
-    columns: ClassVar[frozenset[str]] = frozenset()
-
-    @property
-    def time_source(self) -> Callable[[], float] | None:
-        """Clock in seconds for "last_time"; None means ``time.time``."""
-        return None
-
-    @property
-    def max_jump(self) -> float | None:
-        """Largest advance of the clock between two readings, in seconds; see ``TimeToLive``."""
-        return None
-
-    @abstractmethod
-    def expired(self, rows: RowColumns) -> Tensor:
-        """Return bool [rows], true where a row is to be evicted.
-
-        The values of rows that are not evictable are ignored.
-        """
-
-    def name_rows(self, rows: RowColumns, tally: dict[str, int]) -> Tensor:
-        """Return the evictable rows to evict, bool [rows], and add their number to ``tally``.
-
-        Args:
-            rows: Columns of the table's rows.
-            tally: Policy's ``repr`` -> number of rows; policies of which this one is composed have
-                entries of their own.
-
-        Raises:
-            ValueError: ``expired`` returned something else than bool [rows].
-        """
-        expired = self.expired(rows)
-        if expired.dtype is not torch.bool or expired.shape != rows.evictable.shape:
-            raise ValueError(
-                f"{type(self).__name__}.expired: expected bool {list(rows.evictable.shape)}, "
-                f"got {expired.dtype} {list(expired.shape)}"
-            )
-        expired = expired & rows.evictable
-        tally[repr(self)] = tally.get(repr(self), 0) + count_marked(expired)
-        return expired
+from recis_lightning.eviction_policy import Eviction, RowColumns, RowLimit
+from recis_lightning.row_limits import DistanceLFU, MaxRows
 
 
 @explain_arguments()
@@ -208,50 +120,6 @@ class TimeToLive(Eviction):
 
 @explain_arguments()
 @dataclass(frozen=True)
-class MaxRows(Eviction):
-    """Evict down to ``n`` rows: the least recently, or least frequently, used are evicted first.
-
-    Exact, over all ranks together. ``by="last_seen"`` ranks rows by the step of their last training
-    lookup, ``by="count"`` by the number of occurrences in training lookups, and then by that step;
-    of rows that are still equal, those with the lower ids are evicted first. Rows that must not be
-    evicted (pinned, or with a pending gradient) count among the ``n``.
-
-    Args:
-        n: Number of rows to keep, an int >= 0.
-        by: "last_seen" or "count".
-
-    Raises:
-        TypeError, ValueError: An argument is of a wrong type or out of range.
-    """
-
-    n: int
-    by: str = "last_seen"
-
-    def __post_init__(self) -> None:
-        check_int("n", self.n, least=0)
-        if self.by not in ("last_seen", "count"):
-            raise ValueError(f"by: expected 'last_seen' or 'count', got {self.by!r}")
-
-    @property
-    @override
-    def columns(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"last_seen", "ids"} | ({"counts"} if self.by == "count" else set()))
-
-    @override
-    def expired(self, rows: RowColumns) -> Tensor:
-        sizes = torch.tensor(
-            [count_marked(rows.occupied), count_marked(rows.evictable)], device="cpu"
-        )
-        num_rows, num_evictable = rows.sum_over_ranks(sizes).tolist()
-        keys = [rows.last_seen, rows.ids]
-        if self.by == "count":
-            keys.insert(0, rows.counts)
-        num_expired = min(num_rows - self.n, num_evictable)
-        return _lowest(keys, rows.evictable, num_expired, rows.sum_over_ranks)
-
-
-@explain_arguments()
-@dataclass(frozen=True)
 class MinNorm(Eviction):
     """Evict rows whose weights have an L2 norm below ``threshold``.
 
@@ -301,6 +169,16 @@ class _Composition(Eviction):
     def max_jump(self) -> float | None:
         return min((p.max_jump for p in self.members if p.max_jump is not None), default=None)
 
+    @property
+    @override
+    def halving_steps(self) -> int | None:
+        return next((p.halving_steps for p in self.members if p.halving_steps is not None), None)
+
+    @property
+    @override
+    def lookup_limit(self) -> RowLimit | None:
+        return next((p.lookup_limit for p in self.members if p.lookup_limit is not None), None)
+
     @override
     def expired(self, rows: RowColumns) -> Tensor:
         return self.name_rows(rows, {})
@@ -318,6 +196,8 @@ def _check_policies(policies: Sequence[Eviction]) -> tuple[Eviction, ...]:
         check_kinds(policies=(policy, Eviction))
     if len({policy.time_source for policy in members} - {None}) > 1:
         raise ValueError(f"policies: expected one clock in all of {list(members)}")
+    if len({policy.halving_steps for policy in members} - {None}) > 1:
+        raise ValueError(f"policies: expected one half_life in all of {list(members)}")
     return members
 
 
@@ -333,13 +213,18 @@ class AnyOf(_Composition):
         policies: At least one, in the order in which they are applied; compositions are fine.
 
     Raises:
-        TypeError, ValueError: ``policies`` is empty or holds something else.
+        TypeError, ValueError: ``policies`` is empty or holds something else, or more than one with
+            ``when="lookup"``.
     """
 
     policies: Sequence[Eviction]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "policies", _check_policies(self.policies))
+        members = _check_policies(self.policies)
+        limits = [policy for policy in members if policy.lookup_limit is not None]
+        if len(limits) > 1:
+            raise ValueError(f"policies: expected one with when='lookup' at most, got {limits}")
+        object.__setattr__(self, "policies", members)
 
     @property
     @override
@@ -367,13 +252,21 @@ class AllOf(_Composition):
         policies: At least one, in any order; compositions are fine.
 
     Raises:
-        TypeError, ValueError: ``policies`` is empty or holds something else.
+        TypeError, ValueError: ``policies`` is empty or holds something else, or one with
+            ``when="lookup"``, which must not depend on others.
     """
 
     policies: Sequence[Eviction]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "policies", _check_policies(self.policies))
+        members = _check_policies(self.policies)
+        for policy in members:
+            if policy.lookup_limit is not None:
+                raise ValueError(
+                    f"policies: a lookup cannot ask others before it makes room; put "
+                    f"{policy.lookup_limit!r} into an AnyOf, beside AllOf"
+                )
+        object.__setattr__(self, "policies", members)
 
     @override
     def name_rows(self, rows: RowColumns, tally: dict[str, int]) -> Tensor:
@@ -388,64 +281,15 @@ class AllOf(_Composition):
         return self.policies
 
 
-def count_marked(mask: Tensor) -> int:
-    """Return the number of true items of a bool tensor; NumPy is many times as fast as ``sum``."""
-    if mask.device.type == "cpu":
-        return int(np.count_nonzero(mask.numpy()))
-    return int(torch.count_nonzero(mask))
-
-
-_DIGIT_BITS = 16
-
-
-def _lowest(
-    keys: Sequence[Tensor],
-    candidates: Tensor,
-    count: int,
-    sum_over_ranks: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Mark the ``count`` rows that come first by ``keys``, over all ranks.
-
-    A radix selection: ranks sum the number of candidates with each value of a digit, from the
-    highest digit on, and keep as candidates those with the value at which ``count`` is reached. No
-    rank sees the rows of another.
-
-    Args:
-        keys: int64 [rows] each; the last one is different for any two rows of all ranks.
-        candidates: bool [rows].
-        count: Number of rows to mark, at most that of candidates.
-        sum_over_ranks: As in ``RowColumns``.
-
-    Returns:
-        bool [rows].
-    """
-    marked = torch.zeros_like(candidates)
-    if count <= 0:
-        return marked
-    left = candidates.nonzero().squeeze(1)
-    for key in keys:
-        for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-            digits = (key[left] >> shift) & ((1 << _DIGIT_BITS) - 1)
-            if shift == 64 - _DIGIT_BITS:  # the sign bit: negative numbers come first
-                digits ^= 1 << (_DIGIT_BITS - 1)
-            reached = sum_over_ranks(torch.bincount(digits, minlength=1 << _DIGIT_BITS)).cumsum(0)
-            at = int(torch.searchsorted(reached, count))
-            marked[left[digits < at]] = True
-            count -= int(reached[at - 1]) if at else 0
-            left = left[digits == at]
-            if count == int(reached[at]) - (int(reached[at - 1]) if at else 0):
-                marked[left] = True
-                return marked
-    return marked
-
-
 __all__ = [
     "AllOf",
     "AnyOf",
+    "DistanceLFU",
     "Eviction",
     "GlobalStepFilter",
     "MaxRows",
     "MinNorm",
     "RowColumns",
+    "RowLimit",
     "TimeToLive",
 ]

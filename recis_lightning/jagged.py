@@ -242,6 +242,8 @@ class FeatureBags(Sequence[Bags]):
     Attributes:
         sizes: Their n_i.
         details: Bags of all features; empty if all features are plain.
+        occurrences: Position of a feature -> int64 [n_i], how many occurrences each of its ids
+            stands for; features that are not in it have each id once.
 
     Example:
         >>> bags = FeatureBags([torch.tensor([4, 5]), torch.tensor([6])])
@@ -252,6 +254,7 @@ class FeatureBags(Sequence[Bags]):
     def __init__(self, ids: list[Tensor], details: Sequence[Bags] = ()) -> None:
         self.ids, self.details = ids, details
         self.sizes = list(map(Tensor.numel, ids))
+        self.occurrences: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, details: Sequence[Bags]) -> FeatureBags:

@@ -61,6 +61,8 @@ TESTED_BY = {
     "lookup/named_tables.py": "lookup/test_operator.py",
     "lookup/recording.py": "lookup/test_operator.py",
     "lookup/row_source.py": "test_engine.py",
+    "eviction_policy.py": "test_eviction.py",
+    "row_ranking.py": "test_eviction.py",
     "lookup/surroundings.py": "test_trainer_bridge.py",
     "lookup/table_call.py": "table/test_hash_table.py",
     "lookup/transfer.py": "ops/gpu/test_on_gpu.py",

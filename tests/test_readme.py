@@ -19,7 +19,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capfd):
 def test_the_policy_examples_run():
     page = README.parent / "docs" / "policies.md"
     examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 5
     exec(compile("\n".join(examples), str(page), "exec"), {"__name__": "policies"})
 
 

@@ -96,6 +96,10 @@ class CheckpointReader:
         """Read all ranks' rows of a table, about ``num_rows`` at a time, by column."""
         return self._tables.chunks(name, num_rows)
 
+    def pinned(self, name: str) -> Tensor:
+        """Read the pinned ids of a table, int64 [n]."""
+        return self._tables.pinned(name)
+
     def check_tables(self, tables: dict[str, HashTable], how: FitRules, whole: bool = True) -> None:
         """Raise ValueError unless these are the saved tables, of the same layout.
 

@@ -127,6 +127,10 @@ class SavedTables(ABC):
         """
 
     @abstractmethod
+    def pinned(self, name: str) -> Tensor:
+        """Read the pinned ids of a table, int64 [n], checked."""
+
+    @abstractmethod
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         """Raise ValueError unless a table can hold the saved one.
 

@@ -74,6 +74,18 @@ class ShardTables(SavedTables):
         )
 
     @override
+    def pinned(self, name: str) -> Tensor:
+        parts = []
+        for writer in range(self._commit.world_size):
+            file = self._file(name, writer)
+            if "pinned_ids" in file.specs:
+                with file.opened():
+                    count = file.num_chunks("pinned_ids")
+                    parts += [file.chunk("pinned_ids", index) for index in range(count)]
+        pinned: Tensor = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *parts])
+        return pinned
+
+    @override
     def chunks(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
         for writer in range(self._commit.world_size):
             file = self._file(name, writer)

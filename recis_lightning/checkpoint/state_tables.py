@@ -93,6 +93,13 @@ class StateTables(SavedTables):
             yield {key: column[start : start + num_rows] for key, column in columns.items()}
 
     @override
+    def pinned(self, name: str) -> Tensor:
+        state = self._states[name]
+        check_checksum(state, self._where(name))
+        pinned: Tensor = state.get("pinned_ids", state["ids"][:0])
+        return pinned
+
+    @override
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         state = self._states[name]
         check_structure(state, self._where(name), table.embedding_dim)

@@ -18,9 +18,10 @@ from recis_lightning.distributed.heads import (
     exchange_heads,
 )
 from recis_lightning.distributed.process_group import ProcessGroup, message_device
-from recis_lightning.lookup.exchange import Counts, counts_occurrences
+from recis_lightning.lookup.exchange import Counts
 from recis_lightning.lookup.features import FeatureLayout, listed
 from recis_lightning.lookup.gradient_ledger import ledger_of
+from recis_lightning.lookup.local import counts_occurrences
 from recis_lightning.ops.async_copy import to_device_async
 
 _NAMED = 6  # features that an error lists

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from operator import and_, attrgetter
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from recis_lightning.jagged import Bags
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.held_gradients import copy_held_, expected_references
+from recis_lightning.lookup.room import note_lookup
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
@@ -28,6 +29,7 @@ from recis_lightning.table.lock import write
 
 # For maps over hundreds of tables and tensors.
 _requires_grad, _generation, _dtype = map(attrgetter, ("requires_grad", "generation", "dtype"))
+_num_rooms = attrgetter("num_rooms")
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
 _is_neg: Any = Tensor.is_neg  # a view whose memory holds the negative values
@@ -79,6 +81,23 @@ class OutputRecord:
         self._is_own = lookup.fetched.is_own
         self._generations = list(map(_generation, layout.storages))
         self._versions = list(map(lookup.fetched.version_of, weighted))
+        # Once a backward pass has left gradients, these keep their rows until they are used.
+        self._num_rooms: list[int] | None = None
+        if self._is_own:
+            note_lookup(layout.tables, self)
+
+    def rows_in_use(self, table: HashTable) -> Iterator[Tensor]:
+        """Yield rows of a table that a backward pass may still ask for, int64 [n] each."""
+        layout, plan = self.layout, self.lookup.plan
+        position = layout.tables.index(table)
+        is_stale = self._generations[position] != table.storage.generation
+        if self._num_rooms is not None or is_stale:
+            return
+        for feature, owner in enumerate(layout.feature_tables):
+            if owner is table:
+                first = int(plan[feature, fields.PLAN_FIRST_ID])
+                size = int(plan[feature, fields.PLAN_NUM_IDS])
+                yield self.lookup.fetched.rows[first : first + size]
 
     def trained(self, features: Sequence[int], accumulates: bool) -> list[bool] | None:
         """Return for each of some features whether its rows get a gradient; None if all do.
@@ -103,9 +122,16 @@ class OutputRecord:
         Raises:
             RuntimeError: A row may be another id's by now (names the table).
         """
-        generations = list(map(_generation, self.layout.storages))
-        if generations != self._generations and self._is_own:
-            _raise_stale_rows(self.layout.tables, self._generations, generations)
+        if not self._is_own:
+            return
+        storages, tables = self.layout.storages, self.layout.tables
+        generations = list(map(_generation, storages))
+        if generations != self._generations:
+            _raise_stale_rows(tables, self._generations, generations)
+        if self._num_rooms is not None:
+            num_rooms = list(map(_num_rooms, storages))
+            if num_rooms != self._num_rooms:
+                _raise_stale_rows(tables, self._num_rooms, num_rooms)
 
     def return_gradients(
         self, features: Sequence[int], addresses: Any, strides: Any, tensors: list[Tensor]
@@ -121,6 +147,8 @@ class OutputRecord:
         lookup = self.lookup
         if not lookup.training:
             return
+        if self._num_rooms is None and len(features):
+            self._num_rooms = list(map(_num_rooms, self.layout.storages))
         is_whole = len(features) == len(self.layout.features)
         plan = lookup.plan.copy() if is_whole else lookup.plan[features]
         if len(features):

@@ -102,6 +102,7 @@ class Batch(NamedTuple):
         weighted: Features with weights.
         weights: Copy of these features' weights, float32, one after the other; None as above.
         came_from: Device of the bags as the caller gave them.
+        occurrences: int64 [num_ids], how many occurrences each id stands for; None means 1.
     """
 
     bags: FeatureBags
@@ -110,6 +111,7 @@ class Batch(NamedTuple):
     weighted: list[int]
     weights: Tensor | None
     came_from: torch.device
+    occurrences: Tensor | None = None
 
     def enter_arguments(self, plan: Plan) -> None:
         """Enter the addresses of offsets and weights."""
@@ -179,6 +181,18 @@ def join_weights(bags: FeatureBags, weighted: list[int]) -> Tensor | None:
     return first.clone()
 
 
+def join_occurrences(bags: FeatureBags, given: dict[int, Tensor], device: torch.device) -> Tensor:
+    """Return how many occurrences each id of all features stands for, int64 [num_ids]."""
+    return torch.cat(
+        [
+            given[feature].to(device)
+            if feature in given
+            else torch.ones(size, dtype=torch.int64, device=device)
+            for feature, size in enumerate(bags.sizes)
+        ]
+    )
+
+
 def malformed_feature(offsets: Tensor, lines: SizedLines) -> int | None:
     """Return a feature whose offsets do not ascend from 0 to its number of ids; None if all do.
 
@@ -199,4 +213,11 @@ def malformed_feature(offsets: Tensor, lines: SizedLines) -> int | None:
     return lines.ragged[int(wrong.argmax())] if count(wrong) else None
 
 
-__all__ = ["Batch", "SizedLines", "join_offsets", "join_weights", "malformed_feature"]
+__all__ = [
+    "Batch",
+    "SizedLines",
+    "join_occurrences",
+    "join_offsets",
+    "join_weights",
+    "malformed_feature",
+]

@@ -44,16 +44,20 @@ class DeduplicatedIds(NamedTuple):
     counts: npt.NDArray[np.int64]
     inverse: Tensor
 
-    def occurrences(self) -> Tensor:
-        """Return int64 [u], how often each of ``ids`` occurs."""
+    def occurrences(self, given: Tensor | None = None) -> Tensor:
+        """Return int64 [u], how often each of ``ids`` occurs.
+
+        Args:
+            given: int64 [n], how many occurrences each position stands for; None means 1.
+        """
         size = len(self.ids)
-        if self.inverse.is_cpu:
+        if self.inverse.is_cpu and given is None:
             return torch.bincount(self.inverse[self.inverse >= 0], minlength=size)
         counts = self.inverse.new_zeros(size + 1)  # bincount would wait; padding goes to the last
         counts.index_add_(
             0,
             self.inverse.remainder(size + 3).clamp(max=size),
-            counts.new_ones(1).expand_as(self.inverse),
+            counts.new_ones(1).expand_as(self.inverse) if given is None else given,
         )
         return counts[:size]
 

@@ -24,7 +24,7 @@ from recis_lightning.lookup.features import (
     listed,
     point_to_rows,
 )
-from recis_lightning.lookup.local import find_or_insert_rows
+from recis_lightning.lookup.local import counts_occurrences, find_or_insert_rows
 from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import to_device_async
@@ -48,7 +48,10 @@ Counts = npt.NDArray[np.int64]  # [num_ranks, num_sources], how many ids of each
 
 
 def exchange_rows(
-    layout: FeatureLayout, deduplicated: DeduplicatedIds, training: bool
+    layout: FeatureLayout,
+    deduplicated: DeduplicatedIds,
+    training: bool,
+    occurrences_of: Tensor | None = None,
 ) -> Generator[Counts | None, Counts | None, ShardExchange]:
     """Fetch the rows of deduplicated ids from their owners; pause while messages are under way.
 
@@ -58,6 +61,8 @@ def exchange_rows(
         layout: The group's features; of each table this rank has a shard.
         deduplicated: The ids that this rank looks up.
         training: Insert unknown ids and stamp rows; otherwise only read.
+        occurrences_of: int64 [n], how many occurrences each position of the lookup stands for;
+            None means 1.
     """
     recv_counts = yield deduplicated.counts
     assert recv_counts is not None
@@ -66,7 +71,7 @@ def exchange_rows(
     needs_occurrences = training and counts_occurrences(layout)
     message = deduplicated.ids
     if needs_occurrences:
-        message = torch.stack([message, deduplicated.occurrences()], 1)
+        message = torch.stack([message, deduplicated.occurrences(occurrences_of)], 1)
     message = yield from _all_to_all(layout, message, num_received, num_sent)
     ids, occurrences = message, None
     if needs_occurrences:
@@ -74,16 +79,6 @@ def exchange_rows(
     owned = _look_up(layout, recv_counts, ids, occurrences, training)
     rows = yield from _all_to_all(layout, _gather(layout, owned), num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows)
-
-
-def counts_occurrences(layout: FeatureLayout) -> bool:
-    """Return whether a training lookup tells owners how often each id occurs."""
-    return any(
-        source.admits == "none"
-        or table.admission is not None
-        or table.storage.keeps_access_metadata
-        for source, table in zip(layout.sources, _source_tables(layout), strict=True)
-    )
 
 
 def _source_tables(layout: FeatureLayout) -> list[HashTable]:
@@ -240,7 +235,6 @@ __all__ = [
     "OwnedIds",
     "Route",
     "ShardExchange",
-    "counts_occurrences",
     "exchange_rows",
     "header_over",
     "point_to_data",

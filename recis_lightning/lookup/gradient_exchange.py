@@ -109,6 +109,8 @@ def _send_window(
         chosen = [i for i in used if entries[i].route.layout.device == device]
         some, of = [entries[i] for i in chosen], [records[i] for i in chosen]
         _exchange(some, of, sends[:, chosen], purpose)
+        for entry in some:
+            entry.note_received()
     return list(map(bool, alive.any(0)))
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.lookup.exchange import Route
 from recis_lightning.lookup.held_gradients import expected_references
+from recis_lightning.lookup.room import note_lookup
 from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.ops import layout as fields
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
 
@@ -48,6 +51,8 @@ class LedgerEntry:
         self.number, self.route = number, route
         self._fetched = weakref.ref(fetched)
         self._generations = [storage.generation for storage in route.layout.storages]
+        self._num_rooms: list[int] | None = None  # when gradients came that keep their rows
+        note_lookup(route.layout.tables, self)
 
     def is_alive(self) -> bool:
         """Return whether this rank may have a gradient for it, now or later."""
@@ -56,12 +61,29 @@ class LedgerEntry:
     def is_stale(self) -> bool:
         """Return whether a table lost rows here since."""
         layout = self.route.layout
-        return any(
-            table.storage is not storage or storage.generation != generation
-            for table, storage, generation in zip(
-                layout.tables, layout.storages, self._generations, strict=True
-            )
-        )
+        if self._num_rooms not in (None, [storage.num_rooms for storage in layout.storages]):
+            return True
+        return any(map(self._has_lost_rows, range(len(layout.tables))))
+
+    def _has_lost_rows(self, position: int) -> bool:
+        layout = self.route.layout
+        storage = layout.storages[position]
+        is_moved = layout.tables[position].storage is not storage
+        return is_moved or storage.generation != self._generations[position]
+
+    def note_received(self) -> None:
+        """Note that gradients of it are pending with their tables."""
+        self._num_rooms = [storage.num_rooms for storage in self.route.layout.storages]
+
+    def rows_in_use(self, table: HashTable) -> Iterator[Tensor]:
+        """Yield rows of a table's shard that a gradient may still come for, int64 [n] each."""
+        layout, owned = self.route.layout, self.route.owned
+        if self._num_rooms is not None or self._has_lost_rows(layout.tables.index(table)):
+            return
+        for owner, line in zip(owned.part_tables, owned.plan, strict=True):
+            if owner is table:
+                first = int(line[fields.PLAN_FIRST_ID])
+                yield owned.rows[first : first + int(line[fields.PLAN_NUM_IDS])]
 
     def unsent(self) -> dict[PendingGradient, set[HashTable]]:
         """Return this rank's gradients for it that have not travelled, and for which tables."""

@@ -25,6 +25,7 @@ from recis_lightning.lookup.autograd import Lookup, record_lookup
 from recis_lightning.lookup.batch import (
     Batch,
     SizedLines,
+    join_occurrences,
     join_offsets,
     join_weights,
     malformed_feature,
@@ -78,15 +79,16 @@ class LookupGroup:
                 that is found out later).
         """
         came_from = bags.ids[0].device
-        layout = self.layout
+        layout, given = self.layout, bags.occurrences
         if layout.device.type == "cpu" and came_from.type == "cuda":
             bags = transfer.bags_from_device(bags, came_from)
         if training:
             self._check_trained()
         self._check_devices(bags)
         lines = layout.lines_for(bags)
+        occurrences = join_occurrences(bags, given, layout.device) if given and training else None
         if not bags.details:
-            return Batch(bags, lines, None, [], None, came_from)
+            return Batch(bags, lines, None, [], None, came_from, occurrences)
         weighted = [i for i, bag in enumerate(bags.details) if bag.weights is not None]
         # Backward and update read them too; by then the caller may have overwritten its own.
         is_recorded = torch.is_grad_enabled() and (
@@ -98,7 +100,7 @@ class LookupGroup:
         if may_wait and lines.ragged and (training or len(lines.pooled) < len(lines.ragged)):
             self._check_offsets(bags, lines, offsets)
         weights = join_weights(bags, weighted) if is_recorded else None
-        return Batch(bags, lines, offsets, weighted, weights, came_from)
+        return Batch(bags, lines, offsets, weighted, weights, came_from, occurrences)
 
     def look_up(
         self, batch: Batch, training: bool, columns: Columns | None

@@ -6,7 +6,7 @@ the plan. So a feature costs a line of a plan, and no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -81,7 +81,7 @@ class JoinedOutput:
             ValueError: A feature does not give one row a sample, or others have another number of
                 samples (names it).
         """
-        num_samples = self._num_samples(bags)
+        num_samples = self.num_samples(bags)
         tensors = [
             torch.empty(num_samples, width, dtype=dtype, device=device)
             for width, (dtype, device) in zip(self._widths, self._kinds, strict=True)
@@ -117,8 +117,16 @@ class JoinedOutput:
             return transfer.outputs_to_device([recorded], first.batch.came_from)[0]
         return recorded
 
-    def _num_samples(self, bags: Sequence[FeatureBags]) -> int:
-        """Return the number of samples that all features have."""
+    def num_samples(self, bags: Sequence[FeatureBags], combined: Collection[str] = ()) -> int:
+        """Return the number of samples that all features have.
+
+        Args:
+            bags: For each group, those of its features.
+            combined: Features whose rows a combiner makes one of.
+
+        Raises:
+            ValueError: As for ``look_up``.
+        """
         sizes: dict[str, int] = {}
         for group, parts in zip(self.groups, bags, strict=True):
             layout = group.layout
@@ -126,7 +134,8 @@ class JoinedOutput:
                 sizes.update(zip(layout.names, parts.sizes, strict=True))
                 continue
             for feature, bag in zip(layout.features, parts.details, strict=True):
-                _check_one_row(feature.name, feature.mode, bag)
+                mode = "sum" if feature.name in combined else feature.mode
+                _check_one_row(feature.name, mode, bag)
                 sizes[feature.name] = bag.num_bags
         first = self.names[0]
         num_samples = sizes[first]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.room import RoomMaker
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
-from recis_lightning.ops.layout import SEGMENT_START, UNKNOWN
+from recis_lightning.ops.layout import NUM_REJECTED, SEGMENT_START, UNKNOWN
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
 
@@ -42,6 +44,7 @@ class LocalRows:
         admissions = [policy for policy in policies if policy is not None]
         self._may_reject = reads_only or bool(admissions)
         self._all_tables_admit = not reads_only and all(policy.admits for policy in admissions)
+        self._counts_occurrences = counts_occurrences(layout)
         self._all_known = False  # whether the last training lookup found nothing to insert
 
     def fetch(
@@ -52,7 +55,9 @@ class LocalRows:
         layout, lines, ids = self._layout, batch.lines, batch.bags.ids
         num_ids = lines.num_ids
         segments = lines.segments(ids, training)
-        if (self._all_known or not training) and embedding_bag.fuses(layout.device, training):
+        occurrences = batch.occurrences if self._counts_occurrences else None
+        fuses = occurrences is None and (self._all_known or not training)
+        if fuses and embedding_bag.fuses(layout.device, training):
             rows = torch.empty(num_ids, dtype=torch.int64, device=layout.device)
             lines.point_to_rows(plan, rows)
             if not embedding_bag.find_and_gather(plan, segments, training, *layout.row_type):
@@ -61,22 +66,53 @@ class LocalRows:
                     hash_index.note_known(segments, rows, tables, layout.segment_tables)
                 return FetchedLocalRows(rows, layout)
         if training:
-            rows = self._find_or_insert(segments, ids, num_ids)
+            rows = self._find_or_insert(segments, ids, num_ids, occurrences)
         else:
             rows = hash_index.find(segments, num_ids, layout.device)
         lines.point_to_rows(plan, rows)
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedLocalRows(rows, layout)
 
-    def _find_or_insert(self, segments: Segments, ids: Sequence[Tensor], num_ids: int) -> Tensor:
+    def _find_or_insert(
+        self,
+        segments: Segments,
+        ids: Sequence[Tensor],
+        num_ids: int,
+        occurrences: Tensor | None,
+    ) -> Tensor:
         layout = self._layout
-        rows, new = find_or_insert_rows(layout, segments, ids, num_ids, layout.segment_tables)
+        rows, new = find_or_insert_rows(
+            layout, segments, ids, num_ids, layout.segment_tables, occurrences
+        )
+        if occurrences is not None:
+            _count_rejections(layout, list(map(Tensor.numel, ids)), rows, occurrences)
         # That a frozen table does not know an id is counted only here, not in the one pass.
         fuses = embedding_bag.fuses(layout.device, training=True)
         self._all_known = fuses and new is None and self._all_tables_admit
         if self._all_known and self._may_reject:
             self._all_known = not bool((rows == UNKNOWN).any())
         return rows
+
+
+def counts_occurrences(layout: FeatureLayout) -> bool:
+    """Return whether it matters to a training lookup how often each id occurs."""
+    return any(
+        source.admits == "none"
+        or layout.tables[source.table].admission is not None
+        or layout.tables[source.table].storage.keeps_access_metadata
+        for source in layout.sources
+    )
+
+
+def _count_rejections(
+    layout: FeatureLayout, sizes: list[int], rows: Tensor, occurrences: Tensor
+) -> None:
+    """Count occurrences that a table rejects unseen: the index counts each position once."""
+    rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
+    for feature, part in zip(layout.features, rejected.split(sizes), strict=True):
+        storage = feature.table.storage
+        if feature.admits == "none" or storage.admission_counter is None:
+            storage.header.tensor[NUM_REJECTED] += part.sum()
 
 
 class FetchedLocalRows(NamedTuple):
@@ -143,12 +179,17 @@ def find_or_insert_rows(
         bfloat16 = layout.dtype is torch.bfloat16
         row_init.init_rows_(rows, new, segments, layout.embedding_dim, bfloat16)
 
-    rows, new = hash_index.find_or_insert(
-        segments,
-        *(num_ids, layout.storages, segment_tables, layout.device),
-        occurrences,
-        write_new,
-    )
+    with ExitStack() as undo:
+        make_room = None
+        if any(table.evictor.limit is not None for table in layout.tables):
+            make_room = RoomMaker(layout, segments, ids, segment_tables, undo)
+        rows, new = hash_index.find_or_insert(
+            segments,
+            *(num_ids, layout.storages, segment_tables, layout.device),
+            occurrences,
+            write_new,
+            make_room,
+        )
     if new is not None and any(t.evictor.readmissions is not None for t in layout.tables):
         _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
@@ -167,4 +208,4 @@ def _note_new(
             tracker.note_new(ids[i][new_of_segment].cpu())
 
 
-__all__ = ["FetchedLocalRows", "LocalRows", "find_or_insert_rows"]
+__all__ = ["FetchedLocalRows", "LocalRows", "counts_occurrences", "find_or_insert_rows"]

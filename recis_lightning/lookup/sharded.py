@@ -73,7 +73,7 @@ class ShardedRows:
             if table.needs_reshard:
                 drop_rows_of_other_ranks(table)
         deduplicated = self._deduplicator.deduplicate(batch.bags.ids)
-        route, rows = yield from exchange_rows(layout, deduplicated, training)
+        route, rows = yield from exchange_rows(layout, deduplicated, training, batch.occurrences)
         inverse = deduplicated.inverse
         fetched = FetchedShardedRows(inverse, layout, rows)
         plan[:, fields.PLAN_HEADER] = fetched.header.address

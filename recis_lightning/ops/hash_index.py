@@ -171,6 +171,7 @@ def find_or_insert(
     device: torch.device,
     occurrences: Tensor | None = None,
     write_new: Callable[[Tensor, Tensor], None] | None = None,
+    make_room: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows of ids, insert unknown ones, and write last-seen steps.
 
@@ -196,6 +197,8 @@ def find_or_insert(
             count; None means 1.
         write_new: Called with ``rows`` and ``new`` if there is one, and perhaps a second time;
             writes the rows of the new ids.
+        make_room: Called once with rows, int64 [n], that are MISSING where an id is about to be
+            inserted; may remove any other id than those of the call.
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
@@ -214,13 +217,16 @@ def find_or_insert(
                 segments, num_ids, tables, segment_tables, device, occurrences
             )
             _read_clocks(segments, tables, segment_tables)
+        room = None if make_room is None else _RoomCheck(check, make_room)
         rows: Tensor
         new: Tensor | None
         claims, is_inserted = list[Claim](), False
         try:
             rows, new = module.find_or_insert(
-                segments, num_ids, tables, segment_tables, check, device, claims
+                *(segments, num_ids, tables, segment_tables, room or check, device, claims)
             )
+            if room is not None and not room.was_made:  # nothing is missing here
+                room.make(rows)
             if new is not None and write_new is not None:
                 write_new(rows, new)
             is_inserted = True
@@ -235,6 +241,30 @@ def find_or_insert(
                 _write_inserted(module, segments, num_ids, device, claims, write_new)
             raise
     return rows, new
+
+
+class _RoomCheck:
+    """Check of what is about to be inserted that makes room for what it admits.
+
+    Args:
+        check: Of the admission policies, or None.
+        make: As ``make_room`` for ``find_or_insert``.
+
+    Attributes:
+        make: As given.
+        was_made: Whether it was called.
+    """
+
+    def __init__(
+        self, check: admission.CheckFunction | None, make: Callable[[Tensor], None]
+    ) -> None:
+        self._check, self.make, self.was_made = check, make, False
+
+    def __call__(self, misses: Tensor | None, rows: Tensor) -> Tensor | None:
+        admitted = misses if self._check is None else self._check(misses, rows)
+        self.was_made = True
+        self.make(rows)
+        return admitted
 
 
 def _undo(claims: Sequence[Claim]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +15,21 @@ from torch.utils.hooks import RemovableHandle
 from recis_lightning.arguments import check_kinds
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.process_group import ProcessGroup
-from recis_lightning.eviction import COLUMNS, KEPT_COLUMNS, Eviction, RowColumns, count_marked
+from recis_lightning.eviction_policy import (
+    COLUMNS,
+    KEPT_COLUMNS,
+    Eviction,
+    RowColumns,
+    RowLimit,
+)
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops.layout import NUM_IDS, NUM_REJECTED
+from recis_lightning.row_ranking import count_marked
 from recis_lightning.table.clock import TableClock
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.statistics import ReadmissionTracker, TableStatistics
 from recis_lightning.table.storage import Storage
+from recis_lightning.table.undo import Undo
 
 _CHUNK_ROWS = 1 << 16  # rows whose norms are taken at once
 
@@ -111,12 +121,21 @@ class Evictor:
         pinned: int64 [n], the ids that are never evicted, ascending; None before any was pinned.
         num_evicted: Rows that ``evict`` removed.
         readmissions: Counts evicted ids that come back, if the table was asked to track them.
+        limit: Policy by which lookups make room for new ids; None if they do not.
+        halving_steps: Steps after which counts are halved; None if they are not.
+        lookups: Records of lookups that may still read the table's rows or bring gradients for
+            them; kept for a table with a limit only.
     """
+
+    limit: RowLimit | None
+    halving_steps: int | None
 
     def __init__(
         self, policy: Eviction | None, storage: Storage, pending: list[PendingGradient]
     ) -> None:
-        self.storage, self._policy, self._pending = storage, policy, pending
+        self.storage, self._pending = storage, pending
+        self._take_policy(policy)
+        self.lookups: weakref.WeakSet[Any] = weakref.WeakSet()
         self.pinned: Tensor | None = None
         self.num_evicted = 0
         self.readmissions: ReadmissionTracker | None = None
@@ -132,7 +151,13 @@ class Evictor:
         now, before = clock_of(policy), self.storage.now
         if isinstance(before, TableClock) and now.is_like(before):
             now = before  # with the jumps that it has bounded
-        self._policy, self.storage.now = policy, now
+        self.storage.now = now
+        self._take_policy(policy)
+
+    def _take_policy(self, policy: Eviction | None) -> None:
+        self._policy = policy
+        self.limit = None if policy is None else policy.lookup_limit
+        self.halving_steps = None if policy is None else policy.halving_steps
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +230,7 @@ class Evictor:
             return EvictionReport.of(num_gone, by_policy, freed, 0, dry_run)
         ids = self._notify(gone)
         before, tracker = storage.nbytes, self.readmissions
-        with storage.undo(self, *([] if tracker is None else [tracker])) as undo:
+        with self.undo() as undo:
             self.num_evicted += num_gone
             if tracker is not None and ids is not None:
                 tracker.note_evicted(ids.cpu())
@@ -215,6 +240,56 @@ class Evictor:
             storage.compact()
         returned = max(before - storage.nbytes, 0)
         return EvictionReport.of(num_gone, by_policy, freed, returned, False)
+
+    def undo(self) -> Undo:
+        """Return a context in which an eviction is undone if it does not come to its end."""
+        tracker = self.readmissions
+        return self.storage.undo(self, *([] if tracker is None else [tracker]))
+
+    def make_room(
+        self,
+        num_new: int,
+        in_use: Iterable[Tensor],
+        undo: Undo,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Remove as many rows as there are too many for a lookup's new ids, by the limit.
+
+        Args:
+            num_new: New ids, of all ranks.
+            in_use: int64 [n] each, rows that must stay; negative ones are passed over.
+            undo: From ``undo``; it puts everything back until it has ended.
+            process_group: As for ``evict``; all ranks make room together.
+
+        Raises:
+            RuntimeError: Too few rows may go; nothing has changed.
+        """
+        limit, storage = self.limit, self.storage
+        assert limit is not None
+        columns = self._columns_for(limit, process_group)
+        for rows in in_use:
+            columns.evictable[rows[rows >= 0]] = False
+        num_rows, num_evictable = limit.count(columns)
+        excess = num_rows + num_new - limit.max_rows
+        if excess > num_evictable:
+            raise RuntimeError(
+                f"table {storage.name!r}: {limit!r} has no room for {num_new} new ids: of "
+                f"{num_rows} rows {num_evictable} may go, the others have ids of this lookup, wait "
+                "for a backward pass or the optimizer, or are pinned; allow more rows or take "
+                "smaller batches"
+            )
+        gone = limit.first(columns, excess)
+        num_gone = count_marked(gone)
+        if not num_gone:
+            return
+        ids, tracker = self._notify(gone), self.readmissions
+        rows = gone.nonzero().squeeze(1)
+        # New ids get these rows before the lookup has come to its end.
+        undo.on_failure(partial(storage.rows.put_back, rows, storage.rows.copy_of(rows)))
+        self.num_evicted += num_gone
+        if tracker is not None and ids is not None:
+            tracker.note_evicted(ids.cpu())
+        storage.remove_rows(gone, undo, spares_lookups=True)
 
     def rows_named_by(self, policy: Eviction) -> Tensor:
         """Return the rows of this rank that ``evict`` would remove, bool [rows]."""

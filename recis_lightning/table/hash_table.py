@@ -304,14 +304,20 @@ class HashTable(nn.Module):
         return self.storage.step
 
     def update_step(self, n: int = 1) -> None:
-        """Advance ``step`` by ``n``.
+        """Advance ``step`` by ``n``; counts decay if the eviction policy has a ``half_life``.
 
         Raises:
             ValueError: ``step`` would not be an int64.
         """
-        fields = self.storage.header.fields
+        fields, halving = self.storage.header.fields, self.evictor.halving_steps
+        before = fields.item(STEP)
+        step = before + int(n)
         try:
-            fields[STEP] = fields.item(STEP) + int(n)  # two times as fast as +=
+            if halving is None or step // halving <= before // halving:
+                fields[STEP] = step
+            else:
+                times = step // halving - before // halving
+                write((self.lock,), self.storage.halve_counts, times, step)
         except OverflowError:
             raise ValueError(
                 f"n: expected an int that keeps the step below 2**63, got {n!r} at {self.step}"

@@ -189,6 +189,16 @@ class RowStore:
             row_io.gather_fields(self.header, source[chunk], columns)
             row_io.scatter_fields_(self.header, target[chunk], columns)
 
+    def copy_of(self, rows: Tensor) -> Tensor:
+        """Return whole rows, int64 [n], as float32 [n, row_words] on the rows' device."""
+        words = torch.empty(rows.numel(), self.row_words, device=self.header.device)
+        row_io.gather_fields(self.header, rows, [RowField(words, 0)])
+        return words
+
+    def put_back(self, rows: Tensor, words: Tensor) -> None:
+        """Overwrite rows with what ``copy_of`` returned of them."""
+        row_io.scatter_fields_(self.header, rows, [RowField(words, 0)])
+
     def shrink(self, num_rows: int) -> None:
         """Keep the first ``num_rows`` rows, none of them freed, and the memory that holds them.
 

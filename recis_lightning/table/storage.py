@@ -71,6 +71,8 @@ class Storage(TableMemory):
         num_overwrites: Calls of ``insert`` that gave known ids other weights.
         num_void: Entries that insertions left behind which failed: no id has them, and they take
             room until the index is rebuilt.
+        num_rooms: Evictions that made room for a lookup: row numbers of lookups that may still get
+            gradients stayed valid.
     """
 
     entries: Tensor
@@ -91,7 +93,7 @@ class Storage(TableMemory):
         self.embedding_dim, self.dtype, self.device = embedding_dim, dtype, device
         self.kept_columns, self.now, self.name = kept_columns, now, name
         self.generation = self.num_removed = self.num_loaded = self.num_void = 0
-        self.num_overwrites = 0
+        self.num_overwrites = self.num_rooms = 0
         self.header = Header(device, backend.is_async(device))
         self.admission_counter: AdmissionCounter | None = None
         self._empty({}, 0.0)
@@ -260,6 +262,16 @@ class Storage(TableMemory):
     def _now_us(self) -> int:
         return round(self.now() * 1e6)
 
+    def halve_counts(self, times: int, step: int) -> None:
+        """Halve the counts of all rows some times, rounding down, and set the step."""
+        with self.undo():
+            if times and "counts" in self.columns:
+                old = self.columns["counts"]
+                new = _new_column(old.numel(), self.device)
+                torch.bitwise_right_shift(old, min(times, 63), out=new)
+                self._set_columns({**self.columns, "counts": new})
+            self.header.fields[STEP] = step
+
     def _set_columns(self, columns: dict[str, Tensor]) -> None:
         self.columns = columns
         for name, field in _COLUMN_FIELDS.items():
@@ -399,12 +411,15 @@ class Storage(TableMemory):
 
     # ---- shrinking
 
-    def remove_rows(self, gone: Tensor, within: Undo | None = None) -> int:
+    def remove_rows(
+        self, gone: Tensor, within: Undo | None = None, spares_lookups: bool = False
+    ) -> int:
         """Remove the ids of the rows that ``gone`` (bool [rows]) marks; return how many.
 
         Args:
             gone: Afterwards only rows that had an id are marked.
             within: Context of a change of which this is a part, of this storage's ``undo``.
+            spares_lookups: Whether no row goes that a lookup may still bring a gradient for.
         """
         with self.undo() if within is None else contextlib.nullcontext(within) as undo:
             self.entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
@@ -413,7 +428,10 @@ class Storage(TableMemory):
                 return 0
             freed = gone.nonzero().squeeze(1).flip(0)  # the lowest row is reused first
             self.rows.set_free_rows(torch.cat([self.rows.free_rows, freed]))
-            self.generation += 1
+            if spares_lookups:
+                self.num_rooms += 1
+            else:
+                self.generation += 1
             self.num_removed += removed
             self._set_in_columns(undo, freed, {})
         return removed
