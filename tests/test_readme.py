@@ -28,8 +28,11 @@ def test_the_data_example_runs(capsys):
     examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names = {"__name__": "data"}
     exec(compile("\n".join(examples), str(page), "exec"), names)
-    assert names["batch"]["capital"].tolist() == [1]
-    assert sum(map(int, re.findall(r"\d+", capsys.readouterr().out))) == 3  # lengths 2, 0, 1
+    assert names["features"](names["request"])["capital"].tolist() == [1]
+    lengths, *windows, stream = capsys.readouterr().out.splitlines()
+    assert sum(map(int, re.findall(r"\d+", lengths))) == 3  # lengths 2, 0, 1
+    assert windows == [f"2026-11-{day} tensor([1, 2, 3])" for day in (29, 30)]
+    assert stream == "2026-11-30.parquet 6"
 
 
 def test_the_serving_examples_run():

@@ -14,8 +14,10 @@ from recis_lightning.data.columns import Column, Id, IdList, Label, Number
 from recis_lightning.data.cross import Cross
 from recis_lightning.data.dataset import ColumnarDataset
 from recis_lightning.data.features import Features
-from recis_lightning.data.files import DataFileError
+from recis_lightning.data.file_reader import DataFileError
+from recis_lightning.data.follow import Follow
 from recis_lightning.data.hashing import hash_strings
+from recis_lightning.data.mixing import MixedDataset
 from recis_lightning.data.transforms import (
     Bucketize,
     Clip,
@@ -27,6 +29,7 @@ from recis_lightning.data.transforms import (
     Transform,
     Truncate,
 )
+from recis_lightning.data.windows import Window
 
 if TYPE_CHECKING:
     from recis_lightning.data.module import ColumnarDataModule
@@ -40,17 +43,20 @@ __all__ = [
     "Cross",
     "DataFileError",
     "Features",
+    "Follow",
     "Id",
     "IdList",
     "Label",
     "Log1p",
     "Lookup",
     "Mask",
+    "MixedDataset",
     "Mod",
     "MultiHash",
     "Number",
     "Transform",
     "Truncate",
+    "Window",
     "hash_strings",
 ]
 

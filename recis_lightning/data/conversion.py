@@ -12,7 +12,15 @@ from torch import Tensor
 
 from recis_lightning.data.hashing import hash_array
 
-__all__ = ["bags_of", "fill_nulls", "float_of", "int64_of", "is_list", "one_of_list"]
+__all__ = [
+    "bags_of",
+    "fill_nulls",
+    "float_of",
+    "int64_of",
+    "is_list",
+    "one_of_list",
+    "ticks_per_second",
+]
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -75,11 +83,10 @@ def float_of(array: pa.Array, dtype: torch.dtype) -> Tensor:
         array = array.dictionary_decode()
     kind = array.type
     if pa.types.is_temporal(kind):
-        days = pa.types.is_date32(kind) or pa.types.is_date64(kind)
-        seconds = int64_of(array, None, 0).double()
+        ticks = int64_of(array, None, 0).double()
         if pa.types.is_date32(kind):
-            return (seconds * 86400).to(dtype)
-        return (seconds / _PER_SECOND["ms" if days else kind.unit]).to(dtype)
+            return (ticks * 86400).to(dtype)
+        return (ticks / ticks_per_second(kind)).to(dtype)
     if not (
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
@@ -92,6 +99,17 @@ def float_of(array: pa.Array, dtype: torch.dtype) -> Tensor:
         array = array.cast(pa.uint8())
     wanted = pa.float32() if dtype is torch.float32 else pa.float64()
     return _tensor(pc.cast(array, wanted, safe=False), 0.0)
+
+
+def ticks_per_second(kind: pa.DataType) -> int:
+    """Return how many of a time's own units make a second; 1 for integers.
+
+    Args:
+        kind: Any type but date32, whose unit is a day.
+    """
+    if pa.types.is_date64(kind):
+        return _PER_SECOND["ms"]
+    return _PER_SECOND[kind.unit] if pa.types.is_temporal(kind) else 1
 
 
 def fill_nulls(found: Tensor, array: pa.Array, default: Any) -> Tensor:

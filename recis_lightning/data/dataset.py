@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recis_lightning.arguments import check_int
 from recis_lightning.data.background import in_background
 from recis_lightning.data.columns import Column
 from recis_lightning.data.features import Features, features_of
-from recis_lightning.data.files import DataFileError, FileSet
-from recis_lightning.data.order import Block, Deal, Span, blocks_of, row_order, whole
-from recis_lightning.data.rows import Batch, join_rows, pinned, select_rows
+from recis_lightning.data.file_reader import DataFileError, FileReader
+from recis_lightning.data.files import Files, FileSet
+from recis_lightning.data.follow import FileStream, Follow, check_follow
+from recis_lightning.data.lanes import Lane, Plan
+from recis_lightning.data.order import Block, Deal, blocks_of, whole
+from recis_lightning.data.rows import Batch, join_rows, pinned
+from recis_lightning.data.windows import Window, check_window
 from recis_lightning.distributed import collectives
 
 __all__ = ["ColumnarDataset", "state_after"]
@@ -38,6 +41,10 @@ class ColumnarDataset(IterableDataset[Any]):
     Each iteration is an epoch; a complete one moves on to the next. Where worker processes iterate,
     call ``set_epoch``.
 
+    With ``window`` or ``follow`` an epoch is a window: the rows of an hour, or the files that are
+    new. ``set_epoch(k)`` selects window k (of fixed files, modulo ``num_windows``), ``window``
+    names it, and ``for name in data.windows():`` goes through them.
+
     Args:
         paths: Files or glob patterns, of names that end in ``.parquet`` or ``.orc``; a URL is read
             through fsspec.
@@ -53,12 +60,22 @@ class ColumnarDataset(IterableDataset[Any]):
         drop_last: Whether rows that do not fill a batch on every rank are left out.
         on_bad_file: ``"error"``, or ``"skip"`` to log and leave out a file that cannot be opened,
             lacks a column or has another kind of it than the first file. Damage that shows only
-            when a split is read is an error.
+            when a split is read is an error. A followed file is bad if it was so twice.
+        window: Length of windows of time, such as ``"1h"``, each of which is an epoch, by the times
+            in the files' paths; ``Window(length, column)`` goes by a column.
+        follow: Whether new files are read as they appear; then an epoch is a window of time or,
+            without ``window``, the files that appeared since the last one. ``Follow(...)`` says
+            how long. Needs no files at first.
         lanes: Runs into which a rank's rows are cut, whose batches take turns. With W workers make
             it a multiple of W: each then reads only its own splits; with 1 every worker reads all.
             The order depends on it.
         prefetch: Batches made ahead, in a thread; 0 makes none.
         pin_memory: Whether batches lie in pinned memory; needs a GPU.
+
+    Attributes:
+        epoch: Epoch of the next iteration.
+        stop_waiting: Function without arguments that says that a wait for new files is to end, and
+            the stream with it; None never does. Called on every rank, about ten times a second.
 
     Raises:
         FileNotFoundError: A pattern matches nothing.
@@ -91,6 +108,8 @@ class ColumnarDataset(IterableDataset[Any]):
         filter: str | None = None,
         drop_last: bool = False,
         on_bad_file: str = "error",
+        window: str | Window | None = None,
+        follow: bool | Follow = False,
         lanes: int = 1,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -105,28 +124,91 @@ class ColumnarDataset(IterableDataset[Any]):
         self.prefetch = check_int("prefetch", prefetch, least=0)
         self.drop_last, self.pin_memory, self.convert = drop_last, pin_memory, convert
         sources = [source for column in self.columns for source in column.sources]
-        self._files = FileSet(paths, sources, filter, on_bad_file)
+        reader, stream = FileReader(sources, filter, check_window(window)), check_follow(follow)
+        self.stop_waiting: Callable[[], bool] | None = None
+        self._files: Files
+        if stream is None:
+            self._files = FileSet(paths, reader, on_bad_file)
+        else:
+            self._files = FileStream(paths, reader, stream, on_bad_file, self._stops)
         self.epoch = 0
         self._stages: list[tuple[int, int, int, int]] = []  # ranks, batch size, lanes, batches
         self._num_yielded = 0
         self._pickled_ranks = (0, 1)  # rank and their number, for workers that are not forked
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pickled_ranks": self._ranks()}
+        return {**self.__dict__, "_pickled_ranks": self._ranks(), "stop_waiting": None}
 
     @property
     def num_rows(self) -> int:
-        """Rows of an epoch, of all ranks."""
+        """Rows of an epoch (of its window), of all ranks."""
         return sum(split.num_rows for split in self._files.splits)
 
     def __len__(self) -> int:
         """Return the batches of this rank in an epoch, those before a resumption included."""
+        return sum(self.progress())
+
+    @property
+    def window(self) -> str | None:
+        """Name of the window that was selected last; None without ``window`` and ``follow``."""
+        return self._files.window
+
+    @property
+    def num_windows(self) -> int | None:
+        """Number of windows, 1 where data are not divided; None with ``follow``."""
+        return self._files.num_windows
+
+    @property
+    def ended(self) -> bool:
+        """Whether a followed stream has ended: the last ``set_epoch`` found no further window."""
+        return self._files.ended
+
+    def windows(self) -> Iterator[str | None]:
+        """Select one window after the other, from the place in the data, and yield its name.
+
+        With ``follow`` it ends where the stream does, else after the last window.
+
+        Example:
+            >>> import tempfile, pyarrow as pa, pyarrow.parquet
+            >>> from recis_lightning.data import ColumnarDataset, Id
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> for day in (1, 2):
+            ...     path = f"{folder.name}/2026-12-0{day}.parquet"
+            ...     pa.parquet.write_table(pa.table({"user": [day]}), path)
+            >>> data = ColumnarDataset(f"{folder.name}/*.parquet", [Id("user")], window="1d")
+            >>> for window in data.windows():
+            ...     print(window, [batch["user"].tolist() for batch in data])
+            2026-12-01 [[1]]
+            2026-12-02 [[2]]
+            >>> folder.cleanup()
+        """
+        number, count = self.epoch, self.num_windows
+        last = None if count is None else (number // count + 1) * count
+        while number != last:
+            self.set_epoch(number)
+            if self.ended:
+                return
+            yield self.window
+            number += 1
+
+    def progress(self) -> tuple[int, int]:
+        """Return the batches of this rank in the epoch: before the place in the data, and left."""
         plan = self._plan()
-        return plan.first + plan.deal.num_batches - plan.skipped
+        return plan.first, plan.deal.num_batches - plan.skipped
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be of this epoch; a place loaded within it is kept."""
-        if check_int("epoch", epoch, least=0) != self.epoch:
+        """Let the next iteration be of this epoch; a place loaded within it is kept.
+
+        With ``follow`` an epoch after the one that was read begins the next window: all ranks call
+        this, and wait until there is one, or the stream ends.
+
+        Raises:
+            DataFileError: A followed file is bad.
+            ValueError: The epoch is below 0, or, with ``follow``, before that of the open window.
+        """
+        same = check_int("epoch", epoch, least=0) == self.epoch
+        self._files.select(epoch)
+        if not same:
             self.epoch, self._stages, self._num_yielded = epoch, [], 0
 
     def state_dict(self, num_batches: int | None = None) -> dict[str, Any]:
@@ -148,8 +230,11 @@ class ColumnarDataset(IterableDataset[Any]):
             "version": _STATE_VERSION,
             "epoch": self.epoch,
             "stages": [list(stage) for stage in self._stages_today()],
-            "data": self._fingerprint(),
+            "data": self.fingerprint(),
         }
+        files = self._files.state(self.epoch)
+        if files is not None:
+            state["files"] = files
         return state_after(state, num_batches)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -165,13 +250,14 @@ class ColumnarDataset(IterableDataset[Any]):
             raise ValueError(
                 f"state: expected version {_STATE_VERSION}, got {state.get('version')!r}"
             )
-        if state["data"] != self._fingerprint():
+        if state["data"] != self.fingerprint():
             raise ValueError(
                 "state: it is a place in other data: files, their rows, filter, seed, shuffle_rows "
                 "and drop_last must be those of the run that saved it"
             )
         self.epoch, self._num_yielded = int(state["epoch"]), 0
         self._stages = [(int(r), int(b), int(n), int(t)) for r, b, n, t in state["stages"]]
+        self._files.load_state(state.get("files"), self.epoch)
 
     def __iter__(self) -> Iterator[Any]:
         plan, worker = self._plan(), get_worker_info()
@@ -184,7 +270,11 @@ class ColumnarDataset(IterableDataset[Any]):
                 yield batch
         finally:
             batches.close()  # type: ignore[attr-defined]
-        self.epoch, self._stages, self._num_yielded = self.epoch + 1, [], 0
+        if not self.ended:
+            self.epoch, self._stages, self._num_yielded = self.epoch + 1, [], 0
+
+    def _stops(self) -> bool:
+        return self.stop_waiting is not None and self.stop_waiting()
 
     def _ranks(self) -> tuple[int, int]:
         """Return this process's rank, a worker's being its parent's, and the number of ranks."""
@@ -198,7 +288,8 @@ class ColumnarDataset(IterableDataset[Any]):
             return self._stages
         return [*self._stages, (*today, 0)]
 
-    def _plan(self) -> _Plan:
+    def _plan(self) -> Plan:
+        self._files.select(self.epoch)
         sizes = [split.num_rows for split in self._files.splits]
         blocks = blocks_of(sizes, self.shuffle_rows, self.seed, self.epoch)
         spans, first = whole(blocks), 0
@@ -208,13 +299,18 @@ class ColumnarDataset(IterableDataset[Any]):
             spans, first = deal.left_after(num_batches), first + num_batches
         num_ranks, batch_size, lanes, skipped = today
         deal = Deal(spans, num_ranks, batch_size, lanes, self.drop_last)
-        return _Plan(blocks, deal, first + skipped, skipped)
+        return Plan(blocks, deal, first + skipped, skipped)
 
-    def _batches(self, plan: _Plan, worker: int, num_workers: int) -> Iterator[Any]:
+    def _batches(self, plan: Plan, worker: int, num_workers: int) -> Iterator[Any]:
         rank = self._ranks()[0]
         sizes = plan.deal.batch_sizes(rank)
         with ThreadPoolExecutor(1, "recis_lightning.data.blocks") as pool:
-            lanes = [_Lane(self, plan.blocks, spans, pool) for spans in plan.deal.lanes_of(rank)]
+            order = (self.shuffle_rows, self.seed, self.epoch)
+            ahead = pool if self.prefetch else None
+            lanes = [
+                Lane(self.read_block, self.empty, plan.blocks, spans, order, ahead)
+                for spans in plan.deal.lanes_of(rank)
+            ]
             for index, size in enumerate(sizes):
                 lane = lanes[index % len(lanes)]
                 if index < plan.skipped or (index - plan.skipped) % num_workers != worker:
@@ -235,7 +331,7 @@ class ColumnarDataset(IterableDataset[Any]):
         for index in block.splits:
             split = self._files.splits[index]
             arrays = self._files.read(split)
-            where = f"{self._files.files[split.file]}, part {split.group}"
+            where = f"{self._files.path_of(split)}, part {split.group}"
             part: Batch = {}
             for column in self.columns:
                 try:
@@ -251,11 +347,10 @@ class ColumnarDataset(IterableDataset[Any]):
         arrays = {name: array[:0] for name, array in self._files.read(split).items()}
         return self.features.transform([column.read(arrays) for column in self.columns])
 
-    def _fingerprint(self) -> str:
-        splits = [list(split) for split in self._files.splits]
+    def fingerprint(self) -> str:
+        """Return what is the same for data in which a place has the same meaning."""
         order = [self.shuffle_rows, self.seed, self.drop_last]
-        names = [name.rsplit("/", 1)[-1] for name in self._files.files]
-        text = json.dumps([names, splits, order])
+        text = json.dumps([*self._files.fingerprint(), order])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -264,78 +359,3 @@ def state_after(state: Mapping[str, Any], num_batches: int) -> dict[str, Any]:
     *earlier, (num_ranks, batch_size, lanes, _) = state["stages"]
     rest = max(num_batches - sum(stage[3] for stage in earlier), 0)
     return {**state, "stages": [*earlier, [num_ranks, batch_size, lanes, rest]]}
-
-
-class _Plan:
-    """Rest of an epoch.
-
-    Attributes:
-        blocks: Blocks of the epoch.
-        deal: Share of today's ranks in what earlier numbers of ranks left.
-        first: Batches of the epoch before the next one.
-        skipped: Batches of ``deal`` among them.
-    """
-
-    def __init__(self, blocks: Sequence[Block], deal: Deal, first: int, skipped: int) -> None:
-        self.blocks, self.deal, self.first, self.skipped = blocks, deal, first, skipped
-
-
-class _Lane:
-    """Reader of one lane: its spans, and the block that it is in."""
-
-    def __init__(
-        self,
-        data: ColumnarDataset,
-        blocks: Sequence[Block],
-        spans: Sequence[Span],
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self._data, self._blocks, self._pool = data, blocks, pool
-        self._spans = list(reversed(spans))
-        self._block = self._next_block = -1
-        self._rows: Batch = {}
-        self._order: Tensor | None = None
-        self._next: Future[Batch] | None = None
-
-    def skip(self, num_rows: int) -> None:
-        """Pass over rows without reading them."""
-        for _ in self._pieces(num_rows):
-            pass
-
-    def take(self, num_rows: int) -> Batch:
-        """Return the next rows, as a copy."""
-        parts = []
-        for span in self._pieces(num_rows):
-            self._open(span.block)
-            rows: Tensor | slice = slice(span.start, span.stop)
-            if self._order is not None:
-                rows = self._order[rows]
-            parts.append({name: select_rows(value, rows) for name, value in self._rows.items()})
-        return join_rows(parts) if parts else self._data.empty()
-
-    def _pieces(self, num_rows: int) -> Iterator[Span]:
-        while num_rows:
-            block, start, stop = self._spans.pop()
-            middle = min(stop, start + num_rows)
-            if middle < stop:
-                self._spans.append(Span(block, middle, stop))
-            num_rows -= middle - start
-            yield Span(block, start, middle)
-
-    def _open(self, block: int) -> None:
-        """Make a block the current one, and start to read the one after it."""
-        if block == self._block:
-            return
-        data, blocks = self._data, self._blocks
-        self._rows = {}
-        if self._next is not None and block == self._next_block:
-            self._rows = self._next.result()
-        else:
-            self._rows = data.read_block(blocks[block])
-        size = blocks[block].num_rows
-        self._order = row_order(block, size, data.shuffle_rows, data.seed, data.epoch)
-        self._block, self._next = block, None
-        later = next((span.block for span in reversed(self._spans) if span.block != block), -1)
-        if later >= 0 and data.prefetch:
-            self._next_block = later
-            self._next = self._pool.submit(data.read_block, blocks[later])

@@ -127,6 +127,11 @@ class Features(nn.Module):
         """Number of groups of transforms, each of which runs at once."""
         return len(self._passes)
 
+    @property
+    def entries(self) -> list[str]:
+        """Names of the entries of a batch, in their order."""
+        return list(self._places)
+
     def without_labels(self) -> Features:
         """Return the same without ``Label`` columns and what is made of them."""
         gone = {column.name for column in self.columns if isinstance(column, Label)}

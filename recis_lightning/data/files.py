@@ -1,63 +1,79 @@
-"""Files of a data set: which there are, how many rows their parts have, and reading a part."""
+"""Files of a data set: which there are, and how bad ones are named."""
 
 from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
-import pyarrow.dataset as pads
-from pyarrow import acero, fs, orc, parquet
-from torch.utils.data import get_worker_info
+from pyarrow import fs
 
-from recis_lightning.data.filter import columns_of, parse_filter
+from recis_lightning.data.file_reader import FORMATS, DataFileError, FileReader, FoundFile, Split
 
-__all__ = ["DataFileError", "FileSet", "Split", "find_files"]
+__all__ = ["FileSet", "Files", "Kinds", "Pattern", "check_on_bad_file", "find_files", "patterns_of"]
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-_FORMATS = (".parquet", ".orc")
-# pyarrow reports damage as any of these, and lacks of memory as MemoryError, which passes.
-_BAD = (OSError, ValueError, TypeError, KeyError, NotImplementedError)
 
 
-class DataFileError(ValueError):
-    """A file of a data set that cannot be read as asked; the message begins with its name."""
-
-
-class Split(NamedTuple):
-    """Part of a file that is read at once: a row group of Parquet, a stripe of ORC.
+class Files(Protocol):
+    """Files of a data set, of which one window is read at a time: fixed ones or a stream.
 
     Attributes:
-        file: Index of the file.
-        group: Index in the file.
-        num_rows: Its rows that pass the filter.
+        splits: Splits of the window that is read.
     """
 
-    file: int
-    group: int
-    num_rows: int
+    splits: list[Split]
+
+    @property
+    def window(self) -> str | None:
+        """Name of the window; None where data are not divided, and before a stream's first."""
+
+    @property
+    def num_windows(self) -> int | None:
+        """Number of windows; None if there is no end."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is no further window."""
+
+    def select(self, epoch: int) -> None:
+        """Let ``splits`` be those of an epoch's window."""
+
+    def path_of(self, split: Split) -> str:
+        """Return the file that a split is part of."""
+
+    def read(self, split: Split) -> dict[str, pa.Array]:
+        """Read the columns of a split."""
+
+    def fingerprint(self) -> list[Any]:
+        """Return what must be the same for a place to have a meaning."""
+
+    def state(self, epoch: int) -> dict[str, Any] | None:
+        """Return which files and windows were read before the place of an epoch, if they grow."""
+
+    def load_state(self, state: Any, epoch: int) -> None:
+        """Go on from what ``state`` returned."""
 
 
 class FileSet:
-    """Files of one data set, in order, and their splits.
+    """Files that do not change, in order, and their splits.
 
-    Every file's footer is read when this is made, and with a filter also the columns that it
-    names. A file that has changed since is refused when it is read.
+    Every file's footer is read when this is made, and also the columns that the filter and the
+    window name. A file that has changed since is refused when it is read.
 
     Args:
         paths: Files or glob patterns; a URL (``s3://...``) is read through fsspec.
-        columns: Columns to read.
-        filter: Rows to keep, as ``parse_filter`` takes it; None keeps all.
+        reader: Of their columns.
         on_bad_file: ``"error"`` raises for a file that cannot be opened, lacks a column or has
             another kind of column than the first file; ``"skip"`` logs a warning that names it.
 
     Attributes:
-        files: Path of each file.
-        splits: Splits that have rows, in the order of the files.
+        files: The files, in order.
+        splits: Splits with rows of the window that is read, in the order of the files.
 
     Raises:
         FileNotFoundError: A pattern matches no file.
@@ -66,111 +82,173 @@ class FileSet:
     """
 
     def __init__(
-        self,
-        paths: str | Sequence[str],
-        columns: Sequence[str],
-        filter: str | None = None,
-        on_bad_file: str = "error",
+        self, paths: str | Sequence[str], reader: FileReader, on_bad_file: str = "error"
     ) -> None:
-        if on_bad_file not in ("error", "skip"):
-            raise ValueError(f"on_bad_file: expected 'error' or 'skip', got {on_bad_file!r}")
-        self._columns = list(dict.fromkeys(columns))
-        self._filter = None if filter is None else parse_filter(filter)
-        self._filter_columns = [] if filter is None else columns_of(filter)
-        self._kinds: dict[str, str] = {}
-        self.files: list[str] = []
+        check_on_bad_file(on_bad_file)
+        self._reader = reader
+        self.files: list[FoundFile] = []
         self._systems: list[Any] = []
-        self._versions: list[tuple[Any, Any]] = []
-        self.splits: list[Split] = []
+        kinds = Kinds()
         for system, path in find_files(paths):
             try:
-                self._add(system, path)
+                file = reader.examine(system, path)
+                kinds.add(file)
             except DataFileError as error:
                 if on_bad_file == "error":
                     raise
                 _log.warning("Skipped a file: %s", error)
+            else:
+                self.files.append(file)
+                self._systems.append(system)
         if not self.files:
             raise ValueError(f"paths: none of the files of {paths!r} could be read")
+        found = [split for index, file in enumerate(self.files) for split in file.splits_of(index)]
+        numbers = sorted({split.window for split in found})
+        self._windows = {n: [split for split in found if split.window == n] for n in numbers}
+        self._number: int | None = None
+        self.splits: list[Split] = []
+        self.select(0)
+
+    @property
+    def window(self) -> str | None:
+        """Name of the window that is read; None where data are not divided."""
+        if self._reader.window is None or self._number is None:
+            return None
+        return self._reader.window.name(self._number)
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows; 1 where data are not divided."""
+        return len(self._windows) if self._reader.window is not None else 1
+
+    @property
+    def ended(self) -> bool:
+        """False: after the last window the first one is read again."""
+        return False
+
+    def select(self, epoch: int) -> None:
+        """Let ``splits`` be those of window ``epoch``, modulo the number of windows."""
+        if self._windows:
+            self._number = list(self._windows)[epoch % len(self._windows)]
+            self.splits = self._windows[self._number]
+
+    def path_of(self, split: Split) -> str:
+        """Return the file that a split is part of."""
+        return self.files[split.file].path
 
     def read(self, split: Split) -> dict[str, pa.Array]:
-        """Read the columns of a split: column -> its values in the rows that pass the filter.
+        """Read the columns of a split: column -> its values in the rows of the split.
 
         Raises:
             DataFileError: The file is damaged, or has changed.
         """
-        system, path = self._systems[split.file], self.files[split.file]
-        where = f"{path}, part {split.group}"
+        return self._reader.read(self._systems[split.file], self.files[split.file], split)
 
-        def load() -> pa.Table:
-            if _version_of(system, path) != self._versions[split.file]:
-                raise ValueError("the file has changed since the data set was made")
-            names = list(dict.fromkeys([*self._columns, *self._filter_columns]))
-            with system.open_input_file(path) as source:
-                if path.endswith(".orc"):
-                    batch = orc.ORCFile(source).read_stripe(split.group, columns=names)
-                    part = pa.Table.from_batches([batch])
-                else:
-                    # Arrow's own threads do not survive the fork that made a worker.
-                    threads = get_worker_info() is None
-                    file = parquet.ParquetFile(source, pre_buffer=False)
-                    part = file.read_row_group(split.group, columns=names, use_threads=threads)
-            return part if self._filter is None else _filtered(part, self._filter)
+    def fingerprint(self) -> list[Any]:
+        """Return the names of the files, and all splits."""
+        names = [file.path.rsplit("/", 1)[-1] for file in self.files]
+        found = [split for index, file in enumerate(self.files) for split in file.splits_of(index)]
+        width = 3 if self._reader.window is None else 4
+        return [names, [list(split[:width]) for split in found]]
 
-        table = _naming(where, load)
-        if table.num_rows != split.num_rows:
-            raise DataFileError(
-                f"{where}: {split.num_rows} rows when the data set was made, "
-                f"{table.num_rows} when it was read"
-            )
-        return {name: _whole(table[name]) for name in self._columns}
+    def state(self, epoch: int) -> None:
+        """Return None: the files do not change."""
 
-    def _add(self, system: Any, path: str) -> None:
-        """List a file, all of it or nothing."""
-        version = _naming(path, lambda: _version_of(system, path))
-        kinds, counts = _naming(path, lambda: self._examine(system, path))
-        for name in self._columns:
-            known = self._kinds.get(name, kinds[name])
-            if "null" not in (known, kinds[name]) and known != kinds[name]:
+    def load_state(self, state: Any, epoch: int) -> None:
+        """Read the window of an epoch."""
+        self.select(epoch)
+
+
+class Kinds:
+    """Kinds of the columns of the files so far, on which all must agree."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def add(self, file: FoundFile) -> None:
+        """Check a file, and learn the kinds of columns that no file before had values of.
+
+        Raises:
+            DataFileError: A column is of another kind; names the file.
+        """
+        for name, kind in file.kinds.items():
+            known = self._known.get(name, kind)
+            if "null" not in (known, kind) and known != kind:
                 raise DataFileError(
-                    f"{path}: column {name!r} holds {kinds[name]}, in earlier files {known}"
+                    f"{file.path}: column {name!r} holds {kind}, in earlier files {known}"
                 )
-        for name in self._columns:
-            if self._kinds.get(name, "null") == "null":
-                self._kinds[name] = kinds[name]
-        index = len(self.files)
-        self.files.append(path)
-        self._systems.append(system)
-        self._versions.append(version)
-        self.splits += [Split(index, group, n) for group, n in enumerate(counts) if n]
+        for name, kind in file.kinds.items():
+            if self._known.get(name, "null") == "null":
+                self._known[name] = kind
 
-    def _examine(self, system: Any, path: str) -> tuple[dict[str, str], list[int]]:
-        """Return the kind of each column, and the rows of each split that pass the filter."""
-        if path.endswith(".orc"):
-            file = orc.ORCFile(system.open_input_file(path))
-            kinds = self._kinds_of(file.schema)
-            if self._filter is None and file.nstripes <= 1:
-                return kinds, [file.nrows] * file.nstripes
-            names = self._filter_columns or self._columns[:1]
-            stripes = (
-                pa.Table.from_batches([file.read_stripe(i, columns=names)])
-                for i in range(file.nstripes)
-            )
-            if self._filter is None:
-                return kinds, [stripe.num_rows for stripe in stripes]
-            return kinds, [_filtered(stripe, self._filter).num_rows for stripe in stripes]
-        fragment = pads.ParquetFileFormat().make_fragment(path, system)
-        kinds = self._kinds_of(fragment.physical_schema)
-        groups = fragment.row_groups
-        if self._filter is None:
-            return kinds, [group.num_rows for group in groups]
-        parts = (fragment.subset(row_group_ids=[group.id]) for group in groups)
-        return kinds, [part.count_rows(filter=self._filter) for part in parts]
 
-    def _kinds_of(self, schema: pa.Schema) -> dict[str, str]:
-        absent = sorted({*self._columns, *self._filter_columns} - set(schema.names))
-        if absent:
-            raise ValueError(f"columns {absent} are missing; it has {sorted(schema.names)}")
-        return {name: _kind_of(schema.field(name).type) for name in self._columns}
+def check_on_bad_file(on_bad_file: str) -> None:
+    """Raise unless it is ``"error"`` or ``"skip"``."""
+    if on_bad_file not in ("error", "skip"):
+        raise ValueError(f"on_bad_file: expected 'error' or 'skip', got {on_bad_file!r}")
+
+
+class Pattern(NamedTuple):
+    """Where files are looked for.
+
+    Attributes:
+        text: As it was given.
+        system: Arrow's file system.
+        path: Path or pattern in it.
+        glob: Function that lists what matches a path.
+    """
+
+    text: str
+    system: Any
+    path: str
+    glob: Any
+
+    @classmethod
+    def of(cls, text: str) -> Pattern:
+        """Read a path, a pattern or a URL."""
+        if "://" not in text:
+            return cls(text, fs.LocalFileSystem(), text, _local_glob)
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(text)
+        return cls(text, fs.PyFileSystem(fs.FSSpecHandler(system)), path, _RemoteGlob(system))
+
+    def matches(self) -> list[str]:
+        """Return the paths of the files there are now, in the order of names."""
+        return sorted(self.glob(self.path))
+
+    @property
+    def folder(self) -> str:
+        """The part before the first folder or name that is a pattern, with its last slash."""
+        head, slash, _ = re.split(r"[*?\[]", self.path, maxsplit=1)[0].rpartition("/")
+        return head + slash
+
+
+def _local_glob(path: str) -> list[str]:
+    return glob.glob(path, recursive=True)
+
+
+class _RemoteGlob:
+    """``glob`` of a file system of fsspec, without what it remembers of folders."""
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+
+    def __call__(self, path: str) -> list[str]:
+        self._system.invalidate_cache()
+        return list(self._system.glob(path))
+
+
+def patterns_of(paths: str | Sequence[str]) -> list[Pattern]:
+    """Read paths and patterns.
+
+    Raises:
+        ValueError: There are none.
+    """
+    texts = [paths] if isinstance(paths, str | PurePath) else list(paths)
+    if not texts:
+        raise ValueError("paths: expected at least one file or pattern, got none")
+    return [Pattern.of(str(text)) for text in texts]
 
 
 def find_files(paths: str | Sequence[str]) -> list[tuple[Any, str]]:
@@ -184,68 +262,12 @@ def find_files(paths: str | Sequence[str]) -> list[tuple[Any, str]]:
         ValueError: There are no paths, or a file is of no known format.
     """
     found: dict[tuple[str, str], tuple[Any, str]] = {}
-    patterns = [paths] if isinstance(paths, str | PurePath) else list(paths)
-    if not patterns:
-        raise ValueError("paths: expected at least one file or pattern, got none")
-    for pattern in map(str, patterns):
-        system, names = _matches(pattern)
+    for pattern in patterns_of(paths):
+        names = pattern.matches()
         if not names:
-            raise FileNotFoundError(f"paths: no file matches {pattern!r}")
+            raise FileNotFoundError(f"paths: no file matches {pattern.text!r}")
         for name in names:
-            if not name.endswith(_FORMATS):
-                raise ValueError(f"paths: expected names that end in {_FORMATS}, got {name!r}")
-            found.setdefault((system.type_name, name), (system, name))
+            if not name.endswith(FORMATS):
+                raise ValueError(f"paths: expected names that end in {FORMATS}, got {name!r}")
+            found.setdefault((pattern.system.type_name, name), (pattern.system, name))
     return list(found.values())
-
-
-def _filtered(table: pa.Table, condition: Any) -> pa.Table:
-    """Return the rows that pass, in order, on this thread: workers are forked."""
-    source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
-    kept = acero.Declaration("filter", acero.FilterNodeOptions(condition), [source])
-    return kept.to_table(use_threads=False)
-
-
-def _matches(pattern: str) -> tuple[Any, list[str]]:
-    if "://" not in pattern:
-        return fs.LocalFileSystem(), sorted(glob.glob(pattern, recursive=True))
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(pattern)
-    return fs.PyFileSystem(fs.FSSpecHandler(system)), sorted(system.glob(path))
-
-
-def _version_of(system: Any, path: str) -> tuple[Any, Any]:
-    info = system.get_file_info(path)
-    if info.type is not fs.FileType.File:
-        raise FileNotFoundError("there is no such file")
-    return info.size, info.mtime_ns
-
-
-def _kind_of(kind: pa.DataType) -> str:
-    """Return what files must agree on: the width and the layout of values may differ."""
-    text = str(kind)
-    if pa.types.is_null(kind):
-        return "null"
-    if pa.types.is_dictionary(kind):
-        return _kind_of(kind.value_type)
-    if "list" in text:
-        return f"lists of {_kind_of(kind.value_type)}"
-    if "string" in text or "binary" in text:
-        return "strings"
-    if pa.types.is_temporal(kind):
-        return text  # a unit is part of what an id means
-    return "floats" if pa.types.is_floating(kind) else "integers or decimals"
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _naming(where: str, work: Callable[[], _T]) -> _T:
-    """Run ``work``; its error names the file."""
-    try:
-        return work()
-    except DataFileError:
-        raise
-    except _BAD as error:
-        raise DataFileError(f"{where}: {error}") from error

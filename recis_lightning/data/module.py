@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -12,9 +12,13 @@ from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.data.columns import Column
-from recis_lightning.data.dataset import ColumnarDataset, state_after
+from recis_lightning.data.dataset import ColumnarDataset
 from recis_lightning.data.features import Features, features_of
+from recis_lightning.data.follow import Follow, check_follow
+from recis_lightning.data.mixing import MixedDataset, place_after
 from recis_lightning.data.rows import Batch
+from recis_lightning.data.windows import Window, check_window
+from recis_lightning.distributed import collectives
 
 __all__ = ["ColumnarDataModule"]
 
@@ -30,10 +34,15 @@ class ColumnarDataModule(L.LightningDataModule):
     training step. Validation, test and prediction keep the order of files and rows, and all
     of their rows.
 
+    With ``window`` or ``follow`` an epoch of training is a window (``max_epochs`` counts them). A
+    followed stream that ends, ends the run as ``max_epochs`` does; and a run that is stopped
+    (``trainer.should_stop``, SIGTERM) does not wait for files any longer.
+
     Args:
         columns: Entries of a batch; None, if ``features`` has them. ``Label`` columns, and what is
             made of them, are left out in prediction.
-        train: Files or glob patterns of the part; None if there is none.
+        train: Files or glob patterns of the part; None if there is none. With ``mix`` a dict of
+            them.
         val: The same, for validation.
         test: The same, for the test.
         predict: The same, for prediction.
@@ -43,6 +52,11 @@ class ColumnarDataModule(L.LightningDataModule):
         filter: Rows to keep, of all parts.
         drop_last: Whether training leaves out rows that do not fill a batch on every rank.
         on_bad_file: ``"error"`` or ``"skip"``.
+        window: Windows of time of the training files, as for ``ColumnarDataset``.
+        follow: Whether new training files are taken up, as for ``ColumnarDataset``.
+        mix: Name -> proportion, of the names in ``train``: each batch has rows of each, as in
+            ``MixedDataset``.
+        mix_until: End of an epoch of a mixture, ``"all"`` or ``"first"``.
         lanes: Runs of a rank's rows that take turns; a multiple of ``num_workers``.
         num_workers: Processes that read; 0 reads in threads of this one, which is enough unless
             their work holds Python's lock.
@@ -64,7 +78,7 @@ class ColumnarDataModule(L.LightningDataModule):
     def __init__(
         self,
         columns: list[Column] | None = None,
-        train: str | list[str] | None = None,
+        train: str | list[str] | dict[str, str | list[str]] | None = None,
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
@@ -74,6 +88,10 @@ class ColumnarDataModule(L.LightningDataModule):
         filter: str | None = None,
         drop_last: bool = False,
         on_bad_file: str = "error",
+        window: str | Window | None = None,
+        follow: bool | Follow = False,
+        mix: dict[str, float] | None = None,
+        mix_until: str = "all",
         lanes: int = 1,
         num_workers: int = 0,
         prefetch: int = 2,
@@ -91,14 +109,24 @@ class ColumnarDataModule(L.LightningDataModule):
         self.lanes = check_int("lanes", lanes, least=1)
         self.seed, self.filter, self.drop_last = seed, filter, drop_last
         self.on_bad_file, self.prefetch = on_bad_file, prefetch
+        self._divided, self._follow = check_window(window), check_follow(follow)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._datasets: dict[str, ColumnarDataset] = {}
+        self._mix, self._mix_until = mix, mix_until
+        if isinstance(train, Mapping) != (mix is not None):
+            raise ValueError(
+                f"mix: expected proportions of the names in train, and None where train has no "
+                f"names, got {mix!r} with train={train!r}"
+            )
+        if mix is not None and self._is_in_windows():
+            raise ValueError("mix: data in windows, or followed, cannot be mixed")
+        self._datasets: dict[str, ColumnarDataset | MixedDataset] = {}
+        self._has_begun = False  # whether the Trainer has had a loader since it began to fit
         if val is None:  # so Lightning sees no validation; an empty loader is worth a warning
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
         self._loaded: dict[str, Any] | None = None
         self._begin: dict[str, Any] | None = None  # place where the current iteration began
 
-    def dataset(self, part: str) -> ColumnarDataset:
+    def dataset(self, part: str) -> ColumnarDataset | MixedDataset:
         """Return the data set of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
 
         Raises:
@@ -111,7 +139,36 @@ class ColumnarDataModule(L.LightningDataModule):
             self._datasets[part] = self._make(part, paths)
         return self._datasets[part]
 
-    def _make(self, part: str, paths: str | Sequence[str]) -> ColumnarDataset:
+    @property
+    def window(self) -> str | None:
+        """Name of the window of training files that was selected last."""
+        return self.dataset("train").window
+
+    @property
+    def num_windows(self) -> int | None:
+        """Number of windows of training files; None if they are followed."""
+        return self.dataset("train").num_windows
+
+    def _make(self, part: str, paths: Any) -> ColumnarDataset | MixedDataset:
+        pins = self.pin_memory and not self.num_workers
+        if self._mix is None or part != "train":
+            return self._columnar(part, paths, self.convert, pins)
+        return MixedDataset(
+            {name: self._columnar(part, paths[name], None, False) for name in paths},
+            self._mix,
+            self.batch_size,
+            until=self._mix_until,
+            convert=self.convert,
+            pin_memory=pins,
+        )
+
+    def _columnar(
+        self,
+        part: str,
+        paths: str | Sequence[str],
+        convert: Callable[[Batch], Any] | None,
+        pin_memory: bool,
+    ) -> ColumnarDataset:
         training = part == "train"
         return ColumnarDataset(
             paths,
@@ -122,15 +179,26 @@ class ColumnarDataModule(L.LightningDataModule):
             filter=self.filter,
             drop_last=self.drop_last and training,
             on_bad_file=self.on_bad_file,
+            window=self._divided if training else None,
+            follow=(self._follow or False) if training else False,
             lanes=self.lanes,
             prefetch=self.prefetch,
-            pin_memory=self.pin_memory and not self.num_workers,
-            convert=self.convert,
+            pin_memory=pin_memory,
+            convert=convert,
         )
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._has_begun = False
 
     @override
     def train_dataloader(self) -> Any:
         data, trainer = self.dataset("train"), cast(Any, self.trainer)
+        is_first, self._has_begun = not self._has_begun, True
+        _check_same_files(data)
+        if isinstance(data, ColumnarDataset) and self._is_in_windows() and trainer is not None:
+            data.stop_waiting = lambda: bool(trainer.should_stop or trainer.received_sigterm)
+            trainer.reload_dataloaders_every_n_epochs = 1  # windows have their own lengths
         if self._loaded is not None:
             data.load_state_dict(self._loaded)
             self._begin, self._loaded = self._loaded, None
@@ -141,7 +209,13 @@ class ColumnarDataModule(L.LightningDataModule):
                 _forget_unfinished_step(trainer.fit_loop)
         elif trainer is not None and trainer.fit_loop.epoch_loop.restarting:
             _begin_next_epoch(trainer.fit_loop, len(_Loader(self, data, training=True)))
-        return _Loader(self, data, training=True)
+        loader = _Loader(self, data, training=True)
+        if self._follow is not None and not len(loader) and not is_first:
+            raise StopIteration  # by which Lightning's loop over epochs ends
+        return loader
+
+    def _is_in_windows(self) -> bool:
+        return self._divided is not None or self._follow is not None
 
     @override
     def val_dataloader(self) -> Any:
@@ -166,7 +240,7 @@ class ColumnarDataModule(L.LightningDataModule):
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         # Not what the loader has given out: Lightning may have asked for a batch ahead.
-        return {"train": state_after(self._begin, progress.processed)}
+        return {"train": place_after(self._begin, progress.processed)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,7 +250,7 @@ class ColumnarDataModule(L.LightningDataModule):
 class _Loader:
     """Batches of a data set for Lightning, epoch by epoch, whether or not processes read them."""
 
-    def __init__(self, module: ColumnarDataModule, data: ColumnarDataset, training: bool) -> None:
+    def __init__(self, module: ColumnarDataModule, data: Any, training: bool) -> None:
         self._module, self._data, self._training = module, data, training
 
     def __len__(self) -> int:
@@ -211,6 +285,17 @@ class _Loader:
             self._data.set_epoch(trainer.current_epoch)
         elif not self._training:
             self._data.set_epoch(0)
+
+
+def _check_same_files(data: ColumnarDataset | MixedDataset) -> None:
+    """Raise on all ranks if their files differ: each would leave out rows, or repeat them."""
+    found = collectives.gather(data.fingerprint())
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"train: the files, or how they are read, differ between ranks: rank 0 found what "
+            f"ranks {[rank for rank, one in enumerate(found) if one == found[0]]} found, but not "
+            f"ranks {[rank for rank, one in enumerate(found) if one != found[0]]}"
+        )
 
 
 def _forget_unfinished_step(fit_loop: Any) -> None:

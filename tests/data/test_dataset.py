@@ -230,6 +230,35 @@ def test_a_filter_leaves_whole_batches(pattern):
     assert data.num_rows == 11
 
 
+def test_windows_are_epochs(tmp_path):
+    """Of fixed files: each in turn, again after the last, and resumed within one."""
+    for day, first, size in ((30, 7, 3), (29, 0, 7)):
+        folder = tmp_path / f"day=2026-11-{day}"
+        folder.mkdir()
+        pa.parquet.write_table(table_of(first, size), folder / "part.parquet", row_group_size=3)
+    data = make(str(tmp_path / "*/*.parquet"), window="1d", shuffle_rows=0)
+    assert (data.num_windows, data.window, data.num_rows) == (2, "2026-11-29", 7)
+    names = []
+    for window in data.windows():
+        names.append((window, len(data), rows_of(data)))
+    expected = [("2026-11-29", 2, list(range(7))), ("2026-11-30", 1, [7, 8, 9])]
+    assert (names, data.epoch, data.ended) == (expected, 2, False)
+    assert [(window, len(data), rows_of(data)) for window in data.windows()] == expected
+    data.set_epoch(1)
+    assert (data.window, len(data), rows_of(data)) == expected[1]
+    data.set_epoch(0)
+    state = data.state_dict(1)
+    data.set_epoch(1)
+    data.load_state_dict(state)
+    assert [(data.window, rows_of(data)) for _ in data.windows()] == [
+        ("2026-11-29", [4, 5, 6]),
+        ("2026-11-30", [7, 8, 9]),
+    ]
+    with pytest.raises(ValueError, match="state: it is a place in other data"):
+        make(str(tmp_path / "*/*.parquet"), window="2d", shuffle_rows=0).load_state_dict(state)
+    assert make(str(tmp_path / "*/*.parquet")).num_windows == 1
+
+
 def test_convert_makes_the_batch(pattern):
     """In threads and in workers."""
     data = make(pattern, shuffle_rows=0, convert=rows_and_labels)

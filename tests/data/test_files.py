@@ -9,13 +9,14 @@ import pyarrow.parquet
 import pytest
 
 from recis_lightning.data import DataFileError
+from recis_lightning.data.file_reader import FileReader
 from recis_lightning.data.files import FileSet, find_files
 from tests.helpers.columnar_files import table_of, write_files
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".orc"])
 def test_splits_and_their_rows(tmp_path, suffix):
-    files = FileSet(write_files(tmp_path, suffix=suffix), ["row", "user"])
+    files = FileSet(write_files(tmp_path, suffix=suffix), FileReader(["row", "user"]))
     rows = [files.read(split)["row"].to_pylist() for split in files.splits]
     assert [row for part in rows for row in part] == list(range(22))
     assert [len(part) for part in rows] == [split.num_rows for split in files.splits]
@@ -26,7 +27,9 @@ def test_splits_and_their_rows(tmp_path, suffix):
 def test_a_filter_counts_and_keeps_its_rows(tmp_path, suffix):
     """Its columns need not be among those that are read; parts without rows are left out."""
     pattern = write_files(tmp_path, suffix=suffix)
-    files = FileSet(pattern, ["row"], "country == 'DE' and click == False and price < 9")
+    files = FileSet(
+        pattern, FileReader(["row"], "country == 'DE' and click == False and price < 9")
+    )
     rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
     assert rows == [1, 7]
     assert list(files.read(files.splits[0])) == ["row"]
@@ -35,7 +38,7 @@ def test_a_filter_counts_and_keeps_its_rows(tmp_path, suffix):
 
 
 def test_only_the_columns_asked_for_are_read(tmp_path, monkeypatch):
-    files = FileSet(write_files(tmp_path), ["row", "click", "row"])
+    files = FileSet(write_files(tmp_path), FileReader(["row", "click", "row"]))
     assert list(files.read(files.splits[0])) == ["row", "click"]
 
 
@@ -51,10 +54,10 @@ def test_files_behind_a_url():
     system = fsspec.filesystem("memory")
     with system.open("/columnar/a.parquet", "wb") as out:
         pa.parquet.write_table(table_of(0, 4), out)
-    files = FileSet("memory://columnar/*.parquet", ["row"])
+    files = FileSet("memory://columnar/*.parquet", FileReader(["row"]))
     assert files.read(files.splits[0])["row"].to_pylist() == [0, 1, 2, 3]
     with pytest.raises(FileNotFoundError, match=r"no file matches 'memory://columnar/\*\.orc'"):
-        FileSet("memory://columnar/*.orc", ["row"])
+        FileSet("memory://columnar/*.orc", FileReader(["row"]))
 
 
 def damaged(folder, kind):
@@ -90,10 +93,10 @@ BAD = {
 def test_bad_files_are_named_or_skipped(tmp_path, kind, caplog):
     pattern = damaged(tmp_path, kind)
     with pytest.raises(DataFileError, match=BAD[kind]):
-        FileSet(pattern, ["row"])
+        FileSet(pattern, FileReader(["row"]))
     with caplog.at_level(logging.WARNING, "recis_lightning"):
-        files = FileSet(pattern, ["row"], on_bad_file="skip")
-    assert [path[-9] for path in files.files] == ["0", "2"]
+        files = FileSet(pattern, FileReader(["row"]), on_bad_file="skip")
+    assert [file.path[-9] for file in files.files] == ["0", "2"]
     assert "part-1.parquet" in caplog.text
     rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
     assert rows == [0, 1, 2, 3, 8, 9, 10, 11]
@@ -105,7 +108,7 @@ def test_widths_may_differ_and_columns_may_be_all_null(tmp_path):
         [pa.nulls(2), pa.array([1, 2], pa.int32()), pa.array([3, None], pa.int64()), pa.nulls(1)]
     ):
         pa.parquet.write_table(pa.table({"row": rows}), tmp_path / f"part-{index}.parquet")
-    files = FileSet(str(tmp_path / "*.parquet"), ["row"])
+    files = FileSet(str(tmp_path / "*.parquet"), FileReader(["row"]))
     rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
     assert rows == [None, None, 1, 2, 3, None, None]
 
@@ -116,13 +119,13 @@ def test_damage_within_a_file_is_named_when_it_is_read(tmp_path):
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)
     path.write_bytes(content)
-    files = FileSet(pattern, ["row"])
+    files = FileSet(pattern, FileReader(["row"]))
     with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: "):
         files.read(files.splits[0])
 
 
 def test_a_file_that_changes_is_named(tmp_path):
-    files = FileSet(write_files(tmp_path), ["row"])
+    files = FileSet(write_files(tmp_path), FileReader(["row"]))
     path = tmp_path / "part-0.parquet"
     os.utime(path, ns=(1, 1))
     with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: the file has changed"):
@@ -133,7 +136,7 @@ def test_a_file_that_changes_is_named(tmp_path):
 
 
 def test_a_file_without_rows_has_no_splits(tmp_path):
-    files = FileSet(write_files(tmp_path, sizes=(0, 2, 0)), ["row"])
+    files = FileSet(write_files(tmp_path, sizes=(0, 2, 0)), FileReader(["row"]))
     assert [split.num_rows for split in files.splits] == [2]
     assert len(files.files) == 3
 
@@ -156,7 +159,7 @@ def test_other_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"expected names that end in .*got '.*a\.csv'"):
         find_files(str(tmp_path / "a.csv"))
     with pytest.raises(ValueError, match="on_bad_file: expected 'error' or 'skip', got 'ignore'"):
-        FileSet(write_files(tmp_path), ["row"], on_bad_file="ignore")
+        FileSet(write_files(tmp_path), FileReader(["row"]), on_bad_file="ignore")
     (tmp_path / "part-0.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="paths: none of the files"):
-        FileSet(str(tmp_path / "part-0.parquet"), ["row"], on_bad_file="skip")
+        FileSet(str(tmp_path / "part-0.parquet"), FileReader(["row"]), on_bad_file="skip")

@@ -34,8 +34,13 @@ def test_a_few_kills_on_several_ranks():
     check(found_by("--kills", 1, "--ranks", 2, 3, "--seed", 1), kills=1)
 
 
+def test_a_few_kills_while_files_appear():
+    """And what appears while nothing runs is taken up, too."""
+    check(found_by("--kills", 1, "--ranks", 1, 2, "--seed", 2, "--follow"), kills=1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("ranks", [(1,), (1, 2, 3)])
-def test_a_hundred_kills(ranks):
-    check(found_by("--kills", 100, "--ranks", *ranks), kills=100)
+@pytest.mark.parametrize("args", [(1,), (1, 2, 3), (1, 2, 3, "--follow")])
+def test_a_hundred_kills(args):
+    check(found_by("--kills", 100, "--ranks", *args), kills=100)

@@ -2,6 +2,7 @@
 
     python -m tests.helpers.killed_runs --kills 100 --ranks 1      # resumed on 1
     python -m tests.helpers.killed_runs --kills 100 --ranks 1 2 3  # on one of these, drawn anew
+    python -m tests.helpers.killed_runs --kills 100 --follow       # files appear all the while
 
 This process imports everything, and forks the ranks of each run, which costs no start of Python.
 A row of the files is an id of the table ``seen``, which learns by SGD to count: a weight is the
@@ -24,16 +25,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed, nn
 
 from recis_lightning import DynamicEmbedding, hash_tables
 from recis_lightning.callbacks import CheckpointHook, HashTableFilterHook
-from recis_lightning.data import ColumnarDataModule, Features, Id, Label, Mod
+from recis_lightning.data import ColumnarDataModule, Features, Follow, Id, Label, Mod
 from recis_lightning.initializers import Constant
 from recis_lightning.optim import SparseDenseOptimizer, SparseSGD
-from tests.helpers.columnar_files import write_files
+from tests.helpers.columnar_files import table_of, write_files
 from tests.helpers.quiet_trainer import quiet_trainer
 from tests.helpers.rank_trainers import as_torchrun
 from tests.helpers.rank_training import shard
@@ -47,9 +50,10 @@ _LIMIT_SECONDS = 120.0  # of a run: more is a hang
 class Counting(L.LightningModule):
     """Counts of rows in a table; and a table, a tower and an optimizer whose state matters."""
 
-    def __init__(self, begun):
+    def __init__(self, begun, first_id):
         super().__init__()
         self.begun = begun  # called before the first step
+        self.first_id = first_id  # ids of an epoch -> where they begin
         self.seen = DynamicEmbedding(1, initializer=Constant(0.0), name="seen")
         self.user = DynamicEmbedding(4, name="user")
         self.tower = nn.Linear(4, 1)
@@ -58,7 +62,7 @@ class Counting(L.LightningModule):
         self.begun()
 
     def training_step(self, batch):
-        seen = self.seen(batch["row"] + EPOCH * self.current_epoch)
+        seen = self.seen(batch["row"] + self.first_id * self.current_epoch)
         logits = self.tower(self.user(batch["user"])).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(
             logits, batch["click"], reduction="sum"
@@ -73,19 +77,49 @@ class Counting(L.LightningModule):
         )
 
 
+class Feeder:
+    """Writer of the files of a stream, one now and then, and of its stop file in the end.
+
+    Args:
+        folder: Where they appear.
+        rng: Of their sizes, names and times.
+    """
+
+    def __init__(self, folder, rng):
+        self.folder, self.rng, self.num_rows = folder, rng, 0
+        self.left, self.next = 8, 0.0
+
+    def step(self):
+        """Write a file, if it is time; called all the while a run lives."""
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + self.rng.uniform(0.0, 0.4)
+        if not self.left:
+            (self.folder / "STOP").touch()
+            return
+        self.left -= 1
+        size, scratch = self.rng.choice((1, 20, 60)), self.folder / "written"
+        pa.parquet.write_table(table_of(self.num_rows, size), scratch, row_group_size=13)
+        scratch.rename(self.folder / f"{self.rng.random()}.parquet")
+        self.num_rows += size
+
+
 def train(folder, pattern, every, ckpt, begun):
     """Train to the end, with a checkpoint every few steps; write what this rank has then."""
     torch.manual_seed(0)
     features = Features([Id("row"), Id("user", hash="xxh64"), Label("click")], [Mod("user", 5)])
+    stop = Path(pattern).parent / "STOP"
+    is_stream = Path(pattern).parent.name == "stream"
     data = ColumnarDataModule(
-        train=pattern, features=features, batch_size=6, shuffle_rows=60, seed=3
-    )
-    model = Counting(begun)
+        train=pattern, features=features, batch_size=6, shuffle_rows=60, seed=3,
+        follow=Follow(poll_seconds=0.02, stop_file=str(stop)) if is_stream else False,
+    )  # fmt: skip
+    model = Counting(begun, 0 if is_stream else EPOCH)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=1)
     with as_torchrun() as settings:
         trainer = quiet_trainer(
             folder, saver, CheckpointHook(), HashTableFilterHook(filter_interval=None),
-            max_epochs=EPOCHS, enable_checkpointing=True, **settings,
+            max_epochs=-1 if is_stream else EPOCHS, enable_checkpointing=True, **settings,
         )  # fmt: skip
         trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
     rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -104,8 +138,17 @@ def newest(folder):
     return str(found[-1]) if found else None
 
 
-def live(folder, pattern, num_ranks, every, kill_after, from_start):
+def live(folder, pattern, num_ranks, every, kill_after, from_start, meanwhile=lambda: None):
     """Fork the ranks of a run; kill all after a time, counted from its start or its first step.
+
+    Args:
+        folder: Of its checkpoints.
+        pattern: Its files.
+        num_ranks: Number of ranks.
+        every: Steps between checkpoints.
+        kill_after: Seconds.
+        from_start: Whether they count from the start.
+        meanwhile: Called again and again while it lives.
 
     Returns:
         Whether it was killed, and seconds from its first step to its end.
@@ -124,6 +167,7 @@ def live(folder, pattern, num_ranks, every, kill_after, from_start):
         failed, killed, said = False, False, b""
         left = dict.fromkeys(pids)
         while left:
+            meanwhile()
             readable, _, _ = select.select([ours], [], [], 0.002)
             if readable:
                 word = os.read(ours, 65536)
@@ -205,13 +249,13 @@ def read_result(folder):
     return flat(torch.load(folder / "result-0.pt", weights_only=False))
 
 
-def run_rounds(kills, ranks, seed, folder):
+def run_rounds(kills, ranks, seed, folder, follow=False):
     """Train again and again, killed at random moments; return what was found."""
     rng = random.Random(seed)
     (folder / "data").mkdir()
     pattern = write_files(folder / "data", SIZES, group_rows=13)
     undisturbed, seconds = {}, 2.0
-    if 1 in ranks:
+    if 1 in ranks and not follow:
         (folder / "whole").mkdir()
         killed, seconds = live(folder / "whole", pattern, 1, 2, 1e9, False)
         assert not killed
@@ -222,12 +266,18 @@ def run_rounds(kills, ranks, seed, folder):
         run = folder / f"run-{found['runs']}"
         run.mkdir()
         used, every = [], rng.randint(1, 4)
+        feeder = None
+        if follow:
+            (run / "stream").mkdir()
+            feeder, pattern = Feeder(run / "stream", rng), str(run / "stream/*.parquet")
         while True:
             used.append(rng.choice(ranks))
             from_start = rng.random() < 0.2
             after = rng.uniform(0, 1.0 if from_start else seconds)
             after = after if found["kills"] < kills else 1e9
-            was_killed, _ = live(run, pattern, used[-1], every, after, from_start and after < 1e9)
+            from_start = from_start and after < 1e9
+            meanwhile = feeder.step if feeder else lambda: None
+            was_killed, _ = live(run, pattern, used[-1], every, after, from_start, meanwhile)
             found["lives"] += 1
             if len(used) > 1:
                 key = f"{used[-2]}->{used[-1]}"
@@ -237,12 +287,14 @@ def run_rounds(kills, ranks, seed, folder):
             found["kills"] += 1
         found["runs"] += 1
         got = counts(run)
+        if feeder:
+            rows = set(range(feeder.num_rows))
         if set(got) != rows or any(abs(count - 1) > 1e-4 for count in got.values()):
             wrong = {row: got.get(row, 0.0) for row in rows | set(got)}
             found["wrong"].append(
                 {"ranks": used, "rows": [x for x in wrong.items() if abs(x[1] - 1) > 1e-4][:9]}
             )
-        if set(used) == {1}:
+        if set(used) == {1} and not follow:
             ours = read_result(run)
             places = undisturbed.keys() | ours.keys()
             differing = [p for p in places if ours.get(p) != undisturbed.get(p)]
@@ -257,12 +309,13 @@ def main(args=None):
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--follow", action="store_true")
     given = parser.parse_args(args)
     torch.set_num_threads(1)
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
-        found = run_rounds(given.kills, given.ranks, given.seed, Path(name))
+        found = run_rounds(given.kills, given.ranks, given.seed, Path(name), given.follow)
     print(json.dumps(found))
     return int(bool(found["wrong"]) or bool(found["differing"]))
 

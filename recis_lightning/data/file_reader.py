@@ -1,0 +1,251 @@
+"""Reading a columnar file: its footer, the rows of its parts, and a part's columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+from pyarrow import acero, fs, orc, parquet
+from torch.utils.data import get_worker_info
+
+from recis_lightning.data.filter import columns_of, parse_filter
+from recis_lightning.data.windows import Window
+
+__all__ = ["EARLIEST", "FORMATS", "DataFileError", "FileReader", "FoundFile", "Split", "version_of"]
+
+_T = TypeVar("_T")
+FORMATS = (".parquet", ".orc")
+# pyarrow reports damage as any of these, and lacks of memory as MemoryError, which passes.
+_BAD = (OSError, ValueError, TypeError, KeyError, NotImplementedError)
+EARLIEST = -(2**62)  # before every window
+
+
+class DataFileError(ValueError):
+    """A file of a data set that cannot be read as asked; the message begins with its name."""
+
+
+class Split(NamedTuple):
+    """Part of a file that is read at once: rows of a row group of Parquet, or a stripe of ORC.
+
+    Attributes:
+        file: Index of the file.
+        group: Index of the row group or stripe in the file.
+        num_rows: Its rows that pass the filter and belong to the window.
+        window: Number of the window; 0 where data are not divided.
+    """
+
+    file: int
+    group: int
+    num_rows: int
+    window: int = 0
+
+
+class FoundFile(NamedTuple):
+    """A file, and what its footer and its rows' times say.
+
+    Attributes:
+        path: Path in its file system.
+        version: Size and time of change.
+        kinds: Kind of each column.
+        parts: Row group or stripe, rows, and window of each part that has rows.
+        first_window: Rows of earlier windows count as of this one.
+    """
+
+    path: str
+    version: tuple[Any, Any]
+    kinds: dict[str, str]
+    parts: list[tuple[int, int, int]]
+    first_window: int
+
+    def splits_of(self, index: int) -> list[Split]:
+        """Return its splits, as file ``index``."""
+        return [Split(index, *part) for part in self.parts]
+
+
+class FileReader:
+    """Columns that are read of files, by which rows.
+
+    Args:
+        columns: Columns to read.
+        filter: Rows to keep, as ``parse_filter`` takes it; None keeps all.
+        window: Windows of time; None divides nothing.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], filter: str | None = None, window: Window | None = None
+    ) -> None:
+        self.window = window
+        self._columns = list(dict.fromkeys(columns))
+        self._filter = None if filter is None else parse_filter(filter)
+        self._filter_columns = [] if filter is None else columns_of(filter)
+        self._time = None if window is None else window.column
+        times = [] if self._time is None else [self._time]
+        self._read_columns = list(dict.fromkeys([*self._columns, *self._filter_columns, *times]))
+
+    def examine(self, system: Any, path: str, first_window: int = EARLIEST) -> FoundFile:
+        """Read a file's footer, and the columns that the filter and the window name.
+
+        Parquet's statistics spare reading the filter's columns of row groups where they decide.
+
+        Args:
+            system: Arrow's file system.
+            path: Path in it.
+            first_window: Rows of earlier windows count as of this one.
+
+        Raises:
+            DataFileError: The file cannot be read, or lacks a column.
+        """
+        version = _naming(path, lambda: version_of(system, path))
+        kinds, counts = _naming(path, lambda: self._examine(system, path, first_window))
+        parts = [
+            (group, num_rows, window)
+            for group, found in enumerate(counts)
+            for window, num_rows in sorted(found.items())
+            if num_rows
+        ]
+        return FoundFile(path, version, kinds, parts, first_window)
+
+    def read(self, system: Any, file: FoundFile, split: Split) -> dict[str, pa.Array]:
+        """Read the columns of a split: column -> its values in the rows of the split.
+
+        Raises:
+            DataFileError: The file is damaged, or has changed.
+        """
+        where = f"{file.path}, part {split.group}"
+
+        def load() -> pa.Table:
+            if version_of(system, file.path) != file.version:
+                raise ValueError("the file has changed since the data set was made")
+            part = self._read_part(system, file.path, split.group, self._read_columns)
+            if self._filter is not None:
+                part = _filtered(part, self._filter)
+            if self._time is None:
+                return part
+            numbers = self._numbers_of(part, file.first_window)
+            return part.filter(pa.array(numbers == split.window))
+
+        table = _naming(where, load)
+        if table.num_rows != split.num_rows:
+            raise DataFileError(
+                f"{where}: {split.num_rows} rows when the data set was made, "
+                f"{table.num_rows} when it was read"
+            )
+        return {name: _whole(table[name]) for name in self._columns}
+
+    def _examine(
+        self, system: Any, path: str, first_window: int
+    ) -> tuple[dict[str, str], list[Counter[int]]]:
+        """Return the kind of each column, and the rows of each window in each part."""
+        if path.endswith(".orc"):
+            file = orc.ORCFile(system.open_input_file(path))
+            kinds, num_parts = self._kinds_of(file.schema), file.nstripes
+        else:
+            fragment = pads.ParquetFileFormat().make_fragment(path, system)
+            kinds, num_parts = self._kinds_of(fragment.physical_schema), len(fragment.row_groups)
+        if self._time is not None:
+            names = list(dict.fromkeys([self._time, *self._filter_columns]))
+            parts = (self._read_part(system, path, group, names) for group in range(num_parts))
+            kept = (
+                part if self._filter is None else _filtered(part, self._filter) for part in parts
+            )
+            return kinds, [Counter(self._numbers_of(part, first_window).tolist()) for part in kept]
+        number = 0 if self.window is None else self.window.of_path(path)
+        if path.endswith(".orc"):
+            counts = self._stripe_rows(file)
+        elif self._filter is None:
+            counts = [group.num_rows for group in fragment.row_groups]
+        else:
+            groups = (fragment.subset(row_group_ids=[g.id]) for g in fragment.row_groups)
+            counts = [group.count_rows(filter=self._filter) for group in groups]
+        return kinds, [Counter({max(number, first_window): num_rows}) for num_rows in counts]
+
+    def _stripe_rows(self, file: orc.ORCFile) -> list[int]:
+        if self._filter is None and file.nstripes <= 1:
+            return [file.nrows] * file.nstripes
+        names = self._filter_columns or self._columns[:1]
+        stripes = (
+            pa.Table.from_batches([file.read_stripe(i, columns=names)])
+            for i in range(file.nstripes)
+        )
+        if self._filter is None:
+            return [stripe.num_rows for stripe in stripes]
+        return [_filtered(stripe, self._filter).num_rows for stripe in stripes]
+
+    def _read_part(self, system: Any, path: str, group: int, names: list[str]) -> pa.Table:
+        with system.open_input_file(path) as source:
+            if path.endswith(".orc"):
+                batch = orc.ORCFile(source).read_stripe(group, columns=names)
+                return pa.Table.from_batches([batch])
+            # Arrow's own threads do not survive the fork that made a worker.
+            threads = get_worker_info() is None
+            file = parquet.ParquetFile(source, pre_buffer=False)
+            return file.read_row_group(group, columns=names, use_threads=threads)
+
+    def _numbers_of(self, part: pa.Table, first_window: int) -> Any:
+        """Return the window of each row."""
+        assert self.window is not None
+        assert self._time is not None
+        try:
+            numbers = self.window.of_times(_whole(part[self._time]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"column {self._time!r}: {error}") from error
+        return np.maximum(numbers, first_window)
+
+    def _kinds_of(self, schema: pa.Schema) -> dict[str, str]:
+        absent = sorted(set(self._read_columns) - set(schema.names))
+        if absent:
+            raise ValueError(f"columns {absent} are missing; it has {sorted(schema.names)}")
+        return {name: _kind_of(schema.field(name).type) for name in self._columns}
+
+
+def version_of(system: Any, path: str) -> tuple[Any, Any]:
+    """Return the size of a file, and the time of its last change in nanoseconds.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    info = system.get_file_info(path)
+    if info.type is not fs.FileType.File:
+        raise FileNotFoundError("there is no such file")
+    return info.size, info.mtime_ns
+
+
+def _filtered(table: pa.Table, condition: Any) -> pa.Table:
+    """Return the rows that pass, in order, on this thread: workers are forked."""
+    source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
+    kept = acero.Declaration("filter", acero.FilterNodeOptions(condition), [source])
+    return kept.to_table(use_threads=False)
+
+
+def _kind_of(kind: pa.DataType) -> str:
+    """Return what files must agree on: the width and the layout of values may differ."""
+    text = str(kind)
+    if pa.types.is_null(kind):
+        return "null"
+    if pa.types.is_dictionary(kind):
+        return _kind_of(kind.value_type)
+    if "list" in text:
+        return f"lists of {_kind_of(kind.value_type)}"
+    if "string" in text or "binary" in text:
+        return "strings"
+    if pa.types.is_temporal(kind):
+        return text  # a unit is part of what an id means
+    return "floats" if pa.types.is_floating(kind) else "integers or decimals"
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _naming(where: str, work: Callable[[], _T]) -> _T:
+    """Run ``work``; its error names the file."""
+    try:
+        return work()
+    except DataFileError:
+        raise
+    except _BAD as error:
+        raise DataFileError(f"{where}: {error}") from error
