@@ -78,7 +78,10 @@ class DeepFM(L.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Return logits [B]."""
         joined = self.engine.concat(batch["features"])
-        rows = joined.view(len(joined), len(self.embeddings), -1)  # a row a feature
+        num_samples, width = joined.shape
+        num_features = len(self.embeddings)
+        # A row a feature.
+        rows = joined.view(num_samples, num_features, width // num_features)
         weights, factors = rows[..., 0], rows[..., 1:]
         # The sum over pairs of inner products, without the pairs.
         pairs = (factors.sum(1).square() - factors.square().sum(1)).sum(1) / 2
