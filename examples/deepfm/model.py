@@ -78,9 +78,11 @@ class DeepFM(L.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Return logits [B]."""
         joined = self.engine.concat(batch["features"])
-        rows = joined.view(len(joined), len(self.embeddings), -1)  # a row a feature
-        # Split, whose backward joins the two gradients: slices would each pad theirs with zeros.
-        weights, factors = rows.split([1, rows.shape[2] - 1], 2)
+        num_samples, width = joined.shape
+        num_features = len(self.embeddings)
+        # A row a feature, split: the backward of slices would pad each gradient with zeros.
+        rows = joined.view(num_samples, num_features, width // num_features)
+        weights, factors = rows.split([1, width // num_features - 1], 2)
         # The sum over pairs of inner products, without the pairs.
         pairs = (factors.sum(1).square() - factors.square().sum(1)).sum(1) / 2
         deep = self.perceptron(torch.cat([factors.flatten(1), batch["dense"]], dim=1))

@@ -1,5 +1,6 @@
 """Columnar files to tensors: Parquet and ORC data sets, with a place that survives kills."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -12,12 +13,8 @@ except ImportError as error:
 
 from recis_lightning.data.columns import Column, Id, IdList, Label, Number
 from recis_lightning.data.cross import Cross
-from recis_lightning.data.dataset import ColumnarDataset
 from recis_lightning.data.features import Features
-from recis_lightning.data.file_reader import DataFileError
-from recis_lightning.data.follow import Follow
 from recis_lightning.data.hashing import hash_strings
-from recis_lightning.data.mixing import MixedDataset
 from recis_lightning.data.transforms import (
     Bucketize,
     Clip,
@@ -32,6 +29,10 @@ from recis_lightning.data.transforms import (
 from recis_lightning.data.windows import Window
 
 if TYPE_CHECKING:
+    from recis_lightning.data.dataset import ColumnarDataset
+    from recis_lightning.data.file_reader import DataFileError
+    from recis_lightning.data.follow import Follow
+    from recis_lightning.data.mixing import MixedDataset
     from recis_lightning.data.module import ColumnarDataModule
 
 __all__ = [
@@ -61,9 +62,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "ColumnarDataModule":  # imports Lightning, which the rest does without
-        from recis_lightning.data.module import ColumnarDataModule
+# They import pyarrow.dataset, and with it pandas, or Lightning, which Features does without.
+_LAZY = {
+    "ColumnarDataModule": "module",
+    "ColumnarDataset": "dataset",
+    "DataFileError": "file_reader",
+    "Follow": "follow",
+    "MixedDataset": "mixing",
+}
 
-        return ColumnarDataModule
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
