@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,20 @@ from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.preemption import Preemption
+from recis_lightning.callbacks.left_out import keep_left_out
 from recis_lightning.callbacks.save_interception import intercept_saves
 from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_folder, wrap_io
+from recis_lightning.callbacks.source_reload import SourceReload
 from recis_lightning.callbacks.trainer_progress import trainer_progress
 from recis_lightning.callbacks.uneven_batches import UnevenBatches
 from recis_lightning.checkpoint.commit import COMMIT_KEY, Commit, new_save_id
+from recis_lightning.checkpoint.name_patterns import table_parts
+from recis_lightning.checkpoint.part_filter import PartFilter
 from recis_lightning.checkpoint.reader import CheckpointReader
 from recis_lightning.checkpoint.saved_tables import FitRules
 from recis_lightning.checkpoint.shard_loader import SHARD_LOADER
+from recis_lightning.checkpoint.source import Source
+from recis_lightning.checkpoint.state_tables import StateTables
 from recis_lightning.checkpoint.writer import write_shards
 from recis_lightning.distributed import collectives
 from recis_lightning.table import state as table_state
@@ -56,17 +62,44 @@ class CheckpointHook(Hook):
 
     A run that gets SIGTERM or SIGUSR1, on any rank, saves ``last-preempted.ckpt`` after a batch and
     leaves on all ranks by Lightning's ``SIGTERMException``; under SLURM it is queued again.
+    Args:
+        exclude: Names or patterns of parts that are not saved: "user" is a table, "*.exp_avg*"
+            the optimizer state of tables, "tower.*" dense tensors of the ``state_dict``. A run that
+            resumes keeps such a table or tensor as it is; the state of a table of which a part was
+            left out starts afresh. Optimizer state of dense tensors is always saved.
+        save_filter: Called at each save with the names of the parts that ``exclude`` left, by all
+            ranks; returns those to save.
+        sources: Files that tables and dense tensors come from when a run starts, each a
+            ``Source(path, load, exclude, rename, clear, skip_missing)``. Later ones win, and the
+            checkpoint that the run resumes from (``ckpt_path``) wins over all. Rank 0 prints the
+            plan before anything changes; after an error everything is as it was. They are loaded
+            once for each module, in ``fit`` alone. Optimizer state of dense tensors starts afresh.
+        reload_every: Optimizer steps after which newer sources are looked for, and loaded as at the
+            start; gradients are none then. One that cannot be loaded is logged and waits for
+            the next look. None does not look.
 
     Raises:
         MisconfigurationException: The strategy writes checkpoints in its own way.
         RuntimeError: On saving, another process or Trainer saves to that path; names it.
+        TypeError: An argument is not what it should be.
         ValueError: At the start of a run, two tables of one name. On saving, a path that is no
             local file. On loading, other tables, another dim, dtype or optimizer, or files that are
             missing, damaged or of another save; no table has changed then.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        exclude: list[str] | None = None,
+        save_filter: Callable[[list[str]], Iterable[str]] | None = None,
+        sources: list[Source] | None = None,
+        reload_every: int | None = None,
+    ) -> None:
         super().__init__()
+        self._parts = PartFilter(exclude, save_filter)
+        self._sources = SourceReload(sources, reload_every)
+        own = type(self).on_train_batch_end is CheckpointHook.on_train_batch_end
+        if reload_every is None and own:  # Lightning skips what cannot be called, at no cost
+            vars(self)["on_train_batch_end"] = None
         self._module: LightningModule | None = None
         self._loaded: CheckpointReader | None = None
         self._save: _ShardedSave | None = None
@@ -81,8 +114,9 @@ class CheckpointHook(Hook):
             )
         check_table_names("CheckpointHook", hash_tables(pl_module))
         self._module, self._loaded = pl_module, None
+        self._sources.setup()
         self._save = vars(trainer).setdefault(_KEY, _ShardedSave(trainer))
-        self._save.failing = False
+        self._save.failing, self._save.parts = False, self._parts
         intercept_saves(trainer, self._save, innermost=True)
         wrap_io(strategy, self.load, self._save.pending)
 
@@ -93,11 +127,41 @@ class CheckpointHook(Hook):
         UnevenBatches.attach(trainer)
         if hash_tables(pl_module):
             Preemption.attach(trainer)
+        self._tell_unused(pl_module)
+        self._sources.on_fit_start(trainer, pl_module)
         reader, self._loaded = self._loaded, None
         if reader is not None:
             reader.check_tables(
                 _tables_to_load(pl_module, reader), FitRules(), whole=pl_module.strict_loading
             )
+
+    def _tell_unused(self, module: LightningModule) -> None:
+        """Log, on rank 0, which patterns leave nothing out."""
+        unused = self._parts.unused(hash_tables(module), module)
+        if unused and collectives.rank() == 0:
+            _log.warning(
+                "CheckpointHook: exclude=%s leaves nothing out: the model has the tables and state "
+                "%s",
+                *(unused, table_parts(hash_tables(module))),
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the steps to the next look for newer sources."""
+        self._sources.on_train_start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load newer sources, every ``reload_every`` steps."""
+        self._sources.on_train_batch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the versions of the sources that were loaded; nothing without ``reload_every``."""
+        return self._sources.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the versions of sources of the run that goes on."""
+        self._sources.load_state_dict(state_dict)
 
     def idle_reason(self, tables: Sequence[HashTable]) -> str | None:
         """Return why there is nothing to do for a module's tables; None if there is something."""
@@ -118,7 +182,10 @@ class CheckpointHook(Hook):
             checkpoint: Its content.
         """
         commit = checkpoint.get(COMMIT_KEY)
-        if commit is None or self._module is None:
+        if self._module is None:
+            return
+        if commit is None:
+            self._load_before(path, checkpoint)
             return
         reader = collectives.run_on_all_ranks(
             lambda: CheckpointReader.of_lightning(path, checkpoint)
@@ -126,12 +193,24 @@ class CheckpointHook(Hook):
         tables = _tables_to_load(self._module, reader)
         strict = self._module.strict_loading
         progress = trainer_progress(self._module.trainer)
-        reader.load(tables, FitRules(strict=False), progress, whole=strict)
+        work = partial(reader.load, tables, FitRules(strict=False), progress, whole=strict)
+        self._sources.load_before(self._module, path, checkpoint, reader.names(), work)
+        keep_left_out(path, self._module, checkpoint, reader)
         if not strict:
             _tell_what_is_left(path, self._module, reader)
         # Not by the place in the module, as states are loaded: other tables stay as they are.
         SHARD_LOADER.note_loaded(commit, hash_tables(self._module))
         self._loaded = reader
+
+    def _load_before(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Load the sources before a checkpoint without shards, whose tables Lightning loads."""
+        if self._module is not None and self._sources.is_used:
+            states = StateTables(checkpoint.get("state_dict", {}), path)
+            self._sources.load_before(self._module, path, checkpoint, states.names(), _nothing)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _tables_to_load(module: LightningModule, reader: CheckpointReader) -> dict[str, HashTable]:
@@ -161,10 +240,12 @@ class _ShardedSave:
     Attributes:
         failing: Whether a rank failed, and nothing is to be saved.
         pending: Saves whose main file is not written yet.
+        parts: What is not saved.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.failing = False
+        self.parts = PartFilter(None, None)
         self.pending = PendingSaves()
         self._trainer = trainer
 
@@ -188,7 +269,11 @@ class _ShardedSave:
 
         try:
             collectives.run_on_all_ranks(begin)
-            commit = write_shards(folder, tables, folder.name, trainer_progress(trainer), save_id)
+            excluded = collectives.run_on_all_ranks(
+                lambda: self.parts.excluded(tables, trainer.lightning_module)
+            )
+            progress = trainer_progress(trainer)
+            commit = write_shards(folder, tables, folder.name, progress, save_id, excluded)
             with _states_refer_to(commit, tables), _errors_on_all_ranks(trainer.strategy):
                 save(filepath, *args, **kwargs)
         except BaseException:

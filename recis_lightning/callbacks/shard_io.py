@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from typing_extensions import override
 
+from recis_lightning.callbacks.left_out import without_left_out
 from recis_lightning.checkpoint.commit import (
     COMMIT_KEY,
     FOLDER_SUFFIX,
@@ -164,7 +165,9 @@ class _ShardIO(CheckpointIO):
         temporary = unfinished_main(folder, save_id)
         try:
             self.io.save_checkpoint(
-                {**checkpoint, COMMIT_KEY: commit}, str(temporary), storage_options=storage_options
+                {**without_left_out(checkpoint, commit), COMMIT_KEY: commit},
+                str(temporary),
+                storage_options=storage_options,
             )
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

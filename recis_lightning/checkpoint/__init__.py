@@ -23,10 +23,13 @@ from recis_lightning.checkpoint.commit import (
 )
 from recis_lightning.checkpoint.export import read_table, write_parquet
 from recis_lightning.checkpoint.load_plan import LoadPlan, plan_load
+from recis_lightning.checkpoint.part_filter import PartFilter
 from recis_lightning.checkpoint.progress import Progress, progress_bar
 from recis_lightning.checkpoint.reader import CheckpointReader
 from recis_lightning.checkpoint.save_lock import begin_save, end_save, fail_save, note_replaced
 from recis_lightning.checkpoint.saved_tables import TableContents
+from recis_lightning.checkpoint.source import Source
+from recis_lightning.checkpoint.source_loader import load_sources
 from recis_lightning.checkpoint.writer import tables_by_name, write_shards
 from recis_lightning.distributed import collectives
 from recis_lightning.table.hash_table import HashTable
@@ -36,6 +39,7 @@ def save(
     directory: str | os.PathLike[str],
     tables: nn.Module | Iterable[HashTable],
     *,
+    exclude: Iterable[str] | None = None,
     progress: Progress = progress_bar,
 ) -> None:
     """Save tables to a folder; every rank calls it and writes its own rows.
@@ -47,6 +51,9 @@ def save(
     Args:
         directory: The folder; made if it is not there. All ranks must see the same one.
         tables: A module with tables, or tables of different names.
+        exclude: Names or patterns of what to leave out: "user" is a table, "*.exp_avg*" optimizer
+            state of all tables. Who loads the rest keeps such a table as it is; state of which a
+            part was left out starts afresh.
         progress: Shows the progress of rank 0.
 
     Raises:
@@ -69,6 +76,8 @@ def save(
     """
     folder, save_id, owner = Path(directory), new_save_id(), object()
     own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
+    parts = collectives.run_on_all_ranks(lambda: PartFilter(exclude, None))
+    excluded = parts.excluded(list(own.values()), None)
 
     def begin() -> None:
         if collectives.rank() == 0:
@@ -86,7 +95,7 @@ def save(
 
     try:
         collectives.run_on_all_ranks(begin)
-        commit = write_shards(folder, own.values(), ".", progress, save_id)
+        commit = write_shards(folder, own.values(), ".", progress, save_id, excluded)
         collectives.run_on_all_ranks(commit_shards)
     except BaseException:
         if collectives.rank() == 0:
@@ -166,6 +175,8 @@ def load(
         raise TypeError("model: expected a module with tables, or tables, got None")
     own = collectives.run_on_all_ranks(lambda: tables_by_name(model))
     reader = collectives.run_on_all_ranks(lambda: CheckpointReader.open(path, weights_only))
+    left_out = set(reader.excluded()) - set(reader.names())
+    own = {name: table for name, table in own.items() if name not in left_out}
 
     def plan() -> LoadPlan:
         names = None if tables is None else _names(tables)
@@ -211,4 +222,13 @@ def inspect(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[
     return {name: reader.contents(name) for name in reader.names()}
 
 
-__all__ = ["TableContents", "inspect", "load", "read_table", "save", "write_parquet"]
+__all__ = [
+    "Source",
+    "TableContents",
+    "inspect",
+    "load",
+    "load_sources",
+    "read_table",
+    "save",
+    "write_parquet",
+]

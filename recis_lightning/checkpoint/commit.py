@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -57,6 +57,9 @@ class Commit:
         location: Absolute path of the files when they were written, for a state whose file is not
             known.
         tables: Shards by rank, by the name of the table.
+        excluded: Names of tables, of their optimizer state ("user.exp_avg") and of dense tensors
+            that were left out on purpose.
+        without_state: Tables whose optimizer state was left out, or a part of it.
     """
 
     save_id: str
@@ -64,10 +67,16 @@ class Commit:
     folder: str
     location: str
     tables: dict[str, list[Shard]]
+    excluded: list[str] = field(default_factory=list)
+    without_state: list[str] = field(default_factory=list)
 
     def to_state(self) -> dict[str, Any]:
         """Return the commit as primitives."""
-        return {"format": FORMAT, **asdict(self)}
+        state = {"format": FORMAT, **asdict(self)}
+        for key in ("excluded", "without_state"):
+            if not state[key]:
+                del state[key]
+        return state
 
     @classmethod
     def from_state(cls, state: Any, where: str) -> Commit:
@@ -81,7 +90,9 @@ class Commit:
                 name: [Shard(**shard) for shard in shards]
                 for name, shards in state["tables"].items()
             }
-            commit = cls(**fields, tables=tables)
+            excluded = list(state.get("excluded", ()))
+            without_state = list(state.get("without_state", ()))
+            commit = cls(**fields, tables=tables, excluded=excluded, without_state=without_state)
             commit._check()
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{where}: its list of tables is damaged") from None
@@ -89,7 +100,8 @@ class Commit:
 
     def _check(self) -> None:
         """Raise ValueError unless every field is of its type, and every file in the folder."""
-        texts = (self.save_id, self.folder, self.location, *self.tables)
+        texts = [self.save_id, self.folder, self.location, *self.tables]
+        texts += [*self.excluded, *self.without_state]
         if not all(isinstance(text, str) for text in texts) or not _is_count(self.world_size):
             raise ValueError
         if self.folder != "." and not _is_file_name(self.folder):
@@ -202,6 +214,16 @@ def file_name(stem: str, rank: int, world_size: int, save_id: str) -> str:
     return f"{stem}.{rank}-of-{world_size}.{save_id}{SHARD_SUFFIX}"
 
 
+def slot_name(table: str, slot: str) -> str:
+    """Return the name of a table's optimizer state, as patterns match it.
+
+    Example:
+        >>> slot_name("user", "exp_avg")
+        'user.exp_avg'
+    """
+    return f"{table}.{slot}"
+
+
 def file_stems(tables: Iterable[str]) -> dict[str, str]:
     """Return the part of file names that stands for each table, different on every disk.
 
@@ -285,6 +307,7 @@ __all__ = [
     "remove_files",
     "remove_unfinished",
     "saved_by",
+    "slot_name",
     "sync_folder",
     "unfinished_main",
 ]

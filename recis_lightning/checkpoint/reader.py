@@ -88,6 +88,10 @@ class CheckpointReader:
         """List the tables."""
         return self._tables.names()
 
+    def excluded(self) -> list[str]:
+        """List the parts that were left out on purpose: tables, their state, dense tensors."""
+        return self._tables.excluded()
+
     def contents(self, name: str) -> TableContents:
         """Return the size and layout of a table, without reading its rows."""
         return self._tables.contents(name)
@@ -108,15 +112,16 @@ class CheckpointReader:
             how: What may differ.
             whole: Whether they must be all tables of the checkpoint.
         """
-        missing, unknown = set(tables) - set(self.names()), set(self.names()) - set(tables)
+        saved = set(self.names())
+        missing, unknown = set(tables) - saved - set(self.excluded()), saved - set(tables)
         if missing or (whole and unknown):
             raise ValueError(
                 f"{self.path}: it holds the tables {sorted(self.names())}, the model has "
                 f"{sorted(tables)}: {sorted(missing)} would get no rows, {sorted(unknown)} have no "
                 "place"
             )
-        for name, table in tables.items():
-            self._tables.check_fit(name, table, how)
+        for name in tables.keys() & saved:
+            self._tables.check_fit(name, tables[name], how)
 
     def load(
         self, tables: dict[str, HashTable], how: FitRules, progress: Progress, whole: bool = True
@@ -136,6 +141,8 @@ class CheckpointReader:
         Raises:
             ValueError: As for ``check_tables``, or ranks that load different things.
         """
+        left_out = set(self.excluded()) - set(self.names())
+        tables = {name: table for name, table in tables.items() if name not in left_out}
         collectives.run_on_all_ranks(lambda: self.check_tables(tables, how, whole))
         self._check_alike(tables, how)
         locks = distinct_locks(table.lock for table in tables.values())

@@ -117,6 +117,10 @@ class SavedTables(ABC):
     def contents(self, name: str) -> TableContents:
         """Return the size and layout of a table, without reading its rows."""
 
+    def excluded(self) -> list[str]:
+        """List the parts that were left out on purpose: tables, their state, dense tensors."""
+        return []
+
     @abstractmethod
     def chunks(self, name: str, num_rows: int) -> Iterator[dict[str, Tensor]]:
         """Read all ranks' rows of a table, checked, about ``num_rows`` at a time.

@@ -61,6 +61,8 @@ class ShardLoader:
             self._loaded.remove(table)
             return
         shards = ShardTables(Commit.from_state(commit, "checkpoint"), loading_file())
+        if name not in shards.names() and name in shards.excluded():
+            return  # left out on purpose: the table stays as it is
         if name not in shards.names():
             raise ValueError(
                 f"state of table {table.name!r}: the checkpoint has no table {name!r}, it has "

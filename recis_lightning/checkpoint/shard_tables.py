@@ -60,6 +60,10 @@ class ShardTables(SavedTables):
         return list(self._commit.tables)
 
     @override
+    def excluded(self) -> list[str]:
+        return list(self._commit.excluded)
+
+    @override
     def contents(self, name: str) -> TableContents:
         files = [self._file(name, writer) for writer in range(self._commit.world_size)]
         dim, dtype, slots = self._layout(name)
@@ -104,6 +108,8 @@ class ShardTables(SavedTables):
 
     @override
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
+        if self._lacks_state(name):
+            how = how._replace(optimizer_state=False)
         check_layout(str(self._folder), table, *self._layout(name), how)
 
     @override
@@ -200,6 +206,10 @@ class ShardTables(SavedTables):
             raise ValueError(f"{file.path}: not of this save: it has no table {name!r}")
         return numbers[name]
 
+    def _lacks_state(self, name: str) -> bool:
+        """Return whether a part of a table's optimizer state was left out: the rest is no use."""
+        return name in self._commit.without_state
+
     def _files_to_read(self, name: str) -> tuple[list[ShardFile], int]:
         """Return the files with rows that this rank owns, and among how many they are divided."""
         writers: Sequence[int] = range(self._commit.world_size)
@@ -217,14 +227,15 @@ class ShardTables(SavedTables):
     ) -> None:
         """Replace the rows of a table by those that this rank owns."""
         files, ranks = self._files_to_read(name)
-        slots = slots_of(files[0]) if how.optimizer_state else {}
+        with_state = how.optimizer_state and not self._lacks_state(name)
+        slots = slots_of(files[0]) if with_state else {}
         with opened(files), prefetch_rows(files, list(slots)):
             owned = OwnedRows(files, list(slots), self._rank, ranks)
             state = owned.state()
             self._check_state(name, files, state)
             if table.given_name is not None and name != table.name:
                 state["name"] = table.name
-            if not how.optimizer_state:
+            if not with_state:
                 state["num_updates"] = 0
             table_state.restore(
                 table, state, slots, lambda rows: owned.write(table, rows, on_progress)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from recis_lightning.checkpoint.commit import (
     Shard,
     file_name,
     file_stems,
+    slot_name,
     sync_folder,
 )
 from recis_lightning.checkpoint.progress import Progress, on_rank_zero
@@ -67,6 +69,7 @@ def write_shards(
     folder: str,
     progress: Progress,
     save_id: str,
+    excluded: Collection[str] = (),
 ) -> Commit:
     """Write the shard files of all ranks; all ranks call it together.
 
@@ -76,6 +79,8 @@ def write_shards(
         folder: Path of that folder, relative to the commit.
         progress: Shows the progress of rank 0.
         save_id: Random; that of rank 0 is taken.
+        excluded: Names of parts that are not written, the same on all ranks: tables, and their
+            optimizer state ("user.exp_avg").
 
     Returns:
         The commit, to be written last.
@@ -86,11 +91,18 @@ def write_shards(
     """
     rank, world_size = collectives.rank(), collectives.world_size()
     own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
-    layouts = collectives.gather((save_id, {name: own[name].embedding_dim for name in own}))
+    dims = {name: table.embedding_dim for name, table in own.items()}
+    layouts = collectives.gather((save_id, dims, sorted(excluded)))
     save_id = layouts[0][0]
-    for other, (_, layout) in enumerate(layouts):
+    for other, (_, layout, left_out) in enumerate(layouts):
         if layout != layouts[0][1]:
             raise ValueError(f"tables: rank 0 has {layouts[0][1]}, rank {other} has {layout}")
+        if left_out != layouts[0][2]:
+            raise ValueError(
+                f"exclude: all ranks must leave out the same; rank 0 {layouts[0][2]}, rank {other} "
+                f"{left_out}"
+            )
+    own = {name: table for name, table in own.items() if name not in excluded}
 
     def write() -> dict[str, Shard]:
         directory.mkdir(parents=True, exist_ok=True)
@@ -100,7 +112,8 @@ def write_shards(
             shards: dict[str, Shard] = {}
             for stem, names in _files_of(own).items():
                 file = directory / file_name(stem, rank, world_size, save_id)
-                shards |= _write_tables(file, [own[name] for name in names], save, on_progress)
+                chosen = [own[name] for name in names]
+                shards |= _write_tables(file, chosen, save, on_progress, excluded)
         sync_folder(directory)
         return shards
 
@@ -117,7 +130,14 @@ def write_shards(
                 file.unlink()
         raise
     by_table = {name: [of_rank[name] for of_rank in shards] for name in own}
-    return Commit(save_id, world_size, folder, str(directory.resolve()), by_table)
+    location = str(directory.resolve())
+    without_state = [
+        name
+        for name, table in own.items()
+        if any(slot_name(name, slot) in excluded for slot in table.storage.rows.slots)
+    ]
+    commit = Commit(save_id, world_size, folder, location, by_table)
+    return replace(commit, excluded=sorted(excluded), without_state=without_state)
 
 
 def _check_shared(
@@ -178,10 +198,14 @@ def _files_of(tables: Mapping[str, HashTable]) -> dict[str, list[str]]:
 
 
 def _write_tables(
-    file: Path, tables: list[HashTable], save: dict[str, Any], on_progress: ProgressCallback
+    file: Path,
+    tables: list[HashTable],
+    save: dict[str, Any],
+    on_progress: ProgressCallback,
+    excluded: Collection[str],
 ) -> dict[str, Shard]:
     """Write this rank's rows of tables to one file; return the shard of each."""
-    contents = [_contents(table, save["rank"], save["world_size"]) for table in tables]
+    contents = [_contents(table, save["rank"], save["world_size"], excluded) for table in tables]
     if len(tables) == 1:
         [(metadata, groups)] = contents
         digest = write_shard(file, {**metadata, **save}, groups, on_progress)
@@ -197,9 +221,14 @@ def _write_tables(
 
 
 def _contents(
-    table: HashTable, rank: int, world_size: int
+    table: HashTable, rank: int, world_size: int, excluded: Collection[str]
 ) -> tuple[dict[str, Any], list[TensorGroup]]:
     """Return what a file holds of a table: metadata, and this rank's rows."""
+    slots = {
+        name: words
+        for name, words in table.storage.rows.slots.items()
+        if slot_name(table.name, name) not in excluded
+    }
     ids, rows = table.ids_map()
     if world_size > 1 and table.needs_reshard:
         own = owner_of(ids, world_size) == rank
@@ -208,18 +237,22 @@ def _contents(
     tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
     metadata = {key: value for key, value in fields.items() if key not in tensors}
     metadata |= {"table": table.name, "rows": len(ids)}
+    if len(slots) < len(table.storage.rows.slots):
+        metadata["num_updates"] = 0  # the state starts afresh, and the bias correction with it
     columns = {"ids": ids, **{key: tensors.pop(key) for key in table_state.row_columns(tensors)}}
-    groups = [_rows_group(table, rows, columns)]
+    groups = [_rows_group(table, rows, columns, slots)]
     groups += [TensorGroup.of(name, tensor) for name, tensor in tensors.items()]
     return metadata, groups
 
 
-def _rows_group(table: HashTable, rows: Tensor, columns: dict[str, Tensor]) -> TensorGroup:
+def _rows_group(
+    table: HashTable, rows: Tensor, columns: dict[str, Tensor], kept: Mapping[str, int]
+) -> TensorGroup:
     """Return ids and policies' columns, weights and slots, to be read together."""
     store, count = table.storage.rows, len(rows)
     specs = {key: TensorSpec(column.dtype, tuple(column.shape)) for key, column in columns.items()}
     specs["weights"] = TensorSpec(table.dtype, (count, table.embedding_dim))
-    for name, words in store.slots.items():
+    for name, words in kept.items():
         specs[SLOT_PREFIX + name] = TensorSpec(torch.float32, (count, words))
 
     def read(start: int, stop: int) -> Mapping[str, Tensor]:
@@ -227,7 +260,7 @@ def _rows_group(table: HashTable, rows: Tensor, columns: dict[str, Tensor]) -> T
         return {
             **{key: column[start:stop] for key, column in columns.items()},
             "weights": weights,
-            **{SLOT_PREFIX + name: slot for name, slot in slots.items()},
+            **{SLOT_PREFIX + name: slots[name] for name in kept},
         }
 
     return TensorGroup(specs, read)

@@ -1,6 +1,8 @@
 """Functions that ranks run in tests of checkpoints, each in every process of a group."""
 
+import contextlib
 import errno
+import io
 import os
 import time
 from dataclasses import replace
@@ -328,3 +330,31 @@ def fit_without_hook(path):
         run = trainer(path, **settings)
         run.fit(Model(), train_loader(8))
         run.save_checkpoint(path / "a.ckpt")
+
+
+def load_from_sources(path):
+    """Load a folder and an npz file on top of it; then again where rank 1 fails on the way."""
+    made, _optimizers = tables()
+    model, said = torch.nn.ModuleList(made), io.StringIO()
+    sources = [
+        checkpoint.Source(path / "whole"),
+        checkpoint.Source(path / "adam.npz", clear=False),
+    ]
+    with contextlib.redirect_stdout(said):
+        checkpoint.load_sources(model, sources)
+    ids = made[0].ids()
+    found = list(zip(ids.tolist(), made[0].embeddings(ids)[:, 0].tolist(), strict=True))
+    assert torch.equal(owned(ids), ids)
+    before, error = held(made), ""
+    if collectives.rank() == 1:
+        made[1].storage.set_slots = lambda *_: (_ for _ in ()).throw(MemoryError("no room"))
+    try:
+        checkpoint.load_sources(model, sources)
+    except (MemoryError, RuntimeError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return {
+        "rows": found,
+        "printed": "Loading from 2 sources" in said.getvalue(),
+        "unchanged": same(held(made), before),
+        "error": error,
+    }
