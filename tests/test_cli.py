@@ -132,6 +132,21 @@ def test_short_names_and_overrides_on_the_command_line():
     assert hook.log_step == 3
 
 
+def test_deltas_are_set_up_in_yaml(tmp_path):
+    config = tmp_path / "deltas.yaml"
+    hook = {"class_path": "DeltaHook"}
+    hook["init_args"] = {"folder": str(tmp_path / "served"), "seconds": 0.5, "state": True}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [hook]}}))
+    main(
+        [
+            *["fit", "-c", str(MOVIELENS), *data_args(MOVIELENS), "-c", str(config)],
+            "--trainer.fast_dev_run=1",
+        ]
+    )
+    names = sorted(path.name.partition("-")[0] for path in (tmp_path / "served/deltas").iterdir())
+    assert names == [".publish.lock", ".writer.lock", *["base"] * 2, *["delta"] * 2, "head.json"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -5,6 +5,7 @@ import logging as _logging
 from recis_lightning.callbacks.auto_profiler import AutoProfilerHook
 from recis_lightning.callbacks.checkpoint import CheckpointHook
 from recis_lightning.callbacks.clip_grad_norm import ClipGradNormHook
+from recis_lightning.callbacks.delta import DeltaHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
@@ -22,6 +23,7 @@ __all__ = [
     "AutoProfilerHook",
     "CheckpointHook",
     "ClipGradNormHook",
+    "DeltaHook",
     "HashTableFilterHook",
     "Hook",
     "LoggerHook",

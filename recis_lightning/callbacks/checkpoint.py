@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import Strategy
 from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
-from recis_lightning.callbacks.preemption import Preemption
 from recis_lightning.callbacks.left_out import keep_left_out
+from recis_lightning.callbacks.preemption import Preemption
 from recis_lightning.callbacks.save_interception import intercept_saves
 from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_folder, wrap_io
 from recis_lightning.callbacks.source_reload import SourceReload
@@ -62,6 +62,7 @@ class CheckpointHook(Hook):
 
     A run that gets SIGTERM or SIGUSR1, on any rank, saves ``last-preempted.ckpt`` after a batch and
     leaves on all ranks by Lightning's ``SIGTERMException``; under SLURM it is queued again.
+
     Args:
         exclude: Names or patterns of parts that are not saved: "user" is a table, "*.exp_avg*"
             the optimizer state of tables, "tower.*" dense tensors of the ``state_dict``. A run that

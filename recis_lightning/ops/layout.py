@@ -90,7 +90,7 @@ NONE, SUM, MEAN, TILE, MEAN_BY_COUNT = range(5)
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, MOMENTUM, RMSPROP, ROWWISE_ADAM, FTRL, LION = range(9)
 COUPLED_DECAY = 16  # added to a rule's number: g += HYPER_WEIGHT_DECAY * w comes before the rule
 
-HYPER_SIZE = 12
+HYPER_SIZE = 16
 HYPER_LR = 0  # learning rate, with Adam's first bias correction or Adagrad's decay in it
 HYPER_EPS = 1  # Adam: as added after the second bias correction
 HYPER_ONE_MINUS_BETA1 = 2  # 1 - beta1, rounded once: in float32, 1 - 0.999 is off by 5e-5 of itself
@@ -102,6 +102,9 @@ HYPER_CLIP = 7  # bound of every gradient element (value clipping), inf where th
 HYPER_WEIGHT_DECAY = 8  # of COUPLED_DECAY
 HYPER_MOMENTUM, HYPER_OF_BUFFER, HYPER_OF_GRADIENT = 9, 10, 11  # MOMENTUM alone
 HYPER_L1, HYPER_L2, HYPER_BETA = 9, 10, 11  # FTRL alone
+# Two words, an int64: address of the table's uint8 [rows] of marks, less the index of its first row
+# among those of all tables, or 0 where nobody asks which rows change. An update clears its row's.
+HYPER_MARKS = 12
 
 # Header of an admission counter. Its index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) is as a table's.
 ADMISSION_NUM_COUNTED = 4  # occurrences since the sketch was last halved; kernels count them

@@ -146,6 +146,8 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     State lies behind the weights in the order in which it is named here, but s before z, and
     ROWWISE_ADAM's m before v.
 
+    A row's mark becomes 0 where HYPER_MARKS says that its table has marks.
+
     Args:
         gradients: The sorted gradients.
         rule: One of these, or one plus ``COUPLED_DECAY``: then g += WEIGHT_DECAY * w comes first.

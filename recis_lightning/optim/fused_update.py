@@ -143,6 +143,10 @@ class FusedUpdate:
         bases = (np.cumsum(counts) - counts) << rows.block_shift
         self._base_of: dict[object, int] = dict(zip(self.tables, bases.tolist(), strict=True))
         self._feature_tables = ()
+        marks = [storage.marks_address for storage in self._storages]
+        self._hyper.view(np.int64)[:, fields.HYPER_MARKS // 2] = [
+            address - base if address else 0 for address, base in zip(marks, bases, strict=True)
+        ]
         self._blocks = np.empty((counts.sum(), 2), np.int64)
         self._blocks[:, 0] = np.concatenate(addresses)
         hypers = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()

@@ -271,6 +271,37 @@ class MappedArrays(Mapping[str, Array]):
         self.is_checked = bool(self._checked.all())
 
 
+class ArrayGroup(Mapping[str, Array]):
+    """Arrays of an open file whose names begin alike, by the rest of their names.
+
+    Args:
+        arrays: Of the file.
+        prefix: What the names begin with.
+    """
+
+    def __init__(self, arrays: MappedArrays, prefix: str) -> None:
+        self.path, self._file, self._prefix = arrays.path, arrays, prefix
+        names = [name for name in arrays if name.startswith(prefix)]
+        self._arrays = {name.removeprefix(prefix): arrays[name] for name in names}
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def check_rows(self, name: str, rows: npt.NDArray[np.int64], count: int = 1) -> None:
+        """Check what holds some rows of an array, as ``MappedArrays.check_rows``."""
+        self._file.check_rows(self._prefix + name, rows, count)
+
+    def check_all(self) -> None:
+        """Check the whole file; ValueError if it is damaged."""
+        self._file.check_all()
+
+
 def to_numpy(tensor: torch.Tensor) -> Array:
     """Return a CPU tensor as an array that files hold; bfloat16 as its bits, uint16."""
     if tensor.dtype is torch.bfloat16:
@@ -280,4 +311,4 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     return tensor.contiguous().numpy()
 
 
-__all__ = ["ArrayPlace", "ArrayWriter", "FileRecord", "MappedArrays", "to_numpy"]
+__all__ = ["ArrayGroup", "ArrayPlace", "ArrayWriter", "FileRecord", "MappedArrays", "to_numpy"]

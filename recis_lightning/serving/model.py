@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.arguments import check_bool, check_dtype
+from recis_lightning.lookup.named_tables import RowReader
 from recis_lightning.serving.array_file import MappedArrays
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from recis_lightning.serving.program import Program
@@ -39,7 +40,7 @@ class ServedModel:
 
     def __init__(self, folder: Path, manifest: Manifest, check_all: bool) -> None:
         self.manifest = manifest
-        self.tables: Mapping[str, ServedTable] = {
+        served = {
             name: ServedTable(
                 *(name, MappedArrays(folder, table.file), table.row_format),
                 *(table.embedding_dim, check_dtype(table.dtype)),
@@ -47,8 +48,9 @@ class ServedModel:
             for name, table in manifest.tables.items()
         }
         if check_all:
-            for table in self.tables.values():
+            for table in served.values():
                 table.check_all()
+        self.tables: Mapping[str, Any] = served  # of ``RowReader``
         dense = MappedArrays(folder, manifest.dense)
         dense.check_all()
         constants = {
@@ -119,6 +121,22 @@ class ServedModel:
     def __repr__(self) -> str:
         tables = ", ".join(f"{name}: {len(table)} rows" for name, table in self.tables.items())
         return f"ServedModel({self.manifest.model}, {tables})"
+
+    def with_values(
+        self, tables: Mapping[str, RowReader], constants: Mapping[str, Tensor]
+    ) -> ServedModel:
+        """Return the same model over other tables, and other values of some parameters.
+
+        Args:
+            tables: Of the same names, dims and dtypes.
+            constants: By the names of ``manifest.constants``, of the same dtypes and shapes.
+        """
+        other = ServedModel.__new__(ServedModel)
+        other.__dict__.update(self.__dict__)
+        other.tables = tables
+        given = self.manifest.program["inputs"]
+        other._program = self._program.with_values(given, constants, tables)
+        return other
 
 
 def _to_tensor(array: Any, dtype: torch.dtype) -> Tensor:

@@ -284,6 +284,29 @@ class Program:
             for feature in features_of(*arguments)
         ]
 
+    def with_values(
+        self, given: Sequence[Any], constants: Mapping[str, Tensor], tables: Mapping[str, RowReader]
+    ) -> Program:
+        """Return the same program over other tables, and other values of some constants.
+
+        Args:
+            given: "inputs" of the program's state.
+            constants: The new values, by name; the others stay.
+            tables: As they were checked: of the same names, dims and dtypes.
+        """
+        other = Program.__new__(Program)
+        other.__dict__.update(self.__dict__)
+        other._tables = tables
+        other._start = [
+            constants.get(name, value) if isinstance(name, str) else value
+            for name, value in zip(given, self._start, strict=True)
+        ]
+        other._calls = [
+            (other._look_up if function == self._look_up else function, arguments, by_name)
+            for function, arguments, by_name in self._calls
+        ]
+        return other
+
 
 class _Value(int):
     """Number of a value among those of a run."""

@@ -16,8 +16,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.serving import pooling
-from recis_lightning.serving.array_file import ArrayWriter, FileRecord, MappedArrays, to_numpy
+from recis_lightning.serving import feature_lookup
+from recis_lightning.serving.array_file import (
+    ArrayGroup,
+    ArrayWriter,
+    FileRecord,
+    MappedArrays,
+    to_numpy,
+)
 
 FORMATS = ("float32", "bfloat16", "int8")
 _MAX_BUCKET = 1 << 12  # ids of a bucket that a file may ask to compare
@@ -54,6 +60,39 @@ def write_table(
     Raises:
         ValueError: int8 is asked for, and a row has NaN or Inf.
     """
+    writer = ArrayWriter(path, 4 * dim)
+    try:
+        add_table(writer, "", ids, lambda at: read_rows(torch.from_numpy(ids)[at]), row_format, dim)
+        return writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def add_table(
+    writer: ArrayWriter,
+    prefix: str,
+    ids: Integers,
+    read_rows_at: Callable[[Tensor], Tensor],
+    row_format: str,
+    dim: int,
+) -> Integers:
+    """Write a table's arrays to a file that may hold others too.
+
+    Args:
+        writer: Of the file.
+        prefix: What the names of the arrays begin with.
+        ids: int64 [n], distinct.
+        read_rows_at: Returns the rows of the ids at positions in ``ids``, [m, dim].
+        row_format: One of ``FORMATS``.
+        dim: Weights in a row.
+
+    Returns:
+        int64 [n], the order in which ids and rows lie in the file, as positions in ``ids``.
+
+    Raises:
+        ValueError: int8 is asked for, and a row has NaN or Inf.
+    """
     hashes = hash_ids(ids)
     order = np.argsort(hashes, kind="stable")
     ids, hashes = ids[order], hashes[order]
@@ -67,7 +106,7 @@ def write_table(
         yield _empty_rows(dim, row_format)
         for start in range(0, len(ids), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
-            rows = read_rows(torch.from_numpy(ids[chunk]))
+            rows = read_rows_at(torch.from_numpy(order[chunk]))
             if row_format == "int8":
                 quantised, scales[chunk] = quantise(rows.float())
                 yield quantised
@@ -75,18 +114,13 @@ def write_table(
                 dtype = torch.bfloat16 if row_format == "bfloat16" else torch.float32
                 yield to_numpy(rows.to(dtype))
 
-    writer = ArrayWriter(path, 4 * dim)
-    try:
-        writer.add("starts", starts.shape, [starts])
-        writer.add("ids", ids.shape, [ids])
-        writer.add("rows", (len(ids), dim), encoded())
-        if row_format == "int8":
-            writer.add("scales", scales.shape, [scales])
-        writer.add("largest", (1,), [np.array([largest], np.int64)])
-        return writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
+    writer.add(f"{prefix}starts", starts.shape, [starts])
+    writer.add(f"{prefix}ids", ids.shape, [ids])
+    writer.add(f"{prefix}rows", (len(ids), dim), encoded())
+    if row_format == "int8":
+        writer.add(f"{prefix}scales", scales.shape, [scales])
+    writer.add(f"{prefix}largest", (1,), [np.array([largest], np.int64)])
+    return order
 
 
 def bucket_bits(num_ids: int) -> int:
@@ -137,7 +171,12 @@ class ServedTable:
     """
 
     def __init__(
-        self, name: str, arrays: MappedArrays, row_format: str, dim: int, dtype: torch.dtype
+        self,
+        name: str,
+        arrays: MappedArrays | ArrayGroup,
+        row_format: str,
+        dim: int,
+        dtype: torch.dtype,
     ) -> None:
         self.name, self.embedding_dim, self.dtype = name, dim, dtype
         self._arrays, self._format = arrays, row_format
@@ -169,6 +208,11 @@ class ServedTable:
     def check_all(self) -> None:
         """Read and check the whole file; ValueError if it is damaged."""
         self._arrays.check_all()
+
+    def ids(self) -> Integers:
+        """Return all ids in the order of their places, int64 [n], checked."""
+        self._arrays.check_rows("ids", np.arange(len(self._ids)))
+        return np.asarray(self._ids, np.int64)
 
     def find(self, ids: Integers) -> Integers:
         """Return each id's place, -1 where it has none, int64 [n].
@@ -244,43 +288,15 @@ class ServedTable:
         Raises:
             ValueError: Offsets are malformed, or what is read is damaged.
         """
-        flat = np.ascontiguousarray(ids.detach().numpy().reshape(-1), np.int64)
-        places = self.find(flat)
-        padding = None
-        if padding_idx is not None:
-            padding = flat == padding_idx
-            places[padding] = -1
-        if mode == "none" and weights is None:
-            return self.gather(places)
-        rows = self.gather(places).float().numpy()
-        values = None if weights is None else weights.detach().reshape(-1).numpy()
-        if values is not None and mode in ("none", "tile"):
-            with np.errstate(all="ignore"):
-                rows = np.where((places >= 0)[:, None], rows * values[:, None], np.float32(0))
-        if mode == "none":
-            return torch.from_numpy(rows).to(self.dtype)
-        bags = self._bags(ids, offsets)
-        if mode == "tile":
-            pooled = pooling.tile(rows, bags, tile_len)
-        else:
-            pooled = pooling.pool(rows, places >= 0, padding, bags, mode, values)
-        return torch.from_numpy(pooled).to(self.dtype)
-
-    def _bags(self, ids: Tensor, offsets: Tensor | None) -> pooling.Bags:
-        if offsets is None:
-            num_bags = ids.shape[0]
-            length = ids.shape[1] if ids.dim() == 2 else 1
-            lengths = np.full(num_bags, length, np.int64)
-            return pooling.Bags(np.arange(num_bags, dtype=np.int64) * length, lengths)
-        edges = np.ascontiguousarray(offsets.detach().numpy(), np.int64)
-        lengths = np.diff(edges)
-        ends = (edges[0], edges[-1]) if len(edges) else (0, -1)
-        if ends != (0, ids.numel()) or (lengths < 0).any():
-            raise ValueError(
-                f"offsets: of a feature of table {self.name!r} must start at 0, never descend and "
-                f"end at the number of ids, {ids.numel()}; got {edges[:8].tolist()}"
-            )
-        return pooling.Bags(edges[:-1], lengths)
+        return feature_lookup.look_up(self, ids, offsets, weights, mode, tile_len, padding_idx)
 
 
-__all__ = ["FORMATS", "ServedTable", "bucket_bits", "hash_ids", "quantise", "write_table"]
+__all__ = [
+    "FORMATS",
+    "ServedTable",
+    "add_table",
+    "bucket_bits",
+    "hash_ids",
+    "quantise",
+    "write_table",
+]

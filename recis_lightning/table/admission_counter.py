@@ -137,10 +137,11 @@ class AdmissionCounter:
         age = self.num_lookups - (cells >> 32)
         return live & (age <= self.screening.forget_after)
 
-    def forget(self, ids: Tensor) -> None:
-        """Forget the counts of ids, int64 [n]; a sketch cannot."""
+    def forget(self, ids: Tensor) -> bool:
+        """Forget the counts of ids, int64 [n]; return False if it cannot, as a sketch cannot."""
         if self.screening.kind == fields.COUNT:
             admission.forget_(self.header, ids.to(self.header.device))
+        return self.screening.kind != fields.SKETCH
 
     def state(self) -> dict[str, Any]:
         """Return the counts as a table saves them: tensors on the CPU and primitives."""

@@ -55,7 +55,7 @@ from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.lock import TableLock, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.scan import RowSurvey, scan
-from recis_lightning.table.statistics import TableStatistics
+from recis_lightning.table.statistics import Forgotten, TableStatistics
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import layout_version, move_version
@@ -535,6 +535,36 @@ class HashTable(nn.Module):
                 undo.on_failure(partial(record.rows.copy_, record.rows.clone()))
                 record.forget(storage.header, gone)
             return storage.remove_rows(gone, undo)
+
+    @writes
+    def forget(self, ids: Tensor) -> Forgotten:
+        """Remove ids and all that is kept of them: rows, pending gradients, pins and counts.
+
+        Beyond ``delete`` it overwrites the rows' memory, and removes pins, admission counts and
+        the memory of evicted ids. Files that were written before keep what they have: write them
+        anew, and let ``serving.find_traces`` look. On several ranks all call it with the same ids.
+
+        Args:
+            ids: int64 [*]; unknown ids are passed over.
+
+        Returns:
+            How many rows this rank removed, and whether a sketch still counts the ids.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([7, 8]), torch.ones(2, 2))
+            >>> table.forget(torch.tensor([8, 9]))
+            Forgotten(rows=1, sketch_counts_them=False)
+        """
+        rows = self._find(ids)
+        flat = ids.reshape(-1).to(self.device).contiguous()
+        removed = self.delete(ids)
+        self.storage.erase(rows[rows >= 0].unique())
+        self.unpin(ids)
+        if self.evictor.readmissions is not None:
+            self.evictor.readmissions.forget(flat.cpu())
+        counter = self.storage.admission_counter
+        return Forgotten(removed, counter is not None and not counter.forget(flat))
 
     @writes
     def clear(self) -> None:

@@ -64,6 +64,7 @@ def _write_last(storage: Storage, rows: Tensor, weights: Tensor) -> None:
     """Write weights to rows; where a row occurs twice, the last of its weights."""
     chosen = _last_occurrences(rows, storage.rows.num_rows)
     storage.num_overwrites += 1
+    storage.note_written(rows[chosen])
     embedding_bag.write_rows_(storage.header, rows[chosen], weights[chosen].contiguous())
 
 

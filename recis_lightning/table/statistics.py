@@ -42,6 +42,19 @@ class TableStatistics(NamedTuple):
     readmitted: int
 
 
+class Forgotten(NamedTuple):
+    """Result of ``HashTable.forget``.
+
+    Attributes:
+        rows: Rows that it removed, on this rank.
+        sketch_counts_them: Whether the ids still count in a sketch of admission counts: it holds no
+            id, and cannot take the counts of one out.
+    """
+
+    rows: int
+    sketch_counts_them: bool
+
+
 class ReadmissionTracker:
     """Bounded memory of the ids evicted last, and how many of them have come back.
 
@@ -81,6 +94,13 @@ class ReadmissionTracker:
             self._ids, self._evictions = self._ids[stays], self._evictions[stays]
         self._away = np.ones(len(self._ids), np.bool_)
 
+    def forget(self, ids: Tensor) -> None:
+        """Forget ids, int64 [n] on the CPU, as if they had never been evicted."""
+        self._flush()
+        kept = ~np.isin(self._ids, ids.numpy())
+        self._ids, self._evictions = self._ids[kept], self._evictions[kept]
+        self._away = self._away[kept]
+
     def _flush(self) -> None:
         if not self._new:
             return
@@ -106,4 +126,4 @@ class ReadmissionTracker:
         return self._ids.nbytes + self._evictions.nbytes + self._away.nbytes
 
 
-__all__ = ["ReadmissionTracker", "TableStatistics"]
+__all__ = ["Forgotten", "ReadmissionTracker", "TableStatistics"]

@@ -37,11 +37,14 @@ from recis_lightning.ops.layout import (
 )
 from recis_lightning.table import sizing
 from recis_lightning.table.admission_counter import AdmissionCounter
+from recis_lightning.table.row_changes import RowChanges
 from recis_lightning.table.row_store import RowStore
 from recis_lightning.table.undo import Undo
-from recis_lightning.table.versions import layout_version
+from recis_lightning.table.versions import block_version, layout_version
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
+# A column of bytes, there as long as someone asks which rows change (``table.row_changes``).
+_MARKS = "marks"
 # Beside a GPU there is room for two more lookups, if it takes that share of the free memory; else
 # for so many ids, or a quarter of the table.
 _HEADROOM_SHARE, _HEADROOM_ROWS = 1 / 8, 1 << 16
@@ -63,7 +66,8 @@ class Storage(TableMemory):
         header: By which kernels find everything, at one address as long as the storage lives.
         entries: int64 [capacity + 1, 2], the index.
         rows: Weights and optimizer state.
-        columns: Name -> int64 [rows.capacity], what policies keep of rows.
+        columns: Name -> int64 [rows.capacity], what policies keep of rows; "marks" is uint8.
+        changes: Which rows changed since when, or None if nobody asks.
         admission_counter: Counts of ids without a row, or None.
         generation: Grows when rows go: row numbers that a lookup noted before are void.
         num_removed: Rows that went since the table was made, by whatever way.
@@ -94,6 +98,7 @@ class Storage(TableMemory):
         self.kept_columns, self.now, self.name = kept_columns, now, name
         self.generation = self.num_removed = self.num_loaded = self.num_void = 0
         self.num_overwrites = self.num_rooms = 0
+        self.changes: RowChanges | None = None
         self.header = Header(device, backend.is_async(device))
         self.admission_counter: AdmissionCounter | None = None
         self._empty({}, 0.0)
@@ -118,14 +123,15 @@ class Storage(TableMemory):
         self.num_void = 0
         self.entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
         self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, state_fill)
-        no_rows = torch.empty(0, dtype=torch.int64, device=self.device)
-        self._set_columns(dict.fromkeys(self.kept_columns, no_rows))
+        self._set_columns({name: self._new_column(name, 0) for name in self._column_names})
 
     def clear(self) -> None:
         """Remove all ids and admission counts; step, number of updates and row layout stay."""
         with self.undo():
             self.generation += 1
             self.num_removed += len(self)
+            if self.changes is not None:
+                self.changes.note_all()
             if self.admission_counter is not None:
                 self.admission_counter.clear()
             self._empty(self.rows.slots, self.rows.state_fill)
@@ -160,6 +166,8 @@ class Storage(TableMemory):
         Weights, and slots that stay, are kept.
         """
         with _Allocation(self, "rows laid out for another optimizer"), self.undo():
+            if self.changes is not None and list(slots.items()) != list(self.rows.slots.items()):
+                self.changes.note_all()
             self.rows.relayout(slots, state_fill)
             self._fit_columns()  # blocks of another layout hold other numbers of rows
             self.fit_index()
@@ -193,7 +201,7 @@ class Storage(TableMemory):
     def column_bytes(self) -> int:
         """Bytes of columns and admission counts."""
         counts = 0 if self.admission_counter is None else self.admission_counter.nbytes
-        return 8 * sum(map(Tensor.numel, self.columns.values())) + counts
+        return sum(column.nbytes for column in self.columns.values()) + counts
 
     # ---- finding ids
 
@@ -267,13 +275,26 @@ class Storage(TableMemory):
         with self.undo():
             if times and "counts" in self.columns:
                 old = self.columns["counts"]
-                new = _new_column(old.numel(), self.device)
+                new = self._new_column("counts", old.numel())
                 torch.bitwise_right_shift(old, min(times, 63), out=new)
                 self._set_columns({**self.columns, "counts": new})
             self.header.fields[STEP] = step
 
+    @property
+    def _column_names(self) -> tuple[str, ...]:
+        return self.kept_columns if self.changes is None else (*self.kept_columns, _MARKS)
+
+    def _new_column(self, name: str, count: int) -> Tensor:
+        """Return an uninitialised column."""
+        dtype = torch.uint8 if name == _MARKS else torch.int64
+        if self.device.type == "cpu":
+            with torch.inference_mode(False):  # as in ``device_memory``
+                return torch.from_numpy(host_memory.empty(count * dtype.itemsize)).view(dtype)
+        return device_memory.empty(count, dtype, self.device)
+
     def _set_columns(self, columns: dict[str, Tensor]) -> None:
         self.columns = columns
+        block_version.advance()  # an update writes marks where it found them
         for name, field in _COLUMN_FIELDS.items():
             column = columns.get(name)
             self.header.fields[field] = (
@@ -287,11 +308,40 @@ class Storage(TableMemory):
         if self._columns_fit():
             return
         for name, old in self.columns.items():
-            fitting[name] = new = _new_column(capacity, self.device)
+            fitting[name] = new = self._new_column(name, capacity)
             kept = min(old.numel(), capacity)
             new[:kept] = old[:kept]
             new[kept:] = 0
         self._set_columns(fitting)
+
+    # ---- changes
+
+    @property
+    def marks_address(self) -> int:
+        """Address of the rows' marks; 0 if nobody asks which rows change."""
+        marks = self.columns.get(_MARKS)
+        return 0 if marks is None or not marks.numel() else marks.data_ptr()
+
+    def watch_changes(self) -> RowChanges:
+        """Note from now on which rows change, and return what is noted."""
+        if self.changes is None:
+            with _Allocation(self, "marks of changed rows"), self.undo():
+                marks = self._new_column(_MARKS, self.rows.capacity)
+                marks.zero_()
+                self.changes = RowChanges()
+                self._set_columns({**self.columns, _MARKS: marks})
+        return self.changes
+
+    def end_changes(self) -> None:
+        """Note no more which rows change."""
+        with self.undo():
+            self.changes = None
+            self._set_columns({k: v for k, v in self.columns.items() if k != _MARKS})
+
+    def note_written(self, rows: Tensor) -> None:
+        """Note that rows which may have had an id are written otherwise than by an update."""
+        if self.changes is not None:
+            self.columns[_MARKS][rows] = 0
 
     def _columns_fit(self) -> bool:
         capacity = self.rows.capacity
@@ -422,6 +472,9 @@ class Storage(TableMemory):
             spares_lookups: Whether no row goes that a lookup may still bring a gradient for.
         """
         with self.undo() if within is None else contextlib.nullcontext(within) as undo:
+            if self.changes is not None:
+                ids, occupied = hash_index.id_of_row(self.header, self.rows.num_rows)
+                self.changes.note_removed(ids[gone & occupied].cpu())
             self.entries, removed = hash_index.rebuild(self.header, self.capacity, gone)
             self.num_void = 0
             if not removed:
@@ -442,6 +495,11 @@ class Storage(TableMemory):
             before = column[rows]
             undo.on_failure(partial(column.__setitem__, rows, before))
             column[rows] = values.get(name, 0)
+
+    def erase(self, rows: Tensor) -> None:
+        """Overwrite freed rows, int64 [n] distinct: their memory may be read by a dump."""
+        layout = (rows.numel(), self.embedding_dim)
+        self.rows.write(rows, torch.zeros(layout, dtype=self.dtype, device=self.device), {})
 
     def compact(self) -> None:
         """Give back the memory of rows and entries that are not needed for the ids there are.
@@ -465,7 +523,7 @@ class Storage(TableMemory):
                 known = rows < CLAIMED
                 rows[known] = renumbered[rows[known]]
                 self.rows.move(source, target)
-                moved = {name: column[source] for name, column in self.columns.items()}
+                moved = {name: self.columns[name][source] for name in self.kept_columns}
                 self._set_in_columns(undo, target, moved)
                 self._set_in_columns(undo, source, {})
             self.rows.shrink(num_ids)
@@ -481,14 +539,6 @@ def _return_to_system() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-def _new_column(count: int, device: torch.device) -> Tensor:
-    """Return an uninitialised int64 [count]."""
-    if device.type == "cpu":
-        with torch.inference_mode(False):  # as in ``device_memory``
-            return host_memory.empty_int64(count)
-    return device_memory.empty(count, torch.int64, device)
 
 
 class _Allocation:

@@ -19,6 +19,7 @@ from recis_lightning.ops.layout import (
     HYPER_EPS,
     HYPER_INV_SQRT_BIAS2,
     HYPER_LR,
+    HYPER_MARKS,
     HYPER_MOMENTUM,
     HYPER_OF_BUFFER,
     HYPER_OF_GRADIENT,
@@ -99,6 +100,7 @@ def _gradients(features, hyper=HYPER):
     """Sort the gradients of features; return also the objects that they point to."""
     tables = list(dict.fromkeys(feature.table for feature in features))
     values = np.ones((len(tables), HYPER_SIZE), np.float32)
+    values[:, HYPER_MARKS:] = 0
     per_table = hyper if isinstance(hyper, list) else [hyper] * len(tables)
     for line, wanted in zip(values, per_table, strict=True):
         line[list(wanted)] = list(wanted.values())
@@ -456,3 +458,24 @@ def test_nothing_to_update(backend, rule):
         del keep
     after = _state(table)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("rule", [SGD, ROWWISE_ADAM])
+def test_an_update_clears_the_marks_of_its_rows(backend, rule):
+    """Marks of the rows with a gradient become 0, those of other rows and tables stay."""
+    tables = [_table(3, rule, name=name) for name in ("a", "b", "c")]
+    rows = [torch.tensor([0, 1, UNKNOWN, 0, 130]), torch.tensor([7, PADDING, 499])]
+    positions = [*rows, torch.tensor([5])]
+    features = [Feature(t, r, "none") for t, r in zip(tables, positions, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    features = [feature.fill_gradient(generator) for feature in features]
+    marks = [np.full(NUM_ROWS + 1, 255, np.uint8) for _ in rows]
+    gradients, (values, _) = _gradients(features)
+    base = 0
+    for line, column, table in zip(values[:2], marks, tables[:2], strict=True):
+        line[HYPER_MARKS : HYPER_MARKS + 2].view(np.int64)[:] = column.ctypes.data - base
+        base += len(table.storage.rows.addresses) << table.storage.rows.block_shift
+    row_update.update_rows_(gradients, rule)
+    for column, used in zip(marks, rows, strict=True):
+        assert np.flatnonzero(column == 0).tolist() == used[used >= 0].unique().tolist()
+        assert (np.delete(column, used[used >= 0].unique().numpy()) == 255).all()

@@ -29,6 +29,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     splat,
     store_f64,
     store_i64,
+    store_u8,
     store_weights,
     vector_width,
 )
@@ -40,6 +41,7 @@ from recis_lightning.ops.layout import (
     HYPER_DECAY,
     HYPER_EPS,
     HYPER_LR,
+    HYPER_MARKS,
     HYPER_SCALE,
     HYPER_WEIGHT_DECAY,
     SGD,
@@ -218,6 +220,9 @@ def _update_kernel(rule, width, rest_width, bfloat16):
             if rule == _NORM:
                 norm = update_columns(0, rest, *of_row, 0, norm)
             else:
+                marks = load_i64(hyper + 4 * HYPER_MARKS)
+                if marks != 0:
+                    store_u8(marks + flat, np.uint8(0))
                 if is_rowwise:  # its rule needs the whole gradient's mean square first
                     squares = update_columns(0, rest, *of_row, 0, np.float64(0))
                     update_row(state, dim_bytes, hyper, _F(squares / embedding_dim))

@@ -110,6 +110,7 @@ HYPER_OF_GRADIENT = tl.constexpr(fields.HYPER_OF_GRADIENT)
 HYPER_L1 = tl.constexpr(fields.HYPER_L1)
 HYPER_L2 = tl.constexpr(fields.HYPER_L2)
 HYPER_BETA = tl.constexpr(fields.HYPER_BETA)
+HYPER_MARKS = tl.constexpr(fields.HYPER_MARKS)
 
 # Header of an admission counter.
 ADMISSION_NUM_COUNTED = tl.constexpr(fields.ADMISSION_NUM_COUNTED)

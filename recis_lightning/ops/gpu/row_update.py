@@ -15,11 +15,13 @@ from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
 from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
 from recis_lightning.ops.gpu.layout import (
     HYPER_CLIP,
+    HYPER_MARKS,
     HYPER_SCALE,
     HYPER_WEIGHT_DECAY,
     NORM,
 )
 from recis_lightning.ops.gpu.runtime import (
+    byte_at,
     cells_at,
     device_function,
     float_at,
@@ -82,6 +84,9 @@ def _update(
             g = g + hyper_at(hyper, HYPER_WEIGHT_DECAY, mask) * w
         w = apply_rule(w, g, state, hyper, column, mask, cells, RULE, DIM, ALIGNED)
         store_weights(row, column, w, cells, BFLOAT16, ALIGNED)
+        marks = tl.load(int64_at(hyper + 4 * HYPER_MARKS), mask, 0)
+        nothing = tl.full(flat.shape, 0, tl.uint8)
+        tl.store(byte_at(marks + flat), nothing, mask & (marks != 0))
 
 
 _RULES = (NORM.value, *range(fields.LION + 1))

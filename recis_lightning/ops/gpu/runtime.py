@@ -206,6 +206,12 @@ def int64_at(address):
 
 
 @device_function
+def byte_at(address):
+    """Turn addresses into pointers to uint8."""
+    return address.to(tl.pointer_type(tl.uint8))
+
+
+@device_function
 def float_at(address):
     """Turn addresses into pointers to float32."""
     return address.to(tl.pointer_type(tl.float32))

@@ -70,3 +70,7 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     weights.copy_(w.float())
     gradients.applied[0] = 1
     store.write(rows, words)
+    marks = torch.stack([line.view(torch.int64)[fields.HYPER_MARKS // 2] for line in hypers])
+    for address, row in zip(marks[rows >> layout.block_shift].tolist(), rows.tolist(), strict=True):
+        if address:
+            memory(address + row, 1, torch.uint8).zero_()
