@@ -99,6 +99,10 @@ class ArrayTables(SavedTables):
                 yield {"ids": ids[start:stop], "weights": rows[start:stop]}
 
     @override
+    def pinned(self, name: str) -> Tensor:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+
+    @override
     def check_fit(self, name: str, table: HashTable, how: FitRules) -> None:
         saved = self.contents(name)
         layout = (saved.embedding_dim, saved.dtype, saved.slots)

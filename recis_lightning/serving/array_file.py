@@ -293,6 +293,11 @@ class ArrayGroup(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._arrays)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether the whole file was checked."""
+        return self._file.is_checked
+
     def check_rows(self, name: str, rows: npt.NDArray[np.int64], count: int = 1) -> None:
         """Check what holds some rows of an array, as ``MappedArrays.check_rows``."""
         self._file.check_rows(self._prefix + name, rows, count)
