@@ -1,6 +1,5 @@
 """Columnar files to tensors: Parquet and ORC data sets, with a place that survives kills."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -62,17 +61,26 @@ __all__ = [
 ]
 
 
-# They import pyarrow.dataset, and with it pandas, or Lightning, which Features does without.
-_LAZY = {
-    "ColumnarDataModule": "module",
-    "ColumnarDataset": "dataset",
-    "DataFileError": "file_reader",
-    "Follow": "follow",
-    "MixedDataset": "mixing",
-}
-
-
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name == "ColumnarDataModule":  # imports Lightning, which the rest does without
+        from recis_lightning.data.module import ColumnarDataModule
+
+        return ColumnarDataModule
+    # These import pyarrow.dataset, and with it pandas, which Features does without.
+    if name == "ColumnarDataset":
+        from recis_lightning.data.dataset import ColumnarDataset
+
+        return ColumnarDataset
+    if name == "DataFileError":
+        from recis_lightning.data.file_reader import DataFileError
+
+        return DataFileError
+    if name == "Follow":
+        from recis_lightning.data.follow import Follow
+
+        return Follow
+    if name == "MixedDataset":
+        from recis_lightning.data.mixing import MixedDataset
+
+        return MixedDataset
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
