@@ -26,4 +26,7 @@ def test_every_row_of_recis_names_tests_that_exist():
         found = re.findall(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", named)
         assert found, row
         for file, name in found:
-            assert name in names_in(TESTS / ("." if "/" in file else "callbacks") / file), (file, name)
+            assert name in names_in(TESTS / ("." if "/" in file else "callbacks") / file), (
+                file,
+                name,
+            )
