@@ -30,6 +30,9 @@ STUBS: dict[str, str] = {}
 # Parts that are tested through another file of tests/, in place of one of their own name.
 TESTED_BY = {
     "__main__.py": "test_cli.py",
+    "callbacks/hook_points.py": "callbacks/test_hook.py",
+    "callbacks/windows.py": "callbacks/test_progressive_validation.py",
+    "callbacks/window_checkpoint.py": "callbacks/test_progressive_validation.py",
     "callbacks/left_out.py": "checkpoint/test_part_filter.py",
     "callbacks/shard_io.py": "callbacks/test_checkpoint.py",
     "callbacks/timeline.py": "callbacks/test_profiler.py",

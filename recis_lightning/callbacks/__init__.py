@@ -11,11 +11,14 @@ from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
 from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
+from recis_lightning.callbacks.progressive_validation import ProgressiveValidation
 from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.callbacks.trace import TraceHook
 from recis_lightning.callbacks.tracker import MLTrackerHook
 from recis_lightning.callbacks.uneven_batches import UnevenBatches
+from recis_lightning.callbacks.window_checkpoint import WindowCheckpoint
+from recis_lightning.callbacks.windows import WindowList, Windows
 from recis_lightning.metrics import add_to_ml_tracker
 from recis_lightning.trace import add_to_trace
 
@@ -31,9 +34,13 @@ __all__ = [
     "MetricReportHook",
     "PredictionWriter",
     "ProfilerHook",
+    "ProgressiveValidation",
     "TimelineProfiler",
     "TraceHook",
     "UnevenBatches",
+    "WindowCheckpoint",
+    "WindowList",
+    "Windows",
     "add_to_ml_tracker",
     "add_to_trace",
 ]

@@ -368,3 +368,64 @@ def test_metrics_hold_what_add_metric_registered(tmp_path):
     finally:
         clear_metrics()
     assert hook.seen == [(0.0, True), (0.5, True), (1.0, True)]
+
+
+V1_2_POINTS = (
+    "start",
+    "after_data",
+    "after_backward",
+    "before_window",
+    "after_window",
+    "after_eval",
+)
+
+
+def test_points_of_recis_v1_2(make_trainer):
+    """Without windows, those of windows do not come."""
+    made = {point: _recording(point) for point in (*POINTS, *V1_2_POINTS)}
+    hook = type("More", (Hook,), {"__init__": Everything.__init__, **made})()
+    trainer = make_trainer(hook, max_epochs=1)
+    trainer.fit(BoringModel())
+    step = ["before_step", "after_data", "after_backward", "after_step"]
+    evaluation = ["before_evaluate", "after_evaluate", "after_eval"]
+    epoch = ["before_epoch", *step, *step, *evaluation, "after_epoch"]
+    assert hook.calls == ["start", "before_train", *epoch, "after_train", "end"]
+    hook.calls.clear()
+    trainer.test(BoringModel(), verbose=False)
+    assert hook.calls == ["start", *evaluation, "end"]
+
+
+def test_methods_that_ask_for_is_train_run_in_evaluation_too(make_trainer):
+    """Epochs do so in ``validate`` and ``test`` alone, as in RecIS."""
+
+    def recording(point):
+        def method(self, is_train=True, *args, **kwargs):
+            self.calls.append((point, is_train))
+
+        return method
+
+    points = ("start", "before_epoch", "before_step", "after_data", "after_step", "end")
+    made = {point: recording(point) for point in points}
+    hook = type("Asking", (Hook,), {"__init__": Everything.__init__, **made})()
+    trainer = make_trainer(hook, max_epochs=1, num_sanity_val_steps=1)
+    trainer.fit(BoringModel())
+    steps = [("before_step", True), ("after_data", True), ("after_step", True)] * 2
+    evaluation = [("before_step", False), ("after_data", False), ("after_step", False)]
+    assert hook.calls == [
+        *(("start", True), ("before_epoch", True)),
+        *(*steps, *evaluation),
+        ("end", True),
+    ]
+    hook.calls.clear()
+    trainer.validate(BoringModel(), verbose=False)
+    assert hook.calls == [("start", False), ("before_epoch", False), *evaluation, ("end", False)]
+
+
+def test_data_is_the_batch(make_trainer):
+    class Keeping(Hook):
+        def after_data(self, data, batch, batch_idx, window):
+            self.same = data is batch and batch_idx == 1 and window is None
+
+    hook = Keeping()
+    make_trainer(hook, max_epochs=1).fit(BoringModel())
+    assert hook.same

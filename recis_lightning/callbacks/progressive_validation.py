@@ -1,0 +1,128 @@
+"""``ProgressiveValidation``: each window of data is evaluated before the model learns it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.trainer.states import TrainerFn
+
+from recis_lightning.arguments import check_bool, explain_arguments
+from recis_lightning.callbacks.hook import Hook
+from recis_lightning.callbacks.windows import WindowOrder, Windows, follow_windows
+
+__all__ = ["ProgressiveValidation"]
+
+
+@explain_arguments()
+class ProgressiveValidation(Hook):
+    """Train windows of data one after the other, and evaluate each before the model learns it.
+
+    A window is an epoch: Lightning's epochs, what runs at their ends, and ``before_window`` and
+    ``after_window`` of hooks are those of windows. At the end of each, Lightning validates as
+    always, with the batches of the next window: what ``validation_step`` logs is how a model that
+    learned up to now does on what comes. So ``ModelCheckpoint`` and ``EarlyStopping`` see it too.
+    The first window is evaluated before training begins. A model without ``validation_step`` is
+    trained by windows all the same. After the last window the run ends, whatever ``max_epochs``.
+
+    The windows are what ``fit`` is given: a ``WindowList``, any other ``Windows``, or a data module
+    that has some as its attribute ``windows``. They take the place of the Trainer's validation
+    data. A checkpoint of a window's end (``WindowCheckpoint``) resumes with the next window.
+
+    Args:
+        first: Whether the first window is evaluated before training.
+
+    Raises:
+        MisconfigurationException: At the start of ``fit``, there are no windows.
+        TypeError: ``first`` is no bool.
+
+    Example:
+        >>> from recis_lightning.callbacks import WindowList
+        >>> days = WindowList({"monday": [], "tuesday": []})
+        >>> callback = ProgressiveValidation()
+        >>> # Trainer(max_epochs=-1, callbacks=[callback]).fit(model, days)
+    """
+
+    def __init__(self, first: bool = True) -> None:
+        super().__init__()
+        self._first = check_bool("first", first)
+        self._order: WindowOrder | None = None
+        self._limit: Any = None  # of validation batches, while there is nothing to validate
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the Trainer the windows as data of training and validation."""
+        if stage != TrainerFn.FITTING:
+            return
+        loop: Any = trainer.fit_loop
+        given = loop._data_source.instance
+        windows = given.windows if isinstance(given, _Training) else _windows_of(given)
+        self._order, self._limit = follow_windows(trainer, windows), None
+        loop._data_source = _DataLoaderSource(_Training(trainer, self._order), "")
+        loop.epoch_loop.val_loop._data_source = _DataLoaderSource(_Next(trainer, self._order), "")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the first window."""
+        if self._first and trainer.global_step == 0 and trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the validation out that would have no window."""
+        assert self._order is not None
+        if self._order.name(trainer.current_epoch + 1) is None:
+            self._limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the run after the last window."""
+        assert self._order is not None
+        if self._order.name(trainer.current_epoch + 1) is None:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let later runs validate."""
+        if self._limit is not None:
+            trainer.limit_val_batches, self._limit = self._limit, None
+
+
+def _windows_of(given: Any) -> Windows:
+    """Return the windows that ``fit`` was given; an error says what to give."""
+    for one in (given, getattr(given, "windows", None)):
+        if isinstance(one, Windows):
+            return one
+    raise MisconfigurationException(
+        "ProgressiveValidation: expected windows of data in fit(model, WindowList([...])), or a "
+        f"data module with an attribute windows, got {type(given).__name__}"
+    )
+
+
+class _Training:
+    """Loader of the window of the epoch that begins."""
+
+    def __init__(self, trainer: Trainer, order: WindowOrder) -> None:
+        self.windows, self._order = order.windows, order
+        self._loop: Any = trainer.fit_loop
+
+    def __iter__(self) -> Iterator[Any]:
+        # Not ``current_epoch``: a run that resumes at an epoch's end counts that one later as done.
+        yield from self._order.batches(self._loop.epoch_progress.current.processed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("state_dict", "load_state_dict"):
+            return getattr(self.windows, name)
+        raise AttributeError(name)
+
+
+class _Next:
+    """Loader of the window that is trained next."""
+
+    def __init__(self, trainer: Trainer, order: WindowOrder) -> None:
+        self._order = order
+        self._loop: Any = trainer.fit_loop
+
+    def __iter__(self) -> Iterator[Any]:
+        progress = self._loop.epoch_progress.current
+        yield from self._order.batches(progress.started)
