@@ -109,6 +109,7 @@ class ModelMark:
         state: Whether deltas have optimizer state, columns of policies, pins and admission counts.
 
     Example:
+        >>> import torch
         >>> from recis_lightning import DynamicEmbedding
         >>> user = DynamicEmbedding(2, name="user")
         >>> mark = ModelMark(user)

@@ -138,6 +138,7 @@ def _row_patterns(ids: Integers, weights: Tensor) -> list[_Pattern]:
         rows = np.ascontiguousarray(form).view(np.uint8).reshape(len(ids), -1)
         # A file is full of zeros; a row that begins with them is found by what follows.
         first = np.argmax(rows != 0, axis=1) if rows.size else np.zeros(len(ids), np.int64)
+        first = np.where(first < _WORD, 0, np.minimum(first, rows.shape[1] - _WORD))
         for start in np.unique(first).tolist():
             some = (first == start) & (rows != 0).any(1)
             patterns += _pattern("row", ids[some], rows[some][:, start:])
