@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
+from recis_lightning.callbacks.preemption import Preemption
 from recis_lightning.callbacks.save_interception import intercept_saves
 from recis_lightning.callbacks.shard_io import PendingSaves, local_path, shard_folder, wrap_io
 from recis_lightning.callbacks.trainer_progress import trainer_progress
@@ -53,6 +54,9 @@ class CheckpointHook(Hook):
     ``AsyncCheckpointIO`` (rows are written at once, the rest in the background). While ranks fail,
     nothing is saved: they could no longer agree.
 
+    A run that gets SIGTERM or SIGUSR1, on any rank, saves ``last-preempted.ckpt`` after a batch and
+    leaves on all ranks by Lightning's ``SIGTERMException``; under SLURM it is queued again.
+
     Raises:
         MisconfigurationException: The strategy writes checkpoints in its own way.
         RuntimeError: On saving, another process or Trainer saves to that path; names it.
@@ -87,6 +91,8 @@ class CheckpointHook(Hook):
         check_table_names("CheckpointHook", hash_tables(pl_module))  # configure_model made some
         check_fit(trainer, pl_module)
         UnevenBatches.attach(trainer)
+        if hash_tables(pl_module):
+            Preemption.attach(trainer)
         reader, self._loaded = self._loaded, None
         if reader is not None:
             reader.check_tables(
@@ -100,8 +106,8 @@ class CheckpointHook(Hook):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save nothing more: other ranks may be elsewhere."""
-        if self._save is not None:
+        """Save nothing more, unless all ranks leave together: others may be elsewhere."""
+        if self._save is not None and not Preemption.leads(trainer):
             self._save.failing = True
 
     def load(self, path: Path, checkpoint: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def write_shards(
         The commit, to be written last.
 
     Raises:
-        ValueError, OSError, RuntimeError: As for ``save``; the files written so far are removed.
+        ValueError, OSError, RuntimeError: As for ``save``, also where ranks do not see each other's
+            files; the files written so far are removed.
     """
     rank, world_size = collectives.rank(), collectives.world_size()
     own = collectives.run_on_all_ranks(lambda: tables_by_name(tables))
@@ -106,6 +108,8 @@ def write_shards(
         # Other threads may read the tables, but not train them.
         locks = distinct_locks(table.lock for table in own.values())
         shards = collectives.gather(collectives.run_on_all_ranks(lambda: read(locks, write)))
+        hosts = collectives.gather(socket.gethostname())
+        collectives.run_on_all_ranks(lambda: _check_shared(directory, shards, hosts))
     except BaseException:
         # A rank that failed removes its own files; the others may still write theirs.
         for file in directory.glob(f"*.{rank}-of-{world_size}.{save_id}{SHARD_SUFFIX}"):
@@ -114,6 +118,38 @@ def write_shards(
         raise
     by_table = {name: [of_rank[name] for of_rank in shards] for name in own}
     return Commit(save_id, world_size, folder, str(directory.resolve()), by_table)
+
+
+def _check_shared(
+    directory: Path, shards: Sequence[Mapping[str, Shard]], hosts: Sequence[str]
+) -> None:
+    """Raise on rank 0, which commits, unless it sees the files of all ranks.
+
+    Args:
+        directory: Folder of the files.
+        shards: Of each rank, by table.
+        hosts: Of each rank.
+
+    Raises:
+        RuntimeError: Names a file that is missing or of another size, its rank, and what to do.
+    """
+    if collectives.rank() != 0:
+        return
+    for rank, of_rank in enumerate(shards):
+        for shard in {shard.file: shard for shard in of_rank.values()}.values():
+            try:
+                size = (directory / shard.file).stat().st_size
+            except OSError:
+                size = None
+            if size != shard.size:
+                seen = "which is not there" if size is None else f"which has {size} bytes"
+                raise RuntimeError(
+                    f"{directory}: expected a folder that all ranks share; rank {rank} on host "
+                    f"{hosts[rank]!r} wrote {shard.size} bytes to {shard.file}, {seen} for rank 0 "
+                    f"on host {hosts[0]!r}. Save to a file system that all hosts have in common "
+                    "(NFS, Lustre, ...), under the same path on each: ModelCheckpoint(dirpath=...) "
+                    "or Trainer(default_root_dir=...)"
+                )
 
 
 def _num_bytes(table: HashTable) -> int:

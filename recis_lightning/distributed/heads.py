@@ -24,11 +24,13 @@ from recis_lightning.distributed.process_group import (
     message_device,
     world_size,
 )
+from recis_lightning.distributed.stop_request import STOP_REQUEST
 from recis_lightning.ops.async_copy import to_device_async
 
 _NUM_FIELDS = 4
 PAYLOAD_SIZE = 60  # numbers that travel with a head
 _SIZE = _NUM_FIELDS + PAYLOAD_SIZE
+_KIND_BITS = 8  # of a field that has a signal above them
 
 
 class Kind(IntEnum):
@@ -96,7 +98,8 @@ def exchange_heads(
     """
     num_ranks = world_size(process_group)
     lines = np.zeros((num_ranks, _SIZE), np.int64)
-    lines[:, :_NUM_FIELDS] = head.kind, head.digest, head.num_lookups, head.oldest
+    kind_and_signal = head.kind | STOP_REQUEST.own << _KIND_BITS
+    lines[:, :_NUM_FIELDS] = kind_and_signal, head.digest, head.num_lookups, head.oldest
     if payload is not None:
         lines[:, _NUM_FIELDS : _NUM_FIELDS + payload.shape[-1]] = payload
     sent = to_device_async(lines, message_device(process_group))
@@ -104,6 +107,9 @@ def exchange_heads(
     with naming_lost_ranks(head.describe, process_group):
         distributed.all_to_all_single(received, sent, group=communicator(process_group))
         heads = received.cpu().numpy()
+    if process_group is None:  # of other groups not all ranks hear
+        STOP_REQUEST.known = int(heads[:, 0].max()) >> _KIND_BITS
+    heads[:, 0] &= (1 << _KIND_BITS) - 1
     if _differ(heads[:, :3]):
         _raise_difference(head, process_group)
     return ReceivedHeads(heads[:, 0], heads[:, 1], heads[:, 3], heads[:, _NUM_FIELDS:])

@@ -55,6 +55,24 @@ def test_a_failure_on_one_rank_is_one_on_all(tmp_path, ranks):
     assert all("is missing" in answer for answer in answers)
 
 
+@pytest.mark.parametrize("under_trainer", [False, True])
+def test_a_save_without_a_shared_disk_fails_on_all_ranks(tmp_path, ranks, under_trainer):
+    """It could not be loaded. The error says what to do; no file is left, and one may go on."""
+    (one, left), (other, left_there) = ranks.run(
+        2, checkpoint_ranks.save_to_own_disks, tmp_path, under_trainer
+    )
+    for words in (
+        "expected a folder that all ranks share",
+        "rank 1 on host",
+        "which is not there for rank 0",
+        "Save to a file system that all hosts have in common",
+    ):
+        assert words in one
+        assert words in other
+    assert (left, left_there) == ([], [])
+    assert checkpoint.inspect(tmp_path / "shared.ckpt")
+
+
 def test_ranks_load_what_one_process_put_in_a_state_dict(tmp_path, ranks):
     """Each takes the rows that it owns."""
     torch.manual_seed(0)

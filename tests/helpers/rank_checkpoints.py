@@ -158,6 +158,32 @@ def save_with_full_disk(folder, full_rank):
     return "saved", []
 
 
+def save_to_own_disks(path, under_trainer):
+    """Save where each rank has a folder of its own at "the same" path; return the error, and files.
+
+    Then save to a folder that all share.
+    """
+    own, rank = path / f"disk of {collectives.rank()}", collectives.rank()
+    error = ""
+    with as_torchrun() as settings:
+        if under_trainer:
+            run = trainer(own, CheckpointHook(), **settings)
+            run.fit(Model(), train_loader(8))
+            save = run.save_checkpoint
+        else:
+            made, _optimizers = filled(seed=rank, count=300)
+
+            def save(folder):
+                checkpoint.save(folder, made)
+
+        try:
+            save(own / "a.ckpt")
+        except RuntimeError as caught:
+            error = str(caught)
+        save(path / "shared.ckpt")
+    return error, [file.name for file in own.rglob("*") if file.is_file()]
+
+
 def save_other_tables(folder):
     rank = collectives.rank()
     try:
