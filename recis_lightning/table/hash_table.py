@@ -479,6 +479,36 @@ class HashTable(nn.Module):
         found: Tensor = torch.cat(shards).unique()
         return found.to(own.device)
 
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """Return the ids and rows of all ranks' shards, ascending by id: the same on every rank.
+
+        A collective operation. Every rank then holds all rows, on the table's device: to search
+        them, or to compare them with an unsharded table.
+
+        Returns:
+            int64 [n], and [n, embedding_dim] in the table's dtype; carries no gradient.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([5, -1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+            >>> table.gather()
+            (tensor([-1,  5]), tensor([[3., 4.],
+                    [1., 2.]]))
+        """
+        shards = collectives.gather(self._own_rows(), self._process_group)
+        ids = torch.cat([ids for ids, _ in shards])
+        ids, order = ids.sort(stable=True)
+        first = torch.ones_like(ids, dtype=torch.bool)  # rows that were inserted on all ranks
+        first[1:] = ids[1:] != ids[:-1]
+        rows = torch.cat([rows for _, rows in shards])[order[first]]
+        return ids[first].to(self.device), rows.to(self.device)
+
+    @reads
+    def _own_rows(self) -> tuple[Tensor, Tensor]:
+        """Return ids and rows of this rank's shard, on the CPU."""
+        ids = self.ids_map()[0]
+        return ids.cpu(), self.embeddings(ids).cpu()
+
     @reads
     def embeddings(self, ids: Tensor) -> Tensor:
         """Read rows and change nothing.

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 _FORK = multiprocessing.get_context("fork")
-IDS, STEPS = torch.arange(-400, 400), 40
+IDS = torch.arange(-400, 400)
 
 
 def killed_after(seconds, works):
@@ -117,12 +117,12 @@ def test_ranks_killed_while_they_save(tmp_path):
 class OneEpoch(ResumableLoader):
     """Many batches: Lightning itself does not resume exactly between two epochs."""
 
-    def __init__(self):
+    def __init__(self, steps):
         super().__init__()
-        self.batches = list(loader(8 * STEPS))
+        self.batches = list(loader(8 * steps))
 
 
-def training(path, resume):
+def training(path, resume, steps):
     """Return the work of a process: train on from the last checkpoint, save after every batch."""
 
     def work(pipe):
@@ -136,24 +136,25 @@ def training(path, resume):
         keep = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=2,
                                monitor="step", mode="max", save_last=True)  # fmt: skip
         run = trainer(path, keep, CheckpointHook(), enable_checkpointing=True, max_epochs=1)
-        run.fit(Telling(seed=5), OneEpoch(), ckpt_path=resume)
+        run.fit(Telling(seed=5), OneEpoch(steps), ckpt_path=resume)
 
     return work
 
 
-def test_a_trainer_killed_while_it_saves(tmp_path):
+@pytest.mark.parametrize("steps", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_trainer_killed_while_it_saves(tmp_path, steps):
     """Killed again and again, it ends where an undisturbed run does, bit by bit."""
     random.seed(1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model = Model(seed=5)
-        trainer(tmp_path, max_epochs=1).fit(model, OneEpoch())
+        trainer(tmp_path, max_epochs=1).fit(model, OneEpoch(steps))
         lives, resume = 0, None
-        while resume is None or resume.stem != f"step={STEPS}":
+        while resume is None or resume.stem != f"step={steps}":
             # A life may end before its first save; on a busy machine longer ones are needed.
             seconds = random.uniform(0.0, 0.2) * (1 + lives / 10)
-            words = killed_after(seconds, [training(tmp_path, resume)])
+            words = killed_after(seconds, [training(tmp_path, resume, steps)])
             lives += 1
             mains = list(tmp_path.glob("step=*.ckpt"))
             for file in mains:  # no torn one is left
@@ -163,7 +164,7 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
             assert max(steps, default=0) >= max(words, default=0)
             resume = steps[max(steps)] if steps else None
             assert lives < 200
-        assert lives > 5
+        assert lives > steps // 8
         found = Model.load_from_checkpoint(resume)
         assert differences(everything(found), everything(model)) == []
     finally:
@@ -173,7 +174,7 @@ def test_a_trainer_killed_while_it_saves(tmp_path):
     unfinished = [file.name for file in tmp_path.glob("**/*.part")]
     assert len({re.search(r"\.([0-9a-f]{16})\.", name)[1] for name in unfinished}) <= 1
     run = trainer(tmp_path, CheckpointHook(), enable_checkpointing=True, max_epochs=1)
-    run.fit(Model(seed=5), OneEpoch())
+    run.fit(Model(seed=5), OneEpoch(steps))
     run.save_checkpoint(tmp_path / "end.ckpt")
     assert [folder for folder in tmp_path.glob("*.tables") if not main_of(folder).exists()] == []
     assert list(tmp_path.glob("**/*.part")) + list(tmp_path.glob("**/.recis*")) == []

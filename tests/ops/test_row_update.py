@@ -173,28 +173,50 @@ def _assert_states_agree(ours, theirs, rtol=2e-5, atol=1e-6):
         )
 
 
+_CASES = [
+    ("sgd", torch.float32, DIMS),
+    ("adagrad", torch.float32, [7, 24]),
+    ("rowwise_adagrad", torch.float32, [7, 24]),
+    ("adam", torch.float32, DIMS),
+    ("sgd", torch.bfloat16, [7]),
+    ("adagrad", torch.bfloat16, [7]),
+    ("rowwise_adagrad", torch.bfloat16, [7]),
+    ("adam", torch.bfloat16, DIMS),
+    ("momentum", torch.float32, [24]),
+    ("rmsprop", torch.float32, [24]),
+    ("rowwise_adam", torch.float32, [24]),
+    ("ftrl", torch.float32, [24]),
+    ("lion", torch.float32, [24]),
+    ("adagrad, decayed", torch.float32, [24]),
+    ("rowwise_adagrad, decayed", torch.float32, [24]),
+    ("momentum", torch.bfloat16, [7]),
+    ("rowwise_adam", torch.bfloat16, [7]),
+    ("ftrl", torch.bfloat16, [7]),
+    ("rowwise_adagrad, decayed", torch.bfloat16, [7]),
+]
+# Interpreted in every run of the tests; the others, which take minutes together, in the longer one.
+_INTERPRETED = {
+    ("sgd", torch.float32),
+    ("rowwise_adagrad", torch.float32),
+    ("adam", torch.bfloat16),
+    ("ftrl", torch.float32),
+    ("rowwise_adagrad, decayed", torch.bfloat16),
+}
+
+
+def _marks(kernels, rule, dtype):
+    if kernels != "triton":
+        return []
+    is_quick = (rule, dtype) in _INTERPRETED
+    return [pytest.mark.interpreted, *([] if is_quick else [pytest.mark.slow])]
+
+
 @pytest.mark.parametrize(
-    ("rule", "dtype", "dims"),
+    ("kernels", "rule", "dtype", "dims"),
     [
-        ("sgd", torch.float32, DIMS),
-        ("adagrad", torch.float32, [7, 24]),
-        ("rowwise_adagrad", torch.float32, [7, 24]),
-        ("adam", torch.float32, DIMS),
-        ("sgd", torch.bfloat16, [7]),
-        ("adagrad", torch.bfloat16, [7]),
-        ("rowwise_adagrad", torch.bfloat16, [7]),
-        ("adam", torch.bfloat16, DIMS),
-        ("momentum", torch.float32, [24]),
-        ("rmsprop", torch.float32, [24]),
-        ("rowwise_adam", torch.float32, [24]),
-        ("ftrl", torch.float32, [24]),
-        ("lion", torch.float32, [24]),
-        ("adagrad, decayed", torch.float32, [24]),
-        ("rowwise_adagrad, decayed", torch.float32, [24]),
-        ("momentum", torch.bfloat16, [7]),
-        ("rowwise_adam", torch.bfloat16, [7]),
-        ("ftrl", torch.bfloat16, [7]),
-        ("rowwise_adagrad, decayed", torch.bfloat16, [7]),
+        pytest.param(kernels, *case, marks=_marks(kernels, *case[:2]))
+        for case in _CASES
+        for kernels in ("cpu", "triton")
     ],
 )
 def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):

@@ -41,6 +41,7 @@ def _declared_kernels():
                     yield node.name
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target(compiled):
     """No kernel of any kernel file is left out."""
     names = list(_declared_kernels())
@@ -56,6 +57,7 @@ def test_no_kernel_bypasses_the_decorator():
     assert users == ["runtime.py"]
 
 
+@pytest.mark.slow
 def test_kernels_keep_to_registers(compiled):
     """Spilling costs more than any launch parameter gains; a word or two are tolerated."""
     spilling = {
@@ -67,6 +69,7 @@ def test_kernels_keep_to_registers(compiled):
     assert any("registers" in line for line in compiled)
 
 
+@pytest.mark.slow
 def test_no_warp_reads_what_another_has_stored(compiled):
     """Rows with very many gradients are updated once, whichever warp comes last."""
     scanned = [line for line in compiled if "races" in line]
