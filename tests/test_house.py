@@ -30,6 +30,8 @@ STUBS: dict[str, str] = {}
 # Parts that are tested through another file of tests/, in place of one of their own name.
 TESTED_BY = {
     "__main__.py": "test_cli.py",
+    "callbacks/memory_access.py": "callbacks/test_step_inspection.py",
+    "callbacks/module_flops.py": "callbacks/test_step_inspection.py",
     "callbacks/shard_io.py": "callbacks/test_checkpoint.py",
     "callbacks/timeline.py": "callbacks/test_profiler.py",
     "callbacks/trainer_progress.py": "callbacks/test_checkpoint.py",

@@ -8,6 +8,8 @@ from recis_lightning.callbacks.clip_grad_norm import ClipGradNormHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
+from recis_lightning.callbacks.memory_access import MemoryAccessHook
+from recis_lightning.callbacks.module_flops import ModuleFlopsHook
 from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.report import MetricReportHook
@@ -26,7 +28,9 @@ __all__ = [
     "Hook",
     "LoggerHook",
     "MLTrackerHook",
+    "MemoryAccessHook",
     "MetricReportHook",
+    "ModuleFlopsHook",
     "PredictionWriter",
     "ProfilerHook",
     "TimelineProfiler",

@@ -43,7 +43,8 @@ def hash_strings(
         int64 [n]: the bits of the unsigned hashes.
     """
     out = torch.empty(len(offsets) - 1, dtype=torch.int64, device="cpu")
-    with backend.region("recis::hash_strings"):
+    num_bytes = lambda: data.nbytes + offsets.nbytes + out.nbytes  # noqa: E731
+    with backend.region("recis::hash_strings", num_bytes):
         module = backend.module("string_hash", _CPU)
         module.hash_strings(data, offsets, HASHES[name][0], seed, out)
     return out
