@@ -99,7 +99,8 @@ class ProfilerRegions:
         for module in _lightning_modules():
             trainer = module._trainer
             if trainer is not None and _runs(trainer):
-                kinds = type(trainer.profiler).__mro__
+                profiler = getattr(trainer.profiler, "inner", trainer.profiler)
+                kinds = type(profiler).__mro__
                 if not _NOT_LISTING.intersection(kind.__name__ for kind in kinds):
                     self._trainer = weakref.ref(trainer)
                 return

@@ -34,6 +34,8 @@ TESTED_BY = {
     "callbacks/windows.py": "callbacks/test_progressive_validation.py",
     "callbacks/window_checkpoint.py": "callbacks/test_progressive_validation.py",
     "callbacks/left_out.py": "checkpoint/test_part_filter.py",
+    "callbacks/memory_access.py": "callbacks/test_step_inspection.py",
+    "callbacks/module_flops.py": "callbacks/test_step_inspection.py",
     "callbacks/shard_io.py": "callbacks/test_checkpoint.py",
     "callbacks/timeline.py": "callbacks/test_profiler.py",
     "callbacks/trainer_progress.py": "callbacks/test_checkpoint.py",

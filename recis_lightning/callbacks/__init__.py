@@ -9,6 +9,8 @@ from recis_lightning.callbacks.delta import DeltaHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
+from recis_lightning.callbacks.memory_access import MemoryAccessHook
+from recis_lightning.callbacks.module_flops import ModuleFlopsHook
 from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.progressive_validation import ProgressiveValidation
@@ -31,7 +33,9 @@ __all__ = [
     "Hook",
     "LoggerHook",
     "MLTrackerHook",
+    "MemoryAccessHook",
     "MetricReportHook",
+    "ModuleFlopsHook",
     "PredictionWriter",
     "ProfilerHook",
     "ProgressiveValidation",

@@ -15,7 +15,11 @@ from typing_extensions import override
 
 from recis_lightning.arguments import explain_arguments
 from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
-from recis_lightning.callbacks.profiler_regions import RegionRecorder
+from recis_lightning.callbacks.profiler_regions import (
+    OpenRegions,
+    listen_to_regions,
+    stop_listening,
+)
 from recis_lightning.callbacks.timeline import Timeline
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.distributed import collectives
@@ -190,22 +194,22 @@ class ProfilerHook(Hook):
 
 def begin_timeline(timeline: Timeline, trainer: Trainer) -> None:
     """Begin a timeline's first cycle under a Trainer, whose named regions its windows record."""
-    owner: Any = trainer
+    recorded: list[OpenRegions] = []  # one while a window is open
 
     def record_regions() -> None:
-        if not isinstance(owner.profiler, RegionRecorder):
-            owner.profiler = RegionRecorder(owner.profiler)
+        if not recorded:
+            recorded.append(OpenRegions())
+            listen_to_regions(trainer, recorded[0])
+
+    def end_regions() -> None:
+        while recorded:
+            regions = recorded.pop()
+            stop_listening(trainer, regions)
+            regions.close()
 
     timeline.begin(
         batches_done(trainer),
         trainer.global_rank if trainer.world_size > 1 else None,
         on_open=record_regions,
-        on_close=lambda: _close_regions(owner),
+        on_close=end_regions,
     )
-
-
-def _close_regions(trainer: Any) -> None:
-    """Give the Trainer its own profiler back, and end the regions that were recorded beside it."""
-    if isinstance(trainer.profiler, RegionRecorder):
-        recorder, trainer.profiler = trainer.profiler, trainer.profiler.inner
-        recorder.close()

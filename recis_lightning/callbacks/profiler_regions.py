@@ -9,16 +9,36 @@ from __future__ import annotations
 
 import gc
 import threading
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from lightning.pytorch.profilers import Profiler
 from torch.profiler import record_function
 from typing_extensions import override
 
-__all__ = ["OpenRegions", "RegionRecorder", "end_open_regions"]
+__all__ = [
+    "OpenRegions",
+    "RegionListener",
+    "RegionRecorder",
+    "end_open_regions",
+    "listen_to_regions",
+    "stop_listening",
+]
 
 # torch does not escape names in its JSON, and a callback's state_key may hold anything.
 _UNSAFE = {ord('"'): "'", ord("\\"): "/", **dict.fromkeys(range(32), " ")}
+
+
+class RegionListener(Protocol):
+    """Follower of Lightning's regions."""
+
+    def start(self, action_name: str) -> None:
+        """Note that a region begins."""
+
+    def stop(self, action_name: str) -> None:
+        """Note that a region ends; it may have begun before this listened."""
+
+    def close(self) -> None:
+        """Listen no more."""
 
 
 @final
@@ -57,32 +77,54 @@ class OpenRegions:
 
 @final
 class RegionRecorder(Profiler):
-    """Profiler that records Lightning's regions in torch's trace and in the Trainer's profiler.
+    """Profiler that tells listeners of Lightning's regions, and the Trainer's profiler.
 
     Once it is closed it does nothing but pass on to ``inner``.
 
     Args:
         inner: The Trainer's profiler.
+        listener: The first listener; None: torch's trace.
     """
 
-    def __init__(self, inner: Profiler) -> None:
+    def __init__(self, inner: Profiler, listener: RegionListener | None = None) -> None:
         super().__init__()
         self.inner = inner
-        self._regions = OpenRegions()
+        self.listeners: list[RegionListener] = [OpenRegions() if listener is None else listener]
 
     @override
     def start(self, action_name: str) -> None:
         self.inner.start(action_name)
-        self._regions.start(action_name)
+        for listener in tuple(self.listeners):
+            listener.start(action_name)
 
     @override
     def stop(self, action_name: str) -> None:
-        self._regions.stop(action_name)
+        for listener in reversed(tuple(self.listeners)):
+            listener.stop(action_name)
         self.inner.stop(action_name)
 
     def close(self) -> None:
         """End all open regions, the innermost first, and record no more."""
-        self._regions.close()
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            listener.close()
+
+
+def listen_to_regions(trainer: Any, listener: RegionListener) -> None:
+    """Tell a listener of the regions of a Trainer from now on, beside its profiler."""
+    if isinstance(trainer.profiler, RegionRecorder):
+        trainer.profiler.listeners.append(listener)
+    else:
+        trainer.profiler = RegionRecorder(trainer.profiler, listener)
+
+
+def stop_listening(trainer: Any, listener: RegionListener) -> None:
+    """Tell a listener no more, and give the Trainer its profiler back if nobody listens."""
+    recorder = trainer.profiler
+    if isinstance(recorder, RegionRecorder):
+        recorder.listeners = [other for other in recorder.listeners if other is not listener]
+        if not recorder.listeners:
+            trainer.profiler = recorder.inner
 
 
 def end_open_regions() -> None:

@@ -12,15 +12,16 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int, explain_arguments
+from recis_lightning.arguments import check_bool, check_bound, check_int, explain_arguments
 from recis_lightning.callbacks.fit_checks import check_table_names
 from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.callbacks.log_values import TensorCache, log_histogram, log_values, to_host
 from recis_lightning.callbacks.logger import loss_of
+from recis_lightning.callbacks.step_report import StepReport
 from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
-from recis_lightning.monitoring.report import TableReport, check_path
+from recis_lightning.monitoring.report import TableReport, check_path, costs_of
 from recis_lightning.monitoring.watch import FIGURES, TableFigures, TableMonitor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
@@ -33,6 +34,9 @@ _log = logging.getLogger(__name__)
 # Few enough for a page of a logger: with all, seven tables make 124 charts.
 DEFAULT_FIGURES = ("rows", "admitted", "evicted", "nonfinite_rows", "ages", "norms")
 _HISTOGRAMS = ("ages", "norms")
+
+# Methods that Lightning calls in some batches only.
+_OCCASIONAL = ("on_train_batch_start", "on_before_backward", "on_after_backward")
 
 _ON_NAN = ("warn", "raise", "evict")
 _SHOWN_IDS = 10
@@ -61,6 +65,19 @@ class MetricReportHook(Hook):
     resume shows the whole run. Tables with an eviction policy are made to track ids that come back
     (``HashTable.track_readmissions``). One hook per Trainer.
 
+    With ``phases`` the history and loggers get where the time of a step goes, as milliseconds a
+    training batch: ``step/data_ms`` (waiting for data), ``lookup``, ``exchange`` (with other
+    ranks), ``dense_forward``, ``backward``, ``dense_step``, ``table_step``, ``hooks`` (callbacks
+    but this one, and the module's ``on_*``), ``other`` (the Trainer) and their sum ``total``. They
+    are those of the batch before each report (with accumulated gradients of as many as these are
+    of), without validation and the writing of checkpoints; beside a GPU that batch waits for the
+    device at each change of phase. Also of these batches: ``step/exchanged_bytes``,
+    ``step/table_bytes`` (that the tables' ops move in memory at least), ``step/table_gb_per_sec``
+    and ``step/bandwidth_utilisation``, the share of the rate at which the machine copies memory,
+    measured once. Of a run's first batch ``step/dense_flops``, by torch's ``FlopCounterMode``; with
+    the batches a second of the interval ``step/dense_tflops``, and ``step/mfu`` where the device's
+    peak is known. Of all ranks: the mean of times and FLOPs, the sum of bytes.
+
     Args:
         interval: Training batches between reports, at least 1.
         on_nan: "warn", "raise" or "evict".
@@ -69,6 +86,9 @@ class MetricReportHook(Hook):
         survey_rows: Rows scanned in each report, at least 1.
         figures: Figures that loggers get, of each table and of all; None gives them all. The
             history, and so the report, has all in any case. "ages" and "norms" are histograms.
+        phases: Whether to measure where the time of a step goes.
+        tflops_peak: What a device could do, in TFLOP/s, for ``step/mfu``; None: what data sheets
+            say of common GPUs.
 
     Attributes:
         monitor: Reader of the tables, with the ``history`` of what it read; ``watch`` is an alias.
@@ -89,6 +109,8 @@ class MetricReportHook(Hook):
         report: str | os.PathLike[str] | None = None,
         survey_rows: int = 1024,
         figures: Sequence[str] | None = DEFAULT_FIGURES,
+        phases: bool = False,
+        tflops_peak: float | None = None,
     ) -> None:
         super().__init__()
         self.interval = check_int("interval", interval, least=1)
@@ -98,12 +120,15 @@ class MetricReportHook(Hook):
         self.report = None if report is None else os.fspath(check_path("report", report))
         self.figures = None if figures is None else _check_figures(figures)
         self.monitor = TableMonitor([], check_int("survey_rows", survey_rows, least=1))
+        self.phases = check_bool("phases", phases)
+        self.tflops_peak = None if tflops_peak is None else _check_peak(tflops_peak)
+        self._steps = StepReport(self.interval, self.tflops_peak)
         self._clock = TrainingClock()
         self._resumed = False
         self._num_batches = self._first = self._window = 0
         self._eval_batches, self._eval_start = 0, 0.0
         self._cache = TensorCache()
-        self._call_after_backward(False)
+        self._let_call(False, *_OCCASIONAL)
 
     @property
     def watch(self) -> TableMonitor:
@@ -141,29 +166,56 @@ class MetricReportHook(Hook):
             if table.eviction is not None:
                 table.track_readmissions()
         self._clock.start(trainer)
+        if self.phases:
+            self._steps.start_run(trainer, self.state_key, self.monitor.tables)
         self._prepare_next_batch()
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.phases:
+            self._steps.start_epoch(trainer, self._num_batches)
+            self._prepare_next_batch()
+
+    @override
+    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._steps.pause()
+
+    @override
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._steps.start_batch()
+
+    @override
+    def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
+        self._steps.begin_backward()
+
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.monitor.note_batch()
+        self._steps.end_backward()
+        if self._is_due():
+            self.monitor.note_batch()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._num_batches += 1
+        if self.phases:
+            self._steps.end_batch()
         since = self._num_batches % self.interval
         if since:
             self._clock.mark()
-            if since + 1 < self.interval:
+            if since + 1 < self.interval and not self.phases:
                 return
         else:
             self._report(trainer, pl_module, outputs)
+        if self.phases:
+            self._steps.start_if_due(trainer, self._num_batches)
         self._prepare_next_batch()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.pause(at_mark=True)
+        self._steps.pause()
         self._start_evaluation()
 
     @override
@@ -173,6 +225,7 @@ class MetricReportHook(Hook):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_evaluation(trainer)
+        self._steps.resume()
         self._clock.resume()
 
     @override
@@ -189,7 +242,7 @@ class MetricReportHook(Hook):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._call_after_backward(False)
+        self._let_call(False, *_OCCASIONAL)
         self._close(trainer)
         if self._num_batches > self._first:
             self._log(trainer, self.monitor.record(self._num_batches, full=True))
@@ -199,7 +252,7 @@ class MetricReportHook(Hook):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._call_after_backward(False)
+        self._let_call(False, *_OCCASIONAL)
         self._close(trainer)
         try:
             self._write(trainer)
@@ -215,24 +268,32 @@ class MetricReportHook(Hook):
         self.history.load_state_dict(state_dict["history"])
         self._resumed = True
 
-    def _call_after_backward(self, wanted: bool) -> None:
-        """Let Lightning call this hook after the next backward pass only if it is wanted.
+    def _let_call(self, wanted: bool, *methods: str) -> None:
+        """Let Lightning call some methods of this hook only if that is wanted.
 
-        Lightning spends 12 us on the call, and passes over a method that is None.
+        Lightning spends 12 us on a call, and passes over a method that is None.
         """
-        if wanted:
-            vars(self).pop("on_after_backward", None)
-        else:
-            vars(self)["on_after_backward"] = None
+        for method in methods:
+            if wanted:
+                vars(self).pop(method, None)
+            else:
+                vars(self)[method] = None
+
+    def _is_due(self) -> bool:
+        """Return whether the next batch will be reported."""
+        return (self._num_batches + 1) % self.interval == 0
 
     def _prepare_next_batch(self) -> None:
-        """Count the unique ids of the next batch, if that will be reported."""
-        due = (self._num_batches + 1) % self.interval == 0
-        self._call_after_backward(due)
+        """Count the unique ids of the next batch, and note its phases, if they are reported."""
+        due, measures = self._is_due(), self._steps.is_measuring
+        self._let_call(due or measures, "on_after_backward")
+        self._let_call(measures, "on_before_backward")
+        self._let_call(self.phases and self._steps.counts_flops, "on_train_batch_start")
         if due:
             self.monitor.start_batch()
 
     def _close(self, trainer: Trainer) -> None:
+        self._steps.end_run(trainer)
         self._clock.stop(trainer)
 
     def _start_evaluation(self) -> None:
@@ -252,11 +313,16 @@ class MetricReportHook(Hook):
         seconds = self._clock.lap()
         num_batches, self._window = self._num_batches - self._window, self._num_batches
         more = {"train_qps": num_batches / seconds} if seconds > 0 else {}
+        if self.phases:
+            more |= self._steps.report(more.get("train_qps", math.nan))
         nonfinite = loss is not None and not math.isfinite(loss)
         full = collectives.any_rank([nonfinite], device)[0]
         figures = self.monitor.record(
             self._num_batches, more if loss is None else {**more, "loss": loss}, full
         )
+        if self.phases:
+            of_batch = ("tables/ids", "tables/distinct_ids")
+            more |= {name: figures.values[name] for name in of_batch if name in figures.values}
         self._log(trainer, figures, more)
 
     def _log(
@@ -307,8 +373,16 @@ class MetricReportHook(Hook):
     def _write(self, trainer: Trainer) -> None:
         if self.report is not None and trainer.is_global_zero and len(self.history):
             title = f"Tables of {type(trainer.lightning_module).__name__}"
-            TableReport.of_monitor(self.monitor, title).write(self.report)
+            TableReport.of_monitor(self.monitor, title, costs_of(trainer)).write(self.report)
             _log.info("Wrote the report %s", self.report)
+
+
+def _check_peak(tflops_peak: float) -> float:
+    """Return a peak in TFLOP/s, or raise."""
+    check_bound("tflops_peak", tflops_peak)
+    if not tflops_peak > 0:
+        raise ValueError(f"tflops_peak: expected a number above 0 or None, got {tflops_peak!r}")
+    return float(tflops_peak)
 
 
 def _check_figures(figures: Sequence[str]) -> tuple[str, ...]:

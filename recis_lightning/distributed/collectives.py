@@ -25,6 +25,7 @@ from recis_lightning.distributed.process_group import (
     rank,
     world_size,
 )
+from recis_lightning.ops import backend
 
 _T = TypeVar("_T")
 
@@ -42,7 +43,11 @@ def any_rank(
     if world_size(process_group) == 1:
         return list(flags)
     check_level("any_rank", len(flags), process_group=process_group)
-    with naming_lost_ranks(lambda: "calls any_rank()", process_group):
+    size = 4 * len(flags)
+    with (
+        naming_lost_ranks(lambda: "calls any_rank()", process_group),
+        backend.region("recis::all_reduce", lambda: size),
+    ):
         found = torch.tensor(flags, dtype=torch.int32, device=device)
         distributed.all_reduce(found, distributed.ReduceOp.MAX, communicator(process_group))
         return [bool(flag) for flag in found.tolist()]
@@ -53,7 +58,10 @@ def sum_over_ranks(values: Tensor, process_group: ProcessGroup | None = None) ->
     if world_size(process_group) == 1:
         return values
     check_level("sum_over_ranks", tuple(values.shape), process_group=process_group)
-    with naming_lost_ranks(lambda: "calls sum_over_ranks()", process_group):
+    with (
+        naming_lost_ranks(lambda: "calls sum_over_ranks()", process_group),
+        backend.region("recis::all_reduce", lambda: values.nbytes),
+    ):
         total = values.clone()
         distributed.all_reduce(total, group=communicator(process_group))
         return total
@@ -139,7 +147,13 @@ def all_to_all(
         RuntimeError: A rank has gone; names it.
     """
     received = tensor.new_empty((sum(output_splits), *tensor.shape[1:]))
-    with naming_lost_ranks(doing, process_group):
+
+    def num_bytes() -> int:
+        """Return the bytes that go to other ranks."""
+        own = input_splits[rank(process_group)] * tensor[:1].nbytes
+        return tensor.nbytes - own if tensor.numel() else 0
+
+    with naming_lost_ranks(doing, process_group), backend.region("recis::all_to_all", num_bytes):
         work: Any = distributed.all_to_all_single(
             received,
             tensor,
@@ -149,7 +163,7 @@ def all_to_all(
             async_op=True,
         )
     yield
-    with naming_lost_ranks(doing, process_group):
+    with naming_lost_ranks(doing, process_group), backend.region("recis::all_to_all"):
         work.wait()
     return received
 

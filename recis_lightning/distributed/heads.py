@@ -25,6 +25,7 @@ from recis_lightning.distributed.process_group import (
     world_size,
 )
 from recis_lightning.distributed.stop_request import STOP_REQUEST
+from recis_lightning.ops import backend
 from recis_lightning.ops.async_copy import to_device_async
 
 _NUM_FIELDS = 4
@@ -104,7 +105,10 @@ def exchange_heads(
         lines[:, _NUM_FIELDS : _NUM_FIELDS + payload.shape[-1]] = payload
     sent = to_device_async(lines, message_device(process_group))
     received: Tensor = torch.empty_like(sent)
-    with naming_lost_ranks(head.describe, process_group):
+    with (
+        naming_lost_ranks(head.describe, process_group),
+        backend.region("recis::exchange_heads", lambda: lines.nbytes - lines[0].nbytes),
+    ):
         distributed.all_to_all_single(received, sent, group=communicator(process_group))
         heads = received.cpu().numpy()
     if process_group is None:  # of other groups not all ranks hear

@@ -35,8 +35,8 @@ from recis_lightning.lookup.gradient_ledger import (
     stack_bits,
 )
 from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.ops import backend, row_update
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops import row_update
 from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.layout import UNKNOWN
@@ -56,8 +56,12 @@ def send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_d
             or a table lost rows that a gradient is for; says which rank, and is raised on every
             rank.
     """
-    if not is_initialized():
-        return
+    if is_initialized():
+        with backend.region("recis::send_gradients"):
+            _send_gradients(tables, purpose, is_due)
+
+
+def _send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_due: bool) -> None:
     for process_group in dict.fromkeys(table.process_group for table in tables):
         ledger = ledger_of(process_group)
         has_ranks = collectives.world_size(process_group) > 1

@@ -293,6 +293,18 @@ def run_lookups(
         agree: Given how many ids of each group go to each rank, returns how many come from each;
             None asks the other ranks, which must look up the same.
     """
+    with backend.region("recis::lookup"):
+        return _run_lookups(groups, bags, training, columns, record, agree)
+
+
+def _run_lookups(
+    groups: Sequence[LookupGroup],
+    bags: Sequence[FeatureBags],
+    training: bool,
+    columns: Sequence[Columns] | None,
+    record: Callable[[Sequence[Lookup]], _Result],
+    agree: Callable[[Sequence[Counts]], Sequence[Counts]] | None,
+) -> _Result:
     try:
         batches = list(map(LookupGroup.prepare, groups, bags, repeat(training)))
     except Exception as error:

@@ -177,7 +177,8 @@ def find_or_insert_rows(
 
     def write_new(rows: Tensor, new: Tensor) -> None:
         bfloat16 = layout.dtype is torch.bfloat16
-        row_init.init_rows_(rows, new, segments, layout.embedding_dim, bfloat16)
+        shape = layout.embedding_dim, bfloat16
+        row_init.init_rows_(rows, new, segments, *shape, lambda: _row_bytes(layout))
 
     with ExitStack() as undo:
         make_room = None
@@ -193,6 +194,11 @@ def find_or_insert_rows(
     if new is not None and any(t.evictor.readmissions is not None for t in layout.tables):
         _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
+
+
+def _row_bytes(layout: FeatureLayout) -> int:
+    """Return the bytes of a row, of the table that has the largest."""
+    return max(4 * table.storage.rows.row_words for table in layout.tables)
 
 
 def _note_new(

@@ -16,6 +16,7 @@ from recis_lightning.monitoring.charts import MEMORY, Chart, number, run_charts,
 from recis_lightning.monitoring.checkpoint_history import read_run
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.png import check_matplotlib
+from recis_lightning.monitoring.step_costs import StepCosts
 from recis_lightning.monitoring.svg import chart_svg
 from recis_lightning.monitoring.watch import TableMonitor
 from recis_lightning.table.hash_table import HashTable
@@ -43,6 +44,7 @@ class TableReport:
         history: Figures under the names of ``TableMonitor``.
         tables: Fixed properties of each table.
         title: Of the page.
+        costs: Of inspected steps, for the end of the page.
 
     Example:
         >>> import torch
@@ -54,18 +56,25 @@ class TableReport:
     """
 
     def __init__(
-        self, history: RunHistory, tables: Sequence[TableFacts], title: str = "Tables"
+        self,
+        history: RunHistory,
+        tables: Sequence[TableFacts],
+        title: str = "Tables",
+        costs: Sequence[StepCosts] = (),
     ) -> None:
         self.history, self.tables, self.title = history, list(tables), title
+        self.costs = list(costs)
 
     @classmethod
-    def of_monitor(cls, monitor: TableMonitor, title: str = "Tables") -> TableReport:
+    def of_monitor(
+        cls, monitor: TableMonitor, title: str = "Tables", costs: Sequence[StepCosts] = ()
+    ) -> TableReport:
         """Return the report of what a ``TableMonitor`` recorded."""
         facts = [
             TableFacts(t.name, t.embedding_dim, str(t.dtype).removeprefix("torch."))
             for t in monitor.tables
         ]
-        return cls(monitor.history, facts, title)
+        return cls(monitor.history, facts, title, costs)
 
     of_watch = of_monitor  # an alias
 
@@ -105,6 +114,7 @@ class TableReport:
             parts.append(
                 f"<section><h2>{escape(table.name)} <small>{about}</small></h2>{charts}</section>"
             )
+        parts += [costs.html() for costs in self.costs]
         steps = self.history.steps
         span = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else "one look"
         points = f"{len(steps):,} point{'s' if len(steps) != 1 else ''}"
@@ -182,10 +192,16 @@ def _report_of(source: Any) -> TableReport:
     for callback in source.callbacks:
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, TableMonitor) and len(monitor.history):
-            return TableReport.of_monitor(monitor, title)
+            return TableReport.of_monitor(monitor, title, costs_of(source))
     if module is None:
         raise ValueError("source: the Trainer has no module yet; expected one that has run")
     return TableReport.of_tables(hash_tables(module), title)
+
+
+def costs_of(trainer: Any) -> list[StepCosts]:
+    """Return the costs that callbacks of a Trainer have found."""
+    found = [getattr(callback, "costs", None) for callback in trainer.callbacks]
+    return [costs for costs in found if isinstance(costs, StepCosts)]
 
 
 def check_path(argument: str, path: str | os.PathLike[str]) -> Path:

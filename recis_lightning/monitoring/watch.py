@@ -24,8 +24,9 @@ __all__ = ["FIGURES", "TableFigures", "TableMonitor", "TableWatch"]
 
 _STATISTICS = ("rows", "capacity", *MEMORY, *COUNTERS)  # summed over ranks
 _SUMS = (*_STATISTICS, "unique", "ids")  # of each table; the last two are those of a batch
+_DERIVED = ("load", "unique_share", "ids", "distinct_ids")
 FIGURES = (
-    *(*_STATISTICS, "load", "unique_share", "rank_skew", "nonfinite_rows"),
+    *(*_STATISTICS, "load", "unique_share", "ids", "distinct_ids", "rank_skew", "nonfinite_rows"),
     *("norm_mean", "norm_max", "age_mean", "age_max"),
 )  # of a table
 _statistics_of = attrgetter(*_STATISTICS)
@@ -59,11 +60,11 @@ class TableMonitor:
 
     Figures of a table: ``rows``, ``capacity``, ``load``, ``index_bytes``, ``weight_bytes``,
     ``state_bytes``, ``column_bytes``; counts since the run began ``admitted``, ``refused``
-    (occurrences of ids that admission rejected), ``evicted``, ``readmitted``; ``unique_share`` of
-    the ids of a batch (on several ranks each sends an id once, and it is the share of the ids
-    sent); of the rows scanned ``norm_mean``, ``norm_max``, ``age_mean``, ``age_max`` (steps since
-    the row was last seen) and ``nonfinite_rows``; on several ranks ``rank_skew``, the rows of the
-    fullest rank over the mean.
+    (occurrences of ids that admission rejected), ``evicted``, ``readmitted``; of a batch ``ids``,
+    ``distinct_ids`` and their ratio ``unique_share`` (on several ranks each sends an id once, and
+    these are the ids sent); of the rows scanned ``norm_mean``, ``norm_max``, ``age_mean``,
+    ``age_max`` (steps since the row was last seen) and ``nonfinite_rows``; on several ranks
+    ``rank_skew``, the rows of the fullest rank over the mean.
 
     Args:
         tables: With different names.
@@ -223,16 +224,17 @@ TableWatch = TableMonitor  # an alias
 
 
 def _figure_names(prefix: str) -> list[str]:
-    return [f"{prefix}/{name}" for name in (*_STATISTICS, "load", "unique_share")]
+    return [f"{prefix}/{name}" for name in (*_STATISTICS, *_DERIVED)]
 
 
 def _enter(values: dict[str, float], names: Sequence[str], sums: Sequence[float]) -> None:
     """Enter figures under ``_figure_names``, from ``_SUMS``."""
     *statistics, unique, ids = sums
     values.update(zip(names, statistics, strict=False))
-    values[names[-2]] = statistics[0] / max(statistics[1], 1)
+    load, *of_batch = names[-len(_DERIVED) :]
+    values[load] = statistics[0] / max(statistics[1], 1)
     if ids:
-        values[names[-1]] = unique / ids
+        values.update(zip(of_batch, (unique / ids, ids, unique), strict=True))
 
 
 def _enter_survey(

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import backend
+from recis_lightning.ops import backend, traffic
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
@@ -77,8 +77,11 @@ def begin_check(
 
     starts = segments[:, SEGMENT_START]
 
+    def num_checked(misses: Tensor | None) -> int:
+        return num_ids if misses is None else len(misses)
+
     def check(misses: Tensor | None, rows: Tensor) -> Tensor | None:
-        with backend.region("recis::screen"):
+        with backend.region("recis::screen", lambda: traffic.of_find(num_checked(misses))):
             module = backend.module("admission", device)
             if misses is None:
                 bounds = np.append(starts, num_ids)

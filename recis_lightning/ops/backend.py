@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,8 +15,30 @@ _KERNELS = {"cpu": "cpu", "cuda": "triton"}  # device -> backend
 _FOLDERS = {"cpu": "cpu", "triton": "gpu", "reference": "reference"}
 Recorder = Callable[[str], AbstractContextManager[object] | None]  # of the region of that name
 
+
+class Meter(Protocol):
+    """Follower of the regions of one step: which begin and end, and what memory they move."""
+
+    def begin_op(self, name: str) -> None:
+        """Note that the region of that name begins, on the thread that calls."""
+
+    def end_op(self, name: str, num_bytes: int) -> None:
+        """Note that the innermost region ends.
+
+        Args:
+            name: Of the region.
+            num_bytes: That its op moved, by ``ops.traffic``; 0 of a failed one.
+        """
+
+
+def no_bytes() -> int:
+    """Return 0: the region is no op that moves memory by itself."""
+    return 0
+
+
 _forced: str | None = None
 _recorder: Recorder | None = None
+_meters: tuple[Meter, ...] = ()
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
@@ -96,13 +118,37 @@ def set_recorder(recorder: Recorder | None) -> None:
     _recorder = recorder
 
 
-def region(name: str) -> AbstractContextManager[object]:
-    """Return a context that names its block in a trace; nearly free while no profiler runs."""
+def add_meter(meter: Meter) -> None:
+    """Have ``meter`` told of each region from now on."""
+    global _meters
+    _meters = (*_meters, meter)
+
+
+def remove_meter(meter: Meter) -> None:
+    """Tell ``meter`` of no more regions; of one that is open it is told the end."""
+    global _meters
+    _meters = tuple(other for other in _meters if other is not meter)
+
+
+def has_meters() -> bool:
+    """Return whether anybody is told of regions."""
+    return bool(_meters)
+
+
+def region(name: str, num_bytes: Callable[[], int] = no_bytes) -> AbstractContextManager[object]:
+    """Return a context that names its block in a trace; nearly free while nobody looks.
+
+    Args:
+        name: Of the region.
+        num_bytes: Returns the bytes that the block moved; called after it, if a meter asks.
+    """
     recorded = None if _recorder is None else _recorder(name)
     if not torch._C._autograd._profiler_enabled():
-        return nullcontext() if recorded is None else recorded
-    traced: AbstractContextManager[object] = torch.profiler.record_function(name)
-    return traced if recorded is None else _both(recorded, traced)
+        found = nullcontext() if recorded is None else recorded
+    else:
+        traced: AbstractContextManager[object] = torch.profiler.record_function(name)
+        found = traced if recorded is None else _both(recorded, traced)
+    return _metered(_meters, name, num_bytes, found) if _meters else found
 
 
 @contextmanager
@@ -111,3 +157,25 @@ def _both(
 ) -> Iterator[None]:
     with outer, inner:
         yield
+
+
+@contextmanager
+def _metered(
+    meters: tuple[Meter, ...],
+    name: str,
+    num_bytes: Callable[[], int],
+    inner: AbstractContextManager[object],
+) -> Iterator[None]:
+    for meter in meters:
+        meter.begin_op(name)
+    size, is_done = 0, False
+    try:
+        with inner:
+            yield
+        is_done = True
+    finally:
+        try:
+            size = num_bytes() if is_done else 0
+        finally:
+            for meter in reversed(meters):
+                meter.end_op(name, size)

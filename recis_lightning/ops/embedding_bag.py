@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import backend
+from recis_lightning.ops import backend, traffic
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
@@ -48,7 +48,8 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
         MalformedOffsetsError: Offsets do not ascend from 0 to the number of ids. Beside a GPU a
             later call raises a ValueError.
     """
-    with backend.region("recis::gather"):
+    size = dtype.itemsize
+    with backend.region("recis::gather", lambda: traffic.of_gather(plan, embedding_dim, size)):
         module = backend.module("embedding_bag", device)
         malformed = module.gather(plan, embedding_dim, dtype is torch.bfloat16, device)
     _check_offsets(plan, malformed)
@@ -91,7 +92,12 @@ def find_and_gather(
     Raises:
         MalformedOffsetsError: As ``gather``.
     """
-    with backend.region("recis::find_and_gather"):
+
+    def num_bytes() -> int:
+        found = traffic.of_find(int(plan[:, fields.PLAN_NUM_IDS].sum()))
+        return found + traffic.of_gather(plan, embedding_dim, dtype.itemsize)
+
+    with backend.region("recis::find_and_gather", num_bytes):
         module = backend.module("embedding_bag", device)
         bfloat16 = dtype is torch.bfloat16
         layout = (embedding_dim, bfloat16, device)

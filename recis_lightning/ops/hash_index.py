@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import admission, backend, row_access
+from recis_lightning.ops import admission, backend, row_access, traffic
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     CAPACITY,
@@ -158,7 +158,7 @@ def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
     Returns:
         int64 [n], rows; ``UNKNOWN`` (-1) where there is none, ``PADDING`` (-2) for a padding id.
     """
-    with backend.region("recis::find"):
+    with backend.region("recis::find", lambda: traffic.of_find(num_ids)):
         rows: Tensor = backend.module("hash_index", device).find(segments, num_ids, device)
     return rows
 
@@ -208,7 +208,7 @@ def find_or_insert(
     Source: linear probing, Knuth, TAOCP vol. 3, 6.4, Algorithm L; the claim by compare-and-swap
     and the minimum over first positions are ours.
     """
-    with backend.region("recis::find_or_insert"):
+    with backend.region("recis::find_or_insert", lambda: traffic.of_find(num_ids)):
         module = backend.module("hash_index", device)
         check = None
         has_policies = segments[:, SEGMENT_FLAGS].max(initial=0) >= CHECK_ADMISSION

@@ -8,11 +8,12 @@ float rounding), in every insertion order, on any number of ranks, and again aft
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
 
-from recis_lightning.ops import backend
+from recis_lightning.ops import backend, traffic
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import INIT_ARGS, INIT_KEY, INIT_KIND
@@ -49,7 +50,12 @@ def write_key(header: Header, seed: int, name: str) -> None:
 
 
 def init_rows_(
-    rows: Tensor, new: Tensor, segments: Segments, embedding_dim: int, bfloat16: bool
+    rows: Tensor,
+    new: Tensor,
+    segments: Segments,
+    embedding_dim: int,
+    bfloat16: bool,
+    row_bytes: Callable[[], int] | None = None,
 ) -> None:
     """Write initial weights and empty optimizer state into the rows of new ids.
 
@@ -59,7 +65,13 @@ def init_rows_(
         segments: As given to ``find_or_insert``.
         embedding_dim: Weights in a row.
         bfloat16: Whether weights are bfloat16 (else float32).
+        row_bytes: Returns the bytes of a row, for ``ops.traffic``; None: those of its weights.
     """
-    with backend.region("recis::init_rows"):
+
+    def num_bytes() -> int:
+        size = embedding_dim * (2 if bfloat16 else 4) if row_bytes is None else row_bytes()
+        return traffic.of_new_rows(int((new >= 0).sum()), size)
+
+    with backend.region("recis::init_rows", num_bytes):
         module = backend.module("row_init", rows.device)
         module.init_rows_(rows, new, segments, embedding_dim, bfloat16)

@@ -39,7 +39,7 @@ def gather_fields(header: Header, rows: Tensor, row_fields: list[RowField]) -> N
         rows: int64 [n], none negative.
         row_fields: Tensors to fill, [n, k] each.
     """
-    with backend.region("recis::read_columns"):
+    with backend.region("recis::read_columns", lambda: _num_bytes(rows, row_fields)):
         module = backend.module("row_io", rows.device)
         module.gather_fields(header, rows, _plan_of(row_fields, rows.numel()))
 
@@ -52,9 +52,15 @@ def scatter_fields_(header: Header, rows: Tensor, row_fields: list[RowField]) ->
         rows: int64 [n], distinct, none negative.
         row_fields: Tensors to write.
     """
-    with backend.region("recis::write_columns"):
+    with backend.region("recis::write_columns", lambda: _num_bytes(rows, row_fields)):
         module = backend.module("row_io", rows.device)
         module.scatter_fields_(header, rows, _plan_of(row_fields, rows.numel()))
+
+
+def _num_bytes(rows: Tensor, row_fields: list[RowField]) -> int:
+    """Return the bytes that are moved: each field read and written."""
+    size = sum(data.shape[1] * data.element_size() for data, _ in row_fields)
+    return rows.nbytes + 2 * rows.numel() * size
 
 
 def _plan_of(row_fields: list[RowField], num_rows: int) -> Plan:

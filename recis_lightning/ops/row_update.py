@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import backend
+from recis_lightning.ops import backend, traffic
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
 
 
@@ -84,7 +85,7 @@ def sort_gradients(
 
     Source: least significant digit radix sort, Knuth, TAOCP vol. 3, 5.2.5.
     """
-    with backend.region("recis::sort_gradients"):
+    with backend.region("recis::sort_gradients", lambda: traffic.of_sort(_num_ids(plan))):
         module = backend.module("row_update", layout.device)
         work = module.sort_gradients(plan, blocks, layout, blocks_on_device)
         return Gradients(plan, blocks, layout, work)
@@ -96,7 +97,7 @@ def squared_norm(gradients: Gradients) -> Tensor:
     Returns:
         float64 [] on the gradients' device: the host does not wait for it.
     """
-    with backend.region("recis::gradient_norm"):
+    with backend.region("recis::gradient_norm", lambda: _num_bytes(gradients, reads_only=True)):
         module = backend.module("row_update", gradients.layout.device)
         norm = module.squared_norm(gradients)
         device = norm.device if isinstance(norm, Tensor) else "cpu"
@@ -155,5 +156,21 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     Source: Sutskever et al., 2013; Duchi et al., 2011; Hinton, 2012; Kingma and Ba, 2015;
     Loshchilov and Hutter, 2019; Chen et al., 2023; McMahan et al., 2013; row-wise as in FBGEMM.
     """
-    with backend.region("recis::row_update"):
+    with backend.region("recis::row_update", lambda: _num_bytes(gradients)):
         backend.module("row_update", gradients.layout.device).update_rows_(gradients, rule)
+
+
+def count_rows(gradients: Gradients) -> int:
+    """Return the number of distinct rows that have a gradient; the host waits for the device."""
+    module = backend.module("row_update", gradients.layout.device)
+    return int(module.count_rows(gradients))
+
+
+def _num_ids(plan: Plan) -> int:
+    return int(plan[:, fields.PLAN_NUM_IDS].sum())
+
+
+def _num_bytes(gradients: Gradients, reads_only: bool = False) -> int:
+    layout = gradients.layout
+    num_rows, row_bytes = (0, 0) if reads_only else (count_rows(gradients), layout.row_bytes)
+    return traffic.of_update(_num_ids(gradients.plan), num_rows, layout.embedding_dim, row_bytes)

@@ -47,7 +47,7 @@ def hash_strings(
         int64 [n]: the bits of the unsigned hashes.
     """
     out = torch.empty(len(offsets) - 1, dtype=torch.int64, device="cpu")
-    with backend.region("recis::hash_strings"):
+    with backend.region("recis::hash_strings", lambda: data.nbytes + offsets.nbytes + out.nbytes):
         is_small = len(out) <= _FEW_STRINGS and len(data) <= _FEW_BYTES
         module = backend.module("string_hash", _CPU, small="reference" if is_small else None)
         module.hash_strings(data, offsets, HASHES[name][0], seed, out)

@@ -132,3 +132,14 @@ def unequal(path, batches, stays_s, timeout_s):
     waited = time.monotonic() - ends[-1]
     time.sleep(0 if error else stays_s)
     return len(ends), waited, error
+
+
+def phases(path):
+    """Fit with phases of a step; return the history of what is measured of it."""
+    hook = MetricReportHook(2, phases=True)
+    with as_torchrun() as settings:
+        quiet_trainer(path, hook, limit_train_batches=4, limit_val_batches=0, **settings).fit(
+            Model(), train_loader(8)
+        )
+    names = [name for name in hook.history.names if name.startswith("step/")]
+    return {name: hook.history.column(name) for name in names if "tflops" not in name}

@@ -268,4 +268,11 @@ def update_rows_(gradients, rule):
     _launch(gradients, rule)
 
 
-__all__ = ["sort_gradients", "squared_norm", "update_rows_"]
+def count_rows(gradients):
+    keys, _, _, n, position_bits = gradients.work
+    rows = keys[:n] >> position_bits
+    rows = rows[rows < len(gradients.blocks) << gradients.layout.block_shift]
+    return int(np.count_nonzero(np.diff(rows, prepend=-1)))
+
+
+__all__ = ["count_rows", "sort_gradients", "squared_norm", "update_rows_"]

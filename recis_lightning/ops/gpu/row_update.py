@@ -476,4 +476,9 @@ def update_rows_(gradients, rule):
     _launch(gradients, rule)
 
 
-__all__ = ["sort_gradients", "squared_norm", "update_rows_"]
+def count_rows(gradients):
+    keys = gradients.work.keys
+    return len(torch.unique_consecutive(keys[keys < gradients.work.num_rows]))
+
+
+__all__ = ["count_rows", "sort_gradients", "squared_norm", "update_rows_"]

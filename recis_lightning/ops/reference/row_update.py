@@ -45,6 +45,11 @@ def sort_gradients(
     return _Reduced(distinct, total.index_add_(0, inverse, torch.cat(gradients).double()))
 
 
+def count_rows(gradients: Gradients) -> int:
+    assert isinstance(gradients.work, _Reduced)
+    return gradients.work.rows.numel()
+
+
 def squared_norm(gradients: Gradients) -> float:
     assert isinstance(gradients.work, _Reduced)
     return float(gradients.work.gradients.square().sum())
