@@ -159,10 +159,10 @@ def test_a_trainer_killed_while_it_saves(tmp_path, steps):
             mains = list(tmp_path.glob("step=*.ckpt"))
             for file in mains:  # no torn one is left
                 assert set(checkpoint.inspect(file)) == {"user", "item", "tags"}
-            steps = {int(file.stem.removeprefix("step=")): file for file in mains}
+            saved = {int(file.stem.removeprefix("step=")): file for file in mains}
             # A batch that began had the checkpoint of the step before it behind it.
-            assert max(steps, default=0) >= max(words, default=0)
-            resume = steps[max(steps)] if steps else None
+            assert max(saved, default=0) >= max(words, default=0)
+            resume = saved[max(saved)] if saved else None
             assert lives < 200
         assert lives > steps // 8
         found = Model.load_from_checkpoint(resume)

@@ -4,6 +4,7 @@ import copy
 import io
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -278,7 +279,10 @@ class TableAgainstDict(RuleBasedStateMachine):
         torch.testing.assert_close(state["slots"]["sum"], expected)
 
 
-TableAgainstDict.TestCase.settings = settings(
-    max_examples=130, stateful_step_count=16, deadline=None
-)
-test_table_against_dict = TableAgainstDict.TestCase
+class TestTableAgainstDict(TableAgainstDict.TestCase):
+    settings = settings(max_examples=40, stateful_step_count=16, deadline=None)
+
+
+@pytest.mark.slow
+class TestTableAgainstDictForLonger(TableAgainstDict.TestCase):
+    settings = settings(max_examples=200, stateful_step_count=16, deadline=None)
