@@ -45,7 +45,7 @@ def index_capacity(num_ids: int, row_bytes: int) -> int:
 
     Example:
         >>> index_capacity(1000, row_bytes=64), index_capacity(1000, row_bytes=16)
-        (2048, 1152)
+        (2048, 1216)
     """
     if num_ids > SMALL_IDS:
         return capacity_for(num_ids)
