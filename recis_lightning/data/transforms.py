@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from recis_lightning.arguments import check_int, check_str
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = [
     "Bucketize",
@@ -37,7 +38,7 @@ __all__ = [
     "with_values",
 ]
 
-Entry = Tensor | Jagged
+Entry = Tensor | Jagged | NestedJagged
 _MULTIPLIERS, _PRIME_RANGES = (1, 3, 5, 7), (29, 47, 67, 83)  # RecIS's
 
 
@@ -388,7 +389,8 @@ class Truncate(OneToOne):
         found: list[list[Entry]] = []
         for one, (entry,) in zip(others, entries, strict=True):
             if not isinstance(entry, Jagged):
-                raise TypeError("expected bags, got one value a row")
+                got = "one value a row" if isinstance(entry, Tensor) else "lists of bags"
+                raise TypeError(f"expected bags, got {got}")
             found.append([cut(entry, one.max_len, one.keep)])
         return found
 
@@ -409,12 +411,12 @@ def cut(bags: Jagged, max_len: int, keep: str) -> Jagged:
 
 def values_of(entry: Entry) -> Tensor:
     """Return the values of an entry, [N]."""
-    return entry.values if isinstance(entry, Jagged) else entry
+    return entry if isinstance(entry, Tensor) else entry.values
 
 
 def with_values(entry: Entry, values: Tensor) -> Entry:
     """Return an entry of the same bags with other values."""
-    return Jagged(values, *entry[1:]) if isinstance(entry, Jagged) else values.view(entry.shape)
+    return values.view(entry.shape) if isinstance(entry, Tensor) else entry._replace(values=values)
 
 
 def _ids_of(entry: Entry) -> Tensor:
