@@ -20,8 +20,8 @@ from recis_lightning.data.conversion import (
     is_list,
     one_of_list,
 )
+from recis_lightning.data.entries import cut
 from recis_lightning.data.hashing import check_hash
-from recis_lightning.data.transforms import cut
 from recis_lightning.jagged import Jagged
 from recis_lightning.nested_jagged import NestedJagged
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_str
-from recis_lightning.data.transforms import Entry, Transform, values_of
+from recis_lightning.data.entries import Entry, values_of
+from recis_lightning.data.transforms import Transform
 from recis_lightning.jagged import Jagged
 from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.ops import string_hash

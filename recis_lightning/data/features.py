@@ -15,11 +15,11 @@ from typing_extensions import override
 from recis_lightning.data.columns import Column, Id, IdBags, IdList, Label, Number
 from recis_lightning.data.conversion import int64_of
 from recis_lightning.data.cross import Cross
+from recis_lightning.data.entries import Entry
 from recis_lightning.data.hashing import as_arrow
 from recis_lightning.data.transforms import (
     Bucketize,
     Clip,
-    Entry,
     Log1p,
     Lookup,
     Mask,
