@@ -15,6 +15,7 @@ from recis_lightning.jagged import Jagged
 from recis_lightning.lookup.table_call import TableLookup
 from recis_lightning.metrics import add_metric
 from recis_lightning.monitoring.report import TableReport, report
+from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.table import hash_table
 from recis_lightning.table.anchor import keep_anchors_out
 from recis_lightning.table.averaged_model import share_tables_with_averaged_models
@@ -44,7 +45,7 @@ torch.serialization.add_safe_globals(
         *(eviction.AnyOf, eviction.AllOf, time.time),
         *(initializers.Constant, initializers.Uniform, initializers.Normal),
         *(initializers.TruncatedNormal, initializers.XavierUniform, initializers.XavierNormal),
-        Jagged,  # among the example inputs of programs of torch.export
+        *(Jagged, NestedJagged),  # among the example inputs of programs of torch.export
         *(initializers.KaimingUniform, initializers.KaimingNormal),
     ]
 )
@@ -61,6 +62,7 @@ __all__ = [
     "EmbeddingOption",
     "HashTable",
     "Jagged",
+    "NestedJagged",
     "TableReport",
     "add_metric",
     "checkpoint",

@@ -28,6 +28,7 @@ from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.lookup.unique_rows import UniqueRows, deduplicate, offsets_of
+from recis_lightning.nested_jagged import NestedJagged, check_outer
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import name_before_use
 
@@ -235,21 +236,22 @@ class DynamicEmbeddingBag(nn.Module):
 
     def forward(
         self,
-        ids: Tensor | Jagged,
+        ids: Tensor | Jagged | NestedJagged,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Jagged:
         """Look bags up and pool them.
 
         Args:
             ids: int64 or int32 [B, L] (bags of length L) or [N] with ``offsets``; also a jagged
-                NestedTensor [B, j] or a ``Jagged``.
+                NestedTensor [B, j], a ``Jagged`` or a ``NestedJagged``.
             offsets: int64 [B], where each bag starts in 1-D ids (with ``include_last_offset``
                 [B + 1], ending with N).
             per_sample_weights: [N] or [B, L], only with mode "sum", as in torch.
 
         Returns:
-            [B, embedding_dim] in the table's dtype.
+            [B, embedding_dim] in the table's dtype; of a ``NestedJagged``, whose inner bags are
+            pooled, a ``Jagged`` of B sequences of vectors.
 
         Raises:
             TypeError, ValueError: Shapes or dtypes do not fit.
@@ -262,8 +264,16 @@ class DynamicEmbeddingBag(nn.Module):
 
     @compiler.disable  # kernels read and change memory
     def _look_up(
-        self, ids: Tensor | Jagged, offsets: Tensor | None, per_sample_weights: Tensor | None
-    ) -> Tensor:
+        self,
+        ids: Tensor | Jagged | NestedJagged,
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+    ) -> Tensor | Jagged:
+        if isinstance(ids, NestedJagged):
+            outer = check_outer(ids, "ids")
+            pooled = self._look_up(ids.inner(), offsets, per_sample_weights)
+            assert isinstance(pooled, Tensor)
+            return Jagged(pooled, outer)
         refuse_symbols("ids", ids)
         if per_sample_weights is not None and self.mode != "sum":
             raise ValueError(
@@ -375,7 +385,7 @@ def _record(module: DynamicEmbedding | DynamicEmbeddingBag, feature: Any) -> Ten
 
 def _recordable_bags(
     module: DynamicEmbeddingBag,
-    ids: Tensor | Jagged,
+    ids: Tensor | Jagged | NestedJagged,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,
 ) -> Any:

@@ -25,6 +25,7 @@ from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.lookup.unique_rows import UniqueRows, deduplicate, offsets_of
+from recis_lightning.nested_jagged import NestedJagged, check_outer
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.table_dict import TableDict
 from recis_lightning.table.versions import layout_version
@@ -189,14 +190,15 @@ class EmbeddingEngine(nn.Module):
 
         Args:
             features: Feature -> int64 or int32 [B] or [B, L], a dense pair ``(ids, weights)``, a
-                torch jagged NestedTensor [B, j], or ``Jagged``; or TorchRec's
+                torch jagged NestedTensor [B, j], ``Jagged`` or ``NestedJagged``; or TorchRec's
                 ``KeyedJaggedTensor``. A key that is no feature may hold anything.
 
         Returns:
             Feature -> [B, dim] for "sum" and "mean", [B, tile_len * dim] for "tile"; [B, S, ...] of
-            ids [B, S, L]; for "none" [*ids.shape, dim], and a ragged feature in its own layout;
-            for "unique" a ``UniqueRows``; [B, ...] of a combiner, or [B, S, ...].
-            Behind them, as it came, whatever is no feature.
+            ids [B, S, L], and of a ``NestedJagged``, whose bags are pooled, a ``Jagged`` of B
+            sequences; for "none" [*ids.shape, dim], and a ragged feature in its own layout; for
+            "unique" a ``UniqueRows``; [B, ...] of a combiner, or [B, S, ...]. Behind them, as it
+            came, whatever is no feature.
 
         Raises:
             ValueError: The engine is strict, and a feature is missing or unknown (names it).
@@ -212,6 +214,9 @@ class EmbeddingEngine(nn.Module):
         is_whole = given.keys() == self.options.keys()
         if not is_whole:
             self._check_keys(given)
+        outer: dict[str, Tensor] = {}
+        if NestedJagged in set(map(type, given.values())):
+            given, outer = self._without_outer(given)
         groups = self.current_groups()
         bags = [_read(given, group, is_whole) for group in groups]
         asked, inverses = bags, [dict[int, Tensor]()] * len(bags)
@@ -230,6 +235,8 @@ class EmbeddingEngine(nn.Module):
                 if name in self._made and name in given:
                     args = (name, rows[number], parts[number], inverse.get(number))
                     embeddings[name] = self._make_output(*args)
+        for name, offsets in outer.items():
+            embeddings[name] = _nested(embeddings[name], offsets)
         if is_whole:
             return embeddings
         found = {name: rows for name, rows in embeddings.items() if name in given}
@@ -251,6 +258,15 @@ class EmbeddingEngine(nn.Module):
         is_own = isinstance(option.combiner, nn.Module)
         combiner: Any = self.combiners[name] if is_own else option.combiner
         return combine(combiner, rows, bags, name, option.combiner_width)
+
+    def _without_outer(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return features of two levels as their inner bags, and the offsets of the outer level."""
+        outer = {
+            name: check_outer(feature, name)
+            for name, feature in given.items()
+            if isinstance(feature, NestedJagged) and name in self.options
+        }
+        return {**given, **{name: given[name].inner() for name in outer}}, outer
 
     @property
     def widths(self) -> dict[str, int]:
@@ -527,6 +543,13 @@ def _make_table(
         trainable=trainable,
         process_group=process_group,
     )
+
+
+def _nested(rows: Any, outer_offsets: Tensor) -> Any:
+    """Return the rows of inner bags, or one row for each, as those of samples."""
+    if isinstance(rows, Jagged):
+        return NestedJagged(rows.values, rows.offsets, outer_offsets)
+    return Jagged(rows, outer_offsets)
 
 
 def _shape(out: Tensor, bags: Bags, mode: str) -> Any:

@@ -60,6 +60,7 @@ TESTED_BY = {
     "data/conversion.py": "data/test_columns.py",
     "distributed/digest.py": "distributed/test_heads.py",
     "lookup/agreement.py": "lookup/test_gradient_exchange.py",
+    "data/entries.py": "data/test_transforms.py",
     "data/lanes.py": "data/test_dataset.py",
     "data/new_files.py": "data/test_follow.py",
     "data/rows.py": "data/test_dataset.py",

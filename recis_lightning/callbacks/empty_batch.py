@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = ["without_samples"]
 
@@ -38,7 +39,7 @@ def without_samples(batch: Any) -> Any:
                 "which there is none without samples; use Jagged, or on_uneven='stop'"
             )
         return batch[:0].clone() if batch.dim() else batch
-    if isinstance(batch, Jagged):
+    if isinstance(batch, Jagged | NestedJagged):
         return batch.select(slice(0, 0))
     if isinstance(batch, Mapping):
         parts = {key: without_samples(value) for key, value in batch.items()}

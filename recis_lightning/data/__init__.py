@@ -10,7 +10,7 @@ except ImportError as error:
         "pip install 'recis-lightning[data]'"
     ) from error
 
-from recis_lightning.data.columns import Column, Id, IdList, Label, Number
+from recis_lightning.data.columns import Column, Id, IdBags, IdList, Label, Number
 from recis_lightning.data.cross import Cross
 from recis_lightning.data.features import Features
 from recis_lightning.data.hashing import hash_strings
@@ -45,6 +45,7 @@ __all__ = [
     "Features",
     "Follow",
     "Id",
+    "IdBags",
     "IdList",
     "Label",
     "Log1p",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import torch
@@ -21,11 +21,12 @@ from recis_lightning.data.conversion import (
     is_list,
     one_of_list,
 )
+from recis_lightning.data.entries import cut
 from recis_lightning.data.hashing import check_hash
-from recis_lightning.data.transforms import cut
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
-__all__ = ["Column", "Id", "IdList", "Label", "Number"]
+__all__ = ["Column", "Id", "IdBags", "IdList", "Label", "Number"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -41,7 +42,7 @@ class Column(ABC):
         """Columns of a file that it reads."""
 
     @abstractmethod
-    def read(self, arrays: Mapping[str, pa.Array]) -> Tensor | Jagged:
+    def read(self, arrays: Mapping[str, pa.Array]) -> Tensor | Jagged | NestedJagged:
         """Convert its columns.
 
         Args:
@@ -162,6 +163,82 @@ class IdList(Column):
             weights = fill_nulls(float_of(given, torch.float32), given, None)
         bags = Jagged.from_lengths(ids, lengths, weights)
         return bags if self.max_len is None else cut(bags, self.max_len, self.keep)
+
+
+@dataclass(frozen=True)
+class IdBags(Column):
+    """A sequence of bags of ids a row, of lists of lists: ``NestedJagged`` of int64.
+
+    A null list is an empty sequence, a null within it an empty bag.
+
+    Args:
+        name: Entry of the batch.
+        hash: Hash of the values, as ``hash_strings`` takes it; None takes the values themselves.
+        seed: Of the hash.
+        default: Id of a null within a bag; None refuses it.
+        max_len: Most bags of a row; None keeps all.
+        keep: Which bags of a longer row are kept, ``"first"`` or ``"last"``.
+        weights: Column of the file with a weight for each value, in lists of the same lengths.
+        source: Column of the file; None means ``name``.
+
+    Example:
+        >>> column = IdBags("baskets")
+        >>> column.read({"baskets": pa.array([[[1, 2], []], None, [[3]]])})[:3]
+        (tensor([1, 2, 3]), tensor([0, 2, 2, 3]), tensor([0, 2, 2, 3]))
+    """
+
+    name: str
+    hash: str | None = None
+    seed: int = 0
+    default: int | None = None
+    max_len: int | None = None
+    keep: str = "first"
+    weights: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        # The rules for the bags of a row are those for the ids of one.
+        IdList(self.name, self.hash, self.seed, self.default, self.max_len, self.keep)
+
+    @property
+    @override
+    def sources(self) -> tuple[str, ...]:
+        own = (self.source or self.name,)
+        return own if self.weights is None else (*own, self.weights)
+
+    @override
+    def read(self, arrays: Mapping[str, pa.Array]) -> NestedJagged:
+        bags, lengths = _lists_of(arrays[self.sources[0]], "lists of lists of ids")
+        inner = IdList("bags", self.hash, self.seed, self.default)
+        given = {"bags": bags}
+        if self.weights is not None:
+            given["weights"], weight_lengths = _lists_of(arrays[self.weights], "lists of weights")
+            if not torch.equal(lengths, weight_lengths):
+                row = int((lengths != weight_lengths).nonzero()[0])
+                raise ValueError(
+                    f"row {row} has {int(lengths[row])} bags and {int(weight_lengths[row])} "
+                    f"lists of weights in {self.weights!r}"
+                )
+            inner = replace(inner, weights="weights")
+        values, offsets, weights = inner.read(given)
+        outer = Jagged.from_lengths(torch.arange(len(bags), device="cpu"), lengths)
+        if self.max_len is None:
+            return NestedJagged(values, offsets, outer.offsets, weights)
+        kept = cut(outer, self.max_len, self.keep)
+        values, offsets, weights = Jagged(values, offsets, weights).select(kept.values)
+        return NestedJagged(values, offsets, kept.offsets, weights)
+
+
+def _lists_of(array: pa.Array, wanted: str) -> tuple[pa.Array, Tensor]:
+    """Return the lists within lists, and how many each row has."""
+    kind = array.type
+    if not pa.types.is_null(kind) and not (is_list(kind) and _may_be_list(kind.value_type)):
+        raise TypeError(f"expected {wanted}, got {kind}")
+    return bags_of(array)
+
+
+def _may_be_list(kind: pa.DataType) -> bool:
+    return is_list(kind) or pa.types.is_null(kind)
 
 
 @dataclass(frozen=True)

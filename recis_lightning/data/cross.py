@@ -12,8 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.data.checks import check_names
-from recis_lightning.data.transforms import Entry, Transform
+from recis_lightning.data.entries import Entry, values_of
+from recis_lightning.data.transforms import Transform
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.ops import string_hash
 
 __all__ = ["Cross"]
@@ -100,6 +102,8 @@ def _fold(words: Tensor) -> Tensor:
 def _combinations(entries: Sequence[Entry]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Return the words of each combination, and the offsets and weights if there are bags."""
     for entry in entries:
+        if isinstance(entry, NestedJagged):
+            raise TypeError("expected ids or bags of ids, got lists of bags")
         values = entry.values if isinstance(entry, Jagged) else entry
         if values.dtype is not torch.int64:
             raise TypeError(f"expected int64 ids, got {values.dtype}")
@@ -108,7 +112,7 @@ def _combinations(entries: Sequence[Entry]) -> tuple[list[Tensor], Tensor | None
         raise ValueError(f"expected sources of equally many rows, got {sizes}")
     if not any(isinstance(entry, Jagged) for entry in entries):
         return [entry for entry in entries if isinstance(entry, Tensor)], None, None
-    bags = [_distinct(e) if isinstance(e, Jagged) else _bags_of_one(e) for e in entries]
+    bags = [_distinct(e) if isinstance(e, Jagged) else _bags_of_one(values_of(e)) for e in entries]
     lengths = [bag.lengths() for bag in bags]
     counts = torch.stack(lengths).prod(0)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -12,14 +12,14 @@ import pyarrow as pa
 from torch import Tensor, nn
 from typing_extensions import override
 
-from recis_lightning.data.columns import Column, Id, IdList, Label, Number
+from recis_lightning.data.columns import Column, Id, IdBags, IdList, Label, Number
 from recis_lightning.data.conversion import int64_of
 from recis_lightning.data.cross import Cross
+from recis_lightning.data.entries import Entry
 from recis_lightning.data.hashing import as_arrow
 from recis_lightning.data.transforms import (
     Bucketize,
     Clip,
-    Entry,
     Log1p,
     Lookup,
     Mask,
@@ -29,6 +29,7 @@ from recis_lightning.data.transforms import (
     Truncate,
 )
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = ["Features", "features_of"]
 
@@ -36,7 +37,7 @@ _VERSION = 1
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        *(Id, IdList, Label, Number),
+        *(Id, IdBags, IdList, Label, Number),
         *(Bucketize, Clip, Cross, Log1p, Lookup, Mask, Mod, MultiHash, Truncate),
     )
 }
@@ -197,7 +198,7 @@ class Features(nn.Module):
 
     def _entry(self, column: Column, data: Mapping[str, Any]) -> Entry:
         given = data.get(column.name)
-        if isinstance(given, Tensor | Jagged):
+        if isinstance(given, Tensor | Jagged | NestedJagged):
             return given
         absent = [name for name in column.sources if name not in data]
         if absent:
@@ -318,7 +319,7 @@ def _check_columns(columns: Sequence[Column]) -> list[Column]:
     wrong = [column for column in columns if not isinstance(column, Column)]
     if wrong or not columns:
         got = type(wrong[0]).__name__ if wrong else "none"
-        raise TypeError(f"columns: expected Id, IdList, Number or Label, got {got}")
+        raise TypeError(f"columns: expected Id, IdList, IdBags, Number or Label, got {got}")
     names = [column.name for column in columns]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -356,10 +357,10 @@ def _with_ids(one: Transform, column: Column | None, where: str) -> Transform:
     if not isinstance(one, Lookup | Mask):
         return one
     values: list[Any] = list(one.vocabulary if isinstance(one, Lookup) else one.values)
-    hashed = isinstance(column, Id | IdList) and column.hash is not None
+    hashed = isinstance(column, Id | IdBags | IdList) and column.hash is not None
     if not hashed and any(isinstance(value, str) for value in values):
         raise ValueError(f"{where}: strings need a source that is a column with a hash=")
-    if hashed and isinstance(column, Id | IdList):
+    if hashed and isinstance(column, Id | IdBags | IdList):
         values = int64_of(pa.array(values), column.hash, column.seed).tolist()
     if isinstance(one, Lookup):
         return dataclasses.replace(one, vocabulary=values)

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = ["Batch", "join_rows", "pinned", "select_rows"]
 
-Batch: TypeAlias = dict[str, Tensor | Jagged]
+Batch: TypeAlias = dict[str, Tensor | Jagged | NestedJagged]
 
 
-def select_rows(value: Tensor | Jagged, rows: Tensor | slice) -> Tensor | Jagged:
+def select_rows(
+    value: Tensor | Jagged | NestedJagged, rows: Tensor | slice
+) -> Tensor | Jagged | NestedJagged:
     """Return a copy of some rows of an entry."""
+    if isinstance(value, NestedJagged):
+        return value.select(rows)
     if isinstance(value, Jagged):
         found = value.select(rows)
         if isinstance(rows, slice):  # views of the whole block
@@ -33,7 +38,12 @@ def join_rows(parts: Sequence[Batch]) -> Batch:
     return {name: _concat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _concat(values: Sequence[Any]) -> Tensor | Jagged:
+def _concat(values: Sequence[Any]) -> Tensor | Jagged | NestedJagged:
+    if isinstance(values[0], NestedJagged):
+        inner = _concat([value.inner() for value in values])
+        assert isinstance(inner, Jagged)
+        outer = torch.cat([value.lengths() for value in values])
+        return NestedJagged.from_lengths(inner.values, inner.lengths(), outer, inner.weights)
     if not isinstance(values[0], Jagged):
         return torch.cat(list(values))
     weights = [value.weights for value in values]

@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
 from recis_lightning.data.checks import check_names, check_number, check_numbers, check_values
+from recis_lightning.data.entries import Entry, cut, ids_of, in_groups, joined, split, spread
 from recis_lightning.jagged import Jagged
 
 __all__ = [
@@ -33,12 +33,8 @@ __all__ = [
     "MultiHash",
     "Transform",
     "Truncate",
-    "cut",
-    "values_of",
-    "with_values",
 ]
 
-Entry = Tensor | Jagged
 _MULTIPLIERS, _PRIME_RANGES = (1, 3, 5, 7), (29, 47, 67, 83)  # RecIS's
 
 
@@ -120,7 +116,7 @@ class Bucketize(OneToOne):
 
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-        return _in_groups(others, entries, "boundaries", self._bucket)
+        return in_groups(others, entries, "boundaries", self._bucket)
 
     @staticmethod
     def _bucket(values: Tensor, boundaries: Any) -> Tensor:
@@ -156,14 +152,14 @@ class Mod(OneToOne):
 
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-        values = _joined(entries, _ids_of)
-        modulus = _spread([one.modulus for one in others], entries, values)
-        top = _spread([2**63 % one.modulus for one in others], entries, values)
+        values = joined(entries, ids_of)
+        modulus = spread([one.modulus for one in others], entries, values)
+        top = spread([2**63 % one.modulus for one in others], entries, values)
         low = (values & (2**63 - 1)) % modulus
         # low + top, less modulus if it reaches that: the sum itself may not fit.
         high = low - (modulus - top)
         found = torch.where(values >= 0, low, torch.where(high >= 0, high, low + top))
-        return _split(found, entries)
+        return split(found, entries)
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,7 @@ class Clip(OneToOne):
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
         limits = [(one.low, one.high) for one in others]
-        return _in_groups(others, entries, limits, lambda x, limit: x.clamp(*limit))
+        return in_groups(others, entries, limits, lambda x, limit: x.clamp(*limit))
 
 
 @dataclass(frozen=True)
@@ -224,7 +220,7 @@ class Log1p(OneToOne):
 
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-        return _in_groups(others, entries, [None] * len(others), lambda x, _: _log(x))
+        return in_groups(others, entries, [None] * len(others), lambda x, _: _log(x))
 
 
 @dataclass(frozen=True)
@@ -276,10 +272,10 @@ class MultiHash(Transform):
                 break
             given = [entries[k] for k in having]
             sizes = [others[k].num_buckets[i] for k in having]
-            values = _joined(given, _ids_of)
-            primes = _spread([_prime_up_to(extent * size) for size in sizes], given, values)
-            buckets = _spread(sizes, given, values)
-            parts = _split(values * multiplier % primes % buckets, given)
+            values = joined(given, ids_of)
+            primes = spread([_prime_up_to(extent * size) for size in sizes], given, values)
+            buckets = spread(sizes, given, values)
+            parts = split(values * multiplier % primes % buckets, given)
             for k, part in zip(having, parts, strict=True):
                 found[k] += part
         return found
@@ -318,7 +314,7 @@ class Lookup(OneToOne):
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
         parts = [(tuple(one.vocabulary), one.default) for one in others]
-        return _in_groups(others, entries, parts, self._places, _ids_of)
+        return in_groups(others, entries, parts, self._places, ids_of)
 
     @staticmethod
     def _places(values: Tensor, part: Any) -> Tensor:
@@ -353,7 +349,7 @@ class Mask(OneToOne):
 
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-        return _in_groups(others, entries, "values", self._others)
+        return in_groups(others, entries, "values", self._others)
 
     @staticmethod
     def _others(values: Tensor, masked: Any) -> Tensor:
@@ -394,86 +390,10 @@ class Truncate(OneToOne):
         found: list[list[Entry]] = []
         for one, (entry,) in zip(others, entries, strict=True):
             if not isinstance(entry, Jagged):
-                raise TypeError("expected bags, got one value a row")
+                got = "one value a row" if isinstance(entry, Tensor) else "lists of bags"
+                raise TypeError(f"expected bags, got {got}")
             found.append([cut(entry, one.max_len, one.keep)])
         return found
-
-
-def cut(bags: Jagged, max_len: int, keep: str) -> Jagged:
-    """Shorten bags to their ``"first"`` or ``"last"`` ``max_len`` values."""
-    lengths = bags.lengths()
-    kept = lengths.clamp(max=max_len)
-    if torch.equal(kept, lengths):
-        return bags
-    starts = bags.offsets[1:] - kept if keep == "last" else bags.offsets[:-1]
-    offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
-    index = torch.arange(int(offsets[-1]), device=kept.device)
-    index += (starts - offsets[:-1]).repeat_interleave(kept)
-    weights = None if bags.weights is None else bags.weights[index]
-    return Jagged(bags.values[index], offsets, weights)
-
-
-def values_of(entry: Entry) -> Tensor:
-    """Return the values of an entry, [N]."""
-    return entry.values if isinstance(entry, Jagged) else entry
-
-
-def with_values(entry: Entry, values: Tensor) -> Entry:
-    """Return an entry of the same bags with other values."""
-    return Jagged(values, *entry[1:]) if isinstance(entry, Jagged) else values.view(entry.shape)
-
-
-def _ids_of(entry: Entry) -> Tensor:
-    values = values_of(entry)
-    if values.is_floating_point() or values.dtype is torch.bool:
-        raise TypeError(f"expected integers, got {values.dtype}")
-    return values.long()
-
-
-def _joined(
-    entries: Sequence[Sequence[Entry]], read: Callable[[Entry], Tensor] = values_of
-) -> Tensor:
-    """Return all values of the first sources, one after the other."""
-    values = [read(entry).reshape(-1) for entry, *_ in entries]
-    return values[0] if len(values) == 1 else torch.cat(values)
-
-
-def _split(values: Tensor, entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-    """Give each first source its part of joined values."""
-    sizes = [values_of(entry).numel() for entry, *_ in entries]
-    parts = values.split(sizes) if len(sizes) > 1 else [values]
-    return [[with_values(entry, part)] for (entry, *_), part in zip(entries, parts, strict=True)]
-
-
-def _spread(numbers: list[int], entries: Sequence[Sequence[Entry]], values: Tensor) -> Any:
-    """Return a number for each joined value; one for all, if they are equal."""
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    sizes = [values_of(entry).numel() for entry, *_ in entries]
-    # NumPy's: torch's repeat_interleave takes milliseconds for a hundred sizes.
-    return torch.from_numpy(np.repeat(np.array(numbers, np.int64), sizes)).to(values.device)
-
-
-def _in_groups(
-    transforms: Sequence[Any],
-    entries: Sequence[Sequence[Entry]],
-    parameters: str | Sequence[Any],
-    compute: Callable[[Tensor, Any], Tensor],
-    read: Callable[[Entry], Tensor] = values_of,
-) -> list[list[Entry]]:
-    """Run transforms of equal parameters and dtype at once, by ``compute(values, parameters)``."""
-    if isinstance(parameters, str):
-        parameters = [tuple(getattr(one, parameters)) for one in transforms]
-    groups: dict[Any, list[int]] = {}
-    for k, (entry, *_) in enumerate(entries):
-        groups.setdefault((parameters[k], values_of(entry).dtype), []).append(k)
-    found: list[list[Entry]] = [[] for _ in transforms]
-    for members in groups.values():
-        given = [entries[k] for k in members]
-        parts = _split(compute(_joined(given, read), parameters[members[0]]), given)
-        for k, part in zip(members, parts, strict=True):
-            found[k] = part
-    return found
 
 
 def _log(values: Tensor) -> Tensor:

@@ -13,12 +13,15 @@ from pyarrow import parquet
 from torch import Tensor
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = ["RowFile", "to_arrow"]
 
 
-def to_arrow(value: Tensor | Jagged) -> pa.Array:
+def to_arrow(value: Tensor | Jagged | NestedJagged) -> pa.Array:
     """Convert a tensor [B] to an array, [B, ...] to one of fixed lists, a ``Jagged`` to lists.
+
+    A ``NestedJagged`` becomes lists of lists.
 
     bfloat16 becomes float32. Weights of a ``Jagged`` are left out.
 
@@ -30,6 +33,9 @@ def to_arrow(value: Tensor | Jagged) -> pa.Array:
         >>> to_arrow(torch.tensor([[1, 2], [3, 4]])).to_pylist()
         [[1, 2], [3, 4]]
     """
+    if isinstance(value, NestedJagged):
+        offsets = pa.array(_numbers(value.outer_offsets), pa.int64())
+        return pa.LargeListArray.from_arrays(offsets, to_arrow(value.inner()))
     if isinstance(value, Jagged):
         offsets = pa.array(_numbers(value.offsets), pa.int64())
         return pa.LargeListArray.from_arrays(offsets, to_arrow(value.values))

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recis_lightning.data import Id, IdList, Label, Number, hash_strings
+from recis_lightning.data import Id, IdBags, IdList, Label, Number, hash_strings
 
 
 def read(column, **arrays):
@@ -166,3 +166,58 @@ def test_sources():
     assert IdList("x", weights="w").sources == ("x", "w")
     assert Number("n").sources == Label("n").sources == ("n",)
     assert read(Label("y", source="raw"), raw=pa.array([1])).tolist() == [1.0]
+
+
+def test_bags_of_bags_of_every_layout():
+    """Null lists are empty; hashes, weights and the longest sequence are those of ``IdList``."""
+    rows = [[[1, 2], None, []], None, [], [[3]], [[4], [5, 6]]]
+    for kind in (
+        pa.list_(pa.list_(pa.int32())),
+        pa.large_list(pa.large_list(pa.int64())),
+        pa.list_(pa.large_list(pa.uint8())),
+    ):
+        found = IdBags("b").read({"b": pa.array(rows, kind)[1:]})
+        assert found.values.tolist() == [3, 4, 5, 6]
+        assert found.offsets.tolist() == [0, 1, 2, 4]
+        assert found.outer_offsets.tolist() == [0, 0, 0, 1, 3]
+    array = pa.array(rows, pa.list_(pa.list_(pa.int64())))
+    weights = pa.array([[[0.5, 1], [], None], [], None, [[2]], [[3], [4, 5]]])
+    arrays = {"b": array, "w": weights}
+    found = IdBags("b", weights="w", max_len=1, keep="last").read(arrays)
+    assert found.values.tolist() == [3, 5, 6]
+    assert found.weights.tolist() == [2, 4, 5]
+    assert found.inner().lengths().tolist() == [0, 1, 2]
+    assert found.lengths().tolist() == [1, 0, 0, 1, 1]
+    assert IdBags("b", weights="w").read(arrays).weights.tolist() == [0.5, 1, 2, 3, 4, 5]
+    texts = pa.array([[["a"], ["b", None]]])
+    hashed = IdBags("b", hash="xxh64", default=-1).read({"b": texts})
+    assert hashed.values.tolist() == [*hash_strings(["a", "b"]).tolist(), -1]
+    for empty in (pa.array([None, None]), pa.array([[], [None]]), pa.array([[None], [[]]])):
+        assert IdBags("b").read({"b": empty}).num_bags == 2
+    fixed = pa.array([[[1, 2], [3, 4]]], pa.list_(pa.list_(pa.int64(), 2), 2))
+    assert IdBags("b").read({"b": fixed}).offsets.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("array", "weights", "error", "words"),
+    [
+        (pa.array([[1]]), None, TypeError, "expected lists of lists of ids, got list<item: int64>"),
+        (pa.array([1]), None, TypeError, "expected lists of lists of ids, got int64"),
+        (pa.array([[[1, None]]]), None, ValueError, "1 of 2 values are null"),
+        (pa.array([[[[1]]]]), None, TypeError, "expected lists of ids, got lists of lists"),
+        (pa.array([[[1]]]), pa.array([[1.0]]), TypeError, "expected lists of weights, got list"),
+        (pa.array([[[1]]]), pa.array([[[1.0], []]]), ValueError, "row 0 has 1 bags and 2 lists"),
+        (pa.array([[[1]]]), pa.array([[[1.0, 2]]]), ValueError, "row 0 has 1 values and 2 weights"),
+    ],
+)
+def test_what_is_no_bag_of_bags_is_refused(array, weights, error, words):
+    column = IdBags("b", weights=None if weights is None else "w")
+    with pytest.raises(error, match=words):
+        column.read({"b": array, "w": weights})
+
+
+def test_bad_arguments_of_bags_of_bags():
+    with pytest.raises(ValueError, match="keep: expected 'first' or 'last'"):
+        IdBags("b", keep="middle")
+    with pytest.raises(ValueError, match="max_len: expected an int >= 1 or None"):
+        IdBags("b", max_len=0)

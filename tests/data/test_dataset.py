@@ -9,10 +9,22 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from pyarrow import orc
 from torch.utils.data import DataLoader
 
-from recis_lightning import Jagged
-from recis_lightning.data import ColumnarDataset, DataFileError, Id, Label, Number, hash_strings
+from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged
+from recis_lightning.data import (
+    ColumnarDataset,
+    DataFileError,
+    Features,
+    Id,
+    IdBags,
+    Label,
+    Mod,
+    Number,
+    Truncate,
+    hash_strings,
+)
 from recis_lightning.distributed import collectives
 from tests.helpers.columnar_files import COLUMNS, rows_of, table_of, write_files
 
@@ -228,6 +240,39 @@ def test_a_filter_leaves_whole_batches(pattern):
         [17, 19, 21],
     ]
     assert data.num_rows == 11
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".orc"])
+@pytest.mark.parametrize("shuffle_rows", [0, 9])
+def test_bags_of_bags_follow_their_row(tmp_path, suffix, shuffle_rows):
+    """From files through transforms to the rows of an engine."""
+    baskets = [[[row, item] if item else [] for item in range(row % 4)] for row in range(22)]
+    for part in range(2):
+        rows = slice(11 * part, 11 * part + 11)
+        table = pa.table({"row": range(22)[rows], "baskets": baskets[rows]})
+        write = orc.write_table if suffix == ".orc" else pa.parquet.write_table
+        write(table, tmp_path / f"{part}{suffix}")
+    features = Features([Id("row"), IdBags("baskets")], [Mod("small", 5, source="baskets")])
+    engine = EmbeddingEngine({"baskets": EmbeddingOption(2, mode="sum")})
+    data = ColumnarDataset(
+        str(tmp_path / f"*{suffix}"), features=features, batch_size=4, shuffle_rows=shuffle_rows
+    )
+    seen = []
+    for batch in data:
+        found, expected = batch["baskets"], [baskets[row] for row in batch["row"].tolist()]
+        bags = [bag for basket in expected for bag in basket]
+        assert found.values.tolist() == [item for bag in bags for item in bag]
+        assert found.inner().lengths().tolist() == [len(bag) for bag in bags]
+        assert found.lengths().tolist() == [len(basket) for basket in expected]
+        assert batch["small"].values.tolist() == [item % 5 for bag in bags for item in bag]
+        assert torch.equal(engine(batch)["baskets"].offsets, found.outer_offsets)
+        seen += batch["row"].tolist()
+    assert sorted(seen) == list(range(22))
+    request = features({"row": [1], "baskets": [[[1, 7], []]]})
+    assert request["baskets"].outer_offsets.tolist() == [0, 2]
+    assert Features.from_json(features.to_json()).columns == features.columns
+    with pytest.raises(TypeError, match=r"Truncate of 'baskets': expected bags, got lists of bags"):
+        Features([IdBags("baskets")], [Truncate("baskets", 1)])({"baskets": [[[1]]]})
 
 
 def test_windows_are_epochs(tmp_path):

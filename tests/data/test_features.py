@@ -190,7 +190,7 @@ def test_ranks_without_rows_get_the_same_entries(tmp_path, monkeypatch):
         (
             lambda: Features.from_state({"columns": [{"kind": "Mod", "name": "a"}]}),
             ValueError,
-            r"state: expected a kind among \['Id', 'IdList', 'Label', 'Number'\]",
+            r"state: expected a kind among \['Id', 'IdBags', 'IdList', 'Label', 'Number'\]",
         ),
         (
             lambda: Features.from_state({"columns": [{"kind": "Id", "nme": "a"}]}),

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_lightning import Jagged
+from recis_lightning import Jagged, NestedJagged
 from recis_lightning.data.writing import RowFile, to_arrow
 
 
@@ -56,3 +56,10 @@ def test_a_file_is_there_when_it_is_complete(tmp_path):
     other.append({"x": torch.tensor([1])})
     other.abandon()
     assert [file.name for file in tmp_path.rglob("*.parquet*")] == ["a.parquet"]
+
+
+def test_bags_of_bags_become_lists_of_lists():
+    found = NestedJagged.from_lengths(
+        torch.tensor([1, 2, 3]), torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1])
+    )
+    assert to_arrow(found).to_pylist() == [[[1, 2], []], [], [[3]]]
