@@ -99,6 +99,7 @@ TESTED_BY = {
     "optim/table_updater.py": "optim/test_sparse_optimizer.py",
     "serving/binding.py": "lookup/test_operator.py",
     "serving/manifest.py": "serving/test_model.py",
+    "serving/recording.py": "serving/test_raw_records.py",
     "serving/values.py": "serving/test_model.py",
     "table/admission_counter.py": "test_admission.py",
     "table/copying.py": "table/test_state.py",

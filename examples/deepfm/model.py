@@ -78,7 +78,10 @@ class DeepFM(L.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Return logits [B]."""
         joined = self.engine.concat(batch["features"])
-        rows = joined.view(len(joined), len(self.embeddings), -1)  # a row a feature
+        num_samples, width = joined.shape
+        num_features = len(self.embeddings)
+        # A row a feature.
+        rows = joined.view(num_samples, num_features, width // num_features)
         # Split, whose backward joins the two gradients: slices would each pad theirs with zeros.
         weights, factors = rows.split([1, rows.shape[2] - 1], 2)
         # The sum over pairs of inner products, without the pairs.

@@ -41,14 +41,12 @@ FEATURES = Features(
 
 
 def to_batch(entries: dict[str, Any]) -> Batch:
-    """Return the model's batch."""
-    label = entries["label"]
-    return Batch(
-        features={name: entries[name] for name in IDS},
-        dense=torch.empty(len(label), 0),
-        label=label.float(),
-        group=entries["user"],
-    )
+    """Return the model's batch; of files or requests without ratings one without likes."""
+    num_samples = entries["user"].shape[0]
+    label = entries["label"].float() if "label" in entries else torch.zeros(num_samples)
+    dense = torch.zeros(num_samples, 0)
+    features = {name: entries[name] for name in IDS}
+    return Batch(features=features, dense=dense, label=label, group=entries["user"])
 
 
 class MovieLensDataModule(ColumnarDataModule):

@@ -12,9 +12,7 @@ except ImportError as error:
 
 from recis_lightning.data.columns import Column, Id, IdList, Label, Number
 from recis_lightning.data.cross import Cross
-from recis_lightning.data.dataset import ColumnarDataset
 from recis_lightning.data.features import Features
-from recis_lightning.data.files import DataFileError
 from recis_lightning.data.hashing import hash_strings
 from recis_lightning.data.transforms import (
     Bucketize,
@@ -29,6 +27,8 @@ from recis_lightning.data.transforms import (
 )
 
 if TYPE_CHECKING:
+    from recis_lightning.data.dataset import ColumnarDataset
+    from recis_lightning.data.files import DataFileError
     from recis_lightning.data.module import ColumnarDataModule
 
 __all__ = [
@@ -60,4 +60,13 @@ def __getattr__(name: str) -> Any:
         from recis_lightning.data.module import ColumnarDataModule
 
         return ColumnarDataModule
+    # These import pyarrow.dataset, and with it pandas, which Features does without.
+    if name == "ColumnarDataset":
+        from recis_lightning.data.dataset import ColumnarDataset
+
+        return ColumnarDataset
+    if name == "DataFileError":
+        from recis_lightning.data.files import DataFileError
+
+        return DataFileError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

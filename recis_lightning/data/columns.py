@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int, check_str
+from recis_lightning.arguments import check_int
+from recis_lightning.data.checks import check_id, check_names, check_number
 from recis_lightning.data.conversion import (
     bags_of,
     fill_nulls,
@@ -82,7 +83,8 @@ class Id(Column):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
+        check_id("default", self.default)
         check_hash(self.hash, self.seed)
 
     @property
@@ -128,7 +130,8 @@ class IdList(Column):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source), ("weights", self.weights))
+        check_id("default", self.default)
         check_hash(self.hash, self.seed)
         if self.max_len is not None:
             check_int("max_len", self.max_len, least=1, alternative=" or None")
@@ -185,7 +188,8 @@ class Number(Column):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
+        check_number("default", self.default)
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {self.dtype!r}")
 
@@ -217,7 +221,7 @@ class Label(Column):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
 
     @property
     @override

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_str
+from recis_lightning.data.checks import check_names
 from recis_lightning.data.transforms import Entry, Transform
 from recis_lightning.jagged import Jagged
 from recis_lightning.ops import string_hash
@@ -47,9 +47,9 @@ class Cross(Transform):
     sources: list[str]
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
         if isinstance(self.sources, str) or len(self.sources) < 2:
             raise ValueError(f"sources: expected two or more names, got {self.sources!r}")
+        check_names(self.name, *(("sources", source) for source in self.sources))
 
     @property
     @override

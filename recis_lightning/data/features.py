@@ -141,6 +141,33 @@ class Features(nn.Module):
         outputs = self.outputs and [name for name in self.outputs if name not in gone]
         return Features(columns, kept, outputs)
 
+    def only(self, outputs: Sequence[str]) -> Features:
+        """Return the same for some of its entries: without the columns that they do not need.
+
+        Args:
+            outputs: Entries of a batch, in their order.
+
+        Raises:
+            ValueError: An entry is not among ``outputs`` of this one.
+
+        Example:
+            >>> from recis_lightning.data import Features, Id, Log1p, Number
+            >>> features = Features([Id("user"), Number("price")], [Log1p("price")])
+            >>> features.only(["user"])
+            Features(1 columns, 0 transforms)
+        """
+        absent = [name for name in outputs if name not in self._places]
+        if absent:
+            raise ValueError(f"outputs: expected names among {list(self._places)}, got {absent}")
+        needed = set(outputs)
+        kept: list[Transform] = []
+        for one in reversed(self.transforms):
+            if needed & set(one.outputs):
+                kept.append(one)
+                needed = (needed - set(one.outputs)) | set(one.inputs)
+        columns = [column for column in self.columns if column.name in needed]
+        return Features(columns, kept[::-1], list(outputs))
+
     @override
     def forward(self, data: Mapping[str, Any]) -> dict[str, Entry]:
         """Make the entries of a batch.
@@ -338,10 +365,19 @@ def _to_plain(one: Column | Transform) -> dict[str, Any]:
     """Return the fields that differ from their defaults."""
     plain: dict[str, Any] = {"kind": type(one).__name__}
     for field in dataclasses.fields(one):  # type: ignore[arg-type]
-        value = getattr(one, field.name)
+        value = _plain(getattr(one, field.name))
         if value != field.default:
-            plain[field.name] = list(value) if isinstance(value, list | tuple) else value
+            plain[field.name] = value
     return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists and Python's numbers in the place of NumPy's."""
+    if isinstance(value, str | bytes) or value is None:
+        return value
+    if hasattr(value, "__iter__") and hasattr(value, "__len__"):
+        return [_plain(one) for one in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 def _parts_of(state: Mapping[str, Any]) -> tuple[list[Column], list[Transform], list[str] | None]:
@@ -353,9 +389,19 @@ def _parts_of(state: Mapping[str, Any]) -> tuple[list[Column], list[Transform], 
     unknown = sorted(set(state) - {"version", "columns", "transforms", "outputs"})
     if unknown:
         raise ValueError(f"state: expected columns, transforms and outputs, got {unknown}")
-    columns = [_from_plain(plain, Column) for plain in state["columns"]]
-    transforms = [_from_plain(plain, Transform) for plain in state.get("transforms") or []]
-    return columns, transforms, state.get("outputs")
+    plain_columns, plain_transforms = state["columns"], state.get("transforms") or []
+    outputs = state.get("outputs")
+    for part, given in (
+        *(("columns", plain_columns), ("transforms", plain_transforms)),
+        ("outputs", outputs or []),
+    ):
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"state: expected a list of {part}, got {given!r:.200}")
+    if not all(isinstance(name, str) for name in outputs or []):
+        raise ValueError(f"state: expected names as outputs, got {outputs!r:.200}")
+    columns = [_from_plain(plain, Column) for plain in plain_columns]
+    transforms = [_from_plain(plain, Transform) for plain in plain_transforms]
+    return columns, transforms, outputs
 
 
 def _from_plain(plain: Any, wanted: type[Any]) -> Any:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_int, check_str
+from recis_lightning.arguments import check_int
+from recis_lightning.data.checks import check_names, check_number, check_numbers, check_values
 from recis_lightning.jagged import Jagged
 
 __all__ = [
@@ -111,7 +112,8 @@ class Bucketize(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
+        check_numbers("boundaries", self.boundaries)
         given = list(self.boundaries)
         if not given or any(not a < b for a, b in pairwise(given)):
             raise ValueError(f"boundaries: expected at least one, ascending, got {given}")
@@ -149,7 +151,7 @@ class Mod(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
         check_int("modulus", self.modulus, least=1, most=2**63 - 1)
 
     @override
@@ -186,7 +188,9 @@ class Clip(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
+        check_number("low", self.low)
+        check_number("high", self.high)
         if self.low is None and self.high is None:
             raise ValueError("low, high: expected at least one number, got None and None")
         if self.low is not None and self.high is not None and not self.low <= self.high:
@@ -216,7 +220,7 @@ class Log1p(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
 
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
@@ -247,7 +251,7 @@ class MultiHash(Transform):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
         if not 1 <= len(self.num_buckets) <= len(_MULTIPLIERS):
             raise ValueError(f"num_buckets: expected one to four sizes, got {self.num_buckets}")
         for size in self.num_buckets:
@@ -305,7 +309,8 @@ class Lookup(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
+        check_values("vocabulary", self.vocabulary)
         if not self.vocabulary or len(set(self.vocabulary)) < len(self.vocabulary):
             raise ValueError("vocabulary: expected at least one value, each once")
         check_int("default", self.default, least=-(2**63), most=2**63 - 1)
@@ -343,7 +348,8 @@ class Mask(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
+        check_values("values", self.values)
 
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
@@ -378,7 +384,7 @@ class Truncate(OneToOne):
     source: str | None = None
 
     def __post_init__(self) -> None:
-        check_str("name", self.name)
+        check_names(self.name, ("source", self.source))
         check_int("max_len", self.max_len, least=1)
         if self.keep not in ("first", "last"):
             raise ValueError(f"keep: expected 'first' or 'last', got {self.keep!r}")

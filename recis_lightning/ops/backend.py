@@ -60,16 +60,22 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def module(op: str, device: torch.device, backend: str | None = None) -> Any:
+def module(
+    op: str, device: torch.device, backend: str | None = None, small: str | None = None
+) -> Any:
     """Return the module that implements ``op`` (an op file's name) on ``device``.
 
     Args:
         op: Name of the op's file.
         device: Of its tensors.
         backend: As for ``use``; None: the device's, or the one in use.
+        small: Backend to take while the device's is not loaded, for work that is too small to load
+            it for; None: that work is not small.
     """
     name = backend or _forced or _KERNELS[device.type]
     loaded = _loaded.get((op, name))
+    if loaded is None and small is not None and not (backend or _forced):
+        return module(op, device, small)
     if loaded is None:
         loaded = importlib.import_module(f"recis_lightning.ops.{_FOLDERS[name]}.{op}")
         _loaded[op, name] = loaded

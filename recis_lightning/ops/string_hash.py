@@ -23,12 +23,16 @@ HASHES = {
 }
 XXH64, FARMHASH64, MURMUR3, MURMUR64A = range(4)
 _CPU = torch.device("cpu")
+# The most that plain Python hashes (about 5 us a string) rather than load the compiler's runtime.
+_FEW_STRINGS, _FEW_BYTES = 256, 1 << 14
 
 
 def hash_strings(
     data: npt.NDArray[np.uint8], offsets: npt.NDArray[Any], name: str, seed: int
 ) -> Tensor:
     """Hash strings that lie one after the other.
+
+    A process that has hashed but a few at a time so far, as one that serves may, loads no kernels.
 
     Args:
         data: Their bytes.
@@ -44,7 +48,8 @@ def hash_strings(
     """
     out = torch.empty(len(offsets) - 1, dtype=torch.int64, device="cpu")
     with backend.region("recis::hash_strings"):
-        module = backend.module("string_hash", _CPU)
+        is_small = len(out) <= _FEW_STRINGS and len(data) <= _FEW_BYTES
+        module = backend.module("string_hash", _CPU, small="reference" if is_small else None)
         module.hash_strings(data, offsets, HASHES[name][0], seed, out)
     return out
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,19 @@ from torch import Tensor, nn
 from recis_lightning.checkpoint.commit import file_stems
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
-from recis_lightning.jagged import Jagged
 from recis_lightning.serving.array_file import ArrayWriter, FileRecord, to_numpy
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest, TableRecord
 from recis_lightning.serving.model import ServedModel
-from recis_lightning.serving.program import encode
+from recis_lightning.serving.raw_records import arguments_of, check_features, record_transforms
+from recis_lightning.serving.recording import Recording, record_model
 from recis_lightning.serving.served_table import FORMATS, write_table
-from recis_lightning.serving.values import TensorSpec, flatten, unflatten, without_unused
+from recis_lightning.serving.values import flatten
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.lock import distinct_locks, read
+
+if TYPE_CHECKING:
+    from recis_lightning.data.features import Features
 
 _SUFFIXES = (".rows", ".weights")
 
@@ -36,6 +38,8 @@ def export(
     folder: str | os.PathLike[str],
     *,
     example: Any,
+    features: Features | None = None,
+    convert: Callable[[dict[str, Any]], Any] | None = None,
     rows: str | Mapping[str, str] | None = None,
     drop: Eviction | Mapping[str, Eviction] | None = None,
 ) -> None:
@@ -53,7 +57,11 @@ def export(
         folder: Where to; made if it is not there. An older export in it is replaced.
         example: A batch as forward takes it, of two samples at least; a tuple (which is no
             ``Jagged``) stands for several arguments. What depends on the number of samples or ids
-            may have any other number later.
+            may have any other number later. With ``features``: raw records, column -> its values.
+        features: ``recis_lightning.data.Features`` by which training made batches of raw values.
+            They are written, so that the served model takes raw records too.
+        convert: What made a batch of the entries of ``features``, as ``ColumnarDataset`` takes it;
+            recorded like the forward pass. None: the entries are the batch.
         rows: As what rows are kept: "float32", "bfloat16" or "int8" (with a scale a row), for all
             tables or by name; by default as the table has them.
         drop: Policy, for all tables or by name, that names rows to leave out, as for
@@ -71,6 +79,7 @@ def export(
             "model: its rows are spread over ranks; load its checkpoint in one process, and export "
             "there"
         )
+    check_features(features, convert)
     tables = _tables_by_name(model)
     formats = {name: _format_of(rows, name, table) for name, table in tables.items()}
     policies = {name: _policy_of(drop, name) for name in tables}
@@ -82,17 +91,22 @@ def export(
     save_id = secrets.token_hex(8)
     written: list[Path] = []
     with _evaluating(model), torch.no_grad():
-        recorded = _record(model, example)
+        arguments, entries = arguments_of(example, features, convert)
+        recorded = record_model(model, arguments)
+        transforms, constants = record_transforms(features, convert, entries, recorded)
+        recorded = recorded._replace(constants={**recorded.constants, **constants})
 
         def write() -> None:
             records = _write_tables(path, save_id, tables, formats, policies, written)
-            manifest = _write_dense(path, save_id, model, recorded, records, written)
+            manifest = _write_dense(path, save_id, model, recorded, transforms, records, written)
             served = ServedModel(path, manifest, check_all=False)
             is_exact = all(
                 formats[name] == _dtype_name(table) for name, table in tables.items()
             ) and not any(policies.values())
             if is_exact:
-                _compare(served(*recorded.arguments), model(*recorded.arguments))
+                _compare(served(*arguments), model(*arguments))
+            if features is not None:
+                _compare(served.score_records(example), served(*arguments))
             manifest.write(path)
 
         try:
@@ -107,128 +121,6 @@ def export(
             (path / name).unlink(missing_ok=True)
 
 
-class _Recorded(NamedTuple):
-    """Program of a model, and what it takes and returns.
-
-    Attributes:
-        arguments: Of the example.
-        specs: Name and spec of each.
-        inputs: Descriptions of the tensors that the program takes.
-        outputs: Spec of what it returns.
-        program: From ``program.encode``.
-        constants: Parameters and buffers that it reads.
-    """
-
-    arguments: tuple[Any, ...]
-    specs: list[list[Any]]
-    inputs: list[TensorSpec]
-    outputs: dict[str, Any]
-    program: dict[str, Any]
-    constants: dict[str, Tensor]
-
-
-class _Flat(nn.Module):
-    """Model whose forward takes and returns tensors alone."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        specs: list[dict[str, Any]],
-        note: Callable[[dict[str, Any]], None],
-    ) -> None:
-        super().__init__()
-        self.model, self._specs, self._note = model, specs, note
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        """Call the model; note the spec of what it returns."""
-        found: list[Tensor] = []
-        returned = self.model(*(unflatten(spec, tensors) for spec in self._specs))
-        self._note(flatten(returned, "output", found))
-        return found
-
-
-def _record(model: nn.Module, example: Any) -> _Recorded:
-    """Record a model's program by an example."""
-    is_several = type(example) in (tuple, list)
-    arguments = tuple(example) if is_several else (example,)
-    names = _argument_names(model, len(arguments))
-    tensors: list[Tensor] = []
-    specs, places = [], list[str]()
-    for name, argument in zip(names, arguments, strict=True):
-        specs.append(flatten(argument, name, tensors))
-        _name_tensors(specs[-1], name, places)
-    outputs: list[dict[str, Any]] = []
-    flat = _Flat(model, specs, outputs.append)
-    # Tensors apart from one another: torch would take one that occurs twice for one input.
-    given = tuple(tensor.detach().clone() for tensor in tensors)
-    auto = torch.export.Dim.AUTO
-    shapes = tuple({i: auto for i in range(tensor.dim())} for tensor in given)
-    with _without_anchors(model):
-        exported = torch.export.export(flat, given, dynamic_shapes=(shapes,), strict=False)
-    signature = exported.graph_signature
-    targets = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    used = {name: target for name, target in targets.items() if nodes[name].users}
-    user_inputs = [name for name in signature.user_inputs if isinstance(name, str)]
-    numbers = {
-        position: number
-        for number, position in enumerate(
-            i for i, name in enumerate(user_inputs) if nodes[name].users
-        )
-    }
-    inputs = [
-        _describe(places[position], given[position], nodes[user_inputs[position]])
-        for position in numbers
-    ]
-    keys: dict[str, int | str] = {**used}
-    keys.update({user_inputs[position]: number for position, number in numbers.items()})
-    program = encode(exported.graph, keys)
-    state: dict[str, Any] = {**exported.state_dict, **exported.constants}
-    constants = {target: state[target].detach().cpu() for target in used.values()}
-    kept = [[name, without_unused(spec, numbers)] for name, spec in zip(names, specs, strict=True)]
-    return _Recorded(arguments, kept, inputs, outputs[-1], program, constants)
-
-
-def _describe(place: str, tensor: Tensor, node: torch.fx.Node) -> TensorSpec:
-    """Return the description of an input; ValueError if it has a number of samples of its own."""
-    sizes = [size if isinstance(size, int) else None for size in node.meta["val"].shape]
-    if sizes and sizes[0] is not None:
-        raise ValueError(
-            f"example: {place} has {sizes[0]} samples or ids, and the model's program would take "
-            "no other number; give an example of several samples and ids, or have forward not "
-            "depend on how many there are"
-        )
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorSpec(place, dtype, sizes)
-
-
-def _name_tensors(spec: dict[str, Any], where: str, names: list[str]) -> None:
-    """Append the name of each tensor of a spec."""
-    ((kind, content),) = spec.items()
-    if kind == "tensor":
-        names.append(where)
-    elif kind == "jagged":
-        for part, field in zip(content, Jagged._fields, strict=True):
-            _name_tensors(part, f"{where}.{field}", names)
-    elif isinstance(content, (dict, list)):
-        items = content.items() if isinstance(content, dict) else enumerate(content)
-        for key, part in items:
-            _name_tensors(part, f"{where}[{key!r}]", names)
-
-
-def _argument_names(model: nn.Module, count: int) -> list[str]:
-    names = [
-        name
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    return [*names, *(f"argument {i}" for i in range(len(names), count))][:count]
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a module into evaluation, and each part back as it was."""
@@ -239,20 +131,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _without_anchors(model: nn.Module) -> Iterator[None]:
-    """Take the tables' anchors out of the parameters: torch finds them by paths of attributes.
-
-    A table may be called as a method of a module is, "type" for one, and no path leads to it.
-    """
-    taken = [(table, table._parameters.pop("anchor")) for table in hash_tables(model)]
-    try:
-        yield
-    finally:
-        for table, anchor in taken:
-            table._parameters["anchor"] = anchor
 
 
 def _tables_by_name(model: nn.Module) -> dict[str, HashTable]:
@@ -328,7 +206,8 @@ def _write_dense(
     path: Path,
     save_id: str,
     model: nn.Module,
-    recorded: _Recorded,
+    recorded: Recording,
+    transforms: dict[str, Any] | None,
     records: dict[str, TableRecord],
     written: list[Path],
 ) -> Manifest:
@@ -344,7 +223,7 @@ def _write_dense(
         arguments=recorded.specs,
         outputs=recorded.outputs,
         features=[key for _, spec in recorded.specs for key in spec.get("dict", {})],
-        transforms=[],
+        transforms=transforms,
         tables=records,
         dense=dense,
         constants={

@@ -52,8 +52,8 @@ class Manifest:
         arguments: Name and spec (``serving.values``) of each positional argument.
         outputs: Spec of what the model returns.
         features: Names of the features, keys of the arguments that are dicts.
-        transforms: Feature transforms of ``recis_lightning.data``, by which raw values become the
-            inputs; none is written so far, and a folder that has one is refused.
+        transforms: How raw records become the inputs, as ``raw_records.RecordReader`` reads it;
+            None: it was not written.
         tables: Tables by name.
         dense: File of the parameters and buffers.
         constants: Dtype of each of them.
@@ -67,7 +67,7 @@ class Manifest:
     arguments: list[list[Any]]
     outputs: dict[str, Any]
     features: list[str]
-    transforms: list[Any]
+    transforms: dict[str, Any] | None
     tables: dict[str, TableRecord]
     dense: FileRecord
     constants: dict[str, str]
@@ -143,8 +143,6 @@ class Manifest:
 
     def _check(self) -> None:
         """Raise ValueError unless every field is of its kind."""
-        if self.transforms != []:
-            raise ValueError("its feature transforms are of a later version")
         for name, table in self.tables.items():
             check_dtype(table.dtype)
             numbers = (table.num_rows, table.embedding_dim)

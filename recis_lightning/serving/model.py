@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from recis_lightning.arguments import check_bool, check_dtype
 from recis_lightning.serving.array_file import MappedArrays
-from recis_lightning.serving.manifest import Manifest
+from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from recis_lightning.serving.program import Program
+from recis_lightning.serving.raw_records import RecordReader, is_raw
 from recis_lightning.serving.served_table import ServedTable
 from recis_lightning.serving.values import DTYPES, TensorSpec, collect, unflatten
 
@@ -56,6 +57,17 @@ class ServedModel:
         }
         self._inputs = [TensorSpec.from_state(state) for state in manifest.inputs]
         self._program = Program(manifest.program, len(self._inputs), constants, self.tables)
+        self._reader: RecordReader | None = None
+        if manifest.transforms is not None:
+            try:
+                self._reader = RecordReader(manifest.transforms, self._inputs, constants)
+            except ValueError as error:
+                raise ValueError(f"{folder / MANIFEST_FILE}: its transforms: {error}") from error
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that raw records must have; none, where the folder has no transforms."""
+        return [] if self._reader is None else self._reader.columns
 
     def __call__(self, *arguments: Any) -> Any:
         """Return what the model's forward returns in evaluation, without gradients.
@@ -63,12 +75,15 @@ class ServedModel:
         Args:
             arguments: As the model's forward takes them: those of the export's example, with any
                 number of samples. Entries of a dict that the model does not use may be missing, and
-                others may be there.
+                others may be there. Or raw records, if the folder has transforms: a table of Arrow
+                or pandas, or a dict of which a value is a list, NumPy or Arrow array.
 
         Raises:
             TypeError, ValueError: An argument is not as in the example (names it), or a file is
                 damaged where it is read.
         """
+        if self._reader is not None and len(arguments) == 1 and is_raw(arguments[0]):
+            return self.score_records(arguments[0])
         expected = self.manifest.arguments
         if len(arguments) != len(expected):
             names = ", ".join(name for name, _ in expected)
@@ -76,7 +91,29 @@ class ServedModel:
         found: dict[int, Any] = {}
         for value, (name, spec) in zip(arguments, expected, strict=True):
             collect(value, spec, name, found)
-        inputs = [spec.take(found[number]) for number, spec in enumerate(self._inputs)]
+        return self._score([found[number] for number in range(len(self._inputs))])
+
+    def score_records(self, records: Any) -> Any:
+        """Return what the model's forward returns for raw records, without gradients.
+
+        Args:
+            records: Column -> its values, as the files of training have them: a list (of strings,
+                numbers, lists, None), an array of NumPy, Arrow, pandas or polars, or a Tensor or
+                ``Jagged`` that is taken as what the column's values would become. A table of Arrow
+                or pandas has columns too. Columns that the model does not use may be missing.
+
+        Raises:
+            TypeError, ValueError: The folder has no transforms, a column is missing, or its values
+                do not fit (names it); or a file is damaged where it is read.
+        """
+        if self._reader is None:
+            raise TypeError(
+                "records: the folder has no transforms of raw values; export with features="
+            )
+        return self._score(self._reader.read(records))
+
+    def _score(self, tensors: Sequence[Any]) -> Any:
+        inputs = [spec.take(one) for spec, one in zip(self._inputs, tensors, strict=True)]
         return unflatten(self.manifest.outputs, self._program.run(inputs))
 
     def __repr__(self) -> str:

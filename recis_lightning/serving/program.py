@@ -7,6 +7,7 @@ outside the tensors that it is given, and it loads without torch's compiler.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator as python_operator
 from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +52,24 @@ _KINDS = {
 }
 
 
+def without_dead_calls(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """Return a copy of a graph without calls whose results nobody uses.
+
+    Assertions of dtypes count as no use: ids of int32 and int64 are both served.
+    """
+    kept = copy.deepcopy(graph)
+    for node in list(kept.nodes):
+        if node.target is _METADATA:
+            kept.erase_node(node)
+    kept.eliminate_dead_code()
+    return kept
+
+
 def encode(graph: torch.fx.Graph, given: Mapping[str, int | str]) -> dict[str, Any]:
     """Return a graph as primitives.
 
     Args:
-        graph: Of an ``ExportedProgram``.
+        graph: Of an ``ExportedProgram``, from ``without_dead_calls``.
         given: Placeholder -> position of the input, or name of the constant, that it stands for;
             those that are missing have no use.
 
@@ -73,8 +87,6 @@ def encode(graph: torch.fx.Graph, given: Mapping[str, int | str]) -> dict[str, A
             numbers[node] = len(inputs)
             inputs.append(given[node.name])
     for node in graph.nodes:
-        if node.target is _METADATA:  # ids of int32 and int64 are both served
-            continue
         if node.op == "call_function":
             name = _name_of(node.target)
             _check_mutation(node, given)
@@ -212,6 +224,11 @@ class Program:
         self._outputs = _decode(state["outputs"], known)
         self._frees = self._last_uses(known)
 
+    @property
+    def num_outputs(self) -> int:
+        """Number of values that ``run`` returns."""
+        return len(self._outputs)
+
     def _check_lookup(self, arguments: Any, by_name: Any) -> None:
         """Raise ValueError unless a lookup fits its tables."""
         lists = arguments[3:] if isinstance(arguments, list) else []
@@ -307,4 +324,4 @@ def _values_in(argument: Any) -> set[int]:
     return set()
 
 
-__all__ = ["Program", "encode"]
+__all__ = ["Program", "encode", "without_dead_calls"]

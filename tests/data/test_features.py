@@ -231,3 +231,21 @@ def test_arrow_types():
     column = pa.chunked_array([pa.array(part).dictionary_encode() for part in (["x", "y"], ["x"])])
     plain = Features([Id("a", hash="xxh64")])({"a": ["x", "y", "x"]})["a"]
     assert torch.equal(Features([Id("a", hash="xxh64")])({"a": column})["a"], plain)
+
+
+def test_features_of_some_entries_need_only_their_columns():
+    made = features()
+    raw = table_of(0, 9).to_pydict()
+    part = made.only(["place", "user_tags", "price"])
+    assert [one.name for one in part.columns] == ["user", "tags", "price", "country"]
+    assert [one.name for one in part.transforms] == ["user_tags", "user_tags", "price", "place"]
+    whole, found = made(raw), part(raw)
+    assert list(found) == ["place", "user_tags", "price"]
+    assert found["place"].equal(whole["place"])
+    assert found["price"].equal(whole["price"])
+    assert all(map(torch.equal, found["user_tags"], whole["user_tags"]))
+    raw_price = Features([Number("price")], [Log1p("price"), Log1p("twice", source="price")])
+    assert len(raw_price.only(["price"]).transforms) == 1
+    assert len(raw_price.only(["twice"]).transforms) == 2
+    with pytest.raises(ValueError, match="outputs: expected names among"):
+        made.only(["prices"])

@@ -225,3 +225,18 @@ def test_kernels_agree_with_the_reference(kind, most):
 def test_no_strings():
     data, offsets = laid_out([])
     assert hash_strings(data, offsets, "xxh64", 0).shape == (0,)
+
+
+def test_few_strings_load_no_kernels(monkeypatch):
+    """Their hashes are the same, of course; many are hashed by kernels, as is all from then on."""
+    monkeypatch.setattr(backend, "_loaded", {})
+
+    def hashes(count):
+        data = np.arange(count * 3).astype(np.uint8)
+        return hash_strings(data, np.arange(count + 1) * 3, "xxh64", 0)
+
+    few = hashes(5)
+    assert list(backend._loaded) == [("string_hash", "reference")]
+    assert hashes(300)[:5].equal(few)
+    assert ("string_hash", "cpu") in backend._loaded
+    assert hashes(5).equal(few)

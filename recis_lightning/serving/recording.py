@@ -1,0 +1,216 @@
+"""Recording of a model's forward pass, and of what makes its batches, as programs.
+
+``torch.export`` follows tensors alone. So a function of dicts, tuples and ``Jagged`` is recorded as
+one of the tensors in them, and their specs (``serving.values``) say where each belongs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recis_lightning.jagged import Jagged
+from recis_lightning.serving.program import encode, without_dead_calls
+from recis_lightning.serving.values import TensorSpec, flatten, unflatten, without_unused
+from recis_lightning.table.listing import hash_tables
+
+_CONVERTED = "transforms."  # prefix of the constants of a batch's conversion
+
+
+class Recording(NamedTuple):
+    """Program of a function, and what it takes and returns.
+
+    Attributes:
+        specs: Name and spec of each argument.
+        inputs: Descriptions of the tensors that the program takes.
+        numbers: Position of each of them among the tensors of the arguments -> its number.
+        outputs: Spec of what it returns.
+        program: From ``program.encode``.
+        constants: Parameters and buffers that it reads.
+    """
+
+    specs: list[list[Any]]
+    inputs: list[TensorSpec]
+    numbers: dict[int, int]
+    outputs: dict[str, Any]
+    program: dict[str, Any]
+    constants: dict[str, Tensor]
+
+
+class _Flat(nn.Module):
+    """Function that takes and returns tensors alone.
+
+    Args:
+        model: The function, a module if it has parameters.
+        specs: Of its arguments.
+        note: Is given the spec of what it returns.
+        wanted: Positions of the tensors to return, among those that it returns; None: all.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        specs: list[dict[str, Any]],
+        note: Callable[[dict[str, Any]], None],
+        wanted: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        self.model, self._specs, self._note, self._wanted = model, specs, note, wanted
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        """Call the function; note the spec of what it returns."""
+        found: list[Tensor] = []
+        returned = self.model(*(unflatten(spec, tensors) for spec in self._specs))
+        self._note(flatten(returned, "output", found))
+        return found if self._wanted is None else [found[position] for position in self._wanted]
+
+
+def record_model(model: nn.Module, arguments: Sequence[Any]) -> Recording:
+    """Record a model's forward pass.
+
+    Args:
+        model: In evaluation.
+        arguments: Of its forward, an example.
+
+    Raises:
+        TypeError, ValueError: Its forward does what a served program cannot (says what).
+    """
+    with _without_anchors(model):
+        return _record(model, _argument_names(model, len(arguments)), arguments, None, "")
+
+
+def record_conversion(
+    convert: Callable[[dict[str, Any]], Any], entries: Mapping[str, Any], wanted: Sequence[int]
+) -> Recording:
+    """Record what makes a model's arguments of a batch's entries.
+
+    Args:
+        convert: Returns the arguments: one, or several in a tuple.
+        entries: Name -> Tensor or ``Jagged``, an example.
+        wanted: Positions of the tensors of the arguments that the model uses.
+
+    Raises:
+        TypeError, ValueError: ``convert`` does what a served program cannot (says what).
+    """
+    return _record(
+        lambda given: as_arguments(convert(given)), ["entries"], [dict(entries)], wanted, _CONVERTED
+    )
+
+
+def as_arguments(example: Any) -> tuple[Any, ...]:
+    """Return the arguments of a forward pass: a tuple or list (no ``Jagged``) holds several."""
+    return tuple(example) if type(example) in (tuple, list) else (example,)
+
+
+def _record(
+    function: Callable[..., Any],
+    names: Sequence[str],
+    arguments: Sequence[Any],
+    wanted: Sequence[int] | None,
+    prefix: str,
+) -> Recording:
+    tensors: list[Tensor] = []
+    specs, places = [], list[str]()
+    for name, argument in zip(names, arguments, strict=True):
+        specs.append(flatten(argument, name, tensors))
+        _name_tensors(specs[-1], name, places)
+    outputs: list[dict[str, Any]] = []
+    flat = _Flat(function, specs, outputs.append, wanted)
+    # Tensors apart from one another: torch would take one that occurs twice for one input.
+    given = tuple(tensor.detach().clone() for tensor in tensors)
+    auto = torch.export.Dim.AUTO
+    # Of size 0 or 1 torch makes a constant in any case, and warns.
+    shapes = tuple({i: auto for i, size in enumerate(one.shape) if size > 1} for one in given)
+    exported = torch.export.export(flat, given, dynamic_shapes=(shapes,), strict=False)
+    graph, signature = without_dead_calls(exported.graph), exported.graph_signature
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    used = {name: target for name, target in targets.items() if nodes[name].users}
+    user_inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+    numbers = {
+        position: number
+        for number, position in enumerate(
+            i for i, name in enumerate(user_inputs) if nodes[name].users
+        )
+    }
+    inputs = [
+        _describe(places[position], given[position], nodes[user_inputs[position]])
+        for position in numbers
+    ]
+    keys: dict[str, int | str] = {name: prefix + target for name, target in used.items()}
+    keys.update({user_inputs[position]: number for position, number in numbers.items()})
+    program = encode(graph, keys)
+    state: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    constants = {prefix + target: state[target].detach().cpu() for target in used.values()}
+    kept = [[name, without_unused(spec, numbers)] for name, spec in zip(names, specs, strict=True)]
+    return Recording(kept, inputs, numbers, outputs[-1], program, constants)
+
+
+def _describe(place: str, tensor: Tensor, node: torch.fx.Node) -> TensorSpec:
+    """Return the description of an input; ValueError if it has a number of samples of its own."""
+    sizes = [_constant(size) for size in node.meta["val"].shape]
+    if sizes and sizes[0] is not None:
+        raise ValueError(
+            f"example: {place} has {sizes[0]} samples or ids, and the model's program would take "
+            "no other number; give an example of several samples and ids, and have forward not "
+            "depend on how many there are (torch.export follows tensor.shape[0], not len(tensor))"
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorSpec(place, dtype, sizes)
+
+
+def _constant(size: int | torch.SymInt) -> int | None:
+    """Return a size if the program is for that one alone, or None."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr  # a number, where recording has made one of the symbol
+    return int(expression) if expression.is_number else None
+
+
+def _name_tensors(spec: dict[str, Any], where: str, names: list[str]) -> None:
+    """Append the name of each tensor of a spec."""
+    ((kind, content),) = spec.items()
+    if kind == "tensor":
+        names.append(where)
+    elif kind == "jagged":
+        for part, field in zip(content, Jagged._fields, strict=True):
+            _name_tensors(part, f"{where}.{field}", names)
+    elif isinstance(content, (dict, list)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, part in items:
+            _name_tensors(part, f"{where}[{key!r}]", names)
+
+
+def _argument_names(model: nn.Module, count: int) -> list[str]:
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return [*names, *(f"argument {i}" for i in range(len(names), count))][:count]
+
+
+@contextmanager
+def _without_anchors(model: nn.Module) -> Iterator[None]:
+    """Take the tables' anchors out of the parameters: torch finds them by paths of attributes.
+
+    A table may be called as a method of a module is, "type" for one, and no path leads to it.
+    """
+    taken = [(table, table._parameters.pop("anchor")) for table in hash_tables(model)]
+    try:
+        yield
+    finally:
+        for table, anchor in taken:
+            table._parameters["anchor"] = anchor
+
+
+__all__ = ["Recording", "as_arguments", "record_conversion", "record_model"]
