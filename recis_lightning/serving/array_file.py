@@ -244,6 +244,9 @@ class MappedArrays(Mapping[str, Array]):
         row_bytes = array.nbytes // max(len(array), 1)
         first = place.offset + rows * row_bytes
         chunks = first >> self._shift
+        if count == 1 and row_bytes <= _ALIGNMENT and not row_bytes & (row_bytes - 1):
+            self._check(chunks)  # aligned rows of such a size lie in one chunk
+            return
         last = np.minimum(first + (count * row_bytes - 1), place.offset + place.nbytes - 1)
         self._check(chunks)
         self._check(last >> self._shift)
@@ -254,7 +257,7 @@ class MappedArrays(Mapping[str, Array]):
             self._check(np.arange(len(self._checked)))
 
     def _check(self, chunks: npt.NDArray[np.int64]) -> None:
-        if self._checked.take(chunks).all():
+        if np.count_nonzero(self._checked.take(chunks)) == chunks.size:  # quicker than all()
             return
         wanted = np.unique(chunks)
         for chunk in wanted[~self._checked[wanted]].tolist():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from recis_lightning.checkpoint.commit import file_stems
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
 from recis_lightning.serving.array_file import ArrayWriter, FileRecord, to_numpy
+from recis_lightning.serving.folder_lock import exporting
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest, TableRecord
 from recis_lightning.serving.model import ServedModel
 from recis_lightning.serving.raw_records import arguments_of, check_features, record_transforms
@@ -30,7 +32,9 @@ from recis_lightning.table.lock import distinct_locks, read
 if TYPE_CHECKING:
     from recis_lightning.data.features import Features
 
-_SUFFIXES = (".rows", ".weights")
+# A table's file, the parameters' file, and a manifest that was not renamed: each of one save.
+_SAVE_ID = "[0-9a-f]{16}"
+_OWN_FILE = re.compile(rf".+\.{_SAVE_ID}\.(rows|weights)|{re.escape(MANIFEST_FILE)}\.{_SAVE_ID}")
 
 
 def export(
@@ -70,7 +74,8 @@ def export(
     Raises:
         TypeError, ValueError: An argument is not what it should be; or the model's forward does
             what a served program cannot (says what).
-        RuntimeError: The tables are sharded over ranks, or the served scores are not the model's.
+        RuntimeError: The tables are sharded over ranks, the served scores are not the model's, or
+            another export writes to the folder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
@@ -87,16 +92,17 @@ def export(
         if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(tables))):
             raise ValueError(f"{argument}: no such tables {unknown}; there are {sorted(tables)}")
     path = Path(folder)
-    older = _prepare(path)
+    path.mkdir(parents=True, exist_ok=True)
     save_id = secrets.token_hex(8)
     written: list[Path] = []
-    with _evaluating(model), torch.no_grad():
+    with exporting(path) as is_held, _evaluating(model), torch.no_grad():
+        older = _older_export(path)
         arguments, entries = arguments_of(example, features, convert)
         recorded = record_model(model, arguments)
         transforms, constants = record_transforms(features, convert, entries, recorded)
         recorded = recorded._replace(constants={**recorded.constants, **constants})
 
-        def write() -> None:
+        def write() -> Manifest:
             records = _write_tables(path, save_id, tables, formats, policies, written)
             manifest = _write_dense(path, save_id, model, recorded, transforms, records, written)
             served = ServedModel(path, manifest, check_all=False)
@@ -108,17 +114,32 @@ def export(
             if features is not None:
                 _compare(served.score_records(example), served(*arguments))
             manifest.write(path)
+            return manifest
 
         try:
             # No thread trains the tables meanwhile: rows and scores are of one moment.
-            read(distinct_locks(table.lock for table in tables.values()), write)
+            manifest = read(distinct_locks(table.lock for table in tables.values()), write)
         except BaseException:
             for file in written:
                 file.unlink(missing_ok=True)
             raise
-    for name in [] if older is None else older.files():
-        if name.endswith(_SUFFIXES) and older is not None and older.save_id in name:
-            (path / name).unlink(missing_ok=True)
+        _remove_unnamed(path, set(manifest.files()), None if is_held else older)
+
+
+def _remove_unnamed(path: Path, kept: Set[str], older: Manifest | None) -> None:
+    """Remove files of older exports, those that were killed among them.
+
+    Args:
+        path: The folder.
+        kept: Files of the new export.
+        older: Only what this manifest names goes; None: all files of an export's kind that are not
+            kept, for none is under way.
+    """
+    names = os.listdir(path) if older is None else older.files()
+    for name in names:
+        if name not in kept and _OWN_FILE.fullmatch(name):
+            with suppress(IsADirectoryError, PermissionError):  # a folder is nothing of ours
+                (path / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -162,9 +183,8 @@ def _policy_of(drop: Any, name: str) -> Eviction | None:
     return policy
 
 
-def _prepare(path: Path) -> Manifest | None:
-    """Make the folder if it is not there; return the manifest of an older export in it."""
-    path.mkdir(parents=True, exist_ok=True)
+def _older_export(path: Path) -> Manifest | None:
+    """Return the manifest of an older export in a folder."""
     if not (path / MANIFEST_FILE).exists():
         return None
     try:

@@ -1,5 +1,9 @@
 """Exports: what is written, what is left out, and what stays if one fails."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -18,6 +22,8 @@ from recis_lightning.eviction import GlobalStepFilter, MinNorm
 from recis_lightning.optim import SparseAdam
 from recis_lightning.serving import exporter
 from tests.helpers.served_model import make_batch, trained_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def small_model(**changed):
@@ -144,6 +150,71 @@ def test_a_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
         serving.export(small_model(), tmp_path, example=torch.arange(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert serving.load(tmp_path)(torch.arange(10)).equal(scores)
+
+
+KILLED = """
+import os, sys
+import torch
+from recis_lightning import serving
+from recis_lightning.serving import exporter
+from tests.serving.test_exporter import small_model
+def kill(*_):
+    os.kill(os.getpid(), 9)
+exporter._write_dense = kill
+serving.export(small_model(), sys.argv[1], example=torch.arange(3))
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    """Of an export's own kind only, whether or not it was the one before."""
+    left = [
+        *("user.0123456789abcdef.rows", "other.0123456789abcdef.rows"),
+        *("dense.aaaaaaaaaaaaaaaa.weights", "manifest.json.0123456789abcdef"),
+    ]
+    kept = [
+        *("user.rows", "notes.weights", "user.0123456789abcdeF.rows", "manifest.json.bak"),
+        *("base-0000000001-0123456789abcdef.0-of-1.rows", "user.0123456789abcdef.rows.txt"),
+    ]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "folder.0123456789abcdef.rows").mkdir()
+    model = small_model().eval()
+    serving.export(model, tmp_path, example=torch.arange(3))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {*kept, "folder.0123456789abcdef.rows", "manifest.json"}
+    assert not names & set(left)
+    assert len(names) == len(kept) + 4
+    assert serving.load(tmp_path, check_all=True)(torch.arange(5)).equal(model(torch.arange(5)))
+
+
+def test_an_export_that_is_killed_leaves_the_older_one(tmp_path):
+    model = small_model().eval()
+    serving.export(model, tmp_path, example=torch.arange(3))
+    before = {path.name for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
+    left = {path.name for path in tmp_path.iterdir()} - before
+    assert [name.partition(".")[0] for name in left] == ["user"]
+    assert serving.load(tmp_path)(torch.arange(5)).equal(model(torch.arange(5)))
+    serving.export(model, tmp_path, example=torch.arange(3))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_two_exports_to_one_folder_are_refused(tmp_path, monkeypatch):
+    """The second would remove the first one's files; the first goes on."""
+    model, found = small_model().eval(), []
+    original = exporter._write_dense
+
+    def write(*args):
+        with pytest.raises(RuntimeError, match="another export writes to"):
+            serving.export(small_model(), tmp_path, example=torch.arange(3))
+        found.append(True)
+        return original(*args)
+
+    monkeypatch.setattr(exporter, "_write_dense", write)
+    serving.export(model, tmp_path, example=torch.arange(3))
+    assert found == [True]
+    assert serving.load(tmp_path)(torch.arange(5)).equal(model(torch.arange(5)))
 
 
 def test_a_table_may_be_called_as_a_method_of_modules_is(tmp_path):
