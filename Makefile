@@ -1,5 +1,6 @@
 # Every target first creates .venv if it is missing or out of date.
 #   make demo    train on MovieLens-100k with all three hooks; print results and plot the run
+#   make serve-demo  serve the demo's model by HTTP (train it first if need be), and ask for scores
 #   make test    run the tests (those that need a GPU only if CUDA is available)
 #   make test-all  run the tests that take minutes too
 #   make check   run ruff, mypy and import-linter
@@ -23,7 +24,7 @@ MINUTES ?= 10
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check fuzz bench clean venv
+.PHONY: help demo serve-demo test test-all check fuzz bench clean venv
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +53,9 @@ $(STAMP): constraints.txt pyproject.toml
 
 demo: $(STAMP)
 	@TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m examples.deepfm.demo
+
+serve-demo: $(STAMP)
+	@TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m examples.serving.demo
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -1,0 +1,1 @@
+"""The demo's model behind an HTTP server, and a load test of it."""
