@@ -17,11 +17,17 @@ from recis_lightning.callbacks.fit_checks import check_table_names
 from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.callbacks.log_values import TensorCache, log_histogram, log_values, to_host
 from recis_lightning.callbacks.logger import loss_of
+from recis_lightning.callbacks.run_values import (
+    learning_rates,
+    settings_of,
+    validation_metrics,
+)
 from recis_lightning.callbacks.step_report import StepReport
 from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.report import TableReport, check_path, costs_of
+from recis_lightning.monitoring.run_facts import run_facts
 from recis_lightning.monitoring.watch import FIGURES, TableFigures, TableMonitor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
@@ -162,6 +168,7 @@ class MetricReportHook(Hook):
         self._num_batches = self._first = self._window = batches_done(trainer)
         self.monitor.watch(hash_tables(pl_module), resumed=self._resumed)
         self._resumed = False
+        self.history.facts = run_facts(settings_of(trainer))
         for table in self.monitor.tables:
             if table.eviction is not None:
                 table.track_readmissions()
@@ -224,6 +231,9 @@ class MetricReportHook(Hook):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = validation_metrics(trainer)
+        if metrics:
+            self.history.append(self._num_batches, metrics)
         self._end_evaluation(trainer)
         self._steps.resume()
         self._clock.resume()
@@ -317,9 +327,10 @@ class MetricReportHook(Hook):
             more |= self._steps.report(more.get("train_qps", math.nan))
         nonfinite = loss is not None and not math.isfinite(loss)
         full = collectives.any_rank([nonfinite], device)[0]
-        figures = self.monitor.record(
-            self._num_batches, more if loss is None else {**more, "loss": loss}, full
-        )
+        kept = {**more, **learning_rates(trainer)}
+        if loss is not None:
+            kept["loss"] = loss
+        figures = self.monitor.record(self._num_batches, kept, full)
         if self.phases:
             of_batch = ("tables/ids", "tables/distinct_ids")
             more |= {name: figures.values[name] for name in of_batch if name in figures.values}

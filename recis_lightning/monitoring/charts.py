@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from recis_lightning.monitoring.history import RunHistory
+from recis_lightning.monitoring.phases import PHASES
 from recis_lightning.table.scan import AGE_EDGES, NORM_EDGES
 
-__all__ = ["Chart", "Series", "number", "run_charts", "table_charts", "ticks"]
+__all__ = ["NUM_COLOURS", "Chart", "Series", "number", "run_charts", "table_charts", "ticks"]
 
 COUNTERS = ("admitted", "refused", "evicted", "readmitted")
 MEMORY = ("weight_bytes", "state_bytes", "index_bytes", "column_bytes")
 _MEMORY_LABELS = ("weights", "optimizer state", "index", "policy columns")
 _CHURN_LABELS = ("admitted", "refused", "evicted", "came back")
+NUM_COLOURS = 9  # of series, which come again after that
 _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -57,12 +59,37 @@ def run_charts(history: RunHistory) -> list[Chart]:
         charts.append(Chart("Evaluation batches a second", "lines", steps, [evaluation]))
     charts += [
         Chart("Loss", "lines", steps, [Series("loss", history.column("loss"))]),
+        *_step_charts(history, steps),
         *_table_charts(history, "tables"),
     ]
     skew = history.column("tables/rank_skew")
     if _any_known(skew):
         title = "Rows of the fullest rank over the mean"
         charts.append(Chart(title, "lines", steps, [Series("skew", skew)]))
+    return charts
+
+
+def _step_charts(history: RunHistory, steps: list[float]) -> list[Chart]:
+    """Return the charts of validation metrics, learning rates and the phases of a step."""
+    charts = []
+    for name in history.names:
+        if name.startswith("validation/"):
+            label = name.removeprefix("validation/")
+            series = Series(label, history.column(name))
+            charts.append(Chart(f"Validation: {label}", "lines", steps, [series]))
+    rates = [
+        Series(name.removeprefix("lr/"), history.column(name))
+        for name in history.names
+        if name.startswith("lr/")
+    ]
+    for first in range(0, len(rates), NUM_COLOURS):
+        charts.append(Chart("Learning rates", "lines", steps, rates[first : first + NUM_COLOURS]))
+    phases = [
+        Series(phase.replace("_", " "), history.column(f"step/{phase}_ms")) for phase in PHASES
+    ]
+    shown = [series for series in phases if any(value > 0 for value in series.values)]
+    if shown:
+        charts.append(Chart("Milliseconds of a batch by phase", "layers", steps, shown))
     return charts
 
 

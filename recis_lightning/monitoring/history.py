@@ -29,6 +29,7 @@ class RunHistory:
     Attributes:
         steps: The step of each point, ascending.
         distributions: Name -> counts by bin, of the newest step only.
+        facts: Name -> text, what a page says of the run as a whole.
 
     Raises:
         TypeError, ValueError: ``max_points`` is no int, or below 8.
@@ -45,6 +46,7 @@ class RunHistory:
         self.max_points = check_int("max_points", max_points, least=8)
         self.steps: list[int] = []
         self.distributions: dict[str, list[int]] = {}
+        self.facts: dict[str, str] = {}
         # A point has the columns known when it was appended; it counts as NaN in later ones.
         self._columns: dict[str, int] = {}  # name -> index in a point
         self._points: list[Point] = []
@@ -123,6 +125,7 @@ class RunHistory:
                 name: torch.tensor(counts, dtype=torch.int64, device="cpu")
                 for name, counts in self.distributions.items()
             },
+            "facts": dict(self.facts),
             "num_appended": self._num_appended,
             "every": self._stride,
         }
@@ -139,4 +142,5 @@ class RunHistory:
         self.distributions = {
             name: counts.tolist() for name, counts in state["distributions"].items()
         }
+        self.facts = dict(state.get("facts", {}))
         self._num_appended, self._stride = state["num_appended"], state["every"]

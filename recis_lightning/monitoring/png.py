@@ -11,7 +11,10 @@ from recis_lightning.monitoring.charts import Chart, number
 
 __all__ = ["check_matplotlib", "draw"]
 
-_COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#7a5fd0")
+_COLOURS = (
+    *("#2a78d6", "#eb6834", "#1baf7a", "#7a5fd0", "#d9a400"),
+    *("#c2477f", "#1f9fb3", "#8a6d3b", "#7f8794"),
+)
 _INK, _FAINT = "#333333", "#dddddd"
 _NAME_CHARS = 48
 _CHART_INCHES, _DPI, _MAX_PIXELS = (3.2, 2.2), 110, 30_000
@@ -90,7 +93,7 @@ def _draw_chart(axes: Any, name: str, chart: Chart) -> None:
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color=_COLOURS[index % 4],
+            color=_COLOURS[index % len(_COLOURS)],
             marker="o" if len(points) == 1 else None,
             linewidth=1.3,
             label=series.label,

@@ -8,15 +8,22 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from torch import nn
 
-from recis_lightning.monitoring.charts import MEMORY, Chart, number, run_charts, table_charts
+from recis_lightning.monitoring.charts import (
+    MEMORY,
+    NUM_COLOURS,
+    Chart,
+    number,
+    run_charts,
+    table_charts,
+)
 from recis_lightning.monitoring.checkpoint_history import read_run
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.png import check_matplotlib
-from recis_lightning.monitoring.step_costs import StepCosts
+from recis_lightning.monitoring.step_costs import WIDE, StepCosts
 from recis_lightning.monitoring.svg import chart_svg
 from recis_lightning.monitoring.watch import TableMonitor
 from recis_lightning.table.hash_table import HashTable
@@ -36,9 +43,10 @@ class TableFacts(NamedTuple):
 
 
 class TableReport:
-    """Charts of a run: speed, loss, rows, admissions and evictions, memory, ages and norms.
+    """Charts of a run: speed, loss, validation, learning rates, phases of a step, and its tables.
 
-    Made by ``report``, by ``MetricReportHook(report=...)``, or here from a history.
+    A notebook shows it inline. Made by ``report``, by ``MetricReportHook(report=...)``, or here
+    from a history.
 
     Args:
         history: Figures under the names of ``TableMonitor``.
@@ -115,12 +123,21 @@ class TableReport:
                 f"<section><h2>{escape(table.name)} <small>{about}</small></h2>{charts}</section>"
             )
         parts += [costs.html() for costs in self.costs]
+        parts.append(_facts(self.history.facts))
         steps = self.history.steps
         span = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else "one look"
         points = f"{len(steps):,} point{'s' if len(steps) != 1 else ''}"
         page = resources.files("recis_lightning.monitoring").joinpath("page.html")
         return Template(page.read_text("utf-8")).substitute(
             title=escape(self.title), about=f"{span}, {points}", body="\n".join(parts)
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, for a notebook: its styles touch nothing else there."""
+        page = escape(self.html(), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" sandbox="" title="{escape(self.title, quote=True)}" '
+            'style="width: 100%; height: 720px; border: 0"></iframe>'
         )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -148,18 +165,26 @@ class TableReport:
         return target
 
 
-def report(source: Any, path: str | os.PathLike[str]) -> Path:
-    """Write a report of a run's tables: one HTML page, or a PNG.
+@overload
+def report(source: Any) -> TableReport: ...
+
+
+@overload
+def report(source: Any, path: str | os.PathLike[str]) -> Path: ...
+
+
+def report(source: Any, path: str | os.PathLike[str] | None = None) -> TableReport | Path:
+    """Write a report of a run's tables, one HTML page or a PNG, or show it in a notebook.
 
     Args:
         source: A Lightning Trainer (whose ``MetricReportHook`` has kept the history; without one
             the report shows the tables as they are now), a module with tables, a list of tables,
             or a path: Lightning's checkpoint, a folder that ``checkpoint.save`` wrote to, or a
             folder with checkpoints of Lightning, of which the newest is shown.
-        path: Of the report; ends in ``.html`` or ``.png``.
+        path: Of the report; ends in ``.html`` or ``.png``. None writes none.
 
     Returns:
-        ``path`` as a ``Path``.
+        ``path`` as a ``Path``; without one a ``TableReport``, which notebooks show inline.
 
     Raises:
         TypeError, ValueError: An argument is of a wrong type or out of range; the error names it.
@@ -171,6 +196,8 @@ def report(source: Any, path: str | os.PathLike[str]) -> Path:
         >>> report([table], f"{tempfile.mkdtemp()}/report.html").name
         'report.html'
     """
+    if path is None:
+        return _report_of(source)
     check_path("path", path)
     return _report_of(source).write(path)
 
@@ -243,7 +270,7 @@ def _figure(chart: Chart) -> str:
     legend = ""
     if len(chart.series) > 1:
         keys = (
-            f'<span><i class="k{index % 4}"></i>{escape(series.label)}</span>'
+            f'<span><i class="k{index % NUM_COLOURS}"></i>{escape(series.label)}</span>'
             for index, series in enumerate(chart.series)
         )
         legend = f'<p class="legend">{"".join(keys)}</p>'
@@ -284,6 +311,19 @@ def _overview(history: RunHistory, tables: Sequence[TableFacts]) -> str:
             f"<tr{' class=bad' if is_bad else ''}><th>{escape(table.name)}</th>{cells}</tr>"
         )
     return (
-        f'<div class="wide"><table><thead><tr><th>table</th>{head}</tr></thead>'
+        f"{WIDE}<table><thead><tr><th>table</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    """Return what is known of the run as a whole."""
+    if not facts:
+        return ""
+    lines = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in facts.items()
+    )
+    return (
+        "<details open><summary>This run: date, host, versions and settings</summary>"
+        f'<table class="facts"><tbody>{lines}</tbody></table></details>'
     )

@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 
 from recis_lightning.monitoring.charts import number
 
-__all__ = ["ModuleCost", "OperatorCost", "StepCosts"]
+__all__ = ["WIDE", "ModuleCost", "OperatorCost", "StepCosts"]
+
+
+# Start of a table that may be wider than the screen, which a narrow one says.
+WIDE = '<div class="wide" tabindex="0"><p class="scrolls">This table scrolls sideways →</p>'
 
 
 class ModuleCost(NamedTuple):
@@ -113,8 +117,7 @@ class StepCosts(NamedTuple):
                 body = "".join(_row(row, "td") for row in rows)
                 table = f"<table><thead>{_row(head, 'th')}</thead><tbody>{body}</tbody></table>"
                 parts.append(
-                    f"<section><h2>{title} <small>{about}</small></h2>"
-                    f'<div class="wide">{table}</div></section>'
+                    f"<section><h2>{title} <small>{about}</small></h2>{WIDE}{table}</div></section>"
                 )
         return "".join(parts)
 

@@ -1,17 +1,19 @@
-"""Charts as SVG, coloured by the page's style sheet: classes ``c0`` to ``c3`` for the series."""
+"""Charts as SVG, coloured by the page's style sheet: classes ``c0`` to ``c8`` for the series."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
+from itertools import pairwise
 
-from recis_lightning.monitoring.charts import Chart, number, ticks
+from recis_lightning.monitoring.charts import NUM_COLOURS, Chart, number, ticks
 
 __all__ = ["chart_svg"]
 
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 22
+_MOST_SPOTS = 48  # of a chart: places that show their values under the pointer
 
 
 def chart_svg(chart: Chart) -> str:
@@ -66,12 +68,46 @@ def _curves(chart: Chart) -> Iterator[str]:
                 points = [(px + dx, py, pb) for px, py, pb in points for dx in (-20.0, 20.0)]
                 line = " ".join(f"{px},{py}" for px, py, _ in points)
             floor = " ".join(f"{px},{pb}" for px, _, pb in reversed(points))
-            yield f'<polygon class="f{index % 4}" points="{line} {floor}"/>'
+            yield f'<polygon class="f{index % NUM_COLOURS}" points="{line} {floor}"/>'
             below = [v if math.isfinite(v) else b for v, b in zip(values, below, strict=True)]
         elif len(points) == 1:
-            yield f'<circle class="f{index % 4}" cx="{points[0][0]}" cy="{points[0][1]}" r="3"/>'
+            (px, py, _), colour = points[0], index % NUM_COLOURS
+            yield f'<circle class="f{colour}" cx="{px}" cy="{py}" r="3"/>'
         elif points:
-            yield f'<polyline class="c{index % 4}" points="{line}"/>'
+            yield f'<polyline class="c{index % NUM_COLOURS}" points="{line}"/>'
+    yield from _spots(chart, x)
+
+
+def _spots(chart: Chart, x: Callable[[float], float]) -> Iterator[str]:
+    """Yield the columns of a chart that show their values while the pointer is over them."""
+    known = [
+        index
+        for index in range(len(chart.x))
+        if any(math.isfinite(series.values[index]) for series in chart.series)
+    ]
+    every = math.ceil(len(known) / _MOST_SPOTS)
+    shown = sorted({*known[::every], *known[-1:]})
+    middles = [x(chart.x[index]) for index in shown]
+    bounds = [(a + b) / 2 for a, b in pairwise(middles)]
+    edges = [float(_LEFT), *bounds, float(_WIDTH - _RIGHT)]
+    for index, middle, (left, right) in zip(shown, middles, pairwise(edges), strict=True):
+        lines = [f"step {chart.x[index]:,.0f}"]
+        for series in chart.series:
+            value = series.values[index]
+            if math.isfinite(value):
+                lines.append(f"{series.label[-24:]} {number(value, chart.unit)}")
+        is_left = middle < _WIDTH / 2
+        at, side = (middle + 5, "") if is_left else (middle - 5, " end")
+        text = "".join(
+            f'<tspan x="{at:.1f}" dy="{0 if row == 0 else 11}">{escape(line)}</tspan>'
+            for row, line in enumerate(lines)
+        )
+        height = _HEIGHT - _BOTTOM
+        yield (
+            f'<g class="spot"><rect x="{left:.1f}" y="0" width="{max(right - left, 0.1):.1f}" '
+            f'height="{height}"/><path d="M{middle} {_TOP}V{height}"/>'
+            f'<text class="tip{side}" y="{_TOP + 8}">{text}</text></g>'
+        )
 
 
 def _layers(chart: Chart) -> list[list[float]]:

@@ -122,6 +122,15 @@ def test_sources_that_are_none(tmp_path):
         report([filled()], "x")
 
 
+def test_a_notebook_shows_the_page_in_a_frame():
+    """Its source is the page, and neither scripts nor styles get out of it."""
+    shown = report([filled("user")])
+    frame = shown._repr_html_()
+    assert isinstance(shown, TableReport)
+    source = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="" [^<>]*></iframe>', frame)[1]
+    assert html.unescape(source) == shown.html()
+
+
 # What a page measures of itself, once it is laid out.
 MEASURE = """
 <script>
