@@ -10,6 +10,7 @@ from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
 from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
+from recis_lightning.callbacks.reinitialize import ReinitializeRowsHook
 from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.callbacks.trace import TraceHook
@@ -29,6 +30,7 @@ __all__ = [
     "MetricReportHook",
     "PredictionWriter",
     "ProfilerHook",
+    "ReinitializeRowsHook",
     "TimelineProfiler",
     "TraceHook",
     "UnevenBatches",
