@@ -14,6 +14,7 @@ from recis_lightning.callbacks.module_flops import ModuleFlopsHook
 from recis_lightning.callbacks.prediction_writer import PredictionWriter
 from recis_lightning.callbacks.profiler import ProfilerHook
 from recis_lightning.callbacks.progressive_validation import ProgressiveValidation
+from recis_lightning.callbacks.reinitialize import ReinitializeRowsHook
 from recis_lightning.callbacks.report import MetricReportHook
 from recis_lightning.callbacks.timeline_profiler import TimelineProfiler
 from recis_lightning.callbacks.trace import TraceHook
@@ -39,6 +40,7 @@ __all__ = [
     "PredictionWriter",
     "ProfilerHook",
     "ProgressiveValidation",
+    "ReinitializeRowsHook",
     "TimelineProfiler",
     "TraceHook",
     "UnevenBatches",

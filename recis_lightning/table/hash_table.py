@@ -54,6 +54,7 @@ from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.lock import TableLock, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
+from recis_lightning.table.reinitialization import reinitialize_rows
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import Forgotten, TableStatistics
 from recis_lightning.table.storage import Storage
@@ -547,6 +548,36 @@ class HashTable(nn.Module):
         weights = weights.reshape(-1, self.embedding_dim)
         self.needs_reshard = True
         insert_rows(self.storage, self.evictor.readmissions, flat, weights)
+
+    @writes
+    def reinitialize(self, seed: int | None = None) -> None:
+        """Give all rows other initial weights and an empty optimizer state.
+
+        Ids, and what policies keep of them, stay; pending gradients are dropped, and the count of
+        optimizer steps starts from 0. New ids start from the same seed from now on. On several
+        ranks all call it.
+
+        Args:
+            seed: Of the new weights; None takes the one after the table's.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is no int, or out of range; nothing has changed.
+
+        Example:
+            >>> table = HashTable(2, seed=5)
+            >>> table.insert(torch.tensor([7]), torch.ones(1, 2))
+            >>> table.reinitialize()
+            >>> table.seed, table.embeddings(torch.tensor([7])).abs().max() < 0.1
+            (6, tensor(True))
+        """
+        seed = check_seed((self.seed + 1 if self.seed < 2**64 - 1 else 0) if seed is None else seed)
+        ids, rows = self.ids_map()
+        reinitialize = partial(reinitialize_rows, self, ids, rows, seed)
+        try:
+            reinitialize()
+        except BaseException:  # there is no way back: a second time from the beginning
+            reinitialize()
+            raise
 
     # ---- removing rows
 
