@@ -11,7 +11,7 @@ rows; another process follows. Parts:
 - delta, full: one delta with state and one ``checkpoint.save`` of the same step, in seconds and
   bytes; targets: the delta at least 10 times as fast and as small.
 - mark: the optimizer's step on a table that is marked, against one that is not, in turn. Target: at
-  most 1% of a training step (lookup, backward and optimizer).
+  most 1% of the CPU time of a training step (lookup, backward and optimizer).
 
     python benchmarks/bench_freshness.py [--num-ids N] [--rounds N] [--dry]
 """
@@ -125,7 +125,7 @@ def measure_delta(module: Any, optimizer: Any, num_ids: int, rounds: int) -> dic
 
 
 def measure_mark(num_ids: int, rounds: int) -> dict[str, float]:
-    """Return medians of a training step with a mark and without, timed in turn."""
+    """Return medians of a training step's CPU time with a mark and without, in turn."""
     batches = [torch.randint(0, num_ids, (1 << 15,)) for _ in range(8)]
     modules = [_trained(num_ids), _trained(num_ids)]
     mark = serving.ModelMark(modules[1][0])
@@ -134,9 +134,9 @@ def measure_mark(num_ids: int, rounds: int) -> dict[str, float]:
     for round_number in range(8 * rounds):
         order = (0, 1) if round_number % 2 else (1, 0)
         for which in order:
-            start = time.perf_counter()
+            start = time.process_time()
             _step(*modules[which], batches[round_number % 8])
-            times[which].append(time.perf_counter() - start)
+            times[which].append(time.process_time() - start)
     mark.close()
     return {"unmarked_ms": 1e3 * median(times[0]), "marked_ms": 1e3 * median(times[1])}
 
