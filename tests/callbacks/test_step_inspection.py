@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 
 from recis_lightning.callbacks import (
@@ -123,3 +124,20 @@ def test_a_short_or_failing_run_leaves_nothing(tmp_path):
 def test_bad_arguments(hook, step):
     with pytest.raises((TypeError, ValueError), match="step"):
         hook(step=step)
+
+
+def test_yaml(tmp_path, monkeypatch):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "seed_everything: 0\ntrainer:\n  callbacks:\n"
+        "    - class_path: recis_lightning.callbacks.ModuleFlopsHook\n"
+        "      init_args: {step: 5}\n"
+        "    - class_path: recis_lightning.callbacks.MemoryAccessHook\n"
+        "      init_args: {step: 7, output_dir: costs}\n"
+    )
+    monkeypatch.setattr("sys.argv", ["cli", "--config", str(config)])
+    callbacks = LightningCLI(Model, run=False, save_config_callback=None).trainer.callbacks
+    (flops,) = [hook for hook in callbacks if isinstance(hook, ModuleFlopsHook)]
+    (memory,) = [hook for hook in callbacks if isinstance(hook, MemoryAccessHook)]
+    assert (flops._inspection.step, flops._inspection.output_dir) == (5, None)
+    assert (memory._inspection.step, memory._inspection.output_dir) == (7, "costs")
