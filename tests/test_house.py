@@ -123,6 +123,7 @@ TESTED_BY = {
     "serving/layered_table.py": "serving/test_follower.py",
     "serving/merging.py": "serving/test_restoring.py",
     "serving/manifest.py": "serving/test_model.py",
+    "data/window_batches.py": "data/test_module_windows.py",
     "serving/recording.py": "serving/test_raw_records.py",
     "serving/values.py": "serving/test_model.py",
     "table/admission_counter.py": "test_admission.py",

@@ -17,6 +17,7 @@ from recis_lightning.data.features import Features, features_of
 from recis_lightning.data.follow import Follow, check_follow
 from recis_lightning.data.mixing import MixedDataset, place_after
 from recis_lightning.data.rows import Batch
+from recis_lightning.data.window_batches import WindowBatches
 from recis_lightning.data.windows import Window, check_window
 from recis_lightning.distributed import collectives
 
@@ -148,6 +149,23 @@ class ColumnarDataModule(L.LightningDataModule):
     def num_windows(self) -> int | None:
         """Number of windows of training files; None if they are followed."""
         return self.dataset("train").num_windows
+
+    @property
+    def windows(self) -> WindowBatches:
+        """Windows of training files, for ``ProgressiveValidation``, from the first one on.
+
+        Raises:
+            ValueError: The training files are not in windows, or are followed.
+        """
+        if self._divided is None or self._follow is not None:
+            got = "follow" if self._follow is not None else "no window"
+            raise ValueError(
+                "windows: ProgressiveValidation evaluates the next window before it is trained, so "
+                f"files must be there and in windows (window='1h', without follow); got {got}"
+            )
+        pins = self.pin_memory and not self.num_workers
+        data = self._columnar("train", self.paths["train"], self.convert, pins)
+        return WindowBatches(data, self.num_workers, self.pin_memory)
 
     def _make(self, part: str, paths: Any) -> ColumnarDataset | MixedDataset:
         pins = self.pin_memory and not self.num_workers

@@ -2,14 +2,16 @@
 
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import lightning as L
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 
+from recis_lightning.callbacks import ProgressiveValidation, WindowCheckpoint
 from recis_lightning.data import ColumnarDataModule, Follow
 from recis_lightning.distributed import collectives
 from tests.data.test_module import QUIET, Clicks, weights_of
@@ -50,7 +52,7 @@ def fit(folder, model, callbacks=(), ckpt=None, max_epochs=-1, follow=True, **se
         **QUIET,
         max_epochs=max_epochs,
         callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
+        enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),
     )
     with suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
@@ -160,3 +162,42 @@ def test_ranks_with_other_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(collectives, "gather", lambda value: [value, "another"])
     with pytest.raises(ValueError, match=r"train: the files, .* differ between ranks: .*\[1\]"):
         data.train_dataloader()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_each_window_is_evaluated_before_it_is_trained(tmp_path, num_workers):
+    """By ProgressiveValidation, which takes the windows of the data module."""
+
+    class Both(Clicks):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def training_step(self, batch):
+            self.seen.append(("train", sorted(batch["user"].tolist())))
+            return super().training_step(batch)
+
+        def validation_step(self, batch):
+            self.seen.append(("evaluate", sorted(batch["user"].tolist())))
+
+    for day in (1, 2, 3):
+        write(tmp_path, day, 10 * day, 4)
+    model = Both()
+    saved = WindowCheckpoint(tmp_path / "saved", every_n_windows=2)
+    hooks = [ProgressiveValidation(), saved]
+    fit(tmp_path, model, hooks, follow=False, window="1d", num_workers=num_workers)
+    seen = model.seen[1:]  # without the sanity check's
+    parts, rows = [part for part, _ in seen], [rows for _, rows in seen]
+    assert parts == ["evaluate", "train"] * 3
+    assert rows[::2] == rows[1::2]
+    assert len({tuple(window) for window in rows}) == 3
+    assert [Path(path).stem for path in saved.paths] == ["2026-11-02"]
+
+
+@pytest.mark.parametrize("settings", [{"follow": True, "window": "1d"}, {"follow": False}])
+def test_windows_that_cannot_be_evaluated_first_are_refused(tmp_path, settings):
+    write(tmp_path, 1, 0, 4)
+    with pytest.raises(ValueError, match=r"windows: .* files must be there and in windows"):
+        fit(tmp_path, Clicks(), [ProgressiveValidation()], **settings)
