@@ -164,7 +164,8 @@ class ColumnarDataModule(L.LightningDataModule):
                 f"files must be there and in windows (window='1h', without follow); got {got}"
             )
         pins = self.pin_memory and not self.num_workers
-        data = self._columnar("train", self.paths["train"], self.convert, pins)
+        paths = cast(Any, self.paths["train"])  # data in windows are not mixed
+        data = self._columnar("train", paths, self.convert, pins)
         return WindowBatches(data, self.num_workers, self.pin_memory)
 
     def _make(self, part: str, paths: Any) -> ColumnarDataset | MixedDataset:
