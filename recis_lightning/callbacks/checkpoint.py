@@ -101,6 +101,9 @@ class CheckpointHook(Hook):
         own = type(self).on_train_batch_end is CheckpointHook.on_train_batch_end
         if reload_every is None and own:  # Lightning skips what cannot be called, at no cost
             vars(self)["on_train_batch_end"] = None
+        if reload_every is None and type(self).state_dict is CheckpointHook.state_dict:
+            # Of hooks with a state Lightning takes one; there may be two of those without.
+            vars(self)["state_dict"] = super().state_dict
         self._module: LightningModule | None = None
         self._loaded: CheckpointReader | None = None
         self._save: _ShardedSave | None = None

@@ -147,7 +147,7 @@ class RowStore:
         if num_new <= unused:
             return
         missing, block_rows = num_new - unused, 1 << self.block_shift
-        if len(self.addresses) >= _FEW_BLOCKS or self.header.device.type != "cpu":
+        if len(self.addresses) >= _FEW_BLOCKS or self.header.is_mirrored:
             growth = len(self.addresses) // 8 << self.block_shift
         old_whole, old_rest = divmod(self.capacity, block_rows)
         whole, rest = self._divide(self.capacity + max(missing, growth))
@@ -163,7 +163,7 @@ class RowStore:
     def _divide(self, num_rows: int) -> tuple[int, int]:
         """Return the whole blocks to hold so many rows, and the rows of a part behind them."""
         whole, rest = divmod(num_rows, 1 << self.block_shift)
-        if rest and (whole >= _FEW_BLOCKS or self.header.device.type != "cpu"):
+        if rest and (whole >= _FEW_BLOCKS or self.header.is_mirrored):
             return whole + 1, 0
         return whole, rest
 

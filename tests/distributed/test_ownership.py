@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recis_lightning.distributed.ownership import owner_of
-from recis_lightning.ops.cpu.probe import slot_of
+from recis_lightning.ops.cpu.probe import _mix
 from tests.helpers.sample_tables import EXTREMES
 
 PATTERNS = {
@@ -48,7 +48,7 @@ def test_ids_of_one_owner_spread_over_its_index(pattern):
     """A shard's index has no more collisions than chance gives it."""
     ids = PATTERNS[pattern]
     mine = ids[owner_of(ids, 8) == 3].numpy()
-    lines = slot_of.py_func(mine, 64 - 17) // 4
+    lines = (_mix.py_func(mine) >> np.uint64(64 - 17)) // np.uint64(4)
     load = len(mine) / 2**15
     used = len(np.unique(lines)) / 2**15
     # Of lines that chance fills, 1 - exp(-load) hold something; better than chance is welcome.

@@ -244,7 +244,7 @@ def test_criteo_parts_come_from_patterns_in_order(files):
     data = CriteoDataModule(
         str(files), ["*1.parquet", "part-*"], val=["part-0.orc"], test=["part-[1-9]*"], hash=None
     )
-    names = [Path(path).name for path in data.dataset("train")._files.files]
+    names = [Path(file.path).name for file in data.dataset("train")._files.files]
     assert names == ["part-1.parquet", "part-0.orc"]
     assert numbers(list(data.val_dataloader())) == list(range(20))
     assert numbers(list(data.test_dataloader())) == list(range(20, 50))

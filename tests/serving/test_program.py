@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from recis_lightning.serving.program import Program, encode
+from recis_lightning.serving.program import Program, encode, without_dead_calls
 
 
 def recorded(module, *arguments):
@@ -18,7 +18,13 @@ def recorded(module, *arguments):
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     given |= {name: number for number, name in enumerate(signature.user_inputs)}
     given |= signature.inputs_to_lifted_tensor_constants
-    state = encode(exported.graph, given)
+    graph = without_dead_calls(exported.graph)
+    names = [
+        [node.name for node in one.nodes if node.op == "placeholder"]
+        for one in (exported.graph, graph)
+    ]  # a copy may have others
+    given = {new: given[old] for old, new in zip(*names, strict=True) if old in given}
+    state = encode(graph, given)
     return json.loads(json.dumps(state)), {**exported.state_dict, **exported.constants}
 
 

@@ -262,6 +262,7 @@ def _fill_index(segments, fields, larger, base, first, rows):
         capacity = len(larger) - 1
         index = Target(larger.data_ptr(), capacity, 65 - capacity.bit_length(), True)
         larger[capacity] = torch.from_numpy(_last_entry(*old))
+    assert index.capacity & (index.capacity - 1) == 0  # a region is known by its leading bits
     partitions = partition(segments, old, index, first, rows)
     num_regions, scratch = len(partitions.starts), None
     if partitions.items is None:

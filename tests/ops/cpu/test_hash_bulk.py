@@ -13,6 +13,7 @@ from recis_lightning.ops.cpu import hash_bulk as hash_bulk_cpu
 from recis_lightning.ops.cpu import hash_index as hash_index_cpu
 from recis_lightning.ops.cpu import hash_partition
 from recis_lightning.ops.layout import HAS_PADDING, PADDING, SEGMENT_FLAGS, SEGMENT_PADDING
+from recis_lightning.table import sizing
 from tests.helpers.sample_tables import insert_initial
 
 CPU = torch.device("cpu")
@@ -23,6 +24,8 @@ PADDING_ID = 12345
 @pytest.fixture(autouse=True)
 def _few_are_many(monkeypatch):
     monkeypatch.setattr(hash_index_cpu, "_BULK", 300)
+    # Tables of many ids have an index whose size is a power of two, and so have these few.
+    monkeypatch.setattr(sizing, "SMALL_IDS", -1)
     monkeypatch.setattr(hash_index_cpu, "_FIRST_ROUND", 100)
     monkeypatch.setattr(hash_partition, "_REGION_SHIFT", 4)  # ids often find a region full
 
