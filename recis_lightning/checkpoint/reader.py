@@ -120,8 +120,9 @@ class CheckpointReader:
                 f"{sorted(tables)}: {sorted(missing)} would get no rows, {sorted(unknown)} have no "
                 "place"
             )
-        for name in tables.keys() & saved:
-            self._tables.check_fit(name, tables[name], how)
+        for name, table in tables.items():  # in their order, on all ranks
+            if name in saved:
+                self._tables.check_fit(name, table, how)
 
     def load(
         self, tables: dict[str, HashTable], how: FitRules, progress: Progress, whole: bool = True
