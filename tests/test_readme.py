@@ -42,6 +42,18 @@ def test_the_serving_examples_run():
     exec(compile("\n".join(examples), str(page), "exec"), {"__name__": "serving_page"})
 
 
+def test_the_retrieval_example_runs():
+    page = README.parent / "docs" / "retrieval.md"
+    training, index = re.findall(
+        r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    )
+    names = {"__name__": "retrieval_page"}
+    exec(compile(training, str(page), "exec"), names)
+    pytest.importorskip("faiss")
+    exec(compile(index, str(page), "exec"), names)
+    assert set(names["ids"].flat) <= {10, 20}
+
+
 def test_linked_files_exist():
     text = README.read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http)([^)#]+)\)|(examples/[\w./]+\.\w+)", text):

@@ -10,6 +10,7 @@ from recis_lightning.serving.model import ServedModel, load
 from recis_lightning.serving.parquet_sink import ParquetSink
 from recis_lightning.serving.restoring import restore
 from recis_lightning.serving.traces import Trace, find_traces
+from recis_lightning.serving.vector_index import export_index
 
 __all__ = [
     "ChainSink",
@@ -25,6 +26,7 @@ __all__ = [
     "bind",
     "compact",
     "export",
+    "export_index",
     "find_traces",
     "follow",
     "load",

@@ -52,9 +52,10 @@ from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.evictor import Evicted, EvictionReport, Evictor, clock_of, kept_columns
 from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.insertion import insert_rows
-from recis_lightning.table.lock import TableLock, reads, write, writes
+from recis_lightning.table.lock import TableLock, read, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.reinitialization import reinitialize_rows
+from recis_lightning.table.sampling import IdSample, check_policy, counts_of, draw
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import Forgotten, TableStatistics
 from recis_lightning.table.storage import Storage
@@ -525,6 +526,74 @@ class HashTable(nn.Module):
             self.storage.header, rows, self.embedding_dim, self.dtype
         )
         return weights.view(*ids.shape, self.embedding_dim)
+
+    @reads
+    def sample(
+        self, n: int, by: str = "count", generator: torch.Generator | None = None
+    ) -> IdSample:
+        """Draw ids that have a row, with replacement: negatives to train a retrieval model with.
+
+        The draws depend on the ids, their counts and the generator, not on where rows are. On
+        several ranks each draws from its own shard. A call takes time in proportion to the table's
+        rows, so draw for many batches at once if there are millions of them.
+
+        Args:
+            n: How many, an int >= 0.
+            by: "count", in proportion to the occurrences of ids in training lookups (an ``insert``
+                counts as one), which a policy such as ``MaxRows(n, by="count")`` keeps;
+                "uniform", all ids alike.
+            generator: Of the draws, on any device; None takes torch's of the CPU.
+
+        Returns:
+            ``ids``, int64 [n], and ``probabilities``, float64 [n], of each to be drawn (from this
+            rank's shard).
+
+        Raises:
+            TypeError, ValueError: An argument is not what it should be.
+            RuntimeError: The table keeps no counts, no id has one, or there are no rows.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([7, 8, 9, 10]), torch.zeros(4, 2))
+            >>> sample = table.sample(3, by="uniform", generator=torch.Generator().manual_seed(0))
+            >>> len(sample.ids), sample.probabilities.tolist()
+            (3, [0.25, 0.25, 0.25])
+        """
+        check_not_traced(f"table {self.name!r}", ())
+        return draw(self.storage, check_int("n", n, least=0), by, generator)
+
+    def sampling_probabilities(self, ids: Tensor, by: str = "count") -> Tensor:
+        """Return with what probability ``sample`` would draw each id: its share of all counts.
+
+        Over all ranks' shards together, whatever the number of ranks; there it is a collective
+        operation, to which each rank brings ids of its own.
+
+        Args:
+            ids: int64 [*]; each rank may have another number of them.
+            by: As for ``sample``.
+
+        Returns:
+            float64 [*], 0 for an id without a row or a count.
+
+        Raises:
+            ValueError: ``by`` is something else.
+            RuntimeError: The table keeps no counts.
+
+        Example:
+            >>> table = HashTable(2)
+            >>> table.insert(torch.tensor([7, 8]), torch.zeros(2, 2))
+            >>> table.sampling_probabilities(torch.tensor([7, 9]), by="uniform").tolist()
+            [0.5, 0.0]
+        """
+        check_not_traced(f"table {self.name!r}", [ids])
+        flat, group = check_ids(ids).reshape(-1), self._process_group
+        check_policy(self.storage, by)
+        parts = collectives.gather(flat.cpu(), group)
+        start = sum(map(len, parts[: collectives.rank(group)]))
+        counts = read((self.lock,), counts_of, self.storage, torch.cat(parts), by)
+        counts = collectives.sum_over_ranks(counts, group)
+        shares = counts[:-1].double() / counts[-1].clamp(min=1)
+        return shares[start : start + flat.numel()].view(ids.shape)
 
     @writes
     def insert(self, ids: Tensor, embeddings: Tensor) -> None:
