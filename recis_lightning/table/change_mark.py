@@ -33,9 +33,10 @@ class Changes(NamedTuple):
 class ChangeMark:
     """Mark in a table's changes; all rows come after it when it is made.
 
-    A row has changed when an update or an insertion wrote it, when its id is new, or when it has
-    another number; with ``state`` also when a policy's column of it has. After ``clear``, a load,
-    a move to another device or dtype, or another optimizer's state, all rows have.
+    A row has changed when an update, an insertion or ``reinitialize`` wrote it, when its id is new,
+    or when it has another number; with ``state`` also when a policy's column of it has. After
+    ``clear``, a load, a move to another device or dtype, or another optimizer's state, all rows
+    have.
 
     Args:
         table: The table. It has eight marks at most.

@@ -43,6 +43,7 @@ def reinitialize_rows(table: SeededTable, ids: Tensor, rows: Tensor, seed: int) 
     storage.num_overwrites += 1 + int(storage.header.fields[NUM_UPDATES])
     storage.header.fields[NUM_UPDATES] = 0
     storage.header.publish()
+    storage.note_written(rows)
     if ids.numel():
         every = torch.arange(ids.numel(), device=ids.device)
         segments = storage.segments(ids.contiguous())

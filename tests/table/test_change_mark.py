@@ -177,3 +177,18 @@ def test_an_empty_table_has_no_changes():
     assert mark.take().is_whole
     changes = mark.take()
     assert (changes.is_whole, changes.ids.numel(), changes.removed.numel()) == (False, 0, 0)
+
+
+def test_rows_that_start_anew_have_changed(backend):
+    """Who follows a table gets the new initial rows of ``reinitialize``, all but those evicted."""
+    module = DynamicEmbedding(3, name="t")
+    follower = _Follower(module.table)
+    module(torch.tensor([7, -1, 8]))
+    module.table.delete(torch.tensor([8]))
+    follower.follow()
+    module.table.reinitialize()
+    changes = follower.follow()
+    assert changes.ids.tolist() == [7, -1]
+    assert not changes.is_whole
+    follower.check()
+    assert follower.follow().ids.numel() == 0
