@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -36,7 +36,8 @@ class ProgressiveValidation(Hook):
         first: Whether the first window is evaluated before training.
 
     Raises:
-        MisconfigurationException: At the start of ``fit``, there are no windows.
+        MisconfigurationException: At the start of ``fit``, there are no windows, or the Trainer has
+            ``max_steps``.
         TypeError: ``first`` is no bool.
 
     Example:
@@ -56,6 +57,12 @@ class ProgressiveValidation(Hook):
         """Give the Trainer the windows as data of training and validation."""
         if stage != TrainerFn.FITTING:
             return
+        if trainer.max_steps != -1:
+            # Lightning, resuming such a run, counts one epoch more: a window would be left out.
+            raise MisconfigurationException(
+                f"ProgressiveValidation: expected Trainer(max_steps=-1), got {trainer.max_steps}; "
+                "limit a run over windows by their number, max_epochs"
+            )
         loop: Any = trainer.fit_loop
         given = loop._data_source.instance
         windows = given.windows if isinstance(given, _Training) else _windows_of(given)
@@ -90,12 +97,15 @@ class ProgressiveValidation(Hook):
 
 def _windows_of(given: Any) -> Windows:
     """Return the windows that ``fit`` was given; an error says what to give."""
-    for one in (given, getattr(given, "windows", None)):
+    # A data set of files selects a window too, but goes through its windows for ever.
+    is_files = hasattr(given, "num_windows") and not isinstance(given, LightningDataModule)
+    for one in () if is_files else (given, getattr(given, "windows", None)):
         if isinstance(one, Windows):
             return one
     raise MisconfigurationException(
         "ProgressiveValidation: expected windows of data in fit(model, WindowList([...])), or a "
-        f"data module with an attribute windows, got {type(given).__name__}"
+        "data module with an attribute windows, such as ColumnarDataModule(window='1h'), got "
+        f"{type(given).__name__}"
     )
 
 

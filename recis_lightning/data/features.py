@@ -191,6 +191,8 @@ class Features(nn.Module):
             KeyError: A column is absent; names it.
             TypeError, ValueError: Values do not fit; names the column or transform.
         """
+        if isinstance(data, pa.Table | pa.RecordBatch):
+            data = {name: data.column(name) for name in data.schema.names}
         for column in self.columns:
             if isinstance(column, Label) and not {column.name, *column.sources} & set(data):
                 return self.without_labels().forward(data)

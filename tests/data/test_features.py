@@ -249,3 +249,17 @@ def test_features_of_some_entries_need_only_their_columns():
     assert len(raw_price.only(["twice"]).transforms) == 2
     with pytest.raises(ValueError, match="outputs: expected names among"):
         made.only(["prices"])
+
+
+@pytest.mark.parametrize("is_batch", [False, True], ids=["Table", "RecordBatch"])
+def test_arrow_tables_are_records(is_batch):
+    """With labels and without."""
+    made, table = features(), table_of(0, 6)
+    for records in (table, table.drop(["click"])):
+        wanted = made(records.to_pydict())
+        found = made(records.combine_chunks().to_batches()[0] if is_batch else records)
+        assert found.keys() == wanted.keys()
+        assert ("click" in found) == ("click" in records.schema.names)
+        for name, entry in wanted.items():
+            for one, other in zip(entry, found[name], strict=True):
+                assert one is other is None or torch.equal(one, other)

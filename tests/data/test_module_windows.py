@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 
-from recis_lightning.callbacks import ProgressiveValidation, WindowCheckpoint
-from recis_lightning.data import ColumnarDataModule, Follow
+from recis_lightning.callbacks import ProgressiveValidation, WindowCheckpoint, WindowList
+from recis_lightning.data import ColumnarDataModule, ColumnarDataset, Follow
 from recis_lightning.distributed import collectives
 from tests.data.test_module import QUIET, Clicks, weights_of
 from tests.helpers.columnar_files import COLUMNS, table_of, write_files
@@ -201,3 +202,19 @@ def test_windows_that_cannot_be_evaluated_first_are_refused(tmp_path, settings):
     write(tmp_path, 1, 0, 4)
     with pytest.raises(ValueError, match=r"windows: .* files must be there and in windows"):
         fit(tmp_path, Clicks(), [ProgressiveValidation()], **settings)
+
+
+def test_a_data_set_goes_on_for_ever_and_is_refused(tmp_path):
+    """Its windows come again and again; the data module's do not."""
+    write(tmp_path, 1, 0, 4)
+    data = ColumnarDataset(str(tmp_path / "*/*.parquet"), COLUMNS, window="1d")
+    run = L.Trainer(**QUIET, max_epochs=-1, callbacks=[ProgressiveValidation()])
+    with pytest.raises(MisconfigurationException, match=r"ColumnarDataModule.*got Columnar"):
+        run.fit(Clicks(), data)
+
+
+def test_a_number_of_steps_is_refused_beside_windows(tmp_path):
+    """A resumed run would leave a window out."""
+    run = L.Trainer(**QUIET, max_steps=9, callbacks=[ProgressiveValidation()])
+    with pytest.raises(MisconfigurationException, match=r"expected Trainer\(max_steps=-1\), got 9"):
+        run.fit(Clicks(), WindowList([[]]))
