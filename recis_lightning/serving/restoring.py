@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recis_lightning.checkpoint.saved_tables import all_or_none
 from recis_lightning.checkpoint.writer import tables_by_name
 from recis_lightning.distributed import collectives
 from recis_lightning.serving.chain import chain_folder, links_of, read_head
 from recis_lightning.serving.delta import Delta, TableDelta, TableState
 from recis_lightning.serving.merging import merge
 from recis_lightning.table.hash_table import HashTable
+from recis_lightning.table.lock import distinct_locks, write
 from recis_lightning.table.state import KEYED_BY, SCHEMA
 from recis_lightning.table.state_schema import check_state
 
@@ -73,14 +75,35 @@ def restore(folder: str | os.PathLike[str], model: nn.Module | Iterable[HashTabl
         return last.step, states, dense
 
     step, states, dense = collectives.run_on_all_ranks(read)
-    for name, table in tables.items():
-        table.set_extra_state(states[name])
+    named: dict[str, Tensor] = {}
     if isinstance(model, nn.Module):
-        targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with torch.no_grad():
-            for name, value in dense.items():
-                targets[name].copy_(value)
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    targets = {name: named[name] for name in dense}
+
+    def load() -> None:
+        for name, table in tables.items():
+            table.set_extra_state(states[name])
+        for name, value in dense.items():
+            targets[name].copy_(value)
+
+    locks = distinct_locks(table.lock for table in tables.values())
+    write(locks, _all_or_nothing, list(tables.values()), list(targets.values()), load)
     return step
+
+
+@torch.no_grad()
+def _all_or_nothing(
+    tables: Sequence[HashTable], tensors: Sequence[Tensor], load: Callable[[], None]
+) -> None:
+    """Load on all ranks; if it fails on one, tables and tensors hold what they held on each."""
+    before = [tensor.clone() for tensor in tensors]
+    with all_or_none(tables):
+        try:
+            collectives.run_on_all_ranks(load)
+        except BaseException:
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            raise
 
 
 def _check_dense(model: nn.Module, delta: Delta, where: str) -> None:

@@ -96,6 +96,29 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
         serving.restore(tmp_path / "plain", [table])
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_fails_in_the_middle_changes_nothing(tmp_path, error, monkeypatch):
+    """The first table and the parameters hold what they held, if the second cannot be loaded."""
+    _followed(tmp_path, steps=3)
+    other = Run()
+    other.step()
+    before = other.states(), {k: v.clone() for k, v in other.model.tower.state_dict().items()}
+    load, loaded = HashTable.set_extra_state, []
+
+    def failing(table, state):
+        if loaded:
+            raise error("no more")
+        loaded.append(table)
+        load(table, state)
+
+    monkeypatch.setattr(HashTable, "set_extra_state", failing)
+    with pytest.raises(error, match="no more"):
+        serving.restore(tmp_path / "chain", other.model)
+    assert loaded
+    assert_same(other.states(), before[0])
+    assert_same(dict(other.model.tower.state_dict()), before[1])
+
+
 @pytest.mark.parametrize("full_rank", [None, 0, 1])
 def test_ranks_write_one_chain_and_any_number_restores_it(tmp_path, ranks, full_rank):
     """Each its shard, one commit; of a full disk of one rank all hear, and nothing is lost."""
