@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from recis_lightning.callbacks.windows import current_window
 
 __all__ = ["WindowCheckpoint"]
 
+_log = logging.getLogger(__name__)
+
 
 @explain_arguments()
 class WindowCheckpoint(Checkpoint):
@@ -22,7 +25,7 @@ class WindowCheckpoint(Checkpoint):
 
     Beside ``CheckpointHook`` the rows of all ranks are in it. A run that resumes from it goes on
     with the next window. Windows are those of ``ProgressiveValidation``, which must be there too;
-    without windows, nothing is saved.
+    without windows, nothing is saved, and a warning says so.
 
     Args:
         dirpath: Folder of the checkpoints; made if it is not there.
@@ -47,6 +50,14 @@ class WindowCheckpoint(Checkpoint):
         self._every = check_int("every_n_windows", every_n_windows, 1)
         self._keep = None if keep is None else check_int("keep", keep, 1, " or None")
         self.paths: list[str] = []  # of the checkpoints that are kept, the oldest first
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if nothing will be saved."""
+        if current_window(trainer) is None and trainer.is_global_zero:
+            _log.warning(
+                "WindowCheckpoint saves nothing: this run has no windows; add "
+                "ProgressiveValidation() to its callbacks"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if it is time."""

@@ -118,6 +118,11 @@ class ColumnarDataModule(L.LightningDataModule):
                 f"mix: expected proportions of the names in train, and None where train has no "
                 f"names, got {mix!r} with train={train!r}"
             )
+        if isinstance(train, Mapping) and mix is not None and set(train) != set(mix):
+            raise ValueError(
+                f"mix: expected proportions of {sorted(train)}, the names in train, got "
+                f"{sorted(mix)}"
+            )
         if mix is not None and self._is_in_windows():
             raise ValueError("mix: data in windows, or followed, cannot be mixed")
         self._datasets: dict[str, ColumnarDataset | MixedDataset] = {}

@@ -184,3 +184,15 @@ def test_a_data_module_gives_its_windows(tmp_path):
 def test_wrong_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_checkpoints_of_windows_without_windows_are_announced(tmp_path, caplog):
+    """Once, when training starts; with windows nothing is said."""
+    saved = WindowCheckpoint(tmp_path / "saved")
+    fit(tmp_path, days([1], [10]), ProgressiveValidation(), saved, enable_checkpointing=True)
+    assert "WindowCheckpoint saves nothing" not in caplog.text
+    loader = torch.utils.data.DataLoader(torch.ones(2), batch_size=None)
+    saved = WindowCheckpoint(tmp_path / "none")
+    fit(tmp_path, loader, saved, enable_checkpointing=True, max_epochs=1, limit_val_batches=0)
+    assert caplog.text.count("WindowCheckpoint saves nothing: this run has no windows") == 1

@@ -195,6 +195,7 @@ def test_bad_arguments(patterns, tmp_path):
     for settings, words in [
         ({"train": pattern, "mix": {"a": 1}}, "mix: expected proportions of the names in train"),
         ({"train": {"a": pattern}}, "mix: expected proportions of the names in train"),
+        ({"train": {"a": pattern}, "mix": {"b": 1}}, r"mix: expected .* of \['a'\].* got \['b'\]"),
         ({"train": {"a": pattern}, "mix": {"a": 1}, "follow": True}, "mix: data in windows"),
     ]:
         with pytest.raises(ValueError, match=words):
