@@ -92,6 +92,7 @@ TESTED_BY = {
     "ops/cpu/row_blocks.py": "ops/test_embedding_bag.py",
     "ops/cpu/update_rules.py": "ops/test_row_update.py",
     "ops/gpu/gradient_sort.py": "ops/test_row_update.py",
+    "ops/gpu/piece_sums.py": "ops/test_row_update.py",
     "ops/gpu/update_rules.py": "ops/test_row_update.py",
     "ops/reference/update_rules.py": "ops/test_row_update.py",
     "ops/gpu/layout.py": "ops/gpu/test_compiled_kernels.py",

@@ -20,6 +20,7 @@ from recis_lightning.ops.gpu.layout import (
     HYPER_WEIGHT_DECAY,
     NORM,
 )
+from recis_lightning.ops.gpu.piece_sums import GROUP, SUMS, add_groups_, add_run, num_groups_of
 from recis_lightning.ops.gpu.runtime import (
     byte_at,
     cells_at,
@@ -39,11 +40,7 @@ NORM.value = -1  # a rule that updates nothing
 
 _CELLS = lanes(1024, 1 << 16)  # rows times columns of a program
 _ON_EACH = 10  # programs that a multiprocessor's 65,536 registers have room for
-_SUMS = lanes(16, 64)  # of pieces, at once
 _UNROLLED = lanes(2, 2)  # gradients of a piece that are on their way together
-_GROUP = 64  # stretches whose sums are added up first where there are many
-# Positions from which on that is worth a launch: fewer are at most 512 turns of one program.
-_MANY = lanes(1 << 18, 1 << 12)
 
 
 @device_function
@@ -189,91 +186,9 @@ def _update_kernel(
         first += tl.num_programs(0) * ROWS
 
 
-_SIZES = ("DIM", "COLUMNS", "ALIGNED", "WIDE", "PIECE")
-
-
-@device_function
-def _add_sums(sums, i, on, g, DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Add sums, float32 [DIM] at the addresses ``sums`` where ``on``, to ``g`` [1, COLUMNS]."""
-    column = tl.arange(0, COLUMNS)
-    at = cells_at(float_at(sums + i), column, ALIGNED)
-    return g + sum_over(tl.load(at, on[:, None] & (column < DIM)[None, :], 0), 0)[None, :]
-
-
-@device_function
-def _add_run(
-    sums,
-    first,
-    until,
-    keys,
-    key,
-    g,
-    STRETCHES: tl.constexpr,
-    BYTES: tl.constexpr,
-    DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PIECE: tl.constexpr,
-    SUMS: tl.constexpr,
-):
-    """Add the sums from ``first`` on, each of STRETCHES stretches, as far as a row goes.
-
-    Returns:
-        ``g`` with them; the first that was not added, ``until`` at most.
-    """
-    i = first
-    more = i < until
-    while more:
-        others = i + tl.arange(0, SUMS)
-        on = others < until
-        # Keys ascend: where the last stretch begins with the row, all do.
-        last = others * STRETCHES + (STRETCHES - 1)
-        on = on & (key_at(keys, last * PIECE, on, WIDE) == key)
-        g = _add_sums(sums, BYTES * others, on, g, DIM, COLUMNS, ALIGNED)
-        count = sum_over(on.to(tl.int32), 0)
-        i += count
-        more = count == SUMS
-    return g, i
-
-
 @kernel(
-    *(
-        {**{name: shape[name] for name in _SIZES}, "SUMS": 16, "GROUP": _GROUP}
-        for shape in (_WIDE, _ODD)
-    )
-)
-def _add_groups_kernel(
-    keys: tl.int64,
-    partial_sums: tl.int64,
-    group_sums: tl.int64,
-    num_rows: tl.int64,
-    DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PIECE: tl.constexpr,
-    SUMS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    # One program GROUP stretches: where all begin with the same row, their sums of it are added up.
-    group = tl.program_id(0).to(tl.int64)
-    first, zero = group * GROUP, tl.arange(0, 1)
-    key = key_at(keys, first * PIECE + zero, zero == 0, WIDE)
-    is_one = key_at(keys, (first + GROUP - 1) * PIECE + zero, zero == 0, WIDE) == key
-    if largest((is_one & (key < num_rows)).to(tl.int32)) != 0:
-        column = tl.arange(0, COLUMNS)
-        g = tl.full((1, COLUMNS), 0.0, tl.float32)
-        for part in tl.static_range(0, GROUP, SUMS):
-            stretch = first + part + tl.arange(0, SUMS)
-            g = _add_sums(partial_sums, 8 * DIM * stretch, stretch >= 0, g, DIM, COLUMNS, ALIGNED)
-        at = cells_at(float_at(group_sums + 4 * DIM * group + zero), column, ALIGNED)
-        tl.store(at, g, (column < DIM)[None, :])
-
-
-@kernel(
-    *({**_WIDE, "RULE": rule, "SUMS": 16, "GROUP": _GROUP} for rule in _RULES),
-    {**_ODD, "RULE": fields.ADAM, "SUMS": 16, "GROUP": _GROUP},
+    *({**_WIDE, "RULE": rule, "SUMS": 16, "GROUP": GROUP} for rule in _RULES),
+    {**_ODD, "RULE": fields.ADAM, "SUMS": 16, "GROUP": GROUP},
 )
 def _update_long_kernel(
     keys: tl.int64,
@@ -317,7 +232,7 @@ def _update_long_kernel(
         num_stretches = (n + PIECE - 1) // PIECE
         if num_groups > 0:  # stretches up to the next group, groups, and then what is left
             ahead = (run + GROUP - 1) // GROUP
-            g, run = _add_run(
+            g, run = add_run(
                 partial_sums,
                 run,
                 tl.minimum(ahead * GROUP, num_stretches),
@@ -334,7 +249,7 @@ def _update_long_kernel(
                 SUMS,
             )
             if run == ahead * GROUP:
-                g, ahead = _add_run(
+                g, ahead = add_run(
                     group_sums,
                     ahead,
                     num_groups,
@@ -351,7 +266,7 @@ def _update_long_kernel(
                     SUMS,
                 )
                 run = ahead * GROUP
-        g, run = _add_run(
+        g, run = add_run(
             partial_sums,
             run,
             num_stretches,
@@ -394,7 +309,7 @@ def _launch(gradients, rule):
     n, device = work.n, work.device
     dim, columns = layout.embedding_dim, power_of_two(layout.embedding_dim)
     stretches = -(-n // PIECE)
-    num_groups = stretches // _GROUP if n >= _MANY else 0
+    num_groups = num_groups_of(n)
     size = (2 * stretches + num_groups) * dim
     partial_sums = torch.empty(size, dtype=torch.float32, device=device)
     group_sums = partial_sums.data_ptr() + 8 * stretches * dim
@@ -436,17 +351,8 @@ def _launch(gradients, rule):
         **constants,
     )
     if num_groups:
-        _add_groups_kernel.launch(
-            device,
-            num_groups,
-            work.keys.data_ptr(),
-            partial_sums.data_ptr(),
-            group_sums,
-            work.num_rows,
-            **{name: constants[name] for name in _SIZES},
-            SUMS=_SUMS,
-            GROUP=_GROUP,
-        )
+        keys, sums = work.keys.data_ptr(), partial_sums.data_ptr()
+        add_groups_(device, num_groups, keys, sums, group_sums, work.num_rows, constants)
     _update_long_kernel.launch(
         device,
         (n - 1) // PIECE,  # no row goes on behind the last stretch
@@ -460,8 +366,8 @@ def _launch(gradients, rule):
         work.num_rows,
         layout.block_shift,
         layout.row_bytes,
-        SUMS=_SUMS,
-        GROUP=_GROUP,
+        SUMS=SUMS,
+        GROUP=GROUP,
         **constants,
     )
     return norms
