@@ -34,6 +34,7 @@ TESTED_BY = {
     "callbacks/windows.py": "callbacks/test_progressive_validation.py",
     "callbacks/window_checkpoint.py": "callbacks/test_progressive_validation.py",
     "callbacks/left_out.py": "checkpoint/test_part_filter.py",
+    "callbacks/inspection_hook.py": "callbacks/test_step_inspection.py",
     "callbacks/memory_access.py": "callbacks/test_step_inspection.py",
     "callbacks/module_flops.py": "callbacks/test_step_inspection.py",
     "callbacks/shard_io.py": "callbacks/test_checkpoint.py",

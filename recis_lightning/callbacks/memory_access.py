@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any, final
 
-from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from recis_lightning.arguments import explain_arguments
-from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.inspection_hook import InspectionHook
 from recis_lightning.callbacks.step_inspection import StepInspection
 from recis_lightning.monitoring.step_costs import StepCosts
 
@@ -18,7 +17,7 @@ __all__ = ["MemoryAccessHook"]
 
 @final
 @explain_arguments()
-class MemoryAccessHook(Hook):
+class MemoryAccessHook(InspectionHook):
     """Report of bytes, time and GB/s of each operator in one step, those of tables included.
 
     Bytes are those that an operator reads and writes at least, by its tensors; of an op of tables
@@ -57,34 +56,5 @@ class MemoryAccessHook(Hook):
         return None if costs is None else costs._replace(modules=[])
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.begin_run()
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._inspection.start_batch(trainer, pl_module)
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        costs = self._inspection.end_batch(trainer, batches_done(trainer))
-        if costs is not None:
-            text, json = costs.operators_text(), costs.as_json("operators")
-            self._inspection.write(trainer, "memory_access", text, json)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.pause(True)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.pause(False)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.end_run(trainer)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._inspection.end_run(trainer)
+    def _report_of(self, costs: StepCosts) -> tuple[str, str, Any]:
+        return "memory_access", costs.operators_text(), costs.as_json("operators")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any, final
 
-from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from recis_lightning.arguments import explain_arguments
-from recis_lightning.callbacks.hook import Hook, batches_done
+from recis_lightning.callbacks.inspection_hook import InspectionHook
 from recis_lightning.callbacks.step_inspection import StepInspection
 from recis_lightning.monitoring.step_costs import StepCosts
 
@@ -18,7 +17,7 @@ __all__ = ["ModuleFlopsHook"]
 
 @final
 @explain_arguments()
-class ModuleFlopsHook(Hook):
+class ModuleFlopsHook(InspectionHook):
     """Report of FLOPs and time of each submodule in one step, forward and backward.
 
     FLOPs are those that torch's ``flop_registry`` knows: products of matrices, convolutions and
@@ -58,34 +57,5 @@ class ModuleFlopsHook(Hook):
         return None if costs is None else costs._replace(operators=[])
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.begin_run()
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._inspection.start_batch(trainer, pl_module)
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        costs = self._inspection.end_batch(trainer, batches_done(trainer))
-        if costs is not None:
-            text, json = costs.modules_text(), costs.as_json("modules")
-            self._inspection.write(trainer, "module_flops", text, json)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.pause(True)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.pause(False)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspection.end_run(trainer)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._inspection.end_run(trainer)
+    def _report_of(self, costs: StepCosts) -> tuple[str, str, Any]:
+        return "module_flops", costs.modules_text(), costs.as_json("modules")
