@@ -20,9 +20,10 @@ class AdmissionCheck:
         threshold: Occurrences needed, or probability * 2**53.
         forget_after: Training lookups after which a count is void (``COUNT``).
         per_batch: Whether a lookup counts once for an id.
-        width: Counters of a hash function (``SKETCH``).
+        width: Counters of a hash function in a block (``SKETCH``).
         num_hashes: Hash functions (``SKETCH``).
-        decay_after: Occurrences after which a sketch is halved; 0 never.
+        num_blocks: Blocks of the sketch (``SKETCH``).
+        decay_after: Occurrences in a block after which it is halved; 0 never.
     """
 
     kind: int
@@ -31,6 +32,7 @@ class AdmissionCheck:
     per_batch: bool = False
     width: int = 0
     num_hashes: int = 0
+    num_blocks: int = 0
     decay_after: int = 0
 
     @property
@@ -47,6 +49,7 @@ class AdmissionCheck:
             fields.ADMISSION_PER_BATCH: self.per_batch,
             fields.ADMISSION_WIDTH: self.width,
             fields.ADMISSION_NUM_HASHES: self.num_hashes,
+            fields.ADMISSION_NUM_BLOCKS: self.num_blocks,
         }
 
 
@@ -177,6 +180,10 @@ class Probability(Admission):
         return AdmissionCheck(fields.DRAW, int(self.p * 2**53))
 
 
+_NUM_BLOCKS = (12, 24, 120, 840, 5040, 10_080, 40_320, 161_280)  # many numbers divide them
+_BLOCK_WIDTH = 32  # counters of a hash function; fewer, and blocks would fill up at random
+
+
 @explain_arguments()
 @dataclass(frozen=True)
 class BloomCount(Admission):
@@ -184,20 +191,29 @@ class BloomCount(Admission):
 
     Every occurrence adds one to ``num_hashes`` counters of one byte, one for each hash function,
     and the smallest of an id's counters is its count: never too low, and too high where ids collide
-    in all of them. So that the sketch does not fill up, all counters are halved (rounding down)
-    before a lookup if ``(k - 1) * num_counters / (4 * num_hashes)`` occurrences have been added
-    since they were last halved. An evicted id keeps the rest of its count.
+    in all of them. An evicted id keeps the rest of its count.
+
+    A hash of the id picks one of ``num_blocks`` blocks of the sketch, in which all counters of the
+    id lie. So that a block does not fill up, its counters are halved (rounding down) before a
+    lookup if ``(k - 1) * block / (4 * num_hashes)`` occurrences have been added to it since they
+    were last halved, where ``block`` is its number of counters.
+
+    The number of ranks by which ids are sharded changes no count if it divides ``num_blocks``:
+    every block then belongs to one rank. On another number of ranks, fewer ids collide in a block
+    and it is halved later.
 
     Args:
         k: Occurrences needed, an int in [1, 255].
-        num_counters: Bytes of memory, divided among the hash functions.
+        num_counters: Bytes of memory, divided among blocks and hash functions. Each block takes 8
+            bytes more.
         num_hashes: Hash functions, an int in [1, 16].
 
     Raises:
         TypeError, ValueError: An argument is of a wrong type or out of range.
 
     Source: Cormode and Muthukrishnan, "An improved data stream summary", 2005; the halving is the
-    reset of TinyLFU (Einziger, Friedman, Manes, 2017).
+    reset of TinyLFU (Einziger, Friedman, Manes, 2017); blocks as in Putze, Sanders and Singler,
+    "Cache-, hash- and space-efficient Bloom filters", 2009.
     """
 
     k: int
@@ -216,6 +232,17 @@ class BloomCount(Admission):
             raise ValueError(f"num_counters: expected an int below 2**31, got {self.num_counters}")
 
     @property
+    def num_blocks(self) -> int:
+        """Number of blocks: the largest that leaves each hash function 32 counters in a block.
+
+        One of 12, 24, 120, 840, 5040, 10,080, 40,320 and 161,280, or 1 if a hash function has fewer
+        than 384 counters.
+        """
+        width = self.num_counters // self.num_hashes
+        fitting = [number for number in _NUM_BLOCKS if width // number >= _BLOCK_WIDTH]
+        return max(fitting, default=1)
+
+    @property
     @override
     def admits(self) -> bool:
         return True
@@ -223,12 +250,13 @@ class BloomCount(Admission):
     @property
     @override
     def check(self) -> AdmissionCheck:
-        width = self.num_counters // self.num_hashes
+        width = self.num_counters // self.num_hashes // self.num_blocks
         return AdmissionCheck(
             fields.SKETCH,
             self.k,
             width=width,
             num_hashes=self.num_hashes,
+            num_blocks=self.num_blocks,
             decay_after=max((self.k - 1) * width // 4, 1),
         )
 

@@ -10,7 +10,9 @@ import torch
 from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.admission import BloomCount, MinCount, Probability, ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.ops.shard_hash import shard_hash
 from recis_lightning.optim import SparseSGD
+from tests.helpers import rank_admission
 from tests.helpers.sample_tables import EXTREMES, HIGH, LOW
 
 
@@ -213,16 +215,64 @@ def test_bloom_count_never_counts_too_low(backend):
 
 
 def test_a_sketch_is_halved_when_enough_was_added(backend):
-    """Counters are halved before the next lookup, in place; so old counts decay."""
-    module = table_of(BloomCount(5, num_counters=4096))  # halved after 1024 sightings
+    """A block's counters are halved before the next lookup, in place; so old counts decay."""
+    admission = BloomCount(5, num_counters=4096)  # 24 blocks, each halved after 42 sightings
+    module = table_of(admission)
     size = module.table.storage.admission_counter.nbytes
-    module(ids(1, 1, 1, 2))
-    module(torch.full((1020,), 7))
-    module(ids(1, 1, 1))  # 3 halved is 1, and 3 more is 4
-    assert known(module) == [7]
-    module(ids(1))
-    assert known(module) == [1, 7]
-    assert module.table.storage.admission_counter.nbytes == size == 4096
+    block = shard_hash(torch.arange(200)) % admission.num_blocks
+    same, other = (int((block == block[1] + i).nonzero()[2]) for i in (0, 1))
+    module(ids(1, 1, 1, other, other, other))
+    module(torch.full((39,), same))
+    module(ids(1, 1, 1, other))  # 3 halved is 1, and 3 more is 4
+    assert known(module) == [same]
+    module(ids(1, other))  # the other block had 4 sightings, and is not halved
+    assert known(module) == sorted([1, same, other])
+    assert module.table.storage.admission_counter.nbytes == size == 24 * (4 * 42 + 8)
+
+
+def test_blocks_have_room_for_ids_that_collide():
+    """Each block has 32 counters of a hash function; many numbers divide the number of blocks."""
+    numbers = {
+        size: BloomCount(2, num_counters=size).num_blocks
+        for size in (4, 1535, 1536, 2**15, 2**20, 10**7, 2**31 - 1)
+    }
+    assert list(numbers.values()) == [1, 1, 12, 120, 5040, 40_320, 161_280]
+
+
+STREAM = (torch.rand(20, 240, generator=torch.Generator().manual_seed(2)) ** 3 * 4000).long()
+
+
+@pytest.mark.parametrize(
+    ("admission", "world_sizes"),
+    [(BloomCount(3, num_counters=1536), (2, 3, 4)), (BloomCount(2, num_counters=20_000), (4,))],
+    ids=repr,
+)
+def test_a_sketch_counts_alike_on_any_number_of_ranks(ranks, admission, world_sizes):
+    """Collisions and halvings of a crowded sketch admit the ids that they admit in one process."""
+    expected, saved = rank_admission.admit(admission, STREAM, saves_after=10)
+    for world_size in world_sizes:
+        answers = ranks.run(world_size, rank_admission.admit, admission, STREAM, None, 10)
+        assert sorted(i for admitted, _ in answers for i in admitted) == sorted(expected)
+        for key in ("sketch", "num_sketched"):  # each rank saves its own blocks
+            parts = torch.stack([state[key] for _, state in answers])
+            assert torch.equal(parts.sum(0, dtype=parts.dtype), saved[key])
+            assert ((parts != 0).sum(0) <= 1).all()
+    exact = rank_admission.admit(MinCount(admission.k), STREAM)[0]
+    assert sorted(exact) != sorted(expected)
+
+
+def test_a_sketch_goes_on_on_other_ranks(ranks):
+    """Ranks that load the state of one process admit what it admits, and save their own blocks."""
+    admission = BloomCount(3, num_counters=1536)
+    expected, end = rank_admission.admit(admission, STREAM, saves_after=20)
+    start = table_of(admission)
+    for batch in STREAM[:8]:
+        start(batch)
+    state = start.state_dict()
+    answers = ranks.run(3, rank_admission.admit, admission, STREAM[8:], state, 12)
+    assert sorted(i for admitted, _ in answers for i in admitted) == sorted(expected)
+    parts = torch.stack([state["sketch"] for _, state in answers])
+    assert torch.equal(parts.amax(0), end["sketch"])
 
 
 def test_counters_are_full_at_255(backend):
@@ -276,8 +326,14 @@ def test_other_policies_load_the_usable_part_of_a_state():
     assert known(old) == []
     sketch = table_of(BloomCount(2, 100))
     other = table_of(BloomCount(2, 1000))
-    with pytest.warns(UserWarning, match=r"'t': the saved sketch .* \(4, 25\).* \(4, 250\)"):
+    with pytest.warns(UserWarning, match=r"'t': the saved sketch .* \(1, 100\).* \(1, 1000\)"):
         other.load_state_dict(sketch.state_dict())
+    before_blocks = sketch.state_dict()
+    state = before_blocks["table._extra_state"]
+    state.update(sketch=state["sketch"].view(4, 25), num_sketched=7)
+    del state["checksum"]
+    with pytest.warns(UserWarning, match=r"'t': the saved sketch .* \(4, 25\).* \(1, 100\)"):
+        sketch.load_state_dict(before_blocks)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import torch
 
 from recis_lightning.checkpoint.commit import SLOT_PREFIX
 from recis_lightning.checkpoint.shard_file import ShardFile, TensorSpec
-from recis_lightning.table.state_schema import KEYED_BY, check_primitives, check_rows, is_field
+from recis_lightning.table.state_schema import (
+    KEYED_BY,
+    SKETCH,
+    check_primitives,
+    check_rows,
+    is_field,
+)
 
 _SAVE_FIELDS = {"format", "save_id", "table", "rank", "world_size", "rows"}
 _OF_ONE_RANK = {"pinned_ids"}  # there are ranks without pins
@@ -44,9 +50,13 @@ def check_file(file: ShardFile) -> None:
         elif key == "sketch":
             if spec.dtype is not torch.uint8 or len(spec.shape) != 2:
                 raise ValueError(f"{where}: sketch is not what it should be")
+        elif key == "num_sketched":
+            if spec != TensorSpec(torch.int64, (_length(file, "sketch"),)):
+                raise ValueError(f"{where}: num_sketched is not what it should be")
         elif key != "weights" and key not in slots:
             raise ValueError(f"{where}: it has an unknown tensor {key!r}: of a later version?")
-    read_together = [key for key in specs if KEYED_BY.get(key, "ids") == "ids" and key != "sketch"]
+    rows_of = [key for key in specs if KEYED_BY.get(key, "ids") == "ids"]
+    read_together = [key for key in rows_of if key not in SKETCH]
     if len({file.chunk_rows[key] for key in read_together}) > 1:
         raise ValueError(f"{where}: its tensors are cut into chunks of different rows")
 
@@ -73,7 +83,7 @@ def slots_of(file: ShardFile) -> dict[str, int]:
 def _layout(file: ShardFile) -> dict[str, Any]:
     """Return what the files of all ranks have in common."""
     layout: dict[str, Any] = {
-        key: (spec.dtype, spec.shape if key == "sketch" else spec.shape[1:])
+        key: (spec.dtype, spec.shape if key in SKETCH else spec.shape[1:])
         for key, spec in file.specs.items()
         if key not in _OF_ONE_RANK
     }

@@ -11,7 +11,9 @@ The counter's clock is the number of its table's training lookups. There are thr
   id's occurrences, and the last lookup that had it. An entry is void (as good as absent) if its id
   was admitted before, or did not occur in the last ADMISSION_FORGET_AFTER lookups. Void entries are
   dropped when the counter would otherwise grow.
-- ``SKETCH``: a count-min sketch of bytes, with one row for each hash function.
+- ``SKETCH``: a count-min sketch of bytes in blocks, each with one row for each hash function. An
+  id's block is its ``shard_hash`` modulo their number: if the number of ranks divides that, all ids
+  of a block are on one rank.
 - ``DRAW``: no counts; a hash of the table's key, the id and the lookup decides.
 
 Counts stop at ADMISSION_THRESHOLD, so a sum does not depend on the order in which threads add.
@@ -28,7 +30,6 @@ import torch
 from torch import Tensor
 
 from recis_lightning.ops import backend, traffic
-from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import (
     CHECK_ADMISSION,
@@ -109,21 +110,23 @@ def _count(rows: Tensor, spans: list[tuple[int, int]]) -> int:
     return int(torch.stack([(rows[low:high] == MISSING).sum() for low, high in spans]).sum())
 
 
-def decay_(counter: Header, sketch: Tensor, window: int) -> None:
-    """Halve a sketch, rounding down, if ``window`` occurrences were added since the last time.
+def decay_(counter: Header, sketch: Tensor, added: Tensor, window: int) -> None:
+    """Halve the blocks of a sketch, rounding down, to which ``window`` occurrences were added.
 
     Args:
-        counter: Header of the admission counter; ADMISSION_NUM_COUNTED then restarts from 0.
-        sketch: uint8 [num_hashes * width], padded to whole words of 4 bytes.
+        counter: Header of the admission counter.
+        sketch: uint8 [num_blocks, num_hashes, width].
+        added: int64 [num_blocks], occurrences since a block was last halved; those of the blocks
+            that are halved restart from 0.
         window: Number of occurrences.
     """
     if counter.is_mirrored:  # only the device knows whether it is due
-        backend.module("admission", counter.device).decay_(counter, sketch, window)
+        backend.module("admission", counter.device).decay_(sketch, added, window)
         return
-    values = counter.fields
-    if values[fields.ADMISSION_NUM_COUNTED] >= window:
-        sketch >>= 1
-        values[fields.ADMISSION_NUM_COUNTED] = 0
+    due = (added >= window).nonzero().squeeze(1)
+    if due.numel():
+        sketch[due] >>= 1
+        added[due] = 0
 
 
 def forget_(counter: Header, ids: Tensor) -> None:

@@ -107,15 +107,16 @@ HYPER_L1, HYPER_L2, HYPER_BETA = 9, 10, 11  # FTRL alone
 HYPER_MARKS = 12
 
 # Header of an admission counter. Its index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) is as a table's.
-ADMISSION_NUM_COUNTED = 4  # occurrences since the sketch was last halved; kernels count them
 ADMISSION_KIND = 8
 ADMISSION_THRESHOLD = 9  # occurrences that admit (COUNT, SKETCH); probability * 2**53 (DRAW)
 ADMISSION_NUM_LOOKUPS = 10  # training lookups so far, the present one included
 ADMISSION_FORGET_AFTER = 11
 ADMISSION_PER_BATCH = 12  # whether an id counts once a lookup, however often it occurs
-ADMISSION_COUNTERS = 13  # address of uint8 [num_hashes * width]
+ADMISSION_COUNTERS = 13  # address of uint8 [num_blocks, num_hashes, width]
 ADMISSION_WIDTH = 14
 ADMISSION_NUM_HASHES = 15
+ADMISSION_NUM_BLOCKS = 16
+ADMISSION_ADDED = 17  # address of int64 [num_blocks]: occurrences since a block was last halved
 
 COUNT, SKETCH, DRAW = 1, 2, 3
 COUNT_MASK = (1 << 32) - 1

@@ -43,27 +43,25 @@ class AdmissionCounter:
         self._entries = torch.empty(0, dtype=torch.int64, device=self.header.device)
         if self.screening.kind == fields.COUNT:
             self._entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
-        size = self.screening.num_hashes * self.screening.width
+        check, device = self.screening, self.header.device
+        size = check.num_blocks * check.num_hashes * check.width
         # Whole words: kernels may have no compare-and-swap of bytes.
-        padded = device_memory.zeros(-(-size // 4) * 4, torch.uint8, self.header.device)
-        self._counters = padded[:size].view(self.screening.num_hashes, self.screening.width)
+        padded = device_memory.zeros(-(-size // 4) * 4, torch.uint8, device)
+        self._counters = padded[:size].view(check.num_blocks, check.num_hashes, check.width)
         self._padded_counters = padded
+        self._added = device_memory.zeros(check.num_blocks, torch.int64, device)
         self.header.fields[fields.ADMISSION_COUNTERS] = padded.data_ptr()
+        self.header.fields[fields.ADMISSION_ADDED] = self._added.data_ptr()
         self.header.publish()
-        self._set_count(fields.ADMISSION_NUM_COUNTED, 0)
-
-    def _set_count(self, field: int, value: int) -> None:
-        self.header.read_counts()[field] = value
-        self.header.publish_counts()
 
     @property
     def nbytes(self) -> int:
         """Bytes of entries and counters."""
-        return self._entries.nbytes + self._counters.nbytes
+        return self._entries.nbytes + self._counters.nbytes + self._added.nbytes
 
     def memory(self) -> Iterator[Tensor]:
         """Yield all tensors that kernels reach by the header."""
-        yield from (self.header.tensor, self._entries, self._padded_counters)
+        yield from (self.header.tensor, self._entries, self._padded_counters, self._added)
 
     @property
     def num_lookups(self) -> int:
@@ -81,7 +79,8 @@ class AdmissionCounter:
         # Beside a GPU it is sent with the segments of the lookup.
         self.header.fields[fields.ADMISSION_NUM_LOOKUPS] += 1
         if self.screening.fade_after:
-            admission.decay_(self.header, self._padded_counters, self.screening.fade_after)
+            fade_after = self.screening.fade_after
+            admission.decay_(self.header, self._counters, self._added, fade_after)
 
     def reserve(self, at_most: int, count: Callable[[], int] | None = None) -> None:
         """Make room for ``at_most`` ids more; expired entries go first.
@@ -128,7 +127,8 @@ class AdmissionCounter:
             capacity *= 2
         with Undo([self], [self.header]):
             self._entries, _ = hash_index.rebuild(self.header, capacity)
-            self._set_count(NUM_IDS, num_live)
+            self.header.read_counts()[NUM_IDS] = num_live
+            self.header.publish_counts()
 
     def _live(self) -> Tensor:
         """Return bool [entries], those of ids below the threshold that were counted recently."""
@@ -143,8 +143,13 @@ class AdmissionCounter:
             admission.forget_(self.header, ids.to(self.header.device))
         return self.screening.kind != fields.SKETCH
 
-    def state(self) -> dict[str, Any]:
-        """Return the counts as a table saves them: tensors on the CPU and primitives."""
+    def state(self, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+        """Return the counts as a table saves them: tensors on the CPU and primitives.
+
+        Args:
+            rank: This rank, whose blocks of a sketch to return; those of others are zeros.
+            world_size: Ranks that share the table.
+        """
         state: dict[str, Any] = {"num_lookups": self.num_lookups}
         if self.screening.kind == fields.COUNT:
             kept = self._entries[self._live()]
@@ -153,8 +158,13 @@ class AdmissionCounter:
             state["pending_counts"] = kept[:, 1] & fields.COUNT_MASK
             state["pending_lookups"] = kept[:, 1] >> 32
         elif self.screening.kind == fields.SKETCH:
-            state["sketch"] = self._counters.to("cpu", copy=True)
-            state["num_sketched"] = int(self.header.read_counts()[fields.ADMISSION_NUM_COUNTED])
+            state["sketch"] = self._counters.flatten(1).to("cpu", copy=True)
+            state["num_sketched"] = self._added.to("cpu", copy=True)
+            if self.screening.num_blocks % world_size == 0:
+                # A loaded sketch has the blocks of all ranks, which those have counted on since.
+                blocks = torch.arange(self.screening.num_blocks, device="cpu")
+                for value in (state["sketch"], state["num_sketched"]):
+                    value[blocks % world_size != rank] = 0
         return state
 
     def load_state(self, state: dict[str, Any], table: str) -> None:
@@ -178,16 +188,18 @@ class AdmissionCounter:
             entries = torch.stack([ids, values], dim=1).to(self.header.device)
             hash_index.fill(self.header, entries)
         if self.screening.kind == fields.SKETCH and "sketch" in state:
-            if state["sketch"].shape != self._counters.shape:
+            own = self._counters.flatten(1)
+            # Sketches of earlier versions have no blocks, and one number.
+            if state["sketch"].shape != own.shape or not isinstance(state["num_sketched"], Tensor):
                 warnings.warn(
                     f"table {table!r}: the saved sketch of admission counts has shape "
-                    f"{tuple(state['sketch'].shape)}, this policy's has "
-                    f"{tuple(self._counters.shape)}; counting starts anew",
+                    f"{tuple(state['sketch'].shape)}, this policy's has {tuple(own.shape)} "
+                    "(blocks, counters); counting starts anew",
                     stacklevel=2,
                 )
                 return
-            self._counters.copy_(state["sketch"])
-            self._set_count(fields.ADMISSION_NUM_COUNTED, state["num_sketched"])
+            own.copy_(state["sketch"])
+            self._added.copy_(state["num_sketched"])
 
 
 __all__ = ["AdmissionCounter"]

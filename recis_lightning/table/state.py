@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.ops import hash_index
 from recis_lightning.ops.layout import NUM_UPDATES, STEP
 from recis_lightning.table.evictor import Evictor
@@ -53,6 +54,10 @@ class StatefulTable(Protocol):
     @property
     def name(self) -> str:
         """Name for errors."""
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """Ranks that share the table; None for all."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -123,7 +128,9 @@ def saved_fields(table: StatefulTable, rows: Tensor) -> dict[str, Any]:
     if table.evictor.pinned is not None:
         state["pinned_ids"] = table.evictor.pinned
     if storage.admission_counter is not None:
-        state |= storage.admission_counter.state()
+        group = table.process_group
+        part = collectives.rank(group), collectives.world_size(group)
+        state |= storage.admission_counter.state(*part)
     return state
 
 

@@ -38,7 +38,8 @@ _ROWS: dict[str, type | tuple[type, ...]] = {"weights": Tensor, "slots": dict}
 # Fields that only some policies keep: ints, and tensors whose items belong to ids, with the field
 # that holds these ids. When a state is spread over another number of ranks, an id takes its items
 # with it; of ints the largest counts, and tensors that are not here are joined by their maximum.
-_OPTIONAL_INTS = ("num_lookups", "num_sketched")
+_OPTIONAL_INTS = ("num_lookups",)
+SKETCH = ("sketch", "num_sketched")  # tensors of a sketch; not of single ids
 KEYED_BY = {
     "ids": "ids",
     "last_seen": "ids",
@@ -49,7 +50,7 @@ KEYED_BY = {
     "pending_counts": "pending_ids",
     "pending_lookups": "pending_ids",
 }
-_KNOWN = {"schema", "ids", "sketch", CHECKSUM, *_FIELDS, *_ROWS, *_OPTIONAL_INTS, *KEYED_BY}
+_KNOWN = {"schema", "ids", CHECKSUM, *_FIELDS, *_ROWS, *_OPTIONAL_INTS, *SKETCH, *KEYED_BY}
 # Smallest and largest values; counters keep half of int64 to grow.
 _RANGES = {
     "seed": (-(1 << 63), (1 << 64) - 1),
@@ -144,6 +145,12 @@ def check_fields(state: Any, where: str, embedding_dim: int) -> None:
             raise ValueError(f"{where}: sketch is not what it should be")
         _check_shape(where, "sketch", _of(sketch), (tuple(sketch.shape), torch.uint8))
         _check_storage(where, "sketch", sketch)
+        added = state["num_sketched"]
+        if isinstance(added, Tensor):
+            _check_shape(where, "num_sketched", _of(added), ((sketch.shape[0],), torch.int64))
+            _check_storage(where, "num_sketched", added)
+        elif not isinstance(added, int) or isinstance(added, bool):  # up to 0.1.0 an int
+            raise ValueError(f"{where}: num_sketched is not what it should be")
     for key, (low, high) in _RANGES.items():
         if isinstance(state.get(key), Tensor) and state[key].numel():
             least, most = (int(end) for end in state[key].aminmax())

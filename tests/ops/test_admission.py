@@ -32,7 +32,14 @@ def test_positions_may_stand_for_several_occurrences(backend):
 
 
 @pytest.mark.parametrize(
-    "admission", [MinCount(3), MinCount(2, per="batch"), BloomCount(3, 201, 3), Probability(0.5)]
+    "admission",
+    [
+        MinCount(3),
+        MinCount(2, per="batch"),
+        BloomCount(3, 201, 3),
+        BloomCount(3, 1600, 2),
+        Probability(0.5),
+    ],
 )
 def test_backends_agree_with_the_reference(kernels, admission):
     """Ids, rejections and counts agree, with collisions in the sketch and several occurrences."""

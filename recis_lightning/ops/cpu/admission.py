@@ -28,11 +28,12 @@ from recis_lightning.ops.cpu.probe import (
 from recis_lightning.ops.cpu.row_init import mix
 from recis_lightning.ops.cpu.runtime import kernel
 from recis_lightning.ops.layout import (
+    ADMISSION_ADDED,
     ADMISSION_COUNTER,
     ADMISSION_COUNTERS,
     ADMISSION_FORGET_AFTER,
     ADMISSION_KIND,
-    ADMISSION_NUM_COUNTED,
+    ADMISSION_NUM_BLOCKS,
     ADMISSION_NUM_HASHES,
     ADMISSION_NUM_LOOKUPS,
     ADMISSION_PER_BATCH,
@@ -56,7 +57,8 @@ from recis_lightning.ops.layout import (
 
 _SECOND_HASH = np.uint64(0x9E3779B97F4A7C15)
 _DRAW_KEY = np.uint64(0xD1B54A32D192ED03)
-_S11, _S32 = np.uint64(11), np.uint64(32)
+_SHARD_1, _SHARD_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+_S11, _S32, _S33 = np.uint64(11), np.uint64(32), np.uint64(33)
 
 
 @inlined
@@ -79,6 +81,15 @@ def _count(cell, weight, now, wanted, forget_after, per_batch):
         if stored == before:
             return
         before = stored
+
+
+@inlined
+def _block_of(key, num_blocks):
+    """Return an id's block of the sketch: ``ops.shard_hash`` modulo their number."""
+    bits = np.uint64(key)
+    bits = (bits ^ (bits >> _S33)) * _SHARD_1
+    bits = (bits ^ (bits >> _S33)) * _SHARD_2
+    return np.int64((bits >> _S33) % np.uint64(num_blocks))
 
 
 @inlined
@@ -109,6 +120,7 @@ def _count_misses_kernel(
     wanted, forget_after, per_batch = np.int64(0), np.int64(0), np.int64(0)
     index = Index(np.int64(0), np.int64(0))
     cells, width, num_hashes = np.int64(0), np.int64(0), np.int64(0)
+    num_blocks, added = np.int64(1), np.int64(0)
     for i in range(low, high):
         position = load_i64(misses + 8 * i)
         if position >= end:
@@ -127,6 +139,8 @@ def _count_misses_kernel(
                 cells = load_i64(counter + 8 * ADMISSION_COUNTERS)
                 width = load_i64(counter + 8 * ADMISSION_WIDTH)
                 num_hashes = load_i64(counter + 8 * ADMISSION_NUM_HASHES)
+                num_blocks = load_i64(counter + 8 * ADMISSION_NUM_BLOCKS)
+                added = load_i64(counter + 8 * ADMISSION_ADDED)
         weight = np.int64(1)
         if weights:
             weight = load_i64(weights + 8 * position)
@@ -144,11 +158,14 @@ def _count_misses_kernel(
             _count(entry + 8, weight, now, wanted, forget_after, per_batch)
             store_i64(entries_of_misses + 8 * i, entry)
         elif kind == SKETCH:
-            first = mix(np.uint64(load_i64(ids + 8 * position)))
+            key = load_i64(ids + 8 * position)
+            first = mix(np.uint64(key))
             second = mix(first ^ _SECOND_HASH)
+            block = _block_of(key, num_blocks)
+            in_block = cells + block * num_hashes * width
             for j in range(num_hashes):
-                _add_to_counter(_counter_of(cells, first, second, j, width), weight)
-            atomic_add(counter + 8 * ADMISSION_NUM_COUNTED, weight)
+                _add_to_counter(_counter_of(in_block, first, second, j, width), weight)
+            atomic_add(added + 8 * block, weight)
 
 
 @kernel
@@ -159,7 +176,7 @@ def _admit_kernel(
     ids, header, rejected = np.int64(0), np.int64(0), np.int64(0)
     kind, now, wanted = np.int64(0), np.int64(0), np.int64(0)
     cells, width, num_hashes = np.int64(0), np.int64(0), np.int64(0)
-    draw_key = np.uint64(0)
+    num_blocks, draw_key = np.int64(1), np.uint64(0)
     for i in range(low, high):
         position = load_i64(misses + 8 * i)
         if position >= end:
@@ -177,16 +194,19 @@ def _admit_kernel(
                 cells = load_i64(counter + 8 * ADMISSION_COUNTERS)
                 width = load_i64(counter + 8 * ADMISSION_WIDTH)
                 num_hashes = load_i64(counter + 8 * ADMISSION_NUM_HASHES)
+                num_blocks = load_i64(counter + 8 * ADMISSION_NUM_BLOCKS)
                 draw_key = mix(np.uint64(load_i64(header + 8 * INIT_KEY)) ^ _DRAW_KEY)
         is_admitted = True
         if kind == COUNT:
             entry = load_i64(entries_of_misses + 8 * i)
             is_admitted = load_i64(entry + 8) & COUNT_MASK >= wanted
         elif kind == SKETCH:
-            first = mix(np.uint64(load_i64(ids + 8 * position)))
+            key = load_i64(ids + 8 * position)
+            first = mix(np.uint64(key))
             second = mix(first ^ _SECOND_HASH)
+            in_block = cells + _block_of(key, num_blocks) * num_hashes * width
             for j in range(num_hashes):
-                cell = _counter_of(cells, first, second, j, width)
+                cell = _counter_of(in_block, first, second, j, width)
                 is_admitted = is_admitted and np.int64(load_u8(cell)) >= wanted
         elif kind == DRAW:
             bits = mix(mix(np.uint64(load_i64(ids + 8 * position)) ^ draw_key) ^ np.uint64(now))

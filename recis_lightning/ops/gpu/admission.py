@@ -5,11 +5,12 @@ import triton.language as tl
 
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.layout import (
+    ADMISSION_ADDED,
     ADMISSION_COUNTER,
     ADMISSION_COUNTERS,
     ADMISSION_FORGET_AFTER,
     ADMISSION_KIND,
-    ADMISSION_NUM_COUNTED,
+    ADMISSION_NUM_BLOCKS,
     ADMISSION_NUM_HASHES,
     ADMISSION_PER_BATCH,
     ADMISSION_THRESHOLD,
@@ -54,6 +55,8 @@ from recis_lightning.ops.gpu.segments import (
 
 _SECOND_HASH = tl.constexpr(0x9E3779B97F4A7C15)
 _DRAW_KEY = tl.constexpr(0xD1B54A32D192ED03)
+_SHARD_1 = tl.constexpr(0xFF51AFD7ED558CCD)
+_SHARD_2 = tl.constexpr(0xC4CEB9FE1A85EC53)
 
 
 @device_function
@@ -98,21 +101,32 @@ def _add_to_counts(counter, now, cell, occurrences, adding, dummy):
 
 
 @device_function
-def _sketch_cell(counter, first, i):
-    """Return the address of a byte of the sketch: that of hash ``i``; ``first`` is hash 0."""
+def _block_of(counter, key):
+    """Return each id's block of the sketch: ``ops.shard_hash`` modulo their number."""
+    bits = key.to(tl.uint64, bitcast=True)
+    bits = (bits ^ (bits >> 33)) * _SHARD_1
+    bits = (bits ^ (bits >> 33)) * _SHARD_2
+    num_blocks = field(counter, ADMISSION_NUM_BLOCKS).to(tl.uint32)
+    return ((bits >> 33).to(tl.uint32) % num_blocks).to(tl.int64)  # 31 bits: no division of 64
+
+
+@device_function
+def _sketch_cell(counter, block, first, i):
+    """Return the address of a byte of a block: that of hash ``i``; ``first`` is hash 0."""
     width = field(counter, ADMISSION_WIDTH)
     second = mix(first ^ _SECOND_HASH)
     high = (first + i.to(tl.uint64) * second) >> 32
     column = (high * width.to(tl.uint64)) >> 32
-    return field(counter, ADMISSION_COUNTERS) + i * width + column.to(tl.int64)
+    line = block * field(counter, ADMISSION_NUM_HASHES) + i
+    return field(counter, ADMISSION_COUNTERS) + line * width + column.to(tl.int64)
 
 
 @device_function
-def _add_to_sketch(counter, first, occurrences, adding, dummy):
+def _add_to_sketch(counter, block, first, occurrences, adding, dummy):
     """Add to the bytes of a sketch, by compare-and-swap of the word around each."""
     i = field(counter, ADMISSION_NUM_HASHES) * 0
     while i < field(counter, ADMISSION_NUM_HASHES):
-        cell = _sketch_cell(counter, first, i)
+        cell = _sketch_cell(counter, block, first, i)
         i += 1
         word = cell & -4
         shift = ((cell & 3) * 8).to(tl.int32)
@@ -177,9 +191,10 @@ def _count_kernel(
             tl.store(int64_at(slot), entry, missing)
         if kind == SKETCH:
             first = mix(key.to(tl.uint64, bitcast=True))
-            _add_to_sketch(counter, first, added, missing, slot)
-            total = sum_over(tl.where(missing, added, 0), 0)
-            tl.atomic_add(int64_at(counter + 8 * ADMISSION_NUM_COUNTED), total, sem="relaxed")
+            block = _block_of(counter, key)
+            _add_to_sketch(counter, block, first, added, missing, slot)
+            in_block = int64_at(field(counter, ADMISSION_ADDED) + 8 * block)
+            tl.atomic_add(in_block, added, missing, sem="relaxed")
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
@@ -205,9 +220,10 @@ def _admit_kernel(
             count = tl.load(int64_at(entry + 8), entry != 0, 0) & COUNT_MASK
         elif kind == SKETCH:
             count = position * 0 + MAX_COUNTER
+            block = _block_of(counter, key)
             i = field(counter, ADMISSION_NUM_HASHES) * 0
             while i < field(counter, ADMISSION_NUM_HASHES):
-                cell = _sketch_cell(counter, first, i)
+                cell = _sketch_cell(counter, block, first, i)
                 i += 1
                 byte = tl.load(cell.to(tl.pointer_type(tl.uint8)), missing, 0)
                 count = tl.minimum(count, byte.to(tl.int64))
@@ -242,37 +258,34 @@ def _forget_kernel(
 
 @kernel(VARIANT)
 def _decay_kernel(
-    counter: tl.int64,
     sketch: tl.int64,
-    num_words: tl.int64,
+    added: tl.int64,
+    num_blocks: tl.int64,
+    block_bytes: tl.int64,
     window: tl.int64,
     LANES: tl.constexpr,
 ):
-    if field(counter, ADMISSION_NUM_COUNTED) >= window:
-        stride = tl.num_programs(0).to(tl.int64) * LANES
-        first = tl.program_id(0).to(tl.int64) * LANES
-        while first < num_words:
-            i = first + tl.arange(0, LANES)
-            word = (sketch + 4 * i).to(tl.pointer_type(tl.int32))
-            four = tl.load(word, i < num_words, 0)
-            tl.store(word, (four >> 1) & 0x7F7F7F7F, i < num_words)  # four bytes, each halved
-            first += stride
+    block = tl.program_id(0).to(tl.int64)
+    while block < num_blocks:
+        cell = added + 8 * block
+        if tl.load(int64_at(cell)) >= window:
+            first = block * 0
+            while first < block_bytes:
+                i = first + tl.arange(0, LANES)
+                byte = (sketch + block * block_bytes + i).to(tl.pointer_type(tl.uint8))
+                tl.store(byte, tl.load(byte, i < block_bytes, 0) >> 1, i < block_bytes)
+                first += LANES
+            tl.debug_barrier()
+            tl.store(int64_at(cell), window * 0)
+        block += tl.num_programs(0)
 
 
-@kernel({})
-def _restart_kernel(counter: tl.int64, window: tl.int64):
-    if field(counter, ADMISSION_NUM_COUNTED) >= window:
-        tl.store(int64_at(counter + 8 * ADMISSION_NUM_COUNTED), window * 0)
-
-
-def decay_(counter, sketch, window):
-    # The device decides whether a decay is due.
-    num_words = sketch.numel() // 4
-    programs = min(-(-num_words // LANES), num_programs_at_once(counter.device))
-    where = (counter.address, sketch.data_ptr(), num_words, window)
-    _decay_kernel.launch(counter.device, programs, *where, LANES=LANES)
-    # A launch of its own, after every program of the first has read the number.
-    _restart_kernel.launch(counter.device, 1, counter.address, window)
+def decay_(sketch, added, window):
+    # The device decides which blocks are due; a block is read and written by one program alone.
+    num_blocks = added.numel()
+    programs = min(num_blocks, num_programs_at_once(sketch.device))
+    where = (sketch.data_ptr(), added.data_ptr(), num_blocks, sketch[0].numel(), window)
+    _decay_kernel.launch(sketch.device, programs, *where, LANES=LANES)
 
 
 def check_(segments, num_ids, misses, rows, occurrences):

@@ -113,7 +113,6 @@ HYPER_BETA = tl.constexpr(fields.HYPER_BETA)
 HYPER_MARKS = tl.constexpr(fields.HYPER_MARKS)
 
 # Header of an admission counter.
-ADMISSION_NUM_COUNTED = tl.constexpr(fields.ADMISSION_NUM_COUNTED)
 ADMISSION_KIND = tl.constexpr(fields.ADMISSION_KIND)
 ADMISSION_THRESHOLD = tl.constexpr(fields.ADMISSION_THRESHOLD)
 ADMISSION_FORGET_AFTER = tl.constexpr(fields.ADMISSION_FORGET_AFTER)
@@ -121,6 +120,8 @@ ADMISSION_PER_BATCH = tl.constexpr(fields.ADMISSION_PER_BATCH)
 ADMISSION_COUNTERS = tl.constexpr(fields.ADMISSION_COUNTERS)
 ADMISSION_WIDTH = tl.constexpr(fields.ADMISSION_WIDTH)
 ADMISSION_NUM_HASHES = tl.constexpr(fields.ADMISSION_NUM_HASHES)
+ADMISSION_NUM_BLOCKS = tl.constexpr(fields.ADMISSION_NUM_BLOCKS)
+ADMISSION_ADDED = tl.constexpr(fields.ADMISSION_ADDED)
 
 COUNT = tl.constexpr(fields.COUNT)
 SKETCH = tl.constexpr(fields.SKETCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from recis_lightning.ops.reference.index import (
     signed,
 )
 from recis_lightning.ops.reference.storage import header_at, memory
+from recis_lightning.ops.shard_hash import shard_hash
 
 _SECOND_HASH = signed(0x9E3779B97F4A7C15)
 _DRAW_KEY = signed(0xD1B54A32D192ED03)
@@ -104,11 +106,14 @@ def _add_to_sketch(counter: Tensor, ids: Tensor, occurrences: Tensor) -> None:
     for cells in _sketch_cells(counter, ids):
         added.index_add_(0, cells, occurrences)
     sketch.copy_((sketch + added).clamp(max=fields.MAX_COUNTER))
-    counter[fields.ADMISSION_NUM_COUNTED] += occurrences.sum()
+    num_blocks = int(counter[fields.ADMISSION_NUM_BLOCKS])
+    in_blocks = memory(int(counter[fields.ADMISSION_ADDED]), num_blocks, torch.int64)
+    in_blocks.index_add_(0, shard_hash(ids) % num_blocks, occurrences)
 
 
 def _sketch(counter: Tensor) -> Tensor:
-    count = int(counter[fields.ADMISSION_WIDTH] * counter[fields.ADMISSION_NUM_HASHES])
+    sizes = fields.ADMISSION_NUM_BLOCKS, fields.ADMISSION_NUM_HASHES, fields.ADMISSION_WIDTH
+    count = math.prod(int(counter[size]) for size in sizes)
     return memory(int(counter[fields.ADMISSION_COUNTERS]), count, torch.uint8)
 
 
@@ -117,5 +122,8 @@ def _sketch_cells(counter: Tensor, ids: Tensor) -> Tensor:
     width = int(counter[fields.ADMISSION_WIDTH])
     first = mix(ids)
     second = mix(first ^ _SECOND_HASH)
-    hashes = torch.arange(int(counter[fields.ADMISSION_NUM_HASHES]), device="cpu")[:, None]
-    return shift_right(shift_right(first + hashes * second, 32) * width, 32) + hashes * width
+    num_hashes = int(counter[fields.ADMISSION_NUM_HASHES])
+    hashes = torch.arange(num_hashes, device="cpu")[:, None]
+    block = shard_hash(ids) % int(counter[fields.ADMISSION_NUM_BLOCKS])
+    column = shift_right(shift_right(first + hashes * second, 32) * width, 32)
+    return (block * num_hashes + hashes) * width + column
