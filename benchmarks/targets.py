@@ -77,7 +77,7 @@ def maximum(column: int) -> Callable[[Line], float | None]:
 
 
 _BAG, _INDEX, _FILTER = "bench_embedding_bag", "bench_hash_index", "bench_filter"
-_MODEL = "bench_in_model"
+_MODEL, _RANKS = "bench_in_model", "bench_many_ranks"
 _UPDATE, _TRAINING, _SAVING = "bench_row_update", "bench_training", "bench_checkpoint"
 TARGETS = [
     Target(_MODEL, "in_model", "in a model / one nn.Embedding + SparseAdam", figure("fused"), 5),
@@ -129,6 +129,8 @@ TARGETS = [
     Target(_SAVING, "state_dict save", "save state_dict / safetensors", figure("ratio")),
     Target(_SAVING, "state_dict load", "load state_dict / safetensors", figure("ratio")),
     Target(_FILTER, "evict", "evict 1M of 10M rows", figure("seconds"), 0.5, False, "s"),
+    Target(_RANKS, "host", "host, 8 ranks / unsharded", figure("few_to_one"), 3, False, "of"),
+    Target(_RANKS, "host", "host, 512 ranks / 8", figure("many_to_few"), 2, False, "of"),
     Target("bench_memory", "grow", "peak memory / payload", figure("peak"), 1.35, False, "of"),
     Target(
         "bench_memory", "grow", "longest step of a growing table", figure("longest"), 2, False, "s"

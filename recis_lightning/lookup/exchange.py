@@ -25,6 +25,7 @@ from recis_lightning.lookup.features import (
     point_to_rows,
 )
 from recis_lightning.lookup.local import counts_occurrences, find_or_insert_rows
+from recis_lightning.lookup.regrouping import ReceivedParts, received_parts
 from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import to_device_async
@@ -101,17 +102,19 @@ def _all_to_all(
 
 
 class OwnedIds(NamedTuple):
-    """Ids that this rank owns and was asked for: a part for each rank and table, by rank.
+    """Ids that this rank owns and was asked for, in parts of one table each.
 
     Attributes:
         part_tables: Table of each part that is not empty.
         plan: int64 [num_parts, PLAN_SIZE], of those parts.
         rows: int64 [r], this shard's rows of the ids.
+        parts: Their order.
     """
 
     part_tables: list[HashTable]
     plan: Plan
     rows: Tensor
+    parts: ReceivedParts
 
 
 def _look_up(
@@ -130,28 +133,31 @@ def _look_up(
         occurrences: int64 [r], how often each id occurs at its rank; None if nobody counts.
         training: As for ``exchange_rows``.
     """
-    tables, num_ranks = _source_tables(layout), len(recv_counts)
-    sizes = recv_counts.reshape(-1)
+    tables = _source_tables(layout)
+    parts = received_parts(recv_counts, layout.device)
+    sources, sizes, _ = parts
+    ids = parts.arrange(ids)
     starts = np.cumsum(sizes) - sizes
     segments = np.zeros((len(tables), SEGMENT_SIZE), np.int64)
     for line, table, source in zip(segments, tables, layout.sources, strict=True):
         write_segment(line, table, training, None, source.admits)
     # Tables that got no ids too: a lookup is one of all shards.
-    segments = np.tile(segments, (num_ranks, 1))
+    segments = segments[sources]
     segments[:, SEGMENT_START] = starts
     segments[:, SEGMENT_IDS] = ids.data_ptr()
     if training:
-        parts = ids.split(sizes.tolist())
-        part_tables = [source.table for source in layout.sources] * num_ranks
+        split_ids = ids.split(sizes.tolist())
+        part_tables = [layout.sources[source].table for source in sources.tolist()]
+        occurrences = None if occurrences is None else parts.arrange(occurrences)
         rows, _ = find_or_insert_rows(
-            layout, segments, parts, ids.numel(), part_tables, occurrences
+            layout, segments, split_ids, ids.numel(), part_tables, occurrences
         )
         if occurrences is not None:
-            _count_rejections(layout, sizes.tolist(), rows, occurrences)
+            _count_rejections(layout, parts, rows, occurrences)
     else:
         rows = hash_index.find(segments, ids.numel(), layout.device)
     used = np.flatnonzero(sizes)
-    used_tables = used % len(tables)  # positions of sources
+    used_tables = sources[used]
     plan = np.zeros((len(used), PLAN_SIZE), np.int64)
     plan[:, fields.PLAN_HEADER] = header_addresses(tables)[used_tables]
     plan[:, fields.PLAN_MODE] = fields.NONE
@@ -159,29 +165,30 @@ def _look_up(
     plan[:, fields.PLAN_NUM_BAGS] = plan[:, fields.PLAN_NUM_IDS] = sizes[used]
     plan[:, fields.PLAN_BAG_LENGTH] = 1
     point_to_rows(plan, rows)
-    return OwnedIds([tables[table] for table in used_tables.tolist()], plan, rows)
+    return OwnedIds([tables[table] for table in used_tables.tolist()], plan, rows, parts)
 
 
 def _count_rejections(
-    layout: FeatureLayout, sizes: list[int], rows: Tensor, occurrences: Tensor
+    layout: FeatureLayout, parts: ReceivedParts, rows: Tensor, occurrences: Tensor
 ) -> None:
     """Count occurrences that a table rejects unseen: the index counts a rank's ids once."""
     tables = _source_tables(layout)
     rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
-    for index, part in enumerate(rejected.split(sizes)):
-        table = tables[index % len(tables)]
-        is_unseen = layout.sources[index % len(tables)].admits == "none"
+    split = rejected.split(parts.sizes.tolist())
+    for source, part in zip(parts.sources.tolist(), split, strict=True):
+        table = tables[source]
+        is_unseen = layout.sources[source].admits == "none"
         if is_unseen or table.storage.admission_counter is None:
             table.storage.header.tensor[NUM_REJECTED] += part.sum()
 
 
 def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
-    """Return the rows of owned ids, dtype [r, embedding_dim]."""
+    """Return the rows of owned ids in the order of the message, dtype [r, embedding_dim]."""
     size, device = owned.rows.numel(), layout.device
     values = torch.empty(size, layout.embedding_dim, dtype=layout.dtype, device=device)
     point_to_data(owned.plan, values)
     embedding_bag.gather(owned.plan, *layout.row_type)
-    return values
+    return owned.parts.restore(values)
 
 
 class Route(NamedTuple):

@@ -306,14 +306,14 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
         received: float32 [r, embedding_dim + 1], by rank.
         sent: Tables that this rank sent gradients of.
     """
-    part_tables, plan, rows = route.owned
-    plan = plan.copy()
+    part_tables, plan, rows, parts = route.owned
+    plan, received = plan.copy(), parts.arrange(received)
     is_used = np.array([table.trainable for table in part_tables], bool)
     is_missing = received[:, -1] == 0
     if bool(is_missing.any()):
         rows = rows.masked_fill(is_missing, UNKNOWN)
-        parts = is_missing.split(plan[:, fields.PLAN_NUM_IDS].tolist())
-        is_used &= ~torch.stack([part.all() for part in parts]).cpu().numpy()
+        split = is_missing.split(plan[:, fields.PLAN_NUM_IDS].tolist())
+        is_used &= ~torch.stack([part.all() for part in split]).cpu().numpy()
         point_to_rows(plan, rows)
     point_to_data(plan, received)
     used = np.flatnonzero(is_used)

@@ -19,6 +19,7 @@ from benchmarks import (
     bench_filter,
     bench_hash_index,
     bench_in_model,
+    bench_many_ranks,
     bench_memory,
     bench_row_update,
     bench_string_hash,
@@ -53,6 +54,16 @@ def test_embeddings_in_a_model_agree_with_torch(few_ids, monkeypatch, capfd):
     assert {"ours", "alone", "fused", "26 tables"} <= found["ms"].keys()
     assert all(0 < part <= step for part, step in found["ms"].values())
     assert found["limit"] > 0
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_ranks_are_played(num_ranks, capfd):
+    """Each part of a step takes time, whatever the number of ranks, and no group is left behind."""
+    assert bench_many_ranks.main(["--run", str(num_ranks), "5", "2"]) == 0
+    parts = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert len(parts) == 3
+    assert min(parts) > 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_batches_in_a_model_are_fresh(few_ids):

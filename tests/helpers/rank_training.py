@@ -18,7 +18,7 @@ from recis_lightning import (
 )
 from recis_lightning.distributed import collectives
 from recis_lightning.initializers import Normal
-from recis_lightning.lookup import current_groups
+from recis_lightning.lookup import current_groups, regrouping
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.group import LookupGroup
 from recis_lightning.lookup.sharded import ShardedRows
@@ -103,6 +103,12 @@ def _cut(value, low, high):
 def train_on(which, **kwargs):
     """Train as ``train`` does, with the ops of one backend."""
     with backend.use(which):
+        return train(**kwargs)
+
+
+def train_in_parts_of(num_ids, **kwargs):
+    """Train as ``train`` does, with received ids in the order of tables below a number a part."""
+    with patch.object(regrouping, "IDS_OF_PART", num_ids):
         return train(**kwargs)
 
 

@@ -82,6 +82,17 @@ def test_sharded_is_unsharded_with_accumulation(ranks, kwargs):
     assert_sharding_changes_nothing(ranks, 2, steps=8, accumulate=2, **kwargs)
 
 
+@pytest.mark.parametrize("admission", [None, MinCount(2)])
+def test_the_order_of_received_ids_changes_nothing(ranks, admission):
+    """Parts by rank and table, or by table alone: the same rows, state and counts, bit by bit."""
+    plan = {"optimizer": "SparseAdam", "steps": 6, "model": {"admission": admission}}
+    by_rank = ranks.run(4, checks.train_in_parts_of, 0, **plan)
+    by_table = ranks.run(4, checks.train_in_parts_of, 10**6, **plan)
+    for one, other in zip(by_rank, by_table, strict=True):
+        assert np.sum(one["sizes"])
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     "kwargs",
