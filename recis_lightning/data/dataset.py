@@ -47,7 +47,7 @@ class ColumnarDataset(IterableDataset[Any]):
 
     Args:
         paths: Files or glob patterns, of names that end in ``.parquet`` or ``.orc``; a URL is read
-            through fsspec.
+            through fsspec. What they lack may be in folders such as ``day=2026-11-30``.
         columns: Entries of a batch; None, if ``features`` has them.
         batch_size: Rows of a batch on one rank.
         features: Columns, and transforms that are applied to the rows of a block at once.

@@ -13,6 +13,7 @@ from pyarrow import acero, fs, orc, parquet
 from torch.utils.data import get_worker_info
 
 from recis_lightning.data.filter import columns_of, parse_filter
+from recis_lightning.data.partitions import partition_kinds, partitions_of, with_partitions
 from recis_lightning.data.windows import Window
 
 __all__ = ["EARLIEST", "FORMATS", "DataFileError", "FileReader", "FoundFile", "Split", "version_of"]
@@ -69,6 +70,8 @@ class FoundFile(NamedTuple):
 class FileReader:
     """Columns that are read of files, by which rows.
 
+    A column that a file lacks may be in its path, in a folder such as ``day=2026-11-30``.
+
     Args:
         columns: Columns to read.
         filter: Rows to keep, as ``parse_filter`` takes it; None keeps all.
@@ -80,7 +83,9 @@ class FileReader:
     ) -> None:
         self.window = window
         self._columns = list(dict.fromkeys(columns))
-        self._filter = None if filter is None else parse_filter(filter)
+        self._filter = filter
+        if filter is not None:
+            parse_filter(filter)  # so that a wrong one is refused before any file is read
         self._filter_columns = [] if filter is None else columns_of(filter)
         self._time = None if window is None else window.column
         times = [] if self._time is None else [self._time]
@@ -118,17 +123,22 @@ class FileReader:
         where = f"{file.path}, part {split.group}"
 
         def load() -> pa.Table:
-            if version_of(system, file.path) != file.version:
-                raise ValueError("the file has changed since the data set was made")
-            part = self._read_part(system, file.path, split.group, self._read_columns)
-            if self._filter is not None:
-                part = _filtered(part, self._filter)
+            part = self._kept(system, file.path, split.group, self._read_columns)
             if self._time is None:
                 return part
             numbers = self._numbers_of(part, file.first_window)
             return part.filter(pa.array(numbers == split.window))
 
-        table = _naming(where, load)
+        def check_version() -> None:
+            if version_of(system, file.path) != file.version:
+                raise ValueError("the file has changed since the data set was made")
+
+        try:
+            table = _naming(where, load)
+        except DataFileError:
+            _naming(where, check_version)  # a better reason, if it is one
+            raise
+        _naming(where, check_version)  # only now: it may change while it is read
         if table.num_rows != split.num_rows:
             raise DataFileError(
                 f"{where}: {split.num_rows} rows when the data set was made, "
@@ -142,48 +152,59 @@ class FileReader:
         """Return the kind of each column, and the rows of each window in each part."""
         if path.endswith(".orc"):
             file = orc.ORCFile(system.open_input_file(path))
-            kinds, num_parts = self._kinds_of(file.schema), file.nstripes
+            kinds, num_parts = self._kinds_of(file.schema, path), file.nstripes
         else:
             fragment = pads.ParquetFileFormat().make_fragment(path, system)
-            kinds, num_parts = self._kinds_of(fragment.physical_schema), len(fragment.row_groups)
+            kinds = self._kinds_of(fragment.physical_schema, path)
+            num_parts = len(fragment.row_groups)
         if self._time is not None:
             names = list(dict.fromkeys([self._time, *self._filter_columns]))
-            parts = (self._read_part(system, path, group, names) for group in range(num_parts))
-            kept = (
-                part if self._filter is None else _filtered(part, self._filter) for part in parts
-            )
+            kept = (self._kept(system, path, group, names) for group in range(num_parts))
             return kinds, [Counter(self._numbers_of(part, first_window).tolist()) for part in kept]
         number = 0 if self.window is None else self.window.of_path(path)
         if path.endswith(".orc"):
-            counts = self._stripe_rows(file)
-        elif self._filter is None:
-            counts = [group.num_rows for group in fragment.row_groups]
+            counts = self._stripe_rows(system, path, file)
         else:
-            groups = (fragment.subset(row_group_ids=[g.id]) for g in fragment.row_groups)
-            counts = [group.count_rows(filter=self._filter) for group in groups]
+            condition = self._condition(fragment.physical_schema, path)
+            if isinstance(condition, bool):
+                counts = [condition * group.num_rows for group in fragment.row_groups]
+            else:
+                groups = (fragment.subset(row_group_ids=[g.id]) for g in fragment.row_groups)
+                counts = [group.count_rows(filter=condition) for group in groups]
         return kinds, [Counter({max(number, first_window): num_rows}) for num_rows in counts]
 
-    def _stripe_rows(self, file: orc.ORCFile) -> list[int]:
+    def _stripe_rows(self, system: Any, path: str, file: orc.ORCFile) -> list[int]:
         if self._filter is None and file.nstripes <= 1:
             return [file.nrows] * file.nstripes
         names = self._filter_columns or self._columns[:1]
-        stripes = (
-            pa.Table.from_batches([file.read_stripe(i, columns=names)])
-            for i in range(file.nstripes)
-        )
-        if self._filter is None:
-            return [stripe.num_rows for stripe in stripes]
-        return [_filtered(stripe, self._filter).num_rows for stripe in stripes]
+        return [self._kept(system, path, i, names).num_rows for i in range(file.nstripes)]
 
-    def _read_part(self, system: Any, path: str, group: int, names: list[str]) -> pa.Table:
+    def _condition(self, schema: pa.Schema, path: str) -> Any:
+        """Return the filter, for the columns of a file; True or False if it is for all its rows."""
+        if self._filter is None:
+            return True
+        kinds = dict(zip(schema.names, schema.types, strict=True))
+        partitions = partitions_of(path).items()
+        values = {name: text for name, text in partitions if name not in kinds}
+        return parse_filter(self._filter, kinds, values)
+
+    def _kept(self, system: Any, path: str, group: int, names: list[str]) -> pa.Table:
+        """Read columns of a row group or stripe, of the rows that pass the filter."""
         with system.open_input_file(path) as source:
             if path.endswith(".orc"):
-                batch = orc.ORCFile(source).read_stripe(group, columns=names)
-                return pa.Table.from_batches([batch])
-            # Arrow's own threads do not survive the fork that made a worker.
-            threads = get_worker_info() is None
-            file = parquet.ParquetFile(source, pre_buffer=False)
-            return file.read_row_group(group, columns=names, use_threads=threads)
+                stripes = orc.ORCFile(source)
+                present = _present(stripes.schema, names)
+                part = pa.Table.from_batches([stripes.read_stripe(group, columns=present)])
+            else:
+                # Arrow's own threads do not survive the fork that made a worker.
+                threads = get_worker_info() is None
+                file = parquet.ParquetFile(
+                    source, pre_buffer=False, page_checksum_verification=True
+                )
+                present = _present(file.schema_arrow, names)
+                part = file.read_row_group(group, columns=present, use_threads=threads)
+        part = _filtered(_without_views(part), self._condition(part.schema, path))
+        return with_partitions(part, path, names)
 
     def _numbers_of(self, part: pa.Table, first_window: int) -> Any:
         """Return the window of each row."""
@@ -195,11 +216,17 @@ class FileReader:
             raise ValueError(f"column {self._time!r}: {error}") from error
         return np.maximum(numbers, first_window)
 
-    def _kinds_of(self, schema: pa.Schema) -> dict[str, str]:
-        absent = sorted(set(self._read_columns) - set(schema.names))
+    def _kinds_of(self, schema: pa.Schema, path: str) -> dict[str, str]:
+        found = partition_kinds(path) | dict(zip(schema.names, schema.types, strict=True))
+        absent = sorted(set(self._read_columns) - found.keys())
         if absent:
-            raise ValueError(f"columns {absent} are missing; it has {sorted(schema.names)}")
-        return {name: _kind_of(schema.field(name).type) for name in self._columns}
+            raise ValueError(f"columns {absent} are missing; it has {sorted(found)}")
+        return {name: _kind_of(found[name]) for name in self._columns}
+
+
+def _present(schema: pa.Schema, names: list[str]) -> list[str]:
+    """Return the columns that a file itself has; one at least, which says how many rows it has."""
+    return [name for name in names if name in schema.names] or schema.names[:1]
 
 
 def version_of(system: Any, path: str) -> tuple[Any, Any]:
@@ -216,9 +243,20 @@ def version_of(system: Any, path: str) -> tuple[Any, Any]:
 
 def _filtered(table: pa.Table, condition: Any) -> pa.Table:
     """Return the rows that pass, in order, on this thread: workers are forked."""
+    if isinstance(condition, bool):
+        return table if condition else table.slice(0, 0)
     source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
     kept = acero.Declaration("filter", acero.FilterNodeOptions(condition), [source])
     return kept.to_table(use_threads=False)
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """Return a table without string views, which Arrow cannot filter."""
+    for index, kind in enumerate(table.schema.types):
+        if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+            wide = pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary()
+            table = table.set_column(index, table.schema.names[index], table[index].cast(wide))
+    return table
 
 
 def _kind_of(kind: pa.DataType) -> str:

@@ -1,14 +1,10 @@
 """Files: which are found, their splits, and how bad ones are named."""
 
-import logging
-import os
-
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from recis_lightning.data import DataFileError
 from recis_lightning.data.file_reader import FileReader
 from recis_lightning.data.files import FileSet, find_files
 from tests.helpers.columnar_files import table_of, write_files
@@ -60,48 +56,6 @@ def test_files_behind_a_url():
         FileSet("memory://columnar/*.orc", FileReader(["row"]))
 
 
-def damaged(folder, kind):
-    """Write three files of which the second is bad; return the pattern."""
-    pattern = write_files(folder, sizes=(4, 4, 4))
-    path = folder / "part-1.parquet"
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-50])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "foreign":
-        path.write_bytes(b"row,user\n1,a\n" * 50)
-    else:
-        table = table_of(0, 4)
-        if kind == "missing column":
-            table = table.drop_columns(["row"])
-        else:
-            table = table.set_column(0, "row", pa.array(["a", "b", "c", "d"]))
-        pa.parquet.write_table(table, path)
-    return pattern
-
-
-BAD = {
-    "truncated": "part-1.parquet: ",
-    "empty": "part-1.parquet: ",
-    "foreign": "part-1.parquet: ",
-    "missing column": r"part-1.parquet: columns \['row'\] are missing; it has \['click', ",
-    "other kind": "part-1.parquet: column 'row' holds strings, in earlier files integers",
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_files_are_named_or_skipped(tmp_path, kind, caplog):
-    pattern = damaged(tmp_path, kind)
-    with pytest.raises(DataFileError, match=BAD[kind]):
-        FileSet(pattern, FileReader(["row"]))
-    with caplog.at_level(logging.WARNING, "recis_lightning"):
-        files = FileSet(pattern, FileReader(["row"]), on_bad_file="skip")
-    assert [file.path[-9] for file in files.files] == ["0", "2"]
-    assert "part-1.parquet" in caplog.text
-    rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
-    assert rows == [0, 1, 2, 3, 8, 9, 10, 11]
-
-
 def test_widths_may_differ_and_columns_may_be_all_null(tmp_path):
     """int32 and int64, or a file without any value, are one kind."""
     for index, rows in enumerate(
@@ -111,28 +65,6 @@ def test_widths_may_differ_and_columns_may_be_all_null(tmp_path):
     files = FileSet(str(tmp_path / "*.parquet"), FileReader(["row"]))
     rows = [row for split in files.splits for row in files.read(split)["row"].to_pylist()]
     assert rows == [None, None, 1, 2, 3, None, None]
-
-
-def test_damage_within_a_file_is_named_when_it_is_read(tmp_path):
-    pattern = write_files(tmp_path, sizes=(3000,), group_rows=1000)
-    path = tmp_path / "part-0.parquet"
-    content = bytearray(path.read_bytes())
-    content[4:200] = bytes(196)
-    path.write_bytes(content)
-    files = FileSet(pattern, FileReader(["row"]))
-    with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: "):
-        files.read(files.splits[0])
-
-
-def test_a_file_that_changes_is_named(tmp_path):
-    files = FileSet(write_files(tmp_path), FileReader(["row"]))
-    path = tmp_path / "part-0.parquet"
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: the file has changed"):
-        files.read(files.splits[0])
-    path.unlink()
-    with pytest.raises(DataFileError, match=r"part-0\.parquet, part 0: there is no such file"):
-        files.read(files.splits[0])
 
 
 def test_a_file_without_rows_has_no_splits(tmp_path):

@@ -1,7 +1,11 @@
 """Filters: the rows they keep, and what is refused."""
 
+from datetime import UTC, date, datetime
+from decimal import Decimal
+
 import pyarrow as pa
 import pytest
+from pyarrow import acero
 
 from recis_lightning.data.filter import columns_of, parse_filter
 
@@ -36,6 +40,92 @@ def test_rows_kept(text, rows):
 def test_what_is_no_filter_is_refused(text):
     with pytest.raises(ValueError, match="filter: expected comparisons"):
         parse_filter(text)
+
+
+KINDS = {
+    "view": pa.array(["x", "y", None], pa.string_view()),
+    "word": pa.array(["x", "y", None]).dictionary_encode(),
+    "price": pa.array([Decimal("1.50"), Decimal("2.00"), None], pa.decimal128(9, 2)),
+    "day": pa.array([date(2026, 11, 29), date(2026, 11, 30), None]),
+    "at": pa.array([datetime(2026, 11, 29), datetime(2026, 11, 30, 5), None], pa.timestamp("ms")),
+    "utc": pa.array([datetime(2026, 11, 29, tzinfo=UTC), None, None], pa.timestamp("us", "UTC")),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("view == 'y'", [1]),
+        ("view in ['x', 'z']", [0]),
+        ("view is None", [2]),
+        ("word == 'x'", [0]),
+        ("word in ('y', 'x')", [0, 1]),
+        ("price > 1", [0, 1]),
+        ("price >= 1.75", [1]),
+        ("price == 1.5", [0]),
+        ("price in [2, 7]", [1]),
+        ("day >= '2026-11-30'", [1]),
+        ("'2026-11-29' == day", [0]),
+        ("day in ['2026-11-29', '2026-12-01']", [0]),
+        ("at < '2026-11-30 05:00:01'", [0, 1]),
+        ("at < '2026-11-30'", [0]),
+        ("utc <= '2026-11-29T00:00:00Z'", [0]),
+    ],
+)
+def test_constants_become_what_a_column_holds(text, rows):
+    """Times and dates are written as strings, decimals as numbers."""
+    table = pa.table(KINDS)
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
+    options = acero.ProjectNodeOptions([parse_filter(text, kinds)], ["kept"])
+    kept = acero.Declaration("project", options, [source]).to_table()["kept"].to_pylist()
+    assert [row for row, passes in enumerate(kept) if passes] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("d == '5'", True),
+        ("d == 5 and a == 1", [0]),
+        ("d == 6 and a == 1", False),
+        ("d == 5 or a == 1", True),
+        ("d == 6 or a == 1", [0]),
+        ("n == 'x'", False),
+        ("not n == 'x'", False),
+        ("n is None", True),
+        ("n == 'x' or a == 1", [0]),
+        ("not (n == 'x' and a == 1)", [1, 3]),
+        ("n == 'x' and a == 1", []),
+        ("3 < d <= 5", True),
+        ("d in (5, 6) and d not in ['5']", False),
+        ("d == d", True),
+        ("a == d", []),
+        ("d > a", [0, 1, 3]),
+        ("b == d", []),
+        ("-1 < d", True),
+    ],
+)
+def test_columns_of_a_path_decide_by_themselves(text, kept):
+    """By the logic of three values, as Arrow's."""
+    kinds = dict(zip(TABLE.schema.names, TABLE.schema.types, strict=True))
+    found = parse_filter(text, kinds, {"d": "5", "n": None})
+    if isinstance(kept, bool):
+        assert found is kept
+    else:
+        table = TABLE.append_column("i", pa.array(range(4)))
+        assert table.filter(found)["i"].to_pylist() == kept
+
+
+def test_a_path_of_another_kind_is_named():
+    with pytest.raises(ValueError, match=r"filter: '>' not supported between .* in 'd > 5'"):
+        parse_filter("d > 5", {}, {"d": "x"})
+
+
+@pytest.mark.parametrize("text", ["day > 'soon'", "utc < '2026-11-29'"])
+def test_a_string_that_is_no_time_is_named(text):
+    kinds = {name: array.type for name, array in KINDS.items()}
+    with pytest.raises(ValueError, match=r"filter: column '(day|utc)' holds .*, which '.*' is not"):
+        parse_filter(text, kinds)
 
 
 def test_columns():

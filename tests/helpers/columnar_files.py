@@ -21,15 +21,15 @@ def table_of(first, num_rows):
     return pa.table(
         {
             "row": pa.array(rows, pa.int32()),
-            "user": [f"user-{row % 7}" for row in rows],
+            "user": pa.array([f"user-{row % 7}" for row in rows], pa.string()),
             "tags": pa.array([list(range(row % 4)) for row in rows], pa.list_(pa.int64())),
             "tag_weights": pa.array(
                 [[row + tag / 4 for tag in range(row % 4)] for row in rows],
                 pa.list_(pa.float32()),
             ),
-            "price": [None if row % 5 == 0 else float(row) for row in rows],
-            "click": [row % 3 == 0 for row in rows],
-            "country": ["DE" if row % 2 else "FR" for row in rows],
+            "price": pa.array([None if row % 5 == 0 else float(row) for row in rows], pa.float64()),
+            "click": pa.array([row % 3 == 0 for row in rows], pa.bool_()),
+            "country": pa.array(["DE" if row % 2 else "FR" for row in rows], pa.string()),
         }
     )
 
