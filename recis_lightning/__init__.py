@@ -24,7 +24,7 @@ from recis_lightning.table.listing import hash_tables
 from recis_lightning.table.state import set_shard_loader
 
 if TYPE_CHECKING:
-    from recis_lightning.gauc import GAUC
+    from recis_lightning.metrics.gauc import GAUC
 
 __version__ = "0.1.0"
 
@@ -73,7 +73,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "GAUC":  # torchmetrics takes most of a second to import
-        from recis_lightning.gauc import GAUC
+        from recis_lightning.metrics.gauc import GAUC
 
         return GAUC
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import recis_lightning
-from recis_lightning import click_metrics, gauc, metrics
-from recis_lightning.metrics import add_metric, clear_metrics, get_metrics
+from recis_lightning import metrics
+from recis_lightning.metrics import add_metric, clear_metrics, clicks, gauc, get_metrics, rankings
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +67,9 @@ def test_metric_classes_are_attributes_like_others():
             AttributeError, match=r"module 'recis_lightning.*' has no attribute 'AUC'"
         ):
             _ = module.AUC
-    for name in click_metrics.__all__:
-        assert getattr(metrics, name) is getattr(click_metrics, name)
+    for module in (clicks, rankings):
+        for name in module.__all__:
+            assert getattr(metrics, name) is getattr(module, name)
 
 
 def test_pickles_of_earlier_versions_name_gauc_in_metrics():

@@ -1,13 +1,9 @@
-"""Registries of named values (``add_metric``, ``add_to_ml_tracker``), and the metric classes.
-
-The classes are imported when they are asked for: they need torchmetrics, whose import takes most of
-a second.
-"""
+"""Registries of named values, which hooks report: ``add_metric`` and ``add_to_ml_tracker``."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+from typing import Generic, TypeVar, final
 
 import numpy as np
 import torch
@@ -15,19 +11,7 @@ from torch import Tensor
 
 from recis_lightning.arguments import check_str
 
-if TYPE_CHECKING:
-    from recis_lightning.click_metrics import BinnedAUROC, Calibration, NormalizedEntropy
-    from recis_lightning.gauc import GAUC
-    from recis_lightning.ranking_metrics import NDCG, MeanReciprocalRank, RecallAtK
-
 __all__ = [
-    "GAUC",
-    "NDCG",
-    "BinnedAUROC",
-    "Calibration",
-    "MeanReciprocalRank",
-    "NormalizedEntropy",
-    "RecallAtK",
     "add_metric",
     "add_to_ml_tracker",
     "clear_metrics",
@@ -155,23 +139,3 @@ def add_to_ml_tracker(name: str, data: object) -> None:
 def take_tracked() -> dict[str, float | Tensor]:
     """Return the values added by ``add_to_ml_tracker`` since the last call, and remove them."""
     return _tracked.take()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "GAUC":
-        from recis_lightning.gauc import GAUC
-
-        return GAUC
-    if name in ("BinnedAUROC", "Calibration", "NormalizedEntropy"):
-        from recis_lightning import click_metrics
-
-        return getattr(click_metrics, name)
-    if name in ("NDCG", "MeanReciprocalRank", "RecallAtK"):
-        from recis_lightning import ranking_metrics
-
-        return getattr(ranking_metrics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
