@@ -27,6 +27,7 @@ from recis_lightning.lookup.autograd import (
 )
 from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.group import LookupGroup, is_transferred, look_up_with
+from recis_lightning.ops.recycled_memory import RecycledMemory
 from recis_lightning.table.lock import distinct_locks, write
 
 
@@ -47,6 +48,7 @@ class JoinedOutput:
         distinct = list(dict.fromkeys(kinds))
         self._tensor_of = [distinct.index(kind) for kind in kinds]  # by group
         self._kinds = distinct
+        self._memory = [RecycledMemory() for _ in distinct]
         places = {
             name: (group, feature)
             for group, layout in enumerate(layouts)
@@ -83,8 +85,12 @@ class JoinedOutput:
         """
         num_samples = self.num_samples(bags)
         tensors = [
-            torch.empty(num_samples, width, dtype=dtype, device=device)
-            for width, (dtype, device) in zip(self._widths, self._kinds, strict=True)
+            memory.empty(num_samples, width, dtype)
+            if device.type == "cpu"
+            else torch.empty(num_samples, width, dtype=dtype, device=device)
+            for memory, width, (dtype, device) in zip(
+                self._memory, self._widths, self._kinds, strict=True
+            )
         ]
         columns = [
             Columns(tensors[tensor], first)
