@@ -69,6 +69,8 @@ class DeltaHook(Hook):
             check_int("every_n_batches", every_n_batches, least=1, alternative=" or None")
         if seconds is not None:
             check_bound("seconds", seconds)
+            if seconds == 0:
+                raise ValueError("seconds: expected a number > 0, got 0; or give every_n_batches=1")
         check_bool("state", state)
         if sink is None:
             assert folder is not None

@@ -19,6 +19,7 @@ __all__ = [
     "log_values",
     "logging_step",
     "to_host",
+    "write_values",
 ]
 
 
@@ -80,20 +81,30 @@ def log_values(
     tensors = cache.tensors(values, torch.float64 if exact else torch.float32)
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
-    if not trainer.is_global_zero:
+    write_values(trainer, values, logging_step(trainer), exact)
+
+
+def write_values(
+    trainer: Trainer, values: Mapping[str, float], step: int, exact: bool = False
+) -> None:
+    """Write values to every logger, with a step that may lie behind.
+
+    Args:
+        trainer: Owner of the loggers.
+        values: Name -> number; without any, nothing is written.
+        step: The loggers' x-axis (``logging_step``).
+        exact: Whether TensorBoard's scalars have 64 bits.
+    """
+    if not trainer.is_global_zero or trainer.barebones or not values:
         return
     for logger in trainer.loggers:
         if exact and _is_tensorboard(logger):
             for name, value in values.items():
                 logger.experiment.add_scalar(  # type: ignore[attr-defined]
-                    _tag(logger, name),
-                    value,
-                    logging_step(trainer),
-                    new_style=True,
-                    double_precision=True,
+                    _tag(logger, name), value, step, new_style=True, double_precision=True
                 )
         else:
-            logger.log_metrics(dict(values), step=logging_step(trainer))
+            logger.log_metrics(dict(values), step=step)
 
 
 def log_histogram(

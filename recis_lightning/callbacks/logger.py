@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, cast, final
 
@@ -17,21 +17,21 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.callbacks.hook import Hook, batches_done
-from recis_lightning.callbacks.log_values import to_host
+from recis_lightning.callbacks.log_values import logging_step, to_host, write_values
+from recis_lightning.callbacks.progress_line import LateWindow, is_number, line_of, shown
 from recis_lightning.callbacks.training_clock import TrainingClock
 from recis_lightning.distributed import collectives
-from recis_lightning.metrics import get_metrics
+from recis_lightning.metrics.background import BackgroundMetrics
+from recis_lightning.metrics.values import registered_values
 
 __all__ = ["LoggerHook", "loss_of"]
 
 _log = logging.getLogger(__name__)
 
-_OWN_NAMES = frozenset({"gstep", "lstep", "qps", "samples_per_sec"})
 _FIRST_MEMBER: dict[type, Callable[[Any], Any]] = {
     dict: lambda batch: next(iter(batch.values())),
     tuple: itemgetter(0),
@@ -63,11 +63,20 @@ class LoggerHook(Hook):
     written several times; equal intervals write each window once. A loss that the module itself
     logs as ``"loss"`` is not logged again.
 
+    Metrics that keep samples (AUROC without thresholds, ``GAUC``, rankings) take long to compute:
+    a thread does that, from a snapshot of their states, while training goes on. The window's line
+    waits for it, and loggers get the values once, with the window's own step. The progress bar and
+    ``callback_metrics`` get them with the next window, or before a validation or the end of an
+    epoch, whichever comes first: at the same batch on all ranks. By then the thread is waited for;
+    an error of a metric is raised there at the latest. Metrics of constant size, metrics around
+    other metrics, callables and numbers are computed in the training step.
+
     Time in validation, in the sanity check and in writing checkpoints is not counted. A device is
     synchronised at most once for each line. With several ranks, all must register the same
-    ``torchmetrics``, which gather when computed; other values, and the loss, are rank 0's.
+    ``torchmetrics``, which gather in the training step; other values, and the loss, are rank 0's.
 
-    In a loop written by hand, call ``after_step(metrics, global_step)`` after each step.
+    In a loop written by hand, call ``after_step(metrics, global_step)`` after each step; it
+    computes all metrics itself.
 
     Args:
         log_step: Training batches between lines, at least 1.
@@ -98,6 +107,12 @@ class LoggerHook(Hook):
         self._is_forgotten = False  # Lightning forgets all values when an epoch ends
         self._is_held = False  # Lightning goes through them after each batch
         self._released: dict[str, Any] = {}  # Lightning's own holders of what was taken from it
+        self._waiting: LateWindow | None = None  # for its metrics
+        self._arrived: dict[str, float] = {}  # computed by a thread, and not logged yet
+        self._late: dict[str, Tensor] = {}  # the newest that are logged, float64 []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_waiting": None}  # a thread cannot be copied
 
     @override
     def after_step(self, metrics: Mapping[str, Any] | None, gstep: int | Tensor) -> None:
@@ -123,14 +138,13 @@ class LoggerHook(Hook):
         if self._lstep % self.log_step:
             self._clock.mark()
             return
-        values = {**(metrics or {}), **_compute_metrics(collectives.world_size())}
-        on_host = to_host(values, torch.device("cpu"))
-        shown = {k: v for k, v in on_host.items() if v is not None and k not in _OWN_NAMES}
+        values = {**(metrics or {}), **registered_values(collectives.world_size())}
+        values = shown(to_host(values, torch.device("cpu")))
         seconds = self._clock.lap()
         qps = self._num_batches / seconds if seconds > 0 else math.inf
         self._num_batches = 0
         if collectives.rank() == 0:
-            _log.info("%s", _line(int(gstep), self._lstep, qps, shown))
+            _log.info("%s", line_of(int(gstep), self._lstep, qps, values))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,6 +152,7 @@ class LoggerHook(Hook):
         self._lstep = batches_done(trainer)
         self._num_batches = self._num_samples = 0
         self._logged, self._released = {}, {}
+        self._waiting, self._arrived, self._late = None, {}, {}
         self._is_forgotten = self._is_held = False
         self._clock.start(trainer)
 
@@ -158,14 +173,25 @@ class LoggerHook(Hook):
             if self._is_forgotten or trainer._logger_connector.should_update_logs:
                 self._log(trainer)
             elif self._is_held:
-                self._release(trainer)
+                self._is_held = False
+                self._release(trainer, (*self._logged, *self._late))
             self._clock.mark()
-            return
-        self._report(trainer, pl_module, outputs)
-        self._num_batches = self._num_samples = 0
+        else:
+            self._report(trainer, pl_module, outputs)
+            self._num_batches = self._num_samples = 0
+        if self._waiting is not None:
+            if trainer.is_last_batch:
+                self._settle(trainer)
+            elif self._waiting.is_done:
+                self._publish(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer)
         self._clock.pause(at_mark=True)  # the time since the last batch set validation up
 
     @override
@@ -175,22 +201,28 @@ class LoggerHook(Hook):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close(trainer)
+        self._settle(trainer)
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._close(trainer)
+        try:
+            self._publish(trainer)
+        except Exception:  # the run's own exception matters more
+            _log.exception("Could not compute the metrics of the last window")
 
     def _close(self, trainer: Trainer) -> None:
         self._clock.stop(trainer)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+        self._publish(trainer)
         samples: Any = math.nan if self._num_samples is None else float(self._num_samples)
         if trainer.world_size > 1:
             on_device = torch.tensor(samples, device=trainer.strategy.root_device)
             samples = trainer.strategy.reduce(on_device, reduce_op="sum")
-        values = _compute_metrics(trainer.world_size)
+        values = registered_values(trainer.world_size, background=True)
         is_registered = "loss" in values
         if not is_registered:
             values = {"loss": loss_of(trainer, pl_module, outputs), **values}
@@ -201,16 +233,39 @@ class LoggerHook(Hook):
         rates = {"qps": self._num_batches / seconds if seconds > 0 else math.inf}
         if not math.isnan(samples):
             rates["samples_per_sec"] = samples / seconds if seconds > 0 else math.inf
-        values = {k: v for k, v in on_host.items() if v is not None and k not in _OWN_NAMES}
-        if trainer.is_global_zero:
-            _log.info("%s", _line(trainer.global_step, self._lstep, rates["qps"], values))
+        values = shown(on_host)
+        step, qps = trainer.global_step, rates["qps"]
+        if any(isinstance(value, BackgroundMetrics) for value in values.values()):
+            self._waiting = LateWindow(step, self._lstep, logging_step(trainer), qps, {**values})
+        elif trainer.is_global_zero:
+            _log.info("%s", line_of(step, self._lstep, qps, values))
         if not is_registered and _module_logs(trainer, "loss"):
             values.pop("loss", None)
-        numbers = rates | {k: v for k, v in values.items() if _is_number(v)}
-        self._logged = {
-            k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in numbers.items()
-        }
+        numbers = rates | {k: v for k, v in values.items() if is_number(v)}
+        late = {k: v for k, v in self._arrived.items() if k not in numbers}
+        self._logged, self._late, self._arrived = _host_tensors(numbers), _host_tensors(late), {}
         self._log(trainer)
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Wait for the window whose metrics a thread computes; give it to the line and loggers."""
+        window, self._waiting = self._waiting, None
+        if window is not None:
+            line, self._arrived = window.finish()
+            if trainer.is_global_zero:
+                _log.info("%s", line)
+            write_values(trainer, self._arrived, window.step)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Bring what a thread computes to where Lightning and callbacks read it, before they do."""
+        self._publish(trainer)
+        if not self._arrived or trainer.barebones:
+            return
+        self._release(trainer, self._arrived)  # it holds older values
+        self._late, self._arrived = _host_tensors(self._arrived), {}
+        trainer.callback_metrics.update(self._late)
+        trainer.logged_metrics.update(self._late)
+        numbers = {name: number.item() for name, number in self._late.items()}
+        trainer.progress_bar_metrics.update(numbers)
 
     def _log(self, trainer: Trainer) -> None:
         """Log the newest window.
@@ -223,21 +278,30 @@ class LoggerHook(Hook):
             results.update(self._released)  # to make new ones takes 1 ms
             self._released = {}
             for name, number in self._logged.items():
-                self.log(name, number, on_step=True, on_epoch=False, prog_bar=True)
-                # Lightning asks it to move to the host, where it is, and it takes 0.3 ms to do so.
-                holder = results.get(f"on_train_batch_end.{name}")
-                if holder is not None:
-                    vars(holder)["to"] = _stay
+                self._log_one(results, name, number)
+            for name, number in self._late.items():  # loggers have it, with its own step
+                self._log_one(results, name, number, logger=False)
 
-    def _release(self, trainer: Trainer) -> None:
-        """Take the window out of what Lightning goes through after each batch.
+    def _log_one(self, results: Any, name: str, number: Tensor, **kwargs: bool) -> None:
+        key = f"on_train_batch_end.{name}"
+        if key in results and results[key].meta.logger != kwargs.get("logger", True):
+            del results[key]  # the metric of this name was another
+        self.log(name, number, on_step=True, on_epoch=False, prog_bar=True, **kwargs)
+        # Lightning asks it to move to the host, where it is, and it takes 0.3 ms to do so.
+        if key in results:
+            vars(results[key])["to"] = _stay
 
-        It would handle each value there, at 10 us, until the epoch ends. The progress bar and
+    def _release(self, trainer: Trainer, names: Iterable[str]) -> None:
+        """Take values out of what Lightning goes through after each batch.
+
+        It would handle each there, at 10 us, until the epoch ends. The progress bar and
         ``callback_metrics`` have them by now; before a logging step they are logged again.
         """
-        self._is_held, results = False, cast(Any, trainer._results)
-        keys = [key for name in self._logged if (key := f"on_train_batch_end.{name}") in results]
-        self._released = {key: results.pop(key) for key in keys}
+        results = cast(Any, trainer.fit_loop.epoch_loop._results)
+        for name in names:
+            key = f"on_train_batch_end.{name}"
+            if key in results:
+                self._released[key] = results.pop(key)
 
 
 def _stay(*args: Any, **kwargs: Any) -> None:
@@ -281,6 +345,8 @@ def _batch_size(batch: Any) -> int | None:
     members: Any = ()
     if isinstance(batch, Mapping):
         members = batch.values()
+    elif isinstance(getattr(batch, "outer_offsets", None), Tensor):  # NestedJagged
+        return int(batch.outer_offsets.numel()) - 1
     elif isinstance(getattr(batch, "offsets", None), Tensor):  # Jagged
         return int(batch.offsets.numel()) - 1
     elif callable(getattr(batch, "stride", None)):  # TorchRec's KeyedJaggedTensor
@@ -306,46 +372,9 @@ def loss_of(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tenso
     return loss.detach() * scale if scale != 1 else loss.detach()
 
 
-def _compute_metrics(world_size: int) -> dict[str, Any]:
-    """Return the values of ``add_metric``, computed; a collection gives one for each member."""
-    values: dict[str, Any] = {}
-    registry = get_metrics()
-    gathering = {k: v for k, v in registry.items() if isinstance(v, Metric | MetricCollection)}
-    # Sorted by name, since ranks must gather in one order.
-    results = {name: _compute(gathering[name], world_size) for name in sorted(gathering)}
-    for name, value in registry.items():
-        if name in gathering:
-            value = results[name]
-        elif callable(value):
-            value = value()
-        if isinstance(value, Mapping):
-            values.update({f"{name}_{key}": part for key, part in value.items()})
-        else:
-            values[name] = value
-    return values
-
-
-def _compute(metric: Metric | MetricCollection, world_size: int) -> Any:
-    """Return a metric's value; None before its first update."""
-    members = metric.values() if isinstance(metric, MetricCollection) else [metric]
-    # With several ranks, another may have updated its own and would wait in a collective.
-    if world_size == 1 and not any(member.update_called for member in members):
-        return None
-    return metric.compute()
-
-
-def _line(gstep: int, lstep: int, qps: float, values: Mapping[str, Any]) -> str:
-    line = [f"<gstep={gstep}> <lstep={lstep}> <qps={qps:.4f}>"]
-    return " ".join(line + [f"<{name}={_format(value)}>" for name, value in values.items()])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _format(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def _module_logs(trainer: Trainer, name: str) -> bool:
     return f"training_step.{name}" in (trainer._results or ())
+
+
+def _host_tensors(numbers: Mapping[str, float]) -> dict[str, Tensor]:
+    return {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in numbers.items()}

@@ -9,16 +9,20 @@ import torch
 
 __all__ = ["copy_rate", "peak_tflops"]
 
-# Dense TFLOP/s of data sheets: bfloat16 or float16 on tensor cores, TF32 on them, float32.
-# A name that is part of another comes after it.
+# Dense TFLOP/s (half of what data sheets print "with sparsity"), summed up in float32: of bfloat16
+# and float16 on tensor cores, TF32 on them, and float32. From NVIDIA's and AMD's data sheets and
+# architecture papers, for one GPU as torch counts them. A name whose words contain another's is
+# before it.
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     ("GB200", 2500.0, 1250.0, 80.0),
     ("B200", 2250.0, 1125.0, 75.0),
-    ("H100 PCIE", 756.0, 378.0, 51.0),
-    ("H100 NVL", 835.0, 417.5, 60.0),
+    ("H100 PCIE", 756.0, 378.0, 51.2),
+    ("H100 NVL", 835.5, 417.5, 60.0),
     ("H100", 989.4, 494.7, 66.9),
+    ("H200 NVL", 835.5, 417.5, 60.0),
     ("H200", 989.4, 494.7, 66.9),
     ("H20", 148.0, 74.0, 44.0),
+    ("H800 PCIE", 756.0, 378.0, 51.2),
     ("H800", 989.4, 494.7, 66.9),
     ("GH200", 989.4, 494.7, 66.9),
     ("A100", 312.0, 156.0, 19.5),
@@ -31,13 +35,17 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     ("L40", 181.0, 90.5, 90.5),
     ("L20", 119.5, 59.8, 59.8),
     ("L4", 121.0, 60.0, 30.3),
+    ("V100 PCIE", 112.0, 14.0, 14.0),
+    ("V100S PCIE", 130.0, 16.4, 16.4),
     ("V100", 125.0, 15.7, 15.7),
     ("T4", 65.0, 8.1, 8.1),
     ("RTX 4090", 165.2, 82.6, 82.6),
+    ("RTX 3090 TI", 80.0, 40.0, 40.0),
     ("RTX 3090", 71.0, 35.6, 35.6),
     ("MI300X", 1307.4, 653.7, 163.4),
-    ("MI250X", 383.0, 95.7, 47.9),
+    ("MI250X", 191.5, 47.9, 47.9),  # torch has a GPU for each of its two dies
 )
+_WITHOUT_BFLOAT16 = {"V100", "V100S", "T4"}  # their tensor cores take float16 only
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 28}  # more than caches hold
 _ROUNDS = 4
 _rates: dict[str, float] = {}
@@ -45,11 +53,11 @@ _lock = threading.Lock()
 
 
 def peak_tflops(device_name: str, precision: str, tf32: bool = False) -> float | None:
-    """Return the peak of a common GPU in TFLOP/s, without sparsity; None if it is not known.
+    """Return the peak of a common GPU in TFLOP/s, dense (no sparsity); None if it is not known.
 
     Args:
         device_name: As ``torch.cuda.get_device_name`` has it.
-        precision: Of a Trainer: "bf16-mixed", "32-true", ...
+        precision: Of a Trainer, and so of matrices: "bf16-mixed", "16-true", "32-true", ...
         tf32: Whether matrices of float32 are multiplied as TF32.
 
     Example:
@@ -66,7 +74,7 @@ def peak_tflops(device_name: str, precision: str, tf32: bool = False) -> float |
             if "64" in precision:
                 return None
             if "16" in precision:
-                return half
+                return None if "bf16" in precision and words & _WITHOUT_BFLOAT16 else half
             return tensor if tf32 else single
     return None
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.monitoring.operator_bytes import bytes_of
 from recis_lightning.monitoring.step_costs import ModuleCost, OperatorCost, StepCosts
 from recis_lightning.ops import backend
@@ -74,6 +76,8 @@ class StepInspector:
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
+        for engine in self._engines():
+            vars(engine)["concat"] = partial(self._concat, engine)
         backend.add_meter(self)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -85,6 +89,8 @@ class StepInspector:
         backend.remove_meter(self)
         for handle in self._handles:
             handle.remove()
+        for engine in self._engines():
+            vars(engine).pop("concat", None)
         modules = []
         for module, name in self._names.items():
             if module in self._modules:
@@ -174,6 +180,17 @@ class StepInspector:
         if self._is_mine() and self._running and self._running[-1][0] is module:
             _, first = self._running.pop()
             self._spans.append((module, first, torch._C._autograd._get_sequence_nr()))
+
+    def _engines(self) -> list[EmbeddingEngine]:
+        return [module for module in self._names if isinstance(module, EmbeddingEngine)]
+
+    def _concat(self, engine: EmbeddingEngine, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Call an engine by ``concat``, which no hook of torch sees, as by ``forward``."""
+        self._enter(engine, args)
+        try:
+            return type(engine).concat(engine, *args, **kwargs)
+        finally:
+            self._leave(engine, args, None)
 
     def _is_mine(self) -> bool:
         return self._thread == threading.get_ident()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recis_lightning.arguments import check_str
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.trace.files import check_scalar
 
 __all__ = ["TraceCollection", "add_to_trace", "collect_trace"]
@@ -62,8 +63,8 @@ def add_to_trace(name: str, tensor: Any) -> None:
     Args:
         name: The column's name.
         tensor: A row for each example: a tensor or NumPy array [B, ...], a jagged NestedTensor
-            [B, j, ...], a ``Jagged`` or a list of B. A number, a string or a 0-d tensor is repeated
-            for every example of its step.
+            [B, j, ...], a ``Jagged`` or ``NestedJagged``, without weights, or a list of B. A
+            number, a string or a 0-d tensor is repeated for every example of its step.
 
     Raises:
         TypeError: ``name`` is no str, or ``tensor`` is none of these.
@@ -101,8 +102,9 @@ def _copy(name: str, value: Any) -> Any:
     """Return a copy of a value, on its device: the original may change before it is written."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, Jagged):
-        return Jagged(value.values.detach().clone(), value.offsets.detach().clone())
+    if isinstance(value, Jagged | NestedJagged):
+        parts = [None if part is None else part.detach().clone() for part in value]
+        return type(value)(*parts[:-1])  # type: ignore[arg-type]
     if isinstance(value, np.ndarray | np.generic):
         return np.array(value)
     if isinstance(value, list):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = [
     "OWN_COLUMNS",
@@ -43,7 +44,7 @@ class TraceStep(NamedTuple):
 
 
 class _Ragged(NamedTuple):
-    values: np.ndarray[Any, Any]
+    values: Any  # an array [N, ...], or _Ragged where there are two levels
     offsets: np.ndarray[Any, Any]
 
 
@@ -160,6 +161,9 @@ def host_value(name: str, value: Any) -> Any:
         if value.lengths() is not None:  # type: ignore[attr-defined]
             value = value.contiguous()  # holes between the rows
         value = Jagged(value.values(), value.offsets())
+    if isinstance(value, NestedJagged):
+        outer = _array(name, value.outer_offsets).astype(np.int32)
+        return _Ragged(host_value(name, value.inner()), outer)
     if isinstance(value, Jagged):
         return _Ragged(_array(name, value.values), _array(name, value.offsets).astype(np.int32))
     if isinstance(value, Tensor | np.ndarray | np.generic):
@@ -171,8 +175,8 @@ def check_scalar(name: str, value: Any) -> bool | int | float | str:
     """Return a value that is repeated for all rows of its step, or raise."""
     if not isinstance(value, bool | int | float | str):
         raise TypeError(
-            f"trace of {name!r}: expected a tensor, array, Jagged, list, number or str, "
-            f"got {type(value).__name__}"
+            f"trace of {name!r}: expected a tensor, array, Jagged, NestedJagged, list, number or "
+            f"str, got {type(value).__name__}"
         )
     return value
 
@@ -203,7 +207,9 @@ def _arrow(value: Any, num_rows: int, wanted: Any) -> Any:
     """Return a value on the host as an Arrow array of ``num_rows``."""
     pa = import_pyarrow()
     if isinstance(value, _Ragged):
-        return pa.ListArray.from_arrays(pa.array(value.offsets), _fixed(value.values))
+        is_nested = isinstance(value.values, _Ragged)
+        items = _arrow(value.values, 0, None) if is_nested else _fixed(value.values)
+        return pa.ListArray.from_arrays(pa.array(value.offsets), items)
     if isinstance(value, list):
         return pa.array(value, type=wanted)
     if isinstance(value, np.ndarray) and value.ndim:

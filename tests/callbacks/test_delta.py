@@ -110,6 +110,8 @@ def test_a_second_run_begins_the_chain_anew(tmp_path):
         ({"folder": "x", "seconds": 1, "every_n_batches": 1}, ValueError, "one of them"),
         ({"folder": "x", "every_n_batches": 0}, ValueError, "every_n_batches"),
         ({"folder": "x", "seconds": -1}, ValueError, "seconds"),
+        ({"folder": "x", "seconds": 0}, ValueError, "seconds: expected a number > 0"),
+        ({"folder": "x", "seconds": 0.0}, ValueError, "seconds"),
         ({"folder": "x", "seconds": 1, "state": 1}, TypeError, "state"),
         ({"sink": print, "seconds": 1}, TypeError, "sink"),
     ],

@@ -21,6 +21,7 @@ from recis_lightning.callbacks import Hook, LoggerHook, training_clock
 from recis_lightning.callbacks import logger as logger_module
 from recis_lightning.callbacks.logger import _batch_size
 from recis_lightning.metrics import GAUC, add_metric, clear_metrics
+from recis_lightning.nested_jagged import NestedJagged
 from tests.helpers.quiet_trainer import quiet_trainer
 
 
@@ -452,6 +453,7 @@ RAGGED = SimpleNamespace(values=torch.zeros(9), offsets=torch.tensor([0, 3, 3, 9
         (Batch("x", torch.zeros(6)), 6),
         (SimpleNamespace(stride=lambda: 8), 8),
         (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(5)], layout=torch.jagged), 2),
+        (NestedJagged(torch.zeros(9), torch.tensor([0, 3, 3, 9]), torch.tensor([0, 1, 3])), 2),
         ("text", None),
         (None, None),
         ({}, None),

@@ -59,6 +59,17 @@ def test_sums_are_exact_in_any_batches(metric, truth):
         assert ours.compute().item() == pytest.approx(wanted, rel=1e-12)
 
 
+def test_values_are_scikit_learns():
+    """Those of ``log_loss`` and ``roc_auc_score`` with sample weights, of version 1.9.1."""
+    preds, target, weights = samples()
+    entropy, auroc = NormalizedEntropy(), BinnedAUROC(num_bins=16)
+    entropy.update(preds, target, weights)
+    wanted = 0.5117917190762313 / 0.6918489732064388  # of the scores, and of the mean label
+    assert entropy.compute().item() == pytest.approx(wanted, rel=1e-12)
+    auroc.update(preds, target, weights)  # as of scores rounded down to sixteenths
+    assert auroc.compute().item() == pytest.approx(0.8218503802945815, rel=1e-12)
+
+
 def test_binned_auroc_is_exact_where_scores_are_few():
     preds, target, weights = samples()
     preds = (preds * 16).floor() / 16  # multiples of a bin's width: a bin is one score

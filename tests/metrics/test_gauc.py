@@ -177,16 +177,13 @@ def test_gauc_weighs_samples_and_groups(group_weight, weighted):
 
 
 def test_gauc_agrees_with_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.metrics")
+    """Each group's area is that of ``roc_auc_score`` with sample weights, of version 1.9.1."""
     chance = torch.Generator().manual_seed(1)
     preds, weights = (torch.rand(60, generator=chance) for _ in range(2))
     target, groups = torch.arange(60) % 2, torch.arange(60) % 3
     metric = GAUC(group_weight="equal")
     metric.update(preds, target, groups, weights)
-    areas = [
-        sklearn.roc_auc_score(target[groups == g], preds[groups == g], sample_weight=w)
-        for g, w in ((g, weights[groups == g]) for g in range(3))
-    ]
+    areas = [0.2695898621512205, 0.508367089072757, 0.6257082246610195]
     assert metric.compute().item() == pytest.approx(sum(areas) / 3, abs=1e-6)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from recis_lightning import DynamicEmbedding, hash_tables
+from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
 from recis_lightning.monitoring.step_inspector import StepInspector
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 
@@ -75,6 +75,24 @@ def test_tables_stand_apart_and_steps_count():
     assert by_operator["recis::row_update"].num_bytes > 0
     assert by_operator["aten::addmm"].num_calls == 4
     assert not [name for name in by_operator if name.startswith("profiler::")]
+
+
+def test_an_engine_called_by_concat_is_a_module_too():
+    """No hook of torch sees a call but that of forward."""
+    options = {"user": EmbeddingOption(4), "tags": EmbeddingOption(2, mode="sum")}
+    model = nn.ModuleDict({"engine": EmbeddingEngine(options), "tower": nn.Linear(6, 1)})
+    ids = {"user": torch.tensor([1, 2]), "tags": torch.tensor([[3, 4], [4, 5]])}
+    inspector = StepInspector(model)
+    inspector.start()
+    model["tower"](model["engine"].concat(ids)).sum().backward()
+    found = {cost.name: cost for cost in inspector.stop(1).modules}
+    assert found["engine"].table_bytes == found[""].table_bytes > 0
+    assert found["engine"].kind == "EmbeddingEngine"
+    assert found["tower"].table_bytes == 0
+    assert found["tower"].forward_flops == 2 * 2 * 6
+    assert "concat" not in vars(model["engine"])
+    with pytest.raises(ValueError, match="features"):
+        model["engine"].concat({})
 
 
 def test_a_recomputed_forward_pass_belongs_to_its_module():

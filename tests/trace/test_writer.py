@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.trace import TraceWriter, add_to_trace, collect_trace
 from recis_lightning.trace import files as trace_files
 from tests.helpers.trace_data import limited_file_size, read_trace
@@ -77,6 +78,9 @@ def test_columns_of_all_kinds(tmp_path):
         "flag": torch.tensor([True, False]),
         "jagged": Jagged(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([0, 0, 3])),
         "nested": nested,
+        "bags": NestedJagged(
+            torch.tensor([4, 5, 6]), torch.tensor([0, 2, 2, 3]), torch.tensor([0, 2, 3])
+        ),
         "text": ["a", "bc"],
         "loss": torch.tensor(0.25),
         "name": "run",
@@ -95,6 +99,7 @@ def test_columns_of_all_kinds(tmp_path):
     assert rows["flag"][:2] == [True, False]
     assert rows["jagged"][:2] == [[], [5.0, 6.0, 7.0]]
     assert rows["nested"][:2] == [[1, 2], [3]]
+    assert rows["bags"][:2] == [[[4, 5], []], [[6]]]
     assert rows["text"][:2] == ["a", "bc"]
     assert rows["loss"] == [0.25] * 4
     assert rows["name"] == ["run"] * 4
