@@ -45,6 +45,7 @@ class LocalRows:
         self._may_reject = reads_only or bool(admissions)
         self._all_tables_admit = not reads_only and all(policy.admits for policy in admissions)
         self._counts_occurrences = counts_occurrences(layout)
+        self._is_prepared = False  # for training
         self._all_known = False  # whether the last training lookup found nothing to insert
 
     def fetch(
@@ -53,6 +54,9 @@ class LocalRows:
         """Look ids up and fill the outputs, without a pause."""
         yield from ()
         layout, lines, ids = self._layout, batch.lines, batch.bags.ids
+        if training and not self._is_prepared:
+            embedding_bag.prepare_training(*layout.row_type)
+            self._is_prepared = True
         num_ids = lines.num_ids
         segments = lines.segments(ids, training)
         occurrences = batch.occurrences if self._counts_occurrences else None

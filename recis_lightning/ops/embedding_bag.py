@@ -55,6 +55,19 @@ def gather(plan: Plan, embedding_dim: int, dtype: torch.dtype, device: torch.dev
     _check_offsets(plan, malformed)
 
 
+def prepare_training(embedding_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what a training step of such rows runs, if the backend can do so early.
+
+    Args:
+        embedding_dim: Weights in a row.
+        dtype: Dtype of weights and outputs.
+        device: Device of ids and outputs.
+    """
+    module = backend.module("embedding_bag", device)
+    if hasattr(module, "prepare_training"):
+        module.prepare_training(embedding_dim, dtype is torch.bfloat16)
+
+
 def fuses(device: torch.device, training: bool) -> bool:
     """Return whether the device's kernels have ``find_and_gather``.
 

@@ -60,6 +60,19 @@ class Gradients:
     applied: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
 
+_announced_rules: set[int] = set()
+
+
+def announce_rule(rule: int) -> None:
+    """Say that an optimizer will update rows by ``rule``: its kernels may be compiled early."""
+    _announced_rules.add(rule)
+
+
+def announced_rules() -> frozenset[int]:
+    """Return the rules that optimizers of this process have announced."""
+    return frozenset(_announced_rules)
+
+
 def outlive_next_sort(device: torch.device) -> bool:
     """Return whether sorted gradients on ``device`` stay valid after others were sorted."""
     return backend.is_async(device)

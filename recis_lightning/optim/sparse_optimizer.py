@@ -6,6 +6,7 @@ that has one, once. All tables of an optimizer with the same row layout are upda
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,11 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from recis_lightning.compiler import disable
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops import row_update
 from recis_lightning.optim.table_updater import TableUpdater, check_clip_bound
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import write
+
+# What torch's own method calls once it has imported torch._dynamo.
+_add_param_group = disable(inspect.unwrap(Optimizer.add_param_group))
 
 
 class SparseOptimizer(Optimizer, ABC):
@@ -86,8 +92,13 @@ class SparseOptimizer(Optimizer, ABC):
         """Multiply all pending gradients by ``scale``, float64 [], when the next step uses them."""
         self._updater.scale_pending_(scale)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, without importing torch's compiler, which takes a second."""
+        _add_param_group(self, param_group)
+
     def _own_tables(self) -> None:
         """Make this the optimizer of its tables, and lay out their rows for its state."""
+        row_update.announce_rule(self.rule)
         for table in self._updater.tables:
             table.optimizer = self
             slots = self.slots(table.embedding_dim)

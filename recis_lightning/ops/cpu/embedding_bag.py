@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recis_lightning.ops.cpu.first_step import compile_step
 from recis_lightning.ops.cpu.intrinsics import (
     add,
     atomic_add,
@@ -303,6 +304,12 @@ def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
     return _gather(plan, segments, training, embedding_dim, bfloat16, 1)
 
 
+def prepare_training(embedding_dim, bfloat16):
+    width = vector_width(embedding_dim)
+    gathers = [_gather_kernel(width, int(bfloat16), finding) for finding in (0, 1)]
+    compile_step(gathers, embedding_dim, int(bfloat16))
+
+
 @kernel
 def _write_kernel(low, high, header, rows, values, num_bytes):
     blocks = row_blocks_of(header)
@@ -323,4 +330,4 @@ def write_rows_(header, rows, values):
     )
 
 
-__all__ = ["NONE", "find_and_gather", "gather", "write_rows_"]
+__all__ = ["NONE", "find_and_gather", "gather", "prepare_training", "write_rows_"]

@@ -197,6 +197,10 @@ def _sort_tables_kernel(
             store_i64(target + 8 * i, load_i64(source + 8 * i))
 
 
+# What the first steps run, unless one table has most of the ids.
+STEP_KERNELS = (_sort_tables_kernel,)
+
+
 def _table_ranges(plan, num_rows):
     """Order the plan by table.
 

@@ -225,6 +225,10 @@ def _id_of_row_kernel(low, high, entries, ids, occupied):
             store_u8(occupied + row, np.uint8(1))
 
 
+# What a first training step runs, in its order.
+STEP_KERNELS = (_clear_kernel, _find_kernel, _rebuild_kernel)
+
+
 def allocate_entries(capacity, device):
     array = host_memory.empty(16 * (capacity + 1)).view(np.int64).reshape(-1, 2)
     _clear_kernel.launch(capacity + 1, _ENTRIES_PER_CHUNK, entries=array)

@@ -144,6 +144,16 @@ def _fill_rows_kernel(low, high, misses, entries_of_misses, rows, segments, num_
             store_i64(last_seen + 8 * row, step)
 
 
+# What a first training step runs, in its order.
+STEP_KERNELS = (
+    _list_misses_kernel,
+    _claim_kernel,
+    _list_new_kernel,
+    _assign_kernel,
+    _fill_rows_kernel,
+)
+
+
 def list_misses(rows, counts, num_misses):
     """Return the positions of MISSING rows, ascending; ``counts`` has their number by chunk."""
     misses = np.empty(num_misses, np.int64)

@@ -19,13 +19,17 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from recis_lightning.ops.cpu.pipeline import HelperCompiler
+
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 
 # Decorator of functions that kernels call: LLVM inlines them, and no wrappers are compiled to call
 # them from Python. Division is C's: Numba's own checks for a zero and so is not vectorised.
 _OPTIONS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-inlined: Any = njit(forceinline=True, error_model="numpy", **_OPTIONS)
+inlined: Any = njit(
+    forceinline=True, error_model="numpy", pipeline_class=HelperCompiler, **_OPTIONS
+)
 # The same for functions with a loop over a row's bytes: Numba itself puts them into the kernel.
 # LLVM would unroll their loops before it inlines them and once more afterwards: 4% of an
 # evaluation lookup at dim 16.

@@ -64,6 +64,10 @@ class CompilingNotice:
         self._seconds = 0.0  # of compiling so far
         self._is_given = False
 
+    def silence(self) -> None:
+        """Say nothing in this process."""
+        self._is_given = True
+
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """Return a context in which a kernel is compiled; there is one at a time."""

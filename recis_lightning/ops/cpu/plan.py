@@ -50,6 +50,9 @@ def _split_kernel(plan, num_features, num_chunks_out):
     store_i64(num_chunks_out, chunks)
 
 
+STEP_KERNELS = (_split_kernel,)  # what a training step runs
+
+
 def split_plan(plan):
     """Fill the plan's chunk columns; return the number of chunks."""
     chunks = ctypes.c_int64()

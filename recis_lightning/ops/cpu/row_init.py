@@ -163,9 +163,14 @@ def _init_kernel(bfloat16):
     return init
 
 
+def kernel_of(bfloat16):
+    """Return the kernel for weights in float32 (0) or bfloat16 (1)."""
+    return _init_kernel(bfloat16)
+
+
 def init_rows_(rows, new, segments, embedding_dim, bfloat16):
     num_scratch = num_chunks(new.numel(), _CHUNK) * embedding_dim if bfloat16 else 0
-    _init_kernel(int(bfloat16)).launch(
+    kernel_of(int(bfloat16)).launch(
         new.numel(),
         _CHUNK,
         rows=rows,

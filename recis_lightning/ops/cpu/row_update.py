@@ -236,13 +236,18 @@ def _update_kernel(rule, width, rest_width, bfloat16):
     return update
 
 
+def kernel_of(rule, embedding_dim, bfloat16):
+    """Return the kernel of a rule for rows of a size, in float32 (0) or bfloat16 (1)."""
+    return _update_kernel(rule, *_widths(rule, embedding_dim), bfloat16)
+
+
 def _launch(gradients, rule):
     layout = gradients.layout
     keys, addresses, scales, n, position_bits = gradients.work
     chunks = num_chunks(n, _POSITIONS_PER_CHUNK)
     norms = np.zeros(chunks if rule == _NORM else 0, np.float64)
     bfloat16 = int(layout.dtype is torch.bfloat16)
-    _update_kernel(rule, *_widths(rule, layout.embedding_dim), bfloat16).launch(
+    kernel_of(rule, layout.embedding_dim, bfloat16).launch(
         n,
         _POSITIONS_PER_CHUNK,
         keys=keys,

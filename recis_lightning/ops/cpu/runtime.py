@@ -9,8 +9,10 @@ are those of torch's OpenMP runtime (``GOMP_parallel``): no second pool competes
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import inspect
 import os
 import threading
@@ -30,6 +32,7 @@ from numba.core.registry import cpu_target
 
 from recis_lightning.ops.cpu import kernel_cache
 from recis_lightning.ops.cpu.kernel_cache import KernelCache
+from recis_lightning.ops.cpu.pipeline import KernelCompiler
 
 _I64 = ir.IntType(64)
 
@@ -105,10 +108,20 @@ class Kernel:
         if not self._address:
             with self._lock:
                 if not self._address:
-                    self._compiled = _compile(self.function, self.constants)
-                    self._call = _SIGNATURE(self._compiled.address)
-                    self._address = self._compiled.address
+                    self._use(_load(self) or _compile(self))
         return self._address
+
+    def load(self) -> bool:
+        """Load the machine code if it is kept on disk; return whether there is any now."""
+        with self._lock:
+            if not self._address and (kept := _load(self)):
+                self._use(kept)
+        return self._address != 0
+
+    def _use(self, compiled: _Compiled) -> None:
+        self._compiled = compiled
+        self._call = _SIGNATURE(compiled.address)
+        self._address = compiled.address
 
     def launch(self, num_items: int, items_per_chunk: int, **arguments: Any) -> None:
         """Run the kernel over ``num_items`` in chunks.
@@ -168,23 +181,48 @@ def _word_of_other(value: Any) -> int:
 _CHUNK_VALUES = ("low", "high", "num_items", "chunk", "num_chunks", "next_chunk", "thread")
 
 
-def _compile(function: Callable[..., None], constants: tuple[int, ...]) -> _Compiled:
-    """Compile a kernel, or load it from a disk cache that sees all kernel files."""
-    names = list(inspect.signature(function).parameters)
-    signature = types.void(*[types.int64] * len(names))
+def compile_to_disk(kernel: Kernel) -> None:
+    """Compile a kernel for others to load; for a process that does nothing else."""
+    _compile(kernel)
+
+
+def _load(kernel: Kernel) -> _Compiled | None:
+    """Load a kernel from a disk cache that sees all kernel files."""
     with global_compiler_lock:
-        cache = KernelCache(function, constants, signature)
-        result = cache.load()
-        is_cached = result is not None
-        if not is_cached:
-            with kernel_cache.notice.compiling():
-                result = _compile_anew(function, names, signature)
-            cache.save(result)
-        name = _LOOP_NAME + result.fndesc.llvm_func_name
-        return _Compiled(result.library, result.library.get_pointer_to_function(name), is_cached)
+        result = _cache_of(kernel).load()
+        return None if result is None else _Compiled.of(result, is_cached=True)
 
 
-def _compile_anew(function, names, signature):
+def _compile(kernel: Kernel) -> _Compiled:
+    with global_compiler_lock:
+        with kernel_cache.notice.compiling(), _without_collector():
+            result = _compile_anew(kernel.function)
+        _cache_of(kernel).save(result)
+        return _Compiled.of(result, is_cached=False)
+
+
+def _cache_of(kernel: Kernel) -> KernelCache:
+    return KernelCache(kernel.function, kernel.constants, _signature_of(kernel.function))
+
+
+def _signature_of(function: Callable[..., None]) -> Any:
+    return types.void(*[types.int64] * len(inspect.signature(function).parameters))
+
+
+@contextlib.contextmanager
+def _without_collector():
+    """Leave reference cycles alone: the compiler makes millions of objects, and few cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _compile_anew(function):
+    signature = _signature_of(function)
     flags = compiler.Flags()
     cpu_target.options.parse_as_flags(flags, {})
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
@@ -196,8 +234,9 @@ def _compile_anew(function, names, signature):
         signature.return_type,
         flags,
         locals={},
+        pipeline_class=KernelCompiler,
     )
-    _add_chunk_loop(result, names)
+    _add_chunk_loop(result, list(inspect.signature(function).parameters))
     return result
 
 
@@ -205,6 +244,11 @@ class _Compiled(NamedTuple):
     library: Any  # keeps the machine code
     address: int
     is_cached: bool  # loaded from disk
+
+    @classmethod
+    def of(cls, result: Any, is_cached: bool) -> _Compiled:
+        name = _LOOP_NAME + result.fndesc.llvm_func_name
+        return cls(result.library, result.library.get_pointer_to_function(name), is_cached)
 
 
 _LOOP_NAME = "chunk_loop."
