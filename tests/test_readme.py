@@ -38,7 +38,7 @@ def test_the_data_example_runs(capsys):
 def test_the_serving_examples_run():
     page = README.parent / "docs" / "serving.md"
     examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 7
+    assert len(examples) == 8
     exec(compile("\n".join(examples), str(page), "exec"), {"__name__": "serving_page"})
 
 

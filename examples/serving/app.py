@@ -1,18 +1,20 @@
 """HTTP server of a served folder: scores, health, version and metrics.
 
-``python -m examples.serving.app FOLDER --port 8000``; see docs/serving.md. FastAPI answers:
-LitServe, which is built on it, copies a model to processes of its own, and a served model is mapped
-and takes any number of threads, so that a ``Batcher`` of one file does what is left.
+``python -m examples.serving.app FOLDER --port 8000``; ``--follow`` takes up deltas meanwhile.
+See docs/serving.md. FastAPI answers: LitServe, which is built on it, copies a model to processes of
+its own, and a served model is mapped and takes any number of threads, so that a ``Batcher`` of one
+file does what is left.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -57,12 +59,19 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def make_app(score: Any, version: dict[str, Any]) -> Any:
+def make_app(
+    score: Any,
+    version: dict[str, Any],
+    state: Callable[[], dict[str, Any]] = dict,
+    close: Callable[[], None] = lambda: None,
+) -> Any:
     """Return the application.
 
     Args:
         score: Returns the scores of a dict of columns, as a served model does.
-        version: What ``/version`` answers.
+        version: What ``/version`` answers, and ``/health`` of its entry "version".
+        state: Returns what both say beside it, as it is now.
+        close: Called when the server ends.
     """
     batcher, metrics = Batcher(score), Metrics()
 
@@ -70,6 +79,7 @@ def make_app(score: Any, version: dict[str, Any]) -> Any:
     async def lifespan(_: Any) -> AsyncIterator[None]:
         yield
         batcher.close()
+        close()
 
     app = FastAPI(title="recis_lightning", lifespan=lifespan)
 
@@ -80,11 +90,11 @@ def make_app(score: Any, version: dict[str, Any]) -> Any:
         metrics.add(status, time.perf_counter() - start)
         return Response(json.dumps(content), status, media_type="application/json")
 
-    async def tell_health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def tell_health() -> dict[str, Any]:
+        return {"status": "ok", "version": version.get("version"), **state()}
 
     async def tell_version() -> dict[str, Any]:
-        return version
+        return {**version, **state()}
 
     async def tell_metrics() -> Response:
         counters = {"batches": batcher.num_batches, "scores": batcher.num_rows}
@@ -122,14 +132,29 @@ async def _answer(request: Any, batcher: Batcher) -> tuple[int, dict[str, Any]]:
         return 500, {"error": type(error).__name__}
 
 
-def app_of(folder: str) -> Any:
-    """Return the application of a served folder, ready for its first request."""
+def app_of(folder: str, follow: bool = False) -> Any:
+    """Return the application of a served folder, ready for its first request.
+
+    Args:
+        folder: The folder.
+        follow: Whether it takes up the deltas that come to the folder. Then ``/health`` and
+            ``/version`` have the step of the last one, and what keeps it from newer ones.
+    """
     model = serving.load(folder)
     if not model.columns:
         raise ValueError(f"{folder}: it has no transforms; export with features=")
     manifest = model.manifest
     version = {"version": manifest.save_id, "model": manifest.model, "columns": model.columns}
-    return make_app(model.score_records, {**version, **manifest.versions})
+    version |= manifest.versions
+    if not follow:
+        return make_app(model.score_records, version)
+    followed = serving.follow(folder)
+
+    def state() -> dict[str, Any]:
+        error = followed.error
+        return {"step": followed.step, "error": None if error is None else str(error)}
+
+    return make_app(followed.score_records, version, state, followed.close)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -138,9 +163,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("folder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--follow", action="store_true", help="take up deltas as they come")
     given = parser.parse_args(args)
     torch.set_num_threads(1)  # batches of some hundred rows gain nothing from a second
-    uvicorn.run(app_of(given.folder), host=given.host, port=given.port, log_level="warning")
+    app = app_of(given.folder, given.follow)
+    gc.collect()
+    gc.freeze()  # a collection over all of torch would stop requests for tens of ms
+    uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ NAME = "recis_lightning::look_up"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # A feature is an entry of each list from ``tables`` on. ``offsets`` and ``weights`` have an entry
-# for each feature that is_ragged or is_weighted. Padding is a decimal number, or empty for none.
+# for each feature that is_ragged or is_weighted; one that is not read, if none is. Padding is a
+# decimal number, or empty for none.
 _SCHEMA = (
     "(Tensor[] ids, Tensor[] offsets, Tensor[] weights, str[] tables, int[] embedding_dims, "
     "str[] dtypes, str[] modes, int[] tile_lens, str[] padding, bool[] is_ragged, "
@@ -104,10 +105,12 @@ def features_of(
 
 def record(features: list[RecordedFeature]) -> list[Tensor]:
     """Look features up by the operator, of which the program that is recorded has one call."""
+    # AOTInductor's runtime takes no empty list. Entries beyond the flags are not read.
+    unread = [features[0].ids]
     return torch.ops.recis_lightning.look_up(  # type: ignore[no-any-return]
         [feature.ids for feature in features],
-        [feature.offsets for feature in features if feature.offsets is not None],
-        [feature.weights for feature in features if feature.weights is not None],
+        [feature.offsets for feature in features if feature.offsets is not None] or unread,
+        [feature.weights for feature in features if feature.weights is not None] or unread,
         [feature.table for feature in features],
         [feature.embedding_dim for feature in features],
         [feature.dtype for feature in features],

@@ -13,6 +13,7 @@ from torch import Tensor
 from recis_lightning.jagged import Jagged
 from recis_lightning.lookup.named_tables import key_of
 from recis_lightning.lookup.operator import RecordedFeature
+from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.table.hash_table import HashTable
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -27,6 +28,8 @@ def is_recordable(feature: Any) -> bool:
     """
     if isinstance(feature, Tensor):
         return not feature.is_nested
+    if isinstance(feature, NestedJagged):
+        feature = (feature.values, feature.offsets, feature.weights)
     if not isinstance(feature, (tuple, list)) or len(feature) not in (2, 3):
         return False
     weights = feature[-1]
@@ -47,7 +50,7 @@ def read(
     """Read one feature, of which ``is_recordable`` is true.
 
     Args:
-        feature: ids, (ids, weights), or ``Jagged``, as a tuple too.
+        feature: ids, (ids, weights), ``Jagged``, as a tuple too, or ``NestedJagged``.
         name: The feature's name, for errors.
         table: The table that has its rows.
         mode: As for ``lookup.features.Feature``, like all that follow.
@@ -62,6 +65,8 @@ def read(
         TypeError, ValueError: Its dtypes or shapes do not fit.
     """
     offsets = weights = shape = None
+    if isinstance(feature, NestedJagged):
+        feature = (feature.values, feature.offsets, feature.weights)
     if isinstance(feature, Tensor):
         ids = _as_ids(feature, name)
     elif len(feature) == 2:
@@ -98,6 +103,11 @@ def shaped(rows: Tensor, feature: Any, shape: tuple[Any, ...] | None, mode: str)
         shape: From ``read``.
         mode: The feature's.
     """
+    if isinstance(feature, NestedJagged):
+        outer = _as_ids(feature.outer_offsets, "outer_offsets")
+        if mode == "none":
+            return NestedJagged(rows, feature.offsets, outer)
+        return Jagged(rows, outer)
     if mode != "none":
         if shape is None or len(shape) < 3:
             return rows

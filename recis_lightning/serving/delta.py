@@ -168,13 +168,8 @@ class ModelMark:
     def _dense(self) -> dict[str, Tensor]:
         if self._module is None:
             return {}
-        anchors = {id(table.anchor) for table in self.tables.values()}
-        named = [*self._module.named_parameters(), *self._module.named_buffers()]
-        return {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in named
-            if id(tensor) not in anchors
-        }
+        dense = dense_tensors(self._module)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in dense.items()}
 
     def put_back(self) -> None:
         """Let the next delta have the changes of the last one too: nobody has got them."""
@@ -188,4 +183,15 @@ class ModelMark:
             mark.close()
 
 
-__all__ = ["Delta", "DeltaSink", "ModelMark", "TableDelta", "TableState"]
+def dense_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers without those of its tables, by all their names.
+
+    A served program may have a shared one by another name than the first.
+    """
+    anchors = {id(part.anchor) for part in module.modules() if isinstance(part, HashTable)}
+    parameters = module.named_parameters(remove_duplicate=False)
+    named = [*parameters, *module.named_buffers(remove_duplicate=False)]
+    return {name: tensor for name, tensor in named if id(tensor) not in anchors}
+
+
+__all__ = ["Delta", "DeltaSink", "ModelMark", "TableDelta", "TableState", "dense_tensors"]

@@ -56,8 +56,8 @@ def export(
     changes.
 
     Args:
-        model: A module, or LightningModule, whose forward takes tensors, dicts and tuples of them
-            and ``Jagged``, and returns such.
+        model: A module, or LightningModule, whose forward takes tensors, dicts, tuples and lists of
+            them, ``Jagged`` and ``NestedJagged``, and returns such.
         folder: Where to; made if it is not there. An older export in it is replaced.
         example: A batch as forward takes it, of two samples at least; a tuple (which is no
             ``Jagged``) stands for several arguments. What depends on the number of samples or ids
@@ -83,6 +83,11 @@ def export(
         raise RuntimeError(
             "model: its rows are spread over ranks; load its checkpoint in one process, and export "
             "there"
+        )
+    if example is None:
+        raise TypeError(
+            "example: expected a batch as the model's forward takes it (raw records with "
+            "features=), got None"
         )
     check_features(features, convert)
     tables = _tables_by_name(model)

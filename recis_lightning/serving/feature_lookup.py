@@ -1,4 +1,7 @@
-"""Lookup of one feature in the rows of a table that is served, from wherever they lie."""
+"""Lookup of one feature in the rows of a table that is served, from wherever they lie.
+
+``look_up`` is a method of the tables, which find ids and gather rows.
+"""
 
 from __future__ import annotations
 

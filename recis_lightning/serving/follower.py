@@ -18,6 +18,7 @@ from recis_lightning.serving.delta_file import DeltaFile
 from recis_lightning.serving.layered_table import Layer, LayeredTable, Shard
 from recis_lightning.serving.merging import check_alike
 from recis_lightning.serving.model import ServedModel, load
+from recis_lightning.serving.parameter_names import match_names
 from recis_lightning.serving.values import DTYPES
 
 _TRIES = 5  # to read a chain that is compacted meanwhile
@@ -59,15 +60,24 @@ class FollowedModel:
         """Return what ``ServedModel`` would of the version that is there now."""
         return self._model(*arguments)
 
+    def score_records(self, records: Any) -> Any:
+        """Return what ``ServedModel.score_records`` would of the version that is there now."""
+        return self._model.score_records(records)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that raw records must have; none, where the folder has no transforms."""
+        return self._model.columns
+
     @property
     def model(self) -> ServedModel:
-        """The version that is there now; it never changes."""
+        """The version that is there now, with its ``step``; it never changes."""
         return self._model
 
     @property
     def step(self) -> int | None:
         """Step of the last delta that it has; None without any."""
-        return None if self._link is None else self._link.step
+        return self._model.step
 
     @property
     def nbytes(self) -> int:
@@ -125,22 +135,33 @@ class FollowedModel:
                 ]
         dense = self._constants(links[-1], files[0].dense())
         tables = {name: LayeredTable(of_table) for name, of_table in shards.items()}
-        self._model = self._model.with_values(tables, dense)
+        self._model = self._model.with_values(tables, dense, links[-1].step)
         self._shards, self._link = shards, links[-1]
         self._state = State(head.seq, head.id)
 
     def _constants(self, link: Link, dense: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters of a link that the program reads, by their names there."""
         found = {}
-        manifest = self._model.manifest
-        for name, dtype in manifest.constants.items():
-            value = dense.get(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
-            if value is None:
-                continue
+        manifest, file = self._model.manifest, self._chain / link.file
+        own = [
+            name.removeprefix(_PREFIX) for name in manifest.constants if name.startswith(_PREFIX)
+        ]
+        try:
+            matched = match_names(own, dense)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        if own and dense and not matched:
+            raise ValueError(
+                f"{file}: it has none of the exported parameters, such as {own[0]!r}; export the "
+                "module that is trained, or one that holds it"
+            )
+        for exported, trained in matched.items():
+            name, value = _PREFIX + exported, dense[trained]
+            dtype = manifest.constants[name]
             shape = manifest.dense.arrays[name].shape
             if (tuple(value.shape), value.dtype) != (shape, DTYPES[dtype]):
                 raise ValueError(
-                    f"{self._chain / link.file}: parameter {name!r} is {value.dtype} "
+                    f"{file}: parameter {trained!r} is {value.dtype} "
                     f"{tuple(value.shape)}, the model's is {dtype} {shape}"
                 )
             found[name] = value

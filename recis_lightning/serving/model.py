@@ -36,10 +36,12 @@ class ServedModel:
     Attributes:
         manifest: What the folder says of itself.
         tables: The tables by name, to be bound (``serving.bind``) or looked up alone.
+        step: Step of the delta behind which its values are; None as it was exported.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, check_all: bool) -> None:
         self.manifest = manifest
+        self.step: int | None = None
         served = {
             name: ServedTable(
                 *(name, MappedArrays(folder, table.file), table.row_format),
@@ -123,17 +125,18 @@ class ServedModel:
         return f"ServedModel({self.manifest.model}, {tables})"
 
     def with_values(
-        self, tables: Mapping[str, RowReader], constants: Mapping[str, Tensor]
+        self, tables: Mapping[str, RowReader], constants: Mapping[str, Tensor], step: int
     ) -> ServedModel:
         """Return the same model over other tables, and other values of some parameters.
 
         Args:
             tables: Of the same names, dims and dtypes.
             constants: By the names of ``manifest.constants``, of the same dtypes and shapes.
+            step: Of the delta that has them.
         """
         other = ServedModel.__new__(ServedModel)
         other.__dict__.update(self.__dict__)
-        other.tables = tables
+        other.tables, other.step = tables, step
         given = self.manifest.program["inputs"]
         other._program = self._program.with_values(given, constants, tables)
         return other

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.serving.program import Program
 from recis_lightning.serving.recording import Recording, as_arguments, record_conversion
-from recis_lightning.serving.values import TensorSpec, check_spec, collect
+from recis_lightning.serving.values import RAGGED, TensorSpec, check_spec, collect
 
 if TYPE_CHECKING:
     from recis_lightning.data.features import Features
 
 Convert = Callable[[dict[str, Any]], Any]
+_MADE = (Tensor, Jagged, NestedJagged, Mapping)  # of a batch, rather than raw
 _FIELDS = {"features", "entries", "inputs", "program"}
 
 
@@ -84,7 +86,7 @@ def record_transforms(
 
 def _is_used(spec: dict[str, Any]) -> bool:
     ((kind, content),) = spec.items()
-    return kind == "tensor" or (kind == "jagged" and any(_is_used(part) for part in content))
+    return kind == "tensor" or (kind in RAGGED and any(_is_used(part) for part in content))
 
 
 def is_raw(value: Any) -> bool:
@@ -101,10 +103,10 @@ def is_raw(value: Any) -> bool:
 
 
 def _is_raw_column(value: Any) -> bool:
-    if value is None or isinstance(value, (Tensor, Jagged, Mapping)):
+    if value is None or isinstance(value, _MADE):
         return False
     if isinstance(value, (tuple, list)):
-        return not any(isinstance(one, (Tensor, Jagged, Mapping)) for one in value)
+        return not any(isinstance(one, _MADE) for one in value)
     return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
@@ -202,9 +204,9 @@ def _features_of(state: Any) -> Features | None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_equal_rows(entries: Mapping[str, Tensor | Jagged]) -> None:
+def _check_equal_rows(entries: Mapping[str, Tensor | Jagged | NestedJagged]) -> None:
     sizes = {
-        name: entry.num_bags if isinstance(entry, Jagged) else len(entry)
+        name: len(entry) if isinstance(entry, Tensor) else entry.num_bags
         for name, entry in entries.items()
     }
     if len(set(sizes.values())) > 1:

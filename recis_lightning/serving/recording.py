@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recis_lightning.jagged import Jagged
 from recis_lightning.serving.program import encode, without_dead_calls
-from recis_lightning.serving.values import TensorSpec, flatten, unflatten, without_unused
+from recis_lightning.serving.values import RAGGED, TensorSpec, flatten, unflatten, without_unused
 from recis_lightning.table.listing import hash_tables
 
+_LIFTED = "constants."  # prefix of tensors that are no parameters or buffers
 _CONVERTED = "transforms."  # prefix of the constants of a batch's conversion
 
 
@@ -119,6 +119,8 @@ def _record(
     for name, argument in zip(names, arguments, strict=True):
         specs.append(flatten(argument, name, tensors))
         _name_tensors(specs[-1], name, places)
+    if not tensors:
+        raise ValueError("example: expected tensors, got none")
     outputs: list[dict[str, Any]] = []
     flat = _Flat(function, specs, outputs.append, wanted)
     # Tensors apart from one another: torch would take one that occurs twice for one input.
@@ -146,11 +148,16 @@ def _record(
         _describe(places[position], given[position], nodes[user_inputs[position]])
         for position in numbers
     ]
-    keys: dict[str, int | str] = {name: prefix + target for name, target in used.items()}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    kept_as = {
+        name: f"{prefix}{_LIFTED if name in lifted else ''}{target}"
+        for name, target in used.items()
+    }
+    keys: dict[str, int | str] = {**kept_as}
     keys.update({user_inputs[position]: number for position, number in numbers.items()})
     program = encode(graph, keys)
     state: dict[str, Any] = {**exported.state_dict, **exported.constants}
-    constants = {prefix + target: state[target].detach().cpu() for target in used.values()}
+    constants = {kept_as[name]: state[used[name]].detach().cpu() for name in used}
     kept = [[name, without_unused(spec, numbers)] for name, spec in zip(names, specs, strict=True)]
     return Recording(kept, inputs, numbers, outputs[-1], program, constants)
 
@@ -181,8 +188,8 @@ def _name_tensors(spec: dict[str, Any], where: str, names: list[str]) -> None:
     ((kind, content),) = spec.items()
     if kind == "tensor":
         names.append(where)
-    elif kind == "jagged":
-        for part, field in zip(content, Jagged._fields, strict=True):
+    elif kind in RAGGED:
+        for part, field in zip(content, RAGGED[kind]._fields, strict=True):
             _name_tensors(part, f"{where}.{field}", names)
     elif isinstance(content, (dict, list)):
         items = content.items() if isinstance(content, dict) else enumerate(content)

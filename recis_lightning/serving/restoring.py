@@ -13,7 +13,7 @@ from recis_lightning.checkpoint.saved_tables import all_or_none
 from recis_lightning.checkpoint.writer import tables_by_name
 from recis_lightning.distributed import collectives
 from recis_lightning.serving.chain import chain_folder, links_of, read_head
-from recis_lightning.serving.delta import Delta, TableDelta, TableState
+from recis_lightning.serving.delta import Delta, TableDelta, TableState, dense_tensors
 from recis_lightning.serving.merging import merge
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import distinct_locks, write
@@ -77,7 +77,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module | Iterable[HashTabl
     step, states, dense = collectives.run_on_all_ranks(read)
     named: dict[str, Tensor] = {}
     if isinstance(model, nn.Module):
-        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        named = dense_tensors(model)
     targets = {name: named[name] for name in dense}
 
     def load() -> None:
@@ -110,13 +110,7 @@ def _check_dense(model: nn.Module, delta: Delta, where: str) -> None:
     """Raise ValueError unless a module has the parameters and buffers of a delta, and no others."""
     if not delta.dense:
         return  # of tables alone
-    named = [*model.named_parameters(), *model.named_buffers()]
-    anchors = [
-        f"{name}.anchor" if name else "anchor"
-        for name, m in model.named_modules()
-        if isinstance(m, HashTable)
-    ]
-    own = {name: tensor for name, tensor in named if name not in anchors}
+    own = dense_tensors(model)
     if set(own) != set(delta.dense):
         differ = sorted(set(own) ^ set(delta.dense))
         raise ValueError(f"{where}: the model and the chain differ in the parameters {differ}")

@@ -274,21 +274,7 @@ class ServedTable:
             rows[is_unknown] = 0
         return rows
 
-    def look_up(
-        self,
-        ids: Tensor,
-        offsets: Tensor | None,
-        weights: Tensor | None,
-        mode: str,
-        tile_len: int,
-        padding_idx: int | None,
-    ) -> Tensor:
-        """Look a feature up, as the operator ``recis_lightning::look_up`` describes.
-
-        Raises:
-            ValueError: Offsets are malformed, or what is read is damaged.
-        """
-        return feature_lookup.look_up(self, ids, offsets, weights, mode, tile_len, padding_idx)
+    look_up = feature_lookup.look_up
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Inputs and outputs of a served model, flat and as its forward takes and returns them.
 
-A *spec* is a value in primitives: a tensor, a dict, a tuple or list, a ``Jagged``, or None.
+A *spec* is a value in primitives: a tensor, a dict, a tuple or list, a ``Jagged`` or
+``NestedJagged``, or None.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from recis_lightning.jagged import Jagged
+from recis_lightning.nested_jagged import NestedJagged
 
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8")
 } | {"uint8": torch.uint8, "bool": torch.bool}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RAGGED: dict[str, Any] = {"jagged": Jagged, "nested_jagged": NestedJagged}
 _MAX_DEPTH = 16
 
 
@@ -25,7 +28,8 @@ def flatten(value: Any, where: str, tensors: list[Tensor]) -> dict[str, Any]:
     """Append the tensors of a value to a list, and return its spec.
 
     Args:
-        value: Of tensors, dicts with str keys, tuples, lists, ``Jagged`` and None.
+        value: Of tensors, dicts with str keys, tuples, lists, ``Jagged``, ``NestedJagged``
+            and None.
         where: Its name, for errors.
         tensors: Get those of the value.
 
@@ -47,9 +51,10 @@ def flatten(value: Any, where: str, tensors: list[Tensor]) -> dict[str, Any]:
             )
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
-    if isinstance(value, Jagged):
-        parts = value._asdict().items()
-        return {"jagged": [flatten(part, f"{where}.{name}", tensors) for name, part in parts]}
+    for kind, of_kind in RAGGED.items():
+        if isinstance(value, of_kind):
+            parts = zip(of_kind._fields, value, strict=True)
+            return {kind: [flatten(part, f"{where}.{name}", tensors) for name, part in parts]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         items = {key: flatten(v, f"{where}[{key!r}]", tensors) for key, v in value.items()}
         return {"dict": items}
@@ -57,8 +62,8 @@ def flatten(value: Any, where: str, tensors: list[Tensor]) -> dict[str, Any]:
         kind = type(value).__name__
         return {kind: [flatten(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]}
     raise TypeError(
-        f"{where}: a served model takes and returns tensors, dicts of them, tuples, lists, Jagged "
-        f"and None, got {type(value).__name__}"
+        f"{where}: a served model takes and returns tensors, dicts of them, tuples, lists, Jagged, "
+        f"NestedJagged and None, got {type(value).__name__}"
     )
 
 
@@ -72,8 +77,8 @@ def unflatten(spec: dict[str, Any], tensors: Sequence[Tensor]) -> Any:
     if kind == "dict":
         return {key: unflatten(part, tensors) for key, part in content.items()}
     parts = [unflatten(part, tensors) for part in content]
-    if kind == "jagged":
-        return Jagged(*parts)
+    if kind in RAGGED:
+        return RAGGED[kind](*parts)
     return tuple(parts) if kind == "tuple" else parts
 
 
@@ -138,8 +143,8 @@ def check_spec(spec: Any, num_tensors: int, depth: int = 0) -> None:
     elif kind == "dict":
         is_valid = isinstance(content, dict)
     else:
-        is_valid = kind in ("tuple", "list", "jagged") and isinstance(content, list)
-        is_valid = is_valid and (kind != "jagged" or len(content) == 3)
+        is_valid = kind in ("tuple", "list", *RAGGED) and isinstance(content, list)
+        is_valid = is_valid and (kind not in RAGGED or len(content) == len(RAGGED[kind]._fields))
     if not is_valid:
         raise ValueError("a value's description is damaged")
     if isinstance(content, (dict, list)):
@@ -202,6 +207,7 @@ class TensorSpec:
 
 __all__ = [
     "DTYPES",
+    "RAGGED",
     "TensorSpec",
     "check_spec",
     "collect",

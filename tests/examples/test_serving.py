@@ -1,6 +1,7 @@
 """The demo, served: the Trainer's scores from raw rows, and by HTTP."""
 
 import asyncio
+import time
 
 import pyarrow as pa
 import pytest
@@ -10,7 +11,7 @@ from examples.deepfm import criteo, movielens
 from examples.deepfm.train import criteo_model, movielens_model
 from examples.serving.batcher import Batcher
 from examples.serving.demo import Probability
-from recis_lightning import serving
+from recis_lightning import hash_tables, serving
 from tests.examples.test_deepfm import trainer
 from tests.helpers.deepfm_data import criteo_rows, write_criteo, write_movielens
 
@@ -111,8 +112,8 @@ def test_the_demo_is_served_by_http(tmp_path):
     assert plain(raw).tolist() == pytest.approx(expected, rel=1e-5)
 
     with running(app_of(str(folder))) as port:
-        assert ask(port, "/health") == (200, {"status": "ok"})
         status, version = ask(port, "/version")
+        assert ask(port, "/health") == (200, {"status": "ok", "version": version["version"]})
         assert (status, version["model"]) == (200, "Probability")
         assert sorted(version["columns"]) == sorted(raw)
         assert ask(port, "/score", {"columns": raw}) == (200, {"scores": expected})
@@ -138,3 +139,27 @@ def test_the_demo_is_served_by_http(tmp_path):
     with running(make_app(plain, {"model": "plain"})) as port:
         answer = ask(port, "/score", {"columns": raw})[1]["scores"]
     assert answer == pytest.approx(expected, rel=1e-5)
+
+    mark, sink = serving.ModelMark(model), serving.ChainSink(folder)
+    with torch.no_grad():
+        for table in hash_tables(model):
+            table.insert(table.ids(), 2 * table.embeddings(table.ids()))
+        for parameter in model.perceptron.parameters():
+            parameter.mul_(1.5)
+    with running(app_of(str(folder), follow=True)) as port:
+        assert ask(port, "/health")[1]["step"] is None
+        assert ask(port, "/score", {"columns": raw}) == (200, {"scores": expected})
+        sink.write(mark.take(7))
+        for _ in range(1000):
+            status, health = ask(port, "/health")
+            if health["step"] is not None:
+                break
+            time.sleep(0.01)
+        assert (status, health["status"], health["step"], health["error"]) == (200, "ok", 7, None)
+        assert health["version"] == ask(port, "/version")[1]["version"]
+        changed = ask(port, "/score", {"columns": raw})[1]["scores"]
+        batch = movielens.to_batch(movielens.FEATURES.without_labels()(raw))
+        with torch.no_grad():
+            assert changed == model.eval()(batch).sigmoid().tolist()
+        assert changed != expected
+    sink.close()

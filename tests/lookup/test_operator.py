@@ -2,6 +2,7 @@
 
 import gc
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from recis_lightning import (
     EmbeddingOption,
     HashTable,
     Jagged,
+    NestedJagged,
     hash_tables,
 )
 from recis_lightning.lookup import named_tables
@@ -87,6 +89,29 @@ def test_a_program_names_its_tables():
         if "look_up" in str(node.target) and len(node.args[3]) > 1
     }
     assert tables == ("item", "item", "tiles", "short", "item", "item")
+
+
+def test_no_list_of_the_operator_is_empty():
+    """AOTInductor's runtime takes none."""
+    program = torch.export.export(DynamicEmbedding(2, name="user").eval(), (torch.arange(3),))
+    (lookup,) = [node for node in program.graph.nodes if "look_up" in str(node.target)]
+    assert all(len(part) == 1 for part in lookup.args)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
+def test_a_package_of_aotinductor_gives_the_values_of_the_model(tmp_path):
+    """Features of all kinds, in batches of any size."""
+    model = trained_model()
+    package = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(export(model), package_path=package)
+    loaded = torch._inductor.aoti_load_package(package)
+    with Binding({table.name: table for table in hash_tables(model)}):
+        for size in (5, 2, 17):
+            batch = make_batch(size, seed=size)
+            torch.testing.assert_close(loaded(batch), model(batch))
 
 
 FRESH = """
@@ -185,6 +210,8 @@ def test_an_engine_returns_shapes_of_its_own(strict):
                 "rows": EmbeddingOption(2),
                 "many": EmbeddingOption(2, mode="sum"),
                 "ragged": EmbeddingOption(2),
+                "bags": EmbeddingOption(2, mode="sum"),
+                "nested": EmbeddingOption(2),
             }
             self.engine = EmbeddingEngine(options)
 
@@ -192,20 +219,26 @@ def test_an_engine_returns_shapes_of_its_own(strict):
             return self.engine(batch)
 
     model, random = Shapes(), torch.Generator().manual_seed(0)
+    nested = torch.arange(4), torch.tensor([0, 1, 1, 4]), torch.tensor([0, 0, 1, 3])
     batch = {
         "rows": torch.randint(9, (3, 2), generator=random),
         "many": torch.randint(9, (3, 2, 4), generator=random),
         "ragged": Jagged(torch.arange(4), torch.tensor([0, 1, 1, 4])),
+        "bags": NestedJagged(*nested),
+        "nested": NestedJagged(*nested),
         "other": torch.ones(3),
     }
     expected = model(batch)
     model.eval()
     program = torch.export.export(model, (batch,), strict=strict).module()
     found = program(batch)
+    assert type(torch.compile(model, backend="eager", fullgraph=True)(batch)["bags"]) is Jagged
     assert list(found) == list(expected)
     assert found["rows"].shape == (3, 2, 2)
     assert found["many"].shape == (3, 2, 2)
     assert isinstance(found["ragged"], Jagged)
+    assert isinstance(found["bags"], Jagged)
+    assert isinstance(found["nested"], NestedJagged)
     for one, other in zip(
         torch.utils._pytree.tree_leaves(found),
         torch.utils._pytree.tree_leaves(expected),

@@ -254,6 +254,8 @@ def test_a_model_whose_scores_are_not_served_is_refused(tmp_path):
     ("argument", "value", "error", "message"),
     [
         ("model", "model", TypeError, "model: expected a module"),
+        ("example", None, TypeError, "example: expected a batch"),
+        ("example", {}, ValueError, "example: expected tensors, got none"),
         ("example", {"user": "a"}, TypeError, r"input\['user'\]: .*got str"),
         ("example", torch.arange(1), ValueError, "example: input has 1 samples"),
         ("rows", "int4", ValueError, "rows: expected one of"),

@@ -1,9 +1,11 @@
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.bench_following import Load, Truth, write_deltas
 from recis_lightning import DynamicEmbedding, serving
 from recis_lightning.serving.layered_table import Layer
 from tests.helpers.delta_model import Run
@@ -58,6 +60,88 @@ def test_scores_are_those_of_the_model_behind_the_last_delta(tmp_path):
         assert model.refresh()
         assert model(batch).equal(scores_of(run, batch))
         sink.close()
+
+
+class Wrapped(torch.nn.Module):
+    """What is exported of a trained model, with a scale of its own and one that is no parameter."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.own = model, torch.nn.Parameter(torch.tensor(2.0))
+        self.half = torch.tensor(0.5)
+
+    def forward(self, batch):
+        return (self.model(batch) * self.own * self.half).sigmoid()
+
+
+def test_a_module_that_holds_the_trained_one_is_followed(tmp_path):
+    """Its parameters too: rows of a delta with a tower of the export would be two versions."""
+    run = Run()
+    run.step()
+    wrapped = Wrapped(run.model)
+    serving.export(wrapped, tmp_path, example=run.batch())
+    mark, sink = serving.ModelMark(run.model), serving.ChainSink(tmp_path)
+    batch = {"user": torch.arange(50), "item": torch.arange(50)}
+    with serving.follow(tmp_path, poll_seconds=None) as followed:
+        for step in range(2):
+            run.step()
+            sink.write(mark.take(step))
+            followed.refresh()
+            assert (followed.step, followed.model.step) == (step, step)
+            assert followed(batch).equal(wrapped.eval()(batch).detach())
+    sink.close()
+
+
+class Part(torch.nn.Module):
+    """Rows and a tower."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.tower = DynamicEmbedding(4, name="t"), torch.nn.Linear(4, 1)
+
+    def forward(self, ids):
+        return self.tower(self.user(ids))
+
+
+def test_a_part_of_the_trained_module_is_followed(tmp_path):
+    trained = torch.nn.ModuleDict({"net": Part(), "loss": torch.nn.Linear(3, 2)})
+    trained["net"](torch.arange(5))
+    serving.export(trained["net"], tmp_path, example=torch.arange(3))
+    mark, sink = serving.ModelMark(trained), serving.ChainSink(tmp_path)
+    with torch.no_grad():
+        trained["net"].tower.weight.fill_(3)
+    sink.write(mark.take(0))
+    with serving.follow(tmp_path, poll_seconds=None) as followed:
+        assert followed(torch.arange(9)).equal(trained["net"].eval()(torch.arange(9)))
+    sink.close()
+
+
+def test_a_parameter_is_followed_by_each_of_its_names(tmp_path):
+    model = Part()
+    model.alias = model.tower  # after it, and before it
+    model._modules = {"alias": model.alias, **model._modules}
+    model(torch.arange(5))
+    serving.export(model, tmp_path, example=torch.arange(3))
+    mark, sink = serving.ModelMark(model), serving.ChainSink(tmp_path)
+    with torch.no_grad():
+        model.tower.weight.fill_(3)
+    sink.write(mark.take(0))
+    with serving.follow(tmp_path, poll_seconds=None) as followed:
+        assert followed(torch.arange(9)).equal(model.eval()(torch.arange(9)))
+    sink.close()
+
+
+def test_a_chain_without_the_exported_parameters_is_refused(tmp_path):
+    model, other = Part(), torch.nn.ModuleDict({"user": DynamicEmbedding(4, name="t")})
+    other.register_buffer("scale", torch.ones(1))
+    model(torch.arange(5))
+    other["user"](torch.arange(5))
+    serving.export(model, tmp_path, example=torch.arange(3))
+    mark, sink = serving.ModelMark(other), serving.ChainSink(tmp_path)
+    sink.write(mark.take(0))
+    with pytest.raises(ValueError, match=r"none of the exported parameters, such as 'tower\."):
+        serving.follow(tmp_path)
+    sink.close()
 
 
 def test_every_kind_of_feature_is_followed(tmp_path):
@@ -116,6 +200,32 @@ def test_each_answer_is_of_one_version_and_nobody_waits(tmp_path):
         assert followed.step == 25
         assert followed.error is None
     assert not wrong
+
+
+class _Done:
+    value = 0
+
+
+def test_threads_score_batches_of_mixed_sizes_while_deltas_come(tmp_path):
+    """``benchmarks/bench_following.py`` in short: each score is that of the version it claims."""
+    total, deltas, done = 1600, 12, _Done()
+
+    def wait(step):
+        while done.value < total * step / (deltas + 1):
+            time.sleep(0.001)
+
+    writer = threading.Thread(target=write_deltas, args=(str(tmp_path), deltas, wait))
+    writer.start()
+    while not (tmp_path / "manifest.json").exists():
+        time.sleep(0.01)
+    load = Load(str(tmp_path), Truth(deltas), total, 16, done)
+    load.run()
+    done.value = total
+    writer.join()
+    load.followed.close()
+    assert load.wrong == []
+    assert len(load.versions) > 2
+    assert load.figures()["requests"] == total
 
 
 def test_memory_stays_flat_over_many_deltas(tmp_path):

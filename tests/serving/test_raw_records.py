@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, Jagged, serving
-from recis_lightning.data import Features, Id, IdList, Log1p, Number
+from recis_lightning import (
+    DynamicEmbedding,
+    EmbeddingEngine,
+    EmbeddingOption,
+    Jagged,
+    NestedJagged,
+    serving,
+)
+from recis_lightning.data import Features, Id, IdBags, IdList, Log1p, Number
 from tests.helpers.raw_model import FEATURES, raw_table, to_batch, trained_on
 from tests.serving.test_model import rewrite, set_in
 
@@ -326,3 +333,43 @@ def test_pandas_and_numpy_columns(tmp_path):
         assert all(map(torch.equal, served(given), expected))
     assert isinstance(served(raw)[1], torch.Tensor)
     assert not isinstance(expected[0], Jagged)
+
+
+@pytest.mark.parametrize("mode", ["none", "mean"])
+def test_sequences_of_bags_are_served(tmp_path, mode):
+    """Of tensors and of raw values, weighted and empty ones, in batches of any size."""
+    features = Features([Id("user"), IdBags("baskets", hash="xxh64", weights="amounts")])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.engine = EmbeddingEngine({"baskets": EmbeddingOption(3, mode=mode)})
+
+        def forward(self, batch):
+            found = self.engine({"baskets": batch["baskets"]})["baskets"]
+            return found, found.values.sum(1), batch["user"]
+
+    raw = {
+        "user": [1, 2, 3, 4],
+        "baskets": [[["a", "b"], []], None, [["c"]], [["a"], ["b", "b", "d"]]],
+        "amounts": [[[1.0, 2.0], []], None, [[0.5]], [[3.0], [1.0, 1.0, 4.0]]],
+    }
+    model = Model()
+    model(features({name: column[:3] for name, column in raw.items()}))  # "d" is unknown
+    model.eval()
+    serving.export(model, tmp_path, example=raw, features=features)
+    served = serving.load(tmp_path)
+    for rows in (slice(0), slice(1, 2), slice(4), slice(2, 4)):
+        given = {name: column[rows] for name, column in raw.items()}
+        batch = features(given)
+        expected = model(batch)
+        assert isinstance(expected[0], NestedJagged if mode == "none" else Jagged)
+        for found in (served(given), served(batch), served({**given, "baskets": batch["baskets"]})):
+            assert type(found[0]) is type(expected[0])
+            for one, other in zip(found[0], expected[0], strict=True):
+                assert one is other or one.equal(other)
+            assert found[1].equal(expected[1])
+    with pytest.raises(TypeError, match=r"baskets'\]: expected a nested_jagged of 4"):
+        served({**batch, "baskets": batch["baskets"].inner()})
+    with pytest.raises(ValueError, match="columns of equally many rows"):
+        served({**raw, "user": [1]})

@@ -1,0 +1,1 @@
+"""Two towers on MovieLens-100k, trained with sampled softmax, beside popularity."""
