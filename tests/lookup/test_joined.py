@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recis_lightning import EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
 from recis_lightning.admission import MinCount, ReadOnly
 from recis_lightning.eviction import GlobalStepFilter
+from recis_lightning.ops.cpu import embedding_bag
 from recis_lightning.optim import SparseAdam, SparseSGD
 from tests.helpers import rank_lookups
 from tests.helpers.sample_tables import EXTREMES
@@ -119,6 +120,23 @@ def test_training_is_that_of_outputs_that_torch_joins(backend, dtype):
     assert found[0].dtype is dtype
     assert found[0].shape == (5, sum(ours.widths.values()))
     assert_equal(found, train(theirs, cat, weighed, steps))
+
+
+@pytest.mark.parametrize("dims", [(16, 48, 32), (3, 16, 16)])  # the second's lines are split
+def test_a_large_output_is_that_of_a_small_one(dims, monkeypatch):
+    """Which goes past the caches; so do known ids, unknown ones and padding."""
+    options = {f"f{i}": EmbeddingOption(dim, padding_idx=3) for i, dim in enumerate(dims)}
+    engine = EmbeddingEngine(options)
+    ids = torch.arange(2000) % 700
+    engine.concat(dict.fromkeys(options, ids[:500]))
+    for is_training in (True, False):
+        engine.train(is_training)
+        monkeypatch.setattr(embedding_bag, "_STREAMED_BYTES", 0)
+        streamed = engine.concat(dict.fromkeys(options, ids)).detach().clone()
+        monkeypatch.undo()
+        assert streamed.any()
+        assert torch.equal(streamed, engine.concat(dict.fromkeys(options, ids)))
+        assert torch.equal(streamed, torch.cat([*engine(dict.fromkeys(options, ids)).values()], 1))
 
 
 LOSSES = {

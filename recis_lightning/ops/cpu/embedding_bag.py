@@ -9,6 +9,7 @@ import numpy as np
 
 from recis_lightning.ops.cpu.first_step import compile_step
 from recis_lightning.ops.cpu.intrinsics import (
+    MAX_WIDTH,
     add,
     atomic_add,
     div,
@@ -18,6 +19,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     load_f32,
     load_i64,
     load_u8,
+    load_vector,
     load_weights,
     mul,
     prefetch,
@@ -25,6 +27,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     store_i64,
     store_u8,
     store_weights,
+    stream_vector,
     vector_width,
 )
 from recis_lightning.ops.cpu.plan import (
@@ -78,6 +81,8 @@ from recis_lightning.ops.layout import (
 
 _ROWS_PER_CHUNK = 1024  # of a write
 _LAG = 16  # ids between finding a row, which prefetches it, and using it
+_STREAMED_BYTES = 1 << 24  # an output of as many leaves no room for rows in a cache
+_LINE = 64
 _F = np.float32
 
 
@@ -150,6 +155,11 @@ def _row_functions(width, bfloat16):
                 break
 
     @expanded
+    def stream_row(source, target, embedding_dim):
+        for d in range(0, embedding_dim, width):
+            stream_vector(target + 4 * d, load_vector(width, source + 4 * d))
+
+    @expanded
     def zero_row(target, embedding_dim):
         for d in range(0, embedding_dim, width):
             store_weights(bfloat16, target + item_bytes * d, splat(width, _F(0)))
@@ -176,14 +186,15 @@ def _row_functions(width, bfloat16):
                     total = div(total, splat(width, divisor))
             store_weights(bfloat16, target + item_bytes * d, total)
 
-    return copy_row, zero_row, pool_bag
+    return copy_row, stream_row, zero_row, pool_bag
 
 
 @kernel_template
 def _gather_kernel(width, bfloat16, finding):
     """Compile the gather; where ``finding``, rows are not read but found first, chunk by chunk."""
     item_bytes = 2 if bfloat16 else 4
-    copy_row, zero_row, pool_bag = _row_functions(width, bfloat16)
+    copy_row, stream_row, zero_row, pool_bag = _row_functions(width, bfloat16)
+    can_stream = width == MAX_WIDTH and not bfloat16  # its vectors are cache lines
 
     @expanded
     def row_ahead(i, end, rows, lookup, blocks, embedding_dim):
@@ -202,7 +213,7 @@ def _gather_kernel(width, bfloat16, finding):
         return row
 
     @expanded
-    def gather_rows(first, last, rows, lookup, blocks, data, stride, embedding_dim):
+    def gather_rows(first, last, rows, lookup, blocks, data, stride, embedding_dim, streams):
         """Copy a row for each id, some ids after it was found; return the number of misses."""
         misses = np.int64(0)
         for i in range(first, last + _LAG):
@@ -213,10 +224,12 @@ def _gather_kernel(width, bfloat16, finding):
             if i < first + _LAG:
                 continue
             row, target = load_i64(rows + 8 * (i - _LAG)), data + (i - _LAG) * stride
-            if row >= 0:
-                copy_row(row_address(row, blocks), target, embedding_dim, 0, 0)
-            else:
+            if row < 0:
                 zero_row(target, embedding_dim)
+            elif can_stream and streams:
+                stream_row(row_address(row, blocks), target, embedding_dim)
+            else:
+                copy_row(row_address(row, blocks), target, embedding_dim, 0, 0)
         return misses
 
     @expanded
@@ -234,7 +247,15 @@ def _gather_kernel(width, bfloat16, finding):
             target += item_bytes * embedding_dim
 
     def gather(
-        chunk, plan, num_features, embedding_dim, segments, training, bad_feature, num_misses
+        chunk,
+        plan,
+        num_features,
+        embedding_dim,
+        segments,
+        training,
+        bad_feature,
+        num_misses,
+        is_large,
     ):
         feature = feature_at(plan, num_features, chunk)
         line = plan + feature * PLAN_BYTES
@@ -255,7 +276,12 @@ def _gather_kernel(width, bfloat16, finding):
                 prefetch_key(load_i64(lookup.ids + 8 * i), lookup.index)
         misses = np.int64(0)
         if mode == NONE and not weights:  # as most features are
-            misses = gather_rows(first, last, rows, lookup, blocks, data, stride, embedding_dim)
+            # Columns of a joined output: nobody reads them before all of it is written.
+            is_joined = stride > item_bytes * embedding_dim
+            streams = is_large and is_joined and (data | stride) & (_LINE - 1) == 0
+            misses = gather_rows(
+                first, last, rows, lookup, blocks, data, stride, embedding_dim, streams
+            )
         else:
             # The other modes find the rows of a whole chunk, and prefetch them, before using any.
             for i in range(first, last):
@@ -290,6 +316,7 @@ def _gather(plan, segments, training, embedding_dim, bfloat16, finding):
         training=int(training),
         bad_feature=bad_feature,
         num_misses=num_misses,
+        is_large=int(4 * embedding_dim * plan[:, PLAN_NUM_BAGS].sum() >= _STREAMED_BYTES),
     )
     return bad_feature.value, num_misses.value
 

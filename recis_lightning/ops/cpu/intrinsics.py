@@ -213,17 +213,25 @@ def load_vector(typingctx, width, address):
     return FloatVector(width)(*constants, types.int64), codegen
 
 
-@intrinsic
-def store_vector(typingctx, address, value):
-    """Store float32 lanes."""
-    width = value.width
+def _vector_store(streams):
+    @intrinsic
+    def store_lanes(typingctx, address, value):
+        lanes = value.width
 
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], _lanes(_F32, width).as_pointer())
-        builder.store(args[1], pointer, align=4)
-        return context.get_dummy_value()
+        def codegen(context, builder, sig, args):
+            pointer = builder.inttoptr(args[0], _lanes(_F32, lanes).as_pointer())
+            store = builder.store(args[1], pointer, align=4 * lanes if streams else 4)
+            if streams:
+                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
 
-    return types.void(types.int64, value), codegen
+        return types.void(types.int64, value), codegen
+
+    return store_lanes
+
+
+store_vector = _vector_store(False)
+stream_vector = _vector_store(True)  # past the caches, as ``stream_line``; to aligned addresses
 
 
 @intrinsic(prefer_literal=True)

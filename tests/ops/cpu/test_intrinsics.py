@@ -23,6 +23,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     store_vector,
     store_weights,
     stream_line,
+    stream_vector,
     vector_width,
 )
 
@@ -142,4 +143,18 @@ def test_a_line_goes_past_the_caches():
     _call(kernel, target, memory.data_ptr() + 8 * start)
     wanted = torch.arange(40)
     wanted[start + 16 : start + 24] = wanted[start : start + 8]
+    assert torch.equal(memory, wanted)
+
+
+def test_lanes_go_past_the_caches():
+    """As many as there are, to where they belong."""
+
+    def kernel(args):
+        stream_vector(load_i64(args), load_vector(16, load_i64(args + 8)))
+
+    memory = torch.arange(80.0)
+    start = -memory.data_ptr() % 64 // 4
+    _call(kernel, memory.data_ptr() + 4 * (start + 32), memory.data_ptr() + 4 * (start + 3))
+    wanted = torch.arange(80.0)
+    wanted[start + 32 : start + 48] = wanted[start + 3 : start + 19]
     assert torch.equal(memory, wanted)
