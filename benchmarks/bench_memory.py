@@ -90,8 +90,8 @@ def grow_peer(name: str, num_ids: int, batch: int) -> dict[str, Any]:
     """Do what ``grow`` does with a peer, in the child; return memory in bytes, or what it lacks."""
     make = peers(DIM, SPREAD)[name][1]
     try:
-        for _ in range(2):  # starts torch's threads
-            make(3 * batch, batch).step()
+        for _ in range(2):  # starts torch's threads; small, as freed memory stays resident
+            make(3000, 1000).step()
     except ImportError as error:
         return {"missing": str(error)}
     gc.collect()
