@@ -9,15 +9,22 @@ of the index included, minus that before the first row. "peak of a step" is the 
 step's own peak to the payload after that step, once a tenth of the rows is there. On a GPU, memory
 is what torch's allocator has allocated.
 
-    python benchmarks/bench_memory.py [--full] [--num-ids N] [--batch N] [--device D] [--dry]
+The peers of ``growing_peers`` grow the same way, each in a child of its own, over ``--peer-ids``
+ids; a peer that is not installed is left out with a line. The payload of a peer's row counts its
+own optimizer's state, and its id, though two of them keep none.
+
+    python benchmarks/bench_memory.py [--full] [--num-ids N] [--batch N] [--peer-ids N]
+        [--parts ...] [--device D] [--dry]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.growing_peers import peers
 from benchmarks.harness import (
     add_device,
     append_result,
@@ -43,6 +51,7 @@ from recis_lightning.optim import SparseAdam
 DIM, STATE = 8, 2
 PAYLOAD = 8 + 4 * DIM * (1 + STATE)  # bytes per row
 SPREAD = 7_919_317
+PARTS = ("grow", "peers")
 
 
 def _resident(field: str) -> int:
@@ -77,6 +86,26 @@ class Growing:
         self.optimizer.step()
 
 
+def grow_peer(name: str, num_ids: int, batch: int) -> dict[str, Any]:
+    """Do what ``grow`` does with a peer, in the child; return memory in bytes, or what it lacks."""
+    make = peers(DIM, SPREAD)[name][1]
+    try:
+        for _ in range(2):  # starts torch's threads; small, as freed memory stays resident
+            make(3000, 1000).step()
+    except ImportError as error:
+        return {"missing": str(error)}
+    gc.collect()
+    before, peaks = _resident("VmRSS"), []
+    _reset_peak()
+    growing = make(num_ids, batch)
+    for _ in range(num_ids // batch):
+        growing.step()
+        peaks.append(_resident("VmHWM") - before)
+        _reset_peak()
+    gc.collect()
+    return {"before": before, "held": _resident("VmRSS") - before, "peaks": peaks}
+
+
 def grow(num_ids: int, batch: int) -> dict[str, Any]:
     """Insert ``num_ids`` ids, in the child; return times in seconds and memory in bytes."""
     for _ in range(3):  # compiles, and starts torch's threads
@@ -100,12 +129,12 @@ def grow(num_ids: int, batch: int) -> dict[str, Any]:
     }
 
 
-def run_child(num_ids: int, batch: int) -> dict[str, Any]:
-    """Grow a table in a child process."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child"]
+def run_child(num_ids: int, batch: int, contender: str = "ours") -> dict[str, Any]:
+    """Grow a table, or a peer, in a child process."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", contender]
     command += ["--num-ids", str(num_ids), "--batch", str(batch), "--device", device().type]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def check() -> None:
@@ -153,6 +182,27 @@ def measure(num_ids: int, batch: int) -> dict[str, Any]:
     return {"part": "grow", "shape": shape, "columns": columns, "rows": [row], "figures": figures}
 
 
+def compare(num_ids: int, batch: int) -> dict[str, Any]:
+    """Grow ours and the peers once each; print and return bytes a row."""
+    contenders = {"ours + SparseAdam": STATE}
+    contenders |= {name: words for name, (words, _) in peers(DIM, SPREAD).items()}
+    rows: list[list[Any]] = []
+    for name, words in contenders.items():
+        grown = run_child(num_ids, batch, "ours" if name.startswith("ours") else name)
+        if "missing" in grown:
+            print(f"{name}: skipped, {grown['missing']}")
+            continue
+        payload = 8 + 4 * DIM * (1 + words)
+        count = num_ids // batch * batch
+        held, peak = grown["held"] / count, max(grown["peaks"]) / count
+        rows.append([name, payload, held, peak, held / payload, peak / payload])
+    columns = ["", "payload B/row", "held B/row", "peak B/row", "held ratio", "peak ratio"]
+    print_table(f"{num_ids:,} rows in steps of {batch:,} new ids, dim {DIM}", columns, rows)
+    shape = {"num_ids": num_ids, "batch": batch, "dim": DIM}
+    figures = {"held": rows[0][4], "peak": rows[0][5]}
+    return {"part": "peers", "shape": shape, "columns": columns, "rows": rows, "figures": figures}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure and append the results; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Memory and longest step of a growing table")
@@ -160,22 +210,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="50M rows")
     parser.add_argument("--batch", type=int, default=100_000, help="new ids per step")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peer-ids", type=int, default=1_000_000, help="rows beside the peers")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     add_device(parser)
     given = parser.parse_args(arguments)
     use_device(given.device)
     num_ids = 50_000_000 if given.full else given.num_ids
     if given.child:
-        print(json.dumps(grow(num_ids, given.batch)))
+        is_ours = given.child == "ours"
+        grown = (grow if is_ours else partial(grow_peer, given.child))(num_ids, given.batch)
+        print(json.dumps(grown))
         return 0
     if not is_on_gpu() and not Path("/proc/self/clear_refs").exists():
         print("skipped: peak memory is read from Linux's /proc")
         return 0
     check()
-    line = measure(num_ids, given.batch)
-    all_met = meets_targets("bench_memory", line)
-    if not given.dry:
-        append_result("bench_memory", line)
+    lines = [measure(num_ids, given.batch)] if "grow" in given.parts else []
+    if "peers" in given.parts and not is_on_gpu("the peers"):
+        lines.append(compare(given.peer_ids, min(given.batch, given.peer_ids)))
+    all_met = True
+    for line in lines:
+        all_met &= meets_targets("bench_memory", line)
+        if not given.dry:
+            append_result("bench_memory", line)
     return 0 if all_met else 1
 
 

@@ -67,17 +67,22 @@ class ManagedCollision:
             mc_modules.ManagedCollisionCollection(remap, configs),
             return_remapped_features=True,
         )
+        self._names, self._keyed = list(names), torchrec.KeyedJaggedTensor.from_lengths_sync
+        self.set_batches(batches)
+        self.num_lookups = 0
+        for _ in range(max(len(batches), EVICTION_INTERVAL)):
+            self.look_up()
+
+    def set_batches(self, batches: Sequence[Sequence[Tensor]]) -> None:
+        """Replace the batches that lookups go through."""
         self.batches = [
-            torchrec.KeyedJaggedTensor.from_lengths_sync(
-                keys=list(names),
+            self._keyed(
+                keys=self._names,
                 values=torch.cat(list(batch)),
                 lengths=torch.ones(sum(len(part) for part in batch), dtype=torch.int32),
             )
             for batch in batches
         ]
-        self.num_lookups = 0
-        for _ in range(max(len(batches), EVICTION_INTERVAL)):
-            self.look_up()
 
     def look_up(self) -> Any:
         """Look up one batch in the module's mode; return the outputs and the remapped features."""

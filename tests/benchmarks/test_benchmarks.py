@@ -27,6 +27,7 @@ from benchmarks import (
     harness,
     summary,
 )
+from benchmarks.growing_peers import Static
 from benchmarks.harness import ROOT, time_prepared
 from benchmarks.targets import TARGETS, Target, figure, mean_of, meets_targets
 
@@ -145,6 +146,29 @@ def test_compaction_frees_memory_and_keeps_the_rest(name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_table_that_is_doubled_trains_as_one_that_had_its_size():
+    sized, doubled = Static(70, 10, 4), Static(70, 10, 4, grows=True)
+    for _ in range(7):
+        doubled.step()
+        sized.table.weight.data.zero_()
+        sized.step()
+    assert doubled.table.num_embeddings == 80
+    for name in ("exp_avg", "exp_avg_sq"):
+        of_sized, of_doubled = (
+            peer.optimizer.state[peer.table.weight][name] for peer in (sized, doubled)
+        )
+        assert torch.equal(of_sized, of_doubled[:70])
+        assert of_sized.count_nonzero() == 280
+
+
+def test_memory_leaves_out_peers_that_are_not_installed(monkeypatch):
+    def missing(num_ids, batch):
+        raise ImportError("No module named 'fbgemm_gpu'")
+
+    monkeypatch.setattr(bench_memory, "peers", lambda dim, spread: {"FBGEMM": (1, missing)})
+    assert "fbgemm" in bench_memory.grow_peer("FBGEMM", 10, 5)["missing"]
+
+
 def test_memory_measures_a_child():
     grown = bench_memory.run_child(3000, 1000)
     assert len(grown["peaks"]) == len(grown["seconds"]) == 3
