@@ -174,6 +174,18 @@ def is_fake_mode() -> bool:
     return _dispatch_mode(_FAKE) is not None
 
 
+def is_plain_cpu(tensor: Tensor) -> bool:
+    """Return whether a tensor has numbers that the host can see: on the CPU, not recorded."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and _tracing_state() is None
+        and _dispatch_mode(_FAKE) is None
+        and _functorch_interpreter() is None
+    )
+
+
 def refuse_fake_mode(what: str) -> NoReturn:
     """Raise because ``FakeTensorMode`` is active.
 
@@ -403,6 +415,7 @@ __all__ = [
     "check_strided",
     "explain_arguments",
     "is_fake_mode",
+    "is_plain_cpu",
     "is_row_dtype",
     "refuse_fake_mode",
     "refuse_recording",

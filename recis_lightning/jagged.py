@@ -15,6 +15,7 @@ from recis_lightning.arguments import (
     check_int,
     check_not_traced,
     check_strided,
+    is_plain_cpu,
     refuse_symbols,
 )
 
@@ -92,7 +93,8 @@ class Jagged(NamedTuple):
 
         Raises:
             TypeError: ``samples`` is neither.
-            ValueError: The slice has another step.
+            ValueError: The slice has another step, or ``offsets`` do not fit ``values``, where the
+                host can see them without waiting for a device.
 
         Example:
             >>> bags = Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1, 3]))
@@ -101,6 +103,7 @@ class Jagged(NamedTuple):
             >>> bags.select(slice(1, 3))[:2]
             (tensor([8, 9]), tensor([0, 0, 2]))
         """
+        self._check_offsets()
         if isinstance(samples, slice):
             start, stop, step = samples.indices(self.num_bags)
             if step != 1:
@@ -134,7 +137,8 @@ class Jagged(NamedTuple):
             Values [B, L, ...] and bool [B, L].
 
         Raises:
-            TypeError, ValueError: ``max_len`` is not None or an int of at least 0.
+            TypeError, ValueError: ``max_len`` is not None or an int of at least 0, or ``offsets``
+                do not fit ``values``, where the host can see them without waiting for a device.
 
         Example:
             >>> bags = Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1, 3]))
@@ -142,6 +146,7 @@ class Jagged(NamedTuple):
             >>> values.tolist(), mask.tolist()
             ([[7, -1], [-1, -1], [8, 9]], [[True, False], [False, False], [True, True]])
         """
+        self._check_offsets()
         lengths = self.lengths()
         if max_len is None:
             max_len = int(lengths.max()) if lengths.numel() else 0
@@ -154,6 +159,24 @@ class Jagged(NamedTuple):
         index = (self.offsets[:-1].unsqueeze(1) + place).clamp(max=self.values.shape[0] - 1)
         found = self.values[index]
         return found.masked_fill(~mask.view(*mask.shape, *[1] * (found.dim() - 2)), value), mask
+
+    def _check_offsets(self) -> None:
+        """Raise if the offsets do not fit, as lookups do; a Jagged is made without a check."""
+        offsets, num_values = self.offsets, self.values.shape[0]
+        if not is_plain_cpu(offsets):
+            return
+        fits = (
+            offsets.dim() == 1
+            and offsets.numel() > 0
+            and [int(offsets[0]), int(offsets[-1])] == [0, num_values]
+            and not bool((offsets.diff() < 0).any())
+        )
+        if not fits:
+            raise ValueError(
+                f"offsets: expected shape [B + 1], from 0 to {num_values}, the number of values, "
+                f"never descending, got {offsets[:8].tolist()}, of shape {tuple(offsets.shape)}; "
+                "did you pass lengths? Use Jagged.from_lengths"
+            )
 
     def to(self, device: torch.device | str | int, non_blocking: bool | None = None) -> Jagged:
         """Return it on another device.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from recis_lightning import EmbeddingOption, HashTable
 from recis_lightning.admission import MinCount
@@ -16,6 +17,7 @@ from recis_lightning.arguments import (
     check_padding_idx,
     check_seed,
     check_str,
+    is_plain_cpu,
 )
 from recis_lightning.callbacks import HashTableFilterHook, LoggerHook, TraceHook
 from recis_lightning.eviction import GlobalStepFilter
@@ -97,3 +99,19 @@ def test_wrong_arguments_are_told_what_to_write(make, words):
     """Those of policies, hooks, optimizers and options, as those of tables."""
     with pytest.raises(TypeError, match=words):
         make()
+
+
+def test_numbers_that_the_host_can_see():
+    plain = torch.ones(2)
+    assert is_plain_cpu(plain)
+    assert not is_plain_cpu(plain.to("meta"))
+    assert not is_plain_cpu(torch.nn.Parameter(plain))
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(is_plain_cpu(row)), row)[1])(plain)
+    with FakeTensorMode():
+        seen.append(is_plain_cpu(plain))
+    compiled = torch.compile(
+        lambda row: row + 1 if is_plain_cpu(row) else row, backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(plain), plain)
+    assert seen == [False, False]

@@ -257,6 +257,26 @@ def test_what_selects_no_samples_is_refused():
         jagged.select(torch.tensor([0.0]))
 
 
+@pytest.mark.parametrize(
+    "offsets", [[2, 0, 1], [0, 2], [0, 9], [1, 7], [0, 7, 2, 7], [], [[0, 7]], [-1, 7]]
+)
+def test_offsets_that_do_not_fit_are_refused_where_they_are_used(offsets):
+    jagged = Jagged(VALUES, torch.tensor(offsets, dtype=torch.int64))
+    words = r"offsets: expected shape .*, from 0 to 7, .*did you pass lengths"
+    for use in (jagged.to_padded, lambda: jagged.select(slice(0, 1))):
+        with pytest.raises(ValueError, match=words):
+            use()
+
+
+def test_exported_programs_pad_without_a_check():
+    class Pad(torch.nn.Module):
+        def forward(self, values, offsets):
+            return Jagged(values, offsets).to_padded(2)[0]
+
+    program = torch.export.export(Pad(), (VALUES, OFFSETS)).module()
+    assert torch.equal(program(VALUES, OFFSETS), Jagged(VALUES, OFFSETS).to_padded(2)[0])
+
+
 @pytest.mark.parametrize("max_len", [None, 0, 1, 3, 9])
 def test_padding(max_len):
     """Longer bags are cut, shorter ones filled; torch's own ragged type agrees."""

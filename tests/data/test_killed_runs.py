@@ -1,6 +1,7 @@
 """Runs that are killed at random moments train each row of each epoch once, on any ranks."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,5 +43,7 @@ def test_a_few_kills_while_files_appear():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("args", [(1,), (1, 2, 3), (1, 2, 3, "--follow")])
-def test_a_hundred_kills(args):
-    check(found_by("--kills", 100, "--ranks", *args), kills=100)
+def test_many_kills(args):
+    """Six of each kind; RECIS_LIGHTNING_KILLS=100 for as many as that, in half an hour or more."""
+    kills = int(os.environ.get("RECIS_LIGHTNING_KILLS", "6"))
+    check(found_by("--kills", kills, "--ranks", *args, "--seed", 3), kills=kills)

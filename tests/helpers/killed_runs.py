@@ -6,7 +6,8 @@
 
 This process imports everything, and forks the ranks of each run, which costs no start of Python.
 A row of the files is an id of the table ``seen``, which learns by SGD to count: a weight is the
-number of times that its row was trained. Prints a JSON line of what was found.
+number of times that its row was trained. Prints a JSON line of what was found; and to stderr one of
+what was found so far, after each run that came to its end.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from tests.helpers.rank_training import shard
 SIZES = (90, 1, 70, 39)  # rows of each file
 EPOCHS = 2
 EPOCH = 1_000_000  # ids of an epoch's rows are apart from those of the next
-_LIMIT_SECONDS = 120.0  # of a run: more is a hang
+_LIMIT_SECONDS = 120.0  # of a run, on a machine that does nothing else: more is a hang
 
 
 class Counting(L.LightningModule):
@@ -138,7 +139,7 @@ def newest(folder):
     return str(found[-1]) if found else None
 
 
-def live(folder, pattern, num_ranks, every, kill_after, from_start, meanwhile=lambda: None):
+def live(folder, pattern, num_ranks, every, kill_after, from_start, limit, meanwhile=lambda: None):
     """Fork the ranks of a run; kill all after a time, counted from its start or its first step.
 
     Args:
@@ -148,6 +149,7 @@ def live(folder, pattern, num_ranks, every, kill_after, from_start, meanwhile=la
         every: Steps between checkpoints.
         kill_after: Seconds.
         from_start: Whether they count from the start.
+        limit: Seconds that a run lasts at most.
         meanwhile: Called again and again while it lives.
 
     Returns:
@@ -163,7 +165,7 @@ def live(folder, pattern, num_ranks, every, kill_after, from_start, meanwhile=la
         os.close(theirs)
         start = time.monotonic()
         begun = None if not from_start else start
-        end = start + (kill_after if from_start else _LIMIT_SECONDS)
+        end = start + (kill_after if from_start else limit)
         failed, killed, said = False, False, b""
         left = dict.fromkeys(pids)
         while left:
@@ -179,7 +181,7 @@ def live(folder, pattern, num_ranks, every, kill_after, from_start, meanwhile=la
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     del left[pid]
             if time.monotonic() >= end and not killed and left:
-                if begun is None or time.monotonic() - start > _LIMIT_SECONDS:
+                if begun is None or time.monotonic() - start > limit:
                     failed = True
                 killed = True
                 for pid in left:
@@ -249,7 +251,7 @@ def read_result(folder):
     return flat(torch.load(folder / "result-0.pt", weights_only=False))
 
 
-def run_rounds(kills, ranks, seed, folder, follow=False):
+def run_rounds(kills, ranks, seed, folder, follow=False, limit=_LIMIT_SECONDS):
     """Train again and again, killed at random moments; return what was found."""
     rng = random.Random(seed)
     (folder / "data").mkdir()
@@ -257,11 +259,14 @@ def run_rounds(kills, ranks, seed, folder, follow=False):
     undisturbed, seconds = {}, 2.0
     if 1 in ranks and not follow:
         (folder / "whole").mkdir()
-        killed, seconds = live(folder / "whole", pattern, 1, 2, 1e9, False)
+        killed, seconds = live(folder / "whole", pattern, 1, 2, 1e9, False, limit)
         assert not killed
         undisturbed = read_result(folder / "whole")
     rows = {row + EPOCH * epoch for row in range(sum(SIZES)) for epoch in range(EPOCHS)}
-    found = {"kills": 0, "runs": 0, "lives": 0, "resumed_on": {}, "wrong": [], "differing": []}
+    found = {
+        "kills": 0, "killed_on": {}, "runs": 0, "lives": 0, "resumed_on": {},
+        "wrong": [], "differing": [],
+    }  # fmt: skip
     while found["kills"] < kills or not found["runs"]:
         run = folder / f"run-{found['runs']}"
         run.mkdir()
@@ -277,14 +282,19 @@ def run_rounds(kills, ranks, seed, folder, follow=False):
             after = after if found["kills"] < kills else 1e9
             from_start = from_start and after < 1e9
             meanwhile = feeder.step if feeder else lambda: None
-            was_killed, _ = live(run, pattern, used[-1], every, after, from_start, meanwhile)
+            was_killed, took = live(
+                run, pattern, used[-1], every, after, from_start, limit, meanwhile
+            )
             found["lives"] += 1
             if len(used) > 1:
                 key = f"{used[-2]}->{used[-1]}"
                 found["resumed_on"][key] = found["resumed_on"].get(key, 0) + 1
             if not was_killed:
+                # The next run is killed within the time that one takes now.
+                seconds = took if len(used) == 1 else seconds
                 break
             found["kills"] += 1
+            found["killed_on"][used[-1]] = found["killed_on"].get(used[-1], 0) + 1
         found["runs"] += 1
         got = counts(run)
         if feeder:
@@ -300,6 +310,7 @@ def run_rounds(kills, ranks, seed, folder, follow=False):
             differing = [p for p in places if ours.get(p) != undisturbed.get(p)]
             if differing:
                 found["differing"].append({"lives": len(used), "places": sorted(differing)})
+        print(json.dumps(found), file=sys.stderr, flush=True)
     return found
 
 
@@ -310,12 +321,15 @@ def main(args=None):
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--follow", action="store_true")
+    parser.add_argument("--limit", type=float, default=_LIMIT_SECONDS, help="seconds of a run")
     given = parser.parse_args(args)
     torch.set_num_threads(1)
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
-        found = run_rounds(given.kills, given.ranks, given.seed, Path(name), given.follow)
+        found = run_rounds(
+            given.kills, given.ranks, given.seed, Path(name), given.follow, given.limit
+        )
     print(json.dumps(found))
     return int(bool(found["wrong"]) or bool(found["differing"]))
 
