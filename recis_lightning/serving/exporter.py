@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from recis_lightning.admission import MinCount
 from recis_lightning.checkpoint.commit import file_stems
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
@@ -45,7 +46,7 @@ def export(
     features: Features | None = None,
     convert: Callable[[dict[str, Any]], Any] | None = None,
     rows: str | Mapping[str, str] | None = None,
-    drop: Eviction | Mapping[str, Eviction] | None = None,
+    drop: Eviction | MinCount | Mapping[str, Eviction | MinCount] | None = None,
 ) -> None:
     """Write a model to a folder for ``serving.load``.
 
@@ -69,7 +70,8 @@ def export(
         rows: As what rows are kept: "float32", "bfloat16" or "int8" (with a scale a row), for all
             tables or by name; by default as the table has them.
         drop: Policy, for all tables or by name, that names rows to leave out, as for
-            ``HashTable.evict``: ``MinNorm(...)``, ``GlobalStepFilter(...)``, ``AnyOf(...)``.
+            ``HashTable.evict``: ``MinNorm(...)``, ``GlobalStepFilter(...)``, ``AnyOf(...)``. Or
+            ``MinCount(k)``: ids of fewer occurrences, in tables whose eviction policy counts.
 
     Raises:
         TypeError, ValueError: An argument is not what it should be; or the model's forward does
@@ -92,7 +94,7 @@ def export(
     check_features(features, convert)
     tables = _tables_by_name(model)
     formats = {name: _format_of(rows, name, table) for name, table in tables.items()}
-    policies = {name: _policy_of(drop, name) for name in tables}
+    policies = {name: _policy_of(drop, table) for name, table in tables.items()}
     for argument, given in (("rows", rows), ("drop", drop)):
         if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(tables))):
             raise ValueError(f"{argument}: no such tables {unknown}; there are {sorted(tables)}")
@@ -181,10 +183,18 @@ def _format_of(rows: Any, name: str, table: HashTable) -> str:
     return str(wanted)
 
 
-def _policy_of(drop: Any, name: str) -> Eviction | None:
-    policy = drop.get(name) if isinstance(drop, Mapping) else drop
-    if policy is not None and not isinstance(policy, Eviction):
-        raise TypeError(f"drop: expected an eviction policy, got {policy!r}")
+def _policy_of(drop: Any, table: HashTable) -> Eviction | MinCount | None:
+    policy = drop.get(table.name) if isinstance(drop, Mapping) else drop
+    if policy is not None and not isinstance(policy, Eviction | MinCount):
+        raise TypeError(f"drop: expected an eviction policy or MinCount(k), got {policy!r}")
+    if isinstance(policy, MinCount):
+        if policy.per != "occurrence":
+            raise ValueError(f"drop: expected MinCount(k) of occurrences, got {policy!r}")
+        if "counts" not in table.storage.kept_columns:
+            raise ValueError(
+                f"drop: {policy!r} asks for counts, which table {table.name!r} does not keep; give "
+                'it an eviction policy that does, such as MaxRows(n, by="count")'
+            )
     return policy
 
 
@@ -206,7 +216,7 @@ def _write_tables(
     save_id: str,
     tables: Mapping[str, HashTable],
     formats: Mapping[str, str],
-    policies: Mapping[str, Eviction | None],
+    policies: Mapping[str, Eviction | MinCount | None],
     written: list[Path],
 ) -> dict[str, TableRecord]:
     """Write a file a table; add their paths to ``written``."""
@@ -263,12 +273,15 @@ def _version() -> str:
     return str(sys.modules["recis_lightning"].__version__)  # loaded, and above this room
 
 
-def _kept_ids(table: HashTable, policy: Eviction | None) -> Tensor:
+def _kept_ids(table: HashTable, policy: Eviction | MinCount | None) -> Tensor:
     """Return a table's ids without those whose rows a policy names."""
     ids, rows = table.ids_map()
     if policy is None:
         return ids
-    marked = table.evictor.rows_named_by(policy)
+    if isinstance(policy, MinCount):
+        marked = table.storage.columns["counts"] < policy.k
+    else:
+        marked = table.evictor.rows_named_by(policy)
     return ids[~marked.to(rows.device)[rows]]
 
 

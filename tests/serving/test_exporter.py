@@ -18,7 +18,8 @@ from recis_lightning import (
     hash_tables,
     serving,
 )
-from recis_lightning.eviction import GlobalStepFilter, MinNorm
+from recis_lightning.admission import MinCount
+from recis_lightning.eviction import DistanceLFU, GlobalStepFilter, MaxRows, MinNorm
 from recis_lightning.optim import SparseAdam
 from recis_lightning.serving import exporter
 from tests.helpers.served_model import make_batch, trained_model
@@ -118,6 +119,19 @@ def test_rows_may_be_left_out(tmp_path):
     drop = {"user": GlobalStepFilter(5)}
     serving.export(model, tmp_path, example=torch.arange(3), drop=drop)
     assert len(serving.load(tmp_path).tables["user"]) == 0
+
+
+@pytest.mark.parametrize("policy", [MaxRows(1000, by="count"), DistanceLFU(1000)])
+def test_ids_of_few_occurrences_may_be_left_out(tmp_path, policy):
+    model = small_model(eviction=policy)
+    model(torch.tensor([3, 3, 7, 9]))
+    serving.export(model, tmp_path, example=torch.arange(3), drop={"user": MinCount(2)})
+    served = serving.load(tmp_path)
+    assert sorted(served.tables["user"].ids().tolist()) == [3, 7, 9]
+    assert served(torch.tensor([7])).equal(model.eval()(torch.tensor([7])))
+    serving.export(model, tmp_path, example=torch.arange(3), drop=MinCount(3))
+    assert serving.load(tmp_path).tables["user"].ids().tolist() == [3]
+    assert len(hash_tables(model)[0]) == 100
 
 
 def test_an_export_replaces_the_older_one(tmp_path):
@@ -261,6 +275,8 @@ def test_a_model_whose_scores_are_not_served_is_refused(tmp_path):
         ("rows", "int4", ValueError, "rows: expected one of"),
         ("rows", {"item": "int8"}, ValueError, r"rows: no such tables \['item'\]"),
         ("drop", 3, TypeError, "drop: expected an eviction policy"),
+        ("drop", MinCount(2), ValueError, "drop: .* asks for counts, which table 'user' does not"),
+        ("drop", MinCount(2, per="batch"), ValueError, "drop: .* of occurrences, got"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, argument, value, error, message):
