@@ -17,7 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
 	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
 # A worker a core, but no more than four: many tests start processes of their own.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# Bytecode is kept, or each process that a test starts would compile the package anew.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # How long and from which seed on "make fuzz" looks for faults.
 MINUTES ?= 10

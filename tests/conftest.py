@@ -1,6 +1,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,18 @@ from recis_lightning.ops import backend as ops_backend
 from tests.helpers.rank_pool import Ranks
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU, or kernels that are interpreted, where there are none.
+    """Mark as slow what ``slow_except`` does not except, and skip what cannot run here.
 
+    That is what needs a GPU, or kernels that are interpreted, where there are none.
     A process interprets all kernels or none: beside a GPU they are compiled, and tested with it,
     unless TRITON_INTERPRET=1 says not to.
     """
     compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     for item in items:
+        if (quick := item.get_closest_marker("slow_except")) and not _is_one_of(quick.args, item):
+            item.add_marker(pytest.mark.slow)
         if not compiled and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
         if item.get_closest_marker("interpreted"):
@@ -25,6 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=why))
             elif importlib.util.find_spec("triton") is None:
                 item.add_marker(pytest.mark.skip(reason="needs Triton"))
+
+
+def _is_one_of(cases: tuple[dict[str, Any], ...], item: pytest.Item) -> bool:
+    """Return whether all parameters that one of the cases names have a value it lists."""
+    spec = item.callspec  # type: ignore[attr-defined]
+    values = {**spec.params, "id": spec.id}
+    return any(
+        all(
+            values[name] in wanted if isinstance(wanted, list) else values[name] == wanted
+            for name, wanted in case.items()
+        )
+        for case in cases
+    )
 
 
 _BACKENDS = [

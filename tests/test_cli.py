@@ -50,6 +50,7 @@ def test_there_are_configs():
 
 
 @each_config
+@pytest.mark.slow_except(dict(config=MOVIELENS))
 def test_config_runs(config):
     cli = main(["fit", "-c", str(config), *data_args(config), "--trainer.fast_dev_run", "2"])
     assert cli.trainer.global_step == 2

@@ -46,6 +46,7 @@ def test_embedding_bag_agrees_with_torch(few_ids):
         bench_embedding_bag.check(bench_embedding_bag.Data(2, 32, 4, bag))
 
 
+@pytest.mark.slow
 def test_embeddings_in_a_model_agree_with_torch(few_ids, monkeypatch, capfd):
     """Rows after some steps, and a run of all contenders, each of whose parts takes time."""
     bench_in_model.check(size=16)
@@ -92,6 +93,7 @@ def test_training_times_every_step_after_the_warmup(few_ids, monkeypatch):
     assert clock.step_ms() == [500.0, 1000.0]
 
 
+@pytest.mark.slow
 def test_cuda_step_agrees_with_the_cpu_and_needs_a_gpu(capsys):
     bench_cuda_step.check(torch.device("cpu"), num_rows=50, lookups=40)
     assert bench_cuda_step.main(["--device", "cpu"]) == 0
@@ -129,6 +131,7 @@ def test_memory_grows_as_torch_trains():
     bench_memory.check()
 
 
+@pytest.mark.slow
 def test_drift_learns_with_every_policy(tmp_path):
     bench_drift.check()
     line, runs = bench_drift.measure(num_events=8000, batch=1000)
@@ -140,12 +143,12 @@ def test_drift_learns_with_every_policy(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", [*bench_compaction.POLICIES])
+@pytest.mark.slow_except(dict(name=next(iter(bench_compaction.POLICIES))))
 def test_compaction_frees_memory_and_keeps_the_rest(name):
     shrunk = bench_compaction.shrink(300_000, name)
     assert shrunk["counted"] > 0.8
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_table_that_is_doubled_trains_as_one_that_had_its_size():
     sized, doubled = Static(70, 10, 4), Static(70, 10, 4, grows=True)
     for _ in range(7):
@@ -169,6 +172,8 @@ def test_memory_leaves_out_peers_that_are_not_installed(monkeypatch):
     assert "fbgemm" in bench_memory.grow_peer("FBGEMM", 10, 5)["missing"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_measures_a_child():
     grown = bench_memory.run_child(3000, 1000)
     assert len(grown["peaks"]) == len(grown["seconds"]) == 3

@@ -64,9 +64,39 @@ def shards_of(path, main):
 ALL = ["item", "tags", "user"]
 
 
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """Return a folder with the checkpoints of a run, of every fifth step, which tests copy."""
+    path = tmp_path_factory.mktemp("bank")
+    saving(path).fit(Model(), ResumableLoader())
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path, bank):
+    """Return a folder of the test's own with those checkpoints."""
+    return shutil.copytree(bank, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def last_step(tmp_path_factory):
+    """Return a trained model, and a folder with the checkpoint of its last step."""
+    model, path = Model(), tmp_path_factory.mktemp("last")
+    saving(path, every=16).fit(model, ResumableLoader())
+    return model, path
+
+
+@pytest.fixture
+def ended(tmp_path, last_step):
+    """Return that model, which tests do not change, and a folder of the test's own."""
+    model, path = last_step
+    return model, shutil.copytree(path, tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-true"}]
 )
+@pytest.mark.slow_except(dict(settings={}))
 def test_resuming_is_as_if_nothing_had_happened(tmp_path, settings):
     """With the hook and without it: dense weights, rows, slots, last-seen steps and steps."""
     model = Model()
@@ -79,28 +109,26 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path, settings):
         assert differences(everything(model), everything(again)) == []
 
 
-def test_load_from_checkpoint(tmp_path):
+def test_load_from_checkpoint(ended):
     """The module, and the functions of ``checkpoint``, need neither Trainer nor hook."""
-    model = Model()
-    saving(tmp_path, every=16).fit(model, ResumableLoader())
-    file = tmp_path / "step=16.ckpt"
+    model, path = ended
+    file = path / "step=16.ckpt"
     loaded = Model.load_from_checkpoint(file, weights_only=True)
     assert differences(everything(model), everything(loaded)) == []
     assert checkpoint.inspect(file)["user"].rows == [len(model.user.table)]
-    assert set(checkpoint.inspect(tmp_path / "step=16.ckpt.tables")) == set(ALL)
+    assert set(checkpoint.inspect(path / "step=16.ckpt.tables")) == set(ALL)
     assert len(checkpoint.read_table(file, "tags")["ids"]) == len(hash_tables(model)[2])
     other = Model(seed=3)
     checkpoint.load(file, other)
     assert torch.equal(other.user.table.ids(), loaded.user.table.ids())
 
 
-def test_a_report_reads_it(tmp_path):
+def test_a_report_reads_it(ended):
     """A report of tables in shards is that of the same tables in one file."""
-    model = Model()
-    saving(tmp_path, every=16).fit(model, ResumableLoader())
+    model, path = ended
     plain = {"state_dict": model.state_dict(), "global_step": 16}
-    torch.save(plain, tmp_path / "plain.ckpt")
-    shards, whole = (read_run(tmp_path / f"{name}.ckpt") for name in ("step=16", "plain"))
+    torch.save(plain, path / "plain.ckpt")
+    shards, whole = (read_run(path / f"{name}.ckpt") for name in ("step=16", "plain"))
     assert list(shards.tables) == list(whole.tables)
     for one, other in zip(shards.tables.values(), whole.tables.values(), strict=True):
         assert one._replace(num_bytes=0) == other._replace(num_bytes=0)
@@ -113,11 +141,10 @@ def test_a_report_reads_it(tmp_path):
     assert {"table/user/ages", "table/user/norms"} <= one.distributions.keys()
 
 
-def test_a_report_reads_lightnings_file_once(tmp_path, monkeypatch):
+def test_a_report_reads_lightnings_file_once(ended, monkeypatch):
     """Whether rows are in shards or in the file itself."""
-    model = Model()
-    saving(tmp_path, every=16).fit(model, ResumableLoader())
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "plain.ckpt")
+    model, path = ended
+    torch.save({"state_dict": model.state_dict()}, path / "plain.ckpt")
     load, files = torch.load, []
 
     def count(file, *args, **kwargs):
@@ -125,9 +152,9 @@ def test_a_report_reads_lightnings_file_once(tmp_path, monkeypatch):
         return load(file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "load", count)
-    mains = [tmp_path / "step=16.ckpt", tmp_path / "plain.ckpt"]
+    mains = [path / "step=16.ckpt", path / "plain.ckpt"]
     for main in mains:
-        report(main, tmp_path / "report.html")
+        report(main, path / "report.html")
     assert files == mains
 
 
@@ -146,6 +173,7 @@ def test_evaluation_from_a_checkpoint(tmp_path):
     ("top", "last"),
     [(0, True), (1, None), (1, True), (1, "link"), (2, None), (2, True), (2, "link")],
 )
+@pytest.mark.slow_except(dict(top=[0, 1], last=True), dict(top=2, last="link"))
 def test_removed_checkpoints_take_their_shards_along(tmp_path, last, top):
     """save_top_k and save_last in all forms; every file left belongs to a checkpoint that loads."""
     model = Model()
@@ -330,11 +358,10 @@ def test_a_moved_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["link", "url", "open file", "fabric"])
-def test_a_moved_checkpoint_by_other_names(tmp_path, how):
+def test_a_moved_checkpoint_by_other_names(tmp_path, ended, how):
     """By a link, a URL or an open file, and with Lightning's Fabric."""
-    model = Model()
-    saving(tmp_path / "a", every=16).fit(model, ResumableLoader())
-    (tmp_path / "a").rename(tmp_path / "b")
+    model, path = ended
+    path.rename(tmp_path / "b")
     file = (tmp_path / "b" / "step=16.ckpt").rename(tmp_path / "b" / "best.ckpt")
     (tmp_path / "b" / "step=16.ckpt.tables").rename(f"{file}.tables")
     if how == "fabric":
@@ -435,13 +462,12 @@ def harm(file, table):
 
 @pytest.mark.parametrize("table", ALL)
 @pytest.mark.parametrize("hook", [True, False])
-def test_a_damaged_shard_changes_nothing(tmp_path, table, hook):
+def test_a_damaged_shard_changes_nothing(saved, table, hook):
     """No other table is loaded before the damage is found."""
-    saving(tmp_path).fit(Model(), ResumableLoader())
-    harm(tmp_path / "step=5.ckpt", table)
+    harm(saved / "step=5.ckpt", table)
     model = Model(seed=1)
     with pytest.raises(ValueError, match=f"{table}.*(damaged|of another save)"):
-        resumed(tmp_path / "again", tmp_path / "step=5.ckpt", hook, model)
+        resumed(saved / "again", saved / "step=5.ckpt", hook, model)
     assert [len(held) for held in hash_tables(model)] == [0, 0, 0]
     assert model.user.table.step == 0
 
@@ -472,13 +498,12 @@ class OtherTables(Model):
         (OtherTables, r"\['more'\] would get no rows"),
     ],
 )
-def test_another_model_is_refused(tmp_path, kind, message):
+def test_another_model_is_refused(saved, kind, message):
     """The error comes before the first step."""
-    saving(tmp_path).fit(Model(), ResumableLoader())
     model = kind(seed=1)
     model.on_train_batch_start = lambda *_: pytest.fail("it trains")
     with pytest.raises(ValueError, match=message):
-        resumed(tmp_path / "again", tmp_path / "step=5.ckpt", model=model)
+        resumed(saved / "again", saved / "step=5.ckpt", model=model)
 
 
 class FewerTables(Model):
@@ -493,18 +518,14 @@ class FewerTables(Model):
 
 
 @pytest.mark.parametrize("hook", [True, False])
-def test_other_tables_without_strict_loading(tmp_path, caplog, hook):
+def test_other_tables_without_strict_loading(saved, caplog, hook):
     """Those of both are loaded, others stay as they are, and the log says which."""
-    model = Model()
-    saving(tmp_path).fit(model, ResumableLoader())
     other, loaded = FewerTables(seed=1), {}
     other.strict_loading = False
     other.on_test_start = lambda: loaded.update(user=other.user.table.ids())
     hooks = [CheckpointHook()] if hook else []
-    trainer(tmp_path, *hooks).test(
-        other, loader(200), ckpt_path=tmp_path / "step=10.ckpt", verbose=False
-    )
-    rows = checkpoint.inspect(tmp_path / "step=10.ckpt")["user"].rows
+    trainer(saved, *hooks).test(other, loader(200), ckpt_path=saved / "step=10.ckpt", verbose=False)
+    rows = checkpoint.inspect(saved / "step=10.ckpt")["user"].rows
     assert [len(loaded["user"])] == rows
     assert len(other.more[0].table) == 0
     if hook:
@@ -512,26 +533,23 @@ def test_other_tables_without_strict_loading(tmp_path, caplog, hook):
         assert "no rows of ['more'], and the model has no tables ['item', 'tags']" in caplog.text
 
 
-def test_another_table_in_its_place_without_strict_loading(tmp_path):
+def test_another_table_in_its_place_without_strict_loading(saved):
     """Tables are told apart by their names: one gets no rows of the table that was there."""
-    model = Model()
-    saving(tmp_path).fit(model, ResumableLoader())
     other, loaded = Model(seed=1), {}
     other.user.table.given_name = "customer"
     other.strict_loading = False
     other.on_test_start = lambda: loaded.update({t.name: len(t) for t in hash_tables(other)})
-    trainer(tmp_path, CheckpointHook()).test(
-        other, loader(200), ckpt_path=tmp_path / "step=10.ckpt", verbose=False
+    trainer(saved, CheckpointHook()).test(
+        other, loader(200), ckpt_path=saved / "step=10.ckpt", verbose=False
     )
     assert loaded.pop("customer") == 0
     assert all(loaded.values())
 
 
-def test_another_precision_is_refused(tmp_path):
+def test_another_precision_is_refused(saved):
     """Rows of float32 would lose bits; those of bfloat16 stay such."""
-    saving(tmp_path).fit(Model(), ResumableLoader())
     with pytest.raises(ValueError, match=r"has dtype torch.float32, the model's torch.bfloat16"):
-        resumed(tmp_path / "again", tmp_path / "step=5.ckpt", precision="bf16-true")
+        resumed(saved / "again", saved / "step=5.ckpt", precision="bf16-true")
 
 
 def test_a_full_disk(tmp_path):

@@ -189,6 +189,7 @@ class OneBatchEpochs(Model):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.slow_except(dict(stop=[1, 3]))
 def test_the_position_survives_a_resume(make_trainer, evictions, tmp_path, stop):
     batches = [[i] for i in range(8)]
     watch = Watch()

@@ -27,6 +27,14 @@ def handlers():
     return [signal.getsignal(signum) for signum in NAMES]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Return the model of a run that nothing disturbs, and how many steps it took."""
+    model, through, status = run(tmp_path_factory.mktemp("whole"))
+    assert status is None
+    return model, through.global_step
+
+
 # Where the signal comes, and the steps done when the run leaves: of 16, with a validation each 4.
 PLACES = {
     "in a batch": ("on_train_batch_start", 1, 2),
@@ -39,11 +47,13 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("signum", NAMES)
-def test_a_run_saves_once_leaves_and_resumes(tmp_path, place, signum):
+@pytest.mark.slow_except(
+    dict(signum=signal.SIGTERM, place=["in a batch", "in an epoch's last batch"]),
+    dict(signum=signal.SIGUSR1, place=["in a validation", "at an epoch's end"]),
+)
+def test_a_run_saves_once_leaves_and_resumes(tmp_path, undisturbed, place, signum):
     """It ends where an undisturbed one does, bit by bit; what took signals before does so again."""
-    before = handlers()
-    whole, through, none = run(tmp_path / "whole")
-    assert none is None
+    before, (whole, num_steps) = handlers(), undisturbed
     hook, index, steps = PLACES[place]
     sends = Sends(signum, hook, index)
     _, left, status = run(tmp_path, sends)
@@ -54,13 +64,13 @@ def test_a_run_saves_once_leaves_and_resumes(tmp_path, place, signum):
     assert set(checkpoint.inspect(tmp_path / "last-preempted.ckpt")) == {"user", "item", "tags"}
     model, ended, none = run(tmp_path, ckpt_path="last", seed=5)
     assert none is None
-    assert ended.global_step == through.global_step == 16
+    assert ended.global_step == num_steps == 16
     assert differences(everything(model), everything(whole)) == []
 
 
-def test_slurm_starts_the_job_again(tmp_path):
+def test_slurm_starts_the_job_again(tmp_path, undisturbed):
     """The next run of the job finds by itself where to go on, whatever a killed save left."""
-    whole, _, _ = run(tmp_path / "whole")
+    whole, _ = undisturbed
     with slurm(tmp_path):
         plugins = [SLURMEnvironment()]
         _, _, status = run(
@@ -110,6 +120,7 @@ def test_it_is_there_once_and_last(tmp_path):
     ("kind", "signalled", "steps"),
     [("SIGTERM", [1], 3), ("SIGUSR1", [0], 2), ("requeue", [0, 1], 2)],
 )
+@pytest.mark.slow_except(dict(kind=["SIGTERM", "requeue"]))
 def test_ranks_leave_together(ranks, tmp_path, kind, signalled, steps):
     """Whichever of them is told, and at whatever batch."""
     answers = ranks.run(2, rank_signals.one_rank_is_told, tmp_path, kind, signalled, timeout_s=120)
@@ -140,6 +151,7 @@ def check(found, signals):
     assert found["slowest"] < 20 + 10
 
 
+@pytest.mark.slow
 def test_signals_at_a_few_moments():
     check(found_by("--signals", 2, "--ranks", 2, "--seed", 1), signals=2)
 

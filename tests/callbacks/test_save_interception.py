@@ -102,6 +102,7 @@ class Failing(Hook):
 
 @pytest.mark.parametrize("turn", [1, -1])
 @pytest.mark.parametrize("point", [None, "on_train_start", "on_train_batch_end", "on_train_end"])
+@pytest.mark.slow_except(dict(point="on_train_batch_end"), dict(point=None, turn=1))
 def test_clocks_are_gone_after_a_run(tmp_path, turn, point):
     """In either order of the hooks, however the run ended; and after the next one."""
     hooks = [LoggerHook(2), Failing(point), MetricReportHook(2)]
@@ -115,6 +116,7 @@ def test_clocks_are_gone_after_a_run(tmp_path, turn, point):
 
 
 @pytest.mark.parametrize("first", range(4))
+@pytest.mark.slow_except(dict(first=[0, 3]))
 def test_rows_are_saved_after_a_run(tmp_path, first):
     """``CheckpointHook`` alone stays, once, wherever among the hooks it is."""
     hooks = [LoggerHook(2), CheckpointHook(), MetricReportHook(2), CheckpointHook()]

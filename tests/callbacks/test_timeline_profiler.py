@@ -84,6 +84,7 @@ def test_traces_have_our_operations_and_lightnings_regions(make_trainer, tmp_pat
     ("wait", "warmup", "active", "repeat"),
     [(0, 1, 1, 2), (2, 1, 2, 1), (1, 1, 1, 0), (1, 1, 3, 9), (1, 8, 1, 4), (20, 1, 1, 4)],
 )
+@pytest.mark.slow_except(dict(wait=[2, 20]), dict(repeat=0))
 def test_the_steps_are_those_of_the_hook(make_trainer, tmp_path, wait, warmup, active, repeat):
     cycle = (wait, warmup, active, repeat)
     profiler, hook = TimelineProfiler(*cycle, tmp_path / "a"), ProfilerHook(*cycle, tmp_path / "b")

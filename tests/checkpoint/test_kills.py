@@ -141,7 +141,8 @@ def training(path, resume, steps):
     return work
 
 
-@pytest.mark.parametrize("steps", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [8, 40])
+@pytest.mark.slow
 def test_a_trainer_killed_while_it_saves(tmp_path, steps):
     """Killed again and again, it ends where an undisturbed run does, bit by bit."""
     random.seed(1)

@@ -50,6 +50,7 @@ def count_of(run):
         (5, {"precision": "bf16-true"}),
     ],
 )
+@pytest.mark.slow_except(dict(settings={}, step=5), dict(step=4))
 def test_resuming_is_as_if_nothing_had_happened(tmp_path, step, settings):
     """Mid-epoch: dense weights, rows, slots, last-seen steps, rates and counts, bit by bit."""
     whole, model = saving(tmp_path, **settings), Scheduled()

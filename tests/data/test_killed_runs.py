@@ -26,11 +26,13 @@ def check(found, kills):
     assert found["differing"] == []
 
 
+@pytest.mark.slow
 def test_a_few_kills_on_one_rank():
     """And the weights are, to the bit, those of a run that nothing disturbed."""
     check(found_by("--kills", 2, "--ranks", 1), kills=2)
 
 
+@pytest.mark.slow
 def test_a_few_kills_on_several_ranks():
     check(found_by("--kills", 1, "--ranks", 2, 3, "--seed", 1), kills=1)
 

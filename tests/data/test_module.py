@@ -113,6 +113,7 @@ def test_all_parts(pattern):
 
 
 @pytest.mark.parametrize(("stop_at", "workers"), [(1, 0), (4, 0), (6, 0), (7, 0), (9, 0), (4, 2)])
+@pytest.mark.slow_except(dict(stop_at=6), dict(workers=2))
 def test_a_run_that_is_stopped_goes_on_with_the_next_row(tmp_path, pattern, stop_at, workers):
     """From the last checkpoint, bitwise as an undisturbed run, whatever was read ahead."""
     whole = Clicks()
@@ -132,6 +133,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_next_row(tmp_path, pattern, stop
 @pytest.mark.parametrize(
     ("sizes", "stop_at"), [((4, 2), 3), ((4, 2), 6), ((2, 4), 5), ((2, 4), 11), ((2, 4), 13)]
 )
+@pytest.mark.slow_except(dict(stop_at=[6, 13]))
 def test_a_run_goes_on_with_batches_of_another_size(tmp_path, pattern, sizes, stop_at):
     """Or on other ranks: each row once an epoch, though the epochs' lengths differ.
 
@@ -199,6 +201,7 @@ def step_of(path):
 
 
 @pytest.mark.parametrize("first", ["step=6", "end-step=6", "val-step=6"])
+@pytest.mark.slow_except(dict(first="step=6"))
 def test_a_resumed_run_is_resumed_from_each_checkpoint(tmp_path, pattern, first):
     """Twice, from all that is saved about an epoch's end and in the two steps after it."""
     val = pattern if first.startswith("val") else None
@@ -220,6 +223,7 @@ def test_a_resumed_run_is_resumed_from_each_checkpoint(tmp_path, pattern, first)
 
 
 @pytest.mark.parametrize("failed_at", [2, 6])
+@pytest.mark.slow_except(dict(failed_at=6))
 def test_a_run_that_failed_is_resumed_again_and_again(tmp_path, pattern, failed_at):
     """From what was saved on an exception, then from what the run after it saved in either way."""
     whole = live(pattern, tmp_path / "whole", None, -1)

@@ -91,6 +91,7 @@ def test_a_stream_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("window", [None, "1d"])
+@pytest.mark.slow_except(dict(window="1d"))
 def test_a_stream_is_resumed_with_files_that_appeared_meanwhile(tmp_path, window):
     """From every checkpoint, those of a window's end included: each row once, in one order."""
     for day in (1, 2, 3):

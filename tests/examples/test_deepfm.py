@@ -190,6 +190,7 @@ def test_train_py_runs(data, tmp_path, monkeypatch, capsys):
         ),
     ],
 )
+@pytest.mark.slow
 def test_train_py_runs_on_two_processes(launcher, options, tmp_path):
     """Launched by Lightning and by torchrun; each process saves its shard of the tables."""
     write_movielens(tmp_path / "data", num_rows=2000)

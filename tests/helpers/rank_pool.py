@@ -52,7 +52,7 @@ class Ranks:
         **kwargs,
     ):
         """Return for each rank whether it answered, and its answer, or what went wrong."""
-        self._start()
+        self._start(world_size)
         workers = self._workers[:world_size]
         with tempfile.TemporaryDirectory() as folder:
             where = (function.__module__, function.__name__)
@@ -72,9 +72,10 @@ class Ranks:
             self.stop()
         return answers
 
-    def _start(self):
+    def _start(self, world_size):
+        assert world_size <= self._most
         known = len(self._workers)
-        for _ in range(self._most - len(self._workers)):
+        for _ in range(world_size - known):
             ours, theirs = _SPAWN.Pipe()
             process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
             process.start()

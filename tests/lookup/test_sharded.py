@@ -58,6 +58,10 @@ def assert_sharding_changes_nothing(ranks, world_size, **plan):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.slow_except(
+    dict(world_size=2, optimizer=["SparseSGD", "SparseRowwiseAdagrad"]),
+    dict(world_size=4, optimizer=["SparseAdagrad", "SparseAdam"]),
+)
 def test_sharded_is_unsharded(ranks, optimizer, world_size):
     """50 steps of every optimizer, with uneven parts, an empty rank and evictions."""
     plan = {"optimizer": optimizer, "steps": 50, "model": {"eviction": GlobalStepFilter(6)}}
@@ -77,6 +81,7 @@ def test_sharded_is_unsharded(ranks, optimizer, world_size):
     ],
     ids=lambda kwargs: kwargs["optimizer"],
 )
+@pytest.mark.slow_except(dict(id=["SparseFTRL", "SparseRowwiseAdam", "SparseSGD"]))
 def test_sharded_is_unsharded_with_accumulation(ranks, kwargs):
     """Rules and weight decay see a row's gradient of all ranks and micro-batches, once a step."""
     assert_sharding_changes_nothing(ranks, 2, steps=8, accumulate=2, **kwargs)
@@ -102,6 +107,7 @@ def test_the_order_of_received_ids_changes_nothing(ranks, admission):
     ],
     ids=lambda kwargs: kwargs["optimizer"],
 )
+@pytest.mark.slow_except(dict(id="SparseSGD"))
 def test_sharded_is_unsharded_as_beside_a_gpu(ranks, kwargs):
     """Triton's kernels over the CPU's memory, and tables as beside a GPU, their headers split."""
     plan = {"steps": 3, **kwargs}

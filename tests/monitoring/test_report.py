@@ -163,6 +163,7 @@ def run_chromium(tmp_path, *args):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.slow
 def test_plots_are_there_in_chromium(tmp_path):
     """On a phone, a desktop and paper each plot is drawn, in colour, and none overflows."""
     from PIL import Image

@@ -156,6 +156,7 @@ def test_read_only_features_insert_nothing(backend):
 
 
 @pytest.mark.parametrize(("num_tables", "num_features"), [(1, 9), (3, 40), (60, 60), (60, 7)])
+@pytest.mark.slow_except(dict(backend=["reference", "cpu"]), dict(num_tables=[1, 3]))
 def test_groups_of_tables_and_features(backend, num_tables, num_features):
     """Many features, empty ones among them, each get their own table's rows."""
     generator = torch.Generator().manual_seed(num_tables)

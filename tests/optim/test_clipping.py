@@ -72,6 +72,7 @@ class Pair:
 
 @pytest.mark.parametrize("norm_type", [2.0, 1, 3.0, math.inf])
 @pytest.mark.parametrize("bound", [0.5, 1e6, math.inf])
+@pytest.mark.slow_except(dict(bound=0.5), dict(norm_type=2.0))
 def test_norm_and_result_are_torchs(bound, norm_type):
     pair = Pair(lr=0.1 if bound < 1 else 1e-4)
     for _ in range(3):
@@ -201,6 +202,7 @@ def test_each_backend(backend):
 
 
 @pytest.mark.parametrize(("world_size", "norm_type"), [(2, 2.0), (4, 2.0), (2, 3.0), (2, math.inf)])
+@pytest.mark.slow_except(dict(world_size=4), dict(norm_type=math.inf))
 def test_ranks_have_one_norm(ranks, world_size, norm_type):
     plan = {"optimizer": "SparseSGD", "steps": 4, "accumulate": 2, "clip": (0.05, norm_type)}
     ours = ranks.run(world_size, checks.train, **plan)

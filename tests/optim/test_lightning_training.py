@@ -247,6 +247,7 @@ def test_two_optimizers_are_lightnings_own_error(tmp_path):
         fitted(tmp_path, Pair())
 
 
+@pytest.mark.slow
 def test_a_compiled_module_trains_the_same(tmp_path):
     """torch.compile breaks its graph at every lookup."""
     torch._dynamo.reset()
@@ -304,6 +305,7 @@ def test_processes_that_keep_their_shards_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.slow_except(dict(context="fork"))
 def test_loader_workers(tmp_path, context):
     """Processes started by fork or spawn, kept over epochs, feed the same training."""
     data = loader(num_workers=1, persistent_workers=True, multiprocessing_context=context)

@@ -27,6 +27,7 @@ def averaging():
 
 @pytest.mark.parametrize("fits", [1, 2])
 @pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.slow_except(dict(fits=2, filters=True), dict(fits=1, filters=False))
 def test_a_checkpoint_holds_what_was_validated(tmp_path, fits, filters):
     """All rows, with the averaged dense weights, whether or not one of our hooks is there."""
     model = Model()

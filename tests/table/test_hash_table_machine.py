@@ -280,7 +280,7 @@ class TableAgainstDict(RuleBasedStateMachine):
 
 
 class TestTableAgainstDict(TableAgainstDict.TestCase):
-    settings = settings(max_examples=40, stateful_step_count=16, deadline=None)
+    settings = settings(max_examples=20, stateful_step_count=16, deadline=None)
 
 
 @pytest.mark.slow

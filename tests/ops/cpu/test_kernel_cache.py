@@ -47,6 +47,7 @@ def _search_anew():
     kernel_cache.cache_folder.cache_clear()
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_mix_kernels(tmp_path):
     """Of one definition, with other constants: each later gets the code of its own."""
     processes = [_start(tmp_path, [1, 2, 3]), _start(tmp_path, [3, 1, 2])]
@@ -112,6 +113,7 @@ def test_the_first_process_says_that_it_compiles(tmp_path):
     assert _lines_of(tmp_path, [1, 2, 3], 0.02) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_compiles_little_says_nothing(tmp_path):
     """As later processes do that need a kernel more."""
     assert _lines_of(tmp_path, [1, 2], 600) == []

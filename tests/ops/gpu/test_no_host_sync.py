@@ -113,6 +113,7 @@ def test_a_steady_step_of_any_optimizer_waits_for_nothing(name):
 @pytest.mark.parametrize(
     "admission", [MinCount(2), MinCount(2, per="batch"), BloomCount(3, 64), Probability(0.3)]
 )
+@pytest.mark.slow_except(dict(admission=[MinCount(2, per="batch"), BloomCount(3, 64)]))
 def test_a_steady_step_that_admits_waits_for_nothing(admission):
     """Admission counts get room in time, and the device decides when a sketch decays."""
     with ops_backend.use("triton"):

@@ -132,6 +132,7 @@ def test_ten_tables_are_launched_as_one():
     ],
     ids=["count", "draw", "time", "uses"],
 )
+@pytest.mark.slow_except(dict(id=["draw", "uses"]))
 def test_policies_of_several_tables_are_launched_as_one(policies, added):
     """No more arrays are copied than without a policy, and their kernels are launched once."""
     launches, num_sent = _launched(3, _train, policies)
