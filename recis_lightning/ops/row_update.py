@@ -59,6 +59,13 @@ class Gradients:
     work: object
     applied: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether behind each gradient stands how many ids it is of (PLAN_COUNTED)."""
+        counted = self.plan[self.plan[:, fields.PLAN_NUM_IDS] > 0, fields.PLAN_COUNTED]
+        assert counted.all() or not counted.any()
+        return bool(counted.any())
+
 
 def outlive_next_sort(device: torch.device) -> bool:
     """Return whether sorted gradients on ``device`` stay valid after others were sorted."""
@@ -152,9 +159,13 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     Args:
         gradients: The sorted gradients.
         rule: One of these, or one plus ``COUPLED_DECAY``: then g += WEIGHT_DECAY * w comes first.
+            Or plus ``COW_CLIP``: then, between scale and clamp,
+            g *= min(1, num_ids * max(COW_RATIO * norm(w), COW_LEAST) / norm(g)), where num_ids
+            counts the positions that g is the sum of.
 
     Source: Sutskever et al., 2013; Duchi et al., 2011; Hinton, 2012; Kingma and Ba, 2015;
-    Loshchilov and Hutter, 2019; Chen et al., 2023; McMahan et al., 2013; row-wise as in FBGEMM.
+    Loshchilov and Hutter, 2019; Chen et al., 2023; McMahan et al., 2013; row-wise as in FBGEMM;
+    Zheng et al., 2023 (CowClip).
     """
     with backend.region("recis::row_update", lambda: _num_bytes(gradients)):
         backend.module("row_update", gradients.layout.device).update_rows_(gradients, rule)

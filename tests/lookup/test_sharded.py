@@ -125,6 +125,7 @@ def test_sharded_over_gpus_is_unsharded(ranks, optimizer):
         {"accumulate": 3},
         {"clip_grad_norm": 0.05},
         {"clip_grad_value": 0.01},
+        {"cow_clip": (0.05, 1e-3)},
         {"model": {"admission": MinCount(3)}},
         {"model": {"admission": MinCount(3, per="batch"), "eviction": GlobalStepFilter(3)}},
         {"model": {"eviction": MaxRows(20, by="count")}},

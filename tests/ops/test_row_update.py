@@ -13,8 +13,11 @@ from recis_lightning.ops.layout import (
     ADAGRAD,
     ADAM,
     COUPLED_DECAY,
+    COW_CLIP,
     FTRL,
     HYPER_CLIP,
+    HYPER_COW_LEAST,
+    HYPER_COW_RATIO,
     HYPER_DECAY,
     HYPER_EPS,
     HYPER_INV_SQRT_BIAS2,
@@ -66,6 +69,8 @@ RULES = {
     "lion": LION,
     "adagrad, decayed": ADAGRAD + COUPLED_DECAY,
     "rowwise_adagrad, decayed": ROWWISE_ADAGRAD + COUPLED_DECAY,
+    "adam, cow": ADAM + COW_CLIP,
+    "rowwise_adagrad, decayed, cow": ROWWISE_ADAGRAD + COUPLED_DECAY + COW_CLIP,
 }
 HYPER = {
     HYPER_LR: 0.1,
@@ -80,6 +85,8 @@ HYPER = {
     HYPER_MOMENTUM: 0.9,  # FTRL's l1
     HYPER_OF_BUFFER: 0.7,  # its l2
     HYPER_OF_GRADIENT: 1.1,  # its beta
+    HYPER_COW_RATIO: 0.2,
+    HYPER_COW_LEAST: 0.3,
 }
 
 
@@ -193,6 +200,8 @@ _CASES = [
     ("rowwise_adam", torch.bfloat16, [7]),
     ("ftrl", torch.bfloat16, [7]),
     ("rowwise_adagrad, decayed", torch.bfloat16, [7]),
+    ("adam, cow", torch.float32, [24]),
+    ("rowwise_adagrad, decayed, cow", torch.bfloat16, [7]),
 ]
 # Interpreted in every run of the tests; the others, which take minutes together, in the longer one.
 _INTERPRETED = {
@@ -200,6 +209,7 @@ _INTERPRETED = {
     ("rowwise_adagrad", torch.float32),
     ("adam", torch.bfloat16),
     ("ftrl", torch.float32),
+    ("adam, cow", torch.float32),
     ("rowwise_adagrad, decayed", torch.bfloat16),
 }
 
