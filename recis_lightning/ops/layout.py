@@ -89,6 +89,7 @@ NONE, SUM, MEAN, TILE, MEAN_BY_COUNT = range(5)
 
 # Rules of optimizers, and hyperparameters of a table, float32 [HYPER_SIZE].
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, MOMENTUM, RMSPROP, ROWWISE_ADAM, FTRL, LION = range(9)
+ADAM_AR = 9
 COUPLED_DECAY = 16  # added to a rule's number: g += HYPER_WEIGHT_DECAY * w comes before the rule
 COW_CLIP = 32  # added to a rule's number: a row's gradient is clipped by its weights' norm first
 
@@ -104,6 +105,7 @@ HYPER_CLIP = 7  # bound of every gradient element (value clipping), inf where th
 HYPER_WEIGHT_DECAY = 8  # of COUPLED_DECAY
 HYPER_MOMENTUM, HYPER_OF_BUFFER, HYPER_OF_GRADIENT = 9, 10, 11  # MOMENTUM alone
 HYPER_L1, HYPER_L2, HYPER_BETA = 9, 10, 11  # FTRL alone
+HYPER_ALPHA, HYPER_UPDATE = 9, 10  # ADAM_AR alone: base rate; number of the update, from 1
 # Two words, an int64: address of the table's uint8 [rows] of marks, less the index of its first row
 # among those of all tables, or 0 where nobody asks which rows change. An update clears its row's.
 HYPER_MARKS = 12

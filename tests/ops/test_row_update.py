@@ -12,9 +12,11 @@ from recis_lightning.ops import row_update
 from recis_lightning.ops.layout import (
     ADAGRAD,
     ADAM,
+    ADAM_AR,
     COUPLED_DECAY,
     COW_CLIP,
     FTRL,
+    HYPER_ALPHA,
     HYPER_CLIP,
     HYPER_COW_LEAST,
     HYPER_COW_RATIO,
@@ -30,6 +32,7 @@ from recis_lightning.ops.layout import (
     HYPER_ONE_MINUS_BETA2,
     HYPER_SCALE,
     HYPER_SIZE,
+    HYPER_UPDATE,
     HYPER_WEIGHT_DECAY,
     LION,
     MOMENTUM,
@@ -56,6 +59,7 @@ SLOTS = {
     ROWWISE_ADAM: lambda dim: {"exp_avg": dim, "exp_avg_sq": 1},
     FTRL: lambda dim: {"sum": dim, "linear": dim},
     LION: lambda dim: {"exp_avg": dim},
+    ADAM_AR: lambda dim: {"exp_avg": dim, "exp_avg_sq": dim, "last_update": 1},
 }
 RULES = {
     "sgd": SGD,
@@ -67,6 +71,7 @@ RULES = {
     "rowwise_adam": ROWWISE_ADAM,
     "ftrl": FTRL,
     "lion": LION,
+    "adam_ar": ADAM_AR,
     "adagrad, decayed": ADAGRAD + COUPLED_DECAY,
     "rowwise_adagrad, decayed": ROWWISE_ADAGRAD + COUPLED_DECAY,
     "adam, cow": ADAM + COW_CLIP,
@@ -90,6 +95,9 @@ HYPER = {
 }
 
 
+HYPERS = {"adam_ar": {**HYPER, HYPER_ALPHA: 0.004, HYPER_UPDATE: 300}}
+
+
 def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     """Return a table with the state of ``rule``, none of it zero, whose row r is known."""
     table = HashTable(dim, dtype=dtype, initializer=Normal(), name=name)
@@ -99,6 +107,8 @@ def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     weights, slots = table.storage.rows.read(torch.arange(num_rows))
     for slot in slots.values():
         slot.copy_(torch.rand(slot.shape, generator=generator))
+    if "last_update" in slots:
+        slots["last_update"].mul_(300).round_()
     table.storage.rows.write(torch.arange(num_rows), weights, slots)
     return table
 
@@ -194,6 +204,8 @@ _CASES = [
     ("rowwise_adam", torch.float32, [24]),
     ("ftrl", torch.float32, [24]),
     ("lion", torch.float32, [24]),
+    ("adam_ar", torch.float32, [24]),
+    ("adam_ar", torch.bfloat16, [7]),
     ("adagrad, decayed", torch.float32, [24]),
     ("rowwise_adagrad, decayed", torch.float32, [24]),
     ("momentum", torch.bfloat16, [7]),
@@ -209,6 +221,7 @@ _INTERPRETED = {
     ("rowwise_adagrad", torch.float32),
     ("adam", torch.bfloat16),
     ("ftrl", torch.float32),
+    ("adam_ar", torch.float32),
     ("adam, cow", torch.float32),
     ("rowwise_adagrad, decayed", torch.bfloat16),
 }
@@ -248,7 +261,7 @@ def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
                     for feature in mixed_features(table, generator, num_bags)
                 ]
                 for _ in range(2):
-                    gradients, keep = _gradients(features)
+                    gradients, keep = _gradients(features, HYPERS.get(rule, HYPER))
                     norms[name] = row_update.squared_norm(gradients).item()
                     row_update.update_rows_(gradients, RULES[rule])
                 del keep

@@ -35,7 +35,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     vector_width,
 )
 from recis_lightning.ops.cpu.runtime import kernel_template, num_chunks
-from recis_lightning.ops.cpu.update_rules import ROW_RULES, RULES, Hyper
+from recis_lightning.ops.cpu.update_rules import DECAYS, ROW_RULES, RULES, Hyper
 from recis_lightning.ops.layout import (
     COUPLED_DECAY,
     COW_CLIP,
@@ -77,6 +77,12 @@ class _Factors(NamedTuple):
     scale: float
     clip: float
     weight_decay: float
+
+
+@inlined
+def _multiplied(factors, decay, scale):
+    """Return factors with another decay and scale."""
+    return _Factors(factors.lr, factors.eps, decay, scale, factors.clip, factors.weight_decay)
 
 
 def _column_function(rule, width, bfloat16):
@@ -178,6 +184,7 @@ def _widths(rule, embedding_dim):
 def _update_kernel(rule, width, rest_width, bfloat16):
     kind = _kind(rule)
     is_rowwise, update_row = kind in ROW_RULES, ROW_RULES.get(kind, RULES[kind])
+    has_decay, row_decay = kind in DECAYS, DECAYS.get(kind, RULES[kind])
     update_columns = _column_function(rule, width, bfloat16)
     update_rest = _column_function(rule, rest_width or 1, bfloat16)
     cow_factor, has_cow_clip = _cow_function(width, bfloat16), _has_cow_clip(rule)
@@ -262,14 +269,10 @@ def _update_kernel(rule, width, rest_width, bfloat16):
                 cow = cow_factor(
                     embedding_dim, positions, factors, hyper, row, state, dim_bytes, is_counted
                 )
-                factors = _Factors(
-                    factors.lr,
-                    factors.eps,
-                    factors.decay,
-                    factors.scale * cow,
-                    factors.clip,
-                    factors.weight_decay,
-                )
+                factors = _multiplied(factors, factors.decay, factors.scale * cow)
+            if has_decay:
+                decay = row_decay(state, dim_bytes, hyper)
+                factors = _multiplied(factors, factors.decay * decay, factors.scale)
             of_row = (positions, factors, hyper, row, state, dim_bytes)
             if rule == _NORM:
                 norm = update_columns(0, rest, *of_row, 0, norm)

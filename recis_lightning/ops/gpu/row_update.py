@@ -105,7 +105,7 @@ def _update(
         tl.store(byte_at(marks + flat), nothing, mask & (marks != 0))
 
 
-_RULES = (NORM.value, *range(fields.LION + 1))
+_RULES = (NORM.value, *range(fields.ADAM_AR + 1))
 _WIDE = {
     "DIM": 128,
     "COLUMNS": 128,
@@ -220,6 +220,7 @@ def _update_kernel(
 
 @kernel(
     *({**_WIDE, "RULE": rule, "SUMS": 16, "GROUP": GROUP} for rule in _RULES),
+    {**_WIDE, "RULE": fields.ADAM, "COW_CLIP": True, "SUMS": 16, "GROUP": GROUP},
     {**_ODD, "RULE": fields.ADAM, "SUMS": 16, "GROUP": GROUP},
 )
 def _update_long_kernel(
