@@ -60,6 +60,7 @@ EXPORTS = [
         [
             "SparseAdagrad",
             "SparseAdam",
+            "SparseAdamAR",
             "SparseAdamW",
             "SparseDenseOptimizer",
             "SparseFTRL",

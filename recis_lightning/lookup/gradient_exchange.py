@@ -6,7 +6,7 @@ their loss did not use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -238,21 +238,29 @@ def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Te
 
     They are added up in the order of the lookup and divided by the number of ranks: the owner's sum
     over ranks is the average that DDP takes of dense ones. Behind each stands whether it is one:
-    without a gradient a row is left alone, with one of zeros its moments decay.
+    without a gradient a row is left alone, with one of zeros its moments decay. For an optimizer
+    that asks it is the number of ids that it is of.
     """
     layout, size = route.layout, sum(route.num_sent)
     sums = torch.zeros(size, layout.embedding_dim + 1, device=layout.device)
     plans: list[Plan] = []
     flags: list[Tensor | None] = []
+    is_counted = any(_counts_ids(table) for tables in records.values() for table in tables)
     for record, tables in records.items():
         unsent = record.unsent
         assert isinstance(unsent, UnsentGradient)
         gradients = _of_tables(unsent.gradients, layout, tables)
         plans.append(gradients.plan)
-        flags.append(_has_gradient(gradients, layout, unsent.fetched.rows, size))
+        inverse = unsent.fetched.rows
+        if is_counted:
+            sums[:, -1] += _num_ids(gradients, layout, inverse, size)
+        else:
+            flags.append(_has_gradient(gradients, layout, inverse, size))
     plan = plans[0] if len(plans) == 1 else np.concatenate(plans)
     if size and len(plan):
         _sum_gradients(plan, sums, 1 / len(route.num_sent))
+    if is_counted:
+        return sums
     given = [flag for flag in flags if flag is not None]
     if len(given) < len(flags):
         sums[:, -1] = 1.0
@@ -288,14 +296,41 @@ def _has_gradient(
     if len(gradients.features) == len(features) and not is_tiled:
         return None
     has_gradient = torch.zeros(size + 1, dtype=torch.bool, device=inverse.device)
+    for rows in _rows_with_gradient(gradients, layout, inverse, size):
+        has_gradient[rows] = True
+    return has_gradient[:size]
+
+
+def _num_ids(
+    gradients: OutputGradients, layout: FeatureLayout, inverse: Tensor, size: int
+) -> Tensor:
+    """Return float32 [u], how often each deduplicated id occurs where there is a gradient.
+
+    Arguments as for ``_has_gradient``.
+    """
+    num_ids = torch.zeros(size + 1, dtype=torch.int64, device=inverse.device)
+    for rows in _rows_with_gradient(gradients, layout, inverse, size):
+        num_ids.scatter_add_(0, rows, torch.ones_like(rows))
+    return num_ids[:size].float()
+
+
+def _rows_with_gradient(
+    gradients: OutputGradients, layout: FeatureLayout, inverse: Tensor, size: int
+) -> Iterator[Tensor]:
+    """Yield each feature's positions among the deduplicated ids; ``size`` without a gradient."""
     for line, index in zip(gradients.plan, gradients.features, strict=True):
         first = int(line[fields.PLAN_FIRST_ID])
         rows = inverse[first : first + int(line[fields.PLAN_NUM_IDS])]
-        if features[index].mode == "tile":
+        feature = layout.features[index]
+        if feature.mode == "tile":
             _, position = gradients.batch.bags_of(index).positions()
-            rows = rows.masked_fill(position >= features[index].tile_len, -1)
-        has_gradient[torch.where(rows < 0, size, rows)] = True  # no mask: a GPU's would wait
-    return has_gradient[:size]
+            rows = rows.masked_fill(position >= feature.tile_len, -1)
+        yield torch.where(rows < 0, size, rows)  # no mask: a GPU's would wait
+
+
+def _counts_ids(table: HashTable) -> bool:
+    """Return whether the optimizer of a table asks how many ids its gradients are of."""
+    return getattr(table.optimizer, "cow_clip", None) is not None
 
 
 def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None:
@@ -316,6 +351,7 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
         is_used &= ~torch.stack([part.all() for part in split]).cpu().numpy()
         point_to_rows(plan, rows)
     point_to_data(plan, received)
+    plan[:, fields.PLAN_COUNTED] = 1  # read only if the optimizer asks for counts
     used = np.flatnonzero(is_used)
     used_tables = [part_tables[part] for part in used.tolist()]
     record = PendingGradient(used_tables, plan[used], rows, [received])

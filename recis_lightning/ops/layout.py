@@ -83,12 +83,15 @@ PLAN_BAGS_PER_CHUNK = 11
 PLAN_ROWS = 12  # address of the rows of its ids
 PLAN_NUM_IDS = 13
 PLAN_FLAT_BASE = 14  # index of its table's first row among those of all tables
+PLAN_COUNTED = 15  # 1 where a float32 behind each gradient counts its ids; 0: each is one id's
 
 NONE, SUM, MEAN, TILE, MEAN_BY_COUNT = range(5)
 
 # Rules of optimizers, and hyperparameters of a table, float32 [HYPER_SIZE].
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, MOMENTUM, RMSPROP, ROWWISE_ADAM, FTRL, LION = range(9)
+ADAM_AR = 9
 COUPLED_DECAY = 16  # added to a rule's number: g += HYPER_WEIGHT_DECAY * w comes before the rule
+COW_CLIP = 32  # added to a rule's number: a row's gradient is clipped by its weights' norm first
 
 HYPER_SIZE = 16
 HYPER_LR = 0  # learning rate, with Adam's first bias correction or Adagrad's decay in it
@@ -102,9 +105,11 @@ HYPER_CLIP = 7  # bound of every gradient element (value clipping), inf where th
 HYPER_WEIGHT_DECAY = 8  # of COUPLED_DECAY
 HYPER_MOMENTUM, HYPER_OF_BUFFER, HYPER_OF_GRADIENT = 9, 10, 11  # MOMENTUM alone
 HYPER_L1, HYPER_L2, HYPER_BETA = 9, 10, 11  # FTRL alone
+HYPER_ALPHA, HYPER_UPDATE = 9, 10  # ADAM_AR alone: base rate; number of the update, from 1
 # Two words, an int64: address of the table's uint8 [rows] of marks, less the index of its first row
 # among those of all tables, or 0 where nobody asks which rows change. An update clears its row's.
 HYPER_MARKS = 12
+HYPER_COW_RATIO, HYPER_COW_LEAST = 14, 15  # of COW_CLIP
 
 # Header of an admission counter. Its index (ENTRIES, SHIFT, CAPACITY, NUM_IDS) is as a table's.
 ADMISSION_KIND = 8

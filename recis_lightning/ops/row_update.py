@@ -59,6 +59,13 @@ class Gradients:
     work: object
     applied: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether behind each gradient stands how many ids it is of (PLAN_COUNTED)."""
+        counted = self.plan[self.plan[:, fields.PLAN_NUM_IDS] > 0, fields.PLAN_COUNTED]
+        assert counted.all() or not counted.any()
+        return bool(counted.any())
+
 
 _announced_rules: set[int] = set()
 
@@ -157,17 +164,24 @@ def update_rows_(gradients: Gradients, rule: int) -> None:
     - ``FTRL``: r = sqrt(s); s += g * g; z += g - (sqrt(s) - r) / LR * w;
       w = LR * (clamp(z, -L1, L1) - z) / (BETA + sqrt(s) + LR * L2)
 
-    State lies behind the weights in the order in which it is named here, but s before z, and
-    ROWWISE_ADAM's m before v.
+    - ``ADAM_AR``: if u > 0, w *= product of max(0, 1 - ALPHA * j) over 1 <= j < UPDATE - u;
+      u = UPDATE, one u a row; then as ADAM
+
+    State lies behind the weights in the order in which it is named here, but s before z,
+    ROWWISE_ADAM's m before v, and ADAM_AR's u last.
 
     A row's mark becomes 0 where HYPER_MARKS says that its table has marks.
 
     Args:
         gradients: The sorted gradients.
         rule: One of these, or one plus ``COUPLED_DECAY``: then g += WEIGHT_DECAY * w comes first.
+            Or plus ``COW_CLIP``: then, between scale and clamp,
+            g *= min(1, num_ids * max(COW_RATIO * norm(w), COW_LEAST) / norm(g)), where num_ids
+            counts the positions that g is the sum of.
 
     Source: Sutskever et al., 2013; Duchi et al., 2011; Hinton, 2012; Kingma and Ba, 2015;
-    Loshchilov and Hutter, 2019; Chen et al., 2023; McMahan et al., 2013; row-wise as in FBGEMM.
+    Loshchilov and Hutter, 2019; Chen et al., 2023; McMahan et al., 2013; row-wise as in FBGEMM;
+    Zheng et al., 2023 (CowClip); Li and Lyu, 2026 (ADAM_AR).
     """
     with backend.region("recis::row_update", lambda: _num_bytes(gradients)):
         backend.module("row_update", gradients.layout.device).update_rows_(gradients, rule)

@@ -2,6 +2,7 @@
 
 from recis_lightning.optim.adagrad import SparseAdagrad, SparseRowwiseAdagrad
 from recis_lightning.optim.adam import SparseAdam, SparseAdamW, SparseRowwiseAdam
+from recis_lightning.optim.adam_ar import SparseAdamAR
 from recis_lightning.optim.clipping import clip_grad_norm_
 from recis_lightning.optim.ftrl import SparseFTRL
 from recis_lightning.optim.lion import SparseLion
@@ -13,6 +14,7 @@ from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 __all__ = [
     "SparseAdagrad",
     "SparseAdam",
+    "SparseAdamAR",
     "SparseAdamW",
     "SparseDenseOptimizer",
     "SparseFTRL",

@@ -36,6 +36,9 @@ class SparseAdam(SparseOptimizer):
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        cow_clip: CowClip's r and zeta, such as ``(1.0, 1e-5)``: a row's gradient has at most
+            the norm ``num_ids * max(r * norm(row), zeta)``; ids of the step count as often as they
+            occur. After ``clip_grad_norm``, before ``clip_grad_value``; None leaves gradients.
 
     Source: Kingma and Ba, 2015.
     """
@@ -49,9 +52,10 @@ class SparseAdam(SparseOptimizer):
         *,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        cow_clip: Sequence[float] | None = None,
     ) -> None:
         defaults = _adam_defaults(lr, betas, eps)
-        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
 
@@ -91,6 +95,9 @@ class SparseAdamW(SparseOptimizer):
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        cow_clip: CowClip's r and zeta, such as ``(1.0, 1e-5)``: a row's gradient has at most
+            the norm ``num_ids * max(r * norm(row), zeta)``; ids of the step count as often as they
+            occur. After ``clip_grad_norm``, before ``clip_grad_value``; None leaves gradients.
         eps_before_correction: Add ``eps`` to the root before its bias correction: then it weighs
             ``1 / sqrt(1 - betas[1] ** n)`` times as much in update number n.
 
@@ -107,6 +114,7 @@ class SparseAdamW(SparseOptimizer):
         *,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        cow_clip: Sequence[float] | None = None,
         eps_before_correction: bool = False,
     ) -> None:
         check_bound("weight_decay", weight_decay)
@@ -119,7 +127,7 @@ class SparseAdamW(SparseOptimizer):
             "weight_decay": weight_decay,
             "eps_before_correction": eps_before_correction,
         }
-        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
 
@@ -162,6 +170,9 @@ class SparseRowwiseAdam(SparseOptimizer):
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        cow_clip: CowClip's r and zeta, such as ``(1.0, 1e-5)``: a row's gradient has at most
+            the norm ``num_ids * max(r * norm(row), zeta)``; ids of the step count as often as they
+            occur. After ``clip_grad_norm``, before ``clip_grad_value``; None leaves gradients.
 
     Source: FBGEMM's ``PARTIAL_ROWWISE_ADAM``.
     """
@@ -176,10 +187,11 @@ class SparseRowwiseAdam(SparseOptimizer):
         *,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        cow_clip: Sequence[float] | None = None,
     ) -> None:
         check_bound("weight_decay", weight_decay)
         defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
-        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
 

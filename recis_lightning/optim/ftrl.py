@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -31,6 +31,9 @@ class SparseFTRL(SparseOptimizer):
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        cow_clip: CowClip's r and zeta, such as ``(1.0, 1e-5)``: a row's gradient has at most
+            the norm ``num_ids * max(r * norm(row), zeta)``; ids of the step count as often as they
+            occur. After ``clip_grad_norm``, before ``clip_grad_value``; None leaves gradients.
 
     Source: McMahan et al., Ad Click Prediction: a View from the Trenches, 2013, algorithm 1.
     """
@@ -45,13 +48,14 @@ class SparseFTRL(SparseOptimizer):
         *,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        cow_clip: Sequence[float] | None = None,
     ) -> None:
         check_bound("l1", l1)
         check_bound("l2", l2)
         check_bound("beta", beta)
         if not beta:
             raise ValueError(f"beta: expected a number > 0, got {beta!r}")
-        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         for value in (lr, *(group["lr"] for group in groups if "lr" in group)):
             _check_rate(value)
         super().__init__(groups, {"lr": lr, "l1": l1, "l2": l2, "beta": beta})

@@ -53,13 +53,17 @@ class FusedUpdate:
         self._feature_bases: list[int] = []
 
     def set_hyperparameters(
-        self, hyperparameters: Callable[[int, int], dict[int, float]], clip: float
+        self,
+        hyperparameters: Callable[[int, int], dict[int, float]],
+        clip: float,
+        cow_clip: tuple[float, float],
     ) -> None:
         """Write the hyperparameters of the update rule.
 
         Args:
             hyperparameters: (parameter group, number of the update from 1) -> values by field.
             clip: Bound of every element of a gradient.
+            cow_clip: CowClip's r and zeta, for rules with ``COW_CLIP``.
         """
         num_updates = self._num_updates = [fields.item(NUM_UPDATES) for fields in self._fields]
         kinds = set(zip(self.groups, num_updates, strict=True))
@@ -73,6 +77,7 @@ class FusedUpdate:
             alike.update(members)
         hyper = self._hyper
         hyper[:, fields.HYPER_SCALE], hyper[:, fields.HYPER_CLIP] = 1, clip
+        hyper[:, fields.HYPER_COW_RATIO], hyper[:, fields.HYPER_COW_LEAST] = cow_clip
         for (group, count), tables in alike.items():
             for field, value in hyperparameters(group, count + 1).items():
                 hyper[tables, field] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -31,6 +31,9 @@ class SparseRMSprop(SparseOptimizer):
         clip_grad_norm: Scale all gradients of this optimizer down so that the norm of them
             together is at most this; None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        cow_clip: CowClip's r and zeta, such as ``(1.0, 1e-5)``: a row's gradient has at most
+            the norm ``num_ids * max(r * norm(row), zeta)``; ids of the step count as often as they
+            occur. After ``clip_grad_norm``, before ``clip_grad_value``; None leaves gradients.
 
     Source: Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
     """
@@ -45,12 +48,13 @@ class SparseRMSprop(SparseOptimizer):
         *,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        cow_clip: Sequence[float] | None = None,
     ) -> None:
         check_bound("alpha", alpha, high=1.0)
         check_bound("eps", eps)
         check_bound("weight_decay", weight_decay)
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value)
+        self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
 

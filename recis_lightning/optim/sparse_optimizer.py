@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from recis_lightning.compiler import disable
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops import row_update
-from recis_lightning.optim.table_updater import TableUpdater, check_clip_bound
+from recis_lightning.optim.clip_bounds import check_clip_bound, check_cow_clip
+from recis_lightning.optim.table_updater import TableUpdater
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import write
@@ -79,6 +80,15 @@ class SparseOptimizer(Optimizer, ABC):
     @clip_grad_value.setter
     def clip_grad_value(self, bound: float | None) -> None:
         self._updater.clip_grad_value = check_clip_bound("clip_grad_value", bound)
+
+    @property
+    def cow_clip(self) -> tuple[float, float] | None:
+        """CowClip's r and zeta: bounds of the norm of each row's gradient."""
+        return self._updater.cow_clip
+
+    @cow_clip.setter
+    def cow_clip(self, bounds: Sequence[float] | None) -> None:
+        self._updater.cow_clip = check_cow_clip(bounds)
 
     def norm_power(self, norm_type: float) -> Tensor:
         """Return the sum of ``|g| ** norm_type`` over the rows' gradients, the largest if inf.

@@ -15,8 +15,10 @@ from recis_lightning import compiler
 from recis_lightning.arguments import check_bound, is_fake_mode, refuse_fake_mode
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.process_group import ProcessGroup
+from recis_lightning.ops import layout as fields
 from recis_lightning.ops import row_update
 from recis_lightning.ops.row_update import Gradients
+from recis_lightning.optim.clip_bounds import check_clip_bound, check_cow_clip
 from recis_lightning.optim.first_step import announce_first_step
 from recis_lightning.optim.fused_update import FusedUpdate
 from recis_lightning.table.anchor import Anchor
@@ -38,6 +40,7 @@ class TableUpdater:
         clip_grad_norm: Scale all gradients down so that the norm of them together is at most this;
             None leaves them. Gradients of a row are summed first.
         clip_grad_value: Clamp every element of a row's gradient to at most this; None leaves them.
+        cow_clip: CowClip's r and zeta; None leaves gradients.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class TableUpdater:
         groups: Sequence[int],
         clip_grad_norm: float | None,
         clip_grad_value: float | None,
+        cow_clip: tuple[float, float] | None = None,
     ) -> None:
         self.tables, self.groups = list(tables), list(groups)
         self._process_group = _shared_group(self.tables)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self.cow_clip = cow_clip
         self._layout_version = -1  # of the tables' storage, for which the following is valid
         self._locks: Sequence[TableLock] = ()
         self._announced = False  # that it steps
@@ -60,7 +65,7 @@ class TableUpdater:
         self._is_scaled = False  # some pending gradients may have a factor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        bounds = (self.clip_grad_norm, self.clip_grad_value)
+        bounds = (self.clip_grad_norm, self.clip_grad_value, self.cow_clip)
         return TableUpdater, (self.tables, self.groups, *bounds)
 
     def anchors_of(self, group: int) -> list[Anchor]:
@@ -186,7 +191,9 @@ class TableUpdater:
         clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
         updates = self._current_updates(owner)
         for update in updates:
-            update.set_hyperparameters(hyperparameters, clip)
+            update.set_hyperparameters(hyperparameters, clip, self.cow_clip or (0.0, 0.0))
+        if self.cow_clip is not None:
+            rule += fields.COW_CLIP
         scale, sorted_gradients = self._scale_of_pending(), dict[FusedUpdate, Gradients]()
         if self.clip_grad_norm is not None:
             scale, sorted_gradients = self._clip_norm(updates, self.clip_grad_norm, scale)
@@ -272,6 +279,7 @@ def make_updater(
     lr: float,
     clip_grad_norm: float | None,
     clip_grad_value: float | None,
+    cow_clip: Sequence[float] | None = None,
 ) -> tuple[TableUpdater, list[dict[str, Any]]]:
     """Return the updater of an optimizer's tables, and the optimizer's parameter groups.
 
@@ -280,6 +288,7 @@ def make_updater(
         lr: Learning rate of groups that do not have their own.
         clip_grad_norm: As for ``TableUpdater``.
         clip_grad_value: As for ``TableUpdater``.
+        cow_clip: As for ``TableUpdater``.
 
     Raises:
         TypeError: ``tables`` holds something that is no table.
@@ -288,6 +297,7 @@ def make_updater(
     check_bound("lr", lr)
     check_clip_bound("clip_grad_norm", clip_grad_norm)
     check_clip_bound("clip_grad_value", clip_grad_value)
+    cow = check_cow_clip(cow_clip)
     given = _listed(tables)
     if not given:
         raise ValueError(
@@ -308,7 +318,7 @@ def make_updater(
         name = different(_name_of(joined), [other["name"] for other in param_groups])
         anchors = [table.anchor for table in joined]
         param_groups.append({"name": name, **group, "params": anchors})
-    updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value)
+    updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value, cow)
     return updater, param_groups
 
 
@@ -363,15 +373,6 @@ def _name_of(tables: Sequence[HashTable]) -> str:
     return "+".join(names) if len(names) <= _NAMED else f"{names[0]}+{len(names) - 1} more"
 
 
-def check_clip_bound(name: str, bound: float | None) -> float | None:
-    """Return ``bound`` if it is a number > 0 or None, else raise."""
-    if bound is not None and not hasattr(bound, "__float__"):
-        raise TypeError(f"{name}: expected a number > 0 or None, got {bound!r}")
-    if bound is not None and not bound > 0:
-        raise ValueError(f"{name}: expected a number > 0 or None, got {bound!r}")
-    return bound
-
-
 def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
     members = [tables] if isinstance(tables, HashTable) else _listed(tables)
     for table in members:
@@ -385,4 +386,4 @@ def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
     return members
 
 
-__all__ = ["TableUpdater", "check_clip_bound", "different", "make_updater"]
+__all__ = ["TableUpdater", "different", "make_updater"]

@@ -28,7 +28,7 @@ from recis_lightning.table import state as table_state
 
 GLOBAL_BATCH = 24
 # What part of a global batch each rank has, by number of ranks: uneven, and once nothing.
-_CUTS = {1: [0, 24], 2: [0, 17, 24], 4: [0, 5, 5, 18, 24]}
+_CUTS = {1: [0, 24], 2: [0, 17, 24], 3: [0, 11, 11, 24], 4: [0, 5, 5, 18, 24]}
 
 
 def rank():

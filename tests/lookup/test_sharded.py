@@ -75,8 +75,15 @@ def test_sharded_is_unsharded(ranks, optimizer, world_size):
         {"optimizer": "SparseFTRL", "l1": 0.01, "l2": 0.1},
         {"optimizer": "SparseLion", "weight_decay": 0.1},
         {"optimizer": "SparseRMSprop", "weight_decay": 0.1, "eps": 1e-3},
-        {"optimizer": "SparseRowwiseAdam", "weight_decay": 0.1},
-        {"optimizer": "SparseSGD", "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"optimizer": "SparseRowwiseAdam", "weight_decay": 0.1, "cow_clip": (0.05, 1e-3)},
+        {
+            "optimizer": "SparseSGD",
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 0.1,
+            "cow_clip": (0.1, 0.01),
+        },
+        {"optimizer": "SparseAdamAR", "alpha": 0.1, "eps": 1e-3},
         {"optimizer": "SparseRowwiseAdagrad", "weight_decay": 0.1},
     ],
     ids=lambda kwargs: kwargs["optimizer"],
@@ -84,7 +91,8 @@ def test_sharded_is_unsharded(ranks, optimizer, world_size):
 @pytest.mark.slow_except(dict(id=["SparseFTRL", "SparseRowwiseAdam", "SparseSGD"]))
 def test_sharded_is_unsharded_with_accumulation(ranks, kwargs):
     """Rules and weight decay see a row's gradient of all ranks and micro-batches, once a step."""
-    assert_sharding_changes_nothing(ranks, 2, steps=8, accumulate=2, **kwargs)
+    world_size = 3 if "cow_clip" in kwargs else 2
+    assert_sharding_changes_nothing(ranks, world_size, steps=8, accumulate=2, **kwargs)
 
 
 @pytest.mark.parametrize("admission", [None, MinCount(2)])
@@ -142,6 +150,7 @@ def test_sharded_over_gpus_is_unsharded(ranks, optimizer):
         {"accumulate": 3},
         {"clip_grad_norm": 0.05},
         {"clip_grad_value": 0.01},
+        {"cow_clip": (0.05, 1e-3), "clip": (0.1, 2.0)},
         {"model": {"admission": MinCount(3)}},
         {"model": {"admission": MinCount(3, per="batch"), "eviction": GlobalStepFilter(3)}},
         {"model": {"eviction": MaxRows(20, by="count")}},

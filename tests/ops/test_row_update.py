@@ -12,9 +12,14 @@ from recis_lightning.ops import row_update
 from recis_lightning.ops.layout import (
     ADAGRAD,
     ADAM,
+    ADAM_AR,
     COUPLED_DECAY,
+    COW_CLIP,
     FTRL,
+    HYPER_ALPHA,
     HYPER_CLIP,
+    HYPER_COW_LEAST,
+    HYPER_COW_RATIO,
     HYPER_DECAY,
     HYPER_EPS,
     HYPER_INV_SQRT_BIAS2,
@@ -27,6 +32,7 @@ from recis_lightning.ops.layout import (
     HYPER_ONE_MINUS_BETA2,
     HYPER_SCALE,
     HYPER_SIZE,
+    HYPER_UPDATE,
     HYPER_WEIGHT_DECAY,
     LION,
     MOMENTUM,
@@ -53,6 +59,7 @@ SLOTS = {
     ROWWISE_ADAM: lambda dim: {"exp_avg": dim, "exp_avg_sq": 1},
     FTRL: lambda dim: {"sum": dim, "linear": dim},
     LION: lambda dim: {"exp_avg": dim},
+    ADAM_AR: lambda dim: {"exp_avg": dim, "exp_avg_sq": dim, "last_update": 1},
 }
 RULES = {
     "sgd": SGD,
@@ -64,8 +71,11 @@ RULES = {
     "rowwise_adam": ROWWISE_ADAM,
     "ftrl": FTRL,
     "lion": LION,
+    "adam_ar": ADAM_AR,
     "adagrad, decayed": ADAGRAD + COUPLED_DECAY,
     "rowwise_adagrad, decayed": ROWWISE_ADAGRAD + COUPLED_DECAY,
+    "adam, cow": ADAM + COW_CLIP,
+    "rowwise_adagrad, decayed, cow": ROWWISE_ADAGRAD + COUPLED_DECAY + COW_CLIP,
 }
 HYPER = {
     HYPER_LR: 0.1,
@@ -80,7 +90,12 @@ HYPER = {
     HYPER_MOMENTUM: 0.9,  # FTRL's l1
     HYPER_OF_BUFFER: 0.7,  # its l2
     HYPER_OF_GRADIENT: 1.1,  # its beta
+    HYPER_COW_RATIO: 0.2,
+    HYPER_COW_LEAST: 0.3,
 }
+
+
+HYPERS = {"adam_ar": {**HYPER, HYPER_ALPHA: 0.004, HYPER_UPDATE: 300}}
 
 
 def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
@@ -92,6 +107,8 @@ def _table(dim, rule=SGD, dtype=torch.float32, name="table", num_rows=NUM_ROWS):
     weights, slots = table.storage.rows.read(torch.arange(num_rows))
     for slot in slots.values():
         slot.copy_(torch.rand(slot.shape, generator=generator))
+    if "last_update" in slots:
+        slots["last_update"].mul_(300).round_()
     table.storage.rows.write(torch.arange(num_rows), weights, slots)
     return table
 
@@ -187,6 +204,8 @@ _CASES = [
     ("rowwise_adam", torch.float32, [24]),
     ("ftrl", torch.float32, [24]),
     ("lion", torch.float32, [24]),
+    ("adam_ar", torch.float32, [24]),
+    ("adam_ar", torch.bfloat16, [7]),
     ("adagrad, decayed", torch.float32, [24]),
     ("rowwise_adagrad, decayed", torch.float32, [24]),
     ("momentum", torch.bfloat16, [7]),
@@ -195,6 +214,8 @@ _CASES = [
     ("rowwise_adagrad, decayed", torch.bfloat16, [7]),
     ("adam", torch.float32, [2, 8, 10, 16, 33, 64, 128]),
     ("adam", torch.bfloat16, [1, 2, 3, 8, 10, 16, 33, 64, 128]),
+    ("adam, cow", torch.float32, [24]),
+    ("rowwise_adagrad, decayed, cow", torch.bfloat16, [7]),
 ]
 # Each rule, dtype and vector width is a kernel to compile, and an interpreted one takes seconds: in
 # each run of the tests are all rules, and each dtype with some; the others are in the longer one.
@@ -210,6 +231,8 @@ _INTERPRETED = {
     ("rowwise_adagrad", torch.float32),
     ("adam", torch.bfloat16),
     ("ftrl", torch.float32),
+    ("adam_ar", torch.float32),
+    ("adam, cow", torch.float32),
     ("rowwise_adagrad, decayed", torch.bfloat16),
 }
 
@@ -253,7 +276,7 @@ def test_kernels_agree_with_the_reference(kernels, rule, dtype, dims):
                     for feature in mixed_features(table, generator, num_bags)
                 ]
                 for _ in range(2):
-                    gradients, keep = _gradients(features)
+                    gradients, keep = _gradients(features, HYPERS.get(rule, HYPER))
                     norms[name] = row_update.squared_norm(gradients).item()
                     row_update.update_rows_(gradients, RULES[rule])
                 del keep

@@ -6,6 +6,7 @@ registers and the row's weights and state are read and written once.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +35,13 @@ from recis_lightning.ops.cpu.intrinsics import (
     vector_width,
 )
 from recis_lightning.ops.cpu.runtime import kernel_template, num_chunks
-from recis_lightning.ops.cpu.update_rules import ROW_RULES, RULES, Hyper
+from recis_lightning.ops.cpu.update_rules import DECAYS, ROW_RULES, RULES, Hyper
 from recis_lightning.ops.layout import (
     COUPLED_DECAY,
+    COW_CLIP,
     HYPER_CLIP,
+    HYPER_COW_LEAST,
+    HYPER_COW_RATIO,
     HYPER_DECAY,
     HYPER_EPS,
     HYPER_LR,
@@ -75,10 +79,16 @@ class _Factors(NamedTuple):
     weight_decay: float
 
 
+@inlined
+def _multiplied(factors, decay, scale):
+    """Return factors with another decay and scale."""
+    return _Factors(factors.lr, factors.eps, decay, scale, factors.clip, factors.weight_decay)
+
+
 def _column_function(rule, width, bfloat16):
     """Return a function that updates some of a row's columns, ``width`` at a time."""
     item = 2 if bfloat16 else 4
-    is_decayed, kind = rule >= COUPLED_DECAY, _kind(rule)
+    is_decayed, kind = rule != _NORM and rule & COUPLED_DECAY, _kind(rule)
     is_rowwise, apply_rule = kind in ROW_RULES, RULES[kind]
 
     @inlined
@@ -117,8 +127,43 @@ def _column_function(rule, width, bfloat16):
     return update_columns
 
 
+def _cow_function(width, bfloat16):
+    """Return a function of the factor by which CowClip makes a row's gradient smaller."""
+    item = 2 if bfloat16 else 4
+    add_squares = _column_function(_NORM, width, bfloat16)
+
+    @inlined
+    def cow_factor(embedding_dim, positions, factors, hyper, row, state, second, is_counted):
+        squares = add_squares(
+            0, embedding_dim, positions, factors, hyper, row, state, second, 0, np.float64(0)
+        )
+        weight_squares = np.float64(0)
+        for d in range(0, embedding_dim, width):
+            w = load_weights(width, bfloat16, row + item * d)
+            weight_squares += lane_sum(mul(w, w))
+        num_ids = np.float64(positions.end - positions.start)
+        if is_counted:
+            num_ids = np.float64(0)
+            for i in range(positions.start, positions.end):
+                position = load_i64(positions.keys + 8 * i) & positions.mask
+                gradient = load_i64(positions.addresses + 8 * position)
+                num_ids += load_f32(gradient + 4 * embedding_dim)
+        bound = load_f32(hyper + 4 * HYPER_COW_RATIO) * math.sqrt(weight_squares)
+        bound = num_ids * max(bound, np.float64(load_f32(hyper + 4 * HYPER_COW_LEAST)))
+        norm = math.sqrt(squares) * factors.scale
+        if norm > bound:  # a comparison with NaN is false: NaN stays
+            return _F(bound / norm)
+        return _F(1)
+
+    return cow_factor
+
+
 def _kind(rule):
     return SGD if rule == _NORM else rule % COUPLED_DECAY
+
+
+def _has_cow_clip(rule):
+    return rule != _NORM and bool(rule & COW_CLIP)
 
 
 def _widths(rule, embedding_dim):
@@ -128,7 +173,8 @@ def _widths(rule, embedding_dim):
     the order of the columns.
     """
     width = vector_width(embedding_dim)
-    if rule == _NORM or _kind(rule) in ROW_RULES or 2 * width > min(embedding_dim, MAX_WIDTH):
+    in_order = rule == _NORM or _kind(rule) in ROW_RULES or _has_cow_clip(rule)
+    if in_order or 2 * width > min(embedding_dim, MAX_WIDTH):
         return width, 0
     wide = 1 << (min(embedding_dim, MAX_WIDTH).bit_length() - 1)
     return wide, vector_width(embedding_dim % wide)
@@ -138,8 +184,10 @@ def _widths(rule, embedding_dim):
 def _update_kernel(rule, width, rest_width, bfloat16):
     kind = _kind(rule)
     is_rowwise, update_row = kind in ROW_RULES, ROW_RULES.get(kind, RULES[kind])
+    has_decay, row_decay = kind in DECAYS, DECAYS.get(kind, RULES[kind])
     update_columns = _column_function(rule, width, bfloat16)
     update_rest = _column_function(rule, rest_width or 1, bfloat16)
+    cow_factor, has_cow_clip = _cow_function(width, bfloat16), _has_cow_clip(rule)
 
     def update(
         low,
@@ -156,6 +204,7 @@ def _update_kernel(rule, width, rest_width, bfloat16):
         embedding_dim,
         norms,
         position_bits,
+        is_counted,
         applied,
     ):
         if rule != _NORM:
@@ -216,6 +265,14 @@ def _update_kernel(rule, width, rest_width, bfloat16):
                 load_f32(hyper + 4 * HYPER_CLIP),
                 load_f32(hyper + 4 * HYPER_WEIGHT_DECAY),
             )
+            if has_cow_clip:
+                cow = cow_factor(
+                    embedding_dim, positions, factors, hyper, row, state, dim_bytes, is_counted
+                )
+                factors = _multiplied(factors, factors.decay, factors.scale * cow)
+            if has_decay:
+                decay = row_decay(state, dim_bytes, hyper)
+                factors = _multiplied(factors, factors.decay * decay, factors.scale)
             of_row = (positions, factors, hyper, row, state, dim_bytes)
             if rule == _NORM:
                 norm = update_columns(0, rest, *of_row, 0, norm)
@@ -260,6 +317,7 @@ def _launch(gradients, rule):
         embedding_dim=layout.embedding_dim,
         norms=norms,
         position_bits=position_bits,
+        is_counted=int(_has_cow_clip(rule) and gradients.is_counted),
         applied=gradients.applied,
     )
     return norms

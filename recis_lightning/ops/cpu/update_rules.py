@@ -5,11 +5,13 @@ of state, and the row's ``Hyper``. It stores the state and returns the new weigh
 ``ops.row_update`` has the formulas. State with as many words as weights has its second part
 ``hyper.second`` bytes behind the first. A row-wise rule has one more function, which comes first:
 of the address of the row's state, the bytes of its weights' worth of state, the address of the
-hyperparameters, and the mean square of the row's whole gradient.
+hyperparameters, and the mean square of the row's whole gradient. ``DECAYS`` are functions of the
+first three that return a factor of the row's decay, and come first too.
 """
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 
 import numpy as np
@@ -33,6 +35,7 @@ from recis_lightning.ops.cpu.intrinsics import (
     sub,
 )
 from recis_lightning.ops.layout import (
+    HYPER_ALPHA,
     HYPER_BETA,
     HYPER_INV_SQRT_BIAS2,
     HYPER_L1,
@@ -42,6 +45,7 @@ from recis_lightning.ops.layout import (
     HYPER_OF_GRADIENT,
     HYPER_ONE_MINUS_BETA1,
     HYPER_ONE_MINUS_BETA2,
+    HYPER_UPDATE,
 )
 
 _F = np.float32
@@ -108,6 +112,38 @@ def adam(w, g, state, hyper):
 
 
 @inlined
+def _product(alpha, missed):
+    """Return the product of ``max(0, 1 - alpha * j)`` over j from 1 to ``missed``, float64."""
+    t = alpha * missed
+    if t >= 1:
+        return 0.0
+    if missed <= 16:
+        product, j = 1.0, 1.0
+        while j <= missed:
+            product *= 1 - alpha * j
+            j += 1
+        return product
+    # Euler and Maclaurin's sum of log(1 - alpha * j): its integral, and corrections at the ends.
+    u = 1 - t
+    if t < 0.01:
+        integral = missed * t * (1 / 2 + t * (1 / 6 + t * (1 / 12 + t / 20)))
+    else:
+        integral = (u * math.log(u) + t) / alpha
+    return math.exp(math.log(u) / 2 + alpha / 12 * (1 - 1 / u) - integral)
+
+
+@inlined
+def adam_ar_decay(state, second, hyper):
+    at, now = state + 2 * second, load_f32(hyper + 4 * HYPER_UPDATE)
+    last = load_f32(at)
+    store_f32(at, now)
+    missed = now - last - _F(1)
+    if last > 0 and missed > 0:
+        return _F(_product(np.float64(load_f32(hyper + 4 * HYPER_ALPHA)), np.float64(missed)))
+    return _F(1)
+
+
+@inlined
 def rowwise_adam_row(state, second, hyper, mean):
     v = load_f32(state + second)
     share = load_f32(hyper + 4 * HYPER_ONE_MINUS_BETA2)
@@ -159,10 +195,12 @@ RULES = {
     fields.ROWWISE_ADAM: rowwise_adam,
     fields.FTRL: ftrl,
     fields.LION: lion,
+    fields.ADAM_AR: adam,
 }
 ROW_RULES = {
     fields.ROWWISE_ADAGRAD: rowwise_adagrad_row,
     fields.ROWWISE_ADAM: rowwise_adam_row,
 }
+DECAYS = {fields.ADAM_AR: adam_ar_decay}
 
-__all__ = ["ROW_RULES", "RULES", "Hyper"]
+__all__ = ["DECAYS", "ROW_RULES", "RULES", "Hyper"]

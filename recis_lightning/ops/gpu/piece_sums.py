@@ -11,6 +11,7 @@ from recis_lightning.ops.gpu.runtime import (
     cells_at,
     device_function,
     float_at,
+    int64_at,
     kernel,
     lanes,
     largest,
@@ -73,6 +74,44 @@ def add_run(
     return g, i
 
 
+@device_function
+def count_run(
+    keys,
+    addresses,
+    first,
+    behind,
+    key,
+    n,
+    DIM: tl.constexpr,
+    COUNTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Return how many ids a row's gradients are of, float32 [1].
+
+    The row begins in the stretch at the position ``first``, and ends in the last one before
+    ``behind``; both are multiples of PIECE.
+    """
+    num_ids = tl.full((1,), 0.0, tl.float32)
+    if COUNTED:  # few: a rank sends an id once a lookup
+        i = first
+        while i < behind:
+            at = i + tl.arange(0, PIECE)
+            on = at < n
+            on = on & (key_at(keys, at, on, WIDE) == key)
+            address = tl.load(int64_at(addresses + 8 * at), on, 0)
+            num_ids += sum_over(tl.load(float_at(address + 4 * DIM), on, 0), 0)
+            i += PIECE
+    else:  # stretches between the first and the last are full
+        at = first + tl.arange(0, PIECE)
+        in_first = key_at(keys, at, at < n, WIDE) == key
+        at = behind - PIECE + tl.arange(0, PIECE)
+        in_last = key_at(keys, at, at < n, WIDE) == key
+        ends = sum_over(in_first.to(tl.int64) + in_last.to(tl.int64), 0)
+        num_ids += (behind - first - 2 * PIECE + ends).to(tl.float32)
+    return num_ids
+
+
 @kernel(*({**shape, "SUMS": 16, "GROUP": GROUP} for shape in _SHAPES))
 def _add_groups_kernel(
     keys: tl.int64,
@@ -132,4 +171,4 @@ def add_groups_(device, num_groups, keys, partial_sums, group_sums, num_rows, co
     )
 
 
-__all__ = ["GROUP", "SUMS", "add_groups_", "add_run", "num_groups_of"]
+__all__ = ["GROUP", "SUMS", "add_groups_", "add_run", "count_run", "num_groups_of"]

@@ -15,12 +15,21 @@ from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
 from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
 from recis_lightning.ops.gpu.layout import (
     HYPER_CLIP,
+    HYPER_COW_LEAST,
+    HYPER_COW_RATIO,
     HYPER_MARKS,
     HYPER_SCALE,
     HYPER_WEIGHT_DECAY,
     NORM,
 )
-from recis_lightning.ops.gpu.piece_sums import GROUP, SUMS, add_groups_, add_run, num_groups_of
+from recis_lightning.ops.gpu.piece_sums import (
+    GROUP,
+    SUMS,
+    add_groups_,
+    add_run,
+    count_run,
+    num_groups_of,
+)
 from recis_lightning.ops.gpu.runtime import (
     byte_at,
     cells_at,
@@ -51,15 +60,20 @@ def _update(
     flat,
     mask,
     g,
+    num_ids,
     norms,
     RULE: tl.constexpr,
     DECAYED: tl.constexpr,
+    COW_CLIP: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Apply reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` where ``mask`` is set."""
+    """Apply reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` where ``mask`` is set.
+
+    ``num_ids``, float32 [rows], counts what they are the sums of, if there is COW_CLIP.
+    """
     column = tl.arange(0, COLUMNS)
     cells = mask[:, None] & (column < DIM)[None, :]
     if RULE == NORM:
@@ -74,9 +88,14 @@ def _update(
             state = row + 4 * ((DIM + 1) // 2)
         clip = hyper_at(hyper, HYPER_CLIP, mask)
         g = g * hyper_at(hyper, HYPER_SCALE, mask)
+        w = load_weights(row, column, cells, BFLOAT16, ALIGNED)
+        if COW_CLIP:
+            bound = hyper_at(hyper, HYPER_COW_RATIO, mask) * tl.sqrt(sum_over(w * w, 1))[:, None]
+            bound = tl.maximum(bound, hyper_at(hyper, HYPER_COW_LEAST, mask)) * num_ids[:, None]
+            norm = tl.sqrt(sum_over(g * g, 1))[:, None]
+            g = tl.where(norm > bound, g * (bound / tl.where(norm > 0, norm, 1.0)), g)
         g = tl.where(g > clip, clip, g)  # a comparison with NaN is false: NaN stays
         g = tl.where(g < -clip, -clip, g)
-        w = load_weights(row, column, cells, BFLOAT16, ALIGNED)
         if DECAYED:
             g = g + hyper_at(hyper, HYPER_WEIGHT_DECAY, mask) * w
         w = apply_rule(w, g, state, hyper, column, mask, cells, RULE, DIM, ALIGNED)
@@ -86,12 +105,14 @@ def _update(
         tl.store(byte_at(marks + flat), nothing, mask & (marks != 0))
 
 
-_RULES = (NORM.value, *range(fields.LION + 1))
+_RULES = (NORM.value, *range(fields.ADAM_AR + 1))
 _WIDE = {
     "DIM": 128,
     "COLUMNS": 128,
     "BFLOAT16": False,
     "DECAYED": False,
+    "COW_CLIP": False,
+    "COUNTED": False,
     "ALIGNED": True,
     "PIECE": PIECE,
     "WIDE": False,
@@ -101,6 +122,8 @@ _ODD = {
     "COLUMNS": 64,
     "BFLOAT16": True,
     "DECAYED": True,
+    "COW_CLIP": True,
+    "COUNTED": True,
     "ALIGNED": False,
     "PIECE": PIECE,
     "WIDE": True,
@@ -126,6 +149,8 @@ def _update_kernel(
     row_bytes: tl.int64,
     RULE: tl.constexpr,
     DECAYED: tl.constexpr,
+    COW_CLIP: tl.constexpr,
+    COUNTED: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -149,6 +174,9 @@ def _update_kernel(
         behind = key_at(keys, end, inside & (end < n), WIDE)
         whole = inside & (before != flat) & (behind != flat)
         g = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+        num_ids = (end - start).to(tl.float32)
+        if COUNTED:
+            num_ids = num_ids * 0
         most = largest(end - start)
         step = most * 0
         while step < most:
@@ -161,6 +189,8 @@ def _update_kernel(
                 if SCALED:
                     value = value * tl.load(float_at(scales + 4 * i), on, 0)[:, None]
                 g += value
+                if COUNTED:
+                    num_ids += tl.load(float_at(address + 4 * DIM), on, 0)
             step += UNROLLED
         # A stretch of PIECE indices may leave two sums: of the row that began before it, and of the
         # row that goes on behind it.
@@ -175,9 +205,11 @@ def _update_kernel(
             flat,
             whole,
             g,
+            num_ids,
             norm,
             RULE,
             DECAYED,
+            COW_CLIP,
             DIM,
             COLUMNS,
             BFLOAT16,
@@ -188,10 +220,12 @@ def _update_kernel(
 
 @kernel(
     *({**_WIDE, "RULE": rule, "SUMS": 16, "GROUP": GROUP} for rule in _RULES),
+    {**_WIDE, "RULE": fields.ADAM, "COW_CLIP": True, "SUMS": 16, "GROUP": GROUP},
     {**_ODD, "RULE": fields.ADAM, "SUMS": 16, "GROUP": GROUP},
 )
 def _update_long_kernel(
     keys: tl.int64,
+    addresses: tl.int64,
     blocks: tl.int64,
     partial_sums: tl.int64,
     group_sums: tl.int64,
@@ -203,6 +237,8 @@ def _update_long_kernel(
     row_bytes: tl.int64,
     RULE: tl.constexpr,
     DECAYED: tl.constexpr,
+    COW_CLIP: tl.constexpr,
+    COUNTED: tl.constexpr,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -282,6 +318,11 @@ def _update_long_kernel(
             PIECE,
             SUMS,
         )
+        num_ids = tl.full((1,), 0.0, tl.float32)
+        if COW_CLIP:
+            num_ids = count_run(
+                keys, addresses, first, run * PIECE, key, n, DIM, COUNTED, WIDE, PIECE
+            )
         norm = norms + 4 * stretch + 4 * zero
         _update(
             blocks,
@@ -290,9 +331,11 @@ def _update_long_kernel(
             flat,
             is_long,
             g,
+            num_ids,
             norm,
             RULE,
             DECAYED,
+            COW_CLIP,
             DIM,
             COLUMNS,
             BFLOAT16,
@@ -314,13 +357,16 @@ def _launch(gradients, rule):
     partial_sums = torch.empty(size, dtype=torch.float32, device=device)
     group_sums = partial_sums.data_ptr() + 8 * stretches * dim
     is_norm = rule == NORM.value
+    has_cow_clip = not is_norm and bool(rule & fields.COW_CLIP)
     norms, at = None, 0
     if is_norm:
         norms = torch.zeros(n + stretches, dtype=torch.float32, device=device)
         at = norms.data_ptr()
     constants = {
         "RULE": rule if is_norm else rule % fields.COUPLED_DECAY,
-        "DECAYED": rule >= fields.COUPLED_DECAY,
+        "DECAYED": not is_norm and bool(rule & fields.COUPLED_DECAY),
+        "COW_CLIP": has_cow_clip,
+        "COUNTED": has_cow_clip and gradients.is_counted,
         "DIM": dim,
         "COLUMNS": columns,
         "BFLOAT16": layout.dtype is torch.bfloat16,
@@ -357,6 +403,7 @@ def _launch(gradients, rule):
         device,
         (n - 1) // PIECE,  # no row goes on behind the last stretch
         work.keys.data_ptr(),
+        work.sorted_addresses,
         work.blocks.data_ptr(),
         partial_sums.data_ptr(),
         group_sums,

@@ -11,7 +11,9 @@ import triton.language as tl
 from recis_lightning.ops.gpu.layout import (
     ADAGRAD,
     ADAM,
+    ADAM_AR,
     FTRL,
+    HYPER_ALPHA,
     HYPER_BETA,
     HYPER_DECAY,
     HYPER_EPS,
@@ -24,6 +26,7 @@ from recis_lightning.ops.gpu.layout import (
     HYPER_OF_GRADIENT,
     HYPER_ONE_MINUS_BETA1,
     HYPER_ONE_MINUS_BETA2,
+    HYPER_UPDATE,
     LION,
     MOMENTUM,
     RMSPROP,
@@ -92,6 +95,36 @@ def _adam(w, g, state, hyper, lr, column, mask, cells, DIM: tl.constexpr, ALIGNE
     inv_sqrt_bias2 = hyper_at(hyper, HYPER_INV_SQRT_BIAS2, mask)
     root = tl.sqrt(v) * inv_sqrt_bias2 + hyper_at(hyper, HYPER_EPS, mask)
     return w * hyper_at(hyper, HYPER_DECAY, mask) - lr * (m / root)
+
+
+@device_function
+def _product(alpha, missed):
+    """Return the product of ``max(0, 1 - alpha * j)`` over j from 1 to ``missed``, float64."""
+    t = alpha * missed
+    few = tl.where(t < 1, 1.0, t * 0)
+    for j in tl.static_range(1, 17):
+        few = tl.where(j <= missed, few * (1 - alpha * j), few)
+    # Euler and Maclaurin's sum of log(1 - alpha * j): its integral, and corrections at the ends.
+    u = tl.where(t < 1, 1 - t, 1.0)
+    series = missed * t * (1 / 2 + t * (1 / 6 + t * (1 / 12 + t / 20)))
+    integral = (u * tl.log(u) + t) / tl.where(alpha > 0, alpha, 1.0)
+    integral = tl.where(t < 0.01, series, integral)
+    many = tl.exp(tl.log(u) / 2 + alpha / 12 * (1 - 1 / u) - integral)
+    return tl.where(t >= 1, t * 0, tl.where(missed <= 16, few, many))
+
+
+@device_function
+def _adam_ar(w, g, state, hyper, lr, column, mask, cells, DIM: tl.constexpr, ALIGNED: tl.constexpr):
+    at = float_at(state + 8 * DIM)
+    last = tl.load(at, mask, 0)
+    now = tl.load(float_at(hyper + 4 * HYPER_UPDATE), mask, 1)
+    missed = now - last - 1
+    missed = tl.where((last > 0) & (missed > 0), missed, 0.0).to(tl.float64)
+    alpha = tl.load(float_at(hyper + 4 * HYPER_ALPHA), mask, 0).to(tl.float64)
+    w = w * _product(alpha, missed).to(tl.float32)[:, None]
+    tl.debug_barrier()  # as above
+    tl.store(at, now, mask)
+    return _adam(w, g, state, hyper, lr, column, mask, cells, DIM, ALIGNED)
 
 
 @device_function
@@ -173,6 +206,8 @@ def apply_rule(
         w = _ftrl(w, g, state, hyper, lr, column, mask, cells, DIM, ALIGNED)
     if RULE == LION:
         w = _lion(w, g, state, hyper, lr, column, mask, cells, ALIGNED)
+    if RULE == ADAM_AR:
+        w = _adam_ar(w, g, state, hyper, lr, column, mask, cells, DIM, ALIGNED)
     return w
 
 

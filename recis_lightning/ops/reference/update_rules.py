@@ -65,6 +65,17 @@ def rowwise_adam(w: Tensor, g: Tensor, state: Tensor, h: Tensor) -> Tensor:
     return _adam(w, g, state, h, g.square().mean(1, keepdim=True))
 
 
+def adam_ar(w: Tensor, g: Tensor, state: Tensor, h: Tensor) -> Tensor:
+    last, now = state[:, -1:].double(), h[fields.HYPER_UPDATE]
+    missed = torch.where(last > 0, now - last - 1, 0.0)
+    shrink = torch.ones_like(missed)
+    for j in range(1, int(missed.max()) + 1 if len(missed) else 0):
+        factor = (1 - h[fields.HYPER_ALPHA] * j).clamp(min=0)
+        shrink = torch.where(missed >= j, shrink * factor, shrink)
+    state[:, -1:] = now
+    return _adam(w * shrink, g, state[:, :-1], h, g.square())
+
+
 def ftrl(w: Tensor, g: Tensor, state: Tensor, h: Tensor) -> Tensor:
     dim, lr, l1 = w.shape[1], h[fields.HYPER_LR], h[fields.HYPER_L1]
     s, z = state[:, :dim].double(), state[:, dim:].double()
@@ -92,6 +103,7 @@ RULES: dict[int, Rule] = {
     fields.ROWWISE_ADAM: rowwise_adam,
     fields.FTRL: ftrl,
     fields.LION: lion,
+    fields.ADAM_AR: adam_ar,
 }
 
 __all__ = ["RULES"]
