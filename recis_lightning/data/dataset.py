@@ -20,6 +20,7 @@ from recis_lightning.data.follow import FileStream, Follow, check_follow
 from recis_lightning.data.lanes import Lane, Plan
 from recis_lightning.data.order import Block, Deal, blocks_of, whole
 from recis_lightning.data.rows import Batch, join_rows, pinned
+from recis_lightning.data.shared_epoch import SharedEpoch
 from recis_lightning.data.windows import Window, check_window
 from recis_lightning.distributed import collectives
 
@@ -39,7 +40,7 @@ class ColumnarDataset(IterableDataset[Any]):
     than ranks. The batches do not depend on the DataLoader's workers.
 
     Each iteration is an epoch; a complete one moves on to the next. Where worker processes iterate,
-    call ``set_epoch``.
+    call ``set_epoch``; persistent ones heed it, but not a place that is loaded while they live.
 
     With ``window`` or ``follow`` an epoch is a window: the rows of an hour, or the files that are
     new. ``set_epoch(k)`` selects window k (of fixed files, modulo ``num_windows``), ``window``
@@ -135,9 +136,15 @@ class ColumnarDataset(IterableDataset[Any]):
         self._stages: list[tuple[int, int, int, int]] = []  # ranks, batch size, lanes, batches
         self._num_yielded = 0
         self._pickled_ranks = (0, 1)  # rank and their number, for workers that are not forked
+        self._shared_epoch = SharedEpoch()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pickled_ranks": self._ranks(), "stop_waiting": None}
+        return {
+            **self.__dict__,
+            "_pickled_ranks": self._ranks(),
+            "_shared_epoch": self._shared_epoch.of_copy(),
+            "stop_waiting": None,
+        }
 
     @property
     def num_rows(self) -> int:
@@ -206,9 +213,29 @@ class ColumnarDataset(IterableDataset[Any]):
             DataFileError: A followed file is bad.
             ValueError: The epoch is below 0, or, with ``follow``, before that of the open window.
         """
-        same = check_int("epoch", epoch, least=0) == self.epoch
+        check_int("epoch", epoch, least=0)
         self._files.select(epoch)
-        if not same:
+        self._go_to(epoch)
+        if get_worker_info() is None:
+            self._shared_epoch.tell(epoch)
+
+    def heed_parent(self) -> None:
+        """Go to the epoch that this worker's parent has set since the worker was started.
+
+        Raises:
+            RuntimeError: The parent has loaded a place since.
+        """
+        epoch = self._shared_epoch.news() if get_worker_info() is not None else None
+        if epoch is not None:
+            self._go_to(epoch)
+
+    def forget_workers(self) -> None:
+        """Let workers that have a copy of this fail, instead of reading from an older place."""
+        if get_worker_info() is None:
+            self._shared_epoch.tell_loaded()
+
+    def _go_to(self, epoch: int) -> None:
+        if epoch != self.epoch:
             self.epoch, self._stages, self._num_yielded = epoch, [], 0
 
     def state_dict(self, num_batches: int | None = None) -> dict[str, Any]:
@@ -258,8 +285,10 @@ class ColumnarDataset(IterableDataset[Any]):
         self.epoch, self._num_yielded = int(state["epoch"]), 0
         self._stages = [(int(r), int(b), int(n), int(t)) for r, b, n, t in state["stages"]]
         self._files.load_state(state.get("files"), self.epoch)
+        self.forget_workers()
 
     def __iter__(self) -> Iterator[Any]:
+        self.heed_parent()
         plan, worker = self._plan(), get_worker_info()
         self._num_yielded = 0
         share = (0, 1) if worker is None else (worker.id, worker.num_workers)

@@ -170,12 +170,18 @@ class MixedDataset(IterableDataset[Any]):
                 source.load_state_dict(state["sources"][name]["place"])
             except ValueError as error:
                 raise ValueError(f"sources[{name!r}]: {error}") from error
+        for source in self.sources.values():
+            source.forget_workers()
         self.sources, self.epoch = copies, int(state["epoch"])
         self._first, self._num_yielded = int(state["num_batches"]), 0
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        for source in self.sources.values():
+            source.heed_parent()
+            if info is not None and source.epoch != self.epoch:
+                self.epoch, self._first = source.epoch, 0
         lefts = [source.progress()[1] for source in self.sources.values()]
         num_left, self._num_yielded = self._num_left(), 0
         batches = [iter(source) for source in self.sources.values()]
