@@ -9,10 +9,11 @@ which it claims. Figures:
 
 - wrong: requests with another score. Target: none.
 - update_cpu_ms: the most CPU time that taking up a delta took. Readers wait for no lock but the
-  interpreter's, so no stall by an update is longer. Target: at most 50 ms.
+  interpreter's, so no stall by an update is longer. Target: at most 50 ms. (On a busy machine the
+  wait for that lock, which looks for it every 5 ms, counts too: measure on a quiet one.)
 - stall_ms: the longest time within which no request of any thread ended while a delta was taken up,
-  by wall clock; stall_cpu_ms by the process's CPU time, which other load on the machine does not
-  lengthen; calm_ms and calm_cpu_ms are the same where nothing was taken up.
+  by wall clock, and stall_cpu_ms by the process's CPU time; calm_ms and calm_cpu_ms are the same
+  where nothing was taken up.
 - grown_mb: growth of the resident memory from a fifth of the run to its end. Target: at most 16 MB.
 
     python benchmarks/bench_following.py [--requests N] [--deltas N] [--threads N] [--dry]
@@ -246,7 +247,7 @@ def measure(requests: int, deltas: int, threads: int) -> dict[str, float]:
         if writer.exitcode:
             raise RuntimeError("the writer failed")
         load.followed.close()
-        return {**load.figures(), "deltas": float(deltas), "threads": float(threads)}
+        return {**load.figures(), "deltas": float(deltas), "scorers": float(threads)}
 
 
 def main() -> None:

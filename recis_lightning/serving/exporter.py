@@ -53,8 +53,8 @@ def export(
     The folder gets a file a table (index and rows, never optimizer state), one of the parameters,
     and ``manifest.json`` with the program of ``torch.export``, which is written last: a reader sees
     the old export or the new one, whole. The model is not changed. Where rows are kept as they are,
-    the served scores of the example are compared with the model's, bit for bit, before the folder
-    changes.
+    and the model is on the CPU, the served scores of the example are compared with the model's, bit
+    for bit, before the folder changes.
 
     Args:
         model: A module, or LightningModule, whose forward takes tensors, dicts, tuples and lists of
@@ -113,9 +113,13 @@ def export(
             records = _write_tables(path, save_id, tables, formats, policies, written)
             manifest = _write_dense(path, save_id, model, recorded, transforms, records, written)
             served = ServedModel(path, manifest, check_all=False)
-            is_exact = all(
-                formats[name] == _dtype_name(table) for name, table in tables.items()
-            ) and not any(policies.values())
+            devices = {table.device.type for table in tables.values()}
+            devices |= {parameter.device.type for parameter in model.parameters()}
+            is_exact = (
+                all(formats[name] == _dtype_name(table) for name, table in tables.items())
+                and not any(policies.values())
+                and devices <= {"cpu"}
+            )
             if is_exact:
                 _compare(served(*arguments), model(*arguments))
             if features is not None:

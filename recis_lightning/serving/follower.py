@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -204,7 +205,12 @@ def _after(file: DeltaFile, number: int, before: Shard | None) -> Shard:
     return before.changed(Layer.of(ids, rows.gather(every), file.removed(number)))
 
 
-def follow(folder: str | os.PathLike[str], *, poll_seconds: float | None = 0.05) -> FollowedModel:
+def follow(
+    folder: str | os.PathLike[str],
+    *,
+    poll_seconds: float | None = 0.05,
+    device: torch.device | str = "cpu",
+) -> FollowedModel:
     """Open a served folder, and follow the deltas that ``DeltaHook`` writes to it.
 
     The folder must be there, by ``serving.export``; the chain of deltas may come later. The base
@@ -215,10 +221,11 @@ def follow(folder: str | os.PathLike[str], *, poll_seconds: float | None = 0.05)
         folder: From ``export``.
         poll_seconds: Time between looks for deltas, in a thread of its own; None leaves that to
             calls of ``refresh``.
+        device: As for ``load``.
 
     Raises:
-        TypeError, ValueError: ``poll_seconds`` is no number >= 0 and not None; or the folder or
-            its chain is damaged, or not of one model.
+        TypeError, ValueError: ``poll_seconds`` is no number >= 0 and not None, ``device`` is
+            none that there is, or the folder or its chain is damaged, or not of one model.
 
     Example:
         >>> import tempfile
@@ -239,7 +246,7 @@ def follow(folder: str | os.PathLike[str], *, poll_seconds: float | None = 0.05)
     """
     if poll_seconds is not None:
         check_bound("poll_seconds", poll_seconds)
-    return FollowedModel(Path(folder), load(folder), poll_seconds)
+    return FollowedModel(Path(folder), load(folder, device=device), poll_seconds)
 
 
 __all__ = ["FollowedModel", "follow"]

@@ -16,6 +16,7 @@ from recis_lightning.serving.array_file import MappedArrays
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from recis_lightning.serving.program import Program
 from recis_lightning.serving.raw_records import RecordReader, is_raw
+from recis_lightning.serving.recording import CONVERTED
 from recis_lightning.serving.served_table import ServedTable
 from recis_lightning.serving.values import DTYPES, TensorSpec, collect, unflatten
 
@@ -32,15 +33,23 @@ class ServedModel:
         folder: The folder.
         manifest: Its manifest.
         check_all: As for ``load``.
+        device: As for ``load``.
 
     Attributes:
         manifest: What the folder says of itself.
+        device: Where it computes.
         tables: The tables by name, to be bound (``serving.bind``) or looked up alone.
         step: Step of the delta behind which its values are; None as it was exported.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, check_all: bool) -> None:
-        self.manifest = manifest
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        check_all: bool,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - it never changes
+    ) -> None:
+        self.manifest, self.device = manifest, device
         self.step: int | None = None
         served = {
             name: ServedTable(
@@ -60,7 +69,13 @@ class ServedModel:
             for name, dtype in manifest.constants.items()
         }
         self._inputs = [TensorSpec.from_state(state) for state in manifest.inputs]
-        self._program = Program(manifest.program, len(self._inputs), constants, self.tables)
+        # What makes a batch of raw values stays on the CPU.
+        placed = {
+            name: value if name.startswith(CONVERTED) else value.to(device)
+            for name, value in constants.items()
+        }
+        given = manifest.program, len(self._inputs)
+        self._program = Program(*given, placed, self.tables, device)
         self._reader: RecordReader | None = None
         if manifest.transforms is not None:
             try:
@@ -117,7 +132,9 @@ class ServedModel:
         return self._score(self._reader.read(records))
 
     def _score(self, tensors: Sequence[Any]) -> Any:
-        inputs = [spec.take(one) for spec, one in zip(self._inputs, tensors, strict=True)]
+        inputs = [
+            spec.take(one).to(self.device) for spec, one in zip(self._inputs, tensors, strict=True)
+        ]
         return unflatten(self.manifest.outputs, self._program.run(inputs))
 
     def __repr__(self) -> str:
@@ -138,7 +155,8 @@ class ServedModel:
         other.__dict__.update(self.__dict__)
         other.tables, other.step = tables, step
         given = self.manifest.program["inputs"]
-        other._program = self._program.with_values(given, constants, tables)
+        placed = {name: value.to(self.device) for name, value in constants.items()}
+        other._program = self._program.with_values(given, placed, tables)
         return other
 
 
@@ -152,7 +170,12 @@ def _to_tensor(array: Any, dtype: torch.dtype) -> Tensor:
     return tensor != 0 if dtype is torch.bool else tensor.view(dtype)
 
 
-def load(folder: str | os.PathLike[str], *, check_all: bool = False) -> ServedModel:
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    check_all: bool = False,
+    device: torch.device | str = "cpu",
+) -> ServedModel:
     """Open a served folder.
 
     Its tables are mapped, not read: each part is read and checked when it is first used. Nothing in
@@ -161,9 +184,12 @@ def load(folder: str | os.PathLike[str], *, check_all: bool = False) -> ServedMo
     Args:
         folder: From ``export``.
         check_all: Read and check the tables whole, before the first lookup rather than during it.
+        device: Where the model computes and returns what it returns, such as "cuda". Tables stay
+            mapped, and look up on the CPU.
 
     Raises:
-        ValueError: It is no served folder, of another version, or damaged (names the file).
+        ValueError: ``device`` is none that there is, or the folder is no served folder, of another
+            version, or damaged (names the file).
 
     Example:
         >>> import tempfile
@@ -178,17 +204,30 @@ def load(folder: str | os.PathLike[str], *, check_all: bool = False) -> ServedMo
         True
     """
     check_bool("check_all", check_all)
+    place = _check_device(device)
     path = Path(folder)
     manifest = Manifest.read(path)
     for _ in range(_TRIES):
         try:
-            return ServedModel(path, manifest, check_all)
+            return ServedModel(path, manifest, check_all, place)
         except ValueError:
             newer = Manifest.read(path)
             if newer.save_id == manifest.save_id:
                 raise
             manifest = newer
-    return ServedModel(path, manifest, check_all)
+    return ServedModel(path, manifest, check_all, place)
+
+
+def _check_device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}') from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device!r}, and torch finds no GPU here")
+    return found
 
 
 __all__ = ["ServedModel", "load"]

@@ -20,6 +20,7 @@ from recis_lightning.lookup.named_tables import RowReader
 from recis_lightning.lookup.operator import features_of
 from recis_lightning.serving.values import DTYPES
 
+_CPU = torch.device("cpu")
 _LOOK_UP = "recis_lightning::look_up"
 _METADATA = torch.ops.aten._assert_tensor_metadata.default
 # Arithmetic of sizes, which torch.export leaves as Python's own functions.
@@ -181,7 +182,8 @@ class Program:
         state: From ``encode``, as JSON gave it back.
         num_inputs: Number of tensors that ``run`` is given.
         constants: Weights and buffers.
-        tables: Tables by name.
+        tables: Tables by name; they look up on the CPU.
+        device: Where all else is computed, and where constants are.
 
     Raises:
         ValueError: It is damaged, or calls what it may not.
@@ -193,12 +195,13 @@ class Program:
         num_inputs: int,
         constants: Mapping[str, Tensor],
         tables: Mapping[str, RowReader],
+        device: torch.device = _CPU,
     ) -> None:
         if not isinstance(state, dict) or set(state) != {"inputs", "calls", "outputs"}:
             raise ValueError("the program is damaged")
         if not all(isinstance(part, list) for part in state.values()):
             raise ValueError("the program is damaged")
-        self._tables = tables
+        self._tables, self._device = tables, device
         self._start: list[int | Tensor] = []
         for given in state["inputs"]:
             if isinstance(given, str) and given in constants:
@@ -214,14 +217,14 @@ class Program:
                 raise ValueError("the program is damaged")
             name, arguments, by_name = call
             function = _function(name)
-            decoded = _decode(arguments, known)
-            named = {key: _decode(value, known) for key, value in by_name.items()}
+            decoded = _decode(arguments, known, device)
+            named = {key: _decode(value, known, device) for key, value in by_name.items()}
             if name == _LOOK_UP:
                 self._check_lookup(decoded, named)
                 function = self._look_up
             self._calls.append((function, decoded, named))
             known += 1
-        self._outputs = _decode(state["outputs"], known)
+        self._outputs = _decode(state["outputs"], known, device)
         self._frees = self._last_uses(known)
 
     @property
@@ -277,10 +280,12 @@ class Program:
 
     def _look_up(self, *arguments: Any) -> list[Tensor]:
         return [
-            self._tables[feature.table].look_up(
-                *(feature.ids, feature.offsets, feature.weights, feature.mode),
-                *(feature.tile_len, feature.padding_idx),
+            self._tables[feature.table]
+            .look_up(
+                *(_on_host(feature.ids), _on_host(feature.offsets), _on_host(feature.weights)),
+                *(feature.mode, feature.tile_len, feature.padding_idx),
             )
+            .to(self._device)
             for feature in features_of(*arguments)
         ]
 
@@ -312,16 +317,20 @@ class _Value(int):
     """Number of a value among those of a run."""
 
 
-def _decode(value: Any, known: int) -> Any:
+def _on_host(tensor: Any) -> Any:
+    return None if tensor is None else tensor.cpu()
+
+
+def _decode(value: Any, known: int, device: torch.device) -> Any:
     if isinstance(value, list):
-        return [_decode(part, known) for part in value]
+        return [_decode(part, known, device) for part in value]
     if isinstance(value, dict):
         if len(value) == 1:
             ((kind, content),) = value.items()
             if kind == "value" and type(content) is int and 0 <= content < known:
                 return _Value(content)
             if kind == "device":
-                return torch.device("cpu")
+                return device
             if isinstance(content, str) and content in _KINDS.get(kind, {}):
                 return _KINDS[kind][content]
         raise ValueError("the program is damaged")

@@ -19,7 +19,7 @@ from recis_lightning.serving.values import RAGGED, TensorSpec, flatten, unflatte
 from recis_lightning.table.listing import hash_tables
 
 _LIFTED = "constants."  # prefix of tensors that are no parameters or buffers
-_CONVERTED = "transforms."  # prefix of the constants of a batch's conversion
+CONVERTED = "transforms."  # prefix of the constants of a batch's conversion
 
 
 class Recording(NamedTuple):
@@ -98,7 +98,7 @@ def record_conversion(
         TypeError, ValueError: ``convert`` does what a served program cannot (says what).
     """
     return _record(
-        lambda given: as_arguments(convert(given)), ["entries"], [dict(entries)], wanted, _CONVERTED
+        lambda given: as_arguments(convert(given)), ["entries"], [dict(entries)], wanted, CONVERTED
     )
 
 
@@ -220,4 +220,4 @@ def _without_anchors(model: nn.Module) -> Iterator[None]:
             table._parameters["anchor"] = anchor
 
 
-__all__ = ["Recording", "as_arguments", "record_conversion", "record_model"]
+__all__ = ["CONVERTED", "Recording", "as_arguments", "record_conversion", "record_model"]

@@ -188,8 +188,8 @@ class TensorSpec:
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-            raise TypeError(f"{self.name}: expected a dense tensor on the CPU")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{self.name}: expected a dense tensor, got one of {tensor.layout}")
         if tensor.dtype is not self.dtype:
             integers = {tensor.dtype, self.dtype}
             if integers != {torch.int32, torch.int64}:

@@ -255,3 +255,29 @@ def test_a_manifest_is_read_as_it_was_written(exported):
     assert "history" in manifest.features
     assert "label" in manifest.features
     assert manifest.versions["torch"] == str(torch.__version__)
+
+
+# ---- another device
+
+
+def test_a_device_that_is_not_there_is_refused(exported, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, words in [("cuda", "no GPU here"), ("meta", "got 'meta'"), ("x", "got 'x'")]:
+        for opened in (serving.load, serving.follow):
+            with pytest.raises(ValueError, match=f"device: .*{words}"):
+                opened(exported[1], device=device)
+    assert serving.load(exported[1], device=torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_model_computes_on_a_gpu(exported):
+    """Lookups are the CPU's; ids may be on either."""
+    model, folder = exported
+    batch = make_batch(7, seed=7)
+    expected = model(batch).detach()
+    with serving.follow(folder, poll_seconds=None, device="cuda") as followed:
+        for served in (serving.load(folder, device="cuda"), followed):
+            for given in (batch, {**batch, "user": batch["user"].cuda()}):
+                found = served(given)
+                assert found.device.type == "cuda"
+                torch.testing.assert_close(found.cpu(), expected)

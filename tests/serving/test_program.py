@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from recis_lightning import DynamicEmbedding, serving
+from recis_lightning.serving.manifest import Manifest
 from recis_lightning.serving.program import Program, encode, without_dead_calls
 
 
@@ -160,3 +162,26 @@ def test_a_module_that_branches_on_values_is_not_recorded():
 
     with pytest.raises(ValueError, match="program"):
         recorded(Branch(), torch.ones(2))
+
+
+def test_a_program_looks_up_on_the_cpu_and_computes_on_its_device(tmp_path):
+    """``meta`` stands for a GPU: it computes shapes."""
+    model = nn.Sequential(DynamicEmbedding(3, name="user"), Scaled(), nn.Linear(3, 2))
+    model(torch.arange(5))
+    serving.export(model, tmp_path, example=torch.arange(4))
+    manifest, tables = Manifest.read(tmp_path), serving.load(tmp_path).tables
+    device, cpu = torch.device("meta"), torch.device("cpu")
+    sizes = {name: place.shape for name, place in manifest.dense.arrays.items()}
+    constants = {name: torch.empty(size, device=device) for name, size in sizes.items()}
+    program = Program(manifest.program, 1, constants, tables, device)
+    (found,) = program.run([torch.arange(7, device=cpu)])
+    assert (found.device, found.shape) == (device, (7, 2))
+    with pytest.raises(RuntimeError):  # tables answer on the CPU, weights are not there
+        Program(manifest.program, 1, constants, tables).run([torch.arange(7, device=cpu)])
+
+
+class Scaled(nn.Module):
+    """Multiplies by a tensor that forward makes."""
+
+    def forward(self, rows):
+        return rows * torch.ones(3, device=rows.device)
