@@ -21,7 +21,7 @@ __all__ = ["EARLIEST", "FORMATS", "DataFileError", "FileReader", "FoundFile", "S
 _T = TypeVar("_T")
 FORMATS = (".parquet", ".orc")
 # pyarrow reports damage as any of these, and lacks of memory as MemoryError, which passes.
-_BAD = (OSError, ValueError, TypeError, KeyError, NotImplementedError)
+_BAD = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, NotImplementedError)
 EARLIEST = -(2**62)  # before every window
 
 
@@ -283,7 +283,7 @@ def _naming(where: str, work: Callable[[], _T]) -> _T:
     """Run ``work``; its error names the file."""
     try:
         return work()
-    except DataFileError:
+    except (DataFileError, MemoryError):
         raise
     except _BAD as error:
         raise DataFileError(f"{where}: {error}") from error

@@ -153,3 +153,17 @@ def test_files_without_a_time_are_named(tmp_path, name, rows, window, words):
     pa.parquet.write_table(pa.table({"row": [0], "at": rows}), tmp_path / name)
     with pytest.raises(DataFileError, match=words):
         ColumnarDataset(str(tmp_path / name), [Id("row")], window=window)
+
+
+def test_checksums_of_parquet_are_checked(tmp_path):
+    """Of values that nothing compresses, whose damage shows by nothing else."""
+    path = tmp_path / "a.parquet"
+    rows = pa.table({"row": pa.array([0x1234567890] * 500, pa.int64())})
+    pa.parquet.write_table(
+        rows, path, compression="none", use_dictionary=False, write_page_checksum=True
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes.fromhex("9078563412")) + 800] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataFileError, match=r"a\.parquet, part 0: .*[Cc][Rr][Cc]"):
+        list(ColumnarDataset(str(path), [Id("row")]))
