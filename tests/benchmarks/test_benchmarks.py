@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import lightning
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from benchmarks import (
     bench_data,
     bench_drift,
     bench_embedding_bag,
+    bench_epochs,
     bench_filter,
     bench_hash_index,
     bench_in_model,
@@ -30,6 +32,9 @@ from benchmarks import (
 from benchmarks.growing_peers import Static
 from benchmarks.harness import ROOT, time_prepared
 from benchmarks.targets import TARGETS, Target, figure, mean_of, meets_targets
+from examples.deepfm.batch import Batch
+from examples.deepfm.model import DeepFM
+from recis_lightning import EmbeddingOption
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 
@@ -139,6 +144,31 @@ def test_drift_learns_with_every_policy(tmp_path):
     assert abs(line["figures"]["auc_lost"]) < 0.5
     bench_drift.chart(runs, 1000, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 5000
+
+
+def test_epochs_are_tested_with_every_cure():
+    """Every cure has figures after each epoch; MEDA's first epoch is plain Adam's."""
+    user = torch.arange(16).view(2, 8).square() % 5
+    batches = [
+        Batch(features={"user": ids}, dense=torch.zeros(8, 0), label=ids % 2.0, group=-1 - ids)
+        for ids in user
+    ]
+
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(batches, batch_size=None)
+
+        val_dataloader = train_dataloader
+
+    task = bench_epochs.Task(
+        "few ids", lambda: DeepFM({"user": EmbeddingOption(3)}), lambda *_: Data(), 0.1, 0.5
+    )
+    figures = bench_epochs.compare(task, bench_epochs.kinds(task.alpha), 1, is_search=False)
+    for metric in ("auc", "log_loss"):
+        curves = {name: runs[0] for name, runs in figures[metric].items()}
+        assert [len(curve) for curve in curves.values()] == [bench_epochs.NUM_EPOCHS] * 4
+        assert curves["MEDA"][0] == curves["Adam"][0]
+    assert len({curve[0][-1] for curve in figures["log_loss"].values()}) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

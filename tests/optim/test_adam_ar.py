@@ -1,6 +1,7 @@
 """AdamAR against its authors' algorithm over all rows, in float64."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -115,3 +116,24 @@ def test_wrong_alpha(alpha):
     with pytest.raises(ValueError, match="alpha: expected a number"):
         SparseAdamAR(hash_tables(module), alpha=alpha)
     assert module.table.optimizer is None
+
+
+def test_an_absence_travels_with_the_table():
+    """A copy, a pickle and a loaded state know what a row has missed; no ids change nothing."""
+    module = DynamicEmbedding(DIM, name="travel")
+    sparse = SparseAdamAR(hash_tables(module), lr=0.0, alpha=0.1)
+    before = module(IDS).detach()
+    for ids in (IDS, IDS[:1], IDS[:0], IDS[:1]):
+        module(ids).sum().backward()
+        sparse.step()
+    pairs = [copy.deepcopy((module, sparse)), pickle.loads(pickle.dumps((module, sparse)))]
+    loaded = DynamicEmbedding(DIM, name="travel")
+    pairs.append((loaded, SparseAdamAR(hash_tables(loaded), lr=0.0, alpha=0.1)))
+    loaded.load_state_dict(module.state_dict())
+    missed = module.table.num_updates - 1
+    assert missed >= 2
+    factor = torch.tensor([1 - 0.1 * j for j in range(1, missed + 1)]).prod()
+    for other, its in [(module, sparse), *pairs]:
+        other(IDS[1:]).sum().backward()
+        its.step()
+        torch.testing.assert_close(other.table.embeddings(IDS[1:]), before[1:] * factor)
