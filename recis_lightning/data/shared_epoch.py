@@ -22,8 +22,10 @@ class SharedEpoch:
     """
 
     def __init__(self) -> None:
-        # Epoch, how often it was set, how often a place was loaded.
-        self._numbers = torch.zeros(3, dtype=torch.int64, device="cpu").share_memory_()
+        # Epoch, how often it was set, how often a place was loaded. Lightning makes loaders in
+        # inference mode, whose tensors nobody may write to later.
+        with torch.inference_mode(False):
+            self._numbers = torch.zeros(3, dtype=torch.int64, device="cpu").share_memory_()
         self._num_set = self._num_loaded = 0
 
     def tell(self, epoch: int) -> None:

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from recis_lightning.data import ColumnarDataset, MixedDataset
@@ -49,6 +50,17 @@ def test_copies_have_epochs_of_their_own(tmp_path, copied):
     data.set_epoch(4)
     data.forget_workers()
     assert other._shared_epoch.news() is None
+
+
+def test_it_may_be_made_in_inference_mode():
+    """As a Trainer makes it when it validates before it trains."""
+    with torch.inference_mode():
+        parent = SharedEpoch()
+    parent.tell(2)
+    assert copy.copy(parent).news() is None
+    with torch.inference_mode():
+        parent.tell(3)
+        parent.tell_loaded()
 
 
 def test_news_come_once():
