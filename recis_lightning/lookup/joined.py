@@ -84,9 +84,10 @@ class JoinedOutput:
                 samples (names it).
         """
         num_samples = self.num_samples(bags)
+        is_traced = not isinstance(num_samples, int)  # by torch.jit, which is refused below
         tensors = [
             memory.empty(num_samples, width, dtype)
-            if device.type == "cpu"
+            if device.type == "cpu" and not is_traced
             else torch.empty(num_samples, width, dtype=dtype, device=device)
             for memory, width, (dtype, device) in zip(
                 self._memory, self._widths, self._kinds, strict=True
