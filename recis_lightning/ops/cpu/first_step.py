@@ -63,11 +63,9 @@ def compile_in_two(ours: Sequence[Kernel], theirs: Sequence[Kernel]) -> bool:
     theirs = [kernel for kernel in theirs if not kernel.load()]
     if not theirs or len(ours) + len(theirs) < _MIN_KERNELS or not _may_fork():
         return False
-    child = _fork()
+    child = _fork_to_compile(theirs)
     if child is None:
         return False
-    if child == 0:
-        _compile_and_exit(theirs)
     start, has_ended = time.monotonic(), False
     try:
         for kernel in ours:
@@ -95,18 +93,39 @@ def _may_fork() -> bool:
     )
 
 
-def _fork() -> int | None:
-    with warnings.catch_warnings(), global_compiler_lock:  # nobody else is inside the compiler
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        try:
-            return os.fork()
-        except OSError as error:  # no memory, no more processes
-            _log.debug("Kernels are compiled by one process: %s", error)
-            return None
-
-
-def _compile_and_exit(kernels: Sequence[Kernel]) -> None:
+def _fork_to_compile(kernels: Sequence[Kernel]) -> int | None:
+    """Return the process that compiles; None if there is none."""
+    # Whoever catches a signal must not do so in the fork as well.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    child = None
     try:
+        with warnings.catch_warnings(), global_compiler_lock:  # nobody else is inside the compiler
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            child = os.fork()
+    except OSError as error:  # no memory, no more processes
+        _log.debug("Kernels are compiled by one process: %s", error)
+    finally:
+        if child != 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if child == 0:
+        _compile_and_exit(kernels, mask)
+    return child
+
+
+def _compile_and_exit(kernels: Sequence[Kernel], mask: set[int]) -> None:
+    """Compile with the signals' default actions, and without the files that the process has open.
+
+    A pipe, a socket or a lock of a file that its owner closes would stay open here.
+    """
+    try:
+        for number in signal.valid_signals():
+            with contextlib.suppress(OSError, ValueError):  # SIGKILL, and those of libc
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2:
+                with contextlib.suppress(OSError):  # that of the list
+                    os.close(int(name))
         kernel_cache.notice.silence()
         for kernel in kernels:
             compile_to_disk(kernel)

@@ -1,6 +1,7 @@
 """Compilation of a first step's kernels by two processes."""
 
 import os
+import signal
 import time
 
 import numpy as np
@@ -76,6 +77,33 @@ def test_a_fork_that_fails_leaves_its_kernels(monkeypatch, error, capfd):
     assert first_step.compile_in_two(kernels[:1], kernels[1:])
     assert _sums(kernels) == [11] * 3
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("_fresh_folder")
+def test_a_fork_keeps_no_file_open_and_runs_no_handler(monkeypatch, tmp_path):
+    """A reader sees the end of a pipe while the fork compiles; a signal ends the fork alone."""
+    children, handled = [], tmp_path / "handled"
+    fork = os.fork
+    monkeypatch.setattr(first_step, "compile_to_disk", lambda kernel: time.sleep(100))
+    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+    before = signal.signal(signal.SIGUSR1, lambda *_: handled.write_text("here"))
+    reader, writer = os.pipe()
+
+    class Observing(runtime.Kernel):
+        @property
+        def address(self):
+            os.close(writer)
+            assert os.read(reader, 1) == b""  # only once the fork has closed it, too
+            os.kill(children[0], signal.SIGUSR1)
+            return 0
+
+    try:
+        assert first_step.compile_in_two([Observing(lambda low: None)], _kernels(12))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        os.close(reader)
+    assert not handled.exists()
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.usefixtures("_fresh_folder")
