@@ -125,7 +125,9 @@ class ColumnarDataset(IterableDataset[Any]):
         self.prefetch = check_int("prefetch", prefetch, least=0)
         self.drop_last, self.pin_memory, self.convert = drop_last, pin_memory, convert
         sources = [source for column in self.columns for source in column.sources]
-        reader, stream = FileReader(sources, filter, check_window(window)), check_follow(follow)
+        hashed = [column.sources[0] for column in self.columns if getattr(column, "hash", None)]
+        reader = FileReader(sources, filter, check_window(window), hashed)
+        stream = check_follow(follow)
         self.stop_waiting: Callable[[], bool] | None = None
         self._files: Files
         if stream is None:

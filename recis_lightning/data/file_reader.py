@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -76,12 +76,18 @@ class FileReader:
         columns: Columns to read.
         filter: Rows to keep, as ``parse_filter`` takes it; None keeps all.
         window: Windows of time; None divides nothing.
+        texts: Columns that are strings where a path has them, whatever it holds.
     """
 
     def __init__(
-        self, columns: Sequence[str], filter: str | None = None, window: Window | None = None
+        self,
+        columns: Sequence[str],
+        filter: str | None = None,
+        window: Window | None = None,
+        texts: Collection[str] = (),
     ) -> None:
         self.window = window
+        self._texts = frozenset(texts)
         self._columns = list(dict.fromkeys(columns))
         self._filter = filter
         if filter is not None:
@@ -204,7 +210,7 @@ class FileReader:
                 present = _present(file.schema_arrow, names)
                 part = file.read_row_group(group, columns=present, use_threads=threads)
         part = _filtered(_without_views(part), self._condition(part.schema, path))
-        return with_partitions(part, path, names)
+        return with_partitions(part, path, names, self._texts)
 
     def _numbers_of(self, part: pa.Table, first_window: int) -> Any:
         """Return the window of each row."""
@@ -217,7 +223,8 @@ class FileReader:
         return np.maximum(numbers, first_window)
 
     def _kinds_of(self, schema: pa.Schema, path: str) -> dict[str, str]:
-        found = partition_kinds(path) | dict(zip(schema.names, schema.types, strict=True))
+        found = partition_kinds(path, self._texts)
+        found |= dict(zip(schema.names, schema.types, strict=True))
         absent = sorted(set(self._read_columns) - found.keys())
         if absent:
             raise ValueError(f"columns {absent} are missing; it has {sorted(found)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,28 +29,45 @@ def partitions_of(path: str) -> dict[str, str | None]:
     return found
 
 
-def partition_kinds(path: str) -> dict[str, pa.DataType]:
+def partition_kinds(path: str, texts: Container[str] = ()) -> dict[str, pa.DataType]:
     """Return the type of each: int64 of digits, as pyarrow has it, else string.
+
+    Args:
+        path: Of a file.
+        texts: Columns that are strings, whatever they hold.
 
     Example:
         >>> partition_kinds("hour=05/city=Rome/a.parquet")
         {'hour': DataType(int64), 'city': DataType(string)}
     """
-    return {name: _scalar(text).type for name, text in partitions_of(path).items()}
+    partitions = partitions_of(path).items()
+    return {name: _scalar(text, name in texts).type for name, text in partitions}
 
 
-def with_partitions(part: pa.Table, path: str, names: Iterable[str]) -> pa.Table:
-    """Add those of some columns that a part lacks and its file's path has."""
+def with_partitions(
+    part: pa.Table, path: str, names: Iterable[str], texts: Container[str] = ()
+) -> pa.Table:
+    """Add those of some columns that a part lacks and its file's path has.
+
+    Args:
+        part: Of the file.
+        path: Of the file.
+        names: Columns to add.
+        texts: Columns that are strings, whatever they hold.
+    """
     partitions = partitions_of(path)
     for name in names:
         if name not in part.column_names:
-            part = part.append_column(name, _repeated(_scalar(partitions[name]), part.num_rows))
+            value = _scalar(partitions[name], name in texts)
+            part = part.append_column(name, _repeated(value, part.num_rows))
     return part
 
 
-def _scalar(text: str | None) -> pa.Scalar:
-    is_int = text is not None and re.fullmatch(r"-?[0-9]{1,18}", text)
-    return pa.scalar(int(text) if is_int and text else text)
+def _scalar(text: str | None, is_text: bool) -> pa.Scalar:
+    if is_text or text is None or not re.fullmatch(r"-?[0-9]{1,19}", text):
+        return pa.scalar(text)
+    number = int(text)
+    return pa.scalar(number if -(2**63) <= number < 2**63 else text)
 
 
 def _repeated(value: pa.Scalar, num_rows: int) -> pa.Array:

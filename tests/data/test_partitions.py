@@ -88,3 +88,26 @@ def test_what_differs_between_paths_is_named(tmp_path):
         ColumnarDataset(pattern, [Id("v")])
     with pytest.raises(DataFileError, match=r"columns \['w'\] are missing; it has \['row', 'v'\]"):
         ColumnarDataset(pattern, [Id("w")])
+
+
+def test_hashed_ones_are_hashed_as_text(tmp_path):
+    """As a string column of a file, or a request, with the same text is."""
+    texts = ["1234", "01234", "0a", "9" * 18]
+    for text in texts:
+        folder = tmp_path / f"zip={text}"
+        folder.mkdir()
+        pa.parquet.write_table(pa.table({"row": [0]}), folder / "a.parquet")
+    data = ColumnarDataset(str(tmp_path / "zip=*" / "*.parquet"), [Id("zip", hash="xxh64")], 9)
+    (batch,) = data
+    assert sorted(batch["zip"].tolist()) == sorted(hash_strings(texts).tolist())
+
+
+def test_integers_have_64_bits():
+    """More digits are text."""
+    kinds = partition_kinds(f"a={2**63 - 1}/b={-(2**63)}/c={2**63}/x", {"d"})
+    assert {name: str(kind) for name, kind in kinds.items()} == {
+        "a": "int64",
+        "b": "int64",
+        "c": "string",
+    }
+    assert str(partition_kinds("d=5/x", {"d"})["d"]) == "string"
