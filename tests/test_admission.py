@@ -49,6 +49,7 @@ def test_min_count_counts_every_occurrence(backend):
     assert pending(module) == {HIGH: 1}
     statistics = module.table.statistics()
     assert (statistics.admitted, statistics.refused) == (4, 4 + 2 + 1)
+    assert statistics.rejected == statistics.refused
 
 
 def test_min_count_per_batch_counts_a_lookup_once(backend):

@@ -41,6 +41,11 @@ class TableStatistics(NamedTuple):
     evicted: int
     readmitted: int
 
+    @property
+    def rejected(self) -> int:
+        """Alias of ``refused``."""
+        return self.refused
+
 
 class Forgotten(NamedTuple):
     """Result of ``HashTable.forget``.
