@@ -130,7 +130,7 @@ class MetricReportHook(Hook):
         self.tflops_peak = None if tflops_peak is None else _check_peak(tflops_peak)
         self._steps = StepReport(self.interval, self.tflops_peak)
         self._clock = TrainingClock()
-        self._resumed = False
+        self._resumed, self._saved_counts = False, dict[str, int]()
         self._num_batches = self._first = self._window = 0
         self._eval_batches, self._eval_start = 0, 0.0
         self._cache = TensorCache()
@@ -160,13 +160,13 @@ class MetricReportHook(Hook):
         check_table_names("MetricReportHook", hash_tables(pl_module))
         if stage == "fit" and is_new_trainer(self, trainer):
             self.monitor = TableMonitor([], self.monitor.survey_rows)
-            self._cache, self._resumed = TensorCache(), False
+            self._cache, self._resumed, self._saved_counts = TensorCache(), False, {}
             self._num_batches = self._first = self._window = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._num_batches = self._first = self._window = batches_done(trainer)
-        self.monitor.watch(hash_tables(pl_module), resumed=self._resumed)
+        self.monitor.watch(hash_tables(pl_module), self._resumed, self._saved_counts)
         self._resumed = False
         self.history.facts = run_facts(settings_of(trainer))
         for table in self.monitor.tables:
@@ -271,11 +271,12 @@ class MetricReportHook(Hook):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history.state_dict()}
+        return {"history": self.history.state_dict(), "counts": self.monitor.counts()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict["history"])
+        self._saved_counts = state_dict.get("counts", {})  # there were none in 0.1.0
         self._resumed = True
 
     def _let_call(self, wanted: bool, *methods: str) -> None:

@@ -95,16 +95,38 @@ class TableMonitor:
         self._offsets: dict[str, int] = {}  # counts of the run before these tables were made
         self.watch(tables)
 
-    def watch(self, tables: Sequence[HashTable], resumed: bool = False) -> None:
+    def counts(self) -> dict[str, int]:
+        """Return the counts since the run began, by figure; {} on several ranks, which do not ask.
+
+        A checkpoint keeps them: after the newest record, ids were admitted and evicted too.
+        """
+        if collectives.world_size() > 1:
+            return {}
+        found = {}
+        for table in self.tables:
+            counts = table.statistics()._asdict()
+            for counter in COUNTERS:
+                figure = f"table/{table.name}/{counter}"
+                found[figure] = counts[counter] + self._offsets.get(figure, 0)
+        return found
+
+    def watch(
+        self,
+        tables: Sequence[HashTable],
+        resumed: bool = False,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
         """Monitor these tables from now on.
 
         Args:
             tables: With different names.
             resumed: Whether their counts continue those of the history.
+            counts: Those that ``counts`` returned, which are newer than the history.
 
         Raises:
             ValueError: Two tables have the same name.
         """
+        newest = counts or {}
         names = [table.name for table in tables]
         if len(set(names)) < len(names):
             raise ValueError(f"tables: expected different names, got {names}")
@@ -115,10 +137,11 @@ class TableMonitor:
         self._num_pending = [0] * len(tables)
         self._names = [_figure_names(f"table/{name}") for name in names]
         for table in tables if resumed else ():
-            counts = table.statistics()._asdict()
+            now = table.statistics()._asdict()
             for counter in COUNTERS:
-                known = self.history.last(f"table/{table.name}/{counter}", 0.0)
-                self._offsets[f"table/{table.name}/{counter}"] = int(known) - counts[counter]
+                figure = f"table/{table.name}/{counter}"
+                known = newest.get(figure, self.history.last(figure, 0.0))
+                self._offsets[figure] = int(known) - now[counter]
         self._offset_of_sums = [
             self._offsets.get(f"table/{name}/{figure}", 0) for name in names for figure in _SUMS
         ]

@@ -272,6 +272,30 @@ def test_history_goes_on_after_a_resume(tmp_path, clock):
     assert "steps 2 to 12" in page
 
 
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before")
+def test_counts_between_two_reports_are_resumed(tmp_path, clock):
+    """Each id that was admitted has a row or was evicted, also those since the newest report."""
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def hooks():
+        return HashTableFilterHook(1), MetricReportHook(2), Save()
+
+    settings = {"limit_val_batches": 0, "enable_checkpointing": False}
+    quiet_trainer(tmp_path, *hooks(), **settings).fit(Model(clock))
+    resumed = hooks()
+    quiet_trainer(tmp_path, *resumed, max_epochs=2, **settings).fit(
+        Model(clock), ckpt_path=tmp_path / "a.ckpt"
+    )
+    last = {
+        name: resumed[1].history.last(f"table/t/{name}") for name in ("admitted", "evicted", "rows")
+    }
+    assert last["admitted"] - last["evicted"] == last["rows"]
+
+
 def test_page_is_written_when_training_ends_and_when_it_fails(tmp_path):
     class Failing(Model):
         def training_step(self, batch, batch_idx):
