@@ -54,7 +54,7 @@ class SparseAdam(SparseOptimizer):
         clip_grad_value: float | None = None,
         cow_clip: Sequence[float] | None = None,
     ) -> None:
-        defaults = _adam_defaults(lr, betas, eps)
+        defaults = adam_defaults(lr, betas, eps)
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
@@ -66,7 +66,7 @@ class SparseAdam(SparseOptimizer):
 
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        return _adam_slots(embedding_dim)
+        return adam_slots(embedding_dim)
 
     @override
     def state_fill(self) -> float:
@@ -74,7 +74,7 @@ class SparseAdam(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        shared, root = _shared_fields(group, num_updates)
+        shared, root = adam_fields(group, num_updates)
         return {**shared, fields.HYPER_EPS: group["eps"] / root}
 
 
@@ -123,7 +123,7 @@ class SparseAdamW(SparseOptimizer):
                 f"eps_before_correction: expected a bool, got {eps_before_correction!r}"
             )
         defaults = {
-            **_adam_defaults(lr, betas, eps),
+            **adam_defaults(lr, betas, eps),
             "weight_decay": weight_decay,
             "eps_before_correction": eps_before_correction,
         }
@@ -138,7 +138,7 @@ class SparseAdamW(SparseOptimizer):
 
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        return _adam_slots(embedding_dim)
+        return adam_slots(embedding_dim)
 
     @override
     def state_fill(self) -> float:
@@ -146,7 +146,7 @@ class SparseAdamW(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        shared, root = _shared_fields(group, num_updates)
+        shared, root = adam_fields(group, num_updates)
         decay = 1 - group["lr"] * group["weight_decay"]
         is_before = group.get("eps_before_correction", False)  # older pickles do not have it
         eps = group["eps"] / root if is_before else group["eps"]
@@ -190,7 +190,7 @@ class SparseRowwiseAdam(SparseOptimizer):
         cow_clip: Sequence[float] | None = None,
     ) -> None:
         check_bound("weight_decay", weight_decay)
-        defaults = {**_adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
+        defaults = {**adam_defaults(lr, betas, eps), "weight_decay": weight_decay}
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
@@ -210,23 +210,25 @@ class SparseRowwiseAdam(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        shared, _ = _shared_fields(group, num_updates)
+        shared, _ = adam_fields(group, num_updates)
         decay = 1 - group["lr"] * group["weight_decay"]
         return {**shared, fields.HYPER_EPS: group["eps"], fields.HYPER_DECAY: decay}
 
 
-def _adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
+def adam_defaults(lr: float, betas: Sequence[float], eps: float) -> dict[str, Any]:
+    """Return what Adam's relatives have in a parameter group, checked."""
     check_betas(betas)
     check_bound("eps", eps)
     return {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
 
 
-def _adam_slots(embedding_dim: int) -> dict[str, int]:
+def adam_slots(embedding_dim: int) -> dict[str, int]:
+    """Return the state of a row: two moments, of its size each."""
     return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim}
 
 
-def _shared_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, float], float]:
-    """Return the fields that Adam and AdamW share, and the root of ``1 - beta2 ** n``."""
+def adam_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, float], float]:
+    """Return the fields that Adam's relatives share, and the root of ``1 - beta2 ** n``."""
     beta1, beta2 = group["betas"]
     root = math.sqrt(1 - beta2**num_updates)
     shared = {
@@ -238,4 +240,11 @@ def _shared_fields(group: dict[str, Any], num_updates: int) -> tuple[dict[int, f
     return shared, root
 
 
-__all__ = ["SparseAdam", "SparseAdamW", "SparseRowwiseAdam"]
+__all__ = [
+    "SparseAdam",
+    "SparseAdamW",
+    "SparseRowwiseAdam",
+    "adam_defaults",
+    "adam_fields",
+    "adam_slots",
+]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from typing_extensions import override
 
-from recis_lightning.arguments import OPTIMIZER_HINTS, check_betas, check_bound, explain_arguments
+from recis_lightning.arguments import OPTIMIZER_HINTS, check_bound, explain_arguments
 from recis_lightning.ops import layout as fields
+from recis_lightning.optim.adam import adam_defaults, adam_fields, adam_slots
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
 from recis_lightning.optim.table_updater import make_updater
 from recis_lightning.table.hash_table import HashTable
@@ -71,12 +71,10 @@ class SparseAdamAR(SparseOptimizer):
         clip_grad_value: float | None = None,
         cow_clip: Sequence[float] | None = None,
     ) -> None:
-        check_betas(betas)
-        check_bound("eps", eps)
         check_bound("alpha", alpha)
         if not alpha < 1:
             raise ValueError(f"alpha: expected a number in [0, 1), got {alpha!r}")
-        defaults = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "alpha": alpha}
+        defaults = {**adam_defaults(lr, betas, eps), "alpha": alpha}
         self._updater, groups = make_updater(tables, lr, clip_grad_norm, clip_grad_value, cow_clip)
         super().__init__(groups, defaults)
         self._own_tables()
@@ -88,7 +86,7 @@ class SparseAdamAR(SparseOptimizer):
 
     @override
     def slots(self, embedding_dim: int) -> dict[str, int]:
-        return {"exp_avg": embedding_dim, "exp_avg_sq": embedding_dim, "last_update": 1}
+        return {**adam_slots(embedding_dim), "last_update": 1}
 
     @override
     def state_fill(self) -> float:
@@ -96,13 +94,10 @@ class SparseAdamAR(SparseOptimizer):
 
     @override
     def hyperparameters(self, group: dict[str, Any], num_updates: int) -> dict[int, float]:
-        beta1, beta2 = group["betas"]
+        shared, _ = adam_fields(group, num_updates)
         return {
-            fields.HYPER_LR: group["lr"] / (1 - beta1**num_updates),
+            **shared,
             fields.HYPER_EPS: group["eps"],
-            fields.HYPER_ONE_MINUS_BETA1: 1 - beta1,
-            fields.HYPER_ONE_MINUS_BETA2: 1 - beta2,
-            fields.HYPER_INV_SQRT_BIAS2: 1 / math.sqrt(1 - beta2**num_updates),
             fields.HYPER_ALPHA: group["alpha"],
             fields.HYPER_UPDATE: (num_updates - 1) % _NUMBERS + 1,
         }

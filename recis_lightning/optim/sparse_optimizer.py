@@ -83,7 +83,11 @@ class SparseOptimizer(Optimizer, ABC):
 
     @property
     def cow_clip(self) -> tuple[float, float] | None:
-        """CowClip's r and zeta: bounds of the norm of each row's gradient."""
+        """CowClip's r and zeta: bounds of the norm of each row's gradient.
+
+        Set it between a step and the next backward pass: on several ranks, gradients have travelled
+        with their numbers of ids, or without, once ``clip_grad_norm_`` has seen them.
+        """
         return self._updater.cow_clip
 
     @cow_clip.setter
