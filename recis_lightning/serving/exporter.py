@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from recis_lightning.admission import MinCount
 from recis_lightning.checkpoint.commit import file_stems
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
+from recis_lightning.eviction_policy import RowColumns
 from recis_lightning.serving.array_file import ArrayWriter, FileRecord, to_numpy
 from recis_lightning.serving.folder_lock import exporting
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest, TableRecord
@@ -187,7 +189,21 @@ def _format_of(rows: Any, name: str, table: HashTable) -> str:
     return str(wanted)
 
 
-def _policy_of(drop: Any, table: HashTable) -> Eviction | MinCount | None:
+class _Rare(Eviction):
+    """Evict ids of fewer than ``k`` occurrences: what ``drop=MinCount(k)`` stands for."""
+
+    columns = frozenset({"counts"})
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    @override
+    def expired(self, rows: RowColumns) -> Tensor:
+        assert rows.counts is not None
+        return rows.counts < self.k
+
+
+def _policy_of(drop: Any, table: HashTable) -> Eviction | None:
     policy = drop.get(table.name) if isinstance(drop, Mapping) else drop
     if policy is not None and not isinstance(policy, Eviction | MinCount):
         raise TypeError(f"drop: expected an eviction policy or MinCount(k), got {policy!r}")
@@ -199,6 +215,7 @@ def _policy_of(drop: Any, table: HashTable) -> Eviction | MinCount | None:
                 f"drop: {policy!r} asks for counts, which table {table.name!r} does not keep; give "
                 'it an eviction policy that does, such as MaxRows(n, by="count")'
             )
+        return _Rare(policy.k)
     return policy
 
 
@@ -220,7 +237,7 @@ def _write_tables(
     save_id: str,
     tables: Mapping[str, HashTable],
     formats: Mapping[str, str],
-    policies: Mapping[str, Eviction | MinCount | None],
+    policies: Mapping[str, Eviction | None],
     written: list[Path],
 ) -> dict[str, TableRecord]:
     """Write a file a table; add their paths to ``written``."""
@@ -277,15 +294,12 @@ def _version() -> str:
     return str(sys.modules["recis_lightning"].__version__)  # loaded, and above this room
 
 
-def _kept_ids(table: HashTable, policy: Eviction | MinCount | None) -> Tensor:
+def _kept_ids(table: HashTable, policy: Eviction | None) -> Tensor:
     """Return a table's ids without those whose rows a policy names."""
     ids, rows = table.ids_map()
     if policy is None:
         return ids
-    if isinstance(policy, MinCount):
-        marked = table.storage.columns["counts"] < policy.k
-    else:
-        marked = table.evictor.rows_named_by(policy)
+    marked = table.evictor.rows_named_by(policy)
     return ids[~marked.to(rows.device)[rows]]
 
 

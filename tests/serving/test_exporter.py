@@ -131,6 +131,9 @@ def test_ids_of_few_occurrences_may_be_left_out(tmp_path, policy):
     assert served(torch.tensor([7])).equal(model.eval()(torch.tensor([7])))
     serving.export(model, tmp_path, example=torch.arange(3), drop=MinCount(3))
     assert serving.load(tmp_path).tables["user"].ids().tolist() == [3]
+    hash_tables(model)[0].pin(torch.tensor([9]))  # as no policy names it
+    serving.export(model, tmp_path, example=torch.arange(3), drop=MinCount(3))
+    assert sorted(serving.load(tmp_path).tables["user"].ids().tolist()) == [3, 9]
     assert len(hash_tables(model)[0]) == 100
 
 
