@@ -54,7 +54,13 @@ class Data:
     """Batches of ids, row numbers for the static peers, and gradients of the outputs."""
 
     def __init__(
-        self, num_features: int, batch: int, dim: int, bag: int = 1, num_ids: int | None = None
+        self,
+        num_features: int,
+        batch: int,
+        dim: int,
+        bag: int = 1,
+        num_ids: int | None = None,
+        exponent: float = EXPONENT,
     ) -> None:
         rng = np.random.default_rng(0)
         torch.manual_seed(0)
@@ -64,7 +70,7 @@ class Data:
         permutations = [torch.randperm(num_ids) for _ in self.names]
         self.ranks: list[list[Tensor]] = []
         for _ in range(NUM_BATCHES):
-            drawn = zipf_ranks(rng, EXPONENT, num_ids, (num_features, batch * bag))
+            drawn = zipf_ranks(rng, exponent, num_ids, (num_features, batch * bag))
             pairs = zip(permutations, torch.from_numpy(drawn).to(device()), strict=True)
             self.ranks.append([permutation[row] for permutation, row in pairs])
         self.offsets = torch.arange(0, batch * bag + 1, bag)
@@ -89,6 +95,17 @@ class Data:
         bags = self.num_features * self.batch
         rows = unique * 4 * self.dim * (1 + 2 * (1 + state_words))
         return 8 * n + 16 * unique + rows + 2 * bags * 4 * self.dim
+
+
+def exponent_of(num_distinct: float, num_ids: int, draws: int) -> float:
+    """Return the exponent of ``zipf_ranks`` at which draws have as many distinct ids, about."""
+    low, high = 0.0, 4.0
+    for _ in range(30):
+        exponent = (low + high) / 2
+        weights = np.arange(1, num_ids + 1) ** -exponent
+        is_drawn = 1 - (1 - weights / weights.sum()) ** draws
+        low, high = (exponent, high) if is_drawn.sum() > num_distinct else (low, exponent)
+    return low
 
 
 class Consumer(torch.autograd.Function):
@@ -132,6 +149,12 @@ class Ours:
     def bare_step(self) -> None:
         out = self.engine(self.batches[self.num_calls % NUM_BATCHES])
         Consumer.apply(self.data.gradients, *out.values()).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.num_calls += 1
+
+    def concat_step(self, gradient: Tensor) -> None:
+        out = self.engine.concat(self.batches[self.num_calls % NUM_BATCHES])
+        Consumer.apply([gradient], out).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.num_calls += 1
 
@@ -311,16 +334,21 @@ def evaluation(rounds: int) -> bool:
 def many_features(rounds: int) -> bool:
     """Time 400 features against 26, with the same number of ids per batch and of rows in total.
 
-    Three variants: without a model (lookup, backward and update only); with outputs concatenated
-    to one matrix, as models do, for which torch makes 400 narrow copies in forward and in backward;
-    and with ``torch.autograd.backward`` of 400 outputs, each of which torch checks in Python.
+    And of distinct ids per batch: 260 draws repeat fewer ids than 4,000 from the same distribution,
+    and a distinct id is what a step costs. Four variants: without a model (lookup, backward and
+    update only); with the outputs as one tensor by ``concat``; with outputs concatenated to one
+    matrix by torch, which makes 400 narrow copies in forward and in backward; and with
+    ``torch.autograd.backward`` of 400 outputs, each of which torch checks in Python.
     """
-    few, many = Data(26, 4000, 16), Data(400, 260, 16, num_ids=NUM_IDS * 26 // 400)
+    few, num_ids = Data(26, 4000, 16), NUM_IDS * 26 // 400
+    exponent = exponent_of(few.num_unique() / 400, num_ids, 260)
+    many = Data(400, 260, 16, num_ids=num_ids, exponent=exponent)
     ours = {"26": Ours(few, SparseAdam), "400": Ours(many, SparseAdam)}
     joined = {name: torch.cat(engine.data.gradients, 1) for name, engine in ours.items()}
     rows = []
     for label, steps in (
         ("no model", {name: engine.bare_step for name, engine in ours.items()}),
+        ("concat", {name: partial(e.concat_step, joined[name]) for name, e in ours.items()}),
         ("joined", {name: partial(e.joined_step, joined[name]) for name, e in ours.items()}),
         ("separate", {name: engine.step for name, engine in ours.items()}),
     ):

@@ -86,6 +86,9 @@ class Evicted(NamedTuple):
     slots: dict[str, Tensor] | None
 
 
+_LONGEST_PAUSE = 15  # evictions between compactions
+
+
 class _Listener(NamedTuple):
     callback: Callable[[Evicted], None]
     with_rows: bool
@@ -106,6 +109,34 @@ def kept_columns(policy: Eviction | None) -> tuple[str, ...]:
 def clock_of(policy: Eviction | None) -> TableClock:
     """Return the clock by which a policy ages rows."""
     return TableClock(*((None, None) if policy is None else (policy.time_source, policy.max_jump)))
+
+
+class CompactionSchedule:
+    """Evictions after which a table gives memory back.
+
+    At once where half of it is not needed. But where rows come and go, every eviction finds that,
+    and the next lookups take the memory again: so the sooner a compaction follows the last one, the
+    more evictions pass before the next, up to 15. Where an eighth is enough, none pass.
+    """
+
+    def __init__(self) -> None:
+        self._num_evictions = 0  # since the last compaction
+        self._pause = 0
+
+    def is_due(self, needed: int, held: int) -> bool:
+        """Count an eviction; return whether to compact after it.
+
+        Args:
+            needed: Blocks that the rows need.
+            held: Blocks that they have.
+        """
+        self._num_evictions += 1
+        if 2 * needed > held or (self._num_evictions <= self._pause and 8 * needed > held):
+            return False
+        is_soon = self._num_evictions <= _LONGEST_PAUSE + 1
+        self._pause = min(2 * self._pause + 1, _LONGEST_PAUSE) if is_soon else 0
+        self._num_evictions = 0
+        return True
 
 
 class Evictor:
@@ -138,6 +169,7 @@ class Evictor:
         self.lookups: weakref.WeakSet[Any] = weakref.WeakSet()
         self.pinned: Tensor | None = None
         self.num_evicted = 0
+        self._compactions = CompactionSchedule()
         self.readmissions: ReadmissionTracker | None = None
         self._listeners: OrderedDict[int, _Listener] = OrderedDict()
 
@@ -235,8 +267,9 @@ class Evictor:
             if tracker is not None and ids is not None:
                 tracker.note_evicted(ids.cpu())
             storage.remove_rows(gone, undo)
-        num_blocks = len(storage.rows.addresses)
-        if 2 * storage.rows.blocks_for(len(storage)) <= num_blocks and not self._pending:
+        if not self._pending and self._compactions.is_due(
+            storage.rows.blocks_for(len(storage)), len(storage.rows.addresses)
+        ):
             storage.compact()
         returned = max(before - storage.nbytes, 0)
         return EvictionReport.of(num_gone, by_policy, freed, returned, False)

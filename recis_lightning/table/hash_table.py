@@ -723,8 +723,8 @@ class HashTable(nn.Module):
         Weights, optimizer state and columns of an evicted id are gone; when it returns it must be
         admitted again, and starts from its initial row. Pinned ids stay, and rows with a pending
         gradient until the optimizer has stepped. When half of the blocks of rows (256 kB each)
-        would do for those that are left, memory is given back, unless gradients are pending; rows
-        then have other numbers.
+        would do for those that are left, memory is given back, unless gradients are pending or the
+        rows come back each time (docs/policies.md); rows then have other numbers.
 
         With several ranks, all of them evict together.
 

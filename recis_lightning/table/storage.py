@@ -507,6 +507,7 @@ class Storage(TableMemory):
         Rows from the end move into the places of freed ones; so row numbers that a lookup noted
         before are void, and there must be no pending gradient.
         """
+        nbytes = self.nbytes
         with self.undo() as undo:
             num_ids, occupied = len(self), self.occupied_rows()
             capacity = self._capacity_for(num_ids)
@@ -531,11 +532,24 @@ class Storage(TableMemory):
             if self.admission_counter is not None:
                 self.admission_counter.compact()
             self.generation += 1
-        _return_to_system()
+        _return_to_system(nbytes - self.nbytes)
 
 
-def _return_to_system() -> None:
-    """Let the allocator return what it holds free, where there is a way to ask (glibc)."""
+_TRIMMED_BYTES = 1 << 20  # freed ones that are worth a look at the whole heap, 0.7 ms and more
+_freed_bytes = 0  # since the last look
+
+
+def _return_to_system(nbytes: int) -> None:
+    """Let the allocator return what it holds free, where there is a way to ask (glibc).
+
+    Args:
+        nbytes: That a table has freed; with those freed before they must be worth it.
+    """
+    global _freed_bytes
+    _freed_bytes += nbytes
+    if _freed_bytes < _TRIMMED_BYTES:
+        return
+    _freed_bytes = 0
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -5,11 +5,50 @@ import copy
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding, hash_tables
-from recis_lightning.eviction import GlobalStepFilter, MaxRows
+from recis_lightning import DynamicEmbedding, HashTable, hash_tables
+from recis_lightning.eviction import Eviction, GlobalStepFilter, MaxRows
 from recis_lightning.optim import SparseAdam, SparseSGD
+from recis_lightning.table.evictor import CompactionSchedule
+from recis_lightning.table.storage import Storage
 from tests.helpers.eviction_tables import after_steps, ids, left
 from tests.helpers.sample_tables import LOW
+
+# ---- when memory goes back
+
+
+def test_tables_that_refill_keep_their_memory(monkeypatch):
+    """Each eviction finds half of the rows not needed, and the next lookup takes them again."""
+    compactions = []
+    compact = Storage.compact
+    monkeypatch.setattr(Storage, "compact", lambda self: (compactions.append(1), compact(self)))
+
+    class Old(Eviction):
+        columns = frozenset({"ids"})
+        first = 0
+
+        def expired(self, rows):
+            return rows.ids < self.first
+
+    table, old = HashTable(16, name="t"), Old()
+    for step in range(60):
+        old.first = 60_000 * step
+        table.insert(torch.arange(80_000) + old.first - 60_000, torch.zeros(80_000, 16))
+        assert table.evict(old) == 60_000
+    assert 5 <= len(compactions) <= 9
+    assert len(table) == 20_000
+
+
+def test_pauses_between_compactions():
+    schedule = CompactionSchedule()
+    assert not schedule.is_due(needed=3, held=5)
+    found = [schedule.is_due(needed=2, held=4) for _ in range(8)]
+    assert found == [True, False, True, False, False, False, True, False]
+    assert schedule.is_due(needed=1, held=8)
+    for _ in range(20):
+        assert not schedule.is_due(needed=3, held=4)
+    assert schedule.is_due(needed=2, held=4)
+    assert schedule.is_due(needed=2, held=4)  # the first that follows is taken at once
+
 
 # ---- who stays whatever a policy says
 
