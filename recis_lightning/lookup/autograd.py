@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from recis_lightning import compiler
 from recis_lightning.jagged import Bags
 from recis_lightning.lookup.batch import Batch
-from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.features import FeatureLayout, Removals
 from recis_lightning.lookup.held_gradients import copy_held_, expected_references
 from recis_lightning.lookup.room import note_lookup
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
@@ -28,8 +28,7 @@ from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import write
 
 # For maps over hundreds of tables and tensors.
-_requires_grad, _generation, _dtype = map(attrgetter, ("requires_grad", "generation", "dtype"))
-_num_rooms = attrgetter("num_rooms")
+_requires_grad, _dtype = map(attrgetter, ("requires_grad", "dtype"))
 _numel: Any = Tensor.numel
 _stride: Any = Tensor.stride
 _is_neg: Any = Tensor.is_neg  # a view whose memory holds the negative values
@@ -79,19 +78,19 @@ class OutputRecord:
         # Of a table that was frozen in the forward pass, autograd would know nothing.
         self._trains = layout.trains() if lookup.training else [False]
         self._is_own = lookup.fetched.is_own
-        self._generations = list(map(_generation, layout.storages))
+        self._before = layout.removals()
         self._versions = list(map(lookup.fetched.version_of, weighted))
         # Once a backward pass has left gradients, these keep their rows until they are used.
-        self._num_rooms: list[int] | None = None
+        self._left: Removals | None = None
         if self._is_own:
-            note_lookup(layout.tables, self)
+            note_lookup(layout, self)
 
     def rows_in_use(self, table: HashTable) -> Iterator[Tensor]:
         """Yield rows of a table that a backward pass may still ask for, int64 [n] each."""
         layout, plan = self.layout, self.lookup.plan
         position = layout.tables.index(table)
-        is_stale = self._generations[position] != table.storage.generation
-        if self._num_rooms is not None or is_stale:
+        is_stale = self._before.generations[position] != table.storage.generation
+        if self._left is not None or is_stale:
             return
         for feature, owner in enumerate(layout.feature_tables):
             if owner is table:
@@ -124,14 +123,12 @@ class OutputRecord:
         """
         if not self._is_own:
             return
-        storages, tables = self.layout.storages, self.layout.tables
-        generations = list(map(_generation, storages))
-        if generations != self._generations:
-            _raise_stale_rows(tables, self._generations, generations)
-        if self._num_rooms is not None:
-            num_rooms = list(map(_num_rooms, storages))
-            if num_rooms != self._num_rooms:
-                _raise_stale_rows(tables, self._num_rooms, num_rooms)
+        tables, before, left = self.layout.tables, self._before, self._left
+        now = self.layout.removals()
+        if now is not before and now.generations != before.generations:
+            _raise_stale_rows(tables, before.generations, now.generations)
+        if left is not None and now is not left and now.num_rooms != left.num_rooms:
+            _raise_stale_rows(tables, left.num_rooms, now.num_rooms)
 
     def return_gradients(
         self, features: Sequence[int], addresses: Any, strides: Any, tensors: list[Tensor]
@@ -147,8 +144,8 @@ class OutputRecord:
         lookup = self.lookup
         if not lookup.training:
             return
-        if self._num_rooms is None and len(features):
-            self._num_rooms = list(map(_num_rooms, self.layout.storages))
+        if self._left is None and len(features):
+            self._left = self.layout.removals()
         is_whole = len(features) == len(self.layout.features)
         plan = lookup.plan.copy() if is_whole else lookup.plan[features]
         if len(features):

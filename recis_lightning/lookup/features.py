@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +25,10 @@ from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks
 from recis_lightning.table.segment import write_segment
 from recis_lightning.table.storage import Storage
-from recis_lightning.table.versions import layout_version
+from recis_lightning.table.versions import layout_version, removal_version
+
+# For maps over hundreds of tables.
+_generation, _num_rooms = map(attrgetter, ("generation", "num_rooms"))
 
 
 class Feature(NamedTuple):
@@ -63,6 +67,18 @@ class Source(NamedTuple):
     admits: Literal["policy", "all", "none"]
 
 
+class Removals(NamedTuple):
+    """What tables say of rows that went, to be compared with what they say later.
+
+    Attributes:
+        generations: Of each table's storage.
+        num_rooms: Of each table's storage.
+    """
+
+    generations: list[int]
+    num_rooms: list[int]
+
+
 class FeatureLayout:
     """Features of one device, dtype and dim, laid out for the ops.
 
@@ -79,6 +95,8 @@ class FeatureLayout:
         tables: The tables, each once.
         anchors: Of ``tables``; they say which are trained.
         storages: Of ``tables``, as index ops take them.
+        pending: Pending gradients of ``tables``, the lists themselves.
+        limited: Those of ``tables`` whose number of rows is limited.
         segment_tables: For each feature, its table's position in ``tables``.
         sources: Tables, each once for each of its features' ways to admit ids.
         segment_sources: For each feature, its source's position in ``sources``.
@@ -102,6 +120,9 @@ class FeatureLayout:
         self.anchors = [table.anchor for table in self.tables]
         self._num_changes, self._trains = -1, [True]
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
+        self.pending = [table.pending for table in self.tables]
+        self.limited = [table for table in self.tables if table.evictor.limit is not None]
+        self._removals: tuple[int, Removals] = (-1, Removals([], []))
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]
         asked = [
@@ -150,6 +171,19 @@ class FeatureLayout:
             self._trains = [anchor.requires_grad for anchor in self.anchors]
             self._num_changes = num_changes
         return self._trains
+
+    def removals(self) -> Removals:
+        """Return what the tables say of rows that went; the same object until any table says more.
+
+        The caller has locked the tables.
+        """
+        version, found = self._removals
+        now = removal_version()
+        if version != now:
+            generations = list(map(_generation, self.storages))
+            found = Removals(generations, list(map(_num_rooms, self.storages)))
+            self._removals = now, found
+        return found
 
     def is_current(self) -> bool:
         """Return whether the tables' storage and locks are as they were for the layout."""

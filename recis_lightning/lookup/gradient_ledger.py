@@ -52,7 +52,7 @@ class LedgerEntry:
         self._fetched = weakref.ref(fetched)
         self._generations = [storage.generation for storage in route.layout.storages]
         self._num_rooms: list[int] | None = None  # when gradients came that keep their rows
-        note_lookup(route.layout.tables, self)
+        note_lookup(route.layout, self)
 
     def is_alive(self) -> bool:
         """Return whether this rank may have a gradient for it, now or later."""

@@ -40,7 +40,7 @@ from recis_lightning.table.lock import distinct_locks, read, write
 _Result = TypeVar("_Result")
 
 # For maps over hundreds of tables and tensors.
-_pending, _device, _is_cpu = map(attrgetter, ("pending", "device", "is_cpu"))
+_device, _is_cpu = map(attrgetter, ("device", "is_cpu"))
 
 
 class LookupGroup:
@@ -177,8 +177,7 @@ class LookupGroup:
         )
 
     def _check_trained(self) -> None:
-        tables = self.layout.tables
-        for table in compress(tables, map(_pending, tables)):
+        for table in compress(self.layout.tables, self.layout.pending):
             if table.optimizer is None:
                 raise RuntimeError(
                     f"table {table.name!r} has a gradient and no optimizer that would use it; add "

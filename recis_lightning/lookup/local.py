@@ -148,13 +148,13 @@ class FetchedLocalRows(NamedTuple):
         features = gradients.features
         if not features:
             return
-        tables, distinct = self.layout.feature_tables, self.layout.tables
+        tables, pending = self.layout.feature_tables, self.layout.pending
         if len(features) < len(tables):
             tables = [tables[feature] for feature in features]
-            distinct = list(dict.fromkeys(tables))
+            pending = [table.pending for table in dict.fromkeys(tables)]
         record = PendingGradient(tables, gradients.plan, self.rows, gradients.buffers())
-        for table in distinct:
-            table.pending.append(record)
+        for records in pending:
+            records.append(record)
 
 
 def find_or_insert_rows(
@@ -186,7 +186,7 @@ def find_or_insert_rows(
 
     with ExitStack() as undo:
         make_room = None
-        if any(table.evictor.limit is not None for table in layout.tables):
+        if layout.limited:
             make_room = RoomMaker(layout, segments, ids, segment_tables, undo)
         rows, new = hash_index.find_or_insert(
             segments,

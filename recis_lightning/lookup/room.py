@@ -12,7 +12,6 @@ from recis_lightning.distributed import collectives
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import MISSING, SEGMENT_START
-from recis_lightning.table.hash_table import HashTable
 
 
 class RoomMaker:
@@ -84,16 +83,15 @@ class RoomMaker:
             yield from lookup.rows_in_use(table)
 
 
-def note_lookup(tables: Sequence[HashTable], record: object) -> None:
+def note_lookup(layout: FeatureLayout, record: object) -> None:
     """Let limited tables keep the rows of a lookup as long as they are in use.
 
     Args:
-        tables: Of the lookup.
+        layout: Of the lookup.
         record: Has ``rows_in_use(table)``, which yields them; tables do not keep it alive.
     """
-    for table in tables:
-        if table.evictor.limit is not None:
-            table.evictor.lookups.add(record)
+    for table in layout.limited:
+        table.evictor.lookups.add(record)
 
 
 __all__ = ["RoomMaker", "note_lookup"]

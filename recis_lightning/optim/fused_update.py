@@ -39,6 +39,7 @@ class FusedUpdate:
     def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
         self.tables, self.groups = list(tables), list(groups)
         self.device = self.tables[0].device
+        self._pending = list(map(_pending, self.tables))  # a table's is always the same list
         self._storages = [table.storage for table in self.tables]
         self._fields = [storage.header.fields for storage in self._storages]
         self._hyper = np.ones((len(self.tables), fields.HYPER_SIZE), np.float32)
@@ -166,7 +167,7 @@ class FusedUpdate:
 
     def _plans(self) -> list[embedding_bag.Plan]:
         """Return the plans of the pending gradients, with the features of these tables only."""
-        pending = list(map(_pending, self.tables))
+        pending = self._pending
         first = pending[0]
         if len(first) == 1 and len(first[0].tables) == len(pending):
             record = first[0]
@@ -212,7 +213,7 @@ class FusedUpdate:
         """Count the update and forget the gradients that it used; may be done twice."""
         for line, count in zip(self._fields, self._num_updates, strict=True):
             line[NUM_UPDATES] = count + 1
-        for pending in map(_pending, self.tables):
+        for pending in self._pending:
             pending.clear()
 
 

@@ -57,6 +57,7 @@ class TableUpdater:
         self.cow_clip = cow_clip
         self._layout_version = -1  # of the tables' storage, for which the following is valid
         self._locks: Sequence[TableLock] = ()
+        self._pending = [table.pending for table in self.tables]  # always the same lists
         self._announced = False  # that it steps
         self._updates: list[FusedUpdate] = []  # of all tables
         self._given_away: set[HashTable] = set()
@@ -217,7 +218,7 @@ class TableUpdater:
             self._last_waiting = []
             self._layout_version = version  # last: an interrupted step does all of it again
         # A table's update is one of all its shards, also of those that got no gradient.
-        pending = [bool(table.pending) for table in tables]
+        pending = list(map(bool, self._pending))
         waiting = collectives.any_rank(pending, tables[0].device, self._process_group)
         if all(waiting) and not self._given_away:
             return self._updates

@@ -30,6 +30,7 @@ from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.statistics import ReadmissionTracker, TableStatistics
 from recis_lightning.table.storage import Storage
 from recis_lightning.table.undo import Undo
+from recis_lightning.table.versions import layout_version
 
 _CHUNK_ROWS = 1 << 16  # rows whose norms are taken at once
 
@@ -185,6 +186,7 @@ class Evictor:
             now = before  # with the jumps that it has bounded
         self.storage.now = now
         self._take_policy(policy)
+        layout_version.advance()  # features know which of their tables have a limit
 
     def _take_policy(self, policy: Eviction | None) -> None:
         self._policy = policy

@@ -40,7 +40,7 @@ from recis_lightning.table.admission_counter import AdmissionCounter
 from recis_lightning.table.row_changes import RowChanges
 from recis_lightning.table.row_store import RowStore
 from recis_lightning.table.undo import Undo
-from recis_lightning.table.versions import block_version, layout_version
+from recis_lightning.table.versions import block_version, layout_version, removal_version
 
 _COLUMN_FIELDS = {"last_seen": LAST_SEEN, "counts": COUNTS, "last_time": LAST_TIME}
 # A column of bytes, there as long as someone asks which rows change (``table.row_changes``).
@@ -69,14 +69,11 @@ class Storage(TableMemory):
         columns: Name -> int64 [rows.capacity], what policies keep of rows; "marks" is uint8.
         changes: Which rows changed since when, or None if nobody asks.
         admission_counter: Counts of ids without a row, or None.
-        generation: Grows when rows go: row numbers that a lookup noted before are void.
         num_removed: Rows that went since the table was made, by whatever way.
         num_loaded: Rows that came with a loaded state.
         num_overwrites: Calls of ``insert`` that gave known ids other weights.
         num_void: Entries that insertions left behind which failed: no id has them, and they take
             room until the index is rebuilt.
-        num_rooms: Evictions that made room for a lookup: row numbers of lookups that may still get
-            gradients stayed valid.
     """
 
     entries: Tensor
@@ -104,6 +101,26 @@ class Storage(TableMemory):
         self._empty({}, 0.0)
         self.set_screening(screening)
         layout_version.advance()
+
+    @property
+    def generation(self) -> int:
+        """Number that grows when rows go: row numbers that a lookup noted before are void."""
+        return self._generation
+
+    @generation.setter
+    def generation(self, generation: int) -> None:
+        self._generation = generation
+        removal_version.advance()
+
+    @property
+    def num_rooms(self) -> int:
+        """Evictions that made room: numbers of rows that may still get gradients stayed valid."""
+        return self._num_rooms
+
+    @num_rooms.setter
+    def num_rooms(self, num_rooms: int) -> None:
+        self._num_rooms = num_rooms
+        removal_version.advance()
 
     def undo(self, *owners: object) -> Undo:
         """Return a context in which a change is undone if it does not come to its end.

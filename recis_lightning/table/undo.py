@@ -9,7 +9,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from recis_lightning.ops.header import Header
-from recis_lightning.table.versions import block_version, layout_version
+from recis_lightning.table.versions import block_version, layout_version, removal_version
 
 
 class Undo:
@@ -67,6 +67,7 @@ class Undo:
             header.restore(fields)
         layout_version.advance()
         block_version.advance()
+        removal_version.advance()
         for callback in reversed(self._callbacks):
             callback()
 

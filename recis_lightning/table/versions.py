@@ -30,7 +30,8 @@ class Version:
 
 layout_version = Version()  # some table has a new storage, dtype, optimizer or lock
 block_version = Version()  # some row store has other blocks
+removal_version = Version()  # some storage has lost rows, or its row numbers are void
 move_version = Version()  # some table was given its device, as each run of a Trainer begins
 
 
-__all__ = ["Version", "block_version", "layout_version", "move_version"]
+__all__ = ["Version", "block_version", "layout_version", "move_version", "removal_version"]
