@@ -21,7 +21,6 @@ from recis_lightning.distributed.process_group import ProcessGroup, message_devi
 from recis_lightning.lookup.exchange import Counts
 from recis_lightning.lookup.features import FeatureLayout, listed
 from recis_lightning.lookup.gradient_ledger import ledger_of
-from recis_lightning.lookup.local import counts_occurrences
 from recis_lightning.ops.async_copy import to_device_async
 
 _NAMED = 6  # features that an error lists
@@ -105,7 +104,7 @@ def lookup_digest(groups: Sequence[Group], training: bool) -> int:
         told.append(torch._C._current_graph_task_id() == -1)  # a lookup, not one made again
         for group in groups:
             layout = group.layout
-            told += [counts_occurrences(layout), learns and layout.trains()]
+            told += [layout.counts_occurrences, learns and layout.trains()]
     return digest(told)
 
 
