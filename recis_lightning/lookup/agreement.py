@@ -82,10 +82,8 @@ def read_counts(
         process_group = groups[0].process_group
         message = to_device_async(joined, message_device(process_group))
         names = [table.name for group in groups for table in group.layout.tables]
-        answer = collectives.wait(
-            collectives.all_to_all(
-                message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
-            )
+        answer = collectives.all_to_all(
+            message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
         )
         received = answer.cpu().numpy()
     ends = np.cumsum([part.shape[1] for part in counts])[:-1]

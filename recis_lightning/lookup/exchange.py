@@ -9,20 +9,16 @@ nothing but ids and rows travels with an id.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.distributed import collectives
+from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.lookup.dedup import DeduplicatedIds
-from recis_lightning.lookup.features import (
-    FeatureLayout,
-    listed,
-    point_to_rows,
-)
+from recis_lightning.lookup.features import FeatureLayout, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.lookup.regrouping import ReceivedParts, received_parts
 from recis_lightning.ops import backend, embedding_bag, hash_index
@@ -51,10 +47,10 @@ def exchange_rows(
     deduplicated: DeduplicatedIds,
     training: bool,
     occurrences_of: Tensor | None = None,
-) -> Generator[Counts | None, Counts | None, ShardExchange]:
-    """Fetch the rows of deduplicated ids from their owners; pause while messages are under way.
+) -> Generator[Counts | Message, Any, ShardExchange]:
+    """Fetch the rows of deduplicated ids from their owners; pause where messages travel.
 
-    The first pause yields how many ids go to each rank, and is sent how many come from each.
+    Pauses as ``RowSource.fetch`` says.
 
     Args:
         layout: The group's features; of each table this rank has a shard.
@@ -64,34 +60,18 @@ def exchange_rows(
             None means 1.
     """
     recv_counts = yield deduplicated.counts
-    assert recv_counts is not None
     num_sent: list[int] = deduplicated.counts.sum(1).tolist()
     num_received: list[int] = recv_counts.sum(1).tolist()
     needs_occurrences = training and layout.counts_occurrences
     message = deduplicated.ids
     if needs_occurrences:
         message = torch.stack([message, deduplicated.occurrences(occurrences_of)], 1)
-    message = yield from _all_to_all(layout, message, num_received, num_sent)
-    ids, occurrences = message, None
+    ids, occurrences = (yield Message(message, num_received, num_sent)), None
     if needs_occurrences:
-        ids, occurrences = message.T.contiguous().unbind()
+        ids, occurrences = ids.T.contiguous().unbind()
     owned = _look_up(layout, recv_counts, ids, occurrences, training)
-    rows = yield from _all_to_all(layout, _gather(layout, owned), num_sent, num_received)
+    rows = yield Message(_gather(layout, owned), num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows)
-
-
-def _all_to_all(
-    layout: FeatureLayout, message: Tensor, output_splits: list[int], input_splits: list[int]
-) -> Generator[Counts | None, Counts | None, Tensor]:
-    """Return what the other ranks send, after a pause in which it travels."""
-    received = yield from collectives.all_to_all(
-        message,
-        output_splits,
-        input_splits,
-        lambda: f"looks up tables {listed([table.name for table in layout.tables])}",
-        layout.process_group,
-    )
-    return received
 
 
 class OwnedIds(NamedTuple):

@@ -290,4 +290,4 @@ def listed(names: Sequence[str]) -> str:
     return repr(names) if len(names) <= 4 else f"{names[:3]} and {len(names) - 3} more"
 
 
-__all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "point_to_rows"]
+__all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "listed", "point_to_rows"]

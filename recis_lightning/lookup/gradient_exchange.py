@@ -24,6 +24,7 @@ from recis_lightning.distributed.heads import (
     announce_failure,
     exchange_heads,
 )
+from recis_lightning.distributed.joined_messages import by_part, by_rank
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
 from recis_lightning.lookup.exchange import Route, point_to_data
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
@@ -205,18 +206,17 @@ def _exchange_locked(
     sends: npt.NDArray[Any],
     purpose: str,
 ) -> None:
-    sums = [_sums_of(r, of) if of else None for r, of in zip(routes, records, strict=True)]
+    nothing = torch.empty(0, device=routes[0].layout.device)
+    sums = [_sums_of(r, of) if of else nothing for r, of in zip(routes, records, strict=True)]
     widths = np.array([route.layout.embedding_dim + 1 for route in routes])
     sent = np.array([route.num_sent for route in routes]).T * widths
-    sent *= np.array([total is not None for total in sums])
+    sent *= np.array(list(map(bool, records)))
     received = np.array([route.num_received for route in routes]).T * widths * sends
-    message = _by_rank(sums, sent, routes[0].layout.device)
+    message = by_rank([total.view(-1) for total in sums], sent)
     process_group = routes[0].layout.process_group
     sizes = received.sum(1).tolist(), sent.sum(1).tolist()
-    answer = collectives.wait(
-        collectives.all_to_all(message, *sizes, lambda: purpose, process_group)
-    )
-    parts = [answer] if len(routes) == 1 and sends.all() else _by_route(answer, received)
+    answer = collectives.all_to_all(message, *sizes, lambda: purpose, process_group)
+    parts = [answer] if len(routes) == 1 else by_part(answer, received)
     for number, (route, of) in enumerate(zip(routes, records, strict=True)):
         gradients = parts[number].view(-1, int(widths[number]))
         if not sends[:, number].all():
@@ -226,28 +226,6 @@ def _exchange_locked(
             for table in tables:
                 table.pending.remove(record)
         _leave_pending(route, gradients, {table for tables in of.values() for table in tables})
-
-
-def _by_rank(sums: Sequence[Tensor | None], sent: Any, device: torch.device) -> Tensor:
-    """Return the message: for each rank, the gradients of each lookup, one after the other."""
-    flat = [None if total is None else total.view(-1) for total in sums]
-    if len(flat) == 1 and flat[0] is not None:
-        return flat[0]
-    ends = np.cumsum(sent, 0)
-    parts = [
-        part[end - size : end]
-        for sizes, lasts in zip(sent.tolist(), ends.tolist(), strict=True)
-        for part, size, end in zip(flat, sizes, lasts, strict=True)
-        if part is not None and size
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, device=device)
-
-
-def _by_route(answer: Tensor, received: Any) -> list[Tensor]:
-    """Return what came for each lookup, by rank."""
-    num_routes = received.shape[1]
-    parts = answer.split(received.reshape(-1).tolist())
-    return [torch.cat(parts[number::num_routes]) for number in range(num_routes)]
 
 
 def _with_zeros(gradients: Tensor, route: Route, sends: Any) -> Tensor:
