@@ -7,8 +7,9 @@ Two processes of one thread each take Adam steps on their own batches: 26 featur
 200,000 known ids each. First each process has unsharded tables of its own, and nothing is
 exchanged. Then the tables are sharded over both processes, with gloo on this machine. The
 difference, divided by the number of ids in a rank's batch, is the cost of deduplication, messages
-and the owners' lookups. A few steps of the sharded tables are first checked against those of
-unsharded tables with the batches of both.
+and the owners' lookups. In the first shape 26 separate modules take the same steps, too, by
+``look_up_together`` and called one by one. A few steps of the sharded tables are first checked
+against those of unsharded tables with the batches of both.
 
     python benchmarks/bench_sharding.py [--rounds N] [--dry]
 """
@@ -32,7 +33,13 @@ from torch import distributed, multiprocessing
 
 from benchmarks.harness import append_result, print_table, zipf_ranks
 from benchmarks.targets import meets_targets
-from recis_lightning import EmbeddingEngine, EmbeddingOption, hash_tables
+from recis_lightning import (
+    DynamicEmbedding,
+    EmbeddingEngine,
+    EmbeddingOption,
+    hash_tables,
+    look_up_together,
+)
 from recis_lightning.optim import SparseAdam
 
 FEATURES, KNOWN, EXPONENT, RANKS = 26, 200_000, 1.05, 2
@@ -40,12 +47,25 @@ SHAPES = [(4096, 16), (4096, 64), (16384, 32)]  # ids per feature and rank, dim
 
 
 class Step:
-    """Training step: an engine, its optimizer and a few batches."""
+    """Training step: an engine or separate modules, their optimizer and a few batches.
 
-    def __init__(self, batch: int, dim: int, known: int, rank: int) -> None:
+    Args:
+        batch: Ids of each feature.
+        dim: Weights of a row.
+        known: Ids that each table has.
+        rank: Draws the batches.
+        kind: "engine", "together" or "one by one".
+    """
+
+    def __init__(self, batch: int, dim: int, known: int, rank: int, kind: str = "engine") -> None:
         rng = np.random.default_rng(rank)
         names = [f"c{n}" for n in range(FEATURES)]
-        self.engine = EmbeddingEngine(dict.fromkeys(names, EmbeddingOption(dim)))
+        self.kind = kind
+        self.engine: torch.nn.Module = (
+            EmbeddingEngine(dict.fromkeys(names, EmbeddingOption(dim)))
+            if kind == "engine"
+            else torch.nn.ModuleDict({name: DynamicEmbedding(dim, name=name) for name in names})
+        )
         self.sparse = SparseAdam(hash_tables(self.engine), lr=1e-3)
         ids = torch.arange(known) * 2654435761
         for table in hash_tables(self.engine):
@@ -57,10 +77,18 @@ class Step:
 
     def __call__(self) -> None:
         """Take one step."""
-        out = self.engine(self.batches[self.num_steps % len(self.batches)])
+        out = self._look_up(self.batches[self.num_steps % len(self.batches)])
         self.num_steps += 1
-        torch.autograd.backward([*out.values()], [self.gradient] * len(out))
+        torch.autograd.backward(out, [self.gradient] * len(out))
         self.sparse.step()
+
+    def _look_up(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        if self.kind == "engine":
+            return [*self.engine(batch).values()]
+        pairs = [(self.engine[name], ids) for name, ids in batch.items()]
+        if self.kind == "together":
+            return look_up_together(*pairs)
+        return [module(ids) for module, ids in pairs]
 
     def num_unique(self) -> float:
         """Return the mean number of unique ids of a batch, counted per table."""
@@ -144,9 +172,23 @@ def _measure(rank: int, folder: str, rounds: int, known: int, shapes: Any, barri
                 "kib_a_step": num_sent * row_bytes / 1024,
             }
         )
+    separate = _measure_separate(*shapes[0], known, rank, rounds, barrier)
     if rank == 0:
-        torch.save(rows, f"{folder}/rows.pt")
+        torch.save((rows, separate), f"{folder}/rows.pt")
     distributed.destroy_process_group()
+
+
+def _measure_separate(
+    batch: int, dim: int, known: int, rank: int, rounds: int, barrier: Any
+) -> dict[str, float]:
+    """Return the milliseconds of a sharded step of each kind; they take turns."""
+    kinds = ("engine", "together", "one by one")
+    steps = {kind: Step(batch, dim, known, rank, kind) for kind in kinds}
+    spent: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(3):
+        for kind, step in steps.items():
+            spent[kind].append(1e3 * _time(step, max(rounds // 3, 1), barrier))
+    return {kind: median(times) for kind, times in spent.items()}
 
 
 def measure(rounds: int, known: int = KNOWN, shapes: Any = SHAPES) -> dict[str, Any]:
@@ -155,15 +197,21 @@ def measure(rounds: int, known: int = KNOWN, shapes: Any = SHAPES) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         arguments = (folder, rounds, known, shapes, barrier)
         multiprocessing.spawn(_measure, arguments, nprocs=RANKS)
-        rows = torch.load(f"{folder}/rows.pt")
+        rows, separate = torch.load(f"{folder}/rows.pt")
     columns = [*rows[0]]
     print_table(
         "A training step (Adam) on two ranks, one thread each",
         columns,
         [[*row.values()] for row in rows],
     )
+    print_table(f"{FEATURES} modules, a sharded step in ms", [*separate], [[*separate.values()]])
     worst = max(row["exchange_ns_an_id"] for row in rows)
-    return {"part": "exchange", "rows": rows, "figures": {"ns_an_id": worst}}
+    figures = {
+        "ns_an_id": worst,
+        "together": separate["together"] / separate["engine"],
+        "one_by_one": separate["one by one"] / separate["engine"],
+    }
+    return {"part": "exchange", "rows": rows, "separate_ms": separate, "figures": figures}
 
 
 def main() -> int:

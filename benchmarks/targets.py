@@ -77,7 +77,7 @@ def maximum(column: int) -> Callable[[Line], float | None]:
 
 
 _BAG, _INDEX, _FILTER = "bench_embedding_bag", "bench_hash_index", "bench_filter"
-_MODEL, _RANKS = "bench_in_model", "bench_many_ranks"
+_MODEL, _RANKS, _SHARDING = "bench_in_model", "bench_many_ranks", "bench_sharding"
 _UPDATE, _TRAINING, _SAVING = "bench_row_update", "bench_training", "bench_checkpoint"
 TARGETS = [
     Target(_MODEL, "in_model", "in a model / one nn.Embedding + SparseAdam", figure("fused"), 5),
@@ -139,6 +139,8 @@ TARGETS = [
     Target(_FILTER, "evict", "evict 1M of 10M rows", figure("seconds"), 0.5, False, "s"),
     Target(_RANKS, "host", "host, 8 ranks / unsharded", figure("few_to_one"), 3, False, "of"),
     Target(_RANKS, "host", "host, 512 ranks / 8", figure("many_to_few"), 2, False, "of"),
+    Target(_SHARDING, "exchange", "together / engine", figure("together"), 1.3, False, "of"),
+    Target(_SHARDING, "exchange", "one by one / engine", figure("one_by_one"), None, False, "of"),
     Target("bench_memory", "grow", "peak memory / payload", figure("peak"), 1.35, False, "of"),
     Target(
         "bench_memory", "grow", "longest step of a growing table", figure("longest"), 2, False, "s"

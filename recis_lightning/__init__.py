@@ -13,6 +13,7 @@ from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.jagged import Jagged
 from recis_lightning.lookup.table_call import TableLookup
+from recis_lightning.lookup.together import look_up_together
 from recis_lightning.metrics import add_metric
 from recis_lightning.monitoring.report import TableReport, report
 from recis_lightning.nested_jagged import NestedJagged
@@ -67,6 +68,7 @@ __all__ = [
     "add_metric",
     "checkpoint",
     "hash_tables",
+    "look_up_together",
     "report",
 ]
 

@@ -26,7 +26,8 @@ from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_bags, read_ja
 from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
-from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.lookup.group import LookupGroup
+from recis_lightning.lookup.together import Asked, LookupSteps, run_steps
 from recis_lightning.lookup.unique_rows import UniqueRows, deduplicate, offsets_of
 from recis_lightning.nested_jagged import NestedJagged, check_outer
 from recis_lightning.table.hash_table import HashTable
@@ -122,18 +123,22 @@ class DynamicEmbedding(nn.Module):
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, ids: Tensor) -> Tensor | UniqueRows:
+        return run_steps(self.lookup_steps(ids), self.training)
+
+    def lookup_steps(self, ids: Tensor) -> LookupSteps[Tensor | UniqueRows]:
+        """Look up what ``forward`` is given, for ``look_up_together``."""
         flat = check_ids(ids).reshape(-1).contiguous()
         if self.training:
             name_before_use(self.table)
         if self.mode == "unique":
-            return self._look_up_unique(ids)
-        rows = _look_up(self.current_groups(), FeatureBags([flat]), self.training)
+            return (yield from self._unique_steps(ids))
+        ((rows,),) = yield Asked(self.current_groups(), [FeatureBags([flat])])
         return rows.view(*ids.shape, self.embedding_dim)
 
-    def _look_up_unique(self, ids: Tensor) -> UniqueRows:
+    def _unique_steps(self, ids: Tensor) -> LookupSteps[UniqueRows]:
         bags = read_bags(ids, "ids")
         asked, inverses = deduplicate(FeatureBags.of([bags]), [0], ["ids"])
-        rows = _look_up(self.current_groups(), asked, self.training)
+        ((rows,),) = yield Asked(self.current_groups(), [asked])
         return UniqueRows(rows, inverses[0].view(ids.shape), offsets_of(bags))
 
     @override
@@ -269,12 +274,31 @@ class DynamicEmbeddingBag(nn.Module):
         offsets: Tensor | None,
         per_sample_weights: Tensor | None,
     ) -> Tensor | Jagged:
+        return run_steps(self.lookup_steps(ids, offsets, per_sample_weights), self.training)
+
+    def lookup_steps(
+        self,
+        ids: Tensor | Jagged | NestedJagged,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> LookupSteps[Tensor | Jagged]:
+        """Look up what ``forward`` is given, for ``look_up_together``."""
         if isinstance(ids, NestedJagged):
             outer = check_outer(ids, "ids")
-            pooled = self._look_up(ids.inner(), offsets, per_sample_weights)
+            pooled = yield from self.lookup_steps(ids.inner(), offsets, per_sample_weights)
             assert isinstance(pooled, Tensor)
             return Jagged(pooled, outer)
         refuse_symbols("ids", ids)
+        bags = self._read(ids, offsets, per_sample_weights)
+        if self.training:
+            name_before_use(self.table)
+        ((rows,),) = yield Asked(self.current_groups(), [FeatureBags.of([bags])])
+        return rows
+
+    def _read(
+        self, ids: Tensor | Jagged, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Bags:
+        """Return the bags that ``forward`` is given."""
         if per_sample_weights is not None and self.mode != "sum":
             raise ValueError(
                 f"per_sample_weights: only mode 'sum' takes them, this is mode {self.mode!r}"
@@ -282,13 +306,13 @@ class DynamicEmbeddingBag(nn.Module):
         if isinstance(ids, Jagged) or (isinstance(ids, Tensor) and ids.is_nested):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets, per_sample_weights: expected None for ragged ids")
-            return self._pool(read_bags(ids, "ids"))
+            return read_bags(ids, "ids")
         ids = check_ids(ids)
         if ids.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets: expected None for 2-D ids, whose rows are the bags")
             feature = ids if per_sample_weights is None else (ids, per_sample_weights)
-            return self._pool(read_bags(feature, "ids"))
+            return read_bags(feature, "ids")
         if ids.dim() != 1:
             raise ValueError(f"ids: expected shape [N] or [B, L], got {tuple(ids.shape)}")
         if offsets is None:
@@ -299,12 +323,7 @@ class DynamicEmbeddingBag(nn.Module):
             # Not torch.cat: a tensor of one number from the host would wait for a GPU.
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=ids.numel())
         jagged = Jagged(ids, offsets, per_sample_weights)
-        return self._pool(read_jagged(jagged, "ids", owns_offsets=is_padded))
-
-    def _pool(self, bags: Bags) -> Tensor:
-        if self.training:
-            name_before_use(self.table)
-        return _look_up(self.current_groups(), FeatureBags.of([bags]), self.training)
+        return read_jagged(jagged, "ids", owns_offsets=is_padded)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -368,11 +387,6 @@ def _make_table(
         trainable=trainable,
         process_group=process_group,
     )
-
-
-def _look_up(groups: list[LookupGroup], bags: FeatureBags, training: bool) -> Tensor:
-    """Return the rows of the one feature of the one group."""
-    return look_up_groups(groups, [bags], training)[0][0]
 
 
 def _record(module: DynamicEmbedding | DynamicEmbeddingBag, feature: Any) -> Tensor:

@@ -23,7 +23,8 @@ from recis_lightning.lookup import operator, recording
 from recis_lightning.lookup.combining import combine
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
-from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.lookup.group import LookupGroup
+from recis_lightning.lookup.together import Asked, LookupSteps, run_steps
 from recis_lightning.lookup.unique_rows import UniqueRows, deduplicate, offsets_of
 from recis_lightning.nested_jagged import NestedJagged, check_outer
 from recis_lightning.table.hash_table import HashTable
@@ -210,6 +211,10 @@ class EmbeddingEngine(nn.Module):
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, features: dict[str, Any]) -> dict[str, Any]:
+        return run_steps(self.lookup_steps(features), self.training)
+
+    def lookup_steps(self, features: dict[str, Any]) -> LookupSteps[dict[str, Any]]:
+        """Look up what ``forward`` is given, for ``look_up_together``."""
         given = _by_name(features)
         is_whole = given.keys() == self.options.keys()
         if not is_whole:
@@ -222,7 +227,7 @@ class EmbeddingEngine(nn.Module):
         asked, inverses = bags, [dict[int, Tensor]()] * len(bags)
         if self._unique:
             asked, inverses = map(list, zip(*map(self._deduplicate, groups, bags), strict=True))
-        outputs = look_up_groups(groups, asked, self.training)
+        outputs = yield Asked(groups, asked)
         embeddings: dict[str, Any] = dict.fromkeys(self.options)
         for group, parts, rows, inverse in zip(groups, bags, outputs, inverses, strict=True):
             names = group.layout.names

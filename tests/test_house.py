@@ -67,7 +67,6 @@ TESTED_BY = {
     "data/rows.py": "data/test_dataset.py",
     "lookup/autograd.py": "test_engine.py",
     "lookup/current_groups.py": "test_engine.py",
-    "lookup/dedup.py": "lookup/test_sharded_lookups.py",
     "lookup/evaluation.py": "lookup/test_sharded_lightning.py",
     "lookup/exchange.py": "lookup/test_sharded_lookups.py",
     "lookup/features.py": "test_engine.py",

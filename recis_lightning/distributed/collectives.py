@@ -7,7 +7,7 @@ all ranks call it, in the same order; if one does something else, all get an err
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -130,8 +130,8 @@ def all_to_all(
     input_splits: Sequence[int],
     doing: Callable[[], str],
     process_group: ProcessGroup | None = None,
-) -> Generator[None, None, Tensor]:
-    """Send a part of ``tensor`` to each rank and receive one from each; pause while they travel.
+) -> Tensor:
+    """Send a part of ``tensor`` to each rank and receive one from each.
 
     Args:
         tensor: [n, ...], contiguous: first what goes to rank 0, then what goes to rank 1, ...
@@ -154,29 +154,14 @@ def all_to_all(
         return tensor.nbytes - own if tensor.numel() else 0
 
     with naming_lost_ranks(doing, process_group), backend.region("recis::all_to_all", num_bytes):
-        work: Any = distributed.all_to_all_single(
+        distributed.all_to_all_single(
             received,
             tensor,
             list(output_splits),
             list(input_splits),
             communicator(process_group),
-            async_op=True,
         )
-    yield
-    with naming_lost_ranks(doing, process_group), backend.region("recis::all_to_all"):
-        work.wait()
     return received
-
-
-def wait(running: Generator[None, None, Tensor]) -> Tensor:
-    """Return what comes of ``all_to_all``, without work in its pause."""
-    next(running)
-    try:
-        next(running)
-    except StopIteration as end:
-        received: Tensor = end.value
-        return received
-    raise AssertionError("it pauses once")
 
 
 def run_on_all_ranks(work: Callable[[], _T]) -> _T:
@@ -239,6 +224,5 @@ __all__ = [
     "rank",
     "run_on_all_ranks",
     "sum_over_ranks",
-    "wait",
     "world_size",
 ]

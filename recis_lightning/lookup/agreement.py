@@ -21,7 +21,6 @@ from recis_lightning.distributed.process_group import ProcessGroup, message_devi
 from recis_lightning.lookup.exchange import Counts
 from recis_lightning.lookup.features import FeatureLayout, listed
 from recis_lightning.lookup.gradient_ledger import ledger_of
-from recis_lightning.lookup.local import counts_occurrences
 from recis_lightning.ops.async_copy import to_device_async
 
 _NAMED = 6  # features that an error lists
@@ -83,10 +82,8 @@ def read_counts(
         process_group = groups[0].process_group
         message = to_device_async(joined, message_device(process_group))
         names = [table.name for group in groups for table in group.layout.tables]
-        answer = collectives.wait(
-            collectives.all_to_all(
-                message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
-            )
+        answer = collectives.all_to_all(
+            message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
         )
         received = answer.cpu().numpy()
     ends = np.cumsum([part.shape[1] for part in counts])[:-1]
@@ -105,7 +102,7 @@ def lookup_digest(groups: Sequence[Group], training: bool) -> int:
         told.append(torch._C._current_graph_task_id() == -1)  # a lookup, not one made again
         for group in groups:
             layout = group.layout
-            told += [counts_occurrences(layout), learns and layout.trains()]
+            told += [layout.counts_occurrences, learns and layout.trains()]
     return digest(told)
 
 

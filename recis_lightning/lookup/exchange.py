@@ -9,22 +9,17 @@ nothing but ids and rows travels with an id.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.distributed import collectives
+from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.lookup.dedup import DeduplicatedIds
-from recis_lightning.lookup.features import (
-    FeatureLayout,
-    header_addresses,
-    listed,
-    point_to_rows,
-)
-from recis_lightning.lookup.local import counts_occurrences, find_or_insert_rows
+from recis_lightning.lookup.features import FeatureLayout, point_to_rows
+from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.lookup.regrouping import ReceivedParts, received_parts
 from recis_lightning.ops import backend, embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
@@ -37,13 +32,12 @@ from recis_lightning.ops.layout import (
     NUM_REJECTED,
     PLAN_SIZE,
     ROW_BYTES,
+    SEGMENT_HEADER,
     SEGMENT_IDS,
-    SEGMENT_SIZE,
     SEGMENT_START,
     UNKNOWN,
 )
 from recis_lightning.table.hash_table import HashTable
-from recis_lightning.table.segment import write_segment
 
 Counts = npt.NDArray[np.int64]  # [num_ranks, num_sources], how many ids of each
 
@@ -53,10 +47,10 @@ def exchange_rows(
     deduplicated: DeduplicatedIds,
     training: bool,
     occurrences_of: Tensor | None = None,
-) -> Generator[Counts | None, Counts | None, ShardExchange]:
-    """Fetch the rows of deduplicated ids from their owners; pause while messages are under way.
+) -> Generator[Counts | Message, Any, ShardExchange]:
+    """Fetch the rows of deduplicated ids from their owners; pause where messages travel.
 
-    The first pause yields how many ids go to each rank, and is sent how many come from each.
+    Pauses as ``RowSource.fetch`` says.
 
     Args:
         layout: The group's features; of each table this rank has a shard.
@@ -66,39 +60,18 @@ def exchange_rows(
             None means 1.
     """
     recv_counts = yield deduplicated.counts
-    assert recv_counts is not None
     num_sent: list[int] = deduplicated.counts.sum(1).tolist()
     num_received: list[int] = recv_counts.sum(1).tolist()
-    needs_occurrences = training and counts_occurrences(layout)
+    needs_occurrences = training and layout.counts_occurrences
     message = deduplicated.ids
     if needs_occurrences:
         message = torch.stack([message, deduplicated.occurrences(occurrences_of)], 1)
-    message = yield from _all_to_all(layout, message, num_received, num_sent)
-    ids, occurrences = message, None
+    ids, occurrences = (yield Message(message, num_received, num_sent)), None
     if needs_occurrences:
-        ids, occurrences = message.T.contiguous().unbind()
+        ids, occurrences = ids.T.contiguous().unbind()
     owned = _look_up(layout, recv_counts, ids, occurrences, training)
-    rows = yield from _all_to_all(layout, _gather(layout, owned), num_sent, num_received)
+    rows = yield Message(_gather(layout, owned), num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows)
-
-
-def _source_tables(layout: FeatureLayout) -> list[HashTable]:
-    """Return the table of each of the layout's sources."""
-    return [layout.tables[source.table] for source in layout.sources]
-
-
-def _all_to_all(
-    layout: FeatureLayout, message: Tensor, output_splits: list[int], input_splits: list[int]
-) -> Generator[Counts | None, Counts | None, Tensor]:
-    """Return what the other ranks send, after a pause in which it travels."""
-    received = yield from collectives.all_to_all(
-        message,
-        output_splits,
-        input_splits,
-        lambda: f"looks up tables {listed([table.name for table in layout.tables])}",
-        layout.process_group,
-    )
-    return received
 
 
 class OwnedIds(NamedTuple):
@@ -133,16 +106,13 @@ def _look_up(
         occurrences: int64 [r], how often each id occurs at its rank; None if nobody counts.
         training: As for ``exchange_rows``.
     """
-    tables = _source_tables(layout)
+    tables = layout.source_tables
     parts = received_parts(recv_counts, layout.device)
     sources, sizes, _ = parts
     ids = parts.arrange(ids)
     starts = np.cumsum(sizes) - sizes
-    segments = np.zeros((len(tables), SEGMENT_SIZE), np.int64)
-    for line, table, source in zip(segments, tables, layout.sources, strict=True):
-        write_segment(line, table, training, None, source.admits)
     # Tables that got no ids too: a lookup is one of all shards.
-    segments = segments[sources]
+    segments = layout.source_segments[training][sources]
     segments[:, SEGMENT_START] = starts
     segments[:, SEGMENT_IDS] = ids.data_ptr()
     if training:
@@ -159,7 +129,7 @@ def _look_up(
     used = np.flatnonzero(sizes)
     used_tables = sources[used]
     plan = np.zeros((len(used), PLAN_SIZE), np.int64)
-    plan[:, fields.PLAN_HEADER] = header_addresses(tables)[used_tables]
+    plan[:, fields.PLAN_HEADER] = segments[used, SEGMENT_HEADER]
     plan[:, fields.PLAN_MODE] = fields.NONE
     plan[:, fields.PLAN_FIRST_ID] = starts[used]
     plan[:, fields.PLAN_NUM_BAGS] = plan[:, fields.PLAN_NUM_IDS] = sizes[used]
@@ -172,7 +142,7 @@ def _count_rejections(
     layout: FeatureLayout, parts: ReceivedParts, rows: Tensor, occurrences: Tensor
 ) -> None:
     """Count occurrences that a table rejects unseen: the index counts a rank's ids once."""
-    tables = _source_tables(layout)
+    tables = layout.source_tables
     rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
     split = rejected.split(parts.sizes.tolist())
     for source, part in zip(parts.sources.tolist(), split, strict=True):

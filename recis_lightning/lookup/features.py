@@ -211,6 +211,31 @@ class FeatureLayout:
                 )
 
     @cached_property
+    def source_tables(self) -> list[HashTable]:
+        """Table of each source."""
+        return [self.tables[source.table] for source in self.sources]
+
+    @cached_property
+    def source_segments(self) -> dict[bool, Segments]:
+        """Segments of the sources without padding or sizes, by whether they insert."""
+        segments = np.zeros((2, len(self.sources), SEGMENT_SIZE), np.int64)
+        for insert, lines in enumerate(segments):
+            for line, table, source in zip(lines, self.source_tables, self.sources, strict=True):
+                write_segment(line, table, bool(insert), None, source.admits)
+        segments.flags.writeable = False
+        return {False: segments[0], True: segments[1]}
+
+    @cached_property
+    def counts_occurrences(self) -> bool:
+        """Whether it matters to a training lookup how often each id occurs."""
+        return any(
+            source.admits == "none"
+            or self.tables[source.table].admission is not None
+            or self.tables[source.table].storage.keeps_access_metadata
+            for source in self.sources
+        )
+
+    @cached_property
     def signature(self) -> int:
         """Number by which ranks recognise the features."""
         settings = [
@@ -299,4 +324,4 @@ def listed(names: Sequence[str]) -> str:
     return repr(names) if len(names) <= 4 else f"{names[:3]} and {len(names) - 3} more"
 
 
-__all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "point_to_rows"]
+__all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "listed", "point_to_rows"]

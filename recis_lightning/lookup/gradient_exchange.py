@@ -7,6 +7,7 @@ their loss did not use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from recis_lightning.distributed.heads import (
     announce_failure,
     exchange_heads,
 )
+from recis_lightning.distributed.joined_messages import by_part, by_rank
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
 from recis_lightning.lookup.exchange import Route, point_to_data
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
@@ -44,11 +46,15 @@ from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import distinct_locks, write
 from recis_lightning.table.pending_gradient import PendingGradient
 
-_NUMBERS = (PAYLOAD_SIZE - 1) // 3  # in a head, for the bits of each kind
-_WINDOW = 56 * _NUMBERS  # lookups that a head has bits for
+_pending, _process_group = map(attrgetter, ("pending", "process_group"))
+_optimizer = attrgetter("optimizer")
+_NUMBERS = (PAYLOAD_SIZE - 1) // 4  # in a head, for the bits of each kind
+_WINDOW = 56 * _NUMBERS  # lookups, and tables, that a head has bits for
 
 
-def send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_due: bool) -> None:
+def send_gradients(
+    tables: Sequence[HashTable], purpose: Callable[[], str], is_due: bool
+) -> list[bool] | None:
     """Send all gradients that have not travelled: ``table.gradient_exchange.GradientExchange``.
 
     Raises:
@@ -56,25 +62,32 @@ def send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_d
             or a table lost rows that a gradient is for; says which rank, and is raised on every
             rank.
     """
-    if is_initialized():
-        with backend.region("recis::send_gradients"):
-            _send_gradients(tables, purpose, is_due)
+    if not is_initialized():
+        return None
+    with backend.region("recis::send_gradients"):
+        return _send_gradients(tables, purpose, is_due)
 
 
-def _send_gradients(tables: Sequence[HashTable], purpose: Callable[[], str], is_due: bool) -> None:
-    for process_group in dict.fromkeys(table.process_group for table in tables):
+def _send_gradients(
+    tables: Sequence[HashTable], purpose: Callable[[], str], is_due: bool
+) -> list[bool] | None:
+    waiting: list[bool] | None = None
+    for process_group in dict.fromkeys(map(_process_group, tables)):
         ledger = ledger_of(process_group)
         has_ranks = collectives.world_size(process_group) > 1
         if not (is_due and has_ranks) and not ledger.has(tables):
             continue
-        told = purpose()
-        kept: list[bool] = []
+        told, kept = purpose(), list[bool]()
+        # Whose gradients travel now belong to the same tables afterwards.
+        waiting = list(map(bool, map(_pending, tables)))
         entries = ledger.entries
         for first in range(0, max(len(entries), 1), _WINDOW):
             window = entries[first : first + _WINDOW]
-            kept += _send_window(ledger, window, told, first, process_group)
+            are_kept, waiting = _send_window(ledger, window, told, first, process_group, waiting)
+            kept += are_kept
         ledger.keep(kept)
         ledger.note_sent()
+    return waiting if len(tables) <= _WINDOW else None
 
 
 def _send_window(
@@ -83,13 +96,20 @@ def _send_window(
     purpose: str,
     first: int,
     process_group: ProcessGroup | None,
-) -> list[bool]:
-    """Send the gradients of some lookups; return for each whether any rank may have more."""
+    waiting: list[bool],
+) -> tuple[list[bool], list[bool]]:
+    """Send the gradients of some lookups.
+
+    Returns:
+        For each lookup whether any rank may have more, and for each table that a head has bits for
+        whether any rank's ``waiting`` is set.
+    """
     records = [entry.unsent() for entry in entries]
     try:
-        for unsent in records:
+        for entry, unsent in zip(entries, records, strict=True):
             for record, for_tables in unsent.items():
-                record.check_unchanged(min(table.name for table in for_tables))
+                in_order = (t for t in entry.route.layout.tables if t in for_tables)
+                record.check_unchanged(next(in_order).name)
     except RuntimeError as error:
         announce_failure(error, purpose, process_group)
         raise
@@ -98,13 +118,16 @@ def _send_window(
         [entry.is_alive() for entry in entries],
         [bool(unsent) for unsent in records],
         [entry.is_stale() for entry in entries],
+        waiting[:_WINDOW],
         size=_NUMBERS,
     )
-    head = Head(Kind.GRADIENTS, digest((purpose, first)), lambda: purpose, ledger.num_lookups)
+    told = digest((purpose, first, len(waiting)))
+    head = Head(Kind.GRADIENTS, told, lambda: purpose, ledger.num_lookups)
     heads = exchange_heads(head, np.append(ran_backward, bits), process_group)
-    alive, sends, stale = split_bits(
-        heads.payloads[:, 1 : 1 + len(bits)], 3, len(entries)
-    ).swapaxes(0, 1)
+    received = heads.payloads[:, 1 : 1 + len(bits)]
+    of_entries, of_tables = received[:, : 3 * _NUMBERS], received[:, 3 * _NUMBERS :]
+    alive, sends, stale = split_bits(of_entries, 3, len(entries)).swapaxes(0, 1)
+    of_any = np.bitwise_or.reduce(of_tables, 0, keepdims=True)
     ranks = collectives.global_ranks(process_group)
     _check_backward(entries, sends, heads.payloads[:, 0], purpose, ranks)
     _check_rows(entries, sends, stale, ranks)
@@ -115,7 +138,7 @@ def _send_window(
         _exchange(some, of, sends[:, chosen], purpose)
         for entry in some:
             entry.note_received()
-    return list(map(bool, alive.any(0)))
+    return alive.any(0).tolist(), split_bits(of_any, 1, len(waiting[:_WINDOW])).ravel().tolist()
 
 
 def _check_backward(
@@ -170,7 +193,10 @@ def _exchange(
         sends: bool [num_ranks, num_entries], whether the rank has gradients for it.
         purpose: What the rank does next.
     """
-    locks = distinct_locks(t.lock for entry in entries for t in entry.route.layout.tables)
+    layouts = [entry.route.layout for entry in entries]
+    locks = layouts[0].current_locks()
+    if len(layouts) > 1:
+        locks = distinct_locks(lock for layout in layouts for lock in layout.current_locks())
     write(locks, _exchange_locked, [entry.route for entry in entries], records, sends, purpose)
 
 
@@ -180,18 +206,17 @@ def _exchange_locked(
     sends: npt.NDArray[Any],
     purpose: str,
 ) -> None:
-    sums = [_sums_of(r, of) if of else None for r, of in zip(routes, records, strict=True)]
+    nothing = torch.empty(0, device=routes[0].layout.device)
+    sums = [_sums_of(r, of) if of else nothing for r, of in zip(routes, records, strict=True)]
     widths = np.array([route.layout.embedding_dim + 1 for route in routes])
     sent = np.array([route.num_sent for route in routes]).T * widths
-    sent *= np.array([total is not None for total in sums])
+    sent *= np.array(list(map(bool, records)))
     received = np.array([route.num_received for route in routes]).T * widths * sends
-    message = _by_rank(sums, sent, routes[0].layout.device)
+    message = by_rank([total.view(-1) for total in sums], sent)
     process_group = routes[0].layout.process_group
     sizes = received.sum(1).tolist(), sent.sum(1).tolist()
-    answer = collectives.wait(
-        collectives.all_to_all(message, *sizes, lambda: purpose, process_group)
-    )
-    parts = [answer] if len(routes) == 1 and sends.all() else _by_route(answer, received)
+    answer = collectives.all_to_all(message, *sizes, lambda: purpose, process_group)
+    parts = [answer] if len(routes) == 1 else by_part(answer, received)
     for number, (route, of) in enumerate(zip(routes, records, strict=True)):
         gradients = parts[number].view(-1, int(widths[number]))
         if not sends[:, number].all():
@@ -201,28 +226,6 @@ def _exchange_locked(
             for table in tables:
                 table.pending.remove(record)
         _leave_pending(route, gradients, {table for tables in of.values() for table in tables})
-
-
-def _by_rank(sums: Sequence[Tensor | None], sent: Any, device: torch.device) -> Tensor:
-    """Return the message: for each rank, the gradients of each lookup, one after the other."""
-    flat = [None if total is None else total.view(-1) for total in sums]
-    if len(flat) == 1 and flat[0] is not None:
-        return flat[0]
-    ends = np.cumsum(sent, 0)
-    parts = [
-        part[end - size : end]
-        for sizes, lasts in zip(sent.tolist(), ends.tolist(), strict=True)
-        for part, size, end in zip(flat, sizes, lasts, strict=True)
-        if part is not None and size
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, device=device)
-
-
-def _by_route(answer: Tensor, received: Any) -> list[Tensor]:
-    """Return what came for each lookup, by rank."""
-    num_routes = received.shape[1]
-    parts = answer.split(received.reshape(-1).tolist())
-    return [torch.cat(parts[number::num_routes]) for number in range(num_routes)]
 
 
 def _with_zeros(gradients: Tensor, route: Route, sends: Any) -> Tensor:
@@ -245,7 +248,7 @@ def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Te
     sums = torch.zeros(size, layout.embedding_dim + 1, device=layout.device)
     plans: list[Plan] = []
     flags: list[Tensor | None] = []
-    is_counted = any(_counts_ids(table) for tables in records.values() for table in tables)
+    is_counted = any(_count_ids(tables) for tables in records.values())
     for record, tables in records.items():
         unsent = record.unsent
         assert isinstance(unsent, UnsentGradient)
@@ -328,9 +331,10 @@ def _rows_with_gradient(
         yield torch.where(rows < 0, size, rows)  # no mask: a GPU's would wait
 
 
-def _counts_ids(table: HashTable) -> bool:
-    """Return whether the optimizer of a table asks how many ids its gradients are of."""
-    return getattr(table.optimizer, "cow_clip", None) is not None
+def _count_ids(tables: set[HashTable]) -> bool:
+    """Return whether the optimizer of any table asks how many ids its gradients are of."""
+    optimizers = set(map(_optimizer, tables))
+    return any(getattr(optimizer, "cow_clip", None) is not None for optimizer in optimizers)
 
 
 def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None:
@@ -343,7 +347,9 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
     """
     part_tables, plan, rows, parts = route.owned
     plan, received = plan.copy(), parts.arrange(received)
-    is_used = np.array([table.trainable for table in part_tables], bool)
+    is_used = np.ones(len(part_tables), bool)
+    if not all(route.layout.trains()):
+        is_used[:] = [table.trainable for table in part_tables]
     is_missing = received[:, -1] == 0
     if bool(is_missing.any()):
         rows = rows.masked_fill(is_missing, UNKNOWN)
@@ -359,8 +365,9 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
     for table in updated:
         table.pending.append(record)
     # Ids of other ranks: nothing to apply here, but the table's update has this rank's part.
+    nothing = PendingGradient([], plan[:0], rows[:0], [])
     for table in sent.difference(updated):
-        table.pending.append(PendingGradient([], plan[:0], rows[:0], []))
+        table.pending.append(nothing)
 
 
 def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,9 @@ from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import layout as fields
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
+
+# For maps over hundreds of tables.
+_pending, _generation, _num_rooms = map(attrgetter, ("pending", "generation", "num_rooms"))
 
 
 class UnsentGradient(NamedTuple):
@@ -50,7 +55,7 @@ class LedgerEntry:
     def __init__(self, number: int, route: Route, fetched: Any) -> None:
         self.number, self.route = number, route
         self._fetched = weakref.ref(fetched)
-        self._generations = [storage.generation for storage in route.layout.storages]
+        self._generations = list(map(_generation, route.layout.storages))
         self._num_rooms: list[int] | None = None  # when gradients came that keep their rows
         note_lookup(route.layout, self)
 
@@ -61,8 +66,10 @@ class LedgerEntry:
     def is_stale(self) -> bool:
         """Return whether a table lost rows here since."""
         layout = self.route.layout
-        if self._num_rooms not in (None, [storage.num_rooms for storage in layout.storages]):
+        if self._num_rooms not in (None, list(map(_num_rooms, layout.storages))):
             return True
+        if layout.is_current():  # no table has another storage
+            return list(map(_generation, layout.storages)) != self._generations
         return any(map(self._has_lost_rows, range(len(layout.tables))))
 
     def _has_lost_rows(self, position: int) -> bool:
@@ -73,7 +80,7 @@ class LedgerEntry:
 
     def note_received(self) -> None:
         """Note that gradients of it are pending with their tables."""
-        self._num_rooms = [storage.num_rooms for storage in self.route.layout.storages]
+        self._num_rooms = list(map(_num_rooms, self.route.layout.storages))
 
     def rows_in_use(self, table: HashTable) -> Iterator[Tensor]:
         """Yield rows of a table's shard that a gradient may still come for, int64 [n] each."""
@@ -91,7 +98,8 @@ class LedgerEntry:
         found: dict[PendingGradient, set[HashTable]] = {}
         if fetched is None:
             return found
-        for table in self.route.layout.tables:
+        tables = self.route.layout.tables
+        for table in compress(tables, map(_pending, tables)):
             for record in table.pending:
                 unsent = record.unsent
                 if isinstance(unsent, UnsentGradient) and unsent.fetched is fetched:
@@ -157,7 +165,8 @@ def stack_bits(*lists: Sequence[bool], size: int) -> Any:
 
 def split_bits(numbers: Any, num_lists: int, num_flags: int) -> Any:
     """Return bool [num_ranks, num_lists, num_flags] of a line of ``stack_bits`` for each rank."""
-    bits = (numbers[:, :, None] >> np.arange(_BITS)) & 1
+    lists = numbers.reshape(len(numbers), num_lists, -1)[:, :, : -(-num_flags // _BITS)]
+    bits = (lists[..., None] >> np.arange(_BITS)) & 1
     return bits.reshape(len(numbers), num_lists, -1)[:, :, :num_flags].astype(bool)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from recis_lightning.arguments import check_not_traced
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.heads import announce_failure
+from recis_lightning.distributed.joined_messages import Message, exchange_messages
 from recis_lightning.jagged import Bags, FeatureBags
 from recis_lightning.lookup import transfer
 from recis_lightning.lookup.agreement import Counts, agree_on_lookup, describe
@@ -31,7 +32,7 @@ from recis_lightning.lookup.batch import (
     malformed_feature,
 )
 from recis_lightning.lookup.buffers import Columns
-from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.features import FeatureLayout, listed
 from recis_lightning.lookup.row_source import RowSource
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
@@ -215,7 +216,7 @@ def _are_on_cpu(details: Sequence[Bags]) -> bool:
 def look_up_groups(
     groups: Sequence[LookupGroup], bags: Sequence[FeatureBags], training: bool
 ) -> list[list[Tensor]]:
-    """Look groups up together: each sends its messages before any waits for one.
+    """Look groups up together: the messages of all travel together.
 
     Args:
         groups: The groups of a module.
@@ -317,17 +318,33 @@ def _run_lookups(
     running = list(map(LookupGroup.look_up, groups, batches, [training] * len(groups), filled))
     if agree is None:
         agree = partial(agree_on_lookup, groups, training)
+    exchange = partial(
+        exchange_messages,
+        doing=lambda: f"looks up tables {listed(_table_names(groups))}",
+        process_group=groups[0].process_group,
+    )
     # Ranks answer one another in a fixed order, and so do the threads of each.
     if training or groups[0].num_ranks > 1:
-        return write(locks, lambda: record(_take_turns(running, agree)))
-    return read(locks, lambda: record(_take_turns(running, agree)))
+        return write(locks, lambda: record(_take_turns(running, agree, exchange)))
+    return read(locks, lambda: record(_take_turns(running, agree, exchange)))
+
+
+def _table_names(groups: Sequence[LookupGroup]) -> list[str]:
+    return [table.name for group in groups for table in group.layout.tables]
 
 
 def _take_turns(
     running: Sequence[Generator[Any, Any, Lookup]],
     agree: Callable[[Sequence[Counts]], Sequence[Counts]],
+    exchange: Callable[[Sequence[Message]], Sequence[Tensor]],
 ) -> list[Lookup]:
-    """Run lookups until all are done; return them in their order."""
+    """Run lookups until all are done; return them in their order.
+
+    Args:
+        running: The lookups.
+        agree: As for ``run_lookups``.
+        exchange: Sends the lookups' messages together; returns what has come for each.
+    """
     found: list[Any] = [None] * len(running)
     left, counts = [], []
     for i, lookup in enumerate(running):
@@ -339,15 +356,15 @@ def _take_turns(
             left.append((i, lookup))
     answers: Any = agree(counts) if left else ()
     while left:
-        paused = []
-        for (i, lookup), answer in zip(left, answers, strict=False):
+        paused, messages = [], []
+        for (i, lookup), answer in zip(left, answers, strict=True):
             try:
-                lookup.send(answer)
+                messages.append(lookup.send(answer))
             except StopIteration as end:
                 found[i] = end.value
             else:
                 paused.append((i, lookup))
-        left, answers = paused, repeat(None)
+        left, answers = paused, exchange(messages) if messages else ()
     return found
 
 

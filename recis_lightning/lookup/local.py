@@ -44,7 +44,7 @@ class LocalRows:
         admissions = [policy for policy in policies if policy is not None]
         self._may_reject = reads_only or bool(admissions)
         self._all_tables_admit = not reads_only and all(policy.admits for policy in admissions)
-        self._counts_occurrences = counts_occurrences(layout)
+        self._counts_occurrences = layout.counts_occurrences
         self._is_prepared = False  # for training
         self._all_known = False  # whether the last training lookup found nothing to insert
 
@@ -96,16 +96,6 @@ class LocalRows:
         if self._all_known and self._may_reject:
             self._all_known = not bool((rows == UNKNOWN).any())
         return rows
-
-
-def counts_occurrences(layout: FeatureLayout) -> bool:
-    """Return whether it matters to a training lookup how often each id occurs."""
-    return any(
-        source.admits == "none"
-        or layout.tables[source.table].admission is not None
-        or layout.tables[source.table].storage.keeps_access_metadata
-        for source in layout.sources
-    )
 
 
 def _count_rejections(
@@ -218,4 +208,4 @@ def _note_new(
             tracker.note_new(ids[i][new_of_segment].cpu())
 
 
-__all__ = ["FetchedLocalRows", "LocalRows", "counts_occurrences", "find_or_insert_rows"]
+__all__ = ["FetchedLocalRows", "LocalRows", "find_or_insert_rows"]

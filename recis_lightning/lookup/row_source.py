@@ -65,11 +65,12 @@ class RowSource(Protocol):
     def fetch(
         self, batch: Batch, plan: Plan, training: bool, learns: bool
     ) -> Generator[Any, Any, FetchedRows]:
-        """Look ids up and fill the outputs; pause while messages are under way.
+        """Look ids up and fill the outputs; pause where messages travel.
 
-        The groups of an engine take turns at the pauses, so that one group's messages travel while
-        another group works. The first pause of sharded rows yields how many ids go to each rank,
-        and is sent how many come from each: int64 [num_ranks, num_sources].
+        The groups of an engine take turns at the pauses, so that the messages of all travel
+        together. The first pause of sharded rows yields how many ids go to each rank, and is sent
+        how many come from each: int64 [num_ranks, num_sources]. Each other one yields a
+        ``Message``, and is sent what has come.
 
         Args:
             batch: What to look up.

@@ -7,12 +7,13 @@ travel later, where all ranks are level: see ``gradient_exchange``.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.dedup import Deduplicator
@@ -64,7 +65,7 @@ class ShardedRows:
 
     def fetch(
         self, batch: Batch, plan: Plan, training: bool, learns: bool
-    ) -> Generator[Counts | None, Counts | None, FetchedShardedRows]:
+    ) -> Generator[Counts | Message, Any, FetchedShardedRows]:
         """Ask ids of the ranks that own them, and fill the outputs."""
         layout = self._layout
         # Backward may come to it: autograd records what is looked up now.

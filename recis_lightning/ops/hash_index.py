@@ -135,10 +135,16 @@ def describe(segments: Segments, ids: Sequence[Tensor]) -> int:
         ids: int64 [n_i] for each segment, contiguous; the caller keeps them alive as long as the
             segments are used.
     """
-    sizes = np.array([part.numel() for part in ids], np.int64)
-    segments[:, SEGMENT_START] = np.cumsum(sizes) - sizes
+    sizes = enter_starts(segments, ids)
     write_addresses(segments, ids)
     return int(sizes.sum())
+
+
+def enter_starts(segments: Segments, ids: Sequence[Tensor]) -> npt.NDArray[np.int64]:
+    """Enter the start of their ids into segments; return the number of ids of each."""
+    sizes = np.array(list(map(Tensor.numel, ids)), np.int64)
+    segments[:, SEGMENT_START] = np.cumsum(sizes) - sizes
+    return sizes
 
 
 def write_addresses(segments: Segments, ids: Sequence[Tensor]) -> None:
@@ -411,6 +417,7 @@ __all__ = [
     "describe",
     "empty_entries",
     "enter_entries",
+    "enter_starts",
     "fill",
     "find",
     "find_or_insert",

@@ -99,10 +99,10 @@ class TableUpdater:
         """
         if is_fake_mode():
             refuse_fake_mode(type(owner).__name__)
-        exchange_gradients(
+        waiting = exchange_gradients(
             self.tables, lambda: f"steps {_describe(owner, self.tables)}", is_due=True
         )
-        write(self._current_locks(), self._step, owner, rule, hyperparameters)
+        write(self._current_locks(), self._step, owner, rule, hyperparameters, waiting)
 
     def norm_power(self, owner: Optimizer, norm_type: float) -> Tensor:
         """Return the sum of ``|g| ** norm_type`` over all rows' gradients, the largest if inf.
@@ -127,14 +127,14 @@ class TableUpdater:
                 "are computed on the CPU"
             )
 
-        exchange_gradients(
+        waiting = exchange_gradients(
             self.tables,
             lambda: f"computes the norm of gradients of {_describe(owner, self.tables)}",
             is_due=True,
         )
 
         def powers_of_updates() -> tuple[Tensor | None, list[Tensor]]:
-            updates = self._current_updates(owner)
+            updates = self._current_updates(owner, waiting)
             powers = [update.norm_power(norm_type).to(device) for update in updates]
             return self._scale_of_pending(), powers
 
@@ -188,9 +188,10 @@ class TableUpdater:
         owner: Optimizer,
         rule: int,
         hyperparameters: Callable[[int, int], dict[int, float]],
+        waiting: list[bool] | None,
     ) -> None:
         clip = math.inf if self.clip_grad_value is None else self.clip_grad_value
-        updates = self._current_updates(owner)
+        updates = self._current_updates(owner, waiting)
         for update in updates:
             update.set_hyperparameters(hyperparameters, clip, self.cow_clip or (0.0, 0.0))
         if self.cow_clip is not None:
@@ -205,8 +206,13 @@ class TableUpdater:
             update.apply(gradients, rule)
         self._is_scaled = False
 
-    def _current_updates(self, owner: Optimizer) -> list[FusedUpdate]:
-        """Return the updates of the tables that have gradients on any rank."""
+    def _current_updates(self, owner: Optimizer, waiting: list[bool] | None) -> list[FusedUpdate]:
+        """Return the updates of the tables that have gradients on any rank.
+
+        Args:
+            owner: The optimizer that steps.
+            waiting: For each table whether it has, as ``exchange_gradients`` returned it.
+        """
         tables = self.tables
         version = layout_version()
         if self._layout_version != version:
@@ -218,8 +224,9 @@ class TableUpdater:
             self._last_waiting = []
             self._layout_version = version  # last: an interrupted step does all of it again
         # A table's update is one of all its shards, also of those that got no gradient.
-        pending = list(map(bool, self._pending))
-        waiting = collectives.any_rank(pending, tables[0].device, self._process_group)
+        if waiting is None:
+            pending = list(map(bool, self._pending))
+            waiting = collectives.any_rank(pending, tables[0].device, self._process_group)
         if all(waiting) and not self._given_away:
             return self._updates
         if waiting == self._last_waiting:

@@ -14,13 +14,19 @@ from typing import Any, Protocol
 class GradientExchange(Protocol):
     """Sends gradients to the ranks that own their rows."""
 
-    def __call__(self, tables: Sequence[Any], purpose: Callable[[], str], is_due: bool) -> None:
+    def __call__(
+        self, tables: Sequence[Any], purpose: Callable[[], str], is_due: bool
+    ) -> list[bool] | None:
         """Send all gradients that have not travelled; a collective operation.
 
         Args:
-            tables: Tables that are to have theirs.
+            tables: Tables that are to have theirs, of one process group.
             purpose: Returns what the rank does next, the same on all: "steps SparseSGD".
             is_due: Whether to ask the other ranks though no lookup of ``tables`` may have left any.
+
+        Returns:
+            For each of ``tables``, whether any rank has a gradient for it; None if the ranks were
+            not asked, or there are too many tables.
 
         Raises:
             RuntimeError: Another rank does something else; says which rank does what.
@@ -36,10 +42,11 @@ def set_gradient_exchange(exchange: GradientExchange) -> None:
     _exchange = exchange
 
 
-def exchange_gradients(tables: Sequence[Any], purpose: Callable[[], str], is_due: bool) -> None:
-    """Have gradients of sharded rows sent to their owners; arguments as ``GradientExchange``."""
-    if _exchange is not None:
-        _exchange(tables, purpose, is_due)
+def exchange_gradients(
+    tables: Sequence[Any], purpose: Callable[[], str], is_due: bool
+) -> list[bool] | None:
+    """Have gradients of sharded rows sent to their owners; as ``GradientExchange``."""
+    return None if _exchange is None else _exchange(tables, purpose, is_due)
 
 
 __all__ = ["GradientExchange", "exchange_gradients", "set_gradient_exchange"]

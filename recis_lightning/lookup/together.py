@@ -1,0 +1,211 @@
+"""Lookups of several modules together, as one module that had all their features would do them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from recis_lightning import compiler
+from recis_lightning.distributed import collectives
+from recis_lightning.distributed.heads import announce_failure
+from recis_lightning.distributed.process_group import ProcessGroup
+from recis_lightning.jagged import FeatureBags
+from recis_lightning.lookup.current_groups import CurrentGroups
+from recis_lightning.lookup.features import Feature
+from recis_lightning.lookup.group import LookupGroup, look_up_groups
+
+_Result = TypeVar("_Result")
+_MOST_KEPT = 16  # combinations of features that a module's groups are kept for
+
+
+class Asked(NamedTuple):
+    """Features that a module looks up.
+
+    Attributes:
+        groups: Its groups.
+        bags: For each group, those of its features.
+    """
+
+    groups: Sequence[LookupGroup]
+    bags: Sequence[FeatureBags]
+
+
+LookupSteps = Generator[Asked, list[list[Tensor]], _Result]
+"""Lookup of a module: yields what it asks, and is sent the rows of each group's features."""
+
+
+class LookupModule(Protocol):
+    """Module whose lookups may be done with those of others.
+
+    Attributes:
+        training: Whether it trains.
+    """
+
+    training: bool
+
+    def lookup_steps(self, *arguments: Any) -> LookupSteps[Any]:
+        """Look up what ``forward`` is given, in steps; nothing changes before the first yield."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Look up."""
+
+
+def run_steps(steps: LookupSteps[_Result], training: bool) -> _Result:
+    """Do a lookup by itself."""
+    groups, bags = next(steps)
+    return _finish(steps, look_up_groups(groups, bags, training))
+
+
+def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
+    """Look up several modules, which share the passes and messages of one ``EmbeddingEngine``.
+
+    Outputs, gradients and updates are those of calling the modules one after the other. On several
+    ranks all of them take three messages in training, where each would take three of its own; in
+    evaluation they are called one after the other, so that a rank without a batch can answer.
+
+    Args:
+        lookups: For each a sequence: a ``DynamicEmbedding``, ``DynamicEmbeddingBag`` or
+            ``EmbeddingEngine``, and what it is called with. A module may occur several times.
+
+    Returns:
+        What each returns, in their order.
+
+    Raises:
+        TypeError: A module is of another kind (names its position).
+        ValueError: Some modules train and others do not, or their tables are sharded over several
+            process groups.
+
+    Example:
+        >>> from recis_lightning import DynamicEmbedding, DynamicEmbeddingBag
+        >>> user, tags = DynamicEmbedding(4, name="user"), DynamicEmbeddingBag(2, name="tags")
+        >>> ids, bags = torch.tensor([5, 6, 5]), torch.tensor([[1, 2], [2, 2], [3, 1]])
+        >>> [tuple(rows.shape) for rows in look_up_together((user, ids), (tags, bags))]
+        [(3, 4), (3, 2)]
+    """
+    modules: list[LookupModule] = []
+    for position, lookup in enumerate(lookups):
+        is_sequence = isinstance(lookup, (tuple, list)) and len(lookup) > 0
+        if not is_sequence or not hasattr(lookup[0], "lookup_steps"):
+            got = type(lookup[0] if is_sequence else lookup).__name__
+            raise TypeError(
+                f"lookups[{position}]: expected (module, *arguments) of a DynamicEmbedding, "
+                f"DynamicEmbeddingBag or EmbeddingEngine, got {got}"
+            )
+        modules.append(lookup[0])
+    trains = [module.training for module in modules]
+    if any(trains) and not all(trains):
+        raise ValueError(
+            f"lookups[{trains.index(False)}]: expected modules that all train or none does, got "
+            f"one in eval() beside lookups[{trains.index(True)}], which trains"
+        )
+    if not all(trains) and torch.compiler.is_compiling():
+        return [module(*arguments) for module, *arguments in lookups]
+    return _look_up_together(lookups)
+
+
+@compiler.disable  # kernels read and change memory
+def _look_up_together(lookups: Sequence[Sequence[Any]]) -> list[Any]:
+    if not lookups:
+        return []
+    first: Any = lookups[0][0]
+    process_group = first.current_groups()[0].process_group
+    is_sharded = collectives.world_size(process_group) > 1
+    if is_sharded and not first.training:
+        return [module(*arguments) for module, *arguments in lookups]
+    try:
+        steps = [module.lookup_steps(*arguments) for module, *arguments in lookups]
+        asked = list(map(next, steps))
+        features = _features_of(asked, process_group)
+        groups = _groups_of(first, features).of(lambda: features)
+    except Exception as error:
+        if is_sharded:
+            announce_failure(error, "looks up several modules together", process_group)
+        raise
+    rows = iter(_look_up(groups, features, asked, first.training))
+    outputs = [
+        [[next(rows) for _ in group.layout.features] for group in part.groups] for part in asked
+    ]
+    return list(map(_finish, steps, outputs))
+
+
+def _finish(steps: LookupSteps[_Result], outputs: list[list[Tensor]]) -> _Result:
+    try:
+        steps.send(outputs)
+    except StopIteration as end:
+        result: _Result = end.value
+        return result
+    raise AssertionError("it yields once")
+
+
+def _features_of(asked: Sequence[Asked], process_group: ProcessGroup | None) -> tuple[Feature, ...]:
+    """Return the features of all modules; that of an embedding is named after its table.
+
+    Raises:
+        ValueError: Their tables are sharded over several process groups.
+    """
+    features: list[Feature] = []
+    for position, part in enumerate(asked):
+        for group in part.groups:
+            if group.process_group is not process_group:
+                raise ValueError(
+                    f"lookups[{position}]: expected tables that are sharded over the ranks of the "
+                    "same process group as those of lookups[0]"
+                )
+            features += group.layout.features
+    return tuple(f._replace(name=f.table.name) if f.name == "ids" else f for f in features)
+
+
+_kept: WeakKeyDictionary[Any, dict[tuple[Feature, ...], CurrentGroups]] = WeakKeyDictionary()
+
+
+def _groups_of(module: Any, features: tuple[Feature, ...]) -> CurrentGroups:
+    """Return the groups of features; they go with the module that is looked up first."""
+    kept = _kept.setdefault(module, {})
+    if features not in kept and len(kept) >= _MOST_KEPT:
+        kept.clear()
+    return kept.setdefault(features, CurrentGroups())
+
+
+def _look_up(
+    groups: Sequence[LookupGroup],
+    features: Sequence[Feature],
+    asked: Sequence[Asked],
+    training: bool,
+) -> list[Tensor]:
+    """Return the rows of each feature, in their order."""
+    number_of = {group.layout.row_type: number for number, group in enumerate(groups)}
+    places: list[list[int]] = [[] for _ in groups]  # positions of each group's features
+    for position, feature in enumerate(features):
+        table = feature.table
+        places[number_of[table.embedding_dim, table.dtype, table.device]].append(position)
+    parts = [(bags, i) for part in asked for bags in part.bags for i in range(len(bags))]
+    joined = [_join([parts[position] for position in its]) for its in places]
+    found = look_up_groups(groups, joined, training)
+    rows: list[Any] = [None] * len(features)
+    for its, outputs in zip(places, found, strict=True):
+        for position, output in zip(its, outputs, strict=True):
+            rows[position] = output
+    return rows
+
+
+def _join(parts: Sequence[tuple[FeatureBags, int]]) -> FeatureBags:
+    """Return features of several modules together.
+
+    Args:
+        parts: For each, the features of its module's group, and its position there.
+    """
+    if any(bags.details for bags, _ in parts):
+        joined = FeatureBags.of([bags[i] for bags, i in parts])
+    else:
+        joined = FeatureBags([bags.ids[i] for bags, i in parts])
+    for position, (bags, i) in enumerate(parts):
+        if i in bags.occurrences:
+            joined.occurrences[position] = bags.occurrences[i]
+    return joined
+
+
+__all__ = ["Asked", "LookupSteps", "look_up_together", "run_steps"]
