@@ -1,6 +1,8 @@
 """Served models: the trainer's values, on threads, in a fresh process, from damaged folders."""
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -281,3 +283,28 @@ def test_a_model_computes_on_a_gpu(exported):
                 found = served(given)
                 assert found.device.type == "cuda"
                 torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_copies_and_pickles_are_of_the_folder(exported):
+    model, folder = exported
+    served, batch = serving.load(folder), make_batch(4, seed=8)
+    assert copy.copy(served) is copy.deepcopy(served) is served
+    opened = pickle.loads(pickle.dumps(served))
+    assert opened.folder == folder
+    assert opened(batch).equal(model(batch))
+    behind = served.with_values(served.tables, {}, step=3)
+    with pytest.raises(TypeError, match="the version of step 3 is not pickled; pickle the model"):
+        pickle.dumps(behind)
+
+
+def test_entries_of_differing_lengths_are_named(exported):
+    batch = make_batch(4, seed=8)
+    shorter = {**batch, "price": batch["price"][:3]}
+    with pytest.raises(ValueError, match=r"as many samples each, .*'price'\]\": 3"):
+        serving.load(exported[1])(shorter)
+
+
+@pytest.mark.parametrize("call", [serving.load, serving.follow, serving.compact])
+def test_what_is_no_path_is_named(call):
+    with pytest.raises(TypeError, match="folder: expected a path, got None"):
+        call(None)
