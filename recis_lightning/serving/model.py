@@ -143,9 +143,8 @@ class ServedModel:
         return self._score(self._reader.read(records))
 
     def _score(self, tensors: Sequence[Any]) -> Any:
-        inputs = [
-            spec.take(one).to(self.device) for spec, one in zip(self._inputs, tensors, strict=True)
-        ]
+        inputs = [spec.take(one) for spec, one in zip(self._inputs, tensors, strict=True)]
+        inputs = [one if one.device == self.device else one.to(self.device) for one in inputs]
         try:
             found = self._program.run(inputs)
         except RuntimeError as error:

@@ -241,7 +241,8 @@ class TensorSpec:
         ):
             shape = ["any" if size is None else size for size in self.shape]
             raise ValueError(f"{self.name}: expected the shape {shape}, got {list(sizes)}")
-        taken: Tensor = tensor.detach()
+        # Each call of torch releases the interpreter's lock, for which other requests wait.
+        taken: Tensor = tensor.detach() if tensor.requires_grad else tensor
         return taken
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from recis_lightning import hash_tables, serving
+from recis_lightning import DynamicEmbedding, hash_tables, serving
 from recis_lightning.serving.manifest import Manifest, _checksum
 from tests.helpers.served_model import make_batch, trained_model
 
@@ -302,6 +304,27 @@ def test_entries_of_differing_lengths_are_named(exported):
     shorter = {**batch, "price": batch["price"][:3]}
     with pytest.raises(ValueError, match=r"as many samples each, .*'price'\]\": 3"):
         serving.load(exported[1])(shorter)
+
+
+def test_a_small_request_calls_torch_for_the_dense_part_alone(tmp_path):
+    """A call of torch releases the interpreter's lock, and waits until other requests let it go."""
+    called = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(DynamicEmbedding(2, name="user"), nn.ReLU())
+    model(torch.arange(5))
+    serving.export(model, tmp_path, example=torch.arange(3))
+    served, ids = serving.load(tmp_path), torch.tensor([1, 9])
+    with Note():
+        scores = served(ids)
+    to_numpy_and_back = {"aten::detach", "aten::lift_fresh"}
+    assert [name for name in called if name not in to_numpy_and_back] == ["aten::relu"]
+    assert len(called) <= 3
+    assert scores.equal(model.eval()(ids))
 
 
 @pytest.mark.parametrize("call", [serving.load, serving.follow, serving.compact])
