@@ -8,12 +8,13 @@ another score batches of mixed sizes, and compare each score, to the bit, with t
 which it claims. Figures:
 
 - wrong: requests with another score. Target: none.
-- update_cpu_ms: the most CPU time that taking up a delta took. Readers wait for no lock but the
-  interpreter's, so no stall by an update is longer. Target: at most 50 ms. (On a busy machine the
-  wait for that lock, which looks for it every 5 ms, counts too: measure on a quiet one.)
 - stall_ms: the longest time within which no request of any thread ended while a delta was taken up,
-  by wall clock, and stall_cpu_ms by the process's CPU time; calm_ms and calm_cpu_ms are the same
-  where nothing was taken up.
+  by wall clock. Target: at most 50 ms. On a machine that is busy with something else, the waits for
+  a core count too: measure on a quiet one.
+- update_cpu_ms: the most CPU time that taking up a delta took, which says the same on a busy
+  machine: readers wait for no lock but the interpreter's. Target: at most 50 ms.
+- stall_cpu_ms: as stall_ms, by the process's CPU time; calm_ms and calm_cpu_ms are the same where
+  nothing was taken up.
 - grown_mb: growth of the resident memory from a fifth of the run to its end. Target: at most 16 MB.
 
     python benchmarks/bench_following.py [--requests N] [--deltas N] [--threads N] [--dry]
@@ -267,6 +268,7 @@ def main() -> None:
         name
         for name, is_met in {
             "wrong = 0": result["wrong"] == 0,
+            f"stall_ms <= {MAX_STALL_MS}": result["stall_ms"] <= MAX_STALL_MS,
             f"update_cpu_ms <= {MAX_STALL_MS}": result["update_cpu_ms"] <= MAX_STALL_MS,
             f"grown_mb <= {MAX_GROWN_MB}": result["grown_mb"] <= MAX_GROWN_MB,
         }.items()

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -75,6 +76,33 @@ def check_str(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {type(value).__name__} ({value!r})")
     return value
+
+
+def check_path(name: str, path: Any) -> Path:
+    """Return a path that was given as a str or ``os.PathLike``, else raise a TypeError.
+
+    Example:
+        >>> check_path("folder", None)
+        Traceback (most recent call last):
+        TypeError: folder: expected a path, got None
+    """
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"{name}: expected a path, got {path!r:.200}") from None
+
+
+def check_folder(name: str, path: Any) -> Path:
+    """Return the path of a folder that is there or can be made, else raise.
+
+    Raises:
+        NotADirectoryError: It is a file.
+        TypeError: It is no path.
+    """
+    folder = check_path(name, path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{name}: expected a folder, and {folder} is a file")
+    return folder
 
 
 def check_embedding_dim(embedding_dim: int) -> int:
@@ -405,11 +433,13 @@ __all__ = [
     "check_bound",
     "check_dtype",
     "check_embedding_dim",
+    "check_folder",
     "check_ids",
     "check_int",
     "check_kinds",
     "check_not_traced",
     "check_padding_idx",
+    "check_path",
     "check_seed",
     "check_str",
     "check_strided",

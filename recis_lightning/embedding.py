@@ -117,8 +117,11 @@ class DynamicEmbedding(nn.Module):
         Raises:
             TypeError: ``ids`` is neither.
         """
-        if not self.training and torch.compiler.is_compiling() and self.mode == "none":
-            return _record(self, ids)
+        if not self.training and torch.compiler.is_compiling():
+            if self.mode == "none":
+                return _record(self, ids)
+            if recording.is_exporting():
+                recording.refuse_output("ids", f"mode {self.mode!r}")
         return self._look_up(ids)
 
     @compiler.disable  # kernels read and change memory

@@ -205,8 +205,11 @@ class EmbeddingEngine(nn.Module):
             ValueError: The engine is strict, and a feature is missing or unknown (names it).
             TypeError: A feature is of no kind named above (names it).
         """
-        if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
-            return self._record(features)
+        if not self.training and torch.compiler.is_compiling():
+            if self._is_recordable(features):
+                return self._record(features)
+            if recording.is_exporting():
+                recording.refuse(features, self.options, self._makers())
         return self._look_up(features)
 
     @compiler.disable  # kernels read and change memory
@@ -319,8 +322,11 @@ class EmbeddingEngine(nn.Module):
             (torch.Size([2, 6]), {'user': 4, 'tags': 2})
             >>> user, tags = out.split([*engine.widths.values()], 1)
         """
-        if not self.training and torch.compiler.is_compiling() and self._is_recordable(features):
-            return self._record_joined(features)
+        if not self.training and torch.compiler.is_compiling():
+            if self._is_recordable(features):
+                return self._record_joined(features)
+            if recording.is_exporting():
+                recording.refuse(features, self.options, self._makers())
         return self._look_up_joined(features)
 
     @compiler.disable  # kernels read and change memory
@@ -355,6 +361,14 @@ class EmbeddingEngine(nn.Module):
                 recording.is_recordable(features[name]) for name in self.options if name in features
             )
         )
+
+    def _makers(self) -> dict[str, str]:
+        """Return what makes the output of the features where something does."""
+        return {
+            name: "mode 'unique'" if name in self._unique else "a combiner"
+            for name in self.options
+            if name in self._made
+        }
 
     def _record(self, features: dict[str, Any]) -> dict[str, Any]:
         """Look the features that a batch has up by the operator of recorded programs."""

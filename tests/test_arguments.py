@@ -12,9 +12,11 @@ from recis_lightning.arguments import (
     check_bound,
     check_dtype,
     check_embedding_dim,
+    check_folder,
     check_ids,
     check_int,
     check_padding_idx,
+    check_path,
     check_seed,
     check_str,
     is_plain_cpu,
@@ -115,3 +117,13 @@ def test_numbers_that_the_host_can_see():
     )
     assert torch.equal(compiled(plain), plain)
     assert seen == [False, False]
+
+
+def test_paths_are_checked(tmp_path):
+    assert check_path("folder", str(tmp_path)) == check_folder("folder", tmp_path) == tmp_path
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"folder: expected a folder, and .*file is"):
+        check_folder("folder", tmp_path / "file")
+    for wrong in (None, 3, b"x", ["a"], True):
+        with pytest.raises(TypeError, match="folder: expected a path, got"):
+            check_folder("folder", wrong)

@@ -13,7 +13,7 @@ from recis_lightning.arguments import check_bool, check_bound, check_int, explai
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.distributed import collectives
 from recis_lightning.serving.chain_sink import ChainSink
-from recis_lightning.serving.delta import DeltaSink, ModelMark
+from recis_lightning.serving.delta import DeltaSink, ModelMark, uninitialized
 
 __all__ = ["DeltaHook"]
 
@@ -22,7 +22,8 @@ __all__ = ["DeltaHook"]
 class DeltaHook(Hook):
     """Write what changed in a model's tables since the last time, for those who serve it.
 
-    When training begins it writes a base: all rows, parameters and buffers. Then, every so many
+    When training begins it writes a base: all rows, parameters and buffers (after the first batch,
+    where a ``LazyLinear`` or its like waits for one). Then, every so many
     batches or seconds and when training ends, a delta: the rows that are new or changed, the ids
     that were evicted or deleted, and the parameters. ``serving.follow(folder)`` takes them up while
     it answers, ``serving.restore(folder, model)`` loads the state behind the last one. A process
@@ -85,9 +86,13 @@ class DeltaHook(Hook):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the base."""
-        self._mark = ModelMark(pl_module, self.state)
+        """Write the base, or leave it to the first batch if parameters wait for that."""
         self._num_batches = self._last = 0
+        if not uninitialized(pl_module):
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark = ModelMark(pl_module, self.state)
         self._write(trainer)
 
     @override
@@ -96,7 +101,9 @@ class DeltaHook(Hook):
     ) -> None:
         """Write a delta if it is time."""
         self._num_batches += 1
-        if self._mark is not None and self._is_due():
+        if self._mark is None:
+            self._begin(trainer, pl_module)
+        elif self._is_due():
             self._write(trainer)
 
     def _is_due(self) -> bool:

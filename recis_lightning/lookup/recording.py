@@ -5,7 +5,8 @@ This code is traced, as a model's own is: shapes may be symbols, and values are 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def is_recordable(feature: Any) -> bool:
     weights = feature[-1]
     if not isinstance(weights, Tensor) or (len(feature) == 2 and not weights.is_floating_point()):
         return weights is None
-    return _is_exporting() or not (torch.is_grad_enabled() and weights.requires_grad)
+    return is_exporting() or not (torch.is_grad_enabled() and weights.requires_grad)
 
 
 def read(
@@ -69,6 +70,8 @@ def read(
         feature = (feature.values, feature.offsets, feature.weights)
     if isinstance(feature, Tensor):
         ids = _as_ids(feature, name)
+    elif not isinstance(feature, (tuple, list)):
+        raise TypeError(f"{name}: expected a Tensor or Jagged, got {type(feature).__name__}")
     elif len(feature) == 2:
         ids, weights = _as_ids(feature[0], name), feature[1]
     else:
@@ -87,11 +90,55 @@ def read(
         ids = _flat(ids, mode)
         weights = None if weights is None else _flat(weights, mode)
     dtype = _DTYPE_NAMES[table.dtype]
-    key = key_of(table, _is_exporting())
+    key = key_of(table, is_exporting())
     recorded = RecordedFeature(
         *(ids, offsets, weights, key, table.embedding_dim, dtype, mode, tile_len, padding_idx)
     )
     return recorded, shape
+
+
+def refuse(features: Any, names: Collection[str], made: Mapping[str, str]) -> NoReturn:
+    """Raise because an exported program cannot have the lookup of an engine.
+
+    Args:
+        features: As they were given.
+        names: The engine's.
+        made: Feature -> what makes its output of its rows, of those where something does.
+
+    Raises:
+        TypeError, ValueError: Always; names the feature, and says what is wrong with it.
+    """
+    for name, what in made.items():
+        refuse_output(name, what)
+    if not isinstance(features, dict):
+        kind = type(features).__name__
+        raise TypeError(f"features: an exported program takes a dict of them, got {kind}")
+    given = [name for name in names if name in features]
+    for name in given:
+        if not is_recordable(features[name]):
+            value = features[name]
+            is_nested = isinstance(value, Tensor) and value.is_nested
+            kind = "a nested tensor" if is_nested else type(value).__name__
+            raise TypeError(
+                f"{name}: an exported program takes ids, (ids, weights), Jagged and NestedJagged, "
+                f"got {kind}"
+            )
+    missing = [name for name in names if name not in features]
+    unknown = [key for key in features if key not in names]
+    raise ValueError(f"features: missing {missing}, unknown {unknown}")
+
+
+def refuse_output(name: str, what: str) -> NoReturn:
+    """Raise because an exported program cannot make a feature's output.
+
+    Args:
+        name: The feature's.
+        what: Makes it, such as "mode 'unique'".
+    """
+    raise ValueError(
+        f"{name}: {what} is not for an exported program, whose lookups have the modes 'none', "
+        "'sum', 'mean' and 'tile'; use mode 'none', and have the model's forward do the rest"
+    )
 
 
 def shaped(rows: Tensor, feature: Any, shape: tuple[Any, ...] | None, mode: str) -> Any:
@@ -131,8 +178,9 @@ def _flat(values: Tensor, mode: str) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Return whether what runs is recorded for an exported program."""
     return torch.compiler.is_exporting()
 
 
-__all__ = ["is_recordable", "read", "shaped"]
+__all__ = ["is_exporting", "is_recordable", "read", "refuse", "refuse_output", "shaped"]

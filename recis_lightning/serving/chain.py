@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from recis_lightning.arguments import check_path
 from recis_lightning.serving.chain_link import (
     BASE,
     CHAIN_FOLDER,
@@ -36,7 +37,7 @@ class State(NamedTuple):
 
 def chain_folder(folder: str | os.PathLike[str]) -> Path:
     """Return where in a folder its chain is."""
-    return Path(folder) / CHAIN_FOLDER
+    return check_path("folder", folder) / CHAIN_FOLDER
 
 
 def read_head(folder: Path) -> Head:

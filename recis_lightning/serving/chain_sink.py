@@ -8,7 +8,7 @@ import secrets
 import time
 from threading import Thread
 
-from recis_lightning.arguments import check_int
+from recis_lightning.arguments import check_folder, check_int
 from recis_lightning.distributed import collectives
 from recis_lightning.serving.array_file import FileRecord
 from recis_lightning.serving.chain import (
@@ -48,13 +48,15 @@ class ChainSink:
             0; None never compacts.
 
     Raises:
-        TypeError, ValueError: ``compact_every`` is no int >= 1 and not None.
+        TypeError, ValueError: ``folder`` is no path, or ``compact_every`` no int >= 1 and not None.
+        NotADirectoryError: ``folder`` is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], compact_every: int | None = 100) -> None:
         if compact_every is not None:
             check_int("compact_every", compact_every, least=1, alternative=" or None")
-        self.folder, self.compact_every = chain_folder(folder), compact_every
+        self.folder = chain_folder(check_folder("folder", folder))
+        self.compact_every = compact_every
         self._lock: WriterLock | None = None
         self._last: State | None = None  # state that this sink published last
         self._compaction: Thread | None = None

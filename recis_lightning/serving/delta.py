@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from recis_lightning.checkpoint.writer import tables_by_name
 from recis_lightning.table.change_mark import ChangeMark, Changes
@@ -129,7 +130,11 @@ class ModelMark:
         self._taken: dict[str, Changes] = {}
 
     def take(self, step: int) -> Delta:
-        """Return the changes since the mark, all of one moment, and set it here."""
+        """Return the changes since the mark, all of one moment, and set it here.
+
+        Raises:
+            ValueError: A parameter of the model has no values yet (names its module).
+        """
         return write(distinct_locks(t.lock for t in self.tables.values()), self._take, step)
 
     def _take(self, step: int) -> Delta:
@@ -183,15 +188,45 @@ class ModelMark:
             mark.close()
 
 
+def uninitialized(module: nn.Module) -> list[str]:
+    """Return the place and kind of each module that waits for a batch, as ``LazyLinear`` does.
+
+    Example:
+        >>> uninitialized(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1)))
+        ["'1' (LazyLinear)"]
+    """
+    return [
+        f"{name!r} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if any(map(is_lazy, (*part._parameters.values(), *part._buffers.values())))
+    ]
+
+
 def dense_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and buffers without those of its tables, by all their names.
 
     A served program may have a shared one by another name than the first.
+
+    Raises:
+        ValueError: One has no values yet (names its module).
     """
+    if lazy := uninitialized(module):
+        raise ValueError(
+            f"model: its module {lazy[0]} has no values yet; call the model with a batch first, "
+            "which gives it its shape"
+        )
     anchors = {id(part.anchor) for part in module.modules() if isinstance(part, HashTable)}
     parameters = module.named_parameters(remove_duplicate=False)
     named = [*parameters, *module.named_buffers(remove_duplicate=False)]
     return {name: tensor for name, tensor in named if id(tensor) not in anchors}
 
 
-__all__ = ["Delta", "DeltaSink", "ModelMark", "TableDelta", "TableState", "dense_tensors"]
+__all__ = [
+    "Delta",
+    "DeltaSink",
+    "ModelMark",
+    "TableDelta",
+    "TableState",
+    "dense_tensors",
+    "uninitialized",
+]

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recis_lightning.admission import MinCount
+from recis_lightning.arguments import check_folder
 from recis_lightning.checkpoint.commit import file_stems
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
 from recis_lightning.eviction_policy import RowColumns
 from recis_lightning.serving.array_file import ArrayWriter, FileRecord, to_numpy
+from recis_lightning.serving.delta import dense_tensors
 from recis_lightning.serving.folder_lock import exporting
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest, TableRecord
 from recis_lightning.serving.model import ServedModel
@@ -78,6 +80,7 @@ def export(
     Raises:
         TypeError, ValueError: An argument is not what it should be; or the model's forward does
             what a served program cannot (says what).
+        NotADirectoryError: ``folder`` is a file.
         RuntimeError: The tables are sharded over ranks, the served scores are not the model's, or
             another export writes to the folder.
     """
@@ -94,13 +97,15 @@ def export(
             "features=), got None"
         )
     check_features(features, convert)
+    dense_tensors(model)  # of which none may wait for its shape
     tables = _tables_by_name(model)
     formats = {name: _format_of(rows, name, table) for name, table in tables.items()}
     policies = {name: _policy_of(drop, table) for name, table in tables.items()}
     for argument, given in (("rows", rows), ("drop", drop)):
-        if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(tables))):
+        unknown = sorted(set(given) - set(tables), key=str) if isinstance(given, Mapping) else []
+        if unknown:
             raise ValueError(f"{argument}: no such tables {unknown}; there are {sorted(tables)}")
-    path = Path(folder)
+    path = check_folder("folder", folder)
     path.mkdir(parents=True, exist_ok=True)
     save_id = secrets.token_hex(8)
     written: list[Path] = []

@@ -49,7 +49,7 @@ def look_up(
     Raises:
         ValueError: Offsets are malformed, or what is read is damaged.
     """
-    flat = np.ascontiguousarray(ids.detach().numpy().reshape(-1), np.int64)
+    flat = np.ascontiguousarray(ids.numpy().reshape(-1), np.int64)
     places = table.find(flat)
     padding = None
     if padding_idx is not None:
@@ -57,19 +57,25 @@ def look_up(
         places[padding] = -1
     if mode == "none" and weights is None:
         return table.gather(places)
-    rows = table.gather(places).float().numpy()
-    values = None if weights is None else weights.detach().reshape(-1).numpy()
+    gathered = table.gather(places)
+    rows = (gathered if gathered.dtype is torch.float32 else gathered.float()).numpy()
+    values = None if weights is None else weights.detach().numpy().reshape(-1)
     if values is not None and mode in ("none", "tile"):
         with np.errstate(all="ignore"):
             rows = np.where((places >= 0)[:, None], rows * values[:, None], np.float32(0))
     if mode == "none":
-        return torch.from_numpy(rows).to(table.dtype)
+        return _as_dtype(rows, table.dtype)
     bags = _bags(table.name, ids, offsets)
     if mode == "tile":
         pooled = pooling.tile(rows, bags, tile_len)
     else:
         pooled = pooling.pool(rows, places >= 0, padding, bags, mode, values)
-    return torch.from_numpy(pooled).to(table.dtype)
+    return _as_dtype(pooled, table.dtype)
+
+
+def _as_dtype(rows: npt.NDArray[np.float32], dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(rows)
+    return tensor if dtype is torch.float32 else tensor.to(dtype)
 
 
 def _bags(name: str, ids: Tensor, offsets: Tensor | None) -> pooling.Bags:
@@ -77,8 +83,8 @@ def _bags(name: str, ids: Tensor, offsets: Tensor | None) -> pooling.Bags:
         num_bags = ids.shape[0]
         length = ids.shape[1] if ids.dim() == 2 else 1
         lengths = np.full(num_bags, length, np.int64)
-        return pooling.Bags(np.arange(num_bags, dtype=np.int64) * length, lengths)
-    edges = np.ascontiguousarray(offsets.detach().numpy(), np.int64)
+        return pooling.Bags(np.arange(num_bags, dtype=np.int64) * length, lengths, length)
+    edges = np.ascontiguousarray(offsets.numpy(), np.int64)
     lengths = np.diff(edges)
     ends = (edges[0], edges[-1]) if len(edges) else (0, -1)
     if ends != (0, ids.numel()) or (lengths < 0).any():

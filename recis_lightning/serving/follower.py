@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
-from recis_lightning.arguments import check_bound
+from recis_lightning.arguments import check_bound, check_path
 from recis_lightning.serving.chain import State, chain_folder, links_of
 from recis_lightning.serving.chain_link import BASE, Head, Link
 from recis_lightning.serving.delta_file import DeltaFile
@@ -31,7 +31,8 @@ class FollowedModel:
 
     Each call is answered from one version: the rows of all tables and the parameters behind one
     delta. A new version is made beside the one that answers, and takes its place at once, so no
-    call waits. Any number of threads may call.
+    call waits. Any number of threads may call. Pickle keeps the folder's path, and loading it
+    follows the folder anew; so does a copy.
 
     Args:
         folder: The folder.
@@ -44,6 +45,7 @@ class FollowedModel:
 
     def __init__(self, folder: Path, model: ServedModel, poll_seconds: float | None) -> None:
         self._chain, self._model = chain_folder(folder), model
+        self._poll_seconds = poll_seconds
         self._state: State | None = None
         self._link: Link | None = None
         self._shards: dict[str, list[Shard]] = {}
@@ -183,6 +185,11 @@ class FollowedModel:
             self._thread.join()
         self._thread = None
 
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        seconds = None if self._closed.is_set() else self._poll_seconds
+        return _reopen, (str(self._model.folder.absolute()), seconds, str(self._model.device))
+
     def __enter__(self) -> Self:
         return self
 
@@ -205,6 +212,10 @@ def _after(file: DeltaFile, number: int, before: Shard | None) -> Shard:
     return before.changed(Layer.of(ids, rows.gather(every), file.removed(number)))
 
 
+def _reopen(folder: str, poll_seconds: float | None, device: str) -> FollowedModel:
+    return follow(folder, poll_seconds=poll_seconds, device=device)
+
+
 def follow(
     folder: str | os.PathLike[str],
     *,
@@ -224,8 +235,9 @@ def follow(
         device: As for ``load``.
 
     Raises:
-        TypeError, ValueError: ``poll_seconds`` is no number >= 0 and not None, ``device`` is
-            none that there is, or the folder or its chain is damaged, or not of one model.
+        TypeError, ValueError: ``folder`` is no path, ``poll_seconds`` is no number >= 0 and not
+            None, ``device`` is none that there is, or the folder or its chain is damaged, or not
+            of one model.
 
     Example:
         >>> import tempfile
@@ -246,7 +258,7 @@ def follow(
     """
     if poll_seconds is not None:
         check_bound("poll_seconds", poll_seconds)
-    return FollowedModel(Path(folder), load(folder, device=device), poll_seconds)
+    return FollowedModel(check_path("folder", folder), load(folder, device=device), poll_seconds)
 
 
 __all__ = ["FollowedModel", "follow"]

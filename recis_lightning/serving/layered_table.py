@@ -6,8 +6,9 @@ a lookup asks few of them, and a delta costs in proportion to what it changes, u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.serving import feature_lookup
+from recis_lightning.serving.array_file import to_numpy
 from recis_lightning.serving.merging import is_in
 from recis_lightning.serving.served_table import ServedTable
 
@@ -109,10 +111,11 @@ class LayeredTable:
         self.shards = tuple(shards)
         first = self.shards[0].base
         self.name, self.embedding_dim, self.dtype = first.name, first.embedding_dim, first.dtype
-        # Sources of rows by number: the bases' and layers' gathers.
-        self._sources: list[ServedTable | Layer] = []
+        # Readers of rows by number: of each shard its layers, the latest first, and its base.
+        self._readers: list[Callable[[Integers], Any]] = []
         for shard in self.shards:
-            self._sources += [*shard.layers, shard.base]
+            self._readers += [to_numpy(layer.weights).__getitem__ for layer in shard.layers]
+            self._readers.append(shard.base.read)
 
     @property
     def nbytes(self) -> int:
@@ -124,44 +127,48 @@ class LayeredTable:
 
     def find(self, ids: Integers) -> Integers:
         """Return each id's source and place in one number, -1 where it has none, int64 [n]."""
-        found = np.full(len(ids), -1, np.int64)
-        number = 0
-        left = np.arange(len(ids))  # those that no shard so far has
-        for shard in self.shards:
-            open_ids = left  # those that no layer of the shard so far decides about
-            for layer in shard.layers:
-                decided, places = layer.find(ids[open_ids])
-                known = decided & (places >= 0)
-                found[open_ids[known]] = (number << _PLACE_BITS) + places[known]
-                open_ids = open_ids[~decided]
-                number += 1
-            places = shard.base.find(ids[open_ids])
-            known = places >= 0
-            found[open_ids[known]] = (number << _PLACE_BITS) + places[known]
-            number += 1
-            left = left[found[left] < 0]
+        found = self._find(self.shards[0], 0, ids)
+        number = len(self.shards[0].layers) + 1
+        for shard in self.shards[1:]:
+            left = np.flatnonzero(found < 0)
             if not len(left):
                 break
+            found[left] = self._find(shard, number, ids[left])
+            number += len(shard.layers) + 1
+        return found
+
+    @staticmethod
+    def _find(shard: Shard, number: int, ids: Integers) -> Integers:
+        """Return what a shard says of ids; ``number`` is that of its latest layer."""
+        number += len(shard.layers)
+        places = shard.base.find(ids)
+        found = np.where(places < 0, -1, places + (number << _PLACE_BITS))
+        for layer in reversed(shard.layers):
+            number -= 1
+            decided, places = layer.find(ids)
+            known = np.where(places < 0, -1, places + (number << _PLACE_BITS))
+            found = np.where(decided, known, found)
         return found
 
     def gather(self, places: Integers) -> Tensor:
         """Return the rows at places of ``find``, [n, dim] in the table's dtype, zeros for -1."""
         numbers = places >> _PLACE_BITS  # -1 of -1
-        rows = torch.zeros(len(places), self.embedding_dim, dtype=self.dtype, device="cpu")
-        for number in np.unique(numbers).tolist():
-            if number < 0:
-                continue
+        rows: Any = None
+        for number, read in enumerate(self._readers):
             at = np.flatnonzero(numbers == number)
-            inside = places[at] - (number << _PLACE_BITS)
-            source = self._sources[number]
-            if isinstance(source, Layer):
-                part = source.weights[torch.from_numpy(inside)]
-            else:
-                part = source.gather(inside)
+            if not len(at):
+                continue
+            part = read(places[at] - (number << _PLACE_BITS))
             if len(at) == len(places):
-                return part
-            rows[torch.from_numpy(at)] = part
-        return rows
+                rows = part
+                break
+            if rows is None:
+                rows = np.zeros((len(places), self.embedding_dim), part.dtype)
+            rows[at] = part
+        if rows is None:
+            return torch.zeros(len(places), self.embedding_dim, dtype=self.dtype, device="cpu")
+        found = torch.from_numpy(rows)
+        return found if found.dtype is self.dtype else found.view(self.dtype)
 
     look_up = feature_lookup.look_up
 

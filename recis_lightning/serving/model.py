@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self, override
 
-from recis_lightning.arguments import check_bool, check_dtype
+from recis_lightning.arguments import check_bool, check_dtype, check_path
 from recis_lightning.lookup.named_tables import RowReader
 from recis_lightning.serving.array_file import MappedArrays
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest
@@ -18,7 +19,15 @@ from recis_lightning.serving.program import Program
 from recis_lightning.serving.raw_records import RecordReader, is_raw
 from recis_lightning.serving.recording import CONVERTED
 from recis_lightning.serving.served_table import ServedTable
-from recis_lightning.serving.values import DTYPES, TensorSpec, collect, unflatten
+from recis_lightning.serving.values import (
+    DTYPES,
+    TensorSpec,
+    collect,
+    is_of_sizes,
+    num_samples,
+    unequal,
+    unflatten,
+)
 
 _TRIES = 3  # to open a folder that is exported anew meanwhile
 
@@ -27,7 +36,8 @@ class ServedModel:
     """Model of a served folder; call it as the model's forward.
 
     Any number of threads may call it. It never changes, and reads nothing but its folder. A file
-    that is replaced by a new export stays as it was for the models that have it open.
+    that is replaced by a new export stays as it was for the models that have it open. A copy is
+    the model itself, and pickle keeps the folder's path: loading it opens the folder.
 
     Args:
         folder: The folder.
@@ -36,6 +46,7 @@ class ServedModel:
         device: As for ``load``.
 
     Attributes:
+        folder: The folder.
         manifest: What the folder says of itself.
         device: Where it computes.
         tables: The tables by name, to be bound (``serving.bind``) or looked up alone.
@@ -49,7 +60,7 @@ class ServedModel:
         check_all: bool,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - it never changes
     ) -> None:
-        self.manifest, self.device = manifest, device
+        self.folder, self.manifest, self.device = folder, manifest, device
         self.step: int | None = None
         served = {
             name: ServedTable(
@@ -132,10 +143,36 @@ class ServedModel:
         return self._score(self._reader.read(records))
 
     def _score(self, tensors: Sequence[Any]) -> Any:
-        inputs = [
-            spec.take(one).to(self.device) for spec, one in zip(self._inputs, tensors, strict=True)
-        ]
-        return unflatten(self.manifest.outputs, self._program.run(inputs))
+        inputs = [spec.take(one) for spec, one in zip(self._inputs, tensors, strict=True)]
+        inputs = [one if one.device == self.device else one.to(self.device) for one in inputs]
+        try:
+            found = self._program.run(inputs)
+        except RuntimeError as error:
+            sizes = num_samples(self.manifest.arguments, inputs)
+            if is_of_sizes(error, sizes):
+                raise ValueError(f"{unequal(sizes)}: {error}") from error
+            raise
+        return unflatten(self.manifest.outputs, found)
+
+    def __copy__(self) -> Self:
+        return self  # it never changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the folder, which is opened again, where no delta is behind it.
+
+        Raises:
+            TypeError: It is a version that ``follow`` made.
+        """
+        if self.step is not None:
+            raise TypeError(
+                f"the version of step {self.step} is not pickled; pickle the model of "
+                "serving.follow, which follows the folder wherever it is loaded"
+            )
+        return _reopen, (str(self.folder.absolute()), str(self.device))
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{name}: {len(table)} rows" for name, table in self.tables.items())
@@ -188,6 +225,7 @@ def load(
             mapped, and look up on the CPU.
 
     Raises:
+        TypeError: ``folder`` is no path, or ``check_all`` no bool.
         ValueError: ``device`` is none that there is, or the folder is no served folder, of another
             version, or damaged (names the file).
 
@@ -205,7 +243,7 @@ def load(
     """
     check_bool("check_all", check_all)
     place = _check_device(device)
-    path = Path(folder)
+    path = check_path("folder", folder)
     manifest = Manifest.read(path)
     for _ in range(_TRIES):
         try:
@@ -216,6 +254,10 @@ def load(
                 raise
             manifest = newer
     return ServedModel(path, manifest, check_all, place)
+
+
+def _reopen(folder: str, device: str) -> ServedModel:
+    return load(folder, device=device)
 
 
 def _check_device(device: Any) -> torch.device:

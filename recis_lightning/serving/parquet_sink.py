@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recis_lightning.arguments import check_folder
 from recis_lightning.checkpoint.commit import file_stems, sync_folder
 from recis_lightning.distributed import collectives
 from recis_lightning.serving.delta import Delta, TableDelta
@@ -32,11 +33,12 @@ class ParquetSink:
 
     Raises:
         ImportError: pyarrow is not installed.
+        NotADirectoryError, TypeError: ``folder`` is a file, or no path.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         _import_pyarrow()
-        self.folder = Path(folder)
+        self.folder = check_folder("folder", folder)
 
     def write(self, delta: Delta) -> None:
         """Write a delta; all ranks call it together, and all raise if one fails.

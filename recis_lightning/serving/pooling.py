@@ -6,7 +6,7 @@ one rounding. Here one step takes the next row of every bag.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,12 @@ class Bags(NamedTuple):
     Attributes:
         starts: int64 [B], where each begins.
         lengths: int64 [B].
+        length: That of all bags, which lie one behind the other; None where they may differ.
     """
 
     starts: Integers
     lengths: Integers
+    length: int | None = None
 
 
 def pool(
@@ -51,16 +53,22 @@ def pool(
         >>> pool(rows, np.ones(3, bool), None, bags, "mean", None).tolist()
         [[1.5], [3.0]]
     """
-    order = np.argsort(-bags.lengths, kind="stable")  # at each step, the bags left come first
-    starts, lengths = bags.starts[order], bags.lengths[order]
-    total = np.zeros((len(order), rows.shape[1]), np.float32)
-    divisor = np.zeros(len(order), np.float32)
+    num_bags = len(bags.starts)
+    total = np.zeros((num_bags, rows.shape[1]), np.float32)
+    divisor = np.zeros(num_bags, np.float32)
     by_weights = mode == "mean" and weights is not None
-    shorter_first = -lengths
+    order, num_steps = None, bags.length or 0
+    index: Any
+    if bags.length is None:
+        order = np.argsort(-bags.lengths, kind="stable")  # at each step, the bags left come first
+        starts, shorter_first = bags.starts[order], -bags.lengths[order]
+        num_steps = -int(shorter_first[0]) if num_bags else 0
     with np.errstate(all="ignore"):
-        for place in range(int(lengths[0]) if len(order) else 0):
-            left = int(np.searchsorted(shorter_first, -place, side="left"))
-            index = starts[:left] + place
+        for place in range(num_steps):
+            left, index = num_bags, slice(place, None, bags.length)
+            if order is not None:
+                left = int(np.searchsorted(shorter_first, -place, side="left"))
+                index = starts[:left] + place
             part = total[:left]
             if weights is None:
                 part += rows[index]
@@ -77,6 +85,8 @@ def pool(
         if mode != "sum":
             mean = total / divisor[:, None]
             total = np.where(divisor[:, None] == 0, np.float32(0), mean)
+    if order is None:
+        return total
     pooled = np.empty_like(total)
     pooled[order] = total
     return pooled

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.lookup.named_tables import RowReader
-from recis_lightning.lookup.operator import features_of
+from recis_lightning.lookup.operator import RecordedFeature, features_of
 from recis_lightning.serving.values import DTYPES
 
 _CPU = torch.device("cpu")
@@ -50,6 +50,28 @@ _KINDS = {
         "preserve_format": torch.preserve_format,
     },
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
+}
+
+
+def _to_dtype(tensor: Tensor, dtype: torch.dtype, *more: Any, **named: Any) -> Tensor:
+    """Return ``aten::to``'s tensor; the one that was given, where that has the dtype."""
+    if tensor.dtype is dtype and not more and not named:
+        return tensor
+    return torch.ops.aten.to.dtype(tensor, dtype, *more, **named)  # type: ignore[no-any-return]
+
+
+def _reshape(tensor: Tensor, shape: list[int]) -> Tensor:
+    """Return ``aten::reshape``'s tensor; the one that was given, where that has one dimension."""
+    if shape == [-1] and tensor.dim() == 1:
+        return tensor
+    return torch.ops.aten.reshape.default(tensor, shape)  # type: ignore[no-any-return]
+
+
+# Calls that recorded programs have before each lookup, and which mostly do nothing. Those of torch
+# release the interpreter's lock, for which other requests wait.
+_QUICK: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.to.dtype: _to_dtype,
+    torch.ops.aten.reshape.default: _reshape,
 }
 
 
@@ -169,7 +191,7 @@ def _function(name: Any) -> Callable[..., Any]:
         if base.isidentifier() and overload.isidentifier() and (base in _ALLOWED or not is_refused):
             found = getattr(getattr(torch.ops.aten, base, None), overload, None)
             if isinstance(found, torch._ops.OpOverload):
-                return found
+                return _QUICK.get(found, found)
     if name == _LOOK_UP:
         return features_of
     raise ValueError(f"the program calls {name!r}, which a served program may not")
@@ -219,9 +241,9 @@ class Program:
             function = _function(name)
             decoded = _decode(arguments, known, device)
             named = {key: _decode(value, known, device) for key, value in by_name.items()}
-            if name == _LOOK_UP:
+            if function is features_of:
                 self._check_lookup(decoded, named)
-                function = self._look_up
+                decoded = _features(decoded)
             self._calls.append((function, decoded, named))
             known += 1
         self._outputs = _decode(state["outputs"], known, device)
@@ -271,23 +293,25 @@ class Program:
         ]
         with torch.no_grad():
             for (function, arguments, by_name), done in zip(self._calls, self._frees, strict=True):
-                args = [_resolve(argument, values) for argument in arguments]
-                named = {key: _resolve(argument, values) for key, argument in by_name.items()}
-                values.append(function(*args, **named))
+                if function is features_of:
+                    values.append([self._look_up(feature, values) for feature in arguments])
+                else:
+                    args = [_resolve(argument, values) for argument in arguments]
+                    named = {key: _resolve(argument, values) for key, argument in by_name.items()}
+                    values.append(function(*args, **named))
                 for number in done:
                     values[number] = None
             return [_resolve(output, values) for output in self._outputs]
 
-    def _look_up(self, *arguments: Any) -> list[Tensor]:
-        return [
-            self._tables[feature.table]
-            .look_up(
-                *(_on_host(feature.ids), _on_host(feature.offsets), _on_host(feature.weights)),
-                *(feature.mode, feature.tile_len, feature.padding_idx),
-            )
-            .to(self._device)
-            for feature in features_of(*arguments)
-        ]
+    def _look_up(self, feature: RecordedFeature, values: Sequence[Any]) -> Tensor:
+        """Look a feature up, of which ids, offsets and weights are numbers of values."""
+        found = self._tables[feature.table].look_up(
+            _on_host(feature.ids, values),
+            None if feature.offsets is None else _on_host(feature.offsets, values),
+            None if feature.weights is None else _on_host(feature.weights, values),
+            *(feature.mode, feature.tile_len, feature.padding_idx),
+        )
+        return found if self._device.type == "cpu" else found.to(self._device)
 
     def with_values(
         self, given: Sequence[Any], constants: Mapping[str, Tensor], tables: Mapping[str, RowReader]
@@ -306,10 +330,6 @@ class Program:
             constants.get(name, value) if isinstance(name, str) else value
             for name, value in zip(given, self._start, strict=True)
         ]
-        other._calls = [
-            (other._look_up if function == self._look_up else function, arguments, by_name)
-            for function, arguments, by_name in self._calls
-        ]
         return other
 
 
@@ -317,8 +337,22 @@ class _Value(int):
     """Number of a value among those of a run."""
 
 
-def _on_host(tensor: Any) -> Any:
-    return None if tensor is None else tensor.cpu()
+def _on_host(number: Any, values: Sequence[Any]) -> Tensor:
+    tensor: Tensor = values[number]
+    return tensor if tensor.is_cpu else tensor.cpu()
+
+
+def _features(arguments: list[Any]) -> list[RecordedFeature]:
+    """Return the features of a lookup with the numbers of values in place of tensors."""
+    try:
+        features = features_of(*arguments)
+    except (IndexError, StopIteration, TypeError, ValueError):
+        raise ValueError("the program has a damaged lookup") from None
+    given = [number for one in features for number in (one.offsets, one.weights)]
+    numbers = [one.ids for one in features] + [one for one in given if one is not None]
+    if not all(isinstance(number, _Value) for number in numbers):
+        raise ValueError("the program has a damaged lookup")
+    return features
 
 
 def _decode(value: Any, known: int, device: torch.device) -> Any:

@@ -14,7 +14,12 @@ from torch import Tensor
 from recis_lightning.jagged import Jagged
 from recis_lightning.nested_jagged import NestedJagged
 from recis_lightning.serving.program import Program
-from recis_lightning.serving.recording import Recording, as_arguments, record_conversion
+from recis_lightning.serving.recording import (
+    Recording,
+    as_arguments,
+    explain_missing,
+    record_conversion,
+)
 from recis_lightning.serving.values import RAGGED, TensorSpec, check_spec, collect
 
 if TYPE_CHECKING:
@@ -44,8 +49,35 @@ def arguments_of(
     """Return the arguments of an example for the model, and the entries that they are made of."""
     if features is None:
         return as_arguments(example), {}
-    entries = features(columns_of(example, "example"))
-    return as_arguments(_converted(entries, convert)), entries
+    entries = _entries_of(features, example, "example")
+    try:
+        return as_arguments(_converted(entries, convert)), entries
+    except KeyError as error:
+        raise explain_missing(error, "convert", [entries]) from error
+
+
+def _entries_of(features: Features, records: Any, name: str) -> dict[str, Any]:
+    """Return the entries that features make of raw records, all of equally many samples.
+
+    Raises:
+        TypeError, ValueError: Records do not fit (names the argument and the column).
+    """
+    columns = columns_of(records, name)
+    sources = {one for column in features.columns for one in (column.name, *column.sources)}
+    read = {key: columns[key] for key in columns if key in sources}
+    for key, values in read.items():
+        if not hasattr(values, "__len__") or isinstance(values, (str, bytes)):
+            raise TypeError(f"{name}: column {key!r}: expected values, got {values!r:.80}")
+    _check_equal_rows(read, name)
+    try:
+        entries: dict[str, Any] = features(columns)
+    except KeyError as error:
+        raise ValueError(f"{name}: {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+    _check_equal_rows(entries, name)
+    return entries
 
 
 def _converted(entries: dict[str, Any], convert: Convert | None) -> Any:
@@ -110,7 +142,7 @@ def _is_raw_column(value: Any) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
-def columns_of(records: Any, name: str = "records") -> Mapping[str, Any]:
+def columns_of(records: Any, name: str) -> Mapping[str, Any]:
     """Return the columns of a dict, or of a table of Arrow, pandas or polars.
 
     Raises:
@@ -176,14 +208,7 @@ class RecordReader:
         """
         if self._features is None:
             raise ImportError("raw records need pyarrow: pip install 'recis-lightning[data]'")
-        try:
-            entries = self._features(columns_of(records))
-        except KeyError as error:
-            raise ValueError(f"records: {error.args[0]}") from error
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"records: {error}") from error
-        _check_equal_rows(entries)
+        entries = _entries_of(self._features, records, "records")
         found: dict[int, Any] = {}
         collect(entries, self._entries, "records", found)
         if len(found) != len(self._inputs):
@@ -204,13 +229,15 @@ def _features_of(state: Any) -> Features | None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_equal_rows(entries: Mapping[str, Tensor | Jagged | NestedJagged]) -> None:
+def _check_equal_rows(columns: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if columns, raw or made, differ in their number of samples."""
     sizes = {
-        name: len(entry) if isinstance(entry, Tensor) else entry.num_bags
-        for name, entry in entries.items()
+        name: column.num_bags if isinstance(column, Jagged | NestedJagged) else len(column)
+        for name, column in columns.items()
+        if not (isinstance(column, Tensor) and not column.dim())
     }
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"records: expected columns of equally many rows, got {sizes}")
+        raise ValueError(f"{where}: expected columns of equally many rows, got {sizes}")
 
 
 __all__ = [

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from recis_lightning.serving.program import encode, without_dead_calls
-from recis_lightning.serving.values import RAGGED, TensorSpec, flatten, unflatten, without_unused
+from recis_lightning.serving.values import (
+    RAGGED,
+    TensorSpec,
+    flatten,
+    is_of_sizes,
+    num_samples,
+    unequal,
+    unflatten,
+    without_unused,
+)
 from recis_lightning.table.listing import hash_tables
 
 _LIFTED = "constants."  # prefix of tensors that are no parameters or buffers
@@ -78,10 +87,28 @@ def record_model(model: nn.Module, arguments: Sequence[Any]) -> Recording:
         arguments: Of its forward, an example.
 
     Raises:
-        TypeError, ValueError: Its forward does what a served program cannot (says what).
+        TypeError, ValueError: It does not take the arguments, or its forward does what a served
+            program cannot (says what).
     """
-    with _without_anchors(model):
-        return _record(model, _argument_names(model, len(arguments)), arguments, None, "")
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"example: {type(model).__name__}.forward does not take its {len(arguments)} "
+            f"argument(s): {error}; a tuple stands for several"
+        ) from None
+    names = _argument_names(model, len(arguments))
+    specs, tensors = _specs_of(names, arguments)
+    try:
+        with _without_anchors(model):
+            return _record(model, names, arguments, None, "")
+    except KeyError as error:
+        raise explain_missing(error, "the model's forward", arguments) from error
+    except RuntimeError as error:
+        sizes = num_samples(zip(names, specs, strict=True), tensors)
+        if is_of_sizes(error, sizes):
+            raise ValueError(f"example: {unequal(sizes)}: {error}") from error
+        raise
 
 
 def record_conversion(
@@ -114,11 +141,10 @@ def _record(
     wanted: Sequence[int] | None,
     prefix: str,
 ) -> Recording:
-    tensors: list[Tensor] = []
-    specs, places = [], list[str]()
-    for name, argument in zip(names, arguments, strict=True):
-        specs.append(flatten(argument, name, tensors))
-        _name_tensors(specs[-1], name, places)
+    specs, tensors = _specs_of(names, arguments)
+    places = list[str]()
+    for name, spec in zip(names, specs, strict=True):
+        _name_tensors(spec, name, places)
     if not tensors:
         raise ValueError("example: expected tensors, got none")
     outputs: list[dict[str, Any]] = []
@@ -160,6 +186,33 @@ def _record(
     constants = {kept_as[name]: state[used[name]].detach().cpu() for name in used}
     kept = [[name, without_unused(spec, numbers)] for name, spec in zip(names, specs, strict=True)]
     return Recording(kept, inputs, numbers, outputs[-1], program, constants)
+
+
+def _specs_of(
+    names: Sequence[str], arguments: Sequence[Any]
+) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Return the spec of each argument, and the tensors of all."""
+    tensors: list[Tensor] = []
+    pairs = zip(names, arguments, strict=True)
+    return [flatten(argument, name, tensors) for name, argument in pairs], tensors
+
+
+def explain_missing(error: KeyError, what: str, given: Sequence[Any]) -> Exception:
+    """Return an error that says which entry of an example is missing; the error itself if none is.
+
+    Args:
+        error: Of a function.
+        what: The function.
+        given: Its arguments.
+    """
+    key = error.args[0] if error.args else None
+    entries = [list(argument) for argument in given if isinstance(argument, Mapping)]
+    if not entries or any(key in of_one for of_one in entries):
+        return error
+    found = entries[0] if len(entries) == 1 else entries
+    return ValueError(
+        f"example: {what} looks for {key!r}, and there is none; the example's entries are {found}"
+    )
 
 
 def _describe(place: str, tensor: Tensor, node: torch.fx.Node) -> TensorSpec:
@@ -220,4 +273,11 @@ def _without_anchors(model: nn.Module) -> Iterator[None]:
             table._parameters["anchor"] = anchor
 
 
-__all__ = ["CONVERTED", "Recording", "as_arguments", "record_conversion", "record_model"]
+__all__ = [
+    "CONVERTED",
+    "Recording",
+    "as_arguments",
+    "explain_missing",
+    "record_conversion",
+    "record_model",
+]

@@ -2,7 +2,8 @@
 
 Ids lie in the order of their hashes, and rows in that of their ids. The top bits of a hash name a
 bucket, of one or two ids; ``starts`` has the place of each bucket's first id. All ids of a lookup
-are sought at once.
+are sought at once, and few of them by functions of NumPy that keep the interpreter's lock: ``take``
+and ``argmax`` release it, and wait until other requests let it go.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from recis_lightning.serving.array_file import (
 FORMATS = ("float32", "bfloat16", "int8")
 _MAX_BUCKET = 1 << 12  # ids of a bucket that a file may ask to compare
 _WINDOW = 4  # ids of a bucket compared at once
-_FOUR_BOOLS = np.uint32  # as which a window's comparisons are read, quicker than by any(1)
+_FEW = 500  # values up to which NumPy keeps the interpreter's lock, where it ever does
+# A window's comparisons are read as one number. Its remainder by 19 is another one for each of the
+# sixteen numbers that there are, and this is the first place that was equal, -1 for none.
+_FOUR_BOOLS, _DIVISOR = np.uint32, np.uint32(19)
+_FIRST_EQUAL = np.array([-1, 0, 1, 0, -1, 2, 0, 3, 0, 1, 0, -1, 2, 0, 1, 0, 1, 0, -1])
 _CHUNK_ROWS = 1 << 16  # rows written at once
 _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _U32 = np.uint64(32)
@@ -224,14 +229,14 @@ class ServedTable:
             return np.full(ids.shape, -1, np.int64)
         buckets = (hash_ids(ids) >> self._shift).view(np.int64)
         self._arrays.check_rows("starts", buckets)
-        first = self._starts.take(buckets).astype(np.int64)
+        first = self._starts[buckets].astype(np.int64)
         places = self._compare(ids, first)
         if self._largest > _WINDOW:
             missing = np.flatnonzero(places < 0)
             for skipped in range(_WINDOW, self._largest, _WINDOW):
                 if not missing.size:
                     break
-                ends = self._starts.take(buckets[missing] + 1)
+                ends = self._starts[buckets[missing] + 1]
                 missing = missing[first[missing] + skipped < ends]
                 places[missing] = self._compare(ids[missing], first[missing] + skipped)
                 missing = missing[places[missing] < 0]
@@ -243,16 +248,27 @@ class ServedTable:
         first = np.minimum(first, last)
         self._arrays.check_rows("ids", first, _WINDOW)
         # Beyond the end the last id is compared again, and is found where it is.
-        equal = self._ids.take(first[:, None] + self._window, mode="clip") == ids[:, None]
-        is_found = equal.view(_FOUR_BOOLS)[:, 0] != 0
-        return np.where(is_found, first + equal.argmax(1), -1)
+        if len(ids) > _FEW:
+            window = self._ids.take(first[:, None] + self._window, mode="clip")
+            equal = window == ids[:, None]
+            is_found = equal.view(_FOUR_BOOLS)[:, 0] != 0
+            return np.where(is_found, first + equal.argmax(1), -1)
+        window = self._ids[np.minimum(first[:, None] + self._window, last)]
+        equal = (window == ids[:, None]).view(_FOUR_BOOLS)[:, 0]
+        place = _FIRST_EQUAL[(equal % _DIVISOR).astype(np.int64)]
+        return np.where(place < 0, -1, first + place)
 
     def gather(self, places: Integers) -> Tensor:
         """Return the rows at places, [n, dim] in the table's dtype, zeros for -1."""
         values = torch.from_numpy(self._gather(places))
         if self._format == "bfloat16":
             values = values.view(torch.bfloat16)
-        return values.to(self.dtype)
+        return values if values.dtype is self.dtype else values.to(self.dtype)
+
+    def read(self, places: Integers) -> Any:
+        """Return the rows at places as ``array_file.to_numpy`` has what ``gather`` returns."""
+        is_float = self.dtype is torch.float32 and self._format != "bfloat16"
+        return self._gather(places) if is_float else to_numpy(self.gather(places))
 
     def _gather(self, places: Integers) -> Any:
         """Return rows as they are stored; int8 as float32."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.arguments import check_ids
+from recis_lightning.arguments import check_ids, check_path
 from recis_lightning.checkpoint.commit import SHARD_SUFFIX
 from recis_lightning.checkpoint.regular_file import open_regular
 from recis_lightning.serving.array_file import DTYPES
@@ -64,6 +64,7 @@ def find_traces(
         The traces, none if all of it is gone; of many in one place some.
 
     Raises:
+        TypeError: An argument is of another type (names it).
         ValueError: There is nothing at ``path``, a file cannot be read, or ``weights`` has another
             number of rows than ids.
 
@@ -81,9 +82,11 @@ def find_traces(
         (['id', 'row'], [])
     """
     flat = np.asarray(check_ids(ids).reshape(-1).cpu(), np.int64)
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a Tensor or None, got {type(weights).__name__}")
     if weights is not None and (weights.dim() != 2 or len(weights) != len(flat)):
         raise ValueError(f"weights: expected [{len(flat)}, dim], got {tuple(weights.shape)}")
-    root = Path(path)
+    root = check_path("path", path)
     if not root.exists():
         raise ValueError(f"{root}: there is nothing")
     patterns = _id_patterns(flat) + ([] if weights is None else _row_patterns(flat, weights.cpu()))

@@ -6,7 +6,7 @@ A *spec* is a value in primitives: a tensor, a dict, a tuple or list, a ``Jagged
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ DTYPES = {
 } | {"uint8": torch.uint8, "bool": torch.bool}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RAGGED: dict[str, Any] = {"jagged": Jagged, "nested_jagged": NestedJagged}
+_EDGES = {"jagged": "offsets", "nested_jagged": "outer_offsets"}  # one more than samples
 _MAX_DEPTH = 16
 
 
@@ -114,6 +115,45 @@ def collect(value: Any, spec: dict[str, Any], where: str, tensors: dict[int, Any
             collect(value[i], part, f"{where}[{i}]", tensors)
 
 
+def num_samples(named: Iterable[Sequence[Any]], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Return the number of samples of each entry of some values, by its name.
+
+    Args:
+        named: Pairs of a name and the spec of its value.
+        tensors: Of the specs.
+
+    Example:
+        >>> batch, found = {"user": torch.zeros(3, 2), "price": torch.zeros(2)}, []
+        >>> spec = flatten(batch, "batch", found)
+        >>> num_samples([("batch", spec)], found)
+        {"batch['user']": 3, "batch['price']": 2}
+    """
+    sizes: dict[str, int] = {}
+    for name, spec in named:
+        ((kind, content),) = spec.items()
+        if kind == "tensor" and tensors[content].dim():
+            sizes[name] = tensors[content].shape[0]
+        elif kind in RAGGED:
+            edges = content[RAGGED[kind]._fields.index(_EDGES[kind])]
+            if "tensor" in edges:
+                sizes[name] = tensors[edges["tensor"]].shape[0] - 1
+        elif isinstance(content, (dict, list)):
+            items = content.items() if isinstance(content, dict) else enumerate(content)
+            parts = ((f"{name}[{key!r}]", part) for key, part in items)
+            sizes.update(num_samples(parts, tensors))
+    return sizes
+
+
+def is_of_sizes(error: RuntimeError, sizes: Mapping[str, int]) -> bool:
+    """Return whether an error of torch is one of sizes, and entries differ in theirs."""
+    return "size" in str(error).lower() and len(set(sizes.values())) > 1
+
+
+def unequal(sizes: Mapping[str, int]) -> str:
+    """Return what to say of entries whose sizes torch did not take together."""
+    return f"entries of one batch have as many samples each, got {dict(sizes)}"
+
+
 def without_unused(spec: dict[str, Any], used: Mapping[int, int]) -> dict[str, Any]:
     """Return a spec with the tensors that are used, numbered anew; the others are "unused".
 
@@ -201,7 +241,8 @@ class TensorSpec:
         ):
             shape = ["any" if size is None else size for size in self.shape]
             raise ValueError(f"{self.name}: expected the shape {shape}, got {list(sizes)}")
-        taken: Tensor = tensor.detach()
+        # Each call of torch releases the interpreter's lock, for which other requests wait.
+        taken: Tensor = tensor.detach() if tensor.requires_grad else tensor
         return taken
 
 
@@ -212,6 +253,9 @@ __all__ = [
     "check_spec",
     "collect",
     "flatten",
+    "is_of_sizes",
+    "num_samples",
+    "unequal",
     "unflatten",
     "without_unused",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning.arguments import check_path
 from recis_lightning.distributed import collectives
 from recis_lightning.table.hash_table import HashTable
 
@@ -69,6 +69,7 @@ def export_index(
     Raises:
         TypeError, ValueError: An argument is not what it should be; a vector has NaN or Inf; or the
             table has id -1, which faiss and usearch cannot hold. No file has changed.
+        IsADirectoryError: ``path`` is a folder.
         ModuleNotFoundError: The library is not installed; says what to install.
         RuntimeError: The table's rows are spread over ranks.
 
@@ -81,7 +82,7 @@ def export_index(
     if not isinstance(table, HashTable):
         advice = "; pass its .table" if isinstance(getattr(table, "table", None), HashTable) else ""
         raise TypeError(f"table: expected a HashTable, got {type(table).__name__}{advice}")
-    if library not in _WRITERS:
+    if library not in list(_WRITERS):
         raise ValueError(f"library: expected one of {sorted(_WRITERS)}, got {library!r}")
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
@@ -90,8 +91,14 @@ def export_index(
             f"table {table.name!r}: its rows are spread over ranks; load its checkpoint in one "
             "process, and export there"
         )
+    if encode is not None and not callable(encode):
+        raise TypeError(f"encode: expected a function of ids, got {encode!r}")
+    if not isinstance(settings, dict | None):
+        raise TypeError(f"settings: expected a dict or None, got {settings!r}")
     needed = _WRITERS[library]
-    target = Path(path)
+    target = check_path("path", path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path: expected a file, and {target} is a folder")
     try:
         with torch.no_grad():
             ids, chunks = _chunks(table, encode)

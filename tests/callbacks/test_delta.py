@@ -1,9 +1,11 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from recis_lightning import hash_tables, serving
+from recis_lightning import DynamicEmbedding, hash_tables, serving
 from recis_lightning.callbacks import DeltaHook
 from recis_lightning.serving.chain import chain_folder, read_head
 from tests.helpers.click_data import loader
@@ -126,3 +128,24 @@ def test_a_module_without_tables_has_only_parameters():
     mark = serving.ModelMark(torch.nn.Linear(2, 1))
     assert mark.take(0).num_rows == mark.take(0).num_removed == 0
     assert sorted(mark.take(0).dense) == ["bias", "weight"]
+
+
+def test_a_base_waits_for_parameters_that_wait_for_a_batch():
+    model = nn.Sequential(DynamicEmbedding(2, name="user"), nn.LazyLinear(1))
+    sink, fit = Kept(), SimpleNamespace(global_step=0)
+    hook = DeltaHook(every_n_batches=2, sink=sink)
+    hook.on_train_start(fit, model)
+    assert sink.deltas == []
+    for step in range(1, 4):
+        model(torch.arange(step))
+        fit.global_step = step
+        hook.on_train_batch_end(fit, model, None, None, step - 1)
+    hook.on_train_end(fit, model)
+    assert [(delta.step, delta.num_rows) for delta in sink.deltas] == [(1, 1), (3, 2)]
+    assert set(sink.deltas[0].dense) == {"1.weight", "1.bias"}
+    unused = nn.Sequential(model, nn.LazyLinear(1))
+    hook.on_train_start(fit, unused)
+    with pytest.raises(ValueError, match=r"its module '1' \(LazyLinear\) has no values yet"):
+        hook.on_train_batch_end(fit, unused, None, None, 0)
+    hook.on_exception(fit, unused, ValueError())
+    assert sink.closed == 2

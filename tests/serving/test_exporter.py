@@ -280,6 +280,9 @@ def test_a_model_whose_scores_are_not_served_is_refused(tmp_path):
         ("drop", 3, TypeError, "drop: expected an eviction policy"),
         ("drop", MinCount(2), ValueError, "drop: .* asks for counts, which table 'user' does not"),
         ("drop", MinCount(2, per="batch"), ValueError, "drop: .* of occurrences, got"),
+        ("rows", {3: "int8", "a": "int8"}, ValueError, "rows: no such tables"),
+        ("example", (torch.arange(3), torch.arange(3)), TypeError, "example: Sequential.forward"),
+        ("model", nn.Sequential(DynamicEmbedding(8), nn.LazyLinear(1)), ValueError, "'1' .LazyL"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, argument, value, error, message):
@@ -302,3 +305,42 @@ def test_two_tables_of_one_name_are_refused(tmp_path):
     model.other = DynamicEmbedding(2, name="user")
     with pytest.raises(ValueError, match="two of its tables are called 'user'"):
         serving.export(model, tmp_path, example=torch.arange(3))
+
+
+class Engine(nn.Module):
+    """Engine whose outputs are added up."""
+
+    def __init__(self, **changed):
+        super().__init__()
+        self.engine = EmbeddingEngine({"a": EmbeddingOption(2), "b": EmbeddingOption(2, **changed)})
+
+    def forward(self, batch):
+        found = self.engine(batch)
+        return found["a"] + found["b"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "features", "error", "message"),
+    [
+        ({"mode": "unique"}, {}, ValueError, "^b: mode 'unique' is not for an exported program"),
+        ({"combiner": lambda rows, _: rows}, {}, ValueError, "^b: a combiner is not for an export"),
+        ({}, {"b": None}, TypeError, "^b: an exported program takes ids, .*got NoneType"),
+        ({}, {"b": torch.arange(4)}, ValueError, r"^example: .*\{\"batch\['a'\]\": 3, .*: 4\}"),
+        ({}, {"b": "gone"}, ValueError, r"^example: .* looks for 'b', .* entries are \['a'\]"),
+        ({}, {"a": "gone", "b": "gone"}, ValueError, "^features: missing .*, unknown .'c'"),
+    ],
+)
+def test_a_batch_or_lookup_that_is_not_exported_is_named(
+    tmp_path, changed, features, error, message
+):
+    batch = {"a": torch.arange(3), "b": torch.arange(3), **features}
+    batch = {name: value for name, value in batch.items() if not isinstance(value, str)}
+    with pytest.raises(error, match=message):
+        serving.export(Engine(**changed), tmp_path, example=batch or {"c": torch.arange(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="folder: expected a folder"):
+        serving.export(small_model(), tmp_path / "file", example=torch.arange(3))

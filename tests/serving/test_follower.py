@@ -1,3 +1,5 @@
+import copy
+import pickle
 import threading
 import time
 
@@ -313,3 +315,15 @@ def test_layers_answer_as_a_dict_would():
             if is_known:
                 value = None if place < 0 else float(layer.weights[place, 0])
                 assert value == truth[id]
+
+
+def test_a_pickled_model_follows_where_it_is_loaded(tmp_path):
+    model = DynamicEmbedding(2, name="user")
+    serving.export(model, tmp_path, example=torch.arange(3))
+    with serving.follow(tmp_path) as followed:
+        data = pickle.dumps(followed)
+        with pickle.loads(data) as other, copy.deepcopy(followed) as third:
+            assert other(torch.arange(3)).equal(third(torch.arange(3)))
+            assert other._thread is not None
+    closed = pickle.loads(pickle.dumps(followed))
+    assert closed._thread is None

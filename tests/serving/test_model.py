@@ -1,6 +1,8 @@
 """Served models: the trainer's values, on threads, in a fresh process, from damaged folders."""
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from recis_lightning import hash_tables, serving
+from recis_lightning import DynamicEmbedding, hash_tables, serving
 from recis_lightning.serving.manifest import Manifest, _checksum
 from tests.helpers.served_model import make_batch, trained_model
 
@@ -281,3 +285,49 @@ def test_a_model_computes_on_a_gpu(exported):
                 found = served(given)
                 assert found.device.type == "cuda"
                 torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_copies_and_pickles_are_of_the_folder(exported):
+    model, folder = exported
+    served, batch = serving.load(folder), make_batch(4, seed=8)
+    assert copy.copy(served) is copy.deepcopy(served) is served
+    opened = pickle.loads(pickle.dumps(served))
+    assert opened.folder == folder
+    assert opened(batch).equal(model(batch))
+    behind = served.with_values(served.tables, {}, step=3)
+    with pytest.raises(TypeError, match="the version of step 3 is not pickled; pickle the model"):
+        pickle.dumps(behind)
+
+
+def test_entries_of_differing_lengths_are_named(exported):
+    batch = make_batch(4, seed=8)
+    shorter = {**batch, "price": batch["price"][:3]}
+    with pytest.raises(ValueError, match=r"as many samples each, .*'price'\]\": 3"):
+        serving.load(exported[1])(shorter)
+
+
+def test_a_small_request_calls_torch_for_the_dense_part_alone(tmp_path):
+    """A call of torch releases the interpreter's lock, and waits until other requests let it go."""
+    called = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(DynamicEmbedding(2, name="user"), nn.ReLU())
+    model(torch.arange(5))
+    serving.export(model, tmp_path, example=torch.arange(3))
+    served, ids = serving.load(tmp_path), torch.tensor([1, 9])
+    with Note():
+        scores = served(ids)
+    to_numpy_and_back = {"aten::detach", "aten::lift_fresh"}
+    assert [name for name in called if name not in to_numpy_and_back] == ["aten::relu"]
+    assert len(called) <= 3
+    assert scores.equal(model.eval()(ids))
+
+
+@pytest.mark.parametrize("call", [serving.load, serving.follow, serving.compact])
+def test_what_is_no_path_is_named(call):
+    with pytest.raises(TypeError, match="folder: expected a path, got None"):
+        call(None)

@@ -34,7 +34,8 @@ def test_multiply_add_rounds_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mode", ["sum", "mean", "mean_by_count"])
-def test_bags_are_those_of_the_kernels_to_the_bit(mode, weighted, dtype):
+@pytest.mark.parametrize("length", [None, 0, 1, 4])
+def test_bags_are_those_of_the_kernels_to_the_bit(mode, weighted, dtype, length):
     """Signed zeros, infinities and NaN among rows and weights, empty bags, padding, unknown ids."""
     random = torch.Generator().manual_seed(1)
     engine = EmbeddingEngine(
@@ -56,6 +57,8 @@ def test_bags_are_those_of_the_kernels_to_the_bit(mode, weighted, dtype):
     table.insert(torch.arange(40), rows.to(dtype))
     lengths = torch.randint(0, 9, (200,), generator=random)
     lengths[7] = 900
+    if length is not None:
+        lengths = torch.full((200,), length)
     ids = torch.randint(-3, 41, (int(lengths.sum()),), generator=random)
     weights = torch.randn(len(ids), generator=random) if weighted else None
     if weights is not None:
@@ -67,7 +70,7 @@ def test_bags_are_those_of_the_kernels_to_the_bit(mode, weighted, dtype):
     known = ((ids >= 0) & (ids < 40)).numpy() & ~is_padding
     edges = bags.offsets.numpy()
     found = pool(
-        *(values, known, is_padding, Bags(edges[:-1], np.diff(edges)), mode),
+        *(values, known, is_padding, Bags(edges[:-1], np.diff(edges), length), mode),
         None if weights is None else weights.numpy(),
     )
     found = torch.from_numpy(found).to(dtype)

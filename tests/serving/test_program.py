@@ -126,6 +126,9 @@ class Table:
         {8: ["zero"]},
         {9: [1]},
         {10: []},
+        {0: []},
+        {0: [3]},
+        {9: [True]},
     ],
 )
 def test_a_lookup_of_other_rows_than_its_tables_is_refused(changed):

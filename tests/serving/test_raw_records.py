@@ -20,7 +20,7 @@ from recis_lightning import (
     NestedJagged,
     serving,
 )
-from recis_lightning.data import Features, Id, IdBags, IdList, Log1p, Number
+from recis_lightning.data import Cross, Features, Id, IdBags, IdList, Log1p, Number
 from tests.helpers.raw_model import FEATURES, raw_table, to_batch, trained_on
 from tests.serving.test_model import rewrite, set_in
 
@@ -194,8 +194,8 @@ class Small(nn.Module):
         ({"features": Features([Id("user")]), "convert": 3}, TypeError, "convert: expected a func"),
         (
             {"features": Features([Id("user")]), "convert": lambda given: {"user": given["x"]}},
-            KeyError,
-            "x",
+            ValueError,
+            "example: convert looks for 'x'",
         ),
         (
             {
@@ -373,3 +373,26 @@ def test_sequences_of_bags_are_served(tmp_path, mode):
         served({**batch, "baskets": batch["baskets"].inner()})
     with pytest.raises(ValueError, match="columns of equally many rows"):
         served({**raw, "user": [1]})
+
+
+def test_columns_of_differing_lengths_are_named(tmp_path):
+    """Before a transform of several of them fails."""
+    model = nn.Sequential(EmbeddingEngine({"ab": EmbeddingOption(2, mode="sum")}))
+    features = Features([Id("a"), IdList("b")], [Cross("ab", ["a", "b"])], outputs=["ab"])
+    example = {"a": [1, 2, 3], "b": [[1], [2], [4, 5]]}
+    serving.export(model, tmp_path, example=example, features=features)
+    served = serving.load(tmp_path)
+    assert served(example)["ab"].shape == (3, 2)
+    words = r"records: expected columns of equally many rows, got \{'a': 3, 'b': 2\}"
+    for shorter in ([[1], [2]], Jagged(torch.arange(3), torch.tensor([0, 1, 3]))):
+        with pytest.raises(ValueError, match=words):
+            served.score_records({"a": [1, 2, 3], "b": shorter})
+    with pytest.raises(ValueError, match="example: expected columns of equally many rows"):
+        serving.export(model, tmp_path, example={**example, "a": [1]}, features=features)
+    with pytest.raises(ValueError, match="example: column 'b': expected"):
+        serving.export(model, tmp_path, example={"a": [1]}, features=features)
+    with pytest.raises(TypeError, match="records: column 'b': expected values, got None"):
+        served.score_records({**example, "b": None})
+    options = {"features": features, "convert": lambda entries: entries["c"]}
+    with pytest.raises(ValueError, match=r"convert looks for 'c', .* entries are \['ab'\]"):
+        serving.export(model, tmp_path, example=example, **options)

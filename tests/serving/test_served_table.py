@@ -47,6 +47,8 @@ def test_known_ids_have_their_rows_and_unknown_ones_zeros(tmp_path, count):
     mixed = torch.cat([unknown, ids, ids])
     assert look_up(table, mixed).equal(torch.cat([torch.zeros(50, 3), rows, rows]))
     assert look_up(table, ids[:0]).shape == (0, 3)
+    few = [look_up(table, part) for part in mixed.split(99)]  # sought in another way than many
+    assert torch.cat(few).equal(look_up(table, mixed))
 
 
 def test_ids_of_one_bucket_are_all_found(tmp_path):
