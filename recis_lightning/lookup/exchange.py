@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.lookup.dedup import DeduplicatedIds
@@ -196,15 +197,22 @@ def point_to_data(plan: Plan, data: Tensor) -> None:
     plan[:, fields.PLAN_DATA_STRIDE] = stride
 
 
-def header_over(rows: Tensor) -> tuple[Header, Tensor]:
-    """Return a table's header for rows that lie one after the other, and what it points to."""
+def header_over(rows: Tensor) -> tuple[Header, tuple[Tensor, ...]]:
+    """Return a table's header for rows that lie one after the other, and what it points to.
+
+    Beside a GPU, whose kernels load four words at once, these are copies if the rows' size is no
+    multiple of 16 bytes.
+    """
+    lacking = -rows.shape[1] * rows.element_size() % 16
+    if lacking and backend.is_async(rows.device):
+        rows = functional.pad(rows, (0, lacking // rows.element_size()))
     header = Header(rows.device, backend.is_async(rows.device))
     blocks = to_device_async(np.array([rows.data_ptr()]), rows.device)
     header.fields[BLOCKS] = blocks.data_ptr()
     header.fields[BLOCK_SHIFT] = len(rows).bit_length()
     header.fields[ROW_BYTES] = rows.stride(0) * rows.element_size()
     header.publish()
-    return header, blocks
+    return header, (rows, blocks)
 
 
 __all__ = [

@@ -99,8 +99,8 @@ class FetchedShardedRows:
     """
 
     def __init__(self, rows: Tensor, layout: FeatureLayout, received: Tensor) -> None:
-        self.rows, self._layout, self._received = rows, layout, received
-        self.header, self._blocks = header_over(received)
+        self.rows, self._layout = rows, layout
+        self.header, self._memory = header_over(received)
 
     @property
     def is_own(self) -> bool:

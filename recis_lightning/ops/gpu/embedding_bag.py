@@ -107,6 +107,18 @@ def load_weights(address, column, mask, BFLOAT16: tl.constexpr, ALIGNED: tl.cons
 
 
 @device_function
+def load_rows(address, column, known, DIM: tl.constexpr, BFLOAT16: tl.constexpr):
+    """Load some columns of rows of a table as float32; what is behind the last one is anything.
+
+    A row lies at a multiple of 16 bytes and takes up one (``RowStore.row_words``), so four words
+    are loaded at once whatever its dim, those behind its weights too.
+    """
+    WORD: tl.constexpr = 8 if BFLOAT16 else 4
+    mask = known[:, None] & (column < -(-DIM // WORD) * WORD)[None, :]
+    return load_weights(address, column, mask, BFLOAT16, True)
+
+
+@device_function
 def store_weights(address, column, value, mask, BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr):
     """Store some columns of rows in the rows' dtype, rounded to nearest."""
     if BFLOAT16:
@@ -153,8 +165,7 @@ def _pool(
                     scale = scale_of(weights, i, on)
                     known = row >= 0
                     address = row_address(blocks, shift, row_bytes, row, known)
-                    mask = known[:, None] & (column < DIM)[None, :]
-                    value = load_weights(address, column, mask, BFLOAT16, ALIGNED)
+                    value = load_rows(address, column, known, DIM, BFLOAT16)
                     total += value * scale[:, None]
                     divisor += tl.where(row != PADDING, share_of(mode, scale, on), 0.0)
                 step += _UNROLLED
@@ -176,8 +187,7 @@ def _pool(
             address = row_address(blocks, shift, row_bytes, row, known)
             for first_column in tl.static_range(0, DIM, COLUMNS):
                 column = first_column + tl.arange(0, COLUMNS)
-                mask = known[:, None] & (column < DIM)[None, :]
-                value = load_weights(address, column, mask, BFLOAT16, ALIGNED) * scale[:, None]
+                value = load_rows(address, column, known, DIM, BFLOAT16) * scale[:, None]
                 value = tl.where(known[:, None], value, 0.0)
                 mask = inside[:, None] & (column < DIM)[None, :]
                 store_weights(out + tile * (item * DIM), column, value, mask, BFLOAT16, ALIGNED)

@@ -1,0 +1,24 @@
+"""Headers over rows that came from other ranks."""
+
+import pytest
+import torch
+
+from recis_lightning.lookup.exchange import header_over
+from recis_lightning.ops import backend, embedding_bag
+from recis_lightning.ops import layout as fields
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 4, 33])
+@pytest.mark.parametrize("kind", ["cpu", "triton"])
+def test_received_rows_are_found_as_those_of_a_table(kind, dim, dtype):
+    """Beside a GPU each begins at a multiple of 16 bytes, and is none of the sender's memory."""
+    rows = torch.arange(5 * dim).view(5, dim).to(dtype)
+    with backend.use(kind):
+        header, memory = header_over(rows)
+        row_bytes = int(header.fields[fields.ROW_BYTES])
+        wanted = torch.tensor([4, 0, -1, 4])
+        found = embedding_bag.gather_rows(header, wanted, dim, dtype)
+    assert (memory[0].data_ptr() != rows.data_ptr()) == (row_bytes != dim * dtype.itemsize)
+    assert kind != "triton" or row_bytes % 16 == 0
+    assert found.equal(torch.cat([rows[[4, 0]], torch.zeros(1, dim), rows[[4]]]).to(dtype))
