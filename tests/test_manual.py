@@ -3,9 +3,10 @@
 import re
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import ismodule
+from inspect import ismodule, signature
 
 import pytest
+import yaml
 
 import recis_lightning
 from recis_lightning import callbacks
@@ -14,6 +15,7 @@ from tests.helpers.manual import (
     PAGES,
     ROOT,
     anchors,
+    blocks,
     dead_links,
     has_code,
     run_page,
@@ -84,6 +86,38 @@ def test_a_dead_link_is_found(tmp_path):
     page.write_text("# A `b`: c\n[a](#a-b-c) [b](#d) [c](other.md) [d](https://example.com/)\n")
     assert anchors(page) == {"a-b-c"}
     assert dead_links(page) == ["#d", "other.md"]
+
+
+def test_commands_and_configurations_name_what_exists():
+    """Programs that a page calls are files here; its YAML names classes and arguments they take."""
+    for page in [*PAGES, ROOT / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        for module in re.findall(r"-m ((?:examples|benchmarks|tests)[\w.]+)", text):
+            assert (ROOT / f"{module.replace('.', '/')}.py").exists(), (page.name, module)
+        for path in re.findall(r"python ((?:benchmarks|docs|examples)/[\w./]+)", text):
+            assert (ROOT / path).exists(), (page.name, path)
+        for block in blocks(page, "yaml"):
+            for class_path, arguments in named_classes(yaml.safe_load(block)):
+                found = class_named(class_path)
+                assert found is not None, (page.name, class_path)
+                assert set(arguments) <= set(signature(found).parameters), (page.name, class_path)
+
+
+def named_classes(node):
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield node["class_path"], node.get("init_args", {})
+        node = [*node.values()]
+    for part in node if isinstance(node, list) else []:
+        yield from named_classes(part)
+
+
+def class_named(class_path):
+    """Return a class by its path, or one of ours by its name alone."""
+    module, _, name = class_path.rpartition(".")
+    modules = [module] if module else PUBLIC
+    found = [getattr(import_module(module), name, None) for module in modules]
+    return next(filter(None, found), None)
 
 
 def test_every_page_is_in_the_menu():

@@ -47,3 +47,11 @@ def test_paths_of_examples_exist():
     for page in (README, *DOCS.glob("*.md")):
         for path in re.findall(r"examples/[\w./]+\.\w+", page.read_text(encoding="utf-8")):
             assert (README.parent / path).exists(), (page.name, path)
+
+
+def test_its_figures_are_those_of_the_manual():
+    """The table of speeds is in both."""
+    rows = re.findall(r"^\| \d.*ms.*$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert len(rows) == 3
+    assert [row for row in rows if row not in text] == []

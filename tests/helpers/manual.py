@@ -34,6 +34,12 @@ def run_page(page):
     return names
 
 
+def blocks(page, language):
+    """Return the blocks of a page in a language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 def without_code(page):
     """Return the text of a page without its blocks and comments."""
     return _FENCED.sub("", page.read_text(encoding="utf-8"))
@@ -67,4 +73,4 @@ def dead_links(page):
     return dead
 
 
-__all__ = ["PAGES", "REPOSITORY", "ROOT", "anchors", "dead_links", "has_code", "run_page"]
+__all__ = ["PAGES", "REPOSITORY", "ROOT", "anchors", "blocks", "dead_links", "has_code", "run_page"]
