@@ -5,6 +5,7 @@
 #   make test-all  run the tests that take minutes too
 #   make check   run ruff, mypy and import-linter
 #   make fuzz    look for faults with random calls, damaged files, interrupts and kills (MINUTES=10)
+#   make docs    build the manual into outputs/docs; a warning is an error
 #   make bench   run every benchmark, then print one table and draw one chart of the results
 #   make clean   remove caches and outputs of runs (not .venv, not downloaded data)
 
@@ -25,7 +26,7 @@ MINUTES ?= 10
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve-demo test test-all check fuzz bench clean venv
+.PHONY: help demo serve-demo test test-all check fuzz docs bench clean venv
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -73,6 +74,14 @@ check: $(STAMP)
 # Exits with an error if anything did not hold; what it prints says how to repeat that.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
+# What only the manual needs is installed when it is first built.
+$(VENV)/.docs: $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # A benchmark prints a message and continues if a peer is missing. If a benchmark fails (a wrong
 # result or a missed target), the others still run.
