@@ -22,6 +22,7 @@ IMPORTERS_BY_NAME = {
 # Base classes of ours that have state, or are not abstract.
 BASES_WITH_STATE = {
     "Hook": "base class of users' hooks; Lightning needs attributes set in its constructor",
+    "RecisCLI": "base class of users' command lines, as LightningCLI is",
 }
 
 # Functions that may raise NotImplementedError.
@@ -29,7 +30,9 @@ STUBS: dict[str, str] = {}
 
 # Parts that are tested through another file of tests/, in place of one of their own name.
 TESTED_BY = {
-    "__main__.py": "test_cli.py",
+    "__main__.py": "cli/test_commands.py",
+    "cli/command_parser.py": "cli/test_commands.py",
+    "cli/mistakes.py": "cli/test_recis_cli.py",
     "callbacks/hook_points.py": "callbacks/test_hook.py",
     "callbacks/windows.py": "callbacks/test_progressive_validation.py",
     "callbacks/window_checkpoint.py": "callbacks/test_progressive_validation.py",

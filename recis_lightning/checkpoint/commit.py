@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from recis_lightning import system_calls
 from recis_lightning.checkpoint.regular_file import read_text
 
 FORMAT = 1
@@ -284,11 +285,7 @@ def unfinished_main(folder: Path, save_id: str) -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    system_calls.sync_folder(folder)
 
 
 __all__ = [

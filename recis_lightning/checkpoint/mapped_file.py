@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recis_lightning import system_calls
+
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14: map pages now, with an error if that fails
 
 
@@ -74,7 +76,7 @@ def _populate(address: int, count: int) -> None:
 
 @functools.cache
 def _system() -> Any:
-    if os.name != "posix":
+    if not system_calls.IS_LINUX:  # elsewhere the number of the advice is another
         return None
     system = ctypes.CDLL(None, use_errno=True)
     system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -84,7 +86,7 @@ def _system() -> Any:
 def read_into(file: int, data: memoryview, offset: int, path: Path) -> None:
     """Fill ``data`` with bytes from ``offset`` on; ValueError if the file ends before."""
     while data:
-        done = os.preadv(file, [data], offset)
+        done = system_calls.read_at(file, data, offset)
         if not done:
             raise ValueError(f"{path}: ended while it was read")
         data, offset = data[done:], offset + done

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from recis_lightning.system_calls import open_flags
+
 
 def open_regular(path: Path) -> int:
     """Open a file for reading and return its descriptor.
@@ -17,7 +19,7 @@ def open_regular(path: Path) -> int:
         ValueError: It is missing, no regular file, or the system does not let us read it.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        file = os.open(path, open_flags("O_RDONLY", "O_NONBLOCK"))
     except FileNotFoundError:
         raise ValueError(f"{path}: this file of the checkpoint is missing") from None
     except (OSError, ValueError) as error:

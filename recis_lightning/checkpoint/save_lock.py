@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
+from recis_lightning import system_calls
 from recis_lightning.checkpoint.commit import Commit, new_save_id, remove_files, remove_unfinished
 
 LOCK_FILE = ".recis_lightning.lock"
@@ -89,7 +89,7 @@ class SaveLock:
             (self.folder / LOCK_FILE).unlink()
         # A forked process has the descriptor too, and would keep the lock.
         with contextlib.suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            system_calls.unlock(self._file)
         _close(self.folder)
 
 
@@ -224,7 +224,8 @@ def _take(folder: Path, owner: object, current: CurrentCommit) -> SaveLock:
 def _open_locked(folder: Path) -> int:
     """Open and lock a folder's lock file, which another process may remove at any moment."""
     path = folder / LOCK_FILE
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    names = ("O_RDWR", "O_CREAT", "O_APPEND", "O_NONBLOCK", "O_NOFOLLOW")
+    flags = system_calls.open_flags(*names)
     _close(folder)
     for _ in range(100):
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +259,7 @@ def _close(folder: Path) -> None:
 
 def _lock(folder: Path, file: int) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system_calls.lock(file)
     except OSError as error:
         holder = _holder(list(_lines(folder, file)))
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -276,13 +277,7 @@ def _holder(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def _is_alive(pid: Any) -> bool:
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+    return system_calls.is_alive(pid)
 
 
 def _busy(folder: Path, holder: dict[str, Any]) -> RuntimeError:
@@ -295,7 +290,9 @@ def _busy(folder: Path, holder: dict[str, Any]) -> RuntimeError:
 
 def _lines(folder: Path, file: int) -> Iterator[dict[str, Any]]:
     """Read the lines of a lock; ValueError if the file is none of ours."""
-    content = os.pread(file, os.fstat(file).st_size, 0)
+    content = bytearray(os.fstat(file).st_size)
+    done = system_calls.read_at(file, memoryview(content), 0) if content else 0
+    del content[done:]
     for number, text in enumerate(content.splitlines()):
         try:
             line = json.loads(text)
@@ -350,7 +347,7 @@ def _start_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_start_child)
+system_calls.call_at_fork(after_in_child=_start_child)
 
 
 __all__ = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import functools
 import json
 import os
@@ -25,6 +24,7 @@ from recis_lightning.checkpoint.chunks import ProgressCallback, parallel_for
 from recis_lightning.checkpoint.mapped_file import MappedFile, bytes_of, read_into
 from recis_lightning.checkpoint.regular_file import open_regular
 from recis_lightning.checkpoint.tensor_group import TensorGroup, TensorSpec
+from recis_lightning.system_calls import open_flags, reserve, sync_data, write_at
 from recis_lightning.table.state_schema import crc32
 
 _CHECKSUMS, _ROWS_KEY = "checksums", "piece_rows"  # names in the file
@@ -91,9 +91,10 @@ def write_shard(
         for start in range(0, group.length, group.chunk_rows)
     ]
     temporary = path.with_name(path.name + ".part")
-    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    file = os.open(temporary, open_flags("O_RDWR", "O_CREAT", "O_TRUNC"), 0o644)
+    is_open = True
     try:
-        _reserve(file, size)
+        reserve(file, size)
 
         def write(index: int) -> int:
             group, start, stop = chunks[index]
@@ -105,20 +106,22 @@ def write_shard(
                 done += len(data)
             return done
 
-        parallel_for(len(chunks), write, on_progress, lambda: os.fdatasync(file), _SYNC_BYTES)
+        parallel_for(len(chunks), write, on_progress, lambda: sync_data(file), _SYNC_BYTES)
         checksums = np.concatenate([sums[name] for name in starts if name in sums])
         _write(file, memoryview(header), 0)
         _write(file, bytes_of(torch.from_numpy(checksums)), starts[_CHECKSUMS])
         os.fsync(file)
+        os.close(file)  # Windows renames no file that is open
+        is_open = False
         os.replace(temporary, path)
     except BaseException as error:
+        if is_open:
+            os.close(file)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
-    finally:
-        os.close(file)
     return FileDigest(size, crc32(checksums.tobytes(), crc32(header)))
 
 
@@ -142,19 +145,9 @@ def _layout(
     return header, {name: len(header) + at for name, at in offsets.items()}, len(header) + end
 
 
-def _reserve(file: int, size: int) -> None:
-    """Reserve the file's space, so that a full disk is an error before anything is written."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
-            raise
-        os.ftruncate(file, size)
-
-
 def _write(file: int, data: memoryview, offset: int) -> None:
     while data:
-        done = os.pwrite(file, data, offset)
+        done = write_at(file, data, offset)
         data, offset = data[done:], offset + done
 
 

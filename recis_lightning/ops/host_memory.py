@@ -23,11 +23,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning import system_calls
 from recis_lightning.ops import guarded_memory
 
 HUGE_PAGE = 1 << 21
 # For debugging: unmapped pages around every range, at which reads and writes beyond it end.
-IS_GUARDED = os.environ.get("RECIS_LIGHTNING_GUARD", "0") not in ("", "0")
+IS_GUARDED = system_calls.IS_LINUX and os.environ.get("RECIS_LIGHTNING_GUARD", "0") not in ("", "0")
 _LINE = 64
 _SMALL = 1 << 15  # less than this is malloc's: it would only split up huge pages
 _REGION = 1 << 25  # regions grow with what there is, up to this, so that few tables cost little
@@ -178,7 +179,7 @@ class _Range:
 
 _allocator = _Allocator()
 # A child must not start from the middle of another thread's change.
-os.register_at_fork(
+system_calls.call_at_fork(
     before=_allocator.lock.acquire,
     after_in_parent=_allocator.lock.release,
     after_in_child=_allocator.lock.release,

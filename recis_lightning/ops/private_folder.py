@@ -10,6 +10,8 @@ import os
 import stat
 from pathlib import Path
 
+from recis_lightning import system_calls
+
 
 def open_private(folder: Path) -> str | None:
     """Make a folder with mode 0700 if it is missing, and check it.
@@ -29,10 +31,8 @@ def open_private(folder: Path) -> str | None:
         return f"{folder}: {error.strerror}"
     if not stat.S_ISDIR(status.st_mode):
         return f"{folder} is a link, or no folder"
-    if status.st_uid != os.geteuid():
-        return f"{folder} belongs to user {status.st_uid}, and this is user {os.geteuid()}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{folder} can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
+    if (who := system_calls.others_may_write(status)) is not None:
+        return f"{folder} {who}"
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return f"{folder} cannot be written to"
     return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from recis_lightning import system_calls
 from recis_lightning.arguments import check_path
 from recis_lightning.serving.chain_link import (
     BASE,
@@ -93,7 +93,7 @@ def publishing(folder: Path) -> Iterator[None]:
     """Let no other process or thread change the head meanwhile."""
     file = _open_lock(folder / _PUBLISH_LOCK)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        system_calls.lock(file, wait=True)
         yield
     finally:
         os.close(file)
@@ -116,7 +116,7 @@ class WriterLock:
         end = time.monotonic() + patience
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                system_calls.lock(self._file)
                 return
             except BlockingIOError:
                 if time.monotonic() >= end:
@@ -133,7 +133,7 @@ class WriterLock:
 
 
 def _open_lock(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    flags = system_calls.open_flags("O_RDWR", "O_CREAT", "O_CLOEXEC", "O_NOFOLLOW")
     return os.open(path, flags, 0o644)
 
 

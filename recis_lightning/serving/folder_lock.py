@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from recis_lightning import system_calls
 
 __all__ = ["exporting"]
 
@@ -23,7 +24,7 @@ def exporting(folder: Path) -> Iterator[bool]:
         folder: One that is there.
 
     Yields:
-        Whether it is held; a file system may be unable to.
+        Whether it is held; a file system or Windows may be unable to.
 
     Raises:
         RuntimeError: Another export, of this process or another, writes to the folder.
@@ -34,11 +35,14 @@ def exporting(folder: Path) -> Iterator[bool]:
         ...     is_held
         True
     """
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    file = system_calls.open_folder(folder)
+    if file is None:
+        yield False
+        return
     try:
         is_held = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system_calls.lock(file)
         except BlockingIOError:
             raise RuntimeError(
                 f"folder: another export writes to {folder}; let it end, or name another folder"
@@ -51,6 +55,6 @@ def exporting(folder: Path) -> Iterator[bool]:
             yield is_held
         finally:
             if is_held:  # a process that was forked meanwhile has the file open, too
-                fcntl.flock(file, fcntl.LOCK_UN)
+                system_calls.unlock(file)
     finally:
         os.close(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import threading
 import weakref
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from recis_lightning.arguments import is_fake_mode, refuse_fake_mode
+from recis_lightning.system_calls import call_at_fork
 from recis_lightning.table.stream_order import StreamOrder
 
 _numbers = itertools.count()
@@ -222,7 +222,7 @@ def _restart_all() -> None:
         lock._start()
 
 
-os.register_at_fork(after_in_child=_restart_all)  # the threads that held them are not there
+call_at_fork(after_in_child=_restart_all)  # the threads that held them are not there
 
 
 __all__ = ["TableLock", "distinct_locks", "read", "reads", "write", "writes"]

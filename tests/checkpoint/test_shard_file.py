@@ -107,8 +107,8 @@ def test_foreign_and_missing_files(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     """At the reservation, and at a write where a file system reserves nothing."""
     (tmp_path / "a").write_bytes(b"before")
-    for reserve in (shard_file._reserve, lambda file, size: None):
-        monkeypatch.setattr(shard_file, "_reserve", reserve)
+    for reserve in (shard_file.reserve, lambda file, size: None):
+        monkeypatch.setattr(shard_file, "reserve", reserve)
         with largest_file(1_000_000), pytest.raises(OSError, match=r"\[Errno"):
             written(tmp_path / "a")
         assert os.listdir(tmp_path) == ["a"]

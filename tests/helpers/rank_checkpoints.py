@@ -143,20 +143,20 @@ def refused(folder, rank_with_tables=None):
 def save_with_full_disk(folder, full_rank):
     """Save where one rank's disk is full; return the error and the files of the folder."""
     made, _optimizers = filled(seed=1, count=300)
-    reserve = shard_file._reserve
+    reserve = shard_file.reserve
     if collectives.rank() == full_rank:
 
         def full(file, size):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        shard_file._reserve = full
+        shard_file.reserve = full
     try:
         checkpoint.save(folder, made)
     except (OSError, RuntimeError) as error:
         distributed.barrier()
         return f"{type(error).__name__}: {error}", sorted(os.listdir(folder))
     finally:
-        shard_file._reserve = reserve
+        shard_file.reserve = reserve
     return "saved", []
 
 

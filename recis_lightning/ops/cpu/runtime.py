@@ -14,7 +14,6 @@ import ctypes
 import functools
 import gc
 import inspect
-import os
 import threading
 from array import array
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from numba.core import compiler
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
+from recis_lightning import system_calls
 from recis_lightning.ops.cpu import kernel_cache
 from recis_lightning.ops.cpu.kernel_cache import KernelCache
 from recis_lightning.ops.cpu.pipeline import KernelCompiler
@@ -46,7 +46,7 @@ def _mark_forked() -> None:
     _thread_pool.cache_clear()
 
 
-os.register_at_fork(after_in_child=_mark_forked)
+system_calls.call_at_fork(after_in_child=_mark_forked)
 
 
 # State of a launch, int64: these words, then the kernel's own arguments.
