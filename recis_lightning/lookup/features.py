@@ -68,7 +68,7 @@ class Source(NamedTuple):
 
 
 class Removals(NamedTuple):
-    """What tables say of rows that went, to be compared with what they say later.
+    """Counts of rows that went, to be compared with later ones.
 
     Attributes:
         generations: Of each table's storage.
