@@ -68,7 +68,6 @@ TESTED_BY = {
     "lookup/autograd.py": "test_engine.py",
     "lookup/current_groups.py": "test_engine.py",
     "lookup/evaluation.py": "lookup/test_sharded_lightning.py",
-    "lookup/exchange.py": "lookup/test_sharded_lookups.py",
     "lookup/features.py": "test_engine.py",
     "lookup/local.py": "test_engine.py",
     "lookup/named_tables.py": "lookup/test_operator.py",
