@@ -123,6 +123,23 @@ def check_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
     return checked
 
 
+def check_exchange_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a valid dtype of what travels between ranks, else raise.
+
+    Example:
+        >>> check_exchange_dtype("bfloat16")
+        torch.bfloat16
+        >>> check_exchange_dtype("float16")
+        Traceback (most recent call last):
+        ValueError: exchange_dtype: expected torch.bfloat16 or None, got 'float16'
+    """
+    if dtype is None:
+        return None
+    if str(dtype).removeprefix("torch.") != "bfloat16":
+        raise ValueError(f"exchange_dtype: expected torch.bfloat16 or None, got {dtype!r}")
+    return torch.bfloat16
+
+
 def is_row_dtype(dtype: torch.dtype) -> bool:
     """Return whether rows can be of a dtype."""
     return dtype in _DTYPES.values()

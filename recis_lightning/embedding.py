@@ -60,6 +60,7 @@ class DynamicEmbedding(nn.Module):
         name: For logs and checkpoints.
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
         process_group: Ranks that the table is sharded over; None means all.
+        exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
         mode: "none", a row for each id, or "unique": ``forward`` returns ``UniqueRows``, a row for
             each distinct id and where it stands, so that long sequences repeat no rows.
 
@@ -85,13 +86,14 @@ class DynamicEmbedding(nn.Module):
         name: str | None = None,
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
+        exchange_dtype: torch.dtype | str | None = None,
         mode: Literal["none", "unique"] = "none",
     ) -> None:
         super().__init__()
         self._groups = CurrentGroups()
         self.table = _make_table(
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
-            *(trainable, process_group),
+            *(trainable, process_group, exchange_dtype),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -189,6 +191,7 @@ class DynamicEmbeddingBag(nn.Module):
         name: For logs and checkpoints.
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
         process_group: Ranks that the table is sharded over; None means all.
+        exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
         include_last_offset: ``offsets`` ends with the number of ids.
 
     Example:
@@ -212,6 +215,7 @@ class DynamicEmbeddingBag(nn.Module):
         name: str | None = None,
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
+        exchange_dtype: torch.dtype | str | None = None,
         include_last_offset: bool = False,
         **unsupported: Any,
     ) -> None:
@@ -227,7 +231,7 @@ class DynamicEmbeddingBag(nn.Module):
         self._groups = CurrentGroups()
         self.table = _make_table(
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
-            *(trainable, process_group),
+            *(trainable, process_group, exchange_dtype),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -377,6 +381,7 @@ def _make_table(
     name: str | None,
     trainable: bool,
     process_group: ProcessGroup | None,
+    exchange_dtype: torch.dtype | str | None,
 ) -> HashTable:
     return HashTable(
         embedding_dim,
@@ -389,6 +394,7 @@ def _make_table(
         name=name,
         trainable=trainable,
         process_group=process_group,
+        exchange_dtype=exchange_dtype,
     )
 
 

@@ -72,6 +72,7 @@ class EmbeddingEngine(nn.Module):
         options: Feature -> its settings.
         strict: Refuse batches that lack a feature or have something else.
         process_group: Ranks that the tables are sharded over; None means all.
+        exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
 
     Raises:
         TypeError: An option is no ``EmbeddingOption``.
@@ -96,6 +97,7 @@ class EmbeddingEngine(nn.Module):
         *,
         strict: bool = False,
         process_group: ProcessGroup | None = None,
+        exchange_dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(options, Mapping):
@@ -119,8 +121,9 @@ class EmbeddingEngine(nn.Module):
         for name, sharing in members.items():
             trainable = any(self.options[feature].trainable for feature in sharing)
             option = self.options[sharing[0]]
-            made = _make_table(name, option, admissions[name], trainable, process_group)
-            self.tables[name] = made
+            self.tables[name] = _make_table(
+                name, option, admissions[name], trainable, process_group, exchange_dtype
+            )
         self._adopt_tables()
         self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
         self._adopt_outputs()
@@ -549,6 +552,7 @@ def _make_table(
     admission: Admission | None,
     trainable: bool,
     process_group: ProcessGroup | None,
+    exchange_dtype: torch.dtype | str | None,
 ) -> HashTable:
     return HashTable(
         option.embedding_dim,
@@ -561,6 +565,7 @@ def _make_table(
         name=name,
         trainable=trainable,
         process_group=process_group,
+        exchange_dtype=exchange_dtype,
     )
 
 

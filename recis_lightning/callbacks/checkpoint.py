@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from recis_lightning.arguments import explain_arguments
+from recis_lightning.callbacks.first_checkpoint import link_first
 from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.left_out import keep_left_out
@@ -283,6 +284,8 @@ class _ShardedSave:
         except BaseException:
             self.pending.abandon(save_id)
             raise
+        if not (kwargs.get("weights_only") or any(args[:1])):
+            link_first(trainer, path)
 
 
 @contextmanager

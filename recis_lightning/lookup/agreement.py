@@ -124,6 +124,13 @@ def describe(groups: Sequence[Group], training: bool) -> str:
             if not trains
         ]
         mode += f", with tables {frozen} frozen" if frozen else ""
+    rounded = [
+        table.name
+        for group in groups
+        for table in group.layout.tables
+        if table.exchange_dtype is not None
+    ]
+    mode += f", with exchange_dtype 'bfloat16' of {listed(rounded)}" if rounded else ""
     return f"looks up {', '.join(named)} in {mode}"
 
 

@@ -19,7 +19,8 @@ def make_group(features: Sequence[Feature]) -> LookupGroup:
     """Return a group of features: with several ranks, their rows are sharded over these.
 
     Args:
-        features: Their tables must agree on device, dtype, embedding_dim and process group.
+        features: Their tables must agree on device, dtype, embedding_dim, exchange_dtype and
+            process group.
 
     Raises:
         RuntimeError: Lightning runs a strategy that tables do not work under.
@@ -60,8 +61,8 @@ class CurrentGroups:
                         f"process_group: tables {first.name!r} and {table.name!r} of one module "
                         "are sharded over the ranks of different groups; expected one"
                     )
-                key = (table.device, table.dtype, table.embedding_dim)
-                members.setdefault(key, []).append(feature)
+                kind = table.device, table.dtype, table.embedding_dim, table.exchange_dtype
+                members.setdefault(kind, []).append(feature)
             groups = self._groups = list(map(make_group, members.values()))
         return groups
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.lookup.dedup import DeduplicatedIds
+from recis_lightning.lookup.exchange_dtype import pack_rows
 from recis_lightning.lookup.features import FeatureLayout, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.lookup.regrouping import ReceivedParts, received_parts
@@ -71,8 +72,9 @@ def exchange_rows(
     if needs_occurrences:
         ids, occurrences = ids.T.contiguous().unbind()
     owned = _look_up(layout, recv_counts, ids, occurrences, training)
-    rows = yield Message(_gather(layout, owned), num_sent, num_received)
-    return ShardExchange(Route(layout, num_sent, num_received, owned), rows)
+    found = pack_rows(_gather(layout, owned), layout.exchange_dtype)
+    rows = yield Message(found, num_sent, num_received)
+    return ShardExchange(Route(layout, num_sent, num_received, owned), rows.to(layout.dtype))
 
 
 class OwnedIds(NamedTuple):

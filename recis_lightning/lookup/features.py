@@ -87,7 +87,8 @@ class FeatureLayout:
     to copies of its own.
 
     Args:
-        features: Their tables must agree on device, dtype, embedding_dim and process group.
+        features: Their tables must agree on device, dtype, embedding_dim, exchange_dtype and
+            process group.
 
     Attributes:
         names: Name of each feature.
@@ -103,6 +104,7 @@ class FeatureLayout:
         frozen: Positions of the features that do not train, though their table does.
         unweighted: Positions of the features whose weights do not count.
         process_group: Of the tables: the ranks that they are sharded over; None means all.
+        exchange_dtype: In which rows and gradients travel; None means their own.
         row_type: (embedding_dim, dtype, device), as ops take them.
         widths: Columns of each feature's output.
         locks: Of the tables, as ``table.lock`` takes them.
@@ -136,7 +138,7 @@ class FeatureLayout:
         self.unweighted = [i for i, feature in enumerate(features) if not feature.use_weights]
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
-        self.process_group = first.process_group
+        self.process_group, self.exchange_dtype = first.process_group, first.exchange_dtype
         self.row_type = (self.embedding_dim, self.dtype, self.device)
         self.training = self._segments(insert=True)
         self.evaluation = self._segments(insert=False)
@@ -242,7 +244,7 @@ class FeatureLayout:
             (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len, f.admits, f.trainable)
             for f in self.features
         ]
-        return digest((settings, self.embedding_dim, self.dtype))
+        return digest((settings, self.embedding_dim, self.dtype, self.exchange_dtype))
 
     def lines_for(self, bags: FeatureBags) -> SizedLines:
         """Return segments and plan for a batch: those of the last one, if it had the same sizes."""

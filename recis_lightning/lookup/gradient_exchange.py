@@ -24,9 +24,10 @@ from recis_lightning.distributed.heads import (
     announce_failure,
     exchange_heads,
 )
-from recis_lightning.distributed.joined_messages import by_part, by_rank
+from recis_lightning.distributed.joined_messages import Message, exchange_messages
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
 from recis_lightning.lookup.exchange import Route, point_to_data
+from recis_lightning.lookup.exchange_dtype import pack_gradients, unpack_gradients
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
 from recis_lightning.lookup.gradient_ledger import (
     GradientLedger,
@@ -206,19 +207,13 @@ def _exchange_locked(
     sends: npt.NDArray[Any],
     purpose: str,
 ) -> None:
-    nothing = torch.empty(0, device=routes[0].layout.device)
-    sums = [_sums_of(r, of) if of else nothing for r, of in zip(routes, records, strict=True)]
-    widths = np.array([route.layout.embedding_dim + 1 for route in routes])
-    sent = np.array([route.num_sent for route in routes]).T * widths
-    sent *= np.array(list(map(bool, records)))
-    received = np.array([route.num_received for route in routes]).T * widths * sends
-    message = by_rank([total.view(-1) for total in sums], sent)
-    process_group = routes[0].layout.process_group
-    sizes = received.sum(1).tolist(), sent.sum(1).tolist()
-    answer = collectives.all_to_all(message, *sizes, lambda: purpose, process_group)
-    parts = [answer] if len(routes) == 1 else by_part(answer, received)
+    messages = [
+        _message(route, of, does_send)
+        for route, of, does_send in zip(routes, records, sends.T, strict=True)
+    ]
+    answers = exchange_messages(messages, lambda: purpose, routes[0].layout.process_group)
     for number, (route, of) in enumerate(zip(routes, records, strict=True)):
-        gradients = parts[number].view(-1, int(widths[number]))
+        gradients = unpack_gradients(answers[number], route.layout.exchange_dtype)
         if not sends[:, number].all():
             gradients = _with_zeros(gradients, route, sends[:, number])
         # What was sent is gone from here, whatever comes next.
@@ -226,6 +221,26 @@ def _exchange_locked(
             for table in tables:
                 table.pending.remove(record)
         _leave_pending(route, gradients, {table for tables in of.values() for table in tables})
+
+
+def _message(
+    route: Route, records: dict[PendingGradient, set[HashTable]], sends: npt.NDArray[Any]
+) -> Message:
+    """Return the message of a lookup's gradients, which is empty if this rank has none.
+
+    Args:
+        route: Of the lookup.
+        records: This rank's gradients.
+        sends: bool [num_ranks], which ranks have some.
+    """
+    layout = route.layout
+    if records:
+        sums, num_sent = _sums_of(route, records), route.num_sent
+    else:
+        sums = torch.empty(0, layout.embedding_dim + 1, device=layout.device)
+        num_sent = [0] * len(route.num_sent)
+    num_received = (np.array(route.num_received) * sends).tolist()
+    return Message(pack_gradients(sums, layout.exchange_dtype), num_received, num_sent)
 
 
 def _with_zeros(gradients: Tensor, route: Route, sends: Any) -> Tensor:

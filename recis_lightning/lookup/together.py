@@ -17,6 +17,7 @@ from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.table.hash_table import HashTable
 
 _Result = TypeVar("_Result")
 _MOST_KEPT = 16  # combinations of features that a module's groups are kept for
@@ -177,11 +178,10 @@ def _look_up(
     training: bool,
 ) -> list[Tensor]:
     """Return the rows of each feature, in their order."""
-    number_of = {group.layout.row_type: number for number, group in enumerate(groups)}
+    number_of = {_kind_of(group.layout.tables[0]): number for number, group in enumerate(groups)}
     places: list[list[int]] = [[] for _ in groups]  # positions of each group's features
     for position, feature in enumerate(features):
-        table = feature.table
-        places[number_of[table.embedding_dim, table.dtype, table.device]].append(position)
+        places[number_of[_kind_of(feature.table)]].append(position)
     parts = [(bags, i) for part in asked for bags in part.bags for i in range(len(bags))]
     joined = [_join([parts[position] for position in its]) for its in places]
     found = look_up_groups(groups, joined, training)
@@ -190,6 +190,11 @@ def _look_up(
         for position, output in zip(its, outputs, strict=True):
             rows[position] = output
     return rows
+
+
+def _kind_of(table: HashTable) -> tuple[Any, ...]:
+    """Return what the tables of a group have in common."""
+    return table.device, table.dtype, table.embedding_dim, table.exchange_dtype
 
 
 def _join(parts: Sequence[tuple[FeatureBags, int]]) -> FeatureBags:

@@ -28,6 +28,7 @@ from recis_lightning.arguments import (
     check_bool,
     check_dtype,
     check_embedding_dim,
+    check_exchange_dtype,
     check_ids,
     check_int,
     check_kinds,
@@ -96,6 +97,8 @@ class HashTable(nn.Module):
             place in the module, or "table", "table_2" and so on if it is trained before.
         trainable: Whether lookups leave gradients, as ``requires_grad`` of a parameter.
         process_group: Ranks that the table is sharded over; None means all of them.
+        exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes,
+            rounded; None sends rows in ``dtype`` and gradients in float32.
 
     Attributes:
         anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
@@ -122,6 +125,7 @@ class HashTable(nn.Module):
     """
 
     _process_group: ProcessGroup | None = None
+    _exchange_dtype: torch.dtype | None = None
     default_name: str | None = None  # what it is called until it is named, once it was trained
 
     def __init__(
@@ -137,6 +141,7 @@ class HashTable(nn.Module):
         name: str | None = None,
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
+        exchange_dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__()
         check_not_traced("HashTable", ())
@@ -152,6 +157,7 @@ class HashTable(nn.Module):
         check_bool("trainable", trainable)
         check_process_group(process_group)
         self._process_group = process_group
+        self._exchange_dtype = check_exchange_dtype(exchange_dtype)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -276,6 +282,11 @@ class HashTable(nn.Module):
     def process_group(self) -> ProcessGroup | None:
         """Ranks that the table is sharded over; None means all. A pickle leaves it out."""
         return self._process_group
+
+    @property
+    def exchange_dtype(self) -> torch.dtype | None:
+        """Data type in which rows and gradients travel between ranks; None means their own."""
+        return self._exchange_dtype
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:

@@ -148,3 +148,23 @@ def of_malformed_input():
     ids = torch.ones(2, 3) if rank() else torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises((TypeError, RuntimeError), match="ids"):
         model.together(ids)
+
+
+@contextmanager
+def sent_bytes():
+    """Count the bytes that this rank sends to others by all-to-all.
+
+    Yields a Counter by ("heads", which have no splits, or a dtype, and the rank they go to).
+    """
+    sent, original = Counter(), distributed.all_to_all_single
+
+    def count(output, message, output_splits=None, input_splits=None, group=None):
+        size, own = distributed.get_world_size(), distributed.get_rank()
+        kind = str(message.dtype).removeprefix("torch.") if input_splits else "heads"
+        item = message.nbytes // max(len(message), 1)
+        for to, items in enumerate(input_splits or [len(message) // size] * size):
+            sent[kind, to] += item * items * (to != own)
+        return original(output, message, output_splits, input_splits, group)
+
+    with patch.object(distributed, "all_to_all_single", count):
+        yield sent

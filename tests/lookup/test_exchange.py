@@ -1,4 +1,4 @@
-"""Headers over rows that came from other ranks."""
+"""Headers over rows that came from other ranks, and the bytes that travel in a step."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from recis_lightning.lookup.exchange import header_over
 from recis_lightning.ops import backend, embedding_bag
 from recis_lightning.ops import layout as fields
+from tests.helpers import rank_traffic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,3 +23,8 @@ def test_received_rows_are_found_as_those_of_a_table(kind, dim, dtype):
     assert (memory[0].data_ptr() != rows.data_ptr()) == (row_bytes != dim * dtype.itemsize)
     assert kind != "triton" or row_bytes % 16 == 0
     assert found.equal(torch.cat([rows[[4, 0]], torch.zeros(1, dim), rows[[4]]]).to(dtype))
+
+
+def test_messages_have_the_bytes_that_the_page_names(ranks):
+    """On two nodes of two ranks, by the formulas on the page."""
+    ranks.run(4, rank_traffic.all_cases, timeout_s=200)
