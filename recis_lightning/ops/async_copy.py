@@ -36,8 +36,21 @@ def copy_async_(target: Tensor, values: npt.NDArray[Any]) -> None:
 def _pinned(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Return a copy of values in pinned memory, from which a device copies asynchronously."""
     if device.type == "cpu":
-        return torch.from_numpy(values.copy())
-    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+        copied = torch.from_numpy(values.copy())
+    else:
+        copied = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+    if is_captured(device):
+        _captured.append(copied)
+    return copied
 
 
-__all__ = ["copy_async_", "to_device_async"]
+# What CUDA graphs copy from whenever they are replayed: a few KB each, for as long as the process.
+_captured: list[Tensor] = []
+
+
+def is_captured(device: torch.device) -> bool:
+    """Return whether what is launched on a device is recorded for a CUDA graph, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+__all__ = ["copy_async_", "is_captured", "to_device_async"]

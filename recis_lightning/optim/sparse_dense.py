@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_anchors
+from recis_lightning.optim.step_hooks import hooked
 from recis_lightning.optim.table_updater import different
 from recis_lightning.table.anchor import Anchor
 
@@ -125,6 +126,7 @@ class SparseDenseOptimizer(Optimizer):
         for optimizer in self._parts:
             optimizer.zero_grad(set_to_none)
 
+    @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run ``closure``, then step the dense and the sparse optimizers.
 

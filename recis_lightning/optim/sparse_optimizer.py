@@ -20,6 +20,7 @@ from recis_lightning.compiler import disable
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops import row_update
 from recis_lightning.optim.clip_bounds import check_clip_bound, check_cow_clip
+from recis_lightning.optim.step_hooks import hooked
 from recis_lightning.optim.table_updater import TableUpdater
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
@@ -134,6 +135,7 @@ class SparseOptimizer(Optimizer, ABC):
         groups = with_anchors(state_dict["param_groups"], self.param_groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
 
+    @hooked
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every row that has a gradient, and use the gradients up.

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops.async_copy import is_captured
 from recis_lightning.ops.gpu.layout import PLAN_NUM_BAGS, PLAN_NUM_IDS, PLAN_OFFSETS
 from recis_lightning.ops.gpu.runtime import any_of, device_function, field, int64_at
 
@@ -66,7 +67,7 @@ def new_flag(plan, device):
 def malformed_feature(plan, flag):
     """Return the index of a feature whose offsets a kernel found malformed, -1 if none is known.
 
-    Beside a GPU a later call reports it.
+    Beside a GPU a later call reports it, unless a CUDA graph is captured.
 
     Raises:
         ValueError: An earlier lookup had malformed offsets.
@@ -75,6 +76,8 @@ def malformed_feature(plan, flag):
         return -1
     if flag.device.type == "cpu":
         return int(flag)
+    if is_captured(flag.device):  # no host sees a replay
+        return -1
     _late_errors.check()
     _late_errors.watch(flag, plan.copy())
     return -1
