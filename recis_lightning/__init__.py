@@ -27,7 +27,7 @@ from recis_lightning.table.state import set_shard_loader
 if TYPE_CHECKING:
     from recis_lightning.metrics.gauc import GAUC
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 keep_anchors_out()
 share_tables_with_averaged_models()

@@ -59,7 +59,12 @@ def run_script() -> None:
     """Run the command of this process; modules of the current folder can be imported."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has enough, as head; the interpreter flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _help() -> str:

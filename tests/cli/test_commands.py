@@ -47,6 +47,15 @@ def test_help_takes_neither_lightning_nor_kernels_along():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    code = "from recis_lightning.cli.commands import run_script; run_script()"
+    command = f"'{sys.executable}' -c '{code}' --help; echo $? >&2"
+    done = subprocess.run(
+        f"({command}) | true", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.split() in (["0"], ["1"])
+
+
 def test_the_package_can_be_run_as_a_module():
     text = (ROOT / "recis_lightning" / "__main__.py").read_text(encoding="utf-8")
     assert "from recis_lightning.cli import main" in text
