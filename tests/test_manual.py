@@ -87,6 +87,16 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
         CHECKS[page.stem](names, capsys.readouterr().out)
 
 
+def test_only_what_needs_a_gpu_is_not_run(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- not run -->\n```python\n1 / 0\n```\n\n```python\na = 1\n```\n")
+    assert run_page(page)["a"] == 1
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"<!-- not run -->\n```python\n(.*?)```", text, re.DOTALL):
+            assert "torch.cuda" in block, page.name
+
+
 @pytest.mark.slow
 def test_the_code_of_the_page_about_ranks_runs_on_two(tmp_path, ranks):
     assert ranks.run(2, rank_manual.run, ON_RANKS, str(tmp_path), timeout_s=200) == [2, 2]
