@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 REPOSITORY = "https://github.com/recis-lightning/recis_lightning"
 
-_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"(?<!<!-- not run -->\n)^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FENCED = re.compile(r"^```.*?^```$|<!--.*?-->", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _NOT_IN_TESTS = re.compile(r"^(?:import|from) (faiss)\b", re.MULTILINE)
@@ -22,7 +22,8 @@ def has_code(page):
 def run_page(page):
     """Run the Python blocks of a page, which are one program; return its names.
 
-    A block is left out if it imports a package that the tests do without, and that is missing.
+    A block is left out behind the comment ``<!-- not run -->`` (it needs a GPU), or if it imports a
+    package that the tests do without, and that is missing.
     """
     text, names = page.read_text(encoding="utf-8"), {"__name__": page.stem}
     for block in _BLOCK.finditer(text):

@@ -1,6 +1,5 @@
 """What ranks run in the tests of retrieval: the example of docs/many_ranks.md."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from recis_lightning import DynamicEmbedding
 from recis_lightning.distributed import collectives
 from recis_lightning.initializers import Normal
+from tests.helpers.manual import blocks
 from tests.helpers.rank_training import rank
 
 PAGE = Path(__file__).parents[2] / "docs" / "many_ranks.md"
@@ -24,9 +24,7 @@ class TwoTowers(nn.Module):
 
 def example():
     """Return the page's function."""
-    [code] = re.findall(
-        r"```python\n(import torch\n.*?def recall_at.*?)```", PAGE.read_text(), re.S
-    )
+    [code] = [block for block in blocks(PAGE, "python") if "def recall_at" in block]
     names = {}
     exec(code, names)
     return names["recall_at"]
