@@ -76,7 +76,7 @@ class DeltaHook(Hook):
         if sink is None:
             assert folder is not None
             sink = ChainSink(folder, compact_every)
-        elif not callable(getattr(sink, "write", None)):
+        elif not all(callable(getattr(sink, name, None)) for name in ("write", "close")):
             raise TypeError(f"sink: expected an object with write and close, got {sink!r}")
         self.sink, self.state = sink, state
         self.every_n_batches, self.seconds = every_n_batches, seconds

@@ -59,9 +59,9 @@ class FollowedModel:
             )
             self._thread.start()
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Return what ``ServedModel`` would of the version that is there now."""
-        return self._model(*arguments)
+        return self._model(*arguments, **named)
 
     def score_records(self, records: Any) -> Any:
         """Return what ``ServedModel.score_records`` would of the version that is there now."""

@@ -99,7 +99,7 @@ class ServedModel:
         """Columns that raw records must have; none, where the folder has no transforms."""
         return [] if self._reader is None else self._reader.columns
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Return what the model's forward returns in evaluation, without gradients.
 
         Args:
@@ -107,17 +107,22 @@ class ServedModel:
                 number of samples. Entries of a dict that the model does not use may be missing, and
                 others may be there. Or raw records, if the folder has transforms: a table of Arrow
                 or pandas, or a dict of which a value is a list, NumPy or Arrow array.
+            named: The others, by the names that forward has for them.
 
         Raises:
             TypeError, ValueError: An argument is not as in the example (names it), or a file is
                 damaged where it is read.
         """
-        if self._reader is not None and len(arguments) == 1 and is_raw(arguments[0]):
-            return self.score_records(arguments[0])
+        given = (*arguments, *named.values())
+        if self._reader is not None and len(given) == 1 and is_raw(given[0]):
+            return self.score_records(given[0])
         expected = self.manifest.arguments
-        if len(arguments) != len(expected):
+        left = [name for name, _ in expected[len(arguments) :]]
+        if len(arguments) > len(expected) or set(named) != set(left):
             names = ", ".join(name for name, _ in expected)
-            raise TypeError(f"the model takes ({names}), got {len(arguments)} arguments")
+            got = [f"{len(arguments)} arguments", *named]
+            raise TypeError(f"the model takes ({names}), got {' and '.join(got)}")
+        arguments = (*arguments, *(named[name] for name in left))
         found: dict[int, Any] = {}
         for value, (name, spec) in zip(arguments, expected, strict=True):
             collect(value, spec, name, found)

@@ -331,3 +331,23 @@ def test_a_small_request_calls_torch_for_the_dense_part_alone(tmp_path):
 def test_what_is_no_path_is_named(call):
     with pytest.raises(TypeError, match="folder: expected a path, got None"):
         call(None)
+
+
+def test_arguments_may_be_given_by_name(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.user = DynamicEmbedding(2, name="user")
+
+        def forward(self, ids, price):
+            return self.user(ids).sum(1) * price
+
+    model, ids, price = Two(), torch.arange(3), torch.rand(3)
+    model(ids, price)
+    serving.export(model, tmp_path, example=(ids, price))
+    served, scores = serving.load(tmp_path), model.eval()(ids, price)
+    assert served(ids, price=price).equal(scores)
+    assert served(price=price, ids=ids).equal(scores)
+    for arguments, named in (((), {}), ((ids,), {"ids": ids}), ((ids, price), {"price": price})):
+        with pytest.raises(TypeError, match=r"the model takes \(ids, price\), got"):
+            served(*arguments, **named)
