@@ -2,22 +2,16 @@
 
 import copy
 import pickle
-from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from examples.deepfm import model as demo
-from examples.deepfm import train
 from recis_lightning import DynamicEmbedding, DynamicEmbeddingBag, EmbeddingEngine, EmbeddingOption
 from recis_lightning.distributed.process_group import rank
 from recis_lightning.optim import SparseAdam, SparseSGD
 from recis_lightning.table.listing import hash_tables
-from tests.helpers.quiet_trainer import quiet_trainer
 from tests.helpers.rank_messages import sent_bytes
-from tests.helpers.rank_trainers import as_torchrun
 
 
 class Model(nn.Module):
@@ -96,16 +90,3 @@ def copies_have_it():
     table = DynamicEmbedding(3, name="user", exchange_dtype="bfloat16").table
     for copied in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
         assert copied.exchange_dtype is torch.bfloat16
-
-
-def demo_auc(path, data, exchange_dtype):
-    """Return the test AUC of the DeepFM example on MovieLens."""
-    engine = partial(EmbeddingEngine, exchange_dtype=exchange_dtype)
-    torch.manual_seed(0)
-    with as_torchrun() as settings, patch.object(demo, "EmbeddingEngine", engine):
-        model = train.movielens_model()
-        clicks = train.movielens_data(data, ranks=distributed.get_world_size())
-        run = quiet_trainer(path, **{**settings, "max_epochs": 2})
-        run.fit(model, clicks)
-        (tested,) = run.test(model, clicks, verbose=False)
-    return tested["test_auc"]
