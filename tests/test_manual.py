@@ -26,6 +26,7 @@ from tests.helpers.manual import (
 ON_RANKS = ROOT / "docs" / "many_ranks.md"
 PUBLIC = [  # each is a page of the reference; recis_lightning itself is api/tables.md
     *("recis_lightning", "recis_lightning.admission", "recis_lightning.callbacks"),
+    "recis_lightning.cli",
     *("recis_lightning.checkpoint", "recis_lightning.data", "recis_lightning.eviction"),
     *("recis_lightning.initializers", "recis_lightning.lookup", "recis_lightning.metrics"),
     *("recis_lightning.monitoring", "recis_lightning.optim", "recis_lightning.retrieval"),
