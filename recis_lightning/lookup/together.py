@@ -64,9 +64,11 @@ def run_steps(steps: LookupSteps[_Result], training: bool) -> _Result:
 def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
     """Look up several modules, which share the passes and messages of one ``EmbeddingEngine``.
 
-    Outputs, gradients and updates are those of calling the modules one after the other. On several
-    ranks all of them take three messages in training, where each would take three of its own; in
-    evaluation they are called one after the other, so that a rank without a batch can answer.
+    Outputs, gradients and updates are those of calling the modules one after the other; only a
+    table with an admission policy that several of them look up takes all their ids for one lookup,
+    as an engine's does. On several ranks all modules take three messages in training (four with
+    more than 60 tables), where each would take three of its own; in evaluation they are called one
+    after the other, so that a rank without a batch can answer.
 
     Args:
         lookups: For each a sequence: a ``DynamicEmbedding``, ``DynamicEmbeddingBag`` or

@@ -108,6 +108,15 @@ def test_settings_take_effect():
     assert rows[1].any()
 
 
+def test_a_shared_table_admits_by_the_ids_of_all():
+    """As that of an engine does: the second occurrence is in the same lookup."""
+    user = DynamicEmbedding(2, name="user", admission=MinCount(2))
+    ids = torch.tensor([3])
+    one, other = look_up_together((user, ids), (user, ids))
+    assert torch.equal(one, other)
+    assert one.any()
+
+
 def test_many_combinations_do_not_pile_up():
     """Nor does anything outlive its module."""
     from recis_lightning.lookup import together as room
