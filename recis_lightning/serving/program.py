@@ -61,8 +61,8 @@ def _to_dtype(tensor: Tensor, dtype: torch.dtype, *more: Any, **named: Any) -> T
 
 
 def _reshape(tensor: Tensor, shape: list[int]) -> Tensor:
-    """Return ``aten::reshape``'s tensor; the one that was given, where that has one dimension."""
-    if shape == [-1] and tensor.dim() == 1:
+    """Return ``aten::reshape``'s tensor; the one that was given, where that has the shape."""
+    if shape == [-1, *tensor.shape[1:]] and tensor.dim() and 0 not in shape:
         return tensor
     return torch.ops.aten.reshape.default(tensor, shape)  # type: ignore[no-any-return]
 

@@ -68,6 +68,25 @@ def test_values_are_freed_after_their_last_use():
 
 
 @pytest.mark.parametrize(
+    "shape", [[-1], [-1, 2], [2, -1], [-1, 3], [-1, 1, 3], [-1, 0], [6], [], [2, 3]]
+)
+@pytest.mark.parametrize("size", [(6,), (2, 3), (0, 3), (2, 0), (0,), ()])
+def test_what_is_done_without_torch_is_what_torch_does(shape, size):
+    call = ["aten::reshape.default", [{"value": 0}, shape], {}]
+    state = {"inputs": [0], "calls": [call], "outputs": [{"value": 1}]}
+    program, tensor = Program(state, 1, {}, {}), torch.rand(size)
+    try:
+        expected = tensor.reshape(shape)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            program.run([tensor])
+    else:
+        (found,) = program.run([tensor])
+        assert found.shape == expected.shape
+        assert found.equal(expected)
+
+
+@pytest.mark.parametrize(
     "call",
     [
         ["aten::from_file.default", ["/etc/passwd", False, 10], {}],
