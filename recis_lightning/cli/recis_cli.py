@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,12 @@ _ROOMS = (
 )
 _PACKAGE, _LIGHTNING = str(Path(__file__).parents[1]), str(Path(lightning.__file__).parent)
 _WORDS_FOR_CHECKPOINTS = ("best", "last", "hpc", "registry")  # ckpt_path that is no path
+_PARTS_READ = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
 _REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
 
 
@@ -90,15 +97,17 @@ class RecisCLI(LightningCLI):
             chosen = self._parser_of(words)
             mistake = of_parser(error.message, _options(chosen), _class_names())
             leave(_program(chosen), of_files(_config_files(words), mistake), error)
+        # Before the run, and what Lightning says of it, begins.
+        subcommand = self.config.get("subcommand")
+        settings = self.config if subcommand is None else self.config[subcommand]
+        where = f"paths are relative to the current folder, {Path.cwd()}"
+        for missing in (_missing_checkpoint(settings), _missing_data(settings, subcommand)):
+            if missing is not None:
+                leave(_program(self._parser_of([subcommand or ""])), Mistake(missing, where))
 
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer from the settings."""
         program = _program(self._parser_of([self.subcommand or ""]))
-        if path := _missing_checkpoint(self._get(self.config, "ckpt_path")):
-            leave(
-                program,
-                Mistake(f"ckpt_path: there is no file {path}", f"it is looked for in {Path.cwd()}"),
-            )
         with _mistakes_in_two_lines(program):
             super().instantiate_classes()
 
@@ -170,12 +179,30 @@ def _missing_file(error: BaseException) -> Mistake | None:
     return None
 
 
-def _missing_checkpoint(path: Any) -> str | None:
-    """Return the path of a checkpoint that is not there; None if it is, or Lightning finds it."""
-    text = "" if path is None else str(path)
+def _missing_checkpoint(settings: Any) -> str | None:
+    """Return what to say of a checkpoint that is not there, and that Lightning does not find."""
+    text = str(settings.get("ckpt_path") or "")
     if not text or text.partition(":")[0] in _WORDS_FOR_CHECKPOINTS or "://" in text:
         return None
-    return None if Path(text).exists() else text
+    return None if Path(text).exists() else f"ckpt_path: there is no file {text}"
+
+
+def _missing_data(settings: Any, subcommand: str | None) -> str | None:
+    """Return what to say of columnar files that a run reads and that are not there, or None."""
+    data = settings.get("data")
+    class_path = str(data.get("class_path", "")) if hasattr(data, "get") else ""
+    if class_path.rpartition(".")[2] != "ColumnarDataModule":
+        return None
+    arguments = data.get("init_args") or {}
+    if arguments.get("follow"):  # files may come later
+        return None
+    for part in _PARTS_READ.get(subcommand or "", ()):
+        given = arguments.get(part) or []
+        for paths in given.values() if isinstance(given, dict) else [given]:
+            for path in [paths] if isinstance(paths, str) else paths:
+                if "://" not in path and not glob.glob(path, recursive=True):
+                    return f"data: {part}: no file matches {path!r}"
+    return None
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -224,7 +224,7 @@ def test_a_mistake_in_a_file_is_two_lines_with_its_place(text, capsys):
          "did you mean log_step?"),
         (["stray"], "stray: expected an option such as --trainer.max_epochs 3", None),
         (["--ckpt_path", "no.ckpt"], "ckpt_path: there is no file no.ckpt",
-         "it is looked for in {cwd}"),
+         "paths are relative to the current folder, {cwd}"),
         (["--model.init_args.embeddings", "{user: {embedding_dim: -3}}"],
          "EmbeddingOption: embedding_dim: expected an int >= 1, got -3", None),
         (["--trainer.callbacks", "LoggerHook", "--trainer.callbacks.log_step", "0"],
@@ -253,15 +253,35 @@ def test_an_optimizer_that_refuses_its_argument_is_two_lines(capsys):
     assert hint.startswith("hint: ")
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of Lightning, that there is no validation
-def test_files_of_data_that_are_missing_are_two_lines(capsys):
-    data = {"class_path": "ColumnarDataModule", "init_args": {"train": "none/*.parquet"}}
-    data["init_args"]["columns"] = [
-        {"class_path": "recis_lightning.data.Id", "init_args": {"name": "user"}}
-    ]
+def columnar(**arguments):
+    """Write settings of columnar data; return the arguments that name them."""
+    user = {"class_path": "recis_lightning.data.Id", "init_args": {"name": "user"}}
+    data = {"class_path": "ColumnarDataModule", "init_args": {"columns": [user], **arguments}}
     Path("data.yaml").write_text(yaml.safe_dump({"data": data}))
+    return ["-c", str(MOVIELENS), "-c", "data.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"train": "none/*.parquet"}, "train"),
+        ({"train": ["data.yaml", "none/*.parquet"]}, "train"),
+        ({"train": "data.yaml", "val": "none/*.parquet"}, "val"),
+        ({"train": {"a": "none/*.parquet"}, "mix": {"a": 1.0}}, "train"),
+    ],
+)
+@pytest.mark.slow_except(dict(part="val"))
+def test_files_of_data_that_are_missing_are_two_lines(arguments, part, capsys):
+    error, hint = said(capsys, columnar(**arguments))
+    assert error == f"data: {part}: no file matches 'none/*.parquet'"
+    assert hint == f"paths are relative to the current folder, {Path.cwd()}"
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of Lightning, that there is no validation
+def test_missing_files_that_only_the_run_finds_are_two_lines_too(monkeypatch, capsys):
+    monkeypatch.setattr("recis_lightning.cli.recis_cli._missing_data", lambda *given: None)
     with pytest.raises(SystemExit) as done:
-        main(["fit", "-c", str(MOVIELENS), "-c", "data.yaml", "--trainer.fast_dev_run=1"])
+        main(["fit", *columnar(train="none/*.parquet"), "--trainer.fast_dev_run=1"])
     assert done.value.code == 2
     *_, error, hint = capsys.readouterr().err.splitlines()
     assert "none/*.parquet" in error
