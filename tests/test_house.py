@@ -32,7 +32,6 @@ STUBS: dict[str, str] = {}
 TESTED_BY = {
     "__main__.py": "cli/test_commands.py",
     "cli/command_parser.py": "cli/test_commands.py",
-    "cli/mistakes.py": "cli/test_recis_cli.py",
     "callbacks/hook_points.py": "callbacks/test_hook.py",
     "callbacks/windows.py": "callbacks/test_progressive_validation.py",
     "callbacks/window_checkpoint.py": "callbacks/test_progressive_validation.py",

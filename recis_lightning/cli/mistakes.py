@@ -18,7 +18,7 @@ _SHOWN = 80  # characters of a value
 _STEP = re.compile(
     r"Parser key \"(?P<key>[\w.]+)\":"
     r"|given class_path '(?P<cls>[\w.]+)':"
-    r"|[Oo]ption '(?P<option>[\w.\-]+)'"
+    r"|(?:[Oo]ption|[Kk]ey) '(?P<option>[\w.\-]+)'"
     r"|dot import path string: (?P<bare>\S+)"
     r"|[Nn]o module named '(?P<module>[\w.]+)'"
     r"|has no attribute '(?P<attribute>\w+)'"
@@ -26,7 +26,7 @@ _STEP = re.compile(
 )
 _UNION = re.compile(r"Subtypes: \[(?P<types>.+)\]\n(?:.*\n)*?\s*Given value: (?P<value>.*)")
 _VALUE_CLASS = re.compile(r".*Got value: Namespace\(class_path='([\w.]+)'")
-_UNRECOGNIZED = re.compile(r"unrecognized arguments: (.*)")
+_UNRECOGNIZED = re.compile(r"[Uu]nrecognized arguments: (.*)")
 
 
 class Mistake(NamedTuple):

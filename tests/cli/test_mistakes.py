@@ -1,0 +1,55 @@
+"""Messages of jsonargparse, of its oldest and newest version that we take, as two lines."""
+
+import pytest
+
+from recis_lightning.cli.mistakes import Mistake, leave, of_files, of_parser
+
+OPTIONS = ["trainer.max_epochs", "trainer.callbacks", "model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("Subcommand 'fit' does not accept option 'trainer.max_epoch'",
+         "trainer.max_epoch: there is no such setting", "did you mean trainer.max_epochs?"),
+        ("Validation failed: Subcommand 'fit' does not accept nested key 'trainer.max_epoch'",
+         "trainer.max_epoch: there is no such setting", "did you mean trainer.max_epochs?"),
+        ("Unrecognized arguments: --modle x", "modle: there is no such setting",
+         "did you mean model?"),
+        ("unrecognized arguments: stray", "stray: expected an option such as "
+         "--trainer.max_epochs 3", None),
+        ('Parser key "trainer.max_epochs":\n  Does not validate against any of the Union subtypes\n'
+         "  Subtypes: [<class 'NoneType'>, <class 'int'>]\n  Errors:\n    - Expected a ...\n"
+         "  Given value type: <class 'str'>\n  Given value: many",
+         "trainer.max_epochs: expected None or int, got many", None),
+        ('Parser key "model":\n  Errors:\n    - Problem with given class_path \'a.b.Model\':\n'
+         "        No module named 'a'",
+         "model: there is no module a, of the class a.b.Model",
+         "modules are looked for in the current folder, and where Python finds them"),
+        ("something\nnobody expected", "something\nnobody expected", None),
+    ],
+)  # fmt: skip
+def test_a_message_becomes_its_place_and_what_is_wrong(text, message, hint):
+    assert of_parser(text, OPTIONS, ["LoggerHook"])[:2] == (message, hint)
+
+
+def test_the_line_of_a_file_is_named_only_where_it_is_certain(tmp_path):
+    mistake = Mistake("log_steps: there is no such setting", None, ("log_steps",))
+    once, twice = tmp_path / "once.yaml", tmp_path / "twice.yaml"
+    once.write_text("a: 1\nlog_steps: 3\nlog_steps_too: 3\n")
+    twice.write_text("log_steps: 1\nb: {log_steps: 2}\n")
+    assert of_files([str(once)], mistake).message.startswith(f"{once}, line 2: log_steps")
+    assert of_files([str(twice)], mistake) == mistake
+    assert of_files([str(once), str(twice)], mistake) == mistake
+    assert of_files([str(tmp_path / "none.yaml")], mistake) == mistake
+    assert of_files([], mistake) == mistake
+
+
+def test_two_lines_and_status_2(capsys):
+    with pytest.raises(SystemExit) as done:
+        leave("recis-lightning fit", Mistake("a\n  message of\nlines"))
+    assert done.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "recis-lightning fit: error: a message of lines",
+        "hint: recis-lightning fit --help lists the settings",
+    ]
