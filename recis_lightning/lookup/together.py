@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as module_hooks
 
 from recis_lightning import compiler
 from recis_lightning.distributed import collectives
@@ -20,6 +21,7 @@ from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.table.hash_table import HashTable
 
 _Result = TypeVar("_Result")
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 _MOST_KEPT = 16  # combinations of features that a module's groups are kept for
 
 
@@ -65,8 +67,9 @@ def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
     """Look up several modules, which share the passes and messages of one ``EmbeddingEngine``.
 
     Outputs, gradients and updates are those of calling the modules one after the other; only a
-    table with an admission policy that several of them look up takes all their ids for one lookup,
-    as an engine's does. On several ranks all modules take three messages in training (four with
+    table that several of them look up takes all their ids for one lookup, as an engine's does: an
+    admission policy sees them together, and gradients are added up in that order. Where a module
+    has hooks or a ``forward`` of its own, all are called one after the other. On several ranks all modules take three messages in training (four with
     more than 60 tables), where each would take three of its own; in evaluation they are called one
     after the other, so that a rank without a batch can answer.
 
@@ -105,9 +108,19 @@ def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
             f"lookups[{trains.index(False)}]: expected modules that all train or none does, got "
             f"one in eval() beside lookups[{trains.index(True)}], which trains"
         )
-    if not all(trains) and torch.compiler.is_compiling():
+    if not all(map(_is_plain, modules)) or (not all(trains) and torch.compiler.is_compiling()):
         return [module(*arguments) for module, *arguments in lookups]
     return _look_up_together(lookups)
+
+
+def _is_plain(module: Any) -> bool:
+    """Return whether calling a module does nothing but its lookup: no hook, no other forward."""
+    kind = type(module)
+    owner: Any = next(base for base in kind.__mro__ if "lookup_steps" in vars(base))
+    own = kind.forward is owner.forward and "forward" not in vars(module)
+    return own and not any(
+        getattr(module, f"_{name}") or getattr(module_hooks, f"_global_{name}") for name in _HOOKS
+    )
 
 
 @compiler.disable  # kernels read and change memory

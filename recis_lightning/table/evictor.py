@@ -118,25 +118,32 @@ class CompactionSchedule:
     At once where half of it is not needed. But where rows come and go, every eviction finds that,
     and the next lookups take the memory again: so the sooner a compaction follows the last one, the
     more evictions pass before the next, up to 15. Where an eighth is enough, none pass.
+
+    Attributes:
+        is_owed: Whether half was not needed at the last eviction, and there was no compaction.
     """
 
     def __init__(self) -> None:
+        self.is_owed = False
         self._num_evictions = 0  # since the last compaction
         self._pause = 0
 
-    def is_due(self, needed: int, held: int) -> bool:
+    def is_due(self, needed: int, held: int, may_move: bool = True) -> bool:
         """Count an eviction; return whether to compact after it.
 
         Args:
             needed: Blocks that the rows need.
             held: Blocks that they have.
+            may_move: Whether rows may get other numbers now.
         """
         self._num_evictions += 1
-        if 2 * needed > held or (self._num_evictions <= self._pause and 8 * needed > held):
+        self.is_owed = 2 * needed <= held > 0
+        is_paused = self._num_evictions <= self._pause and 8 * needed > held
+        if not self.is_owed or is_paused or not may_move:
             return False
         is_soon = self._num_evictions <= _LONGEST_PAUSE + 1
         self._pause = min(2 * self._pause + 1, _LONGEST_PAUSE) if is_soon else 0
-        self._num_evictions = 0
+        self._num_evictions, self.is_owed = 0, False
         return True
 
 
@@ -185,6 +192,8 @@ class Evictor:
         if isinstance(before, TableClock) and now.is_like(before):
             now = before  # with the jumps that it has bounded
         self.storage.now = now
+        if self.limit is None and policy is not None and policy.lookup_limit is not None:
+            self.storage.generation += 1  # lookups so far are not noted: their rows might go
         self._take_policy(policy)
         layout_version.advance()  # features know which of their tables have a limit
 
@@ -260,21 +269,27 @@ class Evictor:
         gone, by_policy = self._name_rows(policy, process_group)
         num_gone = count_marked(gone)
         freed = num_gone * (4 * storage.rows.row_words + 8 * len(storage.columns))
-        if dry_run or not num_gone:
+        if dry_run:
             return EvictionReport.of(num_gone, by_policy, freed, 0, dry_run)
-        ids = self._notify(gone)
-        before, tracker = storage.nbytes, self.readmissions
-        with self.undo() as undo:
-            self.num_evicted += num_gone
-            if tracker is not None and ids is not None:
-                tracker.note_evicted(ids.cpu())
-            storage.remove_rows(gone, undo)
-        if not self._pending and self._compactions.is_due(
-            storage.rows.blocks_for(len(storage)), len(storage.rows.addresses)
+        before = storage.nbytes
+        if num_gone:
+            self._remove(gone, num_gone)
+        if (num_gone or self._compactions.is_owed) and self._compactions.is_due(
+            storage.rows.blocks_for(len(storage)),
+            len(storage.rows.addresses),
+            may_move=not self._pending,
         ):
             storage.compact()
         returned = max(before - storage.nbytes, 0)
         return EvictionReport.of(num_gone, by_policy, freed, returned, False)
+
+    def _remove(self, gone: Tensor, num_gone: int) -> None:
+        ids, tracker = self._notify(gone), self.readmissions
+        with self.undo() as undo:
+            self.num_evicted += num_gone
+            if tracker is not None and ids is not None:
+                tracker.note_evicted(ids.cpu())
+            self.storage.remove_rows(gone, undo)
 
     def undo(self) -> Undo:
         """Return a context in which an eviction is undone if it does not come to its end."""

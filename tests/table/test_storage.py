@@ -9,7 +9,7 @@ import torch
 from recis_lightning import DynamicEmbedding, HashTable, hash_tables
 from recis_lightning.admission import MinCount
 from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows
-from recis_lightning.optim import SparseAdam
+from recis_lightning.optim import SparseAdam, SparseSGD
 from tests.helpers.sample_tables import EXTREMES, by_id, same
 
 DIM = 64  # 341 rows a block with Adam's state, so a few thousand rows are many blocks
@@ -143,3 +143,17 @@ def test_the_process_shrinks():
     table.evict()
     assert size - table.nbytes >= 0.8 * share
     assert grown - resident_bytes() >= 0.8 * share
+
+
+def test_compact_waits_for_pending_gradients():
+    module = DynamicEmbedding(1, name="t")
+    optimizer = SparseSGD(hash_tables(module), lr=1.0)
+    module(torch.arange(8))
+    module.table.delete(torch.arange(4))
+    module(torch.tensor([6, 7])).sum().backward()
+    with pytest.raises(RuntimeError, match="table 't': compact moves rows, and gradients"):
+        module.table.compact()
+    before = module.table.embeddings(torch.tensor([6, 7]))
+    optimizer.step()
+    module.table.compact()
+    assert torch.equal(module.table.embeddings(torch.tensor([6, 7])), before - 1)

@@ -108,14 +108,18 @@ def load_weights(address, column, mask, BFLOAT16: tl.constexpr, ALIGNED: tl.cons
 
 @device_function
 def load_rows(address, column, known, DIM: tl.constexpr, BFLOAT16: tl.constexpr):
-    """Load some columns of rows of a table as float32; what is behind the last one is anything.
+    """Load some columns of rows of a table as float32, 0 behind the last one.
 
     A row lies at a multiple of 16 bytes and takes up one (``RowStore.row_words``), so four words
-    are loaded at once whatever its dim, those behind its weights too.
+    are loaded at once whatever its dim, those behind its weights too. These hold anything, also
+    what is no number: they may not be reckoned with.
     """
     WORD: tl.constexpr = 8 if BFLOAT16 else 4
     mask = known[:, None] & (column < -(-DIM // WORD) * WORD)[None, :]
-    return load_weights(address, column, mask, BFLOAT16, True)
+    value = load_weights(address, column, mask, BFLOAT16, True)
+    if DIM % WORD != 0:
+        value = tl.where((column < DIM)[None, :], value, 0.0)
+    return value
 
 
 @device_function
