@@ -105,8 +105,17 @@ class Feeder:
         self.num_rows += size
 
 
-def train(folder, pattern, every, ckpt, begun):
-    """Train to the end, with a checkpoint every few steps; write what this rank has then."""
+def train(folder, pattern, every, ckpt, begun, saver=None):
+    """Train to the end, with a checkpoint every few steps; write what this rank has then.
+
+    Args:
+        folder: Of the checkpoints.
+        pattern: Of the files.
+        every: Steps between checkpoints.
+        ckpt: Where to go on.
+        begun: Called before each step.
+        saver: The ``ModelCheckpoint``, in place of one that saves each ``every`` steps.
+    """
     torch.manual_seed(0)
     features = Features([Id("row"), Id("user", hash="xxh64"), Label("click")], [Mod("user", 5)])
     stop = Path(pattern).parent / "STOP"
@@ -116,7 +125,8 @@ def train(folder, pattern, every, ckpt, begun):
         follow=Follow(poll_seconds=0.02, stop_file=str(stop)) if is_stream else False,
     )  # fmt: skip
     model = Counting(begun, 0 if is_stream else EPOCH)
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=1)
+    if saver is None:
+        saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=1)
     with as_torchrun() as settings:
         trainer = quiet_trainer(
             folder, saver, CheckpointHook(), HashTableFilterHook(filter_interval=None),
