@@ -219,6 +219,18 @@ def is_fake_mode() -> bool:
     return _dispatch_mode(_FAKE) is not None
 
 
+def is_recorded() -> bool:
+    """Return whether torch records or transforms a program: what runs need not run on all ranks."""
+    return (
+        torch.compiler.is_compiling()
+        or _tracing_state() is not None
+        or _dispatch_mode(_FAKE) is not None
+        or _dispatch_mode(_PROXY) is not None
+        or _functorch_interpreter() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_plain_cpu(tensor: Tensor) -> bool:
     """Return whether a tensor has numbers that the host can see: on the CPU, not recorded."""
     return (

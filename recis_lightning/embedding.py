@@ -128,7 +128,7 @@ class DynamicEmbedding(nn.Module):
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, ids: Tensor) -> Tensor | UniqueRows:
-        return run_steps(self.lookup_steps(ids), self.training)
+        return run_steps(self.lookup_steps(ids), self)
 
     def lookup_steps(self, ids: Tensor) -> LookupSteps[Tensor | UniqueRows]:
         """Look up what ``forward`` is given, for ``look_up_together``."""
@@ -281,7 +281,7 @@ class DynamicEmbeddingBag(nn.Module):
         offsets: Tensor | None,
         per_sample_weights: Tensor | None,
     ) -> Tensor | Jagged:
-        return run_steps(self.lookup_steps(ids, offsets, per_sample_weights), self.training)
+        return run_steps(self.lookup_steps(ids, offsets, per_sample_weights), self)
 
     def lookup_steps(
         self,

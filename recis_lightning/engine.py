@@ -20,6 +20,7 @@ from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.jagged import Bags, FeatureBags, Jagged, read_features, read_keyed_jagged
 from recis_lightning.lookup import operator, recording
+from recis_lightning.lookup.announcing import announce_refusal
 from recis_lightning.lookup.combining import combine
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
@@ -217,7 +218,7 @@ class EmbeddingEngine(nn.Module):
 
     @compiler.disable  # kernels read and change memory
     def _look_up(self, features: dict[str, Any]) -> dict[str, Any]:
-        return run_steps(self.lookup_steps(features), self.training)
+        return run_steps(self.lookup_steps(features), self)
 
     def lookup_steps(self, features: dict[str, Any]) -> LookupSteps[dict[str, Any]]:
         """Look up what ``forward`` is given, for ``look_up_together``."""
@@ -334,6 +335,21 @@ class EmbeddingEngine(nn.Module):
 
     @compiler.disable  # kernels read and change memory
     def _look_up_joined(self, features: dict[str, Any]) -> Tensor:
+        try:
+            given = self._check_joined(features)
+            groups = self.current_groups()
+            bags = [_read(given, group, is_whole=True) for group in groups]
+            joined = self._groups.joined(self.options)
+            num_samples = joined.num_samples(bags, self._made)
+        except Exception as error:
+            announce_refusal(error, [self])
+            raise
+        if self._made:
+            return self._join(self._look_up({name: given[name] for name in self.options}))
+        return joined.look_up(bags, num_samples, self.training)
+
+    def _check_joined(self, features: dict[str, Any]) -> Mapping[str, Any]:
+        """Return what ``concat`` is given, by feature; raise if it does not fit."""
         given = _by_name(features)
         if given.keys() != self.options.keys():
             missing = sorted(name for name in self.options if name not in given)
@@ -345,13 +361,7 @@ class EmbeddingEngine(nn.Module):
                 )
         if self._made:
             _ = self.widths  # known for all, or an error before anything changes
-        groups = self.current_groups()
-        bags = [_read(given, group, is_whole=True) for group in groups]
-        joined = self._groups.joined(self.options)
-        if self._made:
-            joined.num_samples(bags, self._made)
-            return self._join(self._look_up({name: given[name] for name in self.options}))
-        return joined.look_up(bags, self.training)
+        return given
 
     def _is_recordable(self, features: Any) -> bool:
         """Return whether a recorded program takes the batch, as far as it has features."""

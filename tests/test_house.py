@@ -63,6 +63,8 @@ TESTED_BY = {
     "data/conversion.py": "data/test_columns.py",
     "distributed/digest.py": "distributed/test_heads.py",
     "lookup/agreement.py": "lookup/test_gradient_exchange.py",
+    "lookup/announcing.py": "lookup/test_gradient_exchange.py",
+    "lookup/lost_rows.py": "lookup/test_gradient_exchange.py",
     "data/entries.py": "data/test_transforms.py",
     "data/lanes.py": "data/test_dataset.py",
     "data/new_files.py": "data/test_follow.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
-from operator import and_, attrgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import MEAN, MEAN_BY_COUNT, NONE, TILE
-from recis_lightning.table.anchor import leaves_of
+from recis_lightning.table.anchor_hub import AnchorHub
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import write
 
@@ -77,6 +77,7 @@ class OutputRecord:
         layout = self.layout = lookup.layout
         # Of a table that was frozen in the forward pass, autograd would know nothing.
         self._trains = layout.trains() if lookup.training else [False]
+        self.hub: AnchorHub | None = layout.hub() if lookup.learns() else None
         self._is_own = lookup.fetched.is_own
         self._before = layout.removals()
         self._versions = list(map(lookup.fetched.version_of, weighted))
@@ -98,37 +99,51 @@ class OutputRecord:
                 size = int(plan[feature, fields.PLAN_NUM_IDS])
                 yield self.lookup.fetched.rows[first : first + size]
 
-    def trained(self, features: Sequence[int], accumulates: bool) -> list[bool] | None:
+    def trained(self, features: Sequence[int]) -> list[bool] | None:
         """Return for each of some features whether its rows get a gradient; None if all do.
 
-        Args:
-            features: The features.
-            accumulates: Whether the pass adds up gradients of tables.
+        Called in a backward pass, which may have been asked for some tables' gradients alone.
         """
         layout = self.layout
-        trains = layout.trains() if accumulates else [False]
-        if not layout.frozen and all(self._trains) and all(trains):
+        trains = layout.trains()
+        asked = [False] if self.hub is None else self.hub.asked()
+        if not layout.frozen and all(self._trains) and all(trains) and all(asked):
             return None
-        trained = set(compress(layout.tables, map(and_, self._trains, trains)))
+        trained = set(
+            compress(layout.tables, map(all, zip(self._trains, trains, asked, strict=False)))
+        )
         return [
             feature not in layout.frozen and layout.feature_tables[feature] in trained
             for feature in features
         ]
 
-    def check_generations(self) -> None:
-        """Raise if a table lost rows since; the caller has locked the tables.
+    def check_generations(self, features: Sequence[int]) -> None:
+        """Raise if a table lost rows since that some features need; the caller has locked it.
+
+        Args:
+            features: Those whose rows, or weights, get a gradient.
 
         Raises:
             RuntimeError: A row may be another id's by now (names the table).
         """
         if not self._is_own:
             return
-        tables, before, left = self.layout.tables, self._before, self._left
-        now = self.layout.removals()
+        before, left, now = self._before, self._left, self.layout.removals()
         if now is not before and now.generations != before.generations:
-            _raise_stale_rows(tables, before.generations, now.generations)
+            self._check_used(features, before.generations, now.generations)
         if left is not None and now is not left and now.num_rooms != left.num_rooms:
-            _raise_stale_rows(tables, left.num_rooms, now.num_rooms)
+            self._check_used(features, left.num_rooms, now.num_rooms)
+
+    def _check_used(
+        self, features: Sequence[int], before: Sequence[int], now: Sequence[int]
+    ) -> None:
+        of_features, tables = self.layout.segment_tables, self.layout.tables
+        for table in dict.fromkeys(of_features[feature] for feature in features):
+            if before[table] != now[table]:
+                raise RuntimeError(
+                    f"table {tables[table].name!r} lost rows between a lookup and its backward "
+                    "pass (evict, delete, clear or load); run backward first, or look up again"
+                )
 
     def return_gradients(
         self, features: Sequence[int], addresses: Any, strides: Any, tensors: list[Tensor]
@@ -193,22 +208,16 @@ def record_lookup(lookup: Lookup) -> list[Tensor]:
     if not weighted and not learns:
         return lookup.outputs
     record = OutputRecord(lookup, weighted)
-    inputs = inputs_of([record], [learns])
+    inputs = inputs_of([record])
     recorded = LookupFunction.apply(lookup.outputs, record, *inputs)  # type: ignore[no-untyped-call]
     return list(recorded)
 
 
-def inputs_of(records: Sequence[OutputRecord], learns: Sequence[bool]) -> list[Tensor]:
-    """Return what autograd must know of lookups: leaves of their tables, then their weights.
-
-    Args:
-        records: Of the lookups.
-        learns: For each, whether rows get gradients.
-    """
+def inputs_of(records: Sequence[OutputRecord]) -> list[Tensor]:
+    """Return what autograd must know of lookups: leaves of their tables, then their weights."""
     expected_references()  # what it does must not be nested in a backward pass
-    anchors = [anchor for record in compress(records, learns) for anchor in record.layout.anchors]
     # Autograd calls us for their sake; they get no gradient.
-    leaves: list[Any] = list(leaves_of(anchors)) if anchors else []
+    leaves: list[Any] = [record.hub.leaf for record in records if record.hub is not None]
     for record in records:
         details = record.lookup.batch.bags.details
         leaves += [details[feature].weights for feature in record.weighted]
@@ -237,36 +246,21 @@ class LookupFunction(torch.autograd.Function):
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         record: OutputRecord = ctx.record
         features, tensors, strides = present_gradients(gradients)
-        by_feature = dict(zip(features, tensors, strict=True)) if record.weighted else {}
-        trained = record.trained(features, accumulates(ctx))
+        given = dict(zip(features, tensors, strict=True)) if record.weighted else {}
+        by_feature = {feature: given[feature] for feature in record.weighted if feature in given}
+        trained = record.trained(features)
         if trained is not None:
             features, tensors = list(compress(features, trained)), list(compress(tensors, trained))
             strides = list(compress(strides, trained))
         addresses = list(map(Tensor.data_ptr, tensors))
 
         def leave_gradients() -> list[Tensor | None]:
-            record.check_generations()
+            record.check_generations([*features, *by_feature])
             record.return_gradients(features, addresses, strides, tensors)
             return record.weight_gradients(by_feature)
 
         of_weights = write(record.layout.current_locks(), leave_gradients)
         return (*[None] * (2 + ctx.num_leaves), *of_weights)
-
-
-def accumulates(ctx: Any) -> bool:
-    """Return whether a backward pass adds gradients of tables up.
-
-    ``torch.autograd.grad`` returns what it was asked for and adds up nothing, and ``backward`` may
-    be asked for the gradients of other leaves alone.
-
-    Args:
-        ctx: Of a function whose first ``ctx.num_leaves`` inputs are leaves of tables.
-    """
-    leaves = [node for node, _ in ctx.next_functions[: ctx.num_leaves]]
-    try:
-        return any(map(torch._C._will_engine_execute_node, leaves))
-    except RuntimeError:  # torch.autograd.grad was asked for an anchor's
-        return False
 
 
 def present_gradients(
@@ -293,16 +287,6 @@ def present_gradients(
         tensors = [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in tensors]
         strides = list(map(_stride, tensors))
     return features, tensors, [4 * outer for outer, _ in strides]
-
-
-def _raise_stale_rows(
-    tables: Sequence[HashTable], before: Sequence[int], now: Sequence[int]
-) -> None:
-    stale = next(table for table, old, new in zip(tables, before, now, strict=True) if old != new)
-    raise RuntimeError(
-        f"table {stale.name!r} lost rows between a lookup and its backward pass "
-        "(evict, delete, clear or load); run backward first, or look up again"
-    )
 
 
 def _weight_gradient(
@@ -362,7 +346,6 @@ def _sums_of_bags(values: Tensor, bags: Bags) -> Tensor:
 __all__ = [
     "Lookup",
     "OutputRecord",
-    "accumulates",
     "inputs_of",
     "present_gradients",
     "record_lookup",

@@ -21,6 +21,7 @@ from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.layout import SEGMENT_SIZE
 from recis_lightning.table.anchor import Anchor
+from recis_lightning.table.anchor_hub import AnchorHub
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks
 from recis_lightning.table.segment import write_segment
@@ -121,6 +122,7 @@ class FeatureLayout:
         self.locks = distinct_locks(table.lock for table in self.tables)
         self.anchors = [table.anchor for table in self.tables]
         self._num_changes, self._trains = -1, [True]
+        self._hub: tuple[list[bool], AnchorHub] | None = None
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         self.pending = [table.pending for table in self.tables]
         self.limited = [table for table in self.tables if table.evictor.limit is not None]
@@ -173,6 +175,13 @@ class FeatureLayout:
             self._trains = [anchor.requires_grad for anchor in self.anchors]
             self._num_changes = num_changes
         return self._trains
+
+    def hub(self) -> AnchorHub:
+        """Return the leaf by which autograd knows the tables, of which at least one trains."""
+        trains, found = self.trains(), self._hub
+        if found is None or found[0] != trains:
+            found = self._hub = trains, AnchorHub(self.anchors)
+        return found[1]
 
     def removals(self) -> Removals:
         """Return what the tables say of rows that went; the same object until any table says more.

@@ -37,6 +37,7 @@ from recis_lightning.lookup.gradient_ledger import (
     split_bits,
     stack_bits,
 )
+from recis_lightning.lookup.lost_rows import check_rows
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.ops import backend, row_update
 from recis_lightning.ops import layout as fields
@@ -131,7 +132,7 @@ def _send_window(
     of_any = np.bitwise_or.reduce(of_tables, 0, keepdims=True)
     ranks = collectives.global_ranks(process_group)
     _check_backward(entries, sends, heads.payloads[:, 0], purpose, ranks)
-    _check_rows(entries, sends, stale, ranks)
+    check_rows(entries, records, sends, stale, process_group)
     used = np.flatnonzero(sends.any(0)).tolist()
     for device in dict.fromkeys(entries[i].route.layout.device for i in used):
         chosen = [i for i in used if entries[i].route.layout.device == device]
@@ -158,22 +159,6 @@ def _check_backward(
         f"{ranks[sender]} ran one, for tables {_names(entries[number].route.layout)}; run as many "
         "backward passes on all ranks (what a loss uses may differ)"
     )
-
-
-def _check_rows(
-    entries: Sequence[LedgerEntry],
-    sends: npt.NDArray[Any],
-    stale: npt.NDArray[Any],
-    ranks: Sequence[int],
-) -> None:
-    wrong = sends.any(0) & stale
-    if wrong.any():
-        rank, number = np.argwhere(wrong)[0].tolist()
-        raise RuntimeError(
-            f"one of tables {_names(entries[number].route.layout)} lost rows on rank "
-            f"{ranks[rank]} between a lookup and the step that uses its gradients (evict, delete, "
-            "clear or load); run backward and step first, or look up again"
-        )
 
 
 def _names(layout: FeatureLayout) -> str:

@@ -72,6 +72,16 @@ class LedgerEntry:
             return list(map(_generation, layout.storages)) != self._generations
         return any(map(self._has_lost_rows, range(len(layout.tables))))
 
+    def stale_tables(self) -> list[int]:
+        """Return which tables, by position, lost rows here since."""
+        storages, rooms = self.route.layout.storages, self._num_rooms
+        return [
+            position
+            for position, storage in enumerate(storages)
+            if self._has_lost_rows(position)
+            or (rooms is not None and rooms[position] != storage.num_rooms)
+        ]
+
     def _has_lost_rows(self, position: int) -> bool:
         layout = self.route.layout
         storage = layout.storages[position]

@@ -21,7 +21,6 @@ from recis_lightning.lookup import transfer
 from recis_lightning.lookup.autograd import (
     Lookup,
     OutputRecord,
-    accumulates,
     inputs_of,
     present_gradients,
 )
@@ -69,21 +68,17 @@ class JoinedOutput:
             for tensor, run in groupby(columns, lambda column: column[0])
         ]
 
-    def look_up(self, bags: Sequence[FeatureBags], training: bool) -> Tensor:
+    def look_up(self, bags: Sequence[FeatureBags], num_samples: int, training: bool) -> Tensor:
         """Look all features up.
 
         Args:
             bags: For each group, those of its features.
+            num_samples: B, as ``num_samples`` returns it.
             training: As for ``look_up_groups``.
 
         Returns:
             [B, sum of widths].
-
-        Raises:
-            ValueError: A feature does not give one row a sample, or others have another number of
-                samples (names it).
         """
-        num_samples = self.num_samples(bags)
         is_traced = not isinstance(num_samples, int)  # by torch.jit, which is refused below
         tensors = [
             memory.empty(num_samples, width, dtype)
@@ -132,7 +127,8 @@ class JoinedOutput:
             combined: Features whose rows a combiner makes one of.
 
         Raises:
-            ValueError: As for ``look_up``.
+            ValueError: A feature does not give one row a sample, or others have another number of
+                samples (names it).
         """
         sizes: dict[str, int] = {}
         for group, parts in zip(self.groups, bags, strict=True):
@@ -181,15 +177,14 @@ def record_columns(lookups: Sequence[Lookup], columns: Sequence[Columns]) -> Ten
     tensor = columns[0].tensor
     if not torch.is_grad_enabled():
         return tensor
-    recorded, learns = [], []
+    recorded = []
     for lookup, filled in zip(lookups, columns, strict=True):
-        does_learn, weighted = lookup.learns(), lookup.weighted()
-        if does_learn or weighted:
+        weighted = lookup.weighted()
+        if weighted or lookup.learns():
             recorded.append((OutputRecord(lookup, weighted), filled.first))
-            learns.append(does_learn)
     if not recorded:
         return tensor
-    inputs = inputs_of([record for record, _ in recorded], learns)
+    inputs = inputs_of([record for record, _ in recorded])
     joined: Tensor = JoinedFunction.apply([tensor], recorded, *inputs)  # type: ignore[no-untyped-call]
     return joined
 
@@ -217,32 +212,36 @@ class JoinedFunction(torch.autograd.Function):
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         present, tensors, _ = present_gradients(gradients)
         records: list[OutputRecord] = [record for record, _ in ctx.recorded]
-        adds_up = accumulates(ctx)
+        trained = [_trained(record) for record in records] if present else []
 
         def leave_gradients() -> list[Tensor | None]:
             weights: list[Tensor | None] = []
-            for record in records:
-                record.check_generations()
-            for record, first in ctx.recorded:
-                if present:
-                    columns = Columns(tensors[0], first)
-                    _return_columns(record, columns, adds_up)
-                    weights += record.weight_gradients(_of_weighted(record, columns))
-                else:  # all ranks exchange gradients, with none too
-                    record.return_gradients([], [], [], [])
-                    weights += record.weight_gradients({})
+            for record, features in zip(records, trained, strict=False):
+                record.check_generations([*features, *record.weighted])
+            if not present:
+                return [gradient for its in records for gradient in its.weight_gradients({})]
+            for (record, first), features in zip(ctx.recorded, trained, strict=True):
+                columns = Columns(tensors[0], first)
+                _return_columns(record, columns, features)
+                weights += record.weight_gradients(_of_weighted(record, columns))
             return weights
 
         locks = distinct_locks(lock for record in records for lock in record.layout.current_locks())
         return (*[None] * (2 + ctx.num_leaves), *write(locks, leave_gradients))
 
 
-def _return_columns(record: OutputRecord, columns: Columns, adds_up: bool) -> None:
-    """Leave the gradients of a lookup's columns with its tables."""
-    features: Sequence[int] = range(len(columns.first))
-    addresses, trained = columns.addresses(), record.trained(features, adds_up)
-    if trained is not None:
-        features, addresses = np.flatnonzero(trained).tolist(), addresses[trained]
+def _trained(record: OutputRecord) -> Sequence[int]:
+    """Return the features whose rows get a gradient, in a backward pass."""
+    features = range(len(record.layout.features))
+    trained = record.trained(features)
+    return features if trained is None else np.flatnonzero(trained).tolist()
+
+
+def _return_columns(record: OutputRecord, columns: Columns, features: Sequence[int]) -> None:
+    """Leave the gradients of some of a lookup's columns with its tables."""
+    addresses = columns.addresses()
+    if len(features) < len(addresses):
+        addresses = addresses[list(features)]
     tensors = [columns.tensor] if features else []
     record.return_gradients(features, addresses, columns.stride_bytes(), tensors)
 

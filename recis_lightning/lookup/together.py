@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,17 +11,17 @@ from torch.nn.modules import module as module_hooks
 
 from recis_lightning import compiler
 from recis_lightning.distributed import collectives
-from recis_lightning.distributed.heads import announce_failure
 from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.jagged import FeatureBags
+from recis_lightning.lookup.announcing import announce_refusal
 from recis_lightning.lookup.current_groups import CurrentGroups
 from recis_lightning.lookup.features import Feature
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
+from recis_lightning.lookup.kept_groups import KeptGroups
 from recis_lightning.table.hash_table import HashTable
 
 _Result = TypeVar("_Result")
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-_MOST_KEPT = 16  # combinations of features that a module's groups are kept for
 
 
 class Asked(NamedTuple):
@@ -57,10 +56,14 @@ class LookupModule(Protocol):
         """Look up."""
 
 
-def run_steps(steps: LookupSteps[_Result], training: bool) -> _Result:
-    """Do a lookup by itself."""
-    groups, bags = next(steps)
-    return _finish(steps, look_up_groups(groups, bags, training))
+def run_steps(steps: LookupSteps[_Result], module: LookupModule) -> _Result:
+    """Do a module's lookup by itself."""
+    try:
+        groups, bags = next(steps)
+    except Exception as error:
+        announce_refusal(error, [module])
+        raise
+    return _finish(steps, look_up_groups(groups, bags, module.training))
 
 
 def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
@@ -93,25 +96,38 @@ def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
         >>> [tuple(rows.shape) for rows in look_up_together((user, ids), (tags, bags))]
         [(3, 4), (3, 2)]
     """
-    modules: list[LookupModule] = []
+    try:
+        trains = _check(lookups)
+    except Exception as error:
+        announce_refusal(error, [given[0] for given in lookups if _is_call(given)])
+        raise
+    modules = [lookup[0] for lookup in lookups]
+    if not all(map(_is_plain, modules)) or (not all(trains) and torch.compiler.is_compiling()):
+        return [module(*arguments) for module, *arguments in lookups]
+    return _look_up_together(lookups)
+
+
+def _is_call(lookup: Any) -> bool:
+    return isinstance(lookup, (tuple, list)) and len(lookup) > 0
+
+
+def _check(lookups: Sequence[Sequence[Any]]) -> list[bool]:
+    """Return for each lookup whether its module trains; raise as ``look_up_together`` does."""
+    trains: list[bool] = []
     for position, lookup in enumerate(lookups):
-        is_sequence = isinstance(lookup, (tuple, list)) and len(lookup) > 0
-        if not is_sequence or not hasattr(lookup[0], "lookup_steps"):
-            got = type(lookup[0] if is_sequence else lookup).__name__
+        if not _is_call(lookup) or not hasattr(lookup[0], "lookup_steps"):
+            got = type(lookup[0] if _is_call(lookup) else lookup).__name__
             raise TypeError(
                 f"lookups[{position}]: expected (module, *arguments) of a DynamicEmbedding, "
                 f"DynamicEmbeddingBag or EmbeddingEngine, got {got}"
             )
-        modules.append(lookup[0])
-    trains = [module.training for module in modules]
+        trains.append(lookup[0].training)
     if any(trains) and not all(trains):
         raise ValueError(
             f"lookups[{trains.index(False)}]: expected modules that all train or none does, got "
             f"one in eval() beside lookups[{trains.index(True)}], which trains"
         )
-    if not all(map(_is_plain, modules)) or (not all(trains) and torch.compiler.is_compiling()):
-        return [module(*arguments) for module, *arguments in lookups]
-    return _look_up_together(lookups)
+    return trains
 
 
 def _is_plain(module: Any) -> bool:
@@ -137,10 +153,9 @@ def _look_up_together(lookups: Sequence[Sequence[Any]]) -> list[Any]:
         steps = [module.lookup_steps(*arguments) for module, *arguments in lookups]
         asked = list(map(next, steps))
         features = _features_of(asked, process_group)
-        groups = _groups_of(first, features).of(lambda: features)
+        groups = _groups_of(lookups, features).of(lambda: features)
     except Exception as error:
-        if is_sharded:
-            announce_failure(error, "looks up several modules together", process_group)
+        announce_refusal(error, [lookup[0] for lookup in lookups])
         raise
     rows = iter(_look_up(groups, features, asked, first.training))
     outputs = [
@@ -176,15 +191,11 @@ def _features_of(asked: Sequence[Asked], process_group: ProcessGroup | None) -> 
     return tuple(f._replace(name=f.table.name) if f.name == "ids" else f for f in features)
 
 
-_kept: WeakKeyDictionary[Any, dict[tuple[Feature, ...], CurrentGroups]] = WeakKeyDictionary()
+_kept = KeptGroups()
 
 
-def _groups_of(module: Any, features: tuple[Feature, ...]) -> CurrentGroups:
-    """Return the groups of features; they go with the module that is looked up first."""
-    kept = _kept.setdefault(module, {})
-    if features not in kept and len(kept) >= _MOST_KEPT:
-        kept.clear()
-    return kept.setdefault(features, CurrentGroups())
+def _groups_of(lookups: Sequence[Sequence[Any]], features: tuple[Feature, ...]) -> CurrentGroups:
+    return _kept.of([lookup[0] for lookup in lookups], features)
 
 
 def _look_up(

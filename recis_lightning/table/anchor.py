@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import compress
 from types import FrameType
 from typing import Any, ClassVar
@@ -112,18 +112,6 @@ class PendingMark(Tensor):
     def zero_(self) -> Tensor:
         self.pending.clear()
         return self
-
-
-def leaves_of(anchors: Sequence[Anchor]) -> list[Anchor]:
-    """Return the anchors that autograd must know of a lookup, so that it runs its backward pass.
-
-    One will do, and each costs a microsecond or two; but DDP waits for each that it reduces.
-    """
-    if Anchor.any_reduced:
-        leaves = [anchor for anchor in anchors if anchor.requires_grad and anchor.is_reduced]
-        if leaves:
-            return leaves
-    return [next(anchor for anchor in anchors if anchor.requires_grad)]
 
 
 def keep_anchors_out() -> None:
@@ -230,4 +218,4 @@ def _any_learns(parameters: Iterable[nn.Parameter]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-__all__ = ["Anchor", "PendingMark", "keep_anchors_out", "leaves_of"]
+__all__ = ["Anchor", "PendingMark", "keep_anchors_out"]

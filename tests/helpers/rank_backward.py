@@ -5,7 +5,12 @@ import time
 import torch
 from torch import distributed
 
-from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption
+from recis_lightning import (
+    DynamicEmbedding,
+    EmbeddingEngine,
+    EmbeddingOption,
+    look_up_together,
+)
 from recis_lightning.lookup import finish_evaluation
 from recis_lightning.lookup.gradient_ledger import ledger_of
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD, clip_grad_norm_
@@ -163,7 +168,7 @@ def fails(work):
     start = time.monotonic()
     try:
         work()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         return str(error), time.monotonic() - start
     return "", time.monotonic() - start
 
@@ -244,7 +249,7 @@ CASES = {
         "table 'cn': a gradient was changed in place",
         "rank 0 steps SparseSGD of tables cn+us and failed with RuntimeError: table 'cn': a",
     ),
-    "lost rows": ("['cn'] lost rows on rank 0 between a lookup and the step", ""),
+    "lost rows": ("table 'cn' lost rows on rank 0 between a lookup and the step", ""),
 }
 
 
@@ -255,6 +260,126 @@ def all_differing():
         wanted = (second or first) if distributed.get_rank() else first
         assert wanted in said, (case, said)
         assert seconds < 10, case
+
+
+def lost_once(how):
+    """A rank's table loses rows before backward, or before the step: one error, then it goes on."""
+    (cn, us), sparse, taken = tables("cn", "us")
+    for first in (True, False):
+        loss = cn(IDS).sum()
+        if not first:
+            loss.backward()
+        if distributed.get_rank() == 1:
+            cn.table.delete(IDS) if how == "delete" else cn.table.clear()
+        if first:
+            loss.backward()
+        said, seconds = fails(sparse.step)
+        assert "table 'cn' lost rows on rank 1" in said, said
+        assert seconds < 10
+    with torch.no_grad():
+        rows = cn(IDS)
+    (cn(IDS).sum() + us(IDS).sum()).backward()
+    sparse.step()
+    assert_close_to(cn, rows - 1.0)
+    assert taken()[1] == [1.0] * len(IDS)
+
+
+def assert_close_to(module, rows):
+    """Compare what all ranks look up in evaluation."""
+    found = module.eval()(IDS)
+    finish_evaluation(module)
+    module.train()
+    torch.testing.assert_close(found, rows)
+
+
+def unused_tables_may_lose_rows():
+    """Of modules that are looked up together, where the loss uses another one."""
+    (cn, us), sparse, _ = tables("cn", "us")
+    other = DynamicEmbedding(2, name="other")
+    sparse = SparseSGD([m.table for m in (cn, us, other)], lr=1.0)
+    with torch.no_grad():
+        before = cn(IDS)
+    rows, *_ = look_up_together((cn, IDS), (us, IDS), (other, IDS))
+    if distributed.get_rank() == 1:
+        other.table.clear()
+        us.table.delete(IDS)
+    rows.sum().backward()
+    sparse.step()
+    assert_close_to(cn, before - 1.0)
+    assert not other.table.pending
+
+
+def anchors_of_some():
+    """``backward(inputs=)`` with anchors leaves the gradients of these tables alone."""
+    (cn, us), sparse, _ = tables("cn", "us")
+    other = DynamicEmbedding(2, name="other")
+    sparse = SparseSGD([m.table for m in (cn, us, other)], lr=1.0)
+    with torch.no_grad():
+        before = cn(IDS), other(IDS)
+    outputs = look_up_together((cn, IDS), (us, IDS), (other, IDS))
+    sum(out.sum() for out in outputs).backward(inputs=[other.table.anchor])
+    sparse.step()
+    assert_close_to(cn, before[0])
+    assert_close_to(other, before[1] - 1.0)
+
+
+def refused(case):
+    """Rank 1 alone is given what is refused before any message; rank 0 hears of it."""
+    (cn, us), _, _ = tables("cn", "us")
+    engine = EmbeddingEngine({"a": EmbeddingOption(2), "b": EmbeddingOption(2)})
+    bad = distributed.get_rank() == 1
+
+    def work():
+        if case == "dtype":
+            cn(IDS.float() if bad else IDS)
+        elif case == "together in eval":
+            us.train(not bad)
+            look_up_together((cn, IDS), (us, IDS))
+        elif case == "all in eval":
+            cn.train(not bad), us.train(not bad)
+            look_up_together((cn, IDS), (us, IDS))
+        elif case == "no module":
+            look_up_together((cn, IDS), (None if bad else us, IDS))
+        elif case == "no feature":
+            engine.concat({"a": IDS} if bad else {"a": IDS, "b": IDS})
+        elif case == "samples":
+            engine.concat({"a": IDS, "b": IDS[bad:]})
+        elif case == "kind":
+            engine({"a": IDS, "b": "text" if bad else IDS})
+        elif case == "frozen":
+            us.requires_grad_(not bad)
+            look_up_together((cn, IDS), (us, IDS))
+        elif case == "hook":
+            if bad:
+                us.register_forward_hook(lambda *_: None)
+            look_up_together((cn, IDS), (us, IDS))
+
+    return fails(work)
+
+
+REFUSED = {  # what rank 0 says, and rank 1
+    "dtype": ("rank 1 looks up DynamicEmbedding 'cn' in training and failed with", "ids: expected"),
+    "together in eval": ("rank 1 looks up DynamicEmbedding 'cn' in training, DynamicEmbedding 'us'"
+                         " in evaluation and failed", "lookups[1]: expected modules that all"),
+    "all in eval": ("rank 1 looks up ids (table 'cn', mode none) in evaluation",) * 2,
+    "no module": ("rank 1 looks up DynamicEmbedding 'cn' in training and", "lookups[1]: expected"),
+    "no feature": ("rank 1 looks up EmbeddingEngine in training and failed with", "missing ['b']"),
+    "samples": ("failed with ValueError: b: concat needs as many", "b: concat needs as many"),
+    "kind": ("rank 1 looks up EmbeddingEngine in training and failed with TypeError", "b: "),
+    "frozen": ("rank 1 looks up cn (table 'cn', mode none), us (table 'us', mode none) in training,"
+               " with tables ['us'] frozen",) * 2,
+    "hook": ("rank 1 looks up ids (table 'cn', mode none) in training",) * 2,
+}  # fmt: skip
+
+
+def all_refused():
+    """Run all cases in one group of ranks, which goes on after each."""
+    for case, words in REFUSED.items():
+        said, seconds = refused(case)
+        assert words[distributed.get_rank()] in said, (case, said)
+        assert seconds < 10, case
+    (cn,), _, _ = tables("cn")
+    cn(IDS)
 
 
 def adam_of_zeros():

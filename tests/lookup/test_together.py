@@ -117,15 +117,31 @@ def test_a_shared_table_admits_by_the_ids_of_all():
     assert one.any()
 
 
-def test_many_combinations_do_not_pile_up():
-    """Nor does anything outlive its module."""
-    from recis_lightning.lookup import together as room
+def test_an_unused_table_may_lose_rows():
+    """Of a module whose output no loss uses, as where modules are called one by one."""
+    user, item = DynamicEmbedding(2, name="user"), DynamicEmbedding(2, name="item")
+    ids = torch.arange(3)
+    rows, others = look_up_together((user, ids), (item, ids))
+    item.table.clear()
+    rows.sum().backward()
+    assert [len(user.table.pending), len(item.table.pending)] == [1, 0]
+    with pytest.raises(RuntimeError, match="table 'item' lost rows"):
+        others.sum().backward()
 
-    parts = [DynamicEmbedding(1, name=f"t{i}") for i in range(20)]
-    ids = torch.tensor([1])
-    for part in parts[1:]:
-        look_up_together((parts[0], ids), (part, ids))
-    assert len(room._kept[parts[0]]) <= 16
+
+@pytest.mark.parametrize("look_up", [together, one_by_one])
+def test_a_backward_pass_may_be_asked_for_some_tables(look_up):
+    """By their anchors; and for other leaves alone."""
+    parts = [DynamicEmbedding(2, name=name) for name in "abc"]
+    asked, scale = [(torch.arange(3),)] * 3, torch.ones(1, requires_grad=True)
+    for inputs in ([1], [0, 2], []):
+        outputs = look_up(parts, asked)
+        anchors = [parts[number].table.anchor for number in inputs]
+        (sum(out.sum() for out in outputs) * scale).sum().backward(inputs=[scale, *anchors])
+        pending = [number for number, part in enumerate(parts) if part.table.pending]
+        assert pending == inputs
+        for part in parts:
+            part.table.pending.clear()
 
 
 def test_threads_evaluate_at_once():
