@@ -43,6 +43,9 @@ def agree_on_lookup(
         training: Whether the module trains.
         counts: For each group int64 [num_ranks, num_sources], how many ids go to each rank.
 
+    Returns:
+        As ``read_counts``.
+
     Raises:
         RuntimeError: Another rank does something else; says which rank does what.
     """
@@ -55,8 +58,7 @@ def agree_on_lookup(
         ledger.num_lookups,
         ledger.oldest(),
     )
-    joined = np.concatenate(counts, 1)
-    heads = exchange_heads(head, joined if _fit(joined) else None, process_group)
+    heads = exchange_heads(head, counts_in_head(counts), process_group)
     if training:
         ledger.drop_before(int(heads.oldest.min()))
     elif (heads.kinds == Kind.FINISHED).any():
@@ -71,27 +73,46 @@ def read_counts(
 
     Args:
         groups: What is looked up.
-        heads: Of all ranks. Counts travel with them where they fit, else in a message of their own.
+        heads: Of all ranks.
         counts: How many go to each rank, for each group.
+
+    Returns:
+        For each group int64 [num_ranks, num_sources]; or, where the counts of all do not fit into
+        a head, [num_ranks, 1], for all sources together.
     """
-    joined = np.concatenate(counts, 1)
-    if _fit(joined):
-        received = heads.payloads[:, : joined.shape[1]]
-    else:
-        ones = [1] * len(joined)
-        process_group = groups[0].process_group
-        message = to_device_async(joined, message_device(process_group))
-        names = [table.name for group in groups for table in group.layout.tables]
-        answer = collectives.all_to_all(
-            message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
-        )
-        received = answer.cpu().numpy()
-    ends = np.cumsum([part.shape[1] for part in counts])[:-1]
-    return np.split(received, ends, axis=1)
+    told = _told(counts)
+    if told is None:
+        return _exchange_counts(groups, counts)
+    received = heads.payloads[:, : sum(part.shape[1] for part in told)]
+    return np.split(received, _ends(told), axis=1)
 
 
-def _fit(joined: Counts) -> bool:
-    return bool(joined.shape[1] <= PAYLOAD_SIZE)
+def counts_in_head(counts: Sequence[Counts]) -> Counts | None:
+    """Return what a head has of counts, int64 [num_ranks, m]; None for nothing."""
+    told = _told(counts)
+    return None if told is None else np.concatenate(told, 1)
+
+
+def _told(counts: Sequence[Counts]) -> Sequence[Counts] | None:
+    """Return the counts of each group, or their sums, whichever fit into a head."""
+    if sum(part.shape[1] for part in counts) <= PAYLOAD_SIZE:
+        return counts
+    return [part.sum(1, keepdims=True) for part in counts] if len(counts) <= PAYLOAD_SIZE else None
+
+
+def _ends(counts: Sequence[Counts]) -> Any:
+    return np.cumsum([part.shape[1] for part in counts])[:-1]
+
+
+def _exchange_counts(groups: Sequence[Group], counts: Sequence[Counts]) -> list[Counts]:
+    """Exchange the counts of more groups than a head has room for, in a message of their own."""
+    ones, process_group = [1] * len(counts[0]), groups[0].process_group
+    message = to_device_async(np.concatenate(counts, 1), message_device(process_group))
+    names = [table.name for group in groups for table in group.layout.tables]
+    answer = collectives.all_to_all(
+        message, ones, ones, lambda: f"looks up tables {listed(names)}", process_group
+    )
+    return np.split(answer.cpu().numpy(), _ends(counts), axis=1)
 
 
 def lookup_digest(groups: Sequence[Group], training: bool) -> int:
@@ -134,4 +155,11 @@ def describe(groups: Sequence[Group], training: bool) -> str:
     return f"looks up {', '.join(named)} in {mode}"
 
 
-__all__ = ["Counts", "agree_on_lookup", "describe", "lookup_digest", "read_counts"]
+__all__ = [
+    "Counts",
+    "agree_on_lookup",
+    "counts_in_head",
+    "describe",
+    "lookup_digest",
+    "read_counts",
+]

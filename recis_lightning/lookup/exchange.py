@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from recis_lightning.distributed.joined_messages import Message
+from recis_lightning.lookup.counted_ids import with_counts, without_counts
 from recis_lightning.lookup.dedup import DeduplicatedIds
 from recis_lightning.lookup.exchange_dtype import pack_rows
 from recis_lightning.lookup.features import FeatureLayout, point_to_rows
@@ -68,7 +69,13 @@ def exchange_rows(
     message = deduplicated.ids
     if needs_occurrences:
         message = torch.stack([message, deduplicated.occurrences(occurrences_of)], 1)
-    ids, occurrences = (yield Message(message, num_received, num_sent)), None
+    if recv_counts.shape == deduplicated.counts.shape:
+        ids = yield Message(message, num_received, num_sent)
+    else:  # known are the numbers of all tables together
+        counted = yield with_counts(message, deduplicated.counts, num_received)
+        num_sources = deduplicated.counts.shape[1]
+        recv_counts, ids = without_counts(counted, num_sources, num_received, needs_occurrences)
+    occurrences = None
     if needs_occurrences:
         ids, occurrences = ids.T.contiguous().unbind()
     owned = _look_up(layout, recv_counts, ids, occurrences, training)

@@ -30,6 +30,7 @@ from recis_lightning.lookup.exchange import Route, point_to_data
 from recis_lightning.lookup.exchange_dtype import pack_gradients, unpack_gradients
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
 from recis_lightning.lookup.gradient_ledger import (
+    BITS,
     GradientLedger,
     LedgerEntry,
     UnsentGradient,
@@ -39,6 +40,7 @@ from recis_lightning.lookup.gradient_ledger import (
 )
 from recis_lightning.lookup.lost_rows import check_rows
 from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.lookup.table_bits import TableBits
 from recis_lightning.ops import backend, row_update
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import to_device_async
@@ -51,7 +53,7 @@ from recis_lightning.table.pending_gradient import PendingGradient
 _pending, _process_group = map(attrgetter, ("pending", "process_group"))
 _optimizer = attrgetter("optimizer")
 _NUMBERS = (PAYLOAD_SIZE - 1) // 4  # in a head, for the bits of each kind
-_WINDOW = 56 * _NUMBERS  # lookups, and tables, that a head has bits for
+_WINDOW = BITS * _NUMBERS  # lookups that a head has bits for
 
 
 def send_gradients(
@@ -89,7 +91,7 @@ def _send_gradients(
             kept += are_kept
         ledger.keep(kept)
         ledger.note_sent()
-    return waiting if len(tables) <= _WINDOW else None
+    return waiting
 
 
 def _send_window(
@@ -103,8 +105,8 @@ def _send_window(
     """Send the gradients of some lookups.
 
     Returns:
-        For each lookup whether any rank may have more, and for each table that a head has bits for
-        whether any rank's ``waiting`` is set.
+        For each lookup whether any rank may have more, and for each table whether any rank's
+        ``waiting`` is set.
     """
     records = [entry.unsent() for entry in entries]
     try:
@@ -116,20 +118,21 @@ def _send_window(
         announce_failure(error, purpose, process_group)
         raise
     ran_backward = ledger.ran_backward or any(records)
-    bits = stack_bits(
+    tables = TableBits(waiting, _NUMBERS, process_group)
+    of_lookups = stack_bits(
         [entry.is_alive() for entry in entries],
         [bool(unsent) for unsent in records],
         [entry.is_stale() for entry in entries],
-        waiting[:_WINDOW],
         size=_NUMBERS,
     )
+    bits = np.append(of_lookups, tables.numbers())
     told = digest((purpose, first, len(waiting)))
     head = Head(Kind.GRADIENTS, told, lambda: purpose, ledger.num_lookups)
     heads = exchange_heads(head, np.append(ran_backward, bits), process_group)
     received = heads.payloads[:, 1 : 1 + len(bits)]
     of_entries, of_tables = received[:, : 3 * _NUMBERS], received[:, 3 * _NUMBERS :]
     alive, sends, stale = split_bits(of_entries, 3, len(entries)).swapaxes(0, 1)
-    of_any = np.bitwise_or.reduce(of_tables, 0, keepdims=True)
+    of_any = tables.of_any(of_tables)
     ranks = collectives.global_ranks(process_group)
     _check_backward(entries, sends, heads.payloads[:, 0], purpose, ranks)
     check_rows(entries, records, sends, stale, process_group)
@@ -137,10 +140,12 @@ def _send_window(
     for device in dict.fromkeys(entries[i].route.layout.device for i in used):
         chosen = [i for i in used if entries[i].route.layout.device == device]
         some, of = [entries[i] for i in chosen], [records[i] for i in chosen]
-        _exchange(some, of, sends[:, chosen], purpose)
+        beside = [tables.message(device)] if of_any is None else []
+        answers = _exchange(some, of, sends[:, chosen], purpose, beside)
         for entry in some:
             entry.note_received()
-    return alive.any(0).tolist(), split_bits(of_any, 1, len(waiting[:_WINDOW])).ravel().tolist()
+        of_any = tables.read(answers[0]) if beside else of_any
+    return alive.any(0).tolist(), of_any or tables.ask(lambda: purpose)
 
 
 def _check_backward(
@@ -170,7 +175,8 @@ def _exchange(
     records: Sequence[dict[PendingGradient, set[HashTable]]],
     sends: npt.NDArray[Any],
     purpose: str,
-) -> None:
+    beside: Sequence[Message],
+) -> Sequence[Tensor]:
     """Send the gradients of lookups of tables on one device.
 
     Args:
@@ -178,12 +184,17 @@ def _exchange(
         records: For each, this rank's gradients and the tables that they are for.
         sends: bool [num_ranks, num_entries], whether the rank has gradients for it.
         purpose: What the rank does next.
+        beside: What travels with them.
+
+    Returns:
+        For each of ``beside`` what has come.
     """
     layouts = [entry.route.layout for entry in entries]
     locks = layouts[0].current_locks()
     if len(layouts) > 1:
         locks = distinct_locks(lock for layout in layouts for lock in layout.current_locks())
-    write(locks, _exchange_locked, [entry.route for entry in entries], records, sends, purpose)
+    routes = [entry.route for entry in entries]
+    return write(locks, _exchange_locked, routes, records, sends, purpose, beside)
 
 
 def _exchange_locked(
@@ -191,12 +202,14 @@ def _exchange_locked(
     records: Sequence[dict[PendingGradient, set[HashTable]]],
     sends: npt.NDArray[Any],
     purpose: str,
-) -> None:
+    beside: Sequence[Message],
+) -> Sequence[Tensor]:
     messages = [
         _message(route, of, does_send)
         for route, of, does_send in zip(routes, records, sends.T, strict=True)
     ]
-    answers = exchange_messages(messages, lambda: purpose, routes[0].layout.process_group)
+    process_group = routes[0].layout.process_group
+    answers = exchange_messages([*messages, *beside], lambda: purpose, process_group)
     for number, (route, of) in enumerate(zip(routes, records, strict=True)):
         gradients = unpack_gradients(answers[number], route.layout.exchange_dtype)
         if not sends[:, number].all():
@@ -206,6 +219,7 @@ def _exchange_locked(
             for table in tables:
                 table.pending.remove(record)
         _leave_pending(route, gradients, {table for tables in of.values() for table in tables})
+    return answers[len(routes) :]
 
 
 def _message(

@@ -167,20 +167,21 @@ class GradientLedger:
 
 def stack_bits(*lists: Sequence[bool], size: int) -> Any:
     """Return bits as numbers, int64 [size] for each list one after the other."""
-    bits = np.zeros((len(lists), size, _BITS), np.int64)
+    bits = np.zeros((len(lists), size, BITS), np.int64)
     for line, flags in zip(bits.reshape(len(lists), -1), lists, strict=True):
         line[: len(flags)] = flags
-    return (bits << np.arange(_BITS)).sum(-1).reshape(-1)
+    return (bits << np.arange(BITS)).sum(-1).reshape(-1)
 
 
 def split_bits(numbers: Any, num_lists: int, num_flags: int) -> Any:
     """Return bool [num_ranks, num_lists, num_flags] of a line of ``stack_bits`` for each rank."""
-    lists = numbers.reshape(len(numbers), num_lists, -1)[:, :, : -(-num_flags // _BITS)]
-    bits = (lists[..., None] >> np.arange(_BITS)) & 1
+    lists = numbers.reshape(len(numbers), num_lists, -1)[:, :, : -(-num_flags // BITS)]
+    bits = (lists[..., None] >> np.arange(BITS)) & 1
     return bits.reshape(len(numbers), num_lists, -1)[:, :, :num_flags].astype(bool)
 
 
-_BITS = 56
+BITS = 56
+"""Bits of a number of ``stack_bits``."""
 
 
 class _BackwardPasses:
@@ -227,6 +228,7 @@ def count_backward_passes() -> None:
 
 
 __all__ = [
+    "BITS",
     "GradientLedger",
     "LedgerEntry",
     "UnsentGradient",

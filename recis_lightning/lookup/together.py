@@ -73,9 +73,8 @@ def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
     table that several of them look up takes all their ids for one lookup, as an engine's does: an
     admission policy sees them together, and gradients are added up in that order. Where a module
     has hooks or a ``forward`` of its own, all are called one after the other. On several ranks all
-    modules take three messages in training (four with more than 60 tables), where each would take
-    three of its own; in evaluation they are called one after the other, so that a rank without a
-    batch can answer.
+    modules take three messages in training, where each would take three of its own; in evaluation
+    they are called one after the other, so that a rank without a batch can answer.
 
     Args:
         lookups: For each a sequence: a ``DynamicEmbedding``, ``DynamicEmbeddingBag`` or

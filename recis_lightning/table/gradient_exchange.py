@@ -26,7 +26,7 @@ class GradientExchange(Protocol):
 
         Returns:
             For each of ``tables``, whether any rank has a gradient for it; None if the ranks were
-            not asked, or there are too many tables.
+            not asked.
 
         Raises:
             RuntimeError: Another rank does something else; says which rank does what.

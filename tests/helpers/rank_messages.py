@@ -19,7 +19,7 @@ from recis_lightning import (
 )
 from recis_lightning.admission import MinCount
 from recis_lightning.distributed.process_group import rank
-from recis_lightning.lookup import finish_evaluation, gradient_exchange
+from recis_lightning.lookup import agreement, finish_evaluation, table_bits
 from recis_lightning.optim import SparseAdam
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_object", "broadcast")
@@ -88,7 +88,20 @@ class Engines(nn.Module):
         return {"a": ids[0], "b": ids, "c": ids[:0]}
 
 
-def train(model, is_together, num_steps=3):
+class Counted(nn.Module):
+    """Features whose tables count ids before they admit them."""
+
+    def __init__(self, num_tables):
+        super().__init__()
+        option = EmbeddingOption(3, admission=MinCount(2))
+        self.engine = EmbeddingEngine({f"c{i}": option for i in range(num_tables)})
+
+    def together(self, ids):
+        given = {name: ids + i for i, name in enumerate(self.engine.options)}
+        return list(self.engine(given).values())
+
+
+def train(model, is_together, num_steps=3, uses=lambda outputs: outputs):
     """Train; return the collectives of the last lookup and of its step, and the outputs."""
     sparse = SparseAdam(hash_tables(model), lr=0.1)
     generator = torch.Generator().manual_seed(rank())
@@ -97,7 +110,7 @@ def train(model, is_together, num_steps=3):
         with counted() as forward:
             outputs = model.together(ids) if is_together else model(ids)
         with counted() as backward:
-            sum(out.float().square().sum() for out in outputs).backward()
+            sum(out.float().square().sum() for out in uses(outputs)).backward()
             sparse.step()
     tables = [table.gather() for table in hash_tables(model)]
     return forward.total(), backward.total(), outputs, tables
@@ -121,14 +134,44 @@ def of_embeddings():
     counts_of(Separate, 26, [(78, 2), (3, 2)])
 
 
+def of_more_tables_than_a_head_has_counts_for():
+    """Then counts travel with the ids; with more groups than that, before them."""
+    for kind, size, room, forward in ((Separate, 5, 4, 3), (Counted, 5, 4, 3), (Engines, 2, 2, 4)):
+        with patch.object(agreement, "PAYLOAD_SIZE", room):
+            first, second, *found = train(kind(size), is_together=True)
+        assert (first, second) == (forward, 2), kind
+        _, _, *expected = train(kind(size), is_together=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def of_tables(size):
+    """As many messages as of one."""
+    forward, backward, *_ = train(Separate(size), is_together=True, num_steps=2)
+    assert (forward, backward) == (3, 2)
+
+
 def of_more_tables_than_a_head_has_bits_for():
-    """Then a step asks which tables have gradients, and is the same."""
-    model, other = Separate(5), Separate(5)
-    with patch.object(gradient_exchange, "_WINDOW", 4):
-        _, backward, *found = train(model, is_together=True)
-    assert backward == 2 + 2  # another head and a reduction
-    *_, outputs, tables = train(other, is_together=True)
-    torch.testing.assert_close(found, [outputs, tables], rtol=0, atol=0)
+    """Then bits travel with the gradients where they differ; messages and rows are the same."""
+    for uses in (lambda outputs: outputs, lambda outputs: outputs[rank() :: 3]):
+        with patch.object(table_bits, "BITS", 1):
+            _, backward, *found = train(Separate(16), is_together=True, uses=uses)
+        assert backward == 2
+        _, _, *expected = train(Separate(16), is_together=True, uses=uses)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def of_bits_alone():
+    """Where tables have gradients that travelled before, the bits travel without any."""
+    parts = Separate(16).parts
+    sparse, alone = SparseAdam([part.table for part in parts], lr=0.1), torch.tensor([[5]])
+    look_up_together(*((part, alone) for part in parts))[rank()].sum().backward()
+    with patch.object(table_bits, "BITS", 1):
+        parts[0].table.evict()
+        with counted() as calls:
+            sparse.step()
+    assert calls.total() == 2
+    steps = [part.table.num_updates for part in parts]
+    assert steps == [1, 1] + [0] * 14, steps
 
 
 def of_evaluation():

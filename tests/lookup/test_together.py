@@ -210,7 +210,9 @@ def test_malformed_offsets_name_the_table():
     [
         rank_messages.of_engines,
         rank_messages.of_embeddings,
+        rank_messages.of_more_tables_than_a_head_has_counts_for,
         rank_messages.of_more_tables_than_a_head_has_bits_for,
+        rank_messages.of_bits_alone,
         rank_messages.of_evaluation,
         rank_messages.of_malformed_input,
     ],
@@ -219,6 +221,11 @@ def test_malformed_offsets_name_the_table():
 def test_messages_of_two_ranks(ranks, check):
     """The checks themselves say how many there are."""
     ranks.run(2, check, timeout_s=150)
+
+
+@pytest.mark.slow
+def test_messages_of_many_tables(ranks):
+    ranks.run(2, rank_messages.of_tables, 200, timeout_s=150)
 
 
 @pytest.mark.parametrize("how", ["override", "hook"])
