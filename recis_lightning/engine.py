@@ -74,6 +74,7 @@ class EmbeddingEngine(nn.Module):
         strict: Refuse batches that lack a feature or have something else.
         process_group: Ranks that the tables are sharded over; None means all.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
+        ranks_per_node: Ranks that share a node: what they ask other nodes for travels once.
 
     Raises:
         TypeError: An option is no ``EmbeddingOption``.
@@ -99,6 +100,7 @@ class EmbeddingEngine(nn.Module):
         strict: bool = False,
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
+        ranks_per_node: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(options, Mapping):
@@ -123,7 +125,8 @@ class EmbeddingEngine(nn.Module):
             trainable = any(self.options[feature].trainable for feature in sharing)
             option = self.options[sharing[0]]
             self.tables[name] = _make_table(
-                name, option, admissions[name], trainable, process_group, exchange_dtype
+                *(name, option, admissions[name], trainable),
+                *(process_group, exchange_dtype, ranks_per_node),
             )
         self._adopt_tables()
         self._groups, self._grouped = CurrentGroups(), list(self.tables._modules.values())
@@ -563,6 +566,7 @@ def _make_table(
     trainable: bool,
     process_group: ProcessGroup | None,
     exchange_dtype: torch.dtype | str | None,
+    ranks_per_node: int | None,
 ) -> HashTable:
     return HashTable(
         option.embedding_dim,
@@ -576,6 +580,7 @@ def _make_table(
         trainable=trainable,
         process_group=process_group,
         exchange_dtype=exchange_dtype,
+        ranks_per_node=ranks_per_node,
     )
 
 

@@ -151,7 +151,13 @@ COMMON = {
 def test_signatures():
     """Arguments and defaults are those that users, YAML files and checkpoints rely on."""
     empty = inspect.Parameter.empty
-    own = {"mode": "none", "trainable": True, "process_group": None, "exchange_dtype": None}
+    own = {
+        "mode": "none",
+        "trainable": True,
+        "process_group": None,
+        "exchange_dtype": None,
+        "ranks_per_node": None,
+    }
     assert parameters(DynamicEmbedding) == {"embedding_dim": empty, **COMMON, **own}
     bag = parameters(DynamicEmbeddingBag)
     assert {"embedding_dim": empty, "mode": "mean", **COMMON}.items() <= bag.items()

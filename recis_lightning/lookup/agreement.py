@@ -152,6 +152,9 @@ def describe(groups: Sequence[Group], training: bool) -> str:
         if table.exchange_dtype is not None
     ]
     mode += f", with exchange_dtype 'bfloat16' of {listed(rounded)}" if rounded else ""
+    per_node = {table.ranks_per_node for group in groups for table in group.layout.tables}
+    if per_node != {None}:
+        mode += f", with ranks_per_node {', '.join(sorted(map(str, per_node)))}"
     return f"looks up {', '.join(named)} in {mode}"
 
 

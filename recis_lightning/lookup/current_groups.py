@@ -7,7 +7,7 @@ from typing import Any
 
 from recis_lightning.distributed import collectives
 from recis_lightning.lookup import surroundings
-from recis_lightning.lookup.features import Feature, FeatureLayout
+from recis_lightning.lookup.features import Feature, FeatureLayout, kind_of
 from recis_lightning.lookup.group import LookupGroup
 from recis_lightning.lookup.joined import JoinedOutput
 from recis_lightning.lookup.local import LocalRows
@@ -19,8 +19,7 @@ def make_group(features: Sequence[Feature]) -> LookupGroup:
     """Return a group of features: with several ranks, their rows are sharded over these.
 
     Args:
-        features: Their tables must agree on device, dtype, embedding_dim, exchange_dtype and
-            process group.
+        features: Their tables must agree on what ``kind_of`` returns, and on the process group.
 
     Raises:
         RuntimeError: Lightning runs a strategy that tables do not work under.
@@ -61,7 +60,7 @@ class CurrentGroups:
                         f"process_group: tables {first.name!r} and {table.name!r} of one module "
                         "are sharded over the ranks of different groups; expected one"
                     )
-                kind = table.device, table.dtype, table.embedding_dim, table.exchange_dtype
+                kind = kind_of(table)
                 members.setdefault(kind, []).append(feature)
             groups = self._groups = list(map(make_group, members.values()))
         return groups

@@ -21,26 +21,13 @@ from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.lookup.counted_ids import with_counts, without_counts
 from recis_lightning.lookup.dedup import DeduplicatedIds
 from recis_lightning.lookup.exchange_dtype import pack_rows
-from recis_lightning.lookup.features import FeatureLayout, point_to_rows
-from recis_lightning.lookup.local import find_or_insert_rows
-from recis_lightning.lookup.regrouping import ReceivedParts, received_parts
-from recis_lightning.ops import backend, embedding_bag, hash_index
-from recis_lightning.ops import layout as fields
+from recis_lightning.lookup.features import FeatureLayout
+from recis_lightning.lookup.node_exchange import NodeHop, exchange_by_node
+from recis_lightning.lookup.owned_ids import OwnedIds, gather_owned, look_up_owned
+from recis_lightning.ops import backend
 from recis_lightning.ops.async_copy import to_device_async
-from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
-from recis_lightning.ops.layout import (
-    BLOCK_SHIFT,
-    BLOCKS,
-    NUM_REJECTED,
-    PLAN_SIZE,
-    ROW_BYTES,
-    SEGMENT_HEADER,
-    SEGMENT_IDS,
-    SEGMENT_START,
-    UNKNOWN,
-)
-from recis_lightning.table.hash_table import HashTable
+from recis_lightning.ops.layout import BLOCK_SHIFT, BLOCKS, ROW_BYTES
 
 Counts = npt.NDArray[np.int64]  # [num_ranks, num_sources], how many ids of each
 
@@ -62,13 +49,19 @@ def exchange_rows(
         occurrences_of: int64 [n], how many occurrences each position of the lookup stands for;
             None means 1.
     """
-    recv_counts = yield deduplicated.counts
-    num_sent: list[int] = deduplicated.counts.sum(1).tolist()
-    num_received: list[int] = recv_counts.sum(1).tolist()
     needs_occurrences = training and layout.counts_occurrences
     message = deduplicated.ids
     if needs_occurrences:
         message = torch.stack([message, deduplicated.occurrences(occurrences_of)], 1)
+    if layout.nodes is not None:
+        num_sent: list[int] = deduplicated.counts.sum(1).tolist()
+        hop, owned, rows = yield from exchange_by_node(
+            layout, deduplicated.counts, message, training
+        )
+        return ShardExchange(Route(layout, num_sent, hop.num_owned, owned, hop), rows)
+    recv_counts = yield deduplicated.counts
+    num_sent = deduplicated.counts.sum(1).tolist()
+    num_received: list[int] = recv_counts.sum(1).tolist()
     if recv_counts.shape == deduplicated.counts.shape:
         ids = yield Message(message, num_received, num_sent)
     else:  # known are the numbers of all tables together
@@ -78,97 +71,10 @@ def exchange_rows(
     occurrences = None
     if needs_occurrences:
         ids, occurrences = ids.T.contiguous().unbind()
-    owned = _look_up(layout, recv_counts, ids, occurrences, training)
-    found = pack_rows(_gather(layout, owned), layout.exchange_dtype)
+    owned = look_up_owned(layout, recv_counts, ids, occurrences, training)
+    found = pack_rows(gather_owned(layout, owned), layout.exchange_dtype)
     rows = yield Message(found, num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows.to(layout.dtype))
-
-
-class OwnedIds(NamedTuple):
-    """Ids that this rank owns and was asked for, in parts of one table each.
-
-    Attributes:
-        part_tables: Table of each part that is not empty.
-        plan: int64 [num_parts, PLAN_SIZE], of those parts.
-        rows: int64 [r], this shard's rows of the ids.
-        parts: Their order.
-    """
-
-    part_tables: list[HashTable]
-    plan: Plan
-    rows: Tensor
-    parts: ReceivedParts
-
-
-def _look_up(
-    layout: FeatureLayout,
-    recv_counts: npt.NDArray[np.int64],
-    ids: Tensor,
-    occurrences: Tensor | None,
-    training: bool,
-) -> OwnedIds:
-    """Find this shard's rows of received ids, int64 [r]; in training insert unknown ids.
-
-    Args:
-        layout: The group's features.
-        recv_counts: int64 [num_ranks, num_sources].
-        ids: int64 [r], by rank, then source.
-        occurrences: int64 [r], how often each id occurs at its rank; None if nobody counts.
-        training: As for ``exchange_rows``.
-    """
-    tables = layout.source_tables
-    parts = received_parts(recv_counts, layout.device)
-    sources, sizes, _ = parts
-    ids = parts.arrange(ids)
-    starts = np.cumsum(sizes) - sizes
-    # Tables that got no ids too: a lookup is one of all shards.
-    segments = layout.source_segments[training][sources]
-    segments[:, SEGMENT_START] = starts
-    segments[:, SEGMENT_IDS] = ids.data_ptr()
-    if training:
-        split_ids = ids.split(sizes.tolist())
-        part_tables = [layout.sources[source].table for source in sources.tolist()]
-        occurrences = None if occurrences is None else parts.arrange(occurrences)
-        rows, _ = find_or_insert_rows(
-            layout, segments, split_ids, ids.numel(), part_tables, occurrences
-        )
-        if occurrences is not None:
-            _count_rejections(layout, parts, rows, occurrences)
-    else:
-        rows = hash_index.find(segments, ids.numel(), layout.device)
-    used = np.flatnonzero(sizes)
-    used_tables = sources[used]
-    plan = np.zeros((len(used), PLAN_SIZE), np.int64)
-    plan[:, fields.PLAN_HEADER] = segments[used, SEGMENT_HEADER]
-    plan[:, fields.PLAN_MODE] = fields.NONE
-    plan[:, fields.PLAN_FIRST_ID] = starts[used]
-    plan[:, fields.PLAN_NUM_BAGS] = plan[:, fields.PLAN_NUM_IDS] = sizes[used]
-    plan[:, fields.PLAN_BAG_LENGTH] = 1
-    point_to_rows(plan, rows)
-    return OwnedIds([tables[table] for table in used_tables.tolist()], plan, rows, parts)
-
-
-def _count_rejections(
-    layout: FeatureLayout, parts: ReceivedParts, rows: Tensor, occurrences: Tensor
-) -> None:
-    """Count occurrences that a table rejects unseen: the index counts a rank's ids once."""
-    tables = layout.source_tables
-    rejected = torch.where(rows == UNKNOWN, occurrences - 1, 0)
-    split = rejected.split(parts.sizes.tolist())
-    for source, part in zip(parts.sources.tolist(), split, strict=True):
-        table = tables[source]
-        is_unseen = layout.sources[source].admits == "none"
-        if is_unseen or table.storage.admission_counter is None:
-            table.storage.header.tensor[NUM_REJECTED] += part.sum()
-
-
-def _gather(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
-    """Return the rows of owned ids in the order of the message, dtype [r, embedding_dim]."""
-    size, device = owned.rows.numel(), layout.device
-    values = torch.empty(size, layout.embedding_dim, dtype=layout.dtype, device=device)
-    point_to_data(owned.plan, values)
-    embedding_bag.gather(owned.plan, *layout.row_type)
-    return owned.parts.restore(values)
 
 
 class Route(NamedTuple):
@@ -176,15 +82,17 @@ class Route(NamedTuple):
 
     Attributes:
         layout: The group's features.
-        num_sent: Number of ids sent to each rank.
+        num_sent: Number of ids that each rank owns of those that this one asked for.
         num_received: Number of ids received from each rank.
         owned: The ids received.
+        hop: Way over the ranks of this node, where ids take one.
     """
 
     layout: FeatureLayout
     num_sent: list[int]
     num_received: list[int]
     owned: OwnedIds
+    hop: NodeHop | None = None
 
 
 class ShardExchange(NamedTuple):
@@ -197,13 +105,6 @@ class ShardExchange(NamedTuple):
 
     route: Route
     rows: Tensor
-
-
-def point_to_data(plan: Plan, data: Tensor) -> None:
-    """Point each line of a plan to its rows of ``data``, which start at its FIRST_ID."""
-    stride = data.stride(0) * data.element_size()
-    plan[:, fields.PLAN_DATA] = data.data_ptr() + stride * plan[:, fields.PLAN_FIRST_ID]
-    plan[:, fields.PLAN_DATA_STRIDE] = stride
 
 
 def header_over(rows: Tensor) -> tuple[Header, tuple[Tensor, ...]]:
@@ -226,10 +127,8 @@ def header_over(rows: Tensor) -> tuple[Header, tuple[Tensor, ...]]:
 
 __all__ = [
     "Counts",
-    "OwnedIds",
     "Route",
     "ShardExchange",
     "exchange_rows",
     "header_over",
-    "point_to_data",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.distributed.digest import digest
+from recis_lightning.distributed.nodes import nodes_of
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.buffers import Columns, allocate_outputs
@@ -88,8 +89,7 @@ class FeatureLayout:
     to copies of its own.
 
     Args:
-        features: Their tables must agree on device, dtype, embedding_dim, exchange_dtype and
-            process group.
+        features: Their tables must agree on what ``kind_of`` returns, and on the process group.
 
     Attributes:
         names: Name of each feature.
@@ -106,6 +106,7 @@ class FeatureLayout:
         unweighted: Positions of the features whose weights do not count.
         process_group: Of the tables: the ranks that they are sharded over; None means all.
         exchange_dtype: In which rows and gradients travel; None means their own.
+        nodes: The nodes that they travel between, of which each asks together; or None.
         row_type: (embedding_dim, dtype, device), as ops take them.
         widths: Columns of each feature's output.
         locks: Of the tables, as ``table.lock`` takes them.
@@ -141,6 +142,7 @@ class FeatureLayout:
         first = self.tables[0]
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.process_group, self.exchange_dtype = first.process_group, first.exchange_dtype
+        self.nodes = nodes_of(first.ranks_per_node, first.process_group)
         self.row_type = (self.embedding_dim, self.dtype, self.device)
         self.training = self._segments(insert=True)
         self.evaluation = self._segments(insert=False)
@@ -253,7 +255,8 @@ class FeatureLayout:
             (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len, f.admits, f.trainable)
             for f in self.features
         ]
-        return digest((settings, self.embedding_dim, self.dtype, self.exchange_dtype))
+        exchanged = self.exchange_dtype, self.tables[0].ranks_per_node
+        return digest((settings, self.embedding_dim, self.dtype, *exchanged))
 
     def lines_for(self, bags: FeatureBags) -> SizedLines:
         """Return segments and plan for a batch: those of the last one, if it had the same sizes."""
@@ -315,6 +318,12 @@ class FeatureLayout:
         return plan
 
 
+def kind_of(table: HashTable) -> tuple[Any, ...]:
+    """Return what the tables of a group have in common."""
+    exchanged = table.exchange_dtype, table.ranks_per_node
+    return table.device, table.dtype, table.embedding_dim, *exchanged
+
+
 def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:
     """Return where kernels find the header of each table, int64 [num_tables]."""
     return np.array([table.storage.header.address for table in tables], np.int64)
@@ -335,4 +344,12 @@ def listed(names: Sequence[str]) -> str:
     return repr(names) if len(names) <= 4 else f"{names[:3]} and {len(names) - 3} more"
 
 
-__all__ = ["Feature", "FeatureLayout", "Source", "header_addresses", "listed", "point_to_rows"]
+__all__ = [
+    "Feature",
+    "FeatureLayout",
+    "Source",
+    "header_addresses",
+    "kind_of",
+    "listed",
+    "point_to_rows",
+]

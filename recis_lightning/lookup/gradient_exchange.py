@@ -26,7 +26,7 @@ from recis_lightning.distributed.heads import (
 )
 from recis_lightning.distributed.joined_messages import Message, exchange_messages
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
-from recis_lightning.lookup.exchange import Route, point_to_data
+from recis_lightning.lookup.exchange import Route
 from recis_lightning.lookup.exchange_dtype import pack_gradients, unpack_gradients
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
 from recis_lightning.lookup.gradient_ledger import (
@@ -38,12 +38,14 @@ from recis_lightning.lookup.gradient_ledger import (
     split_bits,
     stack_bits,
 )
+from recis_lightning.lookup.gradient_sums import sum_gradients, with_zeros
 from recis_lightning.lookup.lost_rows import check_rows
+from recis_lightning.lookup.node_gradients import forward_gradients
+from recis_lightning.lookup.owned_ids import point_to_data
 from recis_lightning.lookup.row_source import OutputGradients
 from recis_lightning.lookup.table_bits import TableBits
-from recis_lightning.ops import backend, row_update
+from recis_lightning.ops import backend
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.layout import UNKNOWN
 from recis_lightning.table.hash_table import HashTable
@@ -210,10 +212,12 @@ def _exchange_locked(
     ]
     process_group = routes[0].layout.process_group
     answers = exchange_messages([*messages, *beside], lambda: purpose, process_group)
-    for number, (route, of) in enumerate(zip(routes, records, strict=True)):
-        gradients = unpack_gradients(answers[number], route.layout.exchange_dtype)
-        if not sends[:, number].all():
-            gradients = _with_zeros(gradients, route, sends[:, number])
+    come = [
+        _complete(unpack_gradients(answer, route.layout.exchange_dtype), route, does_send)
+        for answer, route, does_send in zip(answers, routes, sends.T, strict=False)
+    ]
+    forward_gradients(routes, come, sends, purpose)
+    for route, of, gradients in zip(routes, records, come, strict=True):
         # What was sent is gone from here, whatever comes next.
         for record, tables in of.items():
             for table in tables:
@@ -235,19 +239,25 @@ def _message(
     layout = route.layout
     if records:
         sums, num_sent = _sums_of(route, records), route.num_sent
+        if route.hop is not None:
+            sums, num_sent = sums[route.hop.order], route.hop.num_sent
     else:
         sums = torch.empty(0, layout.embedding_dim + 1, device=layout.device)
         num_sent = [0] * len(route.num_sent)
-    num_received = (np.array(route.num_received) * sends).tolist()
+    num_received = (np.array(_first_received(route)) * sends).tolist()
     return Message(pack_gradients(sums, layout.exchange_dtype), num_received, num_sent)
 
 
-def _with_zeros(gradients: Tensor, route: Route, sends: Any) -> Tensor:
-    """Return gradients with lines of zeros, which are none, for ids of ranks that sent nothing."""
-    is_sent = np.repeat(sends, route.num_received)
-    full = gradients.new_zeros(len(is_sent), gradients.shape[1])
-    full[to_device_async(np.flatnonzero(is_sent), gradients.device)] = gradients
-    return full
+def _first_received(route: Route) -> list[int]:
+    """Return how many ids of a lookup came from each rank, on their first way."""
+    return route.num_received if route.hop is None else route.hop.num_received
+
+
+def _complete(gradients: Tensor, route: Route, sends: npt.NDArray[Any]) -> Tensor:
+    """Return what has come first for a lookup, with zeros for ranks that have sent nothing."""
+    if sends.all():
+        return gradients
+    return with_zeros(gradients, _first_received(route), sends)
 
 
 def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Tensor:
@@ -275,7 +285,7 @@ def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Te
             flags.append(_has_gradient(gradients, layout, inverse, size))
     plan = plans[0] if len(plans) == 1 else np.concatenate(plans)
     if size and len(plan):
-        _sum_gradients(plan, sums, 1 / len(route.num_sent))
+        sum_gradients(plan, sums, 1 / len(route.num_sent))
     if is_counted:
         return sums
     given = [flag for flag in flags if flag is not None]
@@ -382,29 +392,6 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
     nothing = PendingGradient([], plan[:0], rows[:0], [])
     for table in sent.difference(updated):
         table.pending.append(nothing)
-
-
-def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
-    """Add up the gradients of each id into ``sums``, float32 [u, embedding_dim + 1] of zeros.
-
-    The row update does it, on rows of zeros: SGD with a learning rate of -1 adds the gradient.
-    """
-    plan = plan.copy()
-    sizes = plan[:, fields.PLAN_NUM_IDS]
-    if not sizes.sum():
-        return
-    plan[:, fields.PLAN_FIRST_ID] = np.cumsum(sizes) - sizes
-    plan[:, fields.PLAN_FLAT_BASE] = 0
-    hyper = np.zeros(fields.HYPER_SIZE, np.float32)
-    hyper[[fields.HYPER_LR, fields.HYPER_DECAY]] = -1, 1
-    hyper[[fields.HYPER_SCALE, fields.HYPER_CLIP]] = scale, np.inf
-    hyper_on_device = to_device_async(hyper, sums.device)
-    blocks = np.array([[sums.data_ptr(), hyper_on_device.data_ptr()]], np.int64)
-    size, width = sums.shape
-    layout = row_update.RowLayout(
-        width - 1, torch.float32, 4 * width, size.bit_length(), sums.device
-    )
-    row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), fields.SGD)
 
 
 __all__ = ["send_gradients"]

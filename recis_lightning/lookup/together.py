@@ -15,10 +15,9 @@ from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.announcing import announce_refusal
 from recis_lightning.lookup.current_groups import CurrentGroups
-from recis_lightning.lookup.features import Feature
+from recis_lightning.lookup.features import Feature, kind_of
 from recis_lightning.lookup.group import LookupGroup, look_up_groups
 from recis_lightning.lookup.kept_groups import KeptGroups
-from recis_lightning.table.hash_table import HashTable
 
 _Result = TypeVar("_Result")
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -204,10 +203,10 @@ def _look_up(
     training: bool,
 ) -> list[Tensor]:
     """Return the rows of each feature, in their order."""
-    number_of = {_kind_of(group.layout.tables[0]): number for number, group in enumerate(groups)}
+    number_of = {kind_of(group.layout.tables[0]): number for number, group in enumerate(groups)}
     places: list[list[int]] = [[] for _ in groups]  # positions of each group's features
     for position, feature in enumerate(features):
-        places[number_of[_kind_of(feature.table)]].append(position)
+        places[number_of[kind_of(feature.table)]].append(position)
     parts = [(bags, i) for part in asked for bags in part.bags for i in range(len(bags))]
     joined = [_join([parts[position] for position in its]) for its in places]
     found = look_up_groups(groups, joined, training)
@@ -216,11 +215,6 @@ def _look_up(
         for position, output in zip(its, outputs, strict=True):
             rows[position] = output
     return rows
-
-
-def _kind_of(table: HashTable) -> tuple[Any, ...]:
-    """Return what the tables of a group have in common."""
-    return table.device, table.dtype, table.embedding_dim, table.exchange_dtype
 
 
 def _join(parts: Sequence[tuple[FeatureBags, int]]) -> FeatureBags:

@@ -99,6 +99,8 @@ class HashTable(nn.Module):
         process_group: Ranks that the table is sharded over; None means all of them.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes,
             rounded; None sends rows in ``dtype`` and gradients in float32.
+        ranks_per_node: Ranks that share a node, one after the other: an id that several of them
+            ask for travels once between nodes. None sends each rank's by themselves.
 
     Attributes:
         anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
@@ -126,6 +128,7 @@ class HashTable(nn.Module):
 
     _process_group: ProcessGroup | None = None
     _exchange_dtype: torch.dtype | None = None
+    _ranks_per_node: int | None = None
     default_name: str | None = None  # what it is called until it is named, once it was trained
 
     def __init__(
@@ -142,6 +145,7 @@ class HashTable(nn.Module):
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
+        ranks_per_node: int | None = None,
     ) -> None:
         super().__init__()
         check_not_traced("HashTable", ())
@@ -158,6 +162,8 @@ class HashTable(nn.Module):
         check_process_group(process_group)
         self._process_group = process_group
         self._exchange_dtype = check_exchange_dtype(exchange_dtype)
+        if ranks_per_node is not None:
+            self._ranks_per_node = check_int("ranks_per_node", ranks_per_node, least=1)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -287,6 +293,11 @@ class HashTable(nn.Module):
     def exchange_dtype(self) -> torch.dtype | None:
         """Data type in which rows and gradients travel between ranks; None means their own."""
         return self._exchange_dtype
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Ranks of a node that ask other nodes together; None if each asks by itself."""
+        return self._ranks_per_node
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
