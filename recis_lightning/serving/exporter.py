@@ -144,6 +144,30 @@ def export(
         _remove_unnamed(path, set(manifest.files()), None if is_held else older)
 
 
+def check_replaceable(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that is new, is empty or has nothing but an export, else raise.
+
+    ``export`` itself leaves other files alone; this is for who names a folder by mistake.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        NotADirectoryError: It is a file.
+        ValueError: It has other files; names one.
+    """
+    path = check_folder("folder", folder)
+    if not path.is_dir() or (path / MANIFEST_FILE).exists():
+        return path
+    others = sorted(name for name in os.listdir(path) if not _OWN_FILE.fullmatch(name))
+    if others:
+        raise ValueError(
+            f"folder: {path} is no export and has other files, such as {others[0]}; name a new or "
+            "an empty folder"
+        )
+    return path
+
+
 def _remove_unnamed(path: Path, kept: Set[str], older: Manifest | None) -> None:
     """Remove files of older exports, those that were killed among them.
 
@@ -339,4 +363,4 @@ def _compare(served: Any, expected: Any) -> None:
             )
 
 
-__all__ = ["export"]
+__all__ = ["check_replaceable", "export"]
