@@ -24,17 +24,18 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
-def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+def did_you_mean(names: Iterable[object], known: Iterable[object]) -> str:
     """Return the end of a message about names that do not exist; "" if none is like another.
 
     Args:
-        names: Names that do not exist.
+        names: Names that do not exist; what is no str is like none.
         known: Those that do.
 
     Example:
         >>> did_you_mean(["usr", "itm", "x"], ["user", "item"])
         "; did you mean 'user', 'item'?"
     """
-    known = [*known]
-    found = dict.fromkeys(close for name in names if (close := closest(name, known)))
+    strings = [one for one in known if isinstance(one, str)]
+    wrong = [name for name in names if isinstance(name, str)]
+    found = dict.fromkeys(close for name in wrong if (close := closest(name, strings)))
     return f"; did you mean {', '.join(map(repr, found))}?" if found else ""

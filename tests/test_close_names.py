@@ -26,3 +26,4 @@ def test_a_message_ends_with_each_name_once():
     )
     assert did_you_mean(["nothing"], ["user"]) == ""
     assert did_you_mean([], ["user"]) == ""
+    assert did_you_mean([3, None, "usr"], [4, "user"]) == "; did you mean 'user'?"

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_bool, check_folder, check_str, explain_arguments
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.jagged import Jagged
 
 __all__ = ["PredictionWriter"]
@@ -133,5 +134,6 @@ class PredictionWriter(Callback):
         if not isinstance(batch, Mapping):
             raise TypeError(f"keys: expected batches that are dicts, got {type(batch).__name__}")
         if absent := [key for key in self.keys if key not in batch]:
-            raise ValueError(f"keys: the batch lacks {absent}; it has {sorted(batch)}")
+            advice = did_you_mean(absent, batch)
+            raise ValueError(f"keys: the batch lacks {absent}; it has {sorted(batch)}{advice}")
         return {key: batch[key] for key in self.keys}

@@ -209,7 +209,7 @@ class Features(nn.Module):
             return given
         absent = [name for name in column.sources if name not in data]
         if absent:
-            advice = did_you_mean(absent, map(str, data))
+            advice = did_you_mean(absent, data)
             raise KeyError(
                 f"column {column.name!r}: expected {absent} in the data, got {[*data]}{advice}"
             )
@@ -287,9 +287,12 @@ class Features(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
-        """Read a file that ``save`` wrote, or one written by hand."""
+        """Read a file that ``save`` wrote, or one written by hand; errors as of ``from_state``."""
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"path: {path} is no UTF-8: {error.reason}") from None
         return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
 
     def save(self, path: str | Path) -> None:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from recis_lightning.admission import MinCount
 from recis_lightning.arguments import check_folder
 from recis_lightning.checkpoint.commit import file_stems
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
 from recis_lightning.eviction_policy import RowColumns
@@ -104,7 +105,10 @@ def export(
     for argument, given in (("rows", rows), ("drop", drop)):
         unknown = sorted(set(given) - set(tables), key=str) if isinstance(given, Mapping) else []
         if unknown:
-            raise ValueError(f"{argument}: no such tables {unknown}; there are {sorted(tables)}")
+            raise ValueError(
+                f"{argument}: no such tables {unknown}; there are {sorted(tables)}"
+                f"{did_you_mean(unknown, tables)}"
+            )
     path = check_folder("folder", folder)
     path.mkdir(parents=True, exist_ok=True)
     save_id = secrets.token_hex(8)
