@@ -2,9 +2,10 @@
 
 A lookup knows its tables, not the LightningModule that holds them, and users need not pass any
 callback of ours. So the bridge searches the live LightningModules for those that hold the tables:
-once for each group of tables on several ranks, and once before an optimizer's first step. An op
-does not even know its tables: for the Trainer's profiler the bridge searches for a module whose
-Trainer runs, in the first op after tables were given their device, as each run of a Trainer begins.
+once for each group of tables on several ranks. That takes a tenth of a second and more, as it walks
+the heap. What only a run of a Trainer needs takes the Trainer from the stack instead: the check
+before an optimizer's first step; and the search for a profiler that lists our ops, in the first op
+after tables were given their device, as each run of a Trainer begins.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 from recis_lightning.lookup import surroundings
@@ -22,6 +24,8 @@ from recis_lightning.ops import backend
 from recis_lightning.optim.first_step import on_first_step
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.versions import move_version
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 # Lightning's strategies that tables do not work under, and what to use for them. A strategy that
 # starts processes by multiprocessing returns rank 0's module alone to the process that called fit.
@@ -94,16 +98,19 @@ class ProfilerRegions:
         return region
 
     def _find_trainer(self) -> None:
-        """Find the Trainer that runs, if it has a profiler that lists what it is told."""
+        """Find the Trainer that runs, if it has a profiler that lists what it is told.
+
+        Another thread than the one that moved tables, which would run the Trainer, finds nothing.
+        """
+        if move_version.thread != threading.get_ident():
+            return
         self._moves, self._trainer = move_version(), None
-        for module in _lightning_modules():
-            trainer = module._trainer
-            if trainer is not None and _runs(trainer):
-                profiler = getattr(trainer.profiler, "inner", trainer.profiler)
-                kinds = type(profiler).__mro__
-                if not _NOT_LISTING.intersection(kind.__name__ for kind in kinds):
-                    self._trainer = weakref.ref(trainer)
-                return
+        trainer = _running_trainer()
+        if trainer is not None and _runs(trainer):
+            profiler = getattr(trainer.profiler, "inner", trainer.profiler)
+            kinds = type(profiler).__mro__
+            if not _NOT_LISTING.intersection(kind.__name__ for kind in kinds):
+                self._trainer = weakref.ref(trainer)
 
 
 def _runs(trainer: Any) -> bool:
@@ -122,11 +129,12 @@ def _check_fit(tables: Sequence[HashTable]) -> None:
 
     Hooks do it when ``fit`` starts, before any optimizer steps.
     """
-    for module in _modules_with(tables):
-        if module._trainer is not None:
-            from recis_lightning.callbacks.fit_checks import check_fit
+    trainer = _running_trainer()
+    module = None if trainer is None else trainer.lightning_module
+    if module is not None and _holds_one(module, tables):
+        from recis_lightning.callbacks.fit_checks import check_fit
 
-            check_fit(module._trainer, module)
+        check_fit(trainer, module)
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -146,18 +154,27 @@ def _check_strategy(strategy: Any) -> None:
 
 def _modules_with(tables: Sequence[HashTable]) -> list[Any]:
     """List the live LightningModules that hold one of ``tables``."""
+    return [module for module in _lightning_modules() if _holds_one(module, tables)]
+
+
+def _holds_one(module: Any, tables: Sequence[HashTable]) -> bool:
     wanted = {id(table) for table in tables}
-    return [
-        module
-        for module in _lightning_modules()
-        if any(id(part) in wanted for part in module.modules())
-    ]
+    return any(id(part) in wanted for part in module.modules())
+
+
+def _running_trainer() -> Any | None:
+    """Return the Trainer whose run has called this, of either of Lightning's packages, or None."""
+    kinds = [getattr(sys.modules.get(name), "Trainer", None) for name in _PACKAGES]
+    runs = {kind._run.__code__ for kind in kinds if kind is not None}
+    frame: FrameType | None = sys._getframe(1) if runs else None
+    while frame is not None and frame.f_code not in runs:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
 
 
 def _lightning_modules() -> list[Any]:
     """List the live LightningModules of whichever of Lightning's packages is imported."""
-    names = ("lightning.pytorch", "pytorch_lightning")
-    kinds = [sys.modules[name].LightningModule for name in names if name in sys.modules]
+    kinds = [sys.modules[name].LightningModule for name in _PACKAGES if name in sys.modules]
     for kind in kinds:  # grows while it is read: subclasses of subclasses
         kinds += type.__subclasses__(kind)
     # Types are asked, not objects: a proxy may do anything when its class is asked for. An object

@@ -185,6 +185,39 @@ def test_a_profiler_that_lists_nothing_is_not_asked(tmp_path):
     assert asked == [nullcontext] * 6
 
 
+def test_one_process_never_walks_the_heap(tmp_path, monkeypatch):
+    """A walk takes 0.1 s and more; one was due for each new table, and for each optimizer."""
+
+    def walk():
+        raise AssertionError("the heap was walked")
+
+    monkeypatch.setattr("recis_lightning.trainer_bridge._lightning_modules", walk)
+    model, profiler = Model(), SimpleProfiler()
+    model.tower(torch.arange(3))
+    quiet_trainer(tmp_path, profiler=profiler, max_epochs=2).fit(model)
+    assert profiler.recorded_durations.keys() >= OPS
+    DynamicEmbedding(2)(torch.arange(3))
+
+
+def test_the_innermost_trainer_is_told(tmp_path):
+    """As where a step validates another model by a Trainer of its own."""
+    inner, outer = SimpleProfiler(), SimpleProfiler()
+
+    class Nested(Model):
+        def training_step(self, batch, batch_idx):
+            trainer = quiet_trainer(tmp_path, profiler=inner)
+            trainer.validate(Model(), verbose=False)
+            return super().training_step(batch, batch_idx)
+
+    quiet_trainer(tmp_path, profiler=outer, max_steps=1, limit_val_batches=0).fit(Nested())
+    ops = [
+        {name for name in one.recorded_durations if name.startswith("recis::")}
+        for one in (inner, outer)
+    ]
+    assert ops[0]
+    assert "recis::row_update" in ops[1] - ops[0]
+
+
 @pytest.mark.parametrize("made", [object, torch.nn.Module])
 def test_a_model_whose_init_failed_is_passed_over(made):
     """It lives on in a traceback, as in a notebook."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch.optim.swa_utils import AveragedModel
 
 from recis_lightning.engine import EmbeddingEngine
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer
@@ -19,6 +20,7 @@ __all__ = ["check_fit", "check_table_names", "summary"]
 _log = logging.getLogger(__name__)
 
 _KEY = "_recis_lightning_checked"
+_SHOWN_NAMES = 5
 
 
 def check_fit(trainer: Any, module: Any) -> None:
@@ -118,6 +120,45 @@ def _warnings(trainer: Any, module: Any) -> Iterable[str]:
             ": give it to a sparse optimizer, SparseAdamW(hash_tables(self), lr=...), or set "
             "trainable=False"
         )
+    if forgotten := _forgotten(trainer, module):
+        shown = ", ".join(forgotten[:_SHOWN_NAMES])
+        more = f" and {len(forgotten) - _SHOWN_NAMES} more" if len(forgotten) > _SHOWN_NAMES else ""
+        yield (
+            f"No optimizer trains {shown}{more}: return SparseDenseOptimizer(torch.optim.AdamW("
+            "self.parameters()), sparse) from configure_optimizers, or freeze them with "
+            "requires_grad_(False)"
+        )
+
+
+def _forgotten(trainer: Any, module: Any) -> list[str]:
+    """Return the names of dense parameters that would be trained, had they an optimizer.
+
+    An average of a model is no part of it that is trained, and parameters that a strategy has
+    replaced are not to be found: then none is named, unless all optimizers are of tables.
+    """
+    sparse = _sparse_optimizers(trainer)
+    if not sparse:
+        return []
+    given = {
+        id(parameter)
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    averaged = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, AveragedModel)
+        for parameter in part.parameters()
+    }
+    dense = {
+        name: id(parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.numel() and id(parameter) not in averaged
+    }
+    forgotten = [name for name, number in dense.items() if number not in given]
+    only_sparse = all(isinstance(optimizer, SparseOptimizer) for optimizer in trainer.optimizers)
+    return forgotten if only_sparse or len(forgotten) < len(dense) else []
 
 
 def _sparse_optimizers(trainer: Any) -> list[SparseOptimizer]:

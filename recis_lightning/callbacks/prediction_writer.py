@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from recis_lightning.arguments import check_str, explain_arguments
+from recis_lightning.arguments import check_bool, check_folder, check_str, explain_arguments
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.jagged import Jagged
 
 __all__ = ["PredictionWriter"]
+
+_FILE = re.compile(r"(?:loader-(\d+)/)?rank-(\d{5,})\.parquet")
 
 
 @explain_arguments()
@@ -27,10 +31,14 @@ class PredictionWriter(Callback):
     hidden name until prediction ends, and is removed if it fails. Memory holds one batch:
     use ``trainer.predict(..., return_predictions=False)``.
 
+    A folder that has files of an earlier prediction is refused before a batch is predicted.
+
     Args:
         path: Folder of the files.
         keys: Entries of the batch, a dict, to write beside predictions.
         name: Column of predictions that are a tensor; those in a dict are named by their keys.
+        overwrite: Whether files of an earlier prediction in the folder, of any number of ranks
+            and loaders, are replaced. They stay until the new ones are whole.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -43,15 +51,35 @@ class PredictionWriter(Callback):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], keys: Sequence[str] = (), name: str = "prediction"
+        self,
+        path: str | os.PathLike[str],
+        keys: Sequence[str] = (),
+        name: str = "prediction",
+        overwrite: bool = False,
     ) -> None:
         import recis_lightning.data.writing  # noqa: F401 - says what to install
 
         if isinstance(keys, str):
             raise TypeError(f"keys: expected a list of names, got {keys!r}; write keys=[{keys!r}]")
-        self.path, self.keys = Path(path), [check_str("keys", key) for key in keys]
+        self.path = check_folder("path", path)
+        self.keys = [check_str("keys", key) for key in keys]
         self.name = check_str("name", name)
+        self.overwrite = check_bool("overwrite", overwrite)
         self._files: dict[int, Any] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for files of an earlier prediction; Lightning's ranks wait for each other here.
+
+        Raises:
+            FileExistsError: There are some, and ``overwrite`` is False.
+        """
+        if stage == "predict" and not self.overwrite and (found := self._earlier_files()):
+            raise FileExistsError(
+                f"path: {self.path} has files of an earlier prediction, such as "
+                f"{min(found.values()).name}; name another folder, remove them, or set "
+                "overwrite=True"
+            )
 
     @override
     def on_predict_batch_end(
@@ -72,14 +100,19 @@ class PredictionWriter(Callback):
         if dataloader_idx not in self._files:
             folder = self.path / f"loader-{dataloader_idx}" if dataloader_idx else self.path
             name = f"rank-{trainer.global_rank:05d}.parquet"
-            self._files[dataloader_idx] = RowFile(folder / name)
+            self._files[dataloader_idx] = RowFile(folder / name, self.overwrite)
         self._files[dataloader_idx].append({**columns, **predicted})
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for file in self._files.values():
             file.finish()
-        self._files = {}
+        written, self._files = set(self._files), {}
+        if self.overwrite:
+            for (loader, rank), file in self._earlier_files().items():
+                is_own = rank == trainer.global_rank and loader not in written
+                if is_own or (trainer.is_global_zero and rank >= trainer.world_size):
+                    file.unlink(missing_ok=True)
 
     @override
     def on_exception(
@@ -89,11 +122,18 @@ class PredictionWriter(Callback):
             file.abandon()
         self._files = {}
 
+    def _earlier_files(self) -> dict[tuple[int, int], Path]:
+        """Return the files of predictions that the folder has, by loader and rank."""
+        files = [*self.path.glob("rank-*.parquet"), *self.path.glob("loader-*/rank-*.parquet")]
+        found = {file: _FILE.fullmatch(file.relative_to(self.path).as_posix()) for file in files}
+        return {(int(name[1] or 0), int(name[2])): file for file, name in found.items() if name}
+
     def _keys_of(self, batch: Any) -> dict[str, Tensor | Jagged]:
         if not self.keys:
             return {}
         if not isinstance(batch, Mapping):
             raise TypeError(f"keys: expected batches that are dicts, got {type(batch).__name__}")
         if absent := [key for key in self.keys if key not in batch]:
-            raise ValueError(f"keys: the batch lacks {absent}; it has {sorted(batch)}")
+            advice = did_you_mean(absent, batch)
+            raise ValueError(f"keys: the batch lacks {absent}; it has {sorted(batch)}{advice}")
         return {key: batch[key] for key in self.keys}

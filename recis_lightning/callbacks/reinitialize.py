@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from recis_lightning.arguments import check_int, explain_arguments
 from recis_lightning.callbacks.hook import Hook, is_new_trainer
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.distributed import collectives
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.listing import hash_tables
@@ -86,7 +87,8 @@ class ReinitializeRowsHook(Hook):
             return [table for table in tables if table.trainable]
         named = {table.name: table for table in tables}
         if missing := sorted(set(self.tables) - set(named)):
-            raise ValueError(f"tables: the module has {sorted(named)}, got {missing}")
+            advice = did_you_mean(missing, named)
+            raise ValueError(f"tables: the module has {sorted(named)}, got {missing}{advice}")
         return [named[name] for name in self.tables]
 
     @override

@@ -24,6 +24,7 @@ from recis_lightning.callbacks.run_values import (
 )
 from recis_lightning.callbacks.step_report import StepReport
 from recis_lightning.callbacks.training_clock import TrainingClock
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.distributed import collectives
 from recis_lightning.monitoring.history import RunHistory
 from recis_lightning.monitoring.report import TableReport, check_path, costs_of
@@ -404,5 +405,6 @@ def _check_figures(figures: Sequence[str]) -> tuple[str, ...]:
         raise TypeError(f"figures: expected a sequence of names or None, got {figures!r}")
     unknown = [figure for figure in figures if figure not in known]
     if unknown:
-        raise ValueError(f"figures: expected some of {known}, got {unknown}")
+        advice = did_you_mean(unknown, known)
+        raise ValueError(f"figures: expected some of {known}, got {unknown}{advice}")
     return tuple(figures)

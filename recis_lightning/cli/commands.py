@@ -100,7 +100,9 @@ def _report(args: Sequence[str]) -> None:
 def _inspect(args: Sequence[str]) -> None:
     parser = command_parser("inspect")
     parser.add_argument(
-        "path", help="checkpoint, folder of recis_lightning.checkpoint.save, or served folder"
+        "path",
+        help="checkpoint, folder of recis_lightning.checkpoint.save, served folder, or a folder "
+        "with checkpoints: then the newest that is whole",
     )
     given = parser.parse_args(args)
 

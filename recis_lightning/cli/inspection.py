@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from recis_lightning.checkpoint.commit import COMMIT_FILE
+from recis_lightning.checkpoint.commit import COMMIT_FILE, FOLDER_SUFFIX
+from recis_lightning.checkpoint.folder_listing import checkpoints_in
 from recis_lightning.checkpoint.reader import CheckpointReader
 from recis_lightning.embedding_option import EmbeddingOption
 from recis_lightning.serving.manifest import MANIFEST_FILE, Manifest
@@ -20,8 +21,10 @@ def inspection(path: Path) -> str:
     """Return the tables of a checkpoint or a served folder, without reading all of their rows.
 
     Args:
-        path: Lightning's checkpoint, a folder that ``checkpoint.save`` wrote to, or one of
-            ``serving.export``.
+        path: Lightning's checkpoint, or the folder of shards beside it; a folder that
+            ``checkpoint.save`` wrote to, or one of ``serving.export``; or a folder that has
+            checkpoints in it or below: these are listed, and the tables are those of the newest
+            that is whole.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
@@ -32,11 +35,33 @@ def inspection(path: Path) -> str:
     if path.is_dir() and (path / MANIFEST_FILE).exists():
         return _served(path)
     if path.is_dir() and not (path / COMMIT_FILE).exists():
-        raise ValueError(
-            f"{path}: expected a checkpoint or a served folder; the folder has neither "
-            f"{COMMIT_FILE} nor {MANIFEST_FILE}"
-        )
+        if path.name.endswith(FOLDER_SUFFIX):
+            return _checkpoint(path)
+        return _newest_in(path)
     return _checkpoint(path)
+
+
+def _newest_in(folder: Path) -> str:
+    """Return the list of a folder's checkpoints, and the tables of the newest whole one."""
+    found = checkpoints_in(folder)
+    if not found:
+        raise ValueError(
+            f"{folder}: expected a checkpoint, a served folder or a folder with checkpoints; it "
+            f"has neither {COMMIT_FILE} nor {MANIFEST_FILE}, and no *.ckpt in it or below"
+        )
+    lines, text = [f"{folder}: checkpoints, the newest first", ""], None
+    for path in found:
+        about = ""
+        if text is None:
+            try:
+                text, about = _checkpoint(path), "  (the newest that is whole: see below)"
+            except (OSError, ValueError) as error:
+                about = f"  (left out: {' '.join(str(error).split())})"
+        lines.append(f"{path.relative_to(folder)}{about}")
+    if text is None:
+        reasons = "; ".join(lines[2:])
+        raise ValueError(f"{folder}: none of its checkpoints has tables and is whole: {reasons}")
+    return "\n".join([*lines, "", text])
 
 
 def _checkpoint(path: Path) -> str:

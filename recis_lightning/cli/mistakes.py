@@ -6,11 +6,12 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
+
+from recis_lightning.close_names import closest
 
 _SHOWN = 80  # characters of a value
 
@@ -145,7 +146,7 @@ def _unknown_setting(
     place: Sequence[str], option: str, owner: str | None, options: Iterable[str]
 ) -> Mistake:
     known = list(options) if owner is None else _parameters(owner)
-    close = _closest(option, known)
+    close = closest(option, known)
     hint = f"did you mean {close}?" if close else None
     if owner is not None and not close:
         hint = f"{owner.rpartition('.')[2]} takes {', '.join(known) or 'no arguments'}"
@@ -165,7 +166,7 @@ def _unknown_class(
     given = owner if owner is not None and owner.endswith(last) else name
     place = place[:-1] if place and place[-1] == last else place
     beside = vars(sys.modules.get(given.rpartition(".")[0], object))
-    close = _closest(last, [*(one for one in beside if one[:1].isupper()), *classes])
+    close = closest(last, [*(one for one in beside if one[:1].isupper()), *classes])
     why = f"there is no class {given}"
     if module is not None:
         why = f"there is no module {module}, of the class {given}"
@@ -190,13 +191,6 @@ def _wrong_type(place: Sequence[str], types: str, value: str) -> Mistake:
     shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
     words = (place[-1].rpartition(".")[2], value) if place else ()
     return Mistake(": ".join([*place, f"expected {types}, got {shown}"]), None, words)
-
-
-def _closest(name: str, known: Sequence[str]) -> str | None:
-    """Return what was meant by a name, whatever its case, or None."""
-    folded = {one.casefold(): one for one in reversed(known)}
-    close = get_close_matches(name.casefold(), folded, 1, cutoff=0.8)
-    return folded[close[0]] if close else None
 
 
 def _parameters(class_path: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing_extensions import override
 from recis_lightning import checkpoint, serving
 from recis_lightning.cli.command_parser import PROGRAM, guarded
 from recis_lightning.cli.recis_cli import RecisCLI
+from recis_lightning.serving.exporter import check_replaceable
 
 _NUM_ROWS = 4  # of the example; two would do
 _TABLE_STATE = "_extra_state"  # end of the keys of tables in a state_dict
@@ -38,6 +40,13 @@ class ExportCLI(RecisCLI):
         )
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with warnings.catch_warnings():
+            # Its words are those of the process, without "export".
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
+            super().parse_arguments(parser, args)
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         return L.Trainer(
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
@@ -57,6 +66,7 @@ def export_command(args: Sequence[str]) -> RecisCLI:
     cli = ExportCLI(run=False, seed_everything_default=False, args=list(args), **options)
 
     def write() -> str:
+        check_replaceable(cli.config["folder"])
         path = cli.config["ckpt_path"]
         if path is None:
             raise ValueError("ckpt_path: expected the checkpoint of a trained model, got None")

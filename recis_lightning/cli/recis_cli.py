@@ -6,17 +6,11 @@ import argparse
 import contextlib
 import glob
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import lightning
 import lightning.pytorch.callbacks
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # jsonargparse finds a class by its short name once its module is imported.
@@ -26,6 +20,8 @@ import recis_lightning.eviction
 import recis_lightning.initializers
 import recis_lightning.optim
 from recis_lightning.cli.mistakes import Mistake, leave, of_files, of_parser
+from recis_lightning.cli.refusals import mistakes_in_two_lines
+from recis_lightning.cli.settings_files import config_files, settings_files, unreadable
 
 with contextlib.suppress(ImportError):  # its files are read with pyarrow, an extra
     import recis_lightning.data.module
@@ -38,7 +34,6 @@ _ROOMS = (
     recis_lightning.initializers,
     recis_lightning.optim,
 )
-_PACKAGE, _LIGHTNING = str(Path(__file__).parents[1]), str(Path(lightning.__file__).parent)
 _WORDS_FOR_CHECKPOINTS = ("best", "last", "hpc", "registry")  # ckpt_path that is no path
 _PARTS_READ = {
     "fit": ("train", "val"),
@@ -46,7 +41,6 @@ _PARTS_READ = {
     "test": ("test",),
     "predict": ("predict",),
 }
-_REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
 
 
 class RecisCLI(LightningCLI):
@@ -90,13 +84,15 @@ class RecisCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the settings."""
+        words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        if (mistake := unreadable(settings_files(words))) is not None:
+            leave(_program(self._parser_of(words)), mistake)
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            words = [str(word) for word in (sys.argv[1:] if args is None else args)]
             chosen = self._parser_of(words)
             mistake = of_parser(error.message, _options(chosen), _class_names())
-            leave(_program(chosen), of_files(_config_files(words), mistake), error)
+            leave(_program(chosen), of_files(config_files(words), mistake), error)
         # Before the run, and what Lightning says of it, begins.
         subcommand = self.config.get("subcommand")
         settings = self.config if subcommand is None else self.config[subcommand]
@@ -108,75 +104,17 @@ class RecisCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer from the settings."""
         program = _program(self._parser_of([self.subcommand or ""]))
-        with _mistakes_in_two_lines(program):
+        with mistakes_in_two_lines(program):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with _mistakes_in_two_lines(_program(self._parser_of([subcommand])), running=True):
+        with mistakes_in_two_lines(_program(self._parser_of([subcommand])), running=True):
             super()._run_subcommand(subcommand)
 
     def _parser_of(self, words: Sequence[str]) -> LightningArgumentParser:
         """Return the parser of the subcommand that a command line names first."""
         parsers: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
         return next((parsers[word] for word in words if word in parsers), self.parser)
-
-
-@contextmanager
-def _mistakes_in_two_lines(program: str, running: bool = False) -> Iterator[None]:
-    """Exit with two lines for an argument that a class of ours or of Lightning refuses.
-
-    Args:
-        program: Name of the command.
-        running: Whether a run is under way: then only for what makes optimizers, and for files
-            of data that are missing.
-    """
-    try:
-        yield
-    except Exception as error:
-        mistake = _refusal(error, running) or _missing_file(error)
-        if mistake is None:
-            raise
-        leave(program, mistake, error)
-
-
-def _refusal(error: BaseException, running: bool) -> Mistake | None:
-    """Return the mistake of an argument that a constructor refused; None for other errors."""
-    chain = _chain(error)
-    for one in reversed(chain):
-        frames = [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
-        if not isinstance(one, _REFUSALS) or not frames:
-            continue
-        if running and "configure_optimizers" not in {f.f_code.co_name for f in _frames(chain)}:
-            continue
-        homes = (_PACKAGE,) if running else (_PACKAGE, _LIGHTNING)
-        if not frames[-1].f_code.co_filename.startswith(homes):
-            continue
-        owners = [
-            type(frame.f_locals["self"]).__name__
-            for frame in frames
-            if frame.f_code.co_name in ("__init__", "__post_init__")
-            and frame.f_code.co_filename.startswith((*homes, "<string>"))
-            and "self" in frame.f_locals
-            and not isinstance(frame.f_locals["self"], LightningCLI)
-        ]
-        if owners:
-            # Trainer makes many parts of its own; ours is the innermost that is named.
-            owner = "Trainer" if "Trainer" in owners else owners[-1]
-            return Mistake(f"{owner}: {one}")
-    return None
-
-
-def _missing_file(error: BaseException) -> Mistake | None:
-    """Return the mistake of a file that data or checkpoints should have; None for other errors."""
-    homes = tuple(str(Path(_PACKAGE) / room) for room in ("data", "checkpoint"))
-    for one in _chain(error):
-        frames = [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
-        ours = any(
-            frame.f_code.co_filename.startswith((*homes, _LIGHTNING)) for frame in frames[-3:]
-        )
-        if isinstance(one, FileNotFoundError) and ours:
-            return Mistake(str(one), f"paths are relative to the current folder, {Path.cwd()}")
-    return None
 
 
 def _missing_checkpoint(settings: Any) -> str | None:
@@ -205,22 +143,6 @@ def _missing_data(settings: Any, subcommand: str | None) -> str | None:
     return None
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """Return an exception and those that led to it, the last one first."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    return chain
-
-
-def _frames(chain: Sequence[BaseException]) -> Iterator[FrameType]:
-    """Yield all frames that the exceptions of a chain passed through."""
-    for error in chain:
-        yield from (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
 def _program(parser: argparse.ArgumentParser) -> str:
     return parser.prog.replace(" [options]", "")
 
@@ -229,12 +151,6 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
     """Return the names of a command's settings."""
     found = [option for action in parser._actions for option in action.option_strings]
     return [option[2:] for option in found if option.startswith("--")]
-
-
-def _config_files(words: Sequence[str]) -> list[str]:
-    """Return the files of settings that a command line names."""
-    files = [after for word, after in pairwise(words) if word in ("-c", "--config")]
-    return files + [word.partition("=")[2] for word in words if word.startswith("--config=")]
 
 
 def _class_names() -> list[str]:

@@ -28,6 +28,7 @@ from recis_lightning.nested_jagged import NestedJagged
 
 __all__ = ["Column", "Id", "IdBags", "IdList", "Label", "Number"]
 
+_BAGS = "the bags of ids"  # entry that no column of weights is called
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -160,7 +161,7 @@ class IdList(Column):
                     f"row {row} has {int(lengths[row])} values and {int(weight_lengths[row])} "
                     f"weights in {self.weights!r}"
                 )
-            weights = fill_nulls(float_of(given, torch.float32), given, None)
+            weights = _weights_of(given, self.weights)
         bags = Jagged.from_lengths(ids, lengths, weights)
         return bags if self.max_len is None else cut(bags, self.max_len, self.keep)
 
@@ -209,17 +210,19 @@ class IdBags(Column):
     @override
     def read(self, arrays: Mapping[str, pa.Array]) -> NestedJagged:
         bags, lengths = _lists_of(arrays[self.sources[0]], "lists of lists of ids")
-        inner = IdList("bags", self.hash, self.seed, self.default)
-        given = {"bags": bags}
+        inner = IdList(_BAGS, self.hash, self.seed, self.default)
+        given = {_BAGS: bags}
         if self.weights is not None:
-            given["weights"], weight_lengths = _lists_of(arrays[self.weights], "lists of weights")
+            wanted = f"lists of weights in {self.weights!r}"
+            weight_lists, weight_lengths = _lists_of(arrays[self.weights], wanted)
             if not torch.equal(lengths, weight_lengths):
                 row = int((lengths != weight_lengths).nonzero()[0])
                 raise ValueError(
                     f"row {row} has {int(lengths[row])} bags and {int(weight_lengths[row])} "
                     f"lists of weights in {self.weights!r}"
                 )
-            inner = replace(inner, weights="weights")
+            inner = replace(inner, weights=self.weights)
+            given[self.weights] = weight_lists
         values, offsets, weights = inner.read(given)
         outer = Jagged.from_lengths(torch.arange(len(bags), device="cpu"), lengths)
         if self.max_len is None:
@@ -227,6 +230,20 @@ class IdBags(Column):
         kept = cut(outer, self.max_len, self.keep)
         values, offsets, weights = Jagged(values, offsets, weights).select(kept.values)
         return NestedJagged(values, offsets, kept.offsets, weights)
+
+
+def _weights_of(array: pa.Array, source: str) -> Tensor:
+    """Return the weights of a file's column; its errors name it, as the column is another's."""
+    try:
+        found = float_of(array, torch.float32)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"weights in {source!r}: {error}") from error
+    if array.null_count:
+        raise ValueError(
+            f"weights in {source!r}: {array.null_count} of {len(array)} are null, and a weight "
+            "has no default"
+        )
+    return found
 
 
 def _lists_of(array: pa.Array, wanted: str) -> tuple[pa.Array, Tensor]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from torch import Tensor, nn
 from typing_extensions import override
 
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.data.columns import Column, Id, IdBags, IdList, Label, Number
 from recis_lightning.data.conversion import int64_of
 from recis_lightning.data.cross import Cross
@@ -117,6 +118,7 @@ class Features(nn.Module):
         if absent or not names or len(set(names)) < len(names):
             raise ValueError(
                 f"outputs: expected names among {list(places)}, each once, got {names}"
+                f"{did_you_mean(absent, places)}"
             )
         self.columns, self.transforms = columns, transforms
         self.outputs = None if outputs is None else names
@@ -164,7 +166,10 @@ class Features(nn.Module):
         """
         absent = [name for name in outputs if name not in self._places]
         if absent:
-            raise ValueError(f"outputs: expected names among {list(self._places)}, got {absent}")
+            advice = did_you_mean(absent, self._places)
+            raise ValueError(
+                f"outputs: expected names among {list(self._places)}, got {absent}{advice}"
+            )
         needed = set(outputs)
         kept: list[Transform] = []
         for one in reversed(self.transforms):
@@ -204,7 +209,10 @@ class Features(nn.Module):
             return given
         absent = [name for name in column.sources if name not in data]
         if absent:
-            raise KeyError(f"column {column.name!r}: expected {absent} in the data, got {[*data]}")
+            advice = did_you_mean(absent, data)
+            raise KeyError(
+                f"column {column.name!r}: expected {absent} in the data, got {[*data]}{advice}"
+            )
         try:
             return column.read({name: as_arrow(data[name]) for name in column.sources})
         except (TypeError, ValueError, pa.ArrowException) as error:
@@ -279,9 +287,12 @@ class Features(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
-        """Read a file that ``save`` wrote, or one written by hand."""
+        """Read a file that ``save`` wrote, or one written by hand; errors as of ``from_state``."""
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"path: {path} is no UTF-8: {error.reason}") from None
         return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
 
     def save(self, path: str | Path) -> None:
@@ -341,7 +352,10 @@ def _plan(
         where = f"transform {type(one).__name__} {one.name!r}"
         absent = [name for name in one.inputs if name not in places]
         if absent:
-            raise ValueError(f"{where}: expected sources among {list(places)}, got {absent}")
+            advice = did_you_mean(absent, places)
+            raise ValueError(
+                f"{where}: expected sources among {list(places)}, got {absent}{advice}"
+            )
         reads = tuple(places[name] for name in one.inputs)
         level = max(depth[place] for place in reads)
         kind = passes.setdefault((level, type(one).__name__), _Pass([], [], []))

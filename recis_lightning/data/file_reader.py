@@ -12,6 +12,7 @@ import pyarrow.dataset as pads
 from pyarrow import acero, fs, orc, parquet
 from torch.utils.data import get_worker_info
 
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.data.filter import columns_of, parse_filter
 from recis_lightning.data.partitions import partition_kinds, partitions_of, with_partitions
 from recis_lightning.data.windows import Window
@@ -227,7 +228,8 @@ class FileReader:
         found |= dict(zip(schema.names, schema.types, strict=True))
         absent = sorted(set(self._read_columns) - found.keys())
         if absent:
-            raise ValueError(f"columns {absent} are missing; it has {sorted(found)}")
+            advice = did_you_mean(absent, found)
+            raise ValueError(f"columns {absent} are missing; it has {sorted(found)}{advice}")
         return {name: _kind_of(found[name]) for name in self._columns}
 
 

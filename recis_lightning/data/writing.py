@@ -63,13 +63,14 @@ class RowFile:
 
     Args:
         path: Its name once it is complete; its folder is made.
+        overwrite: Whether it may take the place of a file.
 
     Raises:
-        FileExistsError: There is one already.
+        FileExistsError: There is one already, and ``overwrite`` is False.
     """
 
-    def __init__(self, path: Path) -> None:
-        if path.exists():
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another path or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._part = path, path.with_name(f".{path.name}.part")
@@ -108,7 +109,7 @@ class RowFile:
         """Complete the file and give it its name; nothing if no batch came."""
         if self._writer is not None:
             self._writer.close()
-            self._part.rename(self._path)
+            self._part.replace(self._path)
             self._writer = None
 
     def abandon(self) -> None:

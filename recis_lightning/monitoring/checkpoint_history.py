@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from recis_lightning.checkpoint.commit import COMMIT_FILE
+from recis_lightning.checkpoint.folder_listing import checkpoints_in
 from recis_lightning.checkpoint.reader import (
     CheckpointReader,
     NoCheckpointError,
@@ -46,7 +47,7 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
 
     Args:
         path: Lightning's file; a folder that ``checkpoint.save`` wrote to; or another folder: then
-            the newest file ``*.ckpt`` in it, or below it.
+            the newest checkpoint in it, or below it.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -76,12 +77,12 @@ def _checkpoint_at(path: Path) -> Path:
         return path
     if os.path.lexists(path / COMMIT_FILE):
         return path.absolute()
-    files = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    files = checkpoints_in(path)
     if not files:
         raise NoCheckpointError(
             f"source: {path}: no checkpoint: it has no {COMMIT_FILE}, and no *.ckpt in it or below"
         )
-    return files[-1]
+    return files[0]
 
 
 def _open(file: Path) -> tuple[CheckpointReader, Mapping[str, Any]]:

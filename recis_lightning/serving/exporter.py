@@ -18,6 +18,7 @@ from typing_extensions import override
 from recis_lightning.admission import MinCount
 from recis_lightning.arguments import check_folder
 from recis_lightning.checkpoint.commit import file_stems
+from recis_lightning.close_names import did_you_mean
 from recis_lightning.distributed import collectives
 from recis_lightning.eviction import Eviction
 from recis_lightning.eviction_policy import RowColumns
@@ -104,7 +105,10 @@ def export(
     for argument, given in (("rows", rows), ("drop", drop)):
         unknown = sorted(set(given) - set(tables), key=str) if isinstance(given, Mapping) else []
         if unknown:
-            raise ValueError(f"{argument}: no such tables {unknown}; there are {sorted(tables)}")
+            raise ValueError(
+                f"{argument}: no such tables {unknown}; there are {sorted(tables)}"
+                f"{did_you_mean(unknown, tables)}"
+            )
     path = check_folder("folder", folder)
     path.mkdir(parents=True, exist_ok=True)
     save_id = secrets.token_hex(8)
@@ -142,6 +146,30 @@ def export(
                 file.unlink(missing_ok=True)
             raise
         _remove_unnamed(path, set(manifest.files()), None if is_held else older)
+
+
+def check_replaceable(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that is new, is empty or has nothing but an export, else raise.
+
+    ``export`` itself leaves other files alone; this is for who names a folder by mistake.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        NotADirectoryError: It is a file.
+        ValueError: It has other files; names one.
+    """
+    path = check_folder("folder", folder)
+    if not path.is_dir() or (path / MANIFEST_FILE).exists():
+        return path
+    others = sorted(name for name in os.listdir(path) if not _OWN_FILE.fullmatch(name))
+    if others:
+        raise ValueError(
+            f"folder: {path} is no export and has other files, such as {others[0]}; name a new or "
+            "an empty folder"
+        )
+    return path
 
 
 def _remove_unnamed(path: Path, kept: Set[str], older: Manifest | None) -> None:
@@ -339,4 +367,4 @@ def _compare(served: Any, expected: Any) -> None:
             )
 
 
-__all__ = ["export"]
+__all__ = ["check_replaceable", "export"]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recis_lightning.serving.data_dependence import explain_dependence
 from recis_lightning.serving.program import encode, without_dead_calls
 from recis_lightning.serving.values import (
     RAGGED,
@@ -74,7 +75,13 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Call the function; note the spec of what it returns."""
         found: list[Tensor] = []
-        returned = self.model(*(unflatten(spec, tensors) for spec in self._specs))
+        try:
+            returned = self.model(*(unflatten(spec, tensors) for spec in self._specs))
+        except RuntimeError as error:
+            # Here already: torch would print all that it recorded.
+            if (explained := explain_dependence(error, self.model)) is not None:
+                raise explained from None
+            raise
         self._note(flatten(returned, "output", found))
         return found if self._wanted is None else [found[position] for position in self._wanted]
 

@@ -17,7 +17,7 @@ from recis_lightning.callbacks import (
     LoggerHook,
     MetricReportHook,
 )
-from recis_lightning.callbacks.fit_checks import check_table_names, summary
+from recis_lightning.callbacks.fit_checks import _warnings, check_table_names, summary
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD
 from tests.helpers.quiet_trainer import quiet_trainer
@@ -201,6 +201,36 @@ def test_a_lone_sparse_optimizer(warnings_of):
         def configure_optimizers(self):
             return SparseSGD(self.tables, lr=0.1)
 
-    warnings = warnings_of(Lone(), LoggerHook(), gradient_clip_val=2)
-    assert len(warnings) == 1
-    assert "give SparseSGD clip_grad_norm=2 too" in warnings[0]
+    clipped, forgotten = warnings_of(Lone(), LoggerHook(), gradient_clip_val=2)
+    assert "give SparseSGD clip_grad_norm=2 too" in clipped
+    assert forgotten.startswith("No optimizer trains layer.weight, layer.bias: return SparseDense")
+
+
+class Optimizers:
+    """What the check reads of a Trainer."""
+
+    callbacks, gradient_clip_val = (), None
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+
+def test_dense_parameters_without_an_optimizer():
+    def said(*optimizers):
+        return [text for text in _warnings(Optimizers(*optimizers), model) if "No optim" in text]
+
+    model = Model()
+    sparse, layer = SparseSGD(model.tables, lr=0.1), model.layer
+    weight = torch.optim.SGD([layer.weight], lr=0.1)
+    both = torch.optim.SGD(layer.parameters(), lr=0.1)
+    assert "trains layer.bias: return" in said(SparseDenseOptimizer(weight, sparse))[0]
+    assert "trains layer.bias: return" in said(weight, sparse)[0]
+    assert "trains layer.weight, layer.bias: return" in said(sparse)[0]
+    assert said(SparseDenseOptimizer(both, sparse)) == said(sparse, both) == said(both) == []
+    model.more = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+    assert "more.2.weight and 1 more: return" in said(both, sparse)[0]
+    model.more.requires_grad_(False)
+    model.average = torch.optim.swa_utils.AveragedModel(layer)
+    assert said(both, sparse) == []
+    elsewhere = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    assert said(elsewhere, sparse) == []  # a strategy has replaced the parameters

@@ -55,6 +55,31 @@ def test_a_run_that_fails_leaves_no_file(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_an_earlier_prediction_is_refused_before_a_batch_or_replaced(tmp_path):
+    """What another number of ranks and loaders left goes too; what is no prediction's stays."""
+    out = tmp_path / "out"
+    (out / "loader-1").mkdir(parents=True)
+    old = [
+        out / "rank-00000.parquet",
+        out / "rank-00003.parquet",
+        out / "loader-1/rank-00000.parquet",
+    ]
+    for file in old:
+        file.write_bytes(b"old")
+    (out / "rank-me.parquet").write_bytes(b"mine")
+    with pytest.raises(
+        FileExistsError, match=r"^path: .*out has files .* rank-00000.parquet; name"
+    ):
+        predict(tmp_path, Scorer(fail_at=0), PredictionWriter(out))
+    with pytest.raises(OSError, match="no more"):
+        predict(tmp_path, Scorer(fail_at=2), PredictionWriter(out, overwrite=True))
+    assert all(file.read_bytes() == b"old" for file in old)
+    predict(tmp_path, Scorer(), PredictionWriter(out, overwrite=True))
+    assert [file.exists() for file in old] == [True, False, False]
+    assert pq.read_table(old[0])["prediction"].to_pylist() == [row / 2 for row in range(22)]
+    assert (out / "rank-me.parquet").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize(
     ("keys", "name", "error", "words"),
     [
@@ -72,3 +97,7 @@ def test_bad_arguments():
         PredictionWriter("out", keys="row")
     with pytest.raises(TypeError, match="name: expected"):
         PredictionWriter("out", name=3)
+    with pytest.raises(TypeError, match="overwrite: expected a bool"):
+        PredictionWriter("out", overwrite="yes")
+    with pytest.raises(NotADirectoryError, match="path: expected a folder"):
+        PredictionWriter(__file__)

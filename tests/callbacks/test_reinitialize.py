@@ -85,7 +85,9 @@ def test_tables_by_name(tmp_path):
     fit(model, ReinitializeRowsHook(tables=["item"]), tmp_path, max_epochs=2)
     assert model.seeds[-1] == (1, 0, 1)
     model = Model()
-    with pytest.raises(ValueError, match=r"tables: the module has .*'user'\], got \['users'\]"):
+    with pytest.raises(
+        ValueError, match=r"tables: the module has .*, got \['users'\]; did you mean 'user'"
+    ):
         fit(model, ReinitializeRowsHook(tables=["users"]), tmp_path)
     assert not model.seeds
     with pytest.raises(TypeError, match="tables: expected a list of tables' names"):

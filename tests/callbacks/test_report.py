@@ -184,7 +184,10 @@ def test_figures_are_few_unless_asked_for(tmp_path, clock):
 
 
 def test_a_figure_that_is_none():
-    with pytest.raises(ValueError, match=r"figures: expected some of .*'rows'.*, got \['row'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"figures: expected some of .*, got \['row'\]; did you mean 'rows'",
+    ):
         MetricReportHook(figures=["row"])
     with pytest.raises(TypeError, match="figures: expected a sequence of names or None"):
         MetricReportHook(figures="rows")

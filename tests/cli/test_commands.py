@@ -77,7 +77,7 @@ def test_a_script_finds_modules_of_the_current_folder(tmp_path, monkeypatch):
         (["fot"], "fot: expected a command, one of fit, validate"),
         (["inspect"], "required: path"),
         (["inspect", "nothing"], "nothing: there is no such file or folder"),
-        (["inspect", "."], "neither checkpoint.json nor manifest.json"),
+        (["inspect", "empty"], "neither checkpoint.json nor manifest.json"),
         (["report", "nothing"], "nothing: no such checkpoint"),
         (["report", "tables", "report.txt"], "report.txt"),
         (["demo", "--epochs", "many"], "--epochs"),
@@ -87,6 +87,7 @@ def test_a_script_finds_modules_of_the_current_folder(tmp_path, monkeypatch):
 def test_a_mistake_is_two_lines(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint.save("tables", [HashTable(2, name="user")])
+    (tmp_path / "empty").mkdir()
     assert words in refused(capsys, *args)
 
 

@@ -1,5 +1,7 @@
 """``recis-lightning inspect``: checkpoints, saved tables and served folders."""
 
+import os
+
 import lightning as L
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from recis_lightning import DynamicEmbedding, EmbeddingOption, HashTable, checkpoint, serving
 from recis_lightning.admission import MinCount
+from recis_lightning.cli import main
 from recis_lightning.cli.inspection import inspection
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam
@@ -64,11 +67,37 @@ def test_a_served_folder(tmp_path):
     assert row[:5] == ["user", "3", "4", "float32", "int8"]
 
 
+def test_a_folder_of_checkpoints_is_listed_and_its_newest_whole_one_shown(tmp_path, capsys):
+    table = HashTable(2, name="user")
+    torch.save(
+        {"state_dict": {"user._extra_state": table.state_dict()["_extra_state"]}},
+        tmp_path / "a.ckpt",
+    )
+    checkpoint.save(tmp_path / "run" / "saved", [table])
+    (tmp_path / "torn.ckpt").write_bytes(b"PK")
+    for age, name in enumerate(["torn.ckpt", "run/saved/checkpoint.json", "a.ckpt"]):
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    main(["inspect", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.endswith("\n")
+    lines = text.splitlines()
+    assert lines[0] == f"{tmp_path}: checkpoints, the newest first"
+    assert lines[2].startswith("torn.ckpt  (left out: ")
+    assert lines[3:5] == ["run/saved  (the newest that is whole: see below)", "a.ckpt"]
+    assert lines[6] == f"{tmp_path}/run/saved: tables of checkpoint.save"
+    assert lines[9].split()[:3] == ["user", "0", "2"]
+    main(["inspect", str(tmp_path / "a.ckpt")])
+    assert "user" in capsys.readouterr().out
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("words")
     with pytest.raises(ValueError, match="notes"):
         inspection(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="neither"):
+        inspection(tmp_path)
+    (tmp_path / "torn.ckpt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"none of its checkpoints.*torn.ckpt  \(left out: "):
         inspection(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         inspection(tmp_path / "nothing")

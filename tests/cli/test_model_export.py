@@ -65,7 +65,7 @@ class OfIds(Model):
 def here(tmp_path, monkeypatch):
     """Run in a folder with data and settings."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recis-lightning"])
+    monkeypatch.setattr(sys, "argv", ["recis-lightning", "export", "-c", "settings.yaml"])
     users = pa.table(
         {"user": [f"user {n % 9}" for n in range(40)], "click": [n % 2 for n in range(40)]}
     )
@@ -98,6 +98,7 @@ def test_from_strings_in_a_file_to_served_scores(capsys):
         (["--ckpt_path", "none.ckpt"], "ckpt_path: there is no file none.ckpt"),
         (["--ckpt_path", "settings.yaml"], "settings.yaml"),
         (["--rows", "int9"], "int9"),
+        (["--folder", "."], "folder: . is no export and has other files, such as clicks.parquet"),
         (["--fodler", "x"], "fodler: there is no such setting"),
     ],
 )

@@ -205,7 +205,7 @@ def test_bags_of_bags_of_every_layout():
         (pa.array([1]), None, TypeError, "expected lists of lists of ids, got int64"),
         (pa.array([[[1, None]]]), None, ValueError, "1 of 2 values are null"),
         (pa.array([[[[1]]]]), None, TypeError, "expected lists of ids, got lists of lists"),
-        (pa.array([[[1]]]), pa.array([[1.0]]), TypeError, "expected lists of weights, got list"),
+        (pa.array([[[1]]]), pa.array([[1.0]]), TypeError, "expected lists of weights in 'w', got"),
         (pa.array([[[1]]]), pa.array([[[1.0], []]]), ValueError, "row 0 has 1 bags and 2 lists"),
         (pa.array([[[1]]]), pa.array([[[1.0, 2]]]), ValueError, "row 0 has 1 values and 2 weights"),
     ],

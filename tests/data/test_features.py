@@ -263,3 +263,23 @@ def test_arrow_tables_are_records(is_batch):
         for name, entry in wanted.items():
             for one, other in zip(entry, found[name], strict=True):
                 assert one is other is None or torch.equal(one, other)
+
+
+def test_a_file_that_is_no_utf8_is_named(tmp_path):
+    text = "columns: [{kind: Id, name: \u00e9}]"
+    (tmp_path / "features.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^path: .*features\.yaml is no UTF-8: invalid"):
+        Features.load(tmp_path / "features.yaml")
+
+
+def test_a_name_that_was_meant_is_said():
+    with pytest.raises(ValueError, match=r"got \['usr'\]; did you mean 'user'\?$"):
+        Features([Id("user")], [Mod("usr", 10)])
+    with pytest.raises(ValueError, match=r"got \['usr'\]; did you mean 'user'\?$"):
+        Features([Id("user")], outputs=["usr"])
+    with pytest.raises(ValueError, match=r"got \['user', 3\]$"):
+        Features([Id("user")], outputs=["user", 3])
+    with pytest.raises(ValueError, match=r"got \['usr'\]; did you mean 'user'\?$"):
+        Features([Id("user")]).only(["usr"])
+    with pytest.raises(KeyError, match=r"did you mean 'USER'"):
+        Features([Id("user")])({"USER": [1]})

@@ -344,3 +344,18 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="folder: expected a folder"):
         serving.export(small_model(), tmp_path / "file", example=torch.arange(3))
+
+
+def test_a_folder_is_replaceable_if_it_has_nothing_but_an_export(tmp_path):
+    check = exporter.check_replaceable
+    assert check(tmp_path) == tmp_path
+    assert not check(tmp_path / "new").exists()
+    (tmp_path / f"user.{'0' * 16}.rows").touch()  # of an export that was killed
+    assert check(str(tmp_path)) == tmp_path
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=f"folder: {tmp_path} is no export .*notes.txt"):
+        check(tmp_path)
+    (tmp_path / "manifest.json").touch()  # export says what it thinks of it
+    assert check(tmp_path) == tmp_path
+    with pytest.raises(NotADirectoryError, match="folder"):
+        check(tmp_path / "notes.txt")

@@ -1,0 +1,110 @@
+"""Exceptions of a run: which are mistakes in two lines, and which keep their traceback."""
+
+import lightning as L
+import pyarrow as pa
+import pytest
+from lightning.pytorch.callbacks import Callback
+from pyarrow import parquet
+from torch.utils.data import DataLoader
+
+from recis_lightning.callbacks import PredictionWriter
+from recis_lightning.cli.refusals import mistakes_in_two_lines
+from recis_lightning.data import ColumnarDataset, Id, IdList, Label, Number
+
+ROWS = {"user": ["a", "b"], "price": [1, None], "tags": [[1], [2]], "w": [[1.0], [None]]}
+
+UNFIT = {
+    "no such column": (
+        [Label("click")],
+        "columns ['click'] are missing; it has ['price', 'tags', 'user', 'w']",
+        "correct data in the settings, or its files",
+    ),
+    "a typo": ([Id("usr", hash="xxh64")], "columns ['usr'] are missing", "did you mean 'user'?"),
+    "a string": ([Id("user")], "got string; give it a hash=", None),
+    "a null": ([Number("price")], "column 'price': 1 of 2 values are null, and there is no", None),
+    "a null label": ([Label("price")], "column 'price': 1 of 2 values are null", None),
+    "a null weight": ([IdList("tags", weights="w")], "column 'tags': weights in 'w': 1 of 2", None),
+}
+
+
+def said(capsys, work, running=True):
+    """Return the two lines of what exits with status 2."""
+    with pytest.raises(SystemExit) as done, mistakes_in_two_lines("recis-lightning fit", running):
+        work()
+    assert done.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    return error.removeprefix("recis-lightning fit: error: "), hint.removeprefix("hint: ")
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Return a file of two rows."""
+    parquet.write_table(pa.table(ROWS), tmp_path / "clicks.parquet")
+    return str(tmp_path / "clicks.parquet")
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_data_that_do_not_fit_their_columns(name, path, capsys):
+    columns, message, hint = UNFIT[name]
+    error, hinted = said(capsys, lambda: list(ColumnarDataset(path, columns, batch_size=2)))
+    assert error.startswith(f"data: {path}")
+    assert message in error
+    assert hint in (None, hinted)
+
+
+def test_a_process_that_reads_says_the_same(path, capsys):
+    data = ColumnarDataset(path, [Number("price")], batch_size=2)
+    error, _ = said(capsys, lambda: list(DataLoader(data, batch_size=None, num_workers=1)))
+    assert error.startswith(f"data: {path}, part 0, column 'price': 1 of 2 values are null")
+
+
+def test_files_that_are_none(tmp_path, capsys):
+    (tmp_path / "bad.parquet").write_text("words")
+    error, _ = said(capsys, lambda: ColumnarDataset(str(tmp_path / "bad.parquet"), [Id("user")]))
+    assert "bad.parquet: Could not open" in error
+    (tmp_path / "notes.txt").touch()
+    error, _ = said(capsys, lambda: ColumnarDataset(str(tmp_path / "notes.txt"), [Id("user")]))
+    assert error.startswith("data: paths: expected names that end in")
+
+
+def test_what_a_callback_refuses_at_the_start(tmp_path, capsys):
+    (tmp_path / "rank-00000.parquet").touch()
+    writer = PredictionWriter(tmp_path)
+    error, _ = said(capsys, lambda: writer.setup(None, None, "predict"))
+    assert error.startswith(f"PredictionWriter: path: {tmp_path} has files")
+
+
+class OwnCallback(Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise ValueError("mine")
+
+
+def convert(batch):
+    return batch["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("work", "error"),
+    [
+        (lambda path: OwnCallback().setup(None, None, "fit"), ValueError),
+        (lambda path: list(ColumnarDataset(path, [Id("tags")], convert=convert)), KeyError),
+        (lambda path: int("x"), ValueError),
+    ],
+)
+def test_what_is_no_mistake_in_settings_keeps_its_traceback(work, error, path):
+    with pytest.raises(error), mistakes_in_two_lines("recis-lightning fit", running=True):
+        work(path)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, path):
+    """What a call within the room of data runs into is no refusal."""
+    monkeypatch.setattr("recis_lightning.data.dataset.join_rows", lambda parts: int("x"))
+    data = ColumnarDataset(path, [Id("tags")], batch_size=2)
+    with pytest.raises(ValueError, match="invalid literal"), mistakes_in_two_lines("x", True):
+        list(data)
+
+
+def test_a_constructor_that_refuses(capsys):
+    error, hint = said(capsys, lambda: L.Trainer(accelerator="nothing"), running=False)
+    assert error.startswith("Trainer: ")
+    assert hint == "recis-lightning fit --help lists the settings"
