@@ -38,6 +38,7 @@ class SizedLines(NamedTuple):
         offset_starts: Where each ragged feature's offsets start if all lie one after the other.
         offset_lasts: Where the last of each one's lies.
         ragged_sizes: n of each ragged feature.
+        kept: What a backend keeps for training lookups of these sizes, and for their updates.
     """
 
     sizes: Sequence[int]
@@ -53,6 +54,7 @@ class SizedLines(NamedTuple):
     offset_starts: npt.NDArray[np.int64]
     offset_lasts: npt.NDArray[np.int64]
     ragged_sizes: npt.NDArray[np.int64]
+    kept: dict[str, Any]
 
     def resized(self, sizes: Sequence[int], has_row_per_id: npt.NDArray[np.bool_]) -> SizedLines:
         """Return the lines of a batch whose bags have other sizes.
@@ -76,6 +78,7 @@ class SizedLines(NamedTuple):
             num_bags=num_bags,
             starts=starts,
             ragged_sizes=num_ids[self.ragged],
+            kept={},
         )
 
     def segments(self, ids: Sequence[Tensor], training: bool) -> Segments:

@@ -66,7 +66,7 @@ def allocate_outputs(
                 torch._C._AutoDispatchBelowAutograd(),
                 torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
             ):
-                outputs += new_empty((rows, width)).split(list(counts[first:last]))
+                outputs += torch.split_with_sizes(new_empty((rows, width)), list(counts[first:last]))
         first = last
     return outputs
 

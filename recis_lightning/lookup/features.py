@@ -19,7 +19,7 @@ from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.buffers import Columns, allocate_outputs
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import MODES, Plan
-from recis_lightning.ops.hash_index import Segments
+from recis_lightning.ops.hash_index import Segments, point_to_rows
 from recis_lightning.ops.layout import SEGMENT_SIZE
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.anchor_hub import AnchorHub
@@ -296,6 +296,7 @@ class FeatureLayout:
             offset_ends - offset_counts,
             offset_ends - 1,
             num_ids,
+            {},
         )
         return lines.resized(sizes, self._has_row_per_id)
 
@@ -327,11 +328,6 @@ def kind_of(table: HashTable) -> tuple[Any, ...]:
 def header_addresses(tables: Sequence[HashTable]) -> npt.NDArray[np.int64]:
     """Return where kernels find the header of each table, int64 [num_tables]."""
     return np.array([table.storage.header.address for table in tables], np.int64)
-
-
-def point_to_rows(plan: Plan, rows: Tensor) -> None:
-    """Point each line of a plan to the rows of its ids, which start at its FIRST_ID in ``rows``."""
-    plan[:, fields.PLAN_ROWS] = rows.data_ptr() + 8 * plan[:, fields.PLAN_FIRST_ID]
 
 
 def listed(names: Sequence[str]) -> str:

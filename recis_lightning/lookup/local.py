@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recis_lightning.lookup.batch import Batch
+from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.room import RoomMaker
 from recis_lightning.lookup.row_source import OutputGradients
@@ -70,10 +70,10 @@ class LocalRows:
                     hash_index.note_known(segments, rows, tables, layout.segment_tables)
                 return FetchedLocalRows(rows, layout)
         if training:
-            rows = self._find_or_insert(segments, ids, num_ids, occurrences)
+            rows = self._find_or_insert(segments, ids, lines, occurrences, plan)
         else:
             rows = hash_index.find(segments, num_ids, layout.device)
-        lines.point_to_rows(plan, rows)
+            lines.point_to_rows(plan, rows)
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedLocalRows(rows, layout)
 
@@ -81,12 +81,15 @@ class LocalRows:
         self,
         segments: Segments,
         ids: Sequence[Tensor],
-        num_ids: int,
+        lines: SizedLines,
         occurrences: Tensor | None,
+        plan: Plan,
     ) -> Tensor:
         layout = self._layout
         rows, new = find_or_insert_rows(
-            layout, segments, ids, num_ids, layout.segment_tables, occurrences
+            layout,
+            *(segments, ids, lines.num_ids, layout.segment_tables, occurrences),
+            *(plan, lines.kept),
         )
         if occurrences is not None:
             _count_rejections(layout, list(map(Tensor.numel, ids)), rows, occurrences)
@@ -139,10 +142,12 @@ class FetchedLocalRows(NamedTuple):
         if not features:
             return
         tables, pending = self.layout.feature_tables, self.layout.pending
-        if len(features) < len(tables):
+        is_whole = len(features) == len(tables)
+        if not is_whole:
             tables = [tables[feature] for feature in features]
             pending = [table.pending for table in dict.fromkeys(tables)]
-        record = PendingGradient(tables, gradients.plan, self.rows, gradients.buffers())
+        kept = gradients.batch.lines.kept if is_whole else None
+        record = PendingGradient(tables, gradients.plan, self.rows, gradients.buffers(), kept)
         for records in pending:
             records.append(record)
 
@@ -154,6 +159,8 @@ def find_or_insert_rows(
     num_ids: int,
     segment_tables: Sequence[int],
     occurrences: Tensor | None = None,
+    plan: Plan | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows of ids, and insert and initialise those that are admitted and have none.
 
@@ -164,6 +171,8 @@ def find_or_insert_rows(
         num_ids: n, in all segments together.
         segment_tables: For each segment, its table's position in ``layout.tables``.
         occurrences: int64 [n], how many each position stands for; None means 1.
+        plan: As for ``hash_index.find_or_insert``, and so ``kept``.
+        kept: Of a backend.
 
     Returns:
         As ``hash_index.find_or_insert``: rows, int64 [n], and which positions are new.
@@ -181,9 +190,8 @@ def find_or_insert_rows(
         rows, new = hash_index.find_or_insert(
             segments,
             *(num_ids, layout.storages, segment_tables, layout.device),
-            occurrences,
-            write_new,
-            make_room,
+            *(occurrences, write_new, make_room),
+            *(plan, layout.embedding_dim, kept),
         )
     if new is not None and any(t.evictor.readmissions is not None for t in layout.tables):
         _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])

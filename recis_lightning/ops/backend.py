@@ -109,6 +109,9 @@ def is_async(device: torch.device) -> bool:
     return (_forced or _KERNELS[device.type]) == "triton"
 
 
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
 def set_recorder(recorder: Recorder | None) -> None:
     """Have ``recorder`` asked for each region from now on, beside torch's profiler; None: nobody.
 
@@ -144,7 +147,9 @@ def region(name: str, num_bytes: Callable[[], int] = no_bytes) -> AbstractContex
     """
     recorded = None if _recorder is None else _recorder(name)
     if not torch._C._autograd._profiler_enabled():
-        found = nullcontext() if recorded is None else recorded
+        if recorded is None and not _meters:
+            return _NOTHING
+        found = _NOTHING if recorded is None else recorded
     else:
         traced: AbstractContextManager[object] = torch.profiler.record_function(name)
         found = traced if recorded is None else _both(recorded, traced)

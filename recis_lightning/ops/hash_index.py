@@ -33,6 +33,8 @@ from recis_lightning.ops.layout import (
     NUM_FREE,
     NUM_IDS,
     PADDING,
+    PLAN_FIRST_ID,
+    PLAN_ROWS,
     SEGMENT_FLAGS,
     SEGMENT_IDS,
     SEGMENT_START,
@@ -153,6 +155,11 @@ def write_addresses(segments: Segments, ids: Sequence[Tensor]) -> None:
     segments[:, SEGMENT_IDS] = addresses - 8 * segments[:, SEGMENT_START]
 
 
+def point_to_rows(plan: npt.NDArray[np.int64], rows: Tensor) -> None:
+    """Point each line of a plan to the rows of its ids, which start at its FIRST_ID in ``rows``."""
+    plan[:, PLAN_ROWS] = 8 * plan[:, PLAN_FIRST_ID] + rows.data_ptr()
+
+
 def find(segments: Segments, num_ids: int, device: torch.device) -> Tensor:
     """Return the rows of ids; changes nothing.
 
@@ -178,6 +185,9 @@ def find_or_insert(
     occurrences: Tensor | None = None,
     write_new: Callable[[Tensor, Tensor], None] | None = None,
     make_room: Callable[[Tensor], None] | None = None,
+    plan: npt.NDArray[np.int64] | None = None,
+    embedding_dim: int = 0,
+    kept: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows of ids, insert unknown ones, and write last-seen steps.
 
@@ -205,6 +215,10 @@ def find_or_insert(
             writes the rows of the new ids.
         make_room: Called once with rows, int64 [n], that are MISSING where an id is about to be
             inserted; may remove any other id than those of the call.
+        plan: Plan that ``embedding_bag.gather`` is given next, whose PLAN_ROWS point to the rows
+            afterwards; so a backend may send it to its device with the segments.
+        embedding_dim: Weights in a row, for ``plan``.
+        kept: What a backend keeps for later calls that differ from this one in addresses alone.
 
     Returns:
         rows: int64 [n], as ``find`` returns them.
@@ -229,8 +243,11 @@ def find_or_insert(
         claims, is_inserted = list[Claim](), False
         try:
             rows, new = module.find_or_insert(
-                *(segments, num_ids, tables, segment_tables, room or check, device, claims)
+                *(segments, num_ids, tables, segment_tables, room or check, device, claims),
+                *(plan, embedding_dim, kept),
             )
+            if plan is not None and not backend.is_async(device):
+                point_to_rows(plan, rows)
             if room is not None and not room.was_made:  # nothing is missing here
                 room.make(rows)
             if new is not None and write_new is not None:
@@ -424,6 +441,7 @@ __all__ = [
     "id_of_row",
     "max_load",
     "note_known",
+    "point_to_rows",
     "rebuild",
     "take_back",
     "write_addresses",

@@ -10,6 +10,7 @@ threads.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +91,8 @@ def sort_gradients(
     blocks: npt.NDArray[np.int64],
     layout: RowLayout,
     blocks_on_device: Tensor | None = None,
+    hyper: npt.NDArray[np.float32] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Gradients:
     """Sort the positions of ``plan`` by row, stably.
 
@@ -99,6 +102,9 @@ def sort_gradients(
         blocks: int64 [num_blocks, 2].
         layout: Layout of the rows.
         blocks_on_device: ``blocks`` as a tensor on the device, if the caller has one there.
+        hyper: float32 [num_tables, HYPER_SIZE] to be sent to the device with the plan; then
+            ``blocks`` holds offsets in it, and not addresses. None beside the CPU.
+        kept: What a backend keeps for later plans that differ from this one in addresses alone.
 
     Returns:
         The sorted gradients; hyperparameters are not read before the update.
@@ -107,7 +113,7 @@ def sort_gradients(
     """
     with backend.region("recis::sort_gradients", lambda: traffic.of_sort(_num_ids(plan))):
         module = backend.module("row_update", layout.device)
-        work = module.sort_gradients(plan, blocks, layout, blocks_on_device)
+        work = module.sort_gradients(plan, blocks, layout, blocks_on_device, hyper, kept)
         return Gradients(plan, blocks, layout, work)
 
 
@@ -141,8 +147,18 @@ def reduced_gradients(plan: Plan, blocks: npt.NDArray[np.int64], layout: RowLayo
     if layout.device.type != "cpu":
         raise ValueError(f"device: expected gradients on the CPU, got {str(layout.device)!r}")
     module = backend.module("row_update", layout.device, "reference")
-    gradients: Tensor = module.sort_gradients(plan, blocks, layout, None).gradients
+    gradients: Tensor = module.sort_gradients(plan, blocks, layout, None, None, None).gradients
     return gradients
+
+
+def scale_(gradients: Gradients, scale: Tensor) -> None:
+    """Set the factor of sorted gradients whose hyperparameters were sent with them.
+
+    Args:
+        gradients: Sorted with ``hyper``.
+        scale: float64 [].
+    """
+    backend.module("row_update", gradients.layout.device).scale_(gradients, scale)
 
 
 def update_rows_(gradients: Gradients, rule: int) -> None:

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from recis_lightning.ops import embedding_bag, row_update
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.async_copy import copy_async_, to_device_async
+from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.layout import NUM_UPDATES
 from recis_lightning.ops.row_update import Gradients, RowLayout
 from recis_lightning.table.hash_table import HashTable
@@ -43,11 +44,10 @@ class FusedUpdate:
         self._storages = [table.storage for table in self.tables]
         self._fields = [storage.header.fields for storage in self._storages]
         self._hyper = np.ones((len(self.tables), fields.HYPER_SIZE), np.float32)
-        # Where kernels read them: beside a GPU that is a copy, always at the same address.
+        # Beside a GPU a copy of them travels with each plan.
         self._is_copied = self._storages[0].header.is_mirrored
-        self._values = torch.from_numpy(self._hyper)
-        if self._is_copied:
-            self._values = to_device_async(self._hyper, self.device)
+        self._written: dict[int, float] = {}  # fields that have one value for all tables
+        self._kept: dict[str, Any] | None = None
         self._moves = -1  # of blocks, for which their addresses are right
         # Tables of features, as the last record listed them, and the first row of each.
         self._feature_tables: Sequence[object] = ()
@@ -76,19 +76,32 @@ class FusedUpdate:
             for index, kind in enumerate(zip(self.groups, num_updates, strict=True)):
                 members[kind].append(index)
             alike.update(members)
-        hyper = self._hyper
-        hyper[:, fields.HYPER_SCALE], hyper[:, fields.HYPER_CLIP] = 1, clip
-        hyper[:, fields.HYPER_COW_RATIO], hyper[:, fields.HYPER_COW_LEAST] = cow_clip
-        for (group, count), tables in alike.items():
-            for field, value in hyperparameters(group, count + 1).items():
+        common = {fields.HYPER_SCALE: 1.0, fields.HYPER_CLIP: clip}
+        common[fields.HYPER_COW_RATIO], common[fields.HYPER_COW_LEAST] = cow_clip
+        hyper, written = self._hyper, self._written
+        own = [
+            (tables, hyperparameters(group, count + 1)) for (group, count), tables in alike.items()
+        ]
+        if len(own) == 1:
+            common |= own.pop()[1]
+        for field, value in common.items():  # most are as they were
+            if written.get(field) != value:
+                hyper[:, field] = value
+                written[field] = value
+        for tables, values in own:
+            for field, value in values.items():
                 hyper[tables, field] = value
+                written.pop(field, None)
 
     def gradients(self) -> Gradients | None:
         """Join the pending gradients of the tables, and sort them by row."""
         plan = self._joined_plan()
         if plan is None:
             return None
-        return row_update.sort_gradients(plan, self._blocks, self._layout, self._blocks_on_device)
+        hyper = self._hyper if self._is_copied else None
+        return row_update.sort_gradients(
+            *(plan, self._blocks, self._layout, self._blocks_on_device), hyper, self._kept
+        )
 
     def norm_power(self, norm_type: float) -> Tensor:
         """Return the sum of ``|g| ** norm_type`` of the rows' gradients, the largest if it is inf.
@@ -116,9 +129,12 @@ class FusedUpdate:
     def _joined_plan(self) -> embedding_bag.Plan | None:
         """Return one plan of all pending gradients of the tables; None without any."""
         self._note_blocks()
+        self._kept = None
         parts = self._plans()
         if not parts:
             return None
+        if self._kept is not None:
+            return parts[0]
         plan = parts[0] if len(parts) == 1 else np.concatenate(parts)
         sizes = plan[:, fields.PLAN_NUM_IDS]
         ends = np.cumsum(sizes)
@@ -127,16 +143,13 @@ class FusedUpdate:
         plan[:, fields.PLAN_FIRST_ID] = ends - sizes
         return plan
 
-    def send_hyperparameters(self, scale: Tensor | None) -> None:
-        """Send the hyperparameters to the device.
-
-        Args:
-            scale: float64 [], factor of the gradients; None means 1.
-        """
+    def scale_(self, gradients: Gradients, scale: Tensor) -> None:
+        """Have the update multiply the gradients by ``scale``, float64 []."""
         if self._is_copied:
-            copy_async_(self._values, self._hyper)
-        if scale is not None:
-            self._values[:, fields.HYPER_SCALE] = scale.to(self._values.device)
+            row_update.scale_(gradients, scale)
+        else:
+            self._hyper[:, fields.HYPER_SCALE] = float(scale)
+            self._written.clear()
 
     def _note_blocks(self) -> None:
         """Note the addresses and the numbering of the rows, unless they are known."""
@@ -155,7 +168,9 @@ class FusedUpdate:
         ]
         self._blocks = np.empty((counts.sum(), 2), np.int64)
         self._blocks[:, 0] = np.concatenate(addresses)
-        hypers = np.arange(len(self.tables)) * self._hyper.strides[0] + self._values.data_ptr()
+        hypers = np.arange(len(self.tables)) * self._hyper.strides[0]
+        if not self._is_copied:
+            hypers += self._hyper.ctypes.data
         self._blocks[:, 1] = np.repeat(hypers, counts)
         self._blocks_on_device = (
             to_device_async(self._blocks, self.device) if self._is_copied else None
@@ -178,6 +193,7 @@ class FusedUpdate:
                     self._feature_bases = [self._base_of[table] for table in record.tables]
                     self._feature_tables = record.tables
                 record.plan[:, fields.PLAN_FLAT_BASE] = self._feature_bases
+                self._kept = record.kept if record.rows.numel() else None
                 return [record.plan]
         tables_of: dict[PendingGradient, set[object]] = defaultdict(set)
         for table, records in zip(self.tables, pending, strict=True):

@@ -201,8 +201,8 @@ class TableUpdater:
             scale, sorted_gradients = self._clip_norm(updates, self.clip_grad_norm, scale)
         for update in reversed(updates):  # what is sorted comes before what is sorted now
             gradients = sorted_gradients.pop(update, None) or update.gradients()
-            if gradients is not None:
-                update.send_hyperparameters(scale)
+            if gradients is not None and scale is not None:
+                update.scale_(gradients, scale)
             update.apply(gradients, rule)
         self._is_scaled = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class PendingGradient:
         plan: int64 [num_features, PLAN_SIZE]; DATA holds gradients.
         rows: int64 [n], rows of all ids of the lookup.
         keep: Tensors that ``plan`` points into.
+        kept: What a backend keeps for plans that differ from this one in addresses alone; then
+            FIRST_ID numbers the ids of ``plan`` through, all of which ``rows`` has. None: nothing.
         scales: Factor of a table's gradients, float64 [], where they were clipped.
         unsent: Gradients of rows that other ranks own, and that have not travelled to them.
     """
@@ -36,6 +39,7 @@ class PendingGradient:
     plan: Plan
     rows: Tensor
     keep: list[Tensor]
+    kept: dict[str, Any] | None = None
     scales: dict[object, Tensor] = field(default_factory=dict)
     unsent: object | None = None
 

@@ -253,7 +253,7 @@ def _radix_sort(keys, spare, n, low_bit, num_bits):
     return keys
 
 
-def sort_gradients(plan, blocks, layout, blocks_on_device):
+def sort_gradients(plan, blocks, layout, blocks_on_device, hyper, kept):
     n = int(plan[:, PLAN_NUM_IDS].sum())
     num_rows = len(blocks) << layout.block_shift
     position_bits = max(n - 1, 1).bit_length()

@@ -257,7 +257,9 @@ def find(segments, num_ids, device):
     return _find(segments, num_ids, READ)[0]
 
 
-def find_or_insert(segments, num_ids, tables, segment_tables, screen, device, claims):
+def find_or_insert(
+    segments, num_ids, tables, segment_tables, screen, device, claims, plan, dim, kept
+):
     """Insert unknown ids in rounds, or very many of one feature in bulk.
 
     A batch may hold an unknown id many times, and room is needed for distinct ones only: the first

@@ -59,6 +59,7 @@ from recis_lightning.ops.gpu.runtime import (
     stage,
     to_bfloat16,
 )
+from recis_lightning.ops.gpu.segments import take_staged_plan
 
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
@@ -293,14 +294,24 @@ def split_plan(plan, bags_in_program):
     return num_programs
 
 
+def split_for_gather(plan, embedding_dim):
+    """Split a plan as ``gather`` does; return the number of programs."""
+    return split_plan(plan, _tile(embedding_dim)[1])
+
+
 def gather(plan, embedding_dim, bfloat16, device):
     columns, bags_in_program = _tile(embedding_dim)
-    num_programs = split_plan(plan, bags_in_program)
-    staged, malformed = stage(plan, device), new_flag(plan, device)
+    lookup = take_staged_plan(plan)
+    if lookup is None:
+        num_programs, staged = split_plan(plan, bags_in_program), stage(plan, device)
+        address = staged.data_ptr()
+    else:
+        num_programs, address = lookup.plan_programs, lookup.plan_address
+    malformed = new_flag(plan, device)
     _gather_kernel.launch(
         device,
         num_programs,
-        staged.data_ptr(),
+        address,
         len(plan),
         0 if malformed is None else malformed.data_ptr(),
         DIM=embedding_dim,
@@ -323,6 +334,7 @@ def is_aligned(plan, row_bytes):
     return row_bytes % 16 == 0 and int(bits) % 16 == 0
 
 
+@functools.cache
 def _tile(embedding_dim):
     """Return how many columns, and how many bags, a program handles at a time."""
     columns = min(power_of_two(embedding_dim), _COLUMNS)
@@ -369,6 +381,7 @@ __all__ = [
     "load_weights",
     "scale_of",
     "share_of",
+    "split_for_gather",
     "split_plan",
     "store_weights",
     "write_rows_",

@@ -5,6 +5,9 @@ Every ``PIECE``-th index of the sorted positions starts a new piece, so that man
 row that has very many of them, and always in the same way.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import triton.language as tl
 
@@ -183,6 +186,22 @@ def _list_pieces_kernel(
         tl.store(float_at(sorted_scales + 4 * i), scale, has_row)
 
 
+class _Traits(NamedTuple):
+    """What all plans have in common that differ in addresses alone."""
+
+    num_ids: int
+    is_ragged: bool
+    has_means: bool
+
+
+def _traits_of(plan):
+    return _Traits(
+        int(plan[:, fields.PLAN_NUM_IDS].sum()),
+        bool(plan[:, fields.PLAN_BAG_LENGTH].min(initial=0) < 0),
+        bool(np.isin(plan[:, fields.PLAN_MODE], (fields.MEAN, fields.MEAN_BY_COUNT)).any()),
+    )
+
+
 class SortedGradients:
     """Gradients on the device between sorting and updating.
 
@@ -197,59 +216,81 @@ class SortedGradients:
             tensor is longer.
         num_pieces: Address of int64 [1].
         blocks: int64 [num_blocks, 2].
+        hypers: What is added to the second column of ``blocks`` for a table's hyperparameters.
         aligned: Whether all gradients lie at multiples of 16 bytes.
     """
 
-    def __init__(self, plan, blocks, layout, blocks_on_device):
-        device = layout.device
-        self.n = n = sum(plan[:, fields.PLAN_NUM_IDS].tolist())
+    def __init__(self, plan, blocks, layout, blocks_on_device, hyper, kept):
+        self.device = device = layout.device
+        traits = None if kept is None else kept.get("traits")
+        if traits is None:
+            traits = _traits_of(plan)
+            if kept is not None:
+                kept["traits"] = traits
+        self.n = n = traits.num_ids
         self.num_rows = num_rows = len(blocks) << layout.block_shift
-        self.device = device
         self.blocks = stage(blocks, device) if blocks_on_device is None else blocks_on_device
         self.aligned = is_aligned(plan, 4 * layout.embedding_dim)
         self.wide = num_rows >= 2**31 - 1
         dtype = torch.int64 if self.wide else torch.int32
-        if min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) < 0:
+        if traits.is_ragged:
             # Malformed offsets, which are reported later, may leave ids out: these have no row.
             keys = torch.full((n,), num_rows, dtype=dtype, device=device)
         else:
             keys = torch.empty(n, dtype=dtype, device=device)
-        addresses = torch.empty(n, dtype=torch.int64, device=device)
-        scales = None
-        means = {fields.MEAN, fields.MEAN_BY_COUNT}
-        if any(plan[:, fields.PLAN_WEIGHTS].tolist()) or not means.isdisjoint(
-            plan[:, fields.PLAN_MODE].tolist()
-        ):
-            scales = torch.empty(n, dtype=torch.float32, device=device)
+        is_scaled = traits.has_means or any(plan[:, fields.PLAN_WEIGHTS].tolist())
+        # One allocation each for what the sort reads and what it leads to.
+        unsorted = torch.empty(n + (n + 1) // 2 * is_scaled, dtype=torch.int64, device=device)
+        addresses = unsorted.data_ptr()
+        scales = addresses + 8 * n if is_scaled else 0
         num_programs = split_plan(plan, _BAGS)
-        staged = stage(plan, device)
+        address = self._send(plan, hyper)
         _key_kernel.launch(
             device,
             num_programs,
-            staged.data_ptr(),
+            address,
             len(plan),
             keys.data_ptr(),
-            addresses.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
+            addresses,
+            scales,
             num_rows,
             4 * layout.embedding_dim,
-            SCALED=scales is not None,
+            SCALED=is_scaled,
             WIDE=self.wide,
             BAGS=_BAGS,
         )
         self.keys, order = torch.sort(keys, stable=True)
-        self._split(order, addresses, scales)
+        self._split(order, unsorted, addresses, scales)
 
-    def _split(self, order, addresses, scales):
+    def _send(self, plan, hyper):
+        """Send plan and hyperparameters in one copy; return where the plan is."""
+        if hyper is None:
+            self._sent, self.hypers = stage(plan, self.device), 0
+            return self._sent.data_ptr()
+        sent = np.empty(plan.size + hyper.size // 2, np.int64)
+        sent[: plan.size] = plan.reshape(-1)
+        sent[plan.size :] = hyper.view(np.int64).reshape(-1)
+        self._sent = stage(sent, self.device)
+        address = self._sent.data_ptr()
+        self.hypers, self._hyper_shape = address + 8 * plan.size, hyper.shape
+        return address
+
+    @property
+    def hyper(self):
+        """Hyperparameters on the device, float32 [num_tables, HYPER_SIZE]."""
+        rows, columns = self._hyper_shape
+        return self._sent[-rows * columns // 2 :].view(torch.float32).view(rows, columns)
+
+    def _split(self, order, unsorted, addresses, scales):
         n, programs = self.n, -(-self.n // _LANES)
         # One allocation: the pieces, how many of them each program finds, addresses and scales.
-        num_scales = 0 if scales is None else (n + 1) // 2
-        size = 2 * n + programs + 2 + num_scales
+        size = 2 * n + programs + 2 + unsorted.numel() - n
         self.pieces = torch.empty(size, dtype=torch.int64, device=self.device)
-        counts = self.pieces.data_ptr() + 8 * (n + 1)
+        pieces = self.pieces.data_ptr()
+        counts = pieces + 8 * (n + 1)
         self.num_pieces = counts + 8 * programs
         self.sorted_addresses = self.num_pieces + 8
-        self.sorted_scales = 0 if scales is None else self.sorted_addresses + 8 * n
+        self.sorted_scales = self.sorted_addresses + 8 * n if scales else 0
         where = (self.keys.data_ptr(), counts, n, self.num_rows)
         constants = {"WIDE": self.wide, "PIECE": PIECE, "LANES": _LANES}
         _count_pieces_kernel.launch(self.device, programs, *where, **constants)
@@ -258,13 +299,13 @@ class SortedGradients:
             self.device,
             programs,
             *where,
-            self.pieces.data_ptr(),
+            pieces,
             order.data_ptr(),
-            addresses.data_ptr(),
+            addresses,
             self.sorted_addresses,
-            0 if scales is None else scales.data_ptr(),
+            scales,
             self.sorted_scales,
-            SCALED=scales is not None,
+            SCALED=scales != 0,
             **constants,
         )
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from recis_lightning.ops import device_memory
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops.gpu.embedding_bag import split_for_gather
 from recis_lightning.ops.gpu.hash_insert import (
     Workspace,
     claim,
@@ -45,7 +46,7 @@ from recis_lightning.ops.gpu.segments import (
     own_ids,
     stage_lookup,
 )
-from recis_lightning.ops.hash_index import Claim
+from recis_lightning.ops.hash_index import Claim, point_to_rows
 
 
 @kernel(
@@ -199,22 +200,30 @@ def find(segments, num_ids, device):
     return rows
 
 
-def find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims):
+def find_or_insert(
+    segments, num_ids, tables, segment_tables, check, device, claims, plan, dim, kept
+):
     try:
-        return _find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims)
+        rows = torch.empty(num_ids, dtype=torch.int64, device=device)
+        num_programs = 0
+        if plan is not None:
+            point_to_rows(plan, rows)
+            num_programs = split_for_gather(plan, dim)
+        if not num_ids:
+            return rows, None
+        staged = stage_lookup(
+            segments, num_ids, rows.device, tables, segment_tables, plan, num_programs, kept
+        )
+        return rows, _insert(staged, rows, tables, check, claims)
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"a lookup of {num_ids} ids found no memory on {device}") from error
 
 
-def _find_or_insert(segments, num_ids, tables, segment_tables, check, device, claims):
+def _insert(staged, rows, tables, check, claims):
     # Where all ids fit, were they all new, unknown ids are claimed in the pass that finds rows.
     # Else the host, or the policy, must first learn which are missing.
-    rows = torch.empty(num_ids, dtype=torch.int64, device=device)
-    if not num_ids:
-        return rows, None
-    staged = stage_lookup(segments, num_ids, rows.device, tables, segment_tables)
     free, short = tables_without_room(staged, tables)
-    workspace = Workspace(num_ids, staged.num_programs, device)
+    workspace = Workspace(rows.numel(), staged.num_programs, rows.device)
     claims_at_once, counted = not short and check is None, {}
     claims.append(Claim(tables, None))
     _find(staged, rows, workspace.slots if claims_at_once else 0, True)
@@ -224,7 +233,7 @@ def _find_or_insert(segments, num_ids, tables, segment_tables, check, device, cl
         counted = make_room(staged, rows, tables, short)
     new = insert_misses(staged, rows, workspace, claims_at_once, claims)
     note_insertions(staged, tables, free, counted)
-    return rows, new
+    return new
 
 
 def rebuild(old, header, new, evicted):

@@ -55,6 +55,7 @@ _UNROLLED = lanes(2, 2)  # gradients of a piece that are on their way together
 @device_function
 def _update(
     blocks,
+    hypers,
     block_shift,
     row_bytes,
     flat,
@@ -72,6 +73,8 @@ def _update(
 ):
     """Apply reduced gradients ``g`` [rows, COLUMNS] to the rows ``flat`` where ``mask`` is set.
 
+    ``hypers`` is added to what ``blocks`` says of where a table's hyperparameters are.
+
     ``num_ids``, float32 [rows], counts what they are the sums of, if there is COW_CLIP.
     """
     column = tl.arange(0, COLUMNS)
@@ -82,7 +85,7 @@ def _update(
         line = blocks + 16 * (flat >> block_shift)
         one = flat * 0 + 1
         row = tl.load(int64_at(line), mask, 0) + (flat & ((one << block_shift) - 1)) * row_bytes
-        hyper = tl.load(int64_at(line + 8), mask, 0)
+        hyper = hypers + tl.load(int64_at(line + 8), mask, 0)
         state = row + 4 * DIM
         if BFLOAT16:
             state = row + 4 * ((DIM + 1) // 2)
@@ -142,6 +145,7 @@ def _update_kernel(
     pieces: tl.int64,
     num_pieces: tl.int64,
     blocks: tl.int64,
+    hypers: tl.int64,
     partial_sums: tl.int64,
     norms: tl.int64,
     n: tl.int64,
@@ -200,6 +204,7 @@ def _update_kernel(
         norm = norms + 4 * piece
         _update(
             blocks,
+            hypers,
             block_shift,
             row_bytes,
             flat,
@@ -227,6 +232,7 @@ def _update_long_kernel(
     keys: tl.int64,
     addresses: tl.int64,
     blocks: tl.int64,
+    hypers: tl.int64,
     partial_sums: tl.int64,
     group_sums: tl.int64,
     num_groups: tl.int64,
@@ -326,6 +332,7 @@ def _update_long_kernel(
         norm = norms + 4 * stretch + 4 * zero
         _update(
             blocks,
+            hypers,
             block_shift,
             row_bytes,
             flat,
@@ -343,8 +350,13 @@ def _update_long_kernel(
         )
 
 
-def sort_gradients(plan, blocks, layout, blocks_on_device):
-    return SortedGradients(plan, blocks, layout, blocks_on_device)
+def sort_gradients(plan, blocks, layout, blocks_on_device, hyper, kept):
+    return SortedGradients(plan, blocks, layout, blocks_on_device, hyper, kept)
+
+
+def scale_(gradients, scale):
+    hyper = gradients.work.hyper
+    hyper[:, fields.HYPER_SCALE] = scale.to(hyper.device)
 
 
 def _launch(gradients, rule):
@@ -386,6 +398,7 @@ def _launch(gradients, rule):
         work.pieces.data_ptr(),
         work.num_pieces,
         work.blocks.data_ptr(),
+        work.hypers,
         partial_sums.data_ptr(),
         at,
         n,
@@ -405,6 +418,7 @@ def _launch(gradients, rule):
         work.keys.data_ptr(),
         work.sorted_addresses,
         work.blocks.data_ptr(),
+        work.hypers,
         partial_sums.data_ptr(),
         group_sums,
         num_groups,
@@ -434,4 +448,4 @@ def count_rows(gradients):
     return len(torch.unique_consecutive(keys[keys < gradients.work.num_rows]))
 
 
-__all__ = ["count_rows", "sort_gradients", "squared_norm", "update_rows_"]
+__all__ = ["count_rows", "scale_", "sort_gradients", "squared_norm", "update_rows_"]

@@ -3,7 +3,6 @@
 A program handles some ids of one segment, one a lane.
 """
 
-import functools
 import threading
 from typing import NamedTuple
 
@@ -60,18 +59,18 @@ def ids_at(segment, position, mask):
 
 
 class _Split(NamedTuple):
-    """Split of segments of some sizes into programs, whatever ids and tables they have."""
+    """Split of segments into programs, for all lookups that differ in addresses and times alone."""
 
-    lines: np.ndarray  # int64 [num_segments, STAGED_SEGMENT_SIZE], the contract's fields empty
+    lines: np.ndarray  # int64 [num_segments, STAGED_SEGMENT_SIZE]
     num_programs: int
-    sizes: np.ndarray  # int64 [num_segments]
-    ids_per_table: list
+    ids_to_insert: list  # for each table, how many ids, known and unknown, may need a row
+    has_policies: bool
 
 
-@functools.lru_cache(64)
-def _split(starts, num_ids, segment_tables, num_tables):
-    starts = np.frombuffer(starts, np.int64)
-    lines = np.zeros((len(starts), STAGED_SEGMENT_SIZE.value), np.int64)
+def _split(segments, num_ids, segment_tables, num_tables):
+    starts, flags = segments[:, fields.SEGMENT_START], segments[:, fields.SEGMENT_FLAGS]
+    lines = np.zeros((len(segments), STAGED_SEGMENT_SIZE.value), np.int64)
+    lines[:, : segments.shape[1]] = segments
     lines[:, SEGMENT_END.value] = np.append(starts[1:], num_ids)
     sizes = lines[:, SEGMENT_END.value] - starts
     chunks = np.maximum(-(-sizes // LANES), 1)
@@ -80,44 +79,73 @@ def _split(starts, num_ids, segment_tables, num_tables):
     lines[:, SEGMENT_TABLE.value] = segment_tables
     last = {table: i for i, table in enumerate(segment_tables)}
     lines[list(last.values()), SEGMENT_IS_LAST.value] = 1
-    return _Split(lines, int(chunks.sum()), sizes, _add_up(sizes, segment_tables, num_tables))
-
-
-def _add_up(sizes, segment_tables, num_tables):
+    inserted = np.where(flags & fields.INSERT, sizes, 0)
     owners = np.array(segment_tables, np.int64)
-    return np.bincount(owners, sizes, num_tables).astype(np.int64).tolist()
+    ids_to_insert = np.bincount(owners, inserted, num_tables).astype(np.int64).tolist()
+    has_policies = bool(flags.max(initial=0) >= fields.CHECK_ADMISSION)
+    return _Split(lines, int(chunks.sum()), ids_to_insert, has_policies)
 
 
 class StagedSegments:
     """Segments of a lookup as kernels read them.
 
+    Args:
+        segments: int64 [num_segments, SEGMENT_SIZE].
+        num_ids: n.
+        device: Where kernels read them.
+        tables: The group's; none for a lookup that inserts nothing.
+        segment_tables: For each segment, the index of its table.
+        plan: int64 [num_features, PLAN_SIZE] to be sent with them, or None.
+        plan_programs: Programs that it is split into.
+        kept: As for ``ops.hash_index.find_or_insert``.
+
     Attributes:
         where: Address of int64 [num_segments, STAGED_SEGMENT_SIZE] on the device, and num_segments.
         num_programs: Programs that they are split into.
         ids_to_insert: For each table, how many ids, known and unknown, it may have to insert.
+        plan: As given.
+        plan_programs: As given.
+        plan_address: Address of the plan on the device.
     """
 
-    def __init__(self, segments, num_ids, device, tables=(), segment_tables=()):
-        starts = np.ascontiguousarray(segments[:, fields.SEGMENT_START]).tobytes()
-        segment_tables = tuple(segment_tables) or (0,) * len(segments)
-        split = _split(starts, num_ids, segment_tables, len(tables))
-        lines = split.lines.copy()
-        lines[:, : segments.shape[1]] = segments
+    def __init__(
+        self,
+        segments,
+        num_ids,
+        device,
+        tables=(),
+        segment_tables=(),
+        plan=None,
+        plan_programs=0,
+        kept=None,
+    ):
+        split = None if kept is None else kept.get("split")
+        if split is None:
+            owners = segment_tables or [0] * len(segments)
+            split = _split(segments, num_ids, owners, len(tables))
+            if kept is not None:
+                kept["split"] = split
+        lines = split.lines
+        count, size = len(lines), lines.size
+        sent = np.empty(size if plan is None else size + plan.size, np.int64)
+        own = sent[:size].reshape(lines.shape)
+        own[:] = lines
+        own[:, fields.SEGMENT_IDS] = segments[:, fields.SEGMENT_IDS]
         if tables:
             steps = [table.header.fields.item(fields.STEP) for table in tables]
-            lines[:, SEGMENT_STEP.value] = [steps[table] for table in segment_tables]
-            if segments[:, fields.SEGMENT_FLAGS].max(initial=0) >= fields.CHECK_ADMISSION:
+            own[:, SEGMENT_STEP.value] = [steps[table] for table in segment_tables]
+            if split.has_policies:
                 times = [table.header.fields.item(fields.TIME) for table in tables]
                 lookups = [table.num_lookups for table in tables]
-                lines[:, SEGMENT_TIME.value] = [times[table] for table in segment_tables]
-                lines[:, SEGMENT_LOOKUP.value] = [lookups[table] for table in segment_tables]
-        inserts = segments[:, fields.SEGMENT_FLAGS] & fields.INSERT
-        self.num_programs, self.ids_to_insert = split.num_programs, split.ids_per_table
-        if not inserts.all():
-            sizes = np.where(inserts, split.sizes, 0)
-            self.ids_to_insert = _add_up(sizes, segment_tables, len(tables))
-        self._lines = stage(lines, device)
-        self.where = (self._lines.data_ptr(), len(lines))
+                own[:, SEGMENT_TIME.value] = [times[table] for table in segment_tables]
+                own[:, SEGMENT_LOOKUP.value] = [lookups[table] for table in segment_tables]
+        if plan is not None:
+            sent[size:] = plan.reshape(-1)
+        self.num_programs, self.ids_to_insert = split.num_programs, split.ids_to_insert
+        self._sent = stage(sent, device)
+        address = self._sent.data_ptr()
+        self.where, self.plan, self.plan_address = (address, count), plan, address + 8 * size
+        self.plan_programs = plan_programs
 
 
 class _LastStaged(threading.local):
@@ -129,9 +157,9 @@ class _LastStaged(threading.local):
 _last = _LastStaged()
 
 
-def stage_lookup(segments, num_ids, device, tables, segment_tables):
+def stage_lookup(segments, num_ids, device, tables, segment_tables, *plan_and_kept):
     """Stage the segments of a lookup, and keep them for later ops on the same segments."""
-    staged = StagedSegments(segments, num_ids, device, tables, segment_tables)
+    staged = StagedSegments(segments, num_ids, device, tables, segment_tables, *plan_and_kept)
     _last.key, _last.staged = (segments.tobytes(), num_ids, device), staged
     return staged
 
@@ -149,6 +177,15 @@ def staged_segments(segments, num_ids, device):
     return StagedSegments(segments, num_ids, device)
 
 
+def take_staged_plan(plan):
+    """Return what was staged with this very plan, and what it is kept in; None if it was not."""
+    staged = _last.staged
+    if staged is None or staged.plan is not plan:
+        return None
+    staged.plan = None  # its caller may change it from now on
+    return staged
+
+
 __all__ = [
     "LANES",
     "VARIANT",
@@ -159,4 +196,5 @@ __all__ = [
     "stage_lookup",
     "staged_lookup",
     "staged_segments",
+    "take_staged_plan",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,6 +46,9 @@ def find_or_insert(
     check: CheckFunction | None,
     device: torch.device,
     claims: list[Claim],
+    plan: npt.NDArray[np.int64] | None,
+    embedding_dim: int,
+    kept: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor | None]:
     rows = _look_up(segments, num_ids, MISSING)
     for segment in segments_of(segments, num_ids):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ def sort_gradients(
     blocks: npt.NDArray[np.int64],
     layout: RowLayout,
     blocks_on_device: Tensor | None,
+    hyper: npt.NDArray[np.float32] | None,
+    kept: dict[str, Any] | None,
 ) -> _Reduced:
     rows, gradients, counts = (
         [torch.empty(0, dtype=torch.int64, device="cpu")],
