@@ -288,6 +288,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for seed in range(given.seeds)
     ]
     done: list[tuple[Scores, float]] = []
+    facts = provenance() | {"seeds": given.seeds}
     with ExitStack() as stack:
         run: Callable[..., Iterable[tuple[Scores, float]]] = map
         if given.jobs > 1:
@@ -297,8 +298,7 @@ def main(args: Sequence[str] | None = None) -> None:
             done.append(result)
             rows = rows_of(jobs[: len(done)], done)
             if given.output:
-                found = provenance() | {"seeds": given.seeds, "rows": rows}
-                given.output.write_text(json.dumps(found, indent=1) + "\n")
+                given.output.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     print(table(rows))
 
 
