@@ -110,8 +110,9 @@ def split_likes(users: Tensor, items: Tensor) -> LikesSplit:
     seen[rows, torch.searchsorted(catalogue, items[known])] = True
     is_trained = ~is_held & (first < places)
     last = torch.where(end - first >= 3, left - 3, left - 1)  # from the last one for training
-    parts = (is_trained, is_trained & (last % HISTORY == 0), is_held & (left == 2))
-    return LikesSplit(*(likes.part(part) for part in parts), test, catalogue, seen)
+    windows = likes.part(is_trained & (last % HISTORY == 0))
+    val = likes.part(is_held & (left == 2))
+    return LikesSplit(likes.part(is_trained), windows, val, test, catalogue, seen)
 
 
 def histories(examples: Examples) -> Jagged:

@@ -42,9 +42,8 @@ class DLRM(nn.Module):
         pairs = torch.triu_indices(num, num, offset=1)
         self.register_buffer("pairs", pairs, persistent=False)
         self.upper = nn.Sequential(
-            *(nn.Linear(num * dim + pairs.shape[1], hidden[0]), nn.BatchNorm1d(hidden[0])),
-            *(nn.ReLU(), nn.Dropout(dropout), nn.Linear(*hidden), nn.BatchNorm1d(hidden[1])),
-            *(nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden[1], 1)),
+            *(nn.Linear(num * dim + pairs.shape[1], hidden[0]), nn.ReLU(), nn.Dropout(dropout)),
+            *(nn.Linear(*hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden[1], 1)),
         )
 
     def forward(self, batch: Examples) -> Tensor:

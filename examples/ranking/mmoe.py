@@ -49,8 +49,7 @@ class MMoE(nn.Module):
         self.gates = nn.ModuleList(nn.Linear(width, num_experts) for _ in range(num_tasks))
         self.towers = nn.ModuleList(
             nn.Sequential(
-                *(nn.Linear(*hidden), nn.BatchNorm1d(hidden[1]), nn.ReLU(), nn.Dropout(dropout)),
-                nn.Linear(hidden[1], 1),
+                *(nn.Linear(*hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden[1], 1))
             )
             for _ in range(num_tasks)
         )
