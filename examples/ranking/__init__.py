@@ -1,1 +1,1 @@
-"""Ranking models on MovieLens-100k, each a file, and their table beside RecBole's own models."""
+"""Models that say how much a user will like an item, each a file."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from examples.ranking.data import HISTORY
+from examples.movielens import HISTORY
 from recis_lightning import DynamicEmbedding, DynamicEmbeddingBag, Jagged
 from recis_lightning.cli.movielens import Examples
 from recis_lightning.initializers import Normal

@@ -1,1 +1,1 @@
-"""Two towers on MovieLens-100k, trained with sampled softmax, beside popularity."""
+"""Models that find a user's next items among all, each a file."""

@@ -1,55 +1,36 @@
-"""The ranking examples: their data, a few steps of each model, and the table."""
+"""The ranking examples: a few steps of each model, on all of its tables."""
 
 import pytest
 import torch
 from torch import nn
 
-from examples.ranking import compare, recbole_peers
-from examples.ranking.data import HISTORY, batches, histories, load, scores
-from recis_lightning import Jagged, hash_tables
-from recis_lightning.cli.movielens import Examples
+from examples import movielens
+from examples.ranking import dcnv2, din, dlrm, mmoe
+from recis_lightning import hash_tables
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 from tests.helpers.deepfm_data import write_movielens
 
+MODELS = {"dlrm": dlrm.model, "dcnv2": dcnv2.model, "din": din.model, "mmoe": mmoe.model}
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Small files like MovieLens-100k's."""
-    return str(write_movielens(tmp_path_factory.mktemp("data"), 300))
+def split(tmp_path_factory):
+    """Parts of small files like MovieLens-100k's."""
+    return movielens.load(str(write_movielens(tmp_path_factory.mktemp("data"), 300)))
 
 
-def test_a_history_has_what_the_user_liked_before_and_no_more():
-    users = torch.tensor([1, 2, 1, 1, 2, 1])
-    items = torch.tensor([10, 20, 11, 12, 21, 13])
-    label = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
-    found = histories(Examples({"user": users, "item": items}, label))
-    bags = [bag.tolist() for bag in found.values.split(found.lengths().tolist())]
-    assert bags == [[], [], [10], [10], [], [10, 12]]
-    many = torch.arange(HISTORY + 3)
-    same = Examples({"user": torch.zeros_like(many), "item": many}, torch.ones(len(many)))
-    assert histories(same).lengths().max() == HISTORY
-    assert histories(same).values[-1] == HISTORY + 1
-
-
-def test_the_parts_follow_one_another_in_time(folder):
-    split = load(folder)
-    assert [len(part.label) for part in split] == [210, 30, 60]
-    whole = load(folder, 100)
-    assert sum(len(part.label) for part in whole) == 100
-    assert torch.equal(whole.train.label, split.train.label[:70])
-
-
-@pytest.mark.parametrize("name", compare.MODELS)
-def test_a_model_learns_from_all_of_its_tables(name, folder):
-    split, (make, _) = load(folder), compare.MODELS[name]
-    model = make(0)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_learns_from_all_of_its_tables(name, split):
+    model, tasks = MODELS[name](0), tuple(movielens.TASKS)[: 2 if name == "mmoe" else 1]
     tables = hash_tables(model)
     dense = torch.optim.Adam(model.parameters(), lr=0.02)
     optimizer = SparseDenseOptimizer(dense, SparseAdam(tables, lr=0.02))
     losses, before = [], {}
     for epoch in range(12):
-        for batch in batches(split.train, 105, None):
-            loss = nn.functional.binary_cross_entropy_with_logits(model(batch), batch.label)
+        for batch in movielens.batches(split.train, 105, None):
+            labels = movielens.labels(batch, tasks)
+            logits = model(batch).reshape(labels.shape)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
             if not epoch:
                 before = before or {t.name: (t.ids(), t.embeddings(t.ids())) for t in tables}
             optimizer.zero_grad()
@@ -60,47 +41,33 @@ def test_a_model_learns_from_all_of_its_tables(name, folder):
     for table in tables:
         ids, rows = before[table.name]
         assert not torch.equal(table.embeddings(ids), rows), table.name
-    logits = compare._logits(model.eval(), split.test)
-    auc, gauc = scores(logits, split.test)
-    assert 0 <= auc <= 1
-    assert 0 <= gauc <= 1
 
 
-def test_two_seeds_begin_with_other_rows_and_one_with_the_same(folder):
-    batch = load(folder).train
-    for make, _ in compare.MODELS.values():
-        first, again, other = (make(seed)(batch) for seed in (0, 0, 1))
-        assert torch.equal(first, again) or torch.allclose(first, again)
-        assert not torch.allclose(first, other)
+@pytest.mark.parametrize("name", MODELS)
+def test_two_seeds_begin_with_other_rows_and_one_with_the_same(name, split):
+    first, again, other = (MODELS[name](seed)(split.train) for seed in (0, 0, 1))
+    assert torch.equal(first, again) or torch.allclose(first, again)
+    assert not torch.allclose(first, other)
 
 
-def test_the_table_has_a_line_for_each_model(folder, capsys):
-    num_threads = torch.get_num_threads()
-    try:
-        compare.main(["--data", folder, "--seeds", "2", "--epochs", "1", "--batch-size", "70"])
-    finally:
-        torch.set_num_threads(num_threads)
-    head, _, *lines = capsys.readouterr().out.splitlines()
-    assert head == "| model | test AUC | test GAUC | seeds |"
-    assert [line.split(",")[0] for line in lines] == ["| DCNv2", "| DIN"]
-    assert all(line.endswith(" | 2 |") for line in lines)
+def test_a_gate_of_mmoe_weighs_experts_and_one_task_has_one_column(split):
+    model = mmoe.model(0).eval()
+    for gate in model.gates:
+        nn.init.zeros_(gate.weight)
+        gate.bias.data.copy_(torch.tensor([99.0, 0, 0, 0]))  # the first expert alone
+    both = model(split.val)
+    assert both.shape == (30, 2)
+    for expert in model.experts[1:]:
+        expert[0].weight.data.fill_(7.0)
+    assert torch.equal(model(split.val), both)
+    assert mmoe.one_task(0)(split.val).shape == (30, 1)
 
 
-def test_recbole_reads_the_same_examples(folder, tmp_path):
-    """The files that are written for it, whether or not it is installed."""
-    split = load(folder)
-    settings = recbole_peers._write(tmp_path / "ml", split, "DIN")
-    assert settings["alias_of_item_id"] == ["item_id_list"]
-    head, *lines = (tmp_path / "ml" / "ml.test.inter").read_text().splitlines()
-    assert head == "user_id:token\titem_id:token\titem_id_list:token_seq\tlabel:float"
-    assert len(lines) == len(split.test.label)
-    user, item, history, label = lines[3].split("\t")
-    assert int(user) == split.test.features["user"][3]
-    assert int(item) == split.test.features["item"][3]
-    assert float(label) == split.test.label[3]
-    bags = split.test.features["history"]
-    assert isinstance(bags, Jagged)
-    assert history.split() == [
-        str(i) for i in bags.values[bags.offsets[3] : bags.offsets[4]].tolist()
-    ]
-    assert "none" in (tmp_path / "ml" / "ml.train.inter").read_text()  # a first history
+def test_dlrm_multiplies_all_pairs_of_its_features(split):
+    model = dlrm.model(0).eval()
+    seen = []
+    model.upper.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(split.val)
+    vectors, products = seen[0][:, : 8 * 16].unflatten(1, (8, 16)), seen[0][:, 8 * 16 :]
+    wanted = [(vectors[:, i] * vectors[:, j]).sum(1) for i in range(8) for j in range(i + 1, 8)]
+    assert torch.allclose(products, torch.stack(wanted, 1), atol=1e-6)

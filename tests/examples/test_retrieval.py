@@ -1,57 +1,93 @@
-"""Two towers: the split of likes, recall by hand, and a model that learns what users like."""
+"""The retrieval examples: models that learn what users like, and what comes next."""
 
 import pytest
 import torch
 
-from examples.retrieval.train import HELD_OUT, HISTORY, load, recall, recalls, split, train
-from tests.helpers.deepfm_data import write_movielens
+from examples.movielens import HISTORY, Likes, batches, hit_and_ndcg, split_likes
+from examples.retrieval import sasrec, two_towers
+from recis_lightning import hash_tables
+from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 
 
-def test_the_last_likes_of_each_user_are_held_out(tmp_path):
-    likes = load(str(write_movielens(tmp_path)))
-    rows = [line.split("\t") for line in (tmp_path / "ml-100k.inter").read_text().split("\n")[1:-1]]
-    rows.sort(key=lambda row: int(row[3]))
-    assert likes.test_users.tolist() == [1, 2]
-    for number, user in enumerate((1, 2)):
-        films = [int(row[1]) for row in rows if row[0] == str(user) and int(row[2]) >= 4]
-        assert len(films) >= 2 * HELD_OUT
-        assert likes.held_out[number].tolist() == films[-HELD_OUT:]
-        shown = likes.items[likes.users == user].tolist()
-        assert shown == films[:-HELD_OUT]
-        padded = [0] * HISTORY + shown
-        assert likes.test_histories[number].tolist() == padded[: -HISTORY - 1 : -1]
-        for place, history in enumerate(likes.histories[likes.users == user].tolist()):
-            assert history == padded[place : place + HISTORY][::-1]
-
-
-def test_users_of_few_likes_have_none_held_out():
-    users, items = torch.tensor([3] * (2 * HELD_OUT - 1) + [2]), torch.arange(1, 2 * HELD_OUT + 1)
-    likes = split(users, items)
-    assert likes.test_users.tolist() == []
-    assert likes.users.tolist() == [2] + [3] * (2 * HELD_OUT - 1)
-
-
-def test_recall_counts_held_out_films_among_those_not_liked_before():
-    items = torch.tensor([10, 20, 30, 40])
-    empty = torch.zeros(0, HISTORY, dtype=torch.int64)
-    likes = split(torch.tensor([1, 2, 2, 3]), torch.tensor([10, 10, 20, 30]))._replace(
-        test_users=torch.tensor([1, 2]),
-        test_histories=empty,
-        held_out=torch.tensor([[20, 40], [30, 99]]),
+def train(model, likes, epochs, size):
+    optimizer = SparseDenseOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.01), SparseAdam(hash_tables(model), lr=0.01)
     )
-    scores = torch.tensor([[9.0, 3.0, 2.0, 1.0], [9.0, 8.0, 1.0, 2.0]])
-    assert recall(likes, scores, items, 1) == pytest.approx((1 / 2 + 0) / 2)
-    assert recall(likes, scores, items, 2) == pytest.approx((1 / 2 + 1 / 2) / 2)
-    assert recall(likes, scores, items, 9) == pytest.approx((2 / 2 + 1 / 2) / 2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in batches(likes, size, generator):
+            optimizer.zero_grad()
+            model.loss(batch).backward()
+            optimizer.step()
+    return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Lightning's advice for long runs
 def test_two_towers_learn_what_groups_of_users_like():
     """Even users like films up to 20 and odd ones the rest: popularity cannot tell."""
     generator = torch.Generator().manual_seed(0)
-    users = torch.arange(40).repeat(20)
-    films = torch.stack([torch.randperm(20, generator=generator) for _ in range(40)], 1)
-    likes = split(users, 1 + films.flatten() + 20 * (users % 2))
-    model = train(likes, epochs=10, batch_size=100)
-    assert recalls(likes, model, 5)[0] > 0.6
-    assert recalls(likes, None, 5)[0] < 0.5
+    users = torch.arange(40).repeat(15)
+    films = torch.stack([torch.randperm(20, generator=generator) for _ in range(40)], 1)[:15]
+    split = split_likes(users, 1 + films.flatten() + 20 * (users % 2))
+    model = train(two_towers.model(0), split.train, epochs=6, size=100)
+    with torch.no_grad():
+        hit, _ = hit_and_ndcg(model.scores(split.test, split.items), split, k=6)
+    assert hit > 0.9  # six films of the user's own are left, of 26
+    assert all(len(table) for table in hash_tables(model))
+
+
+def test_two_towers_train_no_row_of_the_table_that_counts():
+    split = split_likes(torch.tensor([1] * 8 + [2] * 8), torch.arange(1, 17))
+    model = train(two_towers.model(0), split.train, epochs=2, size=5)
+    counted = model.likes.table
+    assert sorted(counted.ids().tolist()) == sorted(split.train.items.tolist())
+    shares = counted.sampling_probabilities(split.train.items)
+    assert shares.tolist() == pytest.approx([1 / len(split.train.items)] * len(shares))
+
+
+@pytest.fixture(scope="module")
+def cycles():
+    """Likes of users that go through twelve films in one order, each from another place."""
+    users = torch.arange(48).repeat_interleave(9)
+    start = torch.arange(48).repeat_interleave(9) % 12
+    return split_likes(users, 1 + (start + torch.arange(9).repeat(48)) % 12)
+
+
+def test_sasrec_learns_what_comes_next(cycles):
+    model = train(sasrec.model(0), cycles.windows, epochs=25, size=12)
+    with torch.no_grad():
+        hit, _ = hit_and_ndcg(model.scores(cycles.test, cycles.items), cycles, k=1)
+    assert hit > 0.9
+    assert sorted(model.item.table.ids().tolist()) == list(range(1, 13))  # no row for padding
+
+
+def test_sasrec_does_not_look_ahead_nor_at_padding(cycles):
+    model = sasrec.model(0)
+    model.loss(cycles.train)  # rows
+    model.eval()
+    short = torch.zeros(1, HISTORY, dtype=torch.int64)
+    short[0, :3] = torch.tensor([1, 2, 3])
+    long = short.clone()
+    long[0, 3:6] = torch.tensor([9, 8, 7])
+    first, second = model.encode(short), model.encode(long)
+    assert torch.allclose(first[:, :3], second[:, :3], atol=1e-6)
+    assert not torch.allclose(first[:, 3:6], second[:, 3:6], atol=1e-3)
+    likes = Likes(torch.tensor([1]), torch.tensor([4]), short)
+    wanted = first[:, 2] @ model.item(cycles.items).T
+    assert torch.allclose(model.scores(likes, cycles.items), wanted, atol=1e-6)
+
+
+def test_sasrecs_loss_is_of_each_item_that_follows(cycles):
+    """By hand, of the positions one after the other."""
+    model = sasrec.model(0)
+    model.loss(cycles.train)
+    model.eval()
+    batch = cycles.windows.part(torch.tensor([0, 5, 7]))
+    ids = model.item.table.ids().sort().values
+    losses = []
+    for history, item in zip(batch.histories, batch.items, strict=True):
+        follow = [*history[history != 0].tolist()[1:], item.item()]
+        logits = model.encode(history[None])[0] @ model.item(ids).T
+        losses += [
+            -logits[place].log_softmax(0)[ids == one].item() for place, one in enumerate(follow)
+        ]
+    assert model.loss(batch).item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)

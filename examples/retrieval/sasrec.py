@@ -1,0 +1,91 @@
+"""SASRec: a transformer over what a user liked, in its order, says what comes next.
+
+Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018; with a softmax over
+items in place of one negative, as RecBole has it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from examples.movielens import HISTORY, Likes
+from recis_lightning import DynamicEmbedding
+from recis_lightning.initializers import Normal
+
+
+class SASRec(nn.Module):
+    """Vectors of histories, whose products with items' rows are scores.
+
+    Args:
+        dim: Of rows and of vectors.
+        num_layers: Of the transformer.
+        num_heads: Of its attention.
+        hidden: Width of the perceptrons in its layers.
+        dropout: In its layers, and before them.
+        std: Of the rows that ids begin with, and of weights.
+    """
+
+    def __init__(
+        self,
+        dim: int = 32,
+        num_layers: int = 2,
+        num_heads: int = 2,
+        hidden: int = 64,
+        dropout: float = 0.2,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.item = DynamicEmbedding(
+            dim, name="item", initializer=Normal(std=std), padding_idx=0, seed=None
+        )
+        self.place = nn.Parameter(torch.empty(HISTORY, dim).normal_(std=std))
+        self.before = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout))
+        layer = nn.TransformerEncoderLayer(
+            dim, num_heads, hidden, dropout, activation="gelu", batch_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
+        later = torch.ones(HISTORY, HISTORY, dtype=torch.bool).triu(1)
+        self.register_buffer("later", later, persistent=False)
+
+    def encode(self, histories: Tensor) -> Tensor:
+        """Return vectors of histories, int64 [B, HISTORY], after each of their items.
+
+        Zeros behind the last item are later than it, so that it does not attend to them.
+
+        Returns:
+            [B, HISTORY, dim].
+        """
+        rows = self.before(self.item(histories) + self.place)
+        found: Tensor = self.layers(rows, mask=self.later)
+        return found
+
+    def loss(self, batch: Likes) -> Tensor:
+        """Return the softmax loss of what came after each item of a history, among all items.
+
+        All items are those that have a row by now. With many, ``sampled_softmax_loss`` takes some
+        of them, as in ``two_towers``.
+        """
+        rows, is_there = torch.arange(len(batch.items)), batch.histories != 0
+        following = torch.cat([batch.histories[:, 1:], batch.histories[:, :1]], dim=1)
+        following[rows, is_there.sum(1) - 1] = batch.items
+        known = torch.cat([self.item.table.ids(), following[is_there]])
+        ids, places = known.unique(return_inverse=True)
+        logits = self.encode(batch.histories)[is_there] @ self.item(ids).T
+        return nn.functional.cross_entropy(logits, places[-len(logits) :])
+
+    def scores(self, batch: Likes, items: Tensor) -> Tensor:
+        """Return the scores of items, int64 [n], for users, [B, n]."""
+        rows, lengths = torch.arange(len(batch.items)), (batch.histories != 0).sum(1)
+        found: Tensor = self.encode(batch.histories)[rows, lengths - 1] @ self.item(items).T
+        return found
+
+
+def model(seed: int) -> SASRec:
+    """Return a model whose rows and weights begin by a seed."""
+    torch.manual_seed(seed)
+    return SASRec()
