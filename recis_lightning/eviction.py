@@ -78,6 +78,8 @@ class TimeToLive(Eviction):
     one reading to the next, all rows would be too old at once: so ``max_jump`` bounds what counts,
     and a warning is logged once. Without it ``time.time`` is bounded by what ``time.monotonic``
     shows (a clock that is set, or a machine that slept, ages nothing), and other clocks are not.
+    A clock that goes back, as event times do that come out of order, stands still until it is ahead
+    of its latest reading: what was seen later never counts as older.
 
     Args:
         seconds: Largest age of a row, a number > 0.

@@ -93,8 +93,8 @@ class Jagged(NamedTuple):
 
         Raises:
             TypeError: ``samples`` is neither.
-            ValueError: The slice has another step, or ``offsets`` do not fit ``values``, where the
-                host can see them without waiting for a device.
+            ValueError: The slice has another step, a mask another shape, or ``offsets`` do not fit
+                ``values``, where the host can see them without waiting for a device.
 
         Example:
             >>> bags = Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1, 3]))
@@ -114,6 +114,11 @@ class Jagged(NamedTuple):
         if not isinstance(samples, Tensor):
             raise TypeError(f"samples: expected a Tensor or a slice, got {type(samples).__name__}")
         if samples.dtype is torch.bool:
+            if samples.shape != (self.num_bags,):
+                raise ValueError(
+                    f"samples: expected a mask of shape {(self.num_bags,)}, one value a bag, got "
+                    f"{tuple(samples.shape)}"
+                )
             samples = samples.nonzero().squeeze(1)
         samples = check_ids(samples, "samples")
         starts, lengths = self.offsets[samples], self.lengths()[samples]
@@ -431,6 +436,8 @@ def read_keyed_jagged(features: Any) -> dict[str, Jagged]:
     """Read TorchRec's ``KeyedJaggedTensor`` by its methods, without importing TorchRec."""
     read = {}
     for key in features.keys():  # noqa: SIM118 - it is no mapping
+        if key in read:
+            raise ValueError(f"features: the KeyedJaggedTensor has two of the key {key!r}")
         part = features[key]
         offsets = _offsets_of(part.lengths().to(torch.int64))
         read[key] = Jagged(part.values().to(torch.int64), offsets, part.weights_or_none())

@@ -163,6 +163,8 @@ def test_backward_twice_counts_twice():
     loss = module(IDS).sum()
     loss.backward(retain_graph=True)
     loss.backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        loss.backward()
     sparse.step()
     torch.testing.assert_close(module.table.embeddings(IDS), before - 2)
 

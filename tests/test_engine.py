@@ -50,6 +50,25 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0]])
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_weights_that_add_up_to_nothing(weights, is_joined):
+    """Their mean is zeros whatever they are; the other bag's gradient is as ever."""
+    engine = EmbeddingEngine({"f": EmbeddingOption(2, mode="mean", table="t")})
+    sparse = SparseSGD(hash_tables(engine), lr=1.0)
+    given = torch.tensor([weights, [1.0, 3.0]], requires_grad=True)
+    feature = {"f": (IDS[:4].view(2, 2), given)}
+    out = engine.concat(feature) if is_joined else engine(feature)["f"]
+    rows = engine.tables["t"].embeddings(IDS[:4])
+    out.sum().backward()
+    assert out[0].tolist() == [0.0, 0.0]
+    assert given.grad[0].tolist() == [0.0, 0.0]
+    slope = (rows[2] - rows[3]).sum() / 16
+    torch.testing.assert_close(given.grad[1], torch.stack([slope * 3, -slope]))
+    sparse.step()
+    assert engine.tables["t"].embeddings(IDS[:4]).isfinite().all()
+
+
 @pytest.mark.parametrize("mode", ["none", "sum", "mean", "tile"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_mode_of_every_layout(mode, layout):
@@ -172,6 +191,10 @@ def test_keyed_jagged_tensors_are_read_by_their_methods():
         }
     )
     engine = EmbeddingEngine({"a": option("mean", table="t"), "b": option("sum", table="t")})
+    features.keys = lambda: ["a", "b", "a"]
+    with pytest.raises(ValueError, match="KeyedJaggedTensor has two of the key 'a'"):
+        engine(features)
+    del features.keys
     out = engine(features)
     rows = engine.tables["t"].embeddings(IDS[PICKED])
     torch.testing.assert_close(out["a"], pooled(rows, RAGGED_BAGS, "mean"))

@@ -255,6 +255,9 @@ def test_what_selects_no_samples_is_refused():
         jagged.select(1)
     with pytest.raises(TypeError, match="samples: expected dtype"):
         jagged.select(torch.tensor([0.0]))
+    for mask in ([True, False], [True] * 4, [[True, False, True]]):
+        with pytest.raises(ValueError, match=r"samples: expected a mask of shape \(3,\)"):
+            jagged.select(torch.tensor(mask))
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,10 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """Return a view of a tensor's memory, or of a copy if it is not contiguous."""
     if not tensor.numel():
         return memoryview(b"")
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)  # type: ignore[arg-type]
+    flat = tensor.contiguous().reshape(-1)
+    # One element is contiguous whatever its stride, but only a stride of 1 is seen as bytes.
+    data = flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
+    return memoryview(data)  # type: ignore[arg-type]
 
 
 __all__ = ["MappedFile", "bytes_of", "read_into"]

@@ -234,6 +234,7 @@ class LookupFunction(torch.autograd.Function):
         """Return ``outputs``, which are filled already."""
         ctx.set_materialize_grads(False)
         ctx.record, ctx.num_leaves = record, len(inputs) - len(record.weighted)
+        ctx.passed = set()
         if record.layout.frozen:
             frozen = record.layout.frozen.difference(record.weighted)
             ctx.mark_non_differentiable(*(outputs[feature] for feature in frozen))
@@ -246,6 +247,7 @@ class LookupFunction(torch.autograd.Function):
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         record: OutputRecord = ctx.record
         features, tensors, strides = present_gradients(gradients)
+        check_passes(ctx, features)
         given = dict(zip(features, tensors, strict=True)) if record.weighted else {}
         by_feature = {feature: given[feature] for feature in record.weighted if feature in given}
         trained = record.trained(features)
@@ -261,6 +263,23 @@ class LookupFunction(torch.autograd.Function):
 
         of_weights = write(record.layout.current_locks(), leave_gradients)
         return (*[None] * (2 + ctx.num_leaves), *of_weights)
+
+
+def check_passes(ctx: Any, outputs: Sequence[int]) -> None:
+    """Raise in a second backward pass through outputs whose graph torch was not told to keep.
+
+    Losses of different outputs may have a pass each: their parts of the graph are apart.
+
+    Args:
+        ctx: Of the Function, with a set ``passed`` of outputs that had a pass.
+        outputs: Positions of those that get a gradient in this one.
+
+    Raises:
+        RuntimeError: torch's own, of a second pass.
+    """
+    if not ctx.passed.isdisjoint(outputs):
+        _ = ctx.saved_tensors  # there are none; torch raises if it has freed the graph
+    ctx.passed.update(outputs)
 
 
 def present_gradients(
@@ -329,7 +348,9 @@ def _weight_gradient(
         total = _sums_of_bags(counted, bags)
         weighted = _sums_of_bags(dots * weights, bags)
         mean = (weighted / total)[bag]
-        dots = torch.where(rows == hash_index.PADDING, 0.0, (dots - mean) / total[bag])
+        # Of weights that add up to 0 the forward pass makes zeros, whatever they are.
+        is_constant = (rows == hash_index.PADDING) | (total == 0)[bag]
+        dots = torch.where(is_constant, 0.0, (dots - mean) / total[bag])
     return dots
 
 
@@ -346,6 +367,7 @@ def _sums_of_bags(values: Tensor, bags: Bags) -> Tensor:
 __all__ = [
     "Lookup",
     "OutputRecord",
+    "check_passes",
     "inputs_of",
     "present_gradients",
     "record_lookup",

@@ -21,6 +21,7 @@ from recis_lightning.lookup import transfer
 from recis_lightning.lookup.autograd import (
     Lookup,
     OutputRecord,
+    check_passes,
     inputs_of,
     present_gradients,
 )
@@ -201,7 +202,7 @@ class JoinedFunction(torch.autograd.Function):
         As an input of its own, autograd would return a view of it.
         """
         ctx.set_materialize_grads(False)
-        ctx.recorded = recorded
+        ctx.recorded, ctx.passed = recorded, set()
         ctx.num_leaves = len(inputs) - sum(len(record.weighted) for record, _ in recorded)
         return tensors[0]
 
@@ -211,6 +212,7 @@ class JoinedFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Leave the rows' gradients with the tables; return those of per-sample weights."""
         present, tensors, _ = present_gradients(gradients)
+        check_passes(ctx, present)
         records: list[OutputRecord] = [record for record, _ in ctx.recorded]
         trained = [_trained(record) for record in records] if present else []
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_anchors
 from recis_lightning.optim.step_hooks import hooked
-from recis_lightning.optim.table_updater import different
+from recis_lightning.optim.table_groups import different
 from recis_lightning.table.anchor import Anchor
 
 

@@ -21,6 +21,7 @@ from recis_lightning.ops import layout as fields
 from recis_lightning.ops import row_update
 from recis_lightning.optim.clip_bounds import check_clip_bound, check_cow_clip
 from recis_lightning.optim.step_hooks import hooked
+from recis_lightning.optim.table_groups import different, name_of, read_parameters
 from recis_lightning.optim.table_updater import TableUpdater
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
@@ -108,8 +109,28 @@ class SparseOptimizer(Optimizer, ABC):
         self._updater.scale_pending_(scale)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, without importing torch's compiler, which takes a second."""
-        _add_param_group(self, param_group)
+        """Add a group of tables, which this optimizer trains from now on.
+
+        Args:
+            param_group: ``{"params": tables, "lr": ...}`` as for the constructor. Parameters of
+                modules stand for their tables, as where Lightning unfreezes a module.
+
+        Raises:
+            TypeError: ``params`` holds something else than tables.
+            ValueError: A table is in the optimizer already, or sharded over other ranks.
+        """
+        # torch's own would import its compiler, which takes a second.
+        if len(self.param_groups) < self._updater.num_groups:  # one of the constructor's
+            _add_param_group(self, param_group)
+            return
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group: expected a dict with 'params', got {param_group!r}")
+        tables = read_parameters(param_group["params"], self._updater.tables)
+        name = different(name_of(tables), [str(group.get("name")) for group in self.param_groups])
+        anchors = [table.anchor for table in tables]
+        self._updater.add(tables)
+        _add_param_group(self, {"name": name, **param_group, "params": anchors})
+        self._own_tables()
 
     def _own_tables(self) -> None:
         """Make this the optimizer of its tables, and lay out their rows for its state."""

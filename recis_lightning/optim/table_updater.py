@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from recis_lightning import compiler
@@ -21,14 +21,12 @@ from recis_lightning.ops.row_update import Gradients
 from recis_lightning.optim.clip_bounds import check_clip_bound, check_cow_clip
 from recis_lightning.optim.first_step import announce_first_step
 from recis_lightning.optim.fused_update import FusedUpdate
+from recis_lightning.optim.table_groups import ADVICE, different, listed, name_of, read_tables
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.gradient_exchange import exchange_gradients
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks, write
 from recis_lightning.table.versions import layout_version
-
-_ADVICE = "pass hash_tables(module)"
-_NAMED = 3  # tables of a group that its name lists
 
 
 class TableUpdater:
@@ -68,6 +66,24 @@ class TableUpdater:
     def __reduce__(self) -> tuple[Any, ...]:
         bounds = (self.clip_grad_norm, self.clip_grad_value, self.cow_clip)
         return TableUpdater, (self.tables, self.groups, *bounds)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of parameter groups."""
+        return max(self.groups, default=-1) + 1
+
+    def add(self, tables: Sequence[HashTable]) -> None:
+        """Take further tables, which are one more parameter group.
+
+        Raises:
+            ValueError: They are sharded over other ranks than those there are.
+        """
+        joined = [*self.tables, *tables]
+        self._process_group = _shared_group(joined)
+        self.groups += [self.num_groups] * len(tables)
+        self.tables, self._pending = joined, [table.pending for table in joined]
+        self._last_waiting = []
+        self.forget_updates()
 
     def anchors_of(self, group: int) -> list[Anchor]:
         """Return the anchors of a parameter group's tables."""
@@ -306,10 +322,10 @@ def make_updater(
     check_clip_bound("clip_grad_norm", clip_grad_norm)
     check_clip_bound("clip_grad_value", clip_grad_value)
     cow = check_cow_clip(cow_clip)
-    given = _listed(tables)
+    given = listed(tables)
     if not given:
         raise ValueError(
-            f"tables: expected at least one HashTable, got none; {_ADVICE}: tables are not among "
+            f"tables: expected at least one HashTable, got none; {ADVICE}: tables are not among "
             "module.parameters()"
         )
     if not isinstance(given[0], dict):
@@ -320,10 +336,10 @@ def make_updater(
     for index, group in enumerate(given):
         if not isinstance(group, dict) or "params" not in group:
             raise TypeError(f"tables: expected dicts with 'params', got {group!r}")
-        joined = _read_tables(group["params"], members)
+        joined = read_tables(group["params"], members)
         members += joined
         member_groups += [index] * len(joined)
-        name = different(_name_of(joined), [other["name"] for other in param_groups])
+        name = different(name_of(joined), [other["name"] for other in param_groups])
         anchors = [table.anchor for table in joined]
         param_groups.append({"name": name, **group, "params": anchors})
     updater = TableUpdater(members, member_groups, clip_grad_norm, clip_grad_value, cow)
@@ -342,56 +358,7 @@ def _shared_group(tables: Sequence[HashTable]) -> ProcessGroup | None:
 
 
 def _describe(owner: Optimizer, tables: Sequence[HashTable]) -> str:
-    return f"{type(owner).__name__} of tables {_name_of(tables)}"
+    return f"{type(owner).__name__} of tables {name_of(tables)}"
 
 
-def _listed(tables: Any) -> list[Any]:
-    """Return what an iterable of tables yields, else raise."""
-    if isinstance(tables, (HashTable, torch.Tensor)):
-        raise TypeError(f"tables: expected an iterable of HashTable, got {tables!r}")
-    if isinstance(tables, (nn.Module, str, dict)) or not isinstance(tables, Iterable):
-        raise TypeError(
-            f"tables: expected an iterable of HashTable, got {type(tables).__name__}; {_ADVICE}"
-        )
-    return list(tables)
-
-
-def different(name: str, taken: Sequence[str]) -> str:
-    """Return a name that is not taken: the given one, or that with a number.
-
-    Example:
-        >>> different("user", ["user", "user-2"])
-        'user-3'
-    """
-    number, answer = 1, name
-    while answer in taken:
-        number += 1
-        answer = f"{name}-{number}"
-    return answer
-
-
-def _name_of(tables: Sequence[HashTable]) -> str:
-    """Return the name of a group of tables, for loggers: those of a few tables, the first of many.
-
-    Example:
-        >>> _name_of([HashTable(2, name=name) for name in ("user", "item", "tags", "city")])
-        'user+3 more'
-    """
-    names = [table.name for table in tables]
-    return "+".join(names) if len(names) <= _NAMED else f"{names[0]}+{len(names) - 1} more"
-
-
-def _read_tables(tables: Any, known: Sequence[HashTable]) -> list[HashTable]:
-    members = [tables] if isinstance(tables, HashTable) else _listed(tables)
-    for table in members:
-        if not isinstance(table, HashTable):
-            raise TypeError(
-                f"tables: expected HashTable, got {type(table).__name__}; {_ADVICE}, not "
-                "module.parameters()"
-            )
-        if table in known or members.count(table) > 1:
-            raise ValueError(f"tables: table {table.name!r} is there twice")
-    return members
-
-
-__all__ = ["TableUpdater", "different", "make_updater"]
+__all__ = ["TableUpdater", "make_updater"]

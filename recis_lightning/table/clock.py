@@ -17,7 +17,7 @@ _MAX_SECONDS = 2.0**43  # microseconds must be an int64
 
 
 class TableClock:
-    """Time by a policy's clock, whose jumps forward are bounded.
+    """Time by a policy's clock, whose jumps forward are bounded, and which never goes back.
 
     A clock that is set, or that goes on while the machine sleeps, would make every row old at once.
 
@@ -37,6 +37,7 @@ class TableClock:
         self.source, self.max_jump = source, max_jump
         self._is_wall = source is None or source is _wall_clock
         self._skipped = 0.0  # seconds of jumps that do not count
+        self._latest = -math.inf  # what was returned last: time never goes back
         self._last: tuple[float, float] | None = None  # reading, and time.monotonic() then
         self._has_told = False
 
@@ -59,10 +60,14 @@ class TableClock:
         if self._last is not None:
             self._bound(reading - self._last[0], steady - self._last[1])
         self._last = reading, steady
-        return reading - self._skipped
+        self._latest = max(self._latest, reading - self._skipped)
+        return self._latest
 
     def _bound(self, advance: float, elapsed: float) -> None:
         """Note how much of an advance since the last reading does not count."""
+        if self._is_wall and advance < elapsed - _SLACK_SECONDS:  # it was set back
+            self._skipped += advance - elapsed
+            return
         counted = self.max_jump
         if counted is None:
             if not self._is_wall or advance <= 1.01 * elapsed + _SLACK_SECONDS:

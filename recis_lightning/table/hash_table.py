@@ -94,7 +94,7 @@ class HashTable(nn.Module):
         seed: With ``name`` and the id, what a new row's values depend on; None takes torch's
             initial seed, as ``seed_everything`` sets it.
         name: For logs and checkpoints. An unnamed table is named by ``hash_tables`` after its
-            place in the module, or "table", "table_2" and so on if it is trained before.
+            place in the module; trained before, it is "table", "table_2" and so on until then.
         trainable: Whether lookups leave gradients, as ``requires_grad`` of a parameter.
         process_group: Ranks that the table is sharded over; None means all of them.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes,
@@ -130,6 +130,7 @@ class HashTable(nn.Module):
     _exchange_dtype: torch.dtype | None = None
     _ranks_per_node: int | None = None
     default_name: str | None = None  # what it is called until it is named, once it was trained
+    begun_as: str | None = None  # name by which new rows begin, if not by the table's
 
     def __init__(
         self,
@@ -218,7 +219,7 @@ class HashTable(nn.Module):
             name=self.name,
         )
         row_init.write_distribution(storage.header, *self.initializer.distribution(dim))
-        storage.set_key(self.seed, self.name)
+        storage.set_key(*self._key())
         return storage
 
     # ---- identity and settings
@@ -228,14 +229,21 @@ class HashTable(nn.Module):
         """The table's name, "table" as long as it has none."""
         return (self.default_name or "table") if self.given_name is None else self.given_name
 
+    def _key(self) -> tuple[int, str, str | None]:
+        """Return what new rows depend on: seed, name, and the name by which they begin."""
+        return self.seed, self.name, self.begun_as
+
     def set_default_name(self, name: str) -> None:
-        """Name the table unless it has a name, or rows that began as those of one."""
+        """Name the table unless it has a name; new rows begin as those do that it has."""
         if self.given_name is None:
             has_begun = self.default_name is not None and self.storage.rows.num_rows > 0
-            self.set_key(self.default_name if has_begun else name, self.seed)
+            self.begun_as = self.default_name if has_begun else None
+            self.given_name = name
 
     def set_key(self, name: str | None, seed: int) -> None:
         """Name the table, and let new rows depend on name and seed."""
+        if name != self.given_name:
+            self.begun_as = None
         self.given_name, self.seed = name, seed
 
     @override
@@ -247,7 +255,7 @@ class HashTable(nn.Module):
         settings.check(name, value, self.storage)
         with self.storage.undo(self):
             super().__setattr__(name, value)
-            settings.take_effect(name, value, self.seed, self.name, self.storage)
+            settings.take_effect(name, value, self._key(), self.storage)
 
     @property
     def embedding_dim(self) -> int:

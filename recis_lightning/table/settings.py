@@ -55,14 +55,13 @@ def check(name: str, value: Any, storage: Storage | None = None) -> None:
             )
 
 
-def take_effect(name: str, value: Any, seed: int, table_name: str, storage: Storage) -> None:
+def take_effect(name: str, value: Any, key: tuple[int, str, str | None], storage: Storage) -> None:
     """Let a setting that was changed take effect from the next lookup on.
 
     Args:
         name: The setting.
         value: Its new value.
-        seed: The table's seed.
-        table_name: The table's name.
+        key: What new rows depend on, as ``Storage.set_key`` takes it.
         storage: Of the table.
     """
     if name == "initializer":
@@ -71,7 +70,7 @@ def take_effect(name: str, value: Any, seed: int, table_name: str, storage: Stor
         storage.set_screening(None if value is None else value.screening)
         layout_version.advance()  # lookups keep what a policy admits
     elif name in ("seed", "given_name"):
-        storage.set_key(seed, table_name)
+        storage.set_key(*key)
         layout_version.advance()  # ranks recognise lookups by both
 
 

@@ -158,10 +158,10 @@ class Storage(TableMemory):
         self.dtype = dtype
         layout_version.advance()
 
-    def set_key(self, seed: int, name: str) -> None:
-        """Let new rows depend on seed and name, beside their id."""
+    def set_key(self, seed: int, name: str, begun_as: str | None = None) -> None:
+        """Let new rows depend on seed and name, beside their id; on another name if it is given."""
         self.name = name
-        row_init.write_key(self.header, seed, name)
+        row_init.write_key(self.header, seed, name if begun_as is None else begun_as)
 
     def set_screening(self, screening: Screening | None) -> None:
         """Count ids without a row as a policy asks; counts stay if they are of the same kind."""

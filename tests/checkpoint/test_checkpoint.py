@@ -85,6 +85,16 @@ def test_counts_of_ids_without_a_row(tmp_path, admission):
         assert sorted(part.table.ids().tolist()) == [-7, 5]
 
 
+def test_a_single_id_waits(tmp_path):
+    """Fields of one item may have any stride."""
+    first, other = (DynamicEmbedding(2, name="t", admission=MinCount(2)) for _ in range(2))
+    first(torch.tensor([7, 7, 8, 8, 9]))
+    checkpoint.save(tmp_path, first)
+    checkpoint.load(tmp_path, other)
+    other(torch.tensor([9]))
+    assert sorted(other.table.ids().tolist()) == [7, 8, 9]
+
+
 def test_no_optimizer_takes_the_state_along(tmp_path):
     """A table without optimizer keeps the optimizer state that was saved."""
     module = train(model())

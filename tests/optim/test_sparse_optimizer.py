@@ -220,6 +220,23 @@ def test_zero_grad_forgets_for_its_own_tables_only():
     assert torch.equal(engine.tables["a"].embeddings(IDS), before["a"] - 1)
 
 
+def test_a_graph_is_freed_output_by_output():
+    """Losses of different outputs have a pass each; one output has two only of a kept graph."""
+    engine = EmbeddingEngine({"a": EmbeddingOption(2), "b": EmbeddingOption(2)})
+    sparse = SparseSGD(hash_tables(engine), lr=1.0)
+    out = engine({"a": IDS, "b": IDS})
+    out["a"].sum().backward()
+    out["b"].sum().backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        out["b"].sum().backward()
+    sparse.zero_grad()
+    joined = engine.concat({"a": IDS, "b": IDS})
+    joined.sum().backward(retain_graph=True)
+    joined.sum().backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        joined.sum().backward()
+
+
 def test_closures_are_called_with_gradients():
     """As torch's optimizers call them."""
     module = DynamicEmbedding(2, name="closure")

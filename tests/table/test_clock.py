@@ -92,3 +92,25 @@ def test_a_reading_that_is_no_time_is_an_error(reading):
     """And nothing is evicted for it."""
     with pytest.raises(ValueError, match="clock: expected a number of seconds below 2"):
         TableClock(lambda: reading)()
+
+
+def test_time_never_goes_back(times):
+    """Event times that come out of order, and a wall clock that is set back."""
+    readings = [100.0]
+    policy = TimeToLive(10, clock=lambda: readings[0])
+    module = DynamicEmbedding(2, eviction=policy, name="t")
+    module(torch.tensor([1]))
+    readings[0] = 50
+    module(torch.tensor([2]))  # seen later: it must not be the older one
+    readings[0] = 65
+    assert module.table.evict() == 0
+    readings[0] = 111
+    assert module.table.evict() == 2
+
+    clock = TableClock(None)
+    before = clock()
+    times.pass_by(100)
+    times.wall -= YEAR
+    assert clock() == before + 100
+    times.pass_by(50)
+    assert clock() == before + 150
