@@ -139,6 +139,7 @@ TARGETS = [
     Target(_FILTER, "evict", "evict 1M of 10M rows", figure("seconds"), 0.5, False, "s"),
     Target(_RANKS, "host", "host, 8 ranks / unsharded", figure("few_to_one"), 3, False, "of"),
     Target(_RANKS, "host", "host, 512 ranks / 8", figure("many_to_few"), 2, False, "of"),
+    Target(_SHARDING, "exchange", "exchange / before", figure("to_before"), 0.7, False, "of"),
     Target(_SHARDING, "exchange", "together / engine", figure("together"), 1.3, False, "of"),
     Target(_SHARDING, "exchange", "one by one / engine", figure("one_by_one"), None, False, "of"),
     Target("bench_memory", "grow", "peak memory / payload", figure("peak"), 1.35, False, "of"),

@@ -196,6 +196,8 @@ class DynamicEmbeddingBag(nn.Module):
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
         ranks_per_node: Ranks that share a node: what they ask other nodes for travels once.
         include_last_offset: ``offsets`` ends with the number of ids.
+        pool_at_owner: On several ranks, have each add up the rows that it owns of a bag: for long
+            bags, fewer bytes than a row for each id. Takes no weights.
 
     Example:
         >>> tags = DynamicEmbeddingBag(8, mode="sum", name="tags")
@@ -221,6 +223,7 @@ class DynamicEmbeddingBag(nn.Module):
         exchange_dtype: torch.dtype | str | None = None,
         ranks_per_node: int | None = None,
         include_last_offset: bool = False,
+        pool_at_owner: bool = False,
         **unsupported: Any,
     ) -> None:
         _check_bag_mode(mode)
@@ -240,6 +243,7 @@ class DynamicEmbeddingBag(nn.Module):
         self.mode = mode
         self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
+        self.pool_at_owner = check_bool("pool_at_owner", pool_at_owner)
 
     @property
     def embedding_dim(self) -> int:
@@ -248,7 +252,11 @@ class DynamicEmbeddingBag(nn.Module):
 
     def current_groups(self) -> list[LookupGroup]:
         """Return the group of the one feature, as its table is now."""
-        return self._groups.of(lambda: [Feature("ids", self.table, self.mode, self.padding_idx)])
+        return self._groups.of(lambda: [self._feature()])
+
+    def _feature(self) -> Feature:
+        pools = self.__dict__.get("pool_at_owner", False)  # older pickles have none
+        return Feature("ids", self.table, self.mode, self.padding_idx, pool_at_owner=pools)
 
     def forward(
         self,

@@ -67,6 +67,8 @@ class EmbeddingOption:
             any, and offsets, int64 [B + 1], and returns [B, ...]. Gradients flow through it. Rows
             are zeros for padding and for ids without a row.
         combiner_width: Columns of what ``combiner`` returns, which ``concat`` has to know.
+        pool_at_owner: On several ranks, have each add up the rows that it owns of a bag, with mode
+            "sum" or "mean" and no weights: for long bags, fewer bytes than a row for each id.
 
     Raises:
         TypeError, ValueError: A field is not what it should be.
@@ -88,6 +90,7 @@ class EmbeddingOption:
     mean_by: Literal["weights", "count"] = "weights"
     combiner: Callable[..., Any] | None = None  # jsonargparse wants annotations of what it names
     combiner_width: int | None = None
+    pool_at_owner: bool = False
 
     def __post_init__(self) -> None:
         check_embedding_dim(self.embedding_dim)
@@ -101,10 +104,14 @@ class EmbeddingOption:
         if self.table is not None:
             check_str("table", self.table)
         check_policies(self.initializer, self.admission, self.eviction)
-        for name in ("trainable", "use_weights"):
+        for name in ("trainable", "use_weights", "pool_at_owner"):
             check_bool(name, getattr(self, name))
         if self.mode not in _MODES:
             raise ValueError(f"mode: expected one of {_MODES}, got {self.mode!r}")
+        if self.pool_at_owner and self.mode not in ("sum", "mean"):
+            raise ValueError(
+                f"pool_at_owner: only modes 'sum' and 'mean' add rows up, this is {self.mode!r}"
+            )
         if self.mean_by not in ("weights", "count"):
             raise ValueError(f"mean_by: expected 'weights' or 'count', got {self.mean_by!r}")
         if self.mean_by == "count" and self.mode != "mean":

@@ -35,7 +35,7 @@ from recis_lightning.table.versions import layout_version
 # The rest belongs to the table.
 _FEATURE_FIELDS = (
     *("table", "mode", "padding_idx", "tile_len", "mean_by", "use_weights"),
-    *("trainable", "admission", "combiner", "combiner_width"),
+    *("trainable", "admission", "combiner", "combiner_width", "pool_at_owner"),
 )
 _ALIKE = 0.8  # similarity from which a key is taken for a misspelt feature
 _FIXED = (
@@ -504,6 +504,7 @@ class EmbeddingEngine(nn.Module):
                     trainable=option.trainable or not any_trains,
                     admits="policy" if admits == default else admits,
                     use_weights=option.use_weights,
+                    pool_at_owner=option.pool_at_owner,
                 )
         return iter([features[name] for name in self.options])
 

@@ -11,6 +11,7 @@ from recis_lightning.lookup.features import Feature, FeatureLayout, kind_of
 from recis_lightning.lookup.group import LookupGroup
 from recis_lightning.lookup.joined import JoinedOutput
 from recis_lightning.lookup.local import LocalRows
+from recis_lightning.lookup.pooled_rows import PooledShardedRows
 from recis_lightning.lookup.sharded import ShardedRows
 from recis_lightning.table.hash_table import HashTable
 
@@ -19,7 +20,7 @@ def make_group(features: Sequence[Feature]) -> LookupGroup:
     """Return a group of features: with several ranks, their rows are sharded over these.
 
     Args:
-        features: Their tables must agree on what ``kind_of`` returns, and on the process group.
+        features: They must agree on what ``kind_of`` returns, and on the process group.
 
     Raises:
         RuntimeError: Lightning runs a strategy that tables do not work under.
@@ -28,7 +29,8 @@ def make_group(features: Sequence[Feature]) -> LookupGroup:
     if collectives.world_size(layout.process_group) == 1:
         return LookupGroup(layout, LocalRows(layout), surroundings.NoRunner())
     runner = surroundings.runner_of(layout.tables)
-    return LookupGroup(layout, ShardedRows(layout), runner)
+    rows = PooledShardedRows(layout) if layout.pools_at_owner else ShardedRows(layout)
+    return LookupGroup(layout, rows, runner)
 
 
 class CurrentGroups:
@@ -60,7 +62,7 @@ class CurrentGroups:
                         f"process_group: tables {first.name!r} and {table.name!r} of one module "
                         "are sharded over the ranks of different groups; expected one"
                     )
-                kind = kind_of(table)
+                kind = kind_of(feature)
                 members.setdefault(kind, []).append(feature)
             groups = self._groups = list(map(make_group, members.values()))
         return groups

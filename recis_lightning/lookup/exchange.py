@@ -24,6 +24,7 @@ from recis_lightning.lookup.exchange_dtype import pack_rows
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.node_exchange import NodeHop, exchange_by_node
 from recis_lightning.lookup.owned_ids import OwnedIds, gather_owned, look_up_owned
+from recis_lightning.lookup.regrouping import received_parts
 from recis_lightning.ops import backend
 from recis_lightning.ops.async_copy import to_device_async
 from recis_lightning.ops.header import Header
@@ -71,7 +72,8 @@ def exchange_rows(
     occurrences = None
     if needs_occurrences:
         ids, occurrences = ids.T.contiguous().unbind()
-    owned = look_up_owned(layout, recv_counts, ids, occurrences, training)
+    parts = received_parts(recv_counts, layout.device)
+    owned = look_up_owned(layout, parts, ids, occurrences, training)
     found = pack_rows(gather_owned(layout, owned), layout.exchange_dtype)
     rows = yield Message(found, num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows.to(layout.dtype))

@@ -45,6 +45,7 @@ class Feature(NamedTuple):
         trainable: Whether gradients of its rows reach the table; the table must train, too.
         admits: Unknown ids that it inserts: those that the table's policy admits, all, or none.
         use_weights: Whether weights that come with its ids count.
+        pool_at_owner: Whether ranks add up the rows that they own of its bags.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Feature(NamedTuple):
     trainable: bool = True
     admits: Literal["policy", "all", "none"] = "policy"
     use_weights: bool = True
+    pool_at_owner: bool = False
 
 
 class Source(NamedTuple):
@@ -89,7 +91,7 @@ class FeatureLayout:
     to copies of its own.
 
     Args:
-        features: Their tables must agree on what ``kind_of`` returns, and on the process group.
+        features: They must agree on what ``kind_of`` returns, and on the process group.
 
     Attributes:
         names: Name of each feature.
@@ -107,6 +109,7 @@ class FeatureLayout:
         process_group: Of the tables: the ranks that they are sharded over; None means all.
         exchange_dtype: In which rows and gradients travel; None means their own.
         nodes: The nodes that they travel between, of which each asks together; or None.
+        pools_at_owner: Whether owners add up rows of bags.
         row_type: (embedding_dim, dtype, device), as ops take them.
         widths: Columns of each feature's output.
         locks: Of the tables, as ``table.lock`` takes them.
@@ -143,6 +146,7 @@ class FeatureLayout:
         self.embedding_dim, self.dtype, self.device = first.embedding_dim, first.dtype, first.device
         self.process_group, self.exchange_dtype = first.process_group, first.exchange_dtype
         self.nodes = nodes_of(first.ranks_per_node, first.process_group)
+        self.pools_at_owner = self.features[0].pool_at_owner
         self.row_type = (self.embedding_dim, self.dtype, self.device)
         self.training = self._segments(insert=True)
         self.evaluation = self._segments(insert=False)
@@ -255,7 +259,7 @@ class FeatureLayout:
             (f.table.name, f.table.seed, f.mode, f.padding_idx, f.tile_len, f.admits, f.trainable)
             for f in self.features
         ]
-        exchanged = self.exchange_dtype, self.tables[0].ranks_per_node
+        exchanged = kind_of(self.features[0])[3:]
         return digest((settings, self.embedding_dim, self.dtype, *exchanged))
 
     def lines_for(self, bags: FeatureBags) -> SizedLines:
@@ -319,9 +323,10 @@ class FeatureLayout:
         return plan
 
 
-def kind_of(table: HashTable) -> tuple[Any, ...]:
-    """Return what the tables of a group have in common."""
-    exchanged = table.exchange_dtype, table.ranks_per_node
+def kind_of(feature: Feature) -> tuple[Any, ...]:
+    """Return what the features of a group have in common."""
+    table = feature.table
+    exchanged = table.exchange_dtype, table.ranks_per_node, feature.pool_at_owner
     return table.device, table.dtype, table.embedding_dim, *exchanged
 
 

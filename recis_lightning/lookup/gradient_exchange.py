@@ -369,22 +369,25 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
         received: float32 [r, embedding_dim + 1], by rank.
         sent: Tables that this rank sent gradients of.
     """
-    part_tables, plan, rows, parts = route.owned
+    part_tables, plan, rows, parts, pooled = route.owned
     plan, received = plan.copy(), parts.arrange(received)
     is_used = np.ones(len(part_tables), bool)
     if not all(route.layout.trains()):
         is_used[:] = [table.trainable for table in part_tables]
     is_missing = received[:, -1] == 0
     if bool(is_missing.any()):
+        if pooled is not None:
+            is_missing = is_missing.repeat_interleave(pooled.sizes)
         rows = rows.masked_fill(is_missing, UNKNOWN)
         split = is_missing.split(plan[:, fields.PLAN_NUM_IDS].tolist())
         is_used &= ~torch.stack([part.all() for part in split]).cpu().numpy()
         point_to_rows(plan, rows)
-    point_to_data(plan, received)
-    plan[:, fields.PLAN_COUNTED] = 1  # read only if the optimizer asks for counts
+    point_to_data(plan, received, None if pooled is None else pooled.firsts)
+    plan[:, fields.PLAN_COUNTED] = pooled is None  # read only if the optimizer asks for counts
     used = np.flatnonzero(is_used)
     used_tables = [part_tables[part] for part in used.tolist()]
-    record = PendingGradient(used_tables, plan[used], rows, [received])
+    kept = [received] if pooled is None else [received, pooled.bounds]
+    record = PendingGradient(used_tables, plan[used], rows, kept)
     updated = list(dict.fromkeys(used_tables))
     for table in updated:
         table.pending.append(record)

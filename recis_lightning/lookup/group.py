@@ -98,8 +98,14 @@ class LookupGroup:
         offsets = join_offsets(bags, lines) if is_recorded else None
         # Evaluation changes nothing before its gather finds them, where there are bags.
         may_wait = not backend.is_async(layout.device)
-        if may_wait and lines.ragged and (training or len(lines.pooled) < len(lines.ragged)):
+        before = training or layout.pools_at_owner or len(lines.pooled) < len(lines.ragged)
+        if may_wait and lines.ragged and before:
             self._check_offsets(bags, lines, offsets)
+        if weighted and layout.pools_at_owner:
+            raise ValueError(
+                f"{layout.names[weighted[0]]}: pool_at_owner takes no weights, which would travel "
+                "with each id; set use_weights=False, or pool_at_owner=False"
+            )
         weights = join_weights(bags, weighted) if is_recorded else None
         return Batch(bags, lines, offsets, weighted, weights, came_from, occurrences)
 

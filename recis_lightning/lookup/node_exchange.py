@@ -22,6 +22,7 @@ from recis_lightning.lookup.counted_ids import with_counts, without_counts
 from recis_lightning.lookup.exchange_dtype import pack_rows
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.owned_ids import OwnedIds, gather_owned, look_up_owned
+from recis_lightning.lookup.regrouping import received_parts
 from recis_lightning.ops.async_copy import to_device_async
 
 Counts = npt.NDArray[np.int64]
@@ -87,7 +88,8 @@ def exchange_by_node(
     ids, occurrences = (yield Message(forwarded, num_owned, num_forwarded)), None
     if is_pair:
         ids, occurrences = ids.T.contiguous().unbind()
-    owned = look_up_owned(layout, owned_counts, ids, occurrences, training)
+    parts = received_parts(owned_counts, device)
+    owned = look_up_owned(layout, parts, ids, occurrences, training)
     found = pack_rows(gather_owned(layout, owned), layout.exchange_dtype)
     rows = yield Message(found, num_forwarded, num_owned)
     rows = (yield Message(rows[inverse], num_sent, num_received)).to(layout.dtype)

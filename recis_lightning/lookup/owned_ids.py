@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recis_lightning.lookup.features import FeatureLayout, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
-from recis_lightning.lookup.regrouping import ReceivedParts, received_parts
+from recis_lightning.lookup.regrouping import ReceivedParts
 from recis_lightning.ops import embedding_bag, hash_index
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
@@ -26,6 +26,20 @@ from recis_lightning.ops.layout import (
 from recis_lightning.table.hash_table import HashTable
 
 
+class OwnedParts(NamedTuple):
+    """Parts of bags whose rows this rank adds up.
+
+    Attributes:
+        sizes: int64 [p], ids of each, by source, then rank.
+        bounds: int64 [m], which the plan's offsets point into.
+        firsts: For each line of the plan, its first part.
+    """
+
+    sizes: Tensor
+    bounds: Tensor
+    firsts: npt.NDArray[np.int64]
+
+
 class OwnedIds(NamedTuple):
     """Ids that this rank owns and was asked for, in parts of one table each.
 
@@ -33,18 +47,20 @@ class OwnedIds(NamedTuple):
         part_tables: Table of each part that is not empty.
         plan: int64 [num_parts, PLAN_SIZE], of those parts.
         rows: int64 [r], this shard's rows of the ids.
-        parts: Their order.
+        parts: Order of what travels: the ids, or parts of bags.
+        pooled: The parts of bags, where rows are added up here; None where each travels.
     """
 
     part_tables: list[HashTable]
     plan: Plan
     rows: Tensor
     parts: ReceivedParts
+    pooled: OwnedParts | None = None
 
 
 def look_up_owned(
     layout: FeatureLayout,
-    recv_counts: npt.NDArray[np.int64],
+    parts: ReceivedParts,
     ids: Tensor,
     occurrences: Tensor | None,
     training: bool,
@@ -53,13 +69,12 @@ def look_up_owned(
 
     Args:
         layout: The group's features.
-        recv_counts: int64 [num_ranks, num_sources].
+        parts: Their order.
         ids: int64 [r], by rank, then source.
         occurrences: int64 [r], how often each id occurs at its rank; None if nobody counts.
         training: Insert unknown ids and stamp rows; otherwise only read.
     """
     tables = layout.source_tables
-    parts = received_parts(recv_counts, layout.device)
     sources, sizes, _ = parts
     ids = parts.arrange(ids)
     starts = np.cumsum(sizes) - sizes
@@ -113,11 +128,18 @@ def gather_owned(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
     return owned.parts.restore(values)
 
 
-def point_to_data(plan: Plan, data: Tensor) -> None:
-    """Point each line of a plan to its rows of ``data``, which start at its FIRST_ID."""
+def point_to_data(plan: Plan, data: Tensor, firsts: npt.NDArray[np.int64] | None = None) -> None:
+    """Point each line of a plan to its rows of ``data``.
+
+    Args:
+        plan: The plan.
+        data: [n, ...].
+        firsts: Where the rows of each line start; None means at its FIRST_ID.
+    """
     stride = data.stride(0) * data.element_size()
-    plan[:, fields.PLAN_DATA] = data.data_ptr() + stride * plan[:, fields.PLAN_FIRST_ID]
+    firsts = plan[:, fields.PLAN_FIRST_ID] if firsts is None else firsts
+    plan[:, fields.PLAN_DATA] = data.data_ptr() + stride * firsts
     plan[:, fields.PLAN_DATA_STRIDE] = stride
 
 
-__all__ = ["OwnedIds", "gather_owned", "look_up_owned", "point_to_data"]
+__all__ = ["OwnedIds", "OwnedParts", "gather_owned", "look_up_owned", "point_to_data"]

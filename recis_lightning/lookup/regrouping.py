@@ -56,18 +56,23 @@ def received_parts(counts: npt.NDArray[np.int64], device: torch.device) -> Recei
         device: Where they are.
     """
     num_ranks, num_sources = counts.shape
-    num_ids = int(counts.sum())
-    if num_ranks == 1 or (num_sources > 1 and num_ids >= IDS_OF_PART * counts.size):
+    if num_ranks == 1 or (num_sources > 1 and counts.sum() >= IDS_OF_PART * counts.size):
         sources = np.tile(np.arange(num_sources), num_ranks)
         return ReceivedParts(sources, counts.reshape(-1), None)
+    return parts_by_source(counts, device)
+
+
+def parts_by_source(counts: npt.NDArray[np.int64], device: torch.device) -> ReceivedParts:
+    """Divide received ids into a part for each source; as ``received_parts``."""
+    num_ranks, num_sources = counts.shape
     sources, sizes = np.arange(num_sources), counts.sum(0)
     if num_sources == 1:
         return ReceivedParts(sources, sizes, None)
     flat, by_source = counts.reshape(-1), counts.T.reshape(-1)
     starts = (np.cumsum(flat) - flat).reshape(num_ranks, num_sources).T.reshape(-1)
     shifts = starts - (np.cumsum(by_source) - by_source)
-    order = np.repeat(shifts, by_source) + np.arange(num_ids)
+    order = np.repeat(shifts, by_source) + np.arange(counts.sum())
     return ReceivedParts(sources, sizes, to_device_async(order, device))
 
 
-__all__ = ["IDS_OF_PART", "ReceivedParts", "received_parts"]
+__all__ = ["IDS_OF_PART", "ReceivedParts", "parts_by_source", "received_parts"]

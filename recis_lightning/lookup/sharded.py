@@ -6,7 +6,7 @@ travel later, where all ranks are level: see ``gradient_exchange``.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -93,13 +93,16 @@ class FetchedShardedRows:
         rows: int64 [n], the inverse of the deduplicated ids.
         layout: The group's features.
         received: dtype [u, embedding_dim], the rows of the deduplicated ids.
+        kept: What the lookup's plan points into.
 
     Attributes:
         header: A table's header by which kernels find ``received``.
     """
 
-    def __init__(self, rows: Tensor, layout: FeatureLayout, received: Tensor) -> None:
-        self.rows, self._layout = rows, layout
+    def __init__(
+        self, rows: Tensor, layout: FeatureLayout, received: Tensor, kept: Sequence[Tensor] = ()
+    ) -> None:
+        self.rows, self._layout, self._kept = rows, layout, kept
         self.header, self._memory = header_over(received)
 
     @property

@@ -203,10 +203,10 @@ def _look_up(
     training: bool,
 ) -> list[Tensor]:
     """Return the rows of each feature, in their order."""
-    number_of = {kind_of(group.layout.tables[0]): number for number, group in enumerate(groups)}
+    number_of = {kind_of(group.layout.features[0]): number for number, group in enumerate(groups)}
     places: list[list[int]] = [[] for _ in groups]  # positions of each group's features
     for position, feature in enumerate(features):
-        places[number_of[kind_of(feature.table)]].append(position)
+        places[number_of[kind_of(feature)]].append(position)
     parts = [(bags, i) for part in asked for bags in part.bags for i in range(len(bags))]
     joined = [_join([parts[position] for position in its]) for its in places]
     found = look_up_groups(groups, joined, training)

@@ -1,6 +1,7 @@
 """Preemption: SIGTERM, SIGUSR1 and SLURM's requeue, in this process and on ranks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -154,6 +155,17 @@ def check(found, signals):
 @pytest.mark.slow
 def test_signals_at_a_few_moments():
     check(found_by("--signals", 2, "--ranks", 2, "--seed", 1), signals=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("args", [("--save-last",), ()])
+def test_kills_and_signals_while_runs_save(args):
+    """Two of each kind; RECIS_LIGHTNING_KILLS=50 for as many as that."""
+    signals = 3 * int(os.environ.get("RECIS_LIGHTNING_KILLS", "2"))
+    found = found_by("--signals", signals, "--each-kind", "--save-every", 2, *args, "--seed", 4)
+    check(found, signals=signals)
+    assert found["killed"] > 0
 
 
 @pytest.mark.slow

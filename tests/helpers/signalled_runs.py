@@ -206,7 +206,14 @@ def run_rounds(wanted, num_ranks, kinds, seed, folder, saves=(0, False)):
     undisturbed = results(whole, num_ranks)
     rows = {row + EPOCH * epoch for row in range(sum(SIZES)) for epoch in range(EPOCHS)}
     found = {"signals": 0, "left": 0, "lost": 0, "killed": 0, "ended": 0, "runs": 0, "slowest": 0.0}
-    found |= {"of_kind": {}, "resumed": 0, "wrong": [], "differing": [], "disorder": []}
+    found |= {
+        "of_kind": {},
+        "in_first_save": 0,
+        "resumed": 0,
+        "wrong": [],
+        "differing": [],
+        "disorder": [],
+    }
     drawn = []
     while found["signals"] < wanted:
         run = folder / f"run-{found['runs']}"
@@ -219,6 +226,7 @@ def run_rounds(wanted, num_ranks, kinds, seed, folder, saves=(0, False)):
                 plan = plan_of(drawn.pop(), num_ranks, left, saves[0])
                 name = plan[0].name
                 found["signals"] += 1
+                found["in_first_save"] += plan[2:4] == (_SAVE, 1)
                 found["of_kind"][name] = found["of_kind"].get(name, 0) + 1
             statuses, waited, begun = live(run, pattern, num_ranks, plan, saves)
             left = max(left - begun, 1) if checkpoint_of(run) else steps
