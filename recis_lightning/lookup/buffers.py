@@ -66,7 +66,9 @@ def allocate_outputs(
                 torch._C._AutoDispatchBelowAutograd(),
                 torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
             ):
-                outputs += torch.split_with_sizes(new_empty((rows, width)), list(counts[first:last]))
+                outputs += torch.split_with_sizes(
+                    new_empty((rows, width)), list(counts[first:last])
+                )
         first = last
     return outputs
 
