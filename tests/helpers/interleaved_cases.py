@@ -21,7 +21,8 @@ from recis_lightning.optim import SparseAdam, SparseRowwiseAdagrad
 from tests.helpers.interleaving import MUTANTS, Model
 from tests.helpers.sample_tables import LOW
 
-_LANES = 4  # so that a few ids are many programs
+# So that a few ids are many programs, and some occur in one more often than it combines.
+_LANES, _SEARCH_LANES = 8, 4
 
 
 def _use_small_programs():
@@ -29,7 +30,7 @@ def _use_small_programs():
     os.environ["TRITON_INTERPRET"] = "1"
     from recis_lightning.ops.gpu import runtime
 
-    runtime.lanes = lambda compiled, interpreted: _LANES
+    runtime.lanes = lambda compiled, _: _SEARCH_LANES if compiled == 64 else _LANES
     runtime.num_programs_at_once = lambda device, on_each=0: 3
 
 
@@ -57,6 +58,8 @@ def insertion(seed, generator):
             rows = []
             for batch in batches:
                 module(batch)
+                rows.append(storage.find(batch))
+                module(batch)  # nothing is new
                 rows.append(storage.find(batch))
                 module.table.delete(batch[::5])
             rows += [storage.find(batch) for batch in batches]

@@ -4,6 +4,7 @@ import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops.gpu.duplicates import acting, added_up, of_acting
 from recis_lightning.ops.gpu.layout import (
     ADMISSION_ADDED,
     ADMISSION_COUNTER,
@@ -46,7 +47,11 @@ from recis_lightning.ops.gpu.runtime import (
 )
 from recis_lightning.ops.gpu.segments import (
     LANES,
+    SEARCH,
+    SEARCH_VARIANT,
+    SEARCH_WARPS,
     VARIANT,
+    any_missing,
     ids_at,
     is_missing,
     own_ids,
@@ -149,9 +154,9 @@ def _add_to_sketch(counter, block, first, occurrences, adding, dummy):
 
 
 @device_function
-def _checked_ids(segments, num_segments, rows, LANES: tl.constexpr):
+def _checked_ids(segments, num_segments, rows, LANES: tl.constexpr, PARTS: tl.constexpr = 1):
     """Return a program's segment, positions, which of them miss, and whether to check these."""
-    _, segment, position, inside = own_ids(segments, num_segments, LANES)
+    _, segment, position, inside = own_ids(segments, num_segments, LANES, PARTS)
     missing = is_missing(rows, position, inside)
     has_check = (field(segment, SEGMENT_FLAGS) & CHECK_ADMISSION) != 0
     return segment, position, missing, has_check & any_of(missing)
@@ -166,7 +171,11 @@ def _occurrences_at(occurrences, position, mask, WEIGHTED: tl.constexpr):
     return count
 
 
-@kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
+@kernel(
+    {**SEARCH_VARIANT, "WEIGHTED": True},
+    {**SEARCH_VARIANT, "WEIGHTED": False},
+    num_warps=SEARCH_WARPS,
+)
 def _count_kernel(
     segments: tl.int64,
     num_segments: tl.int64,
@@ -175,26 +184,33 @@ def _count_kernel(
     occurrences: tl.int64,
     WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
-    if checks:
-        counter = field(field(segment, SEGMENT_HEADER), ADMISSION_COUNTER)
-        key = ids_at(segment, position, missing)
-        slot = slots + 8 * position
-        added = _occurrences_at(occurrences, position, missing, WEIGHTED)
-        kind = field(counter, ADMISSION_KIND)
-        if kind == COUNT:
-            entry, placed = _count_entry_of(counter, key, missing, slot)
-            counted = tl.where(field(counter, ADMISSION_PER_BATCH) != 0, 1, added)
-            now = field(segment, SEGMENT_LOOKUP)
-            _add_to_counts(counter, now, entry + 8, counted, placed, slot)
-            tl.store(int64_at(slot), entry, missing)
-        if kind == SKETCH:
-            first = mix(key.to(tl.uint64, bitcast=True))
-            block = _block_of(counter, key)
-            _add_to_sketch(counter, block, first, added, missing, slot)
-            in_block = int64_at(field(counter, ADMISSION_ADDED) + 8 * block)
-            tl.atomic_add(in_block, added, missing, sem="relaxed")
+    if any_missing(segments, num_segments):
+        segment, position, missing, checks = _checked_ids(
+            segments, num_segments, rows, LANES, PARTS
+        )
+        if checks:
+            counter = field(field(segment, SEGMENT_HEADER), ADMISSION_COUNTER)
+            key = ids_at(segment, position, missing)
+            slot = slots + 8 * position
+            kind = field(counter, ADMISSION_KIND)
+            # Counts stop at the threshold, so sums of occurrences may be added in their place.
+            acts = acting(key, missing, LANES)
+            added = _occurrences_at(occurrences, position, missing, WEIGHTED)
+            added = added_up(key, added, missing, LANES)
+            if kind == COUNT:
+                entry, placed = _count_entry_of(counter, key, acts, slot)
+                counted = tl.where(field(counter, ADMISSION_PER_BATCH) != 0, 1, added)
+                now = field(segment, SEGMENT_LOOKUP)
+                _add_to_counts(counter, now, entry + 8, counted, placed, slot)
+                tl.store(int64_at(slot), of_acting(key, entry, missing, LANES), missing)
+            if kind == SKETCH:
+                first = mix(key.to(tl.uint64, bitcast=True))
+                block = _block_of(counter, key)
+                _add_to_sketch(counter, block, first, added, acts, slot)
+                in_block = int64_at(field(counter, ADMISSION_ADDED) + 8 * block)
+                tl.atomic_add(in_block, added, acts, sem="relaxed")
 
 
 @kernel({**VARIANT, "WEIGHTED": True}, {**VARIANT, "WEIGHTED": False})
@@ -207,37 +223,38 @@ def _admit_kernel(
     WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
-    if checks:
-        header = field(segment, SEGMENT_HEADER)
-        counter = field(header, ADMISSION_COUNTER)
-        kind, wanted = field(counter, ADMISSION_KIND), field(counter, ADMISSION_THRESHOLD)
-        key = ids_at(segment, position, missing)
-        first = mix(key.to(tl.uint64, bitcast=True))
-        count = position * 0
-        if kind == COUNT:
-            entry = tl.load(int64_at(slots + 8 * position), missing, 0)
-            count = tl.load(int64_at(entry + 8), entry != 0, 0) & COUNT_MASK
-        elif kind == SKETCH:
-            count = position * 0 + MAX_COUNTER
-            block = _block_of(counter, key)
-            i = field(counter, ADMISSION_NUM_HASHES) * 0
-            while i < field(counter, ADMISSION_NUM_HASHES):
-                cell = _sketch_cell(counter, block, first, i)
-                i += 1
-                byte = tl.load(cell.to(tl.pointer_type(tl.uint8)), missing, 0)
-                count = tl.minimum(count, byte.to(tl.int64))
-        else:
-            table_key = mix(field(header, INIT_KEY).to(tl.uint64, bitcast=True) ^ _DRAW_KEY)
-            now = field(segment, SEGMENT_LOOKUP).to(tl.uint64, bitcast=True)
-            bits = mix(mix(key.to(tl.uint64, bitcast=True) ^ table_key) ^ now)
-            count = tl.where((bits >> 11).to(tl.int64) < wanted, wanted, -1)
-        rejected = missing & (count < wanted)
-        tl.store(int64_at(rows + 8 * position), position * 0 + UNKNOWN, rejected)
-        added = _occurrences_at(occurrences, position, missing, WEIGHTED)
-        total = sum_over(tl.where(rejected, added, 0), 0)
-        if total != 0:
-            tl.atomic_add(int64_at(header + 8 * NUM_REJECTED), total, sem="relaxed")
+    if any_missing(segments, num_segments):
+        segment, position, missing, checks = _checked_ids(segments, num_segments, rows, LANES)
+        if checks:
+            header = field(segment, SEGMENT_HEADER)
+            counter = field(header, ADMISSION_COUNTER)
+            kind, wanted = field(counter, ADMISSION_KIND), field(counter, ADMISSION_THRESHOLD)
+            key = ids_at(segment, position, missing)
+            first = mix(key.to(tl.uint64, bitcast=True))
+            count = position * 0
+            if kind == COUNT:
+                entry = tl.load(int64_at(slots + 8 * position), missing, 0)
+                count = tl.load(int64_at(entry + 8), entry != 0, 0) & COUNT_MASK
+            elif kind == SKETCH:
+                count = position * 0 + MAX_COUNTER
+                block = _block_of(counter, key)
+                i = field(counter, ADMISSION_NUM_HASHES) * 0
+                while i < field(counter, ADMISSION_NUM_HASHES):
+                    cell = _sketch_cell(counter, block, first, i)
+                    i += 1
+                    byte = tl.load(cell.to(tl.pointer_type(tl.uint8)), missing, 0)
+                    count = tl.minimum(count, byte.to(tl.int64))
+            else:
+                table_key = mix(field(header, INIT_KEY).to(tl.uint64, bitcast=True) ^ _DRAW_KEY)
+                now = field(segment, SEGMENT_LOOKUP).to(tl.uint64, bitcast=True)
+                bits = mix(mix(key.to(tl.uint64, bitcast=True) ^ table_key) ^ now)
+                count = tl.where((bits >> 11).to(tl.int64) < wanted, wanted, -1)
+            rejected = missing & (count < wanted)
+            tl.store(int64_at(rows + 8 * position), position * 0 + UNKNOWN, rejected)
+            added = _occurrences_at(occurrences, position, missing, WEIGHTED)
+            total = sum_over(tl.where(rejected, added, 0), 0)
+            if total != 0:
+                tl.atomic_add(int64_at(header + 8 * NUM_REJECTED), total, sem="relaxed")
 
 
 @kernel(VARIANT)
@@ -294,9 +311,10 @@ def check_(segments, num_ids, misses, rows, occurrences):
     slots = torch.zeros(num_ids + LANES, dtype=torch.int64, device=rows.device)
     where = (*staged.where, rows.data_ptr(), slots.data_ptr())
     where += (0 if occurrences is None else occurrences.data_ptr(),)
-    constants = {"WEIGHTED": occurrences is not None, "LANES": LANES}
-    _count_kernel.launch(rows.device, staged.num_programs, *where, **constants)
-    _admit_kernel.launch(rows.device, staged.num_programs, *where, **constants)
+    weighted = occurrences is not None
+    programs = staged.num_programs * SEARCH["PARTS"]
+    _count_kernel.launch(rows.device, programs, *where, WEIGHTED=weighted, **SEARCH)
+    _admit_kernel.launch(rows.device, staged.num_programs, *where, WEIGHTED=weighted, LANES=LANES)
 
 
 def forget_(counter, ids):

@@ -187,7 +187,7 @@ def _list_pieces_kernel(
 
 
 class _Traits(NamedTuple):
-    """What all plans have in common that differ in addresses alone."""
+    """Traits that plans share which differ in addresses alone."""
 
     num_ids: int
     is_ragged: bool

@@ -40,9 +40,13 @@ from recis_lightning.ops.gpu.probe import claim_slot, report_full, row_of
 from recis_lightning.ops.gpu.runtime import any_of, field, int64_at, kernel, row_address, sum_over
 from recis_lightning.ops.gpu.segments import (
     LANES,
+    SEARCH,
+    SEARCH_VARIANT,
+    SEARCH_WARPS,
     VARIANT,
     StagedSegments,
     ids_at,
+    note_missing,
     own_ids,
     stage_lookup,
 )
@@ -50,9 +54,10 @@ from recis_lightning.ops.hash_index import Claim, point_to_rows
 
 
 @kernel(
-    {**VARIANT, "TRAINING": True, "CLAIMS": True},
-    {**VARIANT, "TRAINING": True, "CLAIMS": False},
-    {**VARIANT, "TRAINING": False, "CLAIMS": False},
+    {**SEARCH_VARIANT, "TRAINING": True, "CLAIMS": True},
+    {**SEARCH_VARIANT, "TRAINING": True, "CLAIMS": False},
+    {**SEARCH_VARIANT, "TRAINING": False, "CLAIMS": False},
+    num_warps=SEARCH_WARPS,
 )
 def _find_kernel(
     segments: tl.int64,
@@ -62,8 +67,9 @@ def _find_kernel(
     TRAINING: tl.constexpr,
     CLAIMS: tl.constexpr,
     LANES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    chunk, segment, position, inside = own_ids(segments, num_segments, LANES)
+    chunk, segment, position, inside = own_ids(segments, num_segments, LANES, PARTS)
     header, flags = field(segment, SEGMENT_HEADER), field(segment, SEGMENT_FLAGS)
     key = ids_at(segment, position, inside)
     is_padding = (key == field(segment, SEGMENT_PADDING)) & ((flags & HAS_PADDING) != 0)
@@ -81,9 +87,10 @@ def _find_kernel(
         if last_seen != 0:
             step = row * 0 + field(segment, SEGMENT_STEP)
             tl.store(int64_at(last_seen + 8 * row), step, inside & known)
-        if CLAIMS:
-            if ((flags & INSERT) != 0) & any_of(absent):
-                claim(segment, header, slots, position, absent)
+        if ((flags & INSERT) != 0) & any_of(absent):
+            note_missing(segments, num_segments)
+            if CLAIMS:
+                claim(segment, header, slots, position, absent, LANES)
     row = tl.where(is_padding, PADDING, tl.where(known, row, unknown))
     tl.store(int64_at(rows + 8 * position), row, inside)
 
@@ -190,8 +197,9 @@ def allocate_entries(capacity, device):
 
 def _find(staged, rows, slots, training):
     where = (*staged.where, rows.data_ptr(), slots)
-    constants = {"TRAINING": training, "CLAIMS": slots != 0, "LANES": LANES}
-    _find_kernel.launch(rows.device, staged.num_programs, *where, **constants)
+    constants = {"TRAINING": training, "CLAIMS": slots != 0, **SEARCH}
+    programs = staged.num_programs * SEARCH["PARTS"]
+    _find_kernel.launch(rows.device, programs, *where, **constants)
 
 
 def find(segments, num_ids, device):

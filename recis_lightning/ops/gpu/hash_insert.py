@@ -8,6 +8,7 @@ host does not wait for any of it: it asks tables for room beforehand, by what it
 import torch
 import triton.language as tl
 
+from recis_lightning.ops.gpu.duplicates import acting, of_acting
 from recis_lightning.ops.gpu.layout import (
     CAPACITY,
     CLAIMED,
@@ -38,35 +39,51 @@ from recis_lightning.ops.gpu.runtime import (
     sum_over,
     sums_up_to,
 )
-from recis_lightning.ops.gpu.segments import LANES, VARIANT, ids_at, is_missing, own_ids
+from recis_lightning.ops.gpu.segments import (
+    LANES,
+    SEARCH,
+    SEARCH_VARIANT,
+    SEARCH_WARPS,
+    VARIANT,
+    any_missing,
+    ids_at,
+    is_missing,
+    own_ids,
+)
 from recis_lightning.ops.hash_index import Claim
 from recis_lightning.ops.header import watch_counts
 
 
 @device_function
-def claim(segment, header, slots, position, missing):
-    """Give unknown ids an entry each, and let every occurrence vote for the first position."""
+def claim(segment, header, slots, position, missing, LANES: tl.constexpr):
+    """Give unknown ids an entry each, and let every occurrence vote for the first position.
+
+    Of an id that a program has many times the first lane, which has the first position, acts alone.
+    """
     entries, shift, capacity = field(header, ENTRIES), field(header, SHIFT), field(header, CAPACITY)
     slot = slots + 8 * position
     key = ids_at(segment, position, missing)
-    entry, _ = claim_slot(entries, shift, capacity, key, missing, slot)
-    placed = report_full(header, entry, missing)
+    acts = acting(key, missing, LANES)
+    entry, _ = claim_slot(entries, shift, capacity, key, acts, slot)
+    placed = report_full(header, entry, acts)
     tl.atomic_min(int64_at(entry + 8), position | CLAIMED, placed, sem="relaxed")
-    tl.store(int64_at(slot), entry, missing)
+    tl.store(int64_at(slot), of_acting(key, entry, missing, LANES), missing)
 
 
-@kernel(VARIANT)
+@kernel(SEARCH_VARIANT, num_warps=SEARCH_WARPS)
 def _claim_kernel(
     segments: tl.int64,
     num_segments: tl.int64,
     rows: tl.int64,
     slots: tl.int64,
     LANES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    _, segment, position, inside = own_ids(segments, num_segments, LANES)
-    missing = is_missing(rows, position, inside)
-    if any_of(missing):
-        claim(segment, field(segment, SEGMENT_HEADER), slots, position, missing)
+    if any_missing(segments, num_segments):
+        _, segment, position, inside = own_ids(segments, num_segments, LANES, PARTS)
+        missing = is_missing(rows, position, inside)
+        if any_of(missing):
+            claim(segment, field(segment, SEGMENT_HEADER), slots, position, missing, LANES)
 
 
 @device_function
@@ -89,8 +106,9 @@ def _count_first_kernel(
     LANES: tl.constexpr,
 ):
     chunk, _, position, inside = own_ids(segments, num_segments, LANES)
-    first, _ = _first_occurrences(rows, slots, position, inside)
-    tl.store(int64_at(counts + 8 * chunk), sum_over(first.to(tl.int64), 0))
+    if any_missing(segments, num_segments):
+        first, _entry = _first_occurrences(rows, slots, position, inside)
+        tl.store(int64_at(counts + 8 * chunk), sum_over(first.to(tl.int64), 0))
     tl.store(int64_at(new + 8 * position), position * 0 - 1, inside)
 
 
@@ -123,23 +141,24 @@ def _assign_kernel(
     new: tl.int64,
     LANES: tl.constexpr,
 ):
-    chunk, segment, position, inside = own_ids(segments, num_segments, LANES)
-    low, high = field(before, chunk), field(before, chunk + 1)
-    if high > low:
-        first, entry = _first_occurrences(rows, slots, position, inside)
-        header = field(segment, SEGMENT_HEADER)
-        num_free, next_row = field(header, NUM_FREE), field(header, NEXT_ROW)
-        index = (segment - segments) // STAGED_SEGMENT_BYTES
-        rank = _new_before(segments, index, before, field(segment, SEGMENT_TABLE), LANES)
-        rank += low - field(before, field(segment, SEGMENT_FIRST_CHUNK))
-        rank_here = sums_up_to(first.to(tl.int64)) - 1
-        rank = rank + rank_here
-        is_reused = rank < num_free
-        top = field(header, FREE_ROWS) + 8 * (num_free - 1 - rank)
-        row = tl.load(int64_at(top), first & is_reused, 0)
-        row = tl.where(is_reused, row, next_row + rank - num_free)
-        tl.store(int64_at(entry + 8), row, first)
-        tl.store(int64_at(new + 8 * (low + rank_here)), position, first)
+    if any_missing(segments, num_segments):
+        chunk, segment, position, inside = own_ids(segments, num_segments, LANES)
+        low, high = field(before, chunk), field(before, chunk + 1)
+        if high > low:
+            first, entry = _first_occurrences(rows, slots, position, inside)
+            header = field(segment, SEGMENT_HEADER)
+            num_free, next_row = field(header, NUM_FREE), field(header, NEXT_ROW)
+            index = (segment - segments) // STAGED_SEGMENT_BYTES
+            rank = _new_before(segments, index, before, field(segment, SEGMENT_TABLE), LANES)
+            rank += low - field(before, field(segment, SEGMENT_FIRST_CHUNK))
+            rank_here = sums_up_to(first.to(tl.int64)) - 1
+            rank = rank + rank_here
+            is_reused = rank < num_free
+            top = field(header, FREE_ROWS) + 8 * (num_free - 1 - rank)
+            row = tl.load(int64_at(top), first & is_reused, 0)
+            row = tl.where(is_reused, row, next_row + rank - num_free)
+            tl.store(int64_at(entry + 8), row, first)
+            tl.store(int64_at(new + 8 * (low + rank_here)), position, first)
 
 
 @kernel(VARIANT)
@@ -151,24 +170,25 @@ def _fill_rows_kernel(
     before: tl.int64,
     LANES: tl.constexpr,
 ):
-    chunk, segment, position, inside = own_ids(segments, num_segments, LANES)
-    missing = is_missing(rows, position, inside)
-    entry = tl.load(int64_at(slots + 8 * position), missing, 0)
-    row = tl.load(int64_at(entry + 8), entry != 0, UNKNOWN)
-    tl.store(int64_at(rows + 8 * position), row, missing)
-    header = field(segment, SEGMENT_HEADER)
-    last_seen = field(header, LAST_SEEN)
-    if last_seen != 0:
-        step = position * 0 + field(segment, SEGMENT_STEP)
-        tl.store(int64_at(last_seen + 8 * row), step, entry != 0)
-    if (field(segment, SEGMENT_IS_LAST) != 0) & (chunk == field(segment, SEGMENT_FIRST_CHUNK)):
-        index = (segment - segments) // STAGED_SEGMENT_BYTES
-        count = _new_before(segments, index + 1, before, field(segment, SEGMENT_TABLE), LANES)
-        num_free, next_row = field(header, NUM_FREE), field(header, NEXT_ROW)
-        num_reused = tl.minimum(num_free, count)
-        tl.store(int64_at(header + 8 * NUM_FREE), num_free - num_reused)
-        tl.store(int64_at(header + 8 * NEXT_ROW), next_row + count - num_reused)
-        tl.store(int64_at(header + 8 * NUM_IDS), field(header, NUM_IDS) + count)
+    if any_missing(segments, num_segments):
+        chunk, segment, position, inside = own_ids(segments, num_segments, LANES)
+        missing = is_missing(rows, position, inside)
+        entry = tl.load(int64_at(slots + 8 * position), missing, 0)
+        row = tl.load(int64_at(entry + 8), entry != 0, UNKNOWN)
+        tl.store(int64_at(rows + 8 * position), row, missing)
+        header = field(segment, SEGMENT_HEADER)
+        last_seen = field(header, LAST_SEEN)
+        if last_seen != 0:
+            step = position * 0 + field(segment, SEGMENT_STEP)
+            tl.store(int64_at(last_seen + 8 * row), step, entry != 0)
+        if (field(segment, SEGMENT_IS_LAST) != 0) & (chunk == field(segment, SEGMENT_FIRST_CHUNK)):
+            index = (segment - segments) // STAGED_SEGMENT_BYTES
+            count = _new_before(segments, index + 1, before, field(segment, SEGMENT_TABLE), LANES)
+            num_free, next_row = field(header, NUM_FREE), field(header, NEXT_ROW)
+            num_reused = tl.minimum(num_free, count)
+            tl.store(int64_at(header + 8 * NUM_FREE), num_free - num_reused)
+            tl.store(int64_at(header + 8 * NEXT_ROW), next_row + count - num_reused)
+            tl.store(int64_at(header + 8 * NUM_IDS), field(header, NUM_IDS) + count)
 
 
 @kernel(VARIANT)
@@ -273,10 +293,10 @@ def insert_misses(staged, rows, workspace, are_claimed, claims):
     device, programs, counts = rows.device, staged.num_programs, workspace.counts
     where = (*staged.where, rows.data_ptr(), workspace.slots)
     if not are_claimed:
-        _claim_kernel.launch(device, programs, *where, LANES=LANES)
+        _claim_kernel.launch(device, programs * SEARCH["PARTS"], *where, **SEARCH)
     outputs = (*where, counts, workspace.new.data_ptr())
     _count_first_kernel.launch(device, programs, *outputs, LANES=LANES)
-    add_up_(device, counts, programs)
+    add_up_(device, counts, programs, staged.flag)
     _assign_kernel.launch(device, programs, *outputs, LANES=LANES)
     claims.append(Claim((), None, workspace.new))
     _fill_rows_kernel.launch(device, programs, *where, counts, LANES=LANES)

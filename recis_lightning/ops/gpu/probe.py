@@ -17,6 +17,7 @@ from recis_lightning.ops.gpu.layout import (
 )
 from recis_lightning.ops.gpu.runtime import (
     any_of,
+    cells_at,
     device_function,
     field,
     int64_at,
@@ -35,6 +36,13 @@ def slot_of(key, shift):
 
 
 @device_function
+def _load_entries(at, searching):
+    """Load keys and row fields of entries, int64 [lanes, 2], each by one load of 16 bytes."""
+    cells = cells_at(int64_at(at), tl.arange(0, 2), True)
+    return tl.load(cells, searching[:, None], 0)
+
+
+@device_function
 def find_entry(entries, shift, capacity, key, searching):
     """Return the address of each id's entry, and the row field in it; NO_ROW where there is none.
 
@@ -47,8 +55,7 @@ def find_entry(entries, shift, capacity, key, searching):
     turn = capacity * 0
     while any_of(searching) & (turn < capacity):
         at = entries + 16 * slot
-        there = tl.load(int64_at(at), searching, EMPTY)
-        its_row = tl.load(int64_at(at + 8), searching, NO_ROW)  # both loads at once: one wait
+        there, its_row = tl.split(_load_entries(at, searching))
         hit = searching & (there == key)
         entry = tl.where(hit, at, entry)
         row = tl.where(hit, its_row, row)

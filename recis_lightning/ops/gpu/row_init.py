@@ -34,7 +34,7 @@ from recis_lightning.ops.gpu.runtime import (
     row_address,
     to_bfloat16,
 )
-from recis_lightning.ops.gpu.segments import staged_segments
+from recis_lightning.ops.gpu.segments import any_missing, staged_segments
 
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
@@ -119,6 +119,8 @@ def _init_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
     stride = tl.num_programs(0).to(tl.int64) * ROWS
+    if any_missing(segments, num_segments) == 0:
+        first = num_new
     # New positions ascend, then -1 follows: a program that finds none has no more to do.
     while first < num_new:
         index = first + tl.arange(0, ROWS)

@@ -29,21 +29,46 @@ from recis_lightning.ops.gpu.runtime import device_function, field, int64_at, la
 
 LANES = lanes(256, 4096)
 VARIANT = {"LANES": 256}
+# Of kernels that probe: no warp waits for the search of another.
+SEARCH_LANES = lanes(64, 4096)
+SEARCH = {"LANES": SEARCH_LANES, "PARTS": LANES // SEARCH_LANES}
+SEARCH_VARIANT = {"LANES": 64, "PARTS": 4}
+SEARCH_WARPS = 1
 
 
 @device_function
-def own_ids(segments, num_segments, LANES: tl.constexpr):
+def own_ids(segments, num_segments, LANES: tl.constexpr, PARTS: tl.constexpr = 1):
     """Return what a program handles: its chunk and segment, and the positions of its ids.
 
+    ``PARTS`` programs, numbered one after the other, share a chunk of ``LANES * PARTS`` ids.
+
     Returns:
-        The program's number, the address of its segment, the position of each lane, and which lanes
+        The chunk's number, the address of its segment, the position of each lane, and which lanes
         have one.
     """
-    chunk = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    chunk = program // PARTS
     segment = line_of(segments, num_segments, STAGED_SEGMENT_BYTES, SEGMENT_FIRST_CHUNK, chunk)
-    first = field(segment, SEGMENT_START) + (chunk - field(segment, SEGMENT_FIRST_CHUNK)) * LANES
+    part = program - field(segment, SEGMENT_FIRST_CHUNK) * PARTS
+    first = field(segment, SEGMENT_START) + part * LANES
     position = first + tl.arange(0, LANES)
     return chunk, segment, position, position < field(segment, SEGMENT_END)
+
+
+@device_function
+def any_missing(segments, num_segments):
+    """Tell whether a lookup may have met an id that is to be inserted: else there is no more to do.
+
+    Behind the lines lies a flag, which is cleared when they are sent.
+    """
+    return field(segments, num_segments * STAGED_SEGMENT_SIZE) != 0
+
+
+@device_function
+def note_missing(segments, num_segments):
+    """Set the flag that ``any_missing`` reads in later launches."""
+    at = segments + num_segments * STAGED_SEGMENT_BYTES
+    tl.store(int64_at(at), num_segments * 0 + 1)
 
 
 @device_function
@@ -100,7 +125,9 @@ class StagedSegments:
         kept: As for ``ops.hash_index.find_or_insert``.
 
     Attributes:
-        where: Address of int64 [num_segments, STAGED_SEGMENT_SIZE] on the device, and num_segments.
+        where: Address of int64 [num_segments, STAGED_SEGMENT_SIZE] and the flag of ``any_missing``
+            on the device, and num_segments.
+        flag: Address of the flag.
         num_programs: Programs that they are split into.
         ids_to_insert: For each table, how many ids, known and unknown, it may have to insert.
         plan: As given.
@@ -127,7 +154,7 @@ class StagedSegments:
                 kept["split"] = split
         lines = split.lines
         count, size = len(lines), lines.size
-        sent = np.empty(size if plan is None else size + plan.size, np.int64)
+        sent = np.empty(size + 1 + (0 if plan is None else plan.size), np.int64)
         own = sent[:size].reshape(lines.shape)
         own[:] = lines
         own[:, fields.SEGMENT_IDS] = segments[:, fields.SEGMENT_IDS]
@@ -140,11 +167,13 @@ class StagedSegments:
                 own[:, SEGMENT_TIME.value] = [times[table] for table in segment_tables]
                 own[:, SEGMENT_LOOKUP.value] = [lookups[table] for table in segment_tables]
         if plan is not None:
-            sent[size:] = plan.reshape(-1)
+            sent[size + 1 :] = plan.reshape(-1)
+        sent[size] = not tables  # whether an id may be missing; a lookup finds out
         self.num_programs, self.ids_to_insert = split.num_programs, split.ids_to_insert
         self._sent = stage(sent, device)
         address = self._sent.data_ptr()
-        self.where, self.plan, self.plan_address = (address, count), plan, address + 8 * size
+        self.where, self.plan, self.plan_address = (address, count), plan, address + 8 * size + 8
+        self.flag = address + 8 * size
         self.plan_programs = plan_programs
 
 
@@ -188,10 +217,15 @@ def take_staged_plan(plan):
 
 __all__ = [
     "LANES",
+    "SEARCH",
+    "SEARCH_VARIANT",
+    "SEARCH_WARPS",
     "VARIANT",
     "StagedSegments",
+    "any_missing",
     "ids_at",
     "is_missing",
+    "note_missing",
     "own_ids",
     "stage_lookup",
     "staged_lookup",
