@@ -1,8 +1,9 @@
 """Real processes with a gloo process group, started once and used by many tests.
 
-Starting a process costs seconds (torch, Numba), a process group milliseconds. So a pool of
-processes stays up; each check runs a named function in the first few of them, in a process group of
-its own.
+Starting a process costs seconds (torch, Numba, Lightning), a process group milliseconds. So a pool
+of processes stays up; each check runs a named function in the first few of them, in a process group
+of its own. They are forked by a server that has imported everything and done nothing else; beside
+a GPU, whose driver survives no fork, they are spawned.
 """
 
 import gc
@@ -18,7 +19,12 @@ from torch import distributed
 
 from recis_lightning.distributed.process_group import communicator
 
-_SPAWN = multiprocessing.get_context("spawn")
+_IS_FORKED = "forkserver" in multiprocessing.get_all_start_methods() and (
+    not torch.cuda.is_available()
+)
+_CONTEXT = multiprocessing.get_context("forkserver" if _IS_FORKED else "spawn")
+if _IS_FORKED:
+    _CONTEXT.set_forkserver_preload(["tests.helpers.rank_imports"])
 
 
 class Ranks:
@@ -77,8 +83,8 @@ class Ranks:
         assert world_size <= self._most
         known = len(self._workers)
         for _ in range(world_size - known):
-            ours, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -97,9 +103,7 @@ class Ranks:
 
 def _work(pipe):
     torch.set_num_threads(1)
-    importlib.import_module("tests.helpers.rank_training")
-    # Its functions keep the process group that there is when it is imported, as Dynamo imports it.
-    importlib.import_module("torch.distributed.nn")
+    importlib.import_module("tests.helpers.rank_imports")
     gc.freeze()  # a walk of the heap, as for a LightningModule, takes 0.1 s of what was imported
     pipe.send("ready")
     while True:

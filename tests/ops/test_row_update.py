@@ -417,6 +417,7 @@ def test_scale_comes_before_the_clip(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow_except(dict(backend=["reference", "cpu"]), dict(dtype=torch.bfloat16))
 def test_many_tables_in_one_call(backend, dtype):
     """Each table's rows move by its own hyperparameters, whatever else shares the call."""
     generator = torch.Generator().manual_seed(0)
@@ -468,6 +469,7 @@ def test_hot_rows_and_large_batches(backend):
     ids=["aligned", "between", "to-the-end", "shifted"],
 )
 @pytest.mark.parametrize("is_known", [True, False], ids=["all", "some"])
+@pytest.mark.slow_except(dict(backend=["reference", "cpu"]), dict(is_known=False))
 def test_rows_of_very_many_gradients(backend, counts, is_known):
     """Their sums are those of all positions, wherever the row begins and ends in the order."""
     generator = torch.Generator().manual_seed(0)

@@ -37,6 +37,7 @@ class Dense:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.4])
+@pytest.mark.slow_except(dict(backend=["reference", "cpu"]), dict(alpha=0.05))
 def test_a_row_catches_up_with_all_updates_that_it_missed(backend, alpha):
     """After its update it is where an algorithm that shrinks all rows in every step has it."""
     settings = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-3, "alpha": alpha}

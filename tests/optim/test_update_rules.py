@@ -40,6 +40,10 @@ AS_TORCH = {
 
 
 @pytest.mark.parametrize("case", AS_TORCH)
+@pytest.mark.slow_except(
+    dict(backend=["reference", "cpu"]),
+    dict(case=["sgd, decay", "momentum, decay", "adagrad, decay"]),
+)
 def test_it_is_torchs_where_every_row_has_a_gradient(backend, case):
     """Every step ends where torch's ends in float64, to 1e-6."""
     ours, theirs, settings = AS_TORCH[case]

@@ -1,0 +1,8 @@
+"""What ranks import before the first check, for all of them at once where they are forked."""
+
+import lightning  # noqa: F401 - most checks run a Trainer
+
+# Its functions keep the process group that there is when it is imported, as Dynamo imports it.
+import torch.distributed.nn  # noqa: F401
+
+import tests.helpers.rank_training  # noqa: F401
