@@ -66,6 +66,7 @@ def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 @each_config
+@pytest.mark.slow_except(dict(config=MOVIELENS))
 def test_print_config_shows_everything(config, capsys):
     shown = yaml.safe_load(printed(capsys, "fit", "-c", str(config)))
     model = shown["model"]["init_args"]
@@ -80,6 +81,7 @@ def test_print_config_shows_everything(config, capsys):
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.slow_except(dict(command="fit"))
 def test_printed_config_can_be_read_again(command, capsys):
     text = printed(capsys, command, "-c", str(MOVIELENS))
     Path("again.yaml").write_text(text)

@@ -49,17 +49,25 @@ address = entries.data_ptr()
 """
 
 
-@pytest.mark.parametrize(
-    "access",
-    [
-        "ctypes.c_char.from_address(address + entries.nbytes + 63).value",
-        "ctypes.c_char.from_address(address - 4096).value",
-        "table.clear(); del entries; ctypes.c_char.from_address(address).value",
-    ],
-)
-def test_an_access_beyond_a_table_ends_the_process(access):
-    """Read behind the index, before it, and after it was freed."""
-    assert _run(_TABLE + access).returncode == -signal.SIGSEGV
+_ACCESSES = [
+    "ctypes.c_char.from_address(address + entries.nbytes + 63).value",
+    "ctypes.c_char.from_address(address - 4096).value",
+    "table.clear(); del entries; ctypes.c_char.from_address(address).value",
+]
+_FORKS = """
+import os
+for access in ACCESSES:
+    if not (child := os.fork()):
+        exec(access)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_an_access_beyond_a_table_ends_the_process():
+    """Read behind the index, before it, and after it was freed, each in a fork."""
+    done = _run(_TABLE + _FORKS.replace("ACCESSES", repr(["pass", *_ACCESSES])))
+    assert done.stdout.split() == ["0", *[str(-signal.SIGSEGV.value)] * 3], done.stderr
 
 
 def test_a_table_between_guard_pages_works():
