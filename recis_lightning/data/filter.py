@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["columns_of", "parse_filter", "trusts_statistics"]
+__all__ = ["columns_of", "normal_filter", "parse_filter", "trusts_statistics"]
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -64,6 +64,16 @@ def columns_of(text: str) -> list[str]:
         ['a', 'b']
     """
     return _names_in(_parsed(text))
+
+
+def normal_filter(text: str) -> str:
+    """Return a filter without what means nothing in it: spaces, needless brackets, kinds of quotes.
+
+    Example:
+        >>> normal_filter('(city=="Rome")')
+        "city == 'Rome'"
+    """
+    return ast.unparse(_parsed(text))
 
 
 def trusts_statistics(text: str, kinds: Mapping[str, pa.DataType]) -> bool:
