@@ -16,6 +16,7 @@ from recis_lightning.data.columns import Column
 from recis_lightning.data.features import Features, features_of
 from recis_lightning.data.file_reader import DataFileError, FileReader
 from recis_lightning.data.files import Files, FileSet
+from recis_lightning.data.filter import normal_filter
 from recis_lightning.data.follow import FileStream, Follow, check_follow
 from recis_lightning.data.lanes import Lane, Plan
 from recis_lightning.data.order import Block, Deal, blocks_of, whole
@@ -127,6 +128,7 @@ class ColumnarDataset(IterableDataset[Any]):
         sources = [source for column in self.columns for source in column.sources]
         hashed = [column.sources[0] for column in self.columns if getattr(column, "hash", None)]
         reader = FileReader(sources, filter, check_window(window), hashed)
+        self._filter = None if filter is None else normal_filter(filter)
         stream = check_follow(follow)
         self.stop_waiting: Callable[[], bool] | None = None
         self._files: Files
@@ -260,6 +262,7 @@ class ColumnarDataset(IterableDataset[Any]):
             "epoch": self.epoch,
             "stages": [list(stage) for stage in self._stages_today()],
             "data": self.fingerprint(),
+            "filter": self._filter,
         }
         files = self._files.state(self.epoch)
         if files is not None:
@@ -284,9 +287,15 @@ class ColumnarDataset(IterableDataset[Any]):
                 "state: it is a place in other data: files, their rows, filter, seed, shuffle_rows "
                 "and drop_last must be those of the run that saved it"
             )
-        self.epoch, self._num_yielded = int(state["epoch"]), 0
-        self._stages = [(int(r), int(b), int(n), int(t)) for r, b, n, t in state["stages"]]
-        self._files.load_state(state.get("files"), self.epoch)
+        if state.get("filter", self._filter) != self._filter:
+            raise ValueError(
+                f"state: it is a place in rows of another filter: {state['filter']!r}, and this is "
+                f"{self._filter!r}"
+            )
+        epoch = int(state["epoch"])
+        stages = [(int(r), int(b), int(n), int(t)) for r, b, n, t in state["stages"]]
+        self._files.load_state(state.get("files"), epoch)
+        self.epoch, self._stages, self._num_yielded = epoch, stages, 0
         self.forget_workers()
 
     def __iter__(self) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from pyarrow import acero, fs, orc, parquet
 from torch.utils.data import get_worker_info
 
 from recis_lightning.close_names import did_you_mean
-from recis_lightning.data.filter import columns_of, parse_filter
+from recis_lightning.data.filter import columns_of, parse_filter, trusts_statistics
 from recis_lightning.data.partitions import partition_kinds, partitions_of, with_partitions
 from recis_lightning.data.windows import Window
 
@@ -172,12 +172,7 @@ class FileReader:
         if path.endswith(".orc"):
             counts = self._stripe_rows(system, path, file)
         else:
-            condition = self._condition(fragment.physical_schema, path)
-            if isinstance(condition, bool):
-                counts = [condition * group.num_rows for group in fragment.row_groups]
-            else:
-                groups = (fragment.subset(row_group_ids=[g.id]) for g in fragment.row_groups)
-                counts = [group.count_rows(filter=condition) for group in groups]
+            counts = self._group_rows(system, path, fragment)
         return kinds, [Counter({max(number, first_window): num_rows}) for num_rows in counts]
 
     def _stripe_rows(self, system: Any, path: str, file: orc.ORCFile) -> list[int]:
@@ -185,6 +180,26 @@ class FileReader:
             return [file.nrows] * file.nstripes
         names = self._filter_columns or self._columns[:1]
         return [self._kept(system, path, i, names).num_rows for i in range(file.nstripes)]
+
+    def _group_rows(self, system: Any, path: str, fragment: Any) -> list[int]:
+        """Return the rows of each row group that pass the filter.
+
+        They are counted by the values that will be read. Statistics only rule out: they leave out
+        NaN, so a row group whose bounds pass may have rows that do not.
+        """
+        schema = fragment.physical_schema
+        condition = self._condition(schema, path)
+        if isinstance(condition, bool):
+            return [condition * group.num_rows for group in fragment.row_groups]
+        kinds = dict(zip(schema.names, schema.types, strict=True))
+        names = self._filter_columns
+        left = fragment
+        if trusts_statistics(self._filter or "", kinds):
+            left = fragment.subset(filter=condition)
+        counts = [0] * len(fragment.row_groups)
+        for group in left.row_groups:
+            counts[group.id] = self._kept(system, path, group.id, names).num_rows
+        return counts
 
     def _condition(self, schema: pa.Schema, path: str) -> Any:
         """Return the filter, for the columns of a file; True or False if it is for all its rows."""

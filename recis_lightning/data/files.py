@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple, Protocol
 
@@ -196,32 +197,84 @@ class Pattern(NamedTuple):
         system: Arrow's file system.
         path: Path or pattern in it.
         glob: Function that lists what matches a path.
+        literal: Leading part of the path that is there as it is written, with its brackets.
     """
 
     text: str
     system: Any
     path: str
     glob: Any
+    literal: str = ""
 
     @classmethod
     def of(cls, text: str) -> Pattern:
-        """Read a path, a pattern or a URL."""
+        """Read a path, a pattern or a URL; brackets of a file or folder that exists are its own."""
         if "://" not in text:
-            return cls(text, fs.LocalFileSystem(), text, _local_glob)
+            literal = _literal_part(text, os.path.lexists)
+            return cls(text, fs.LocalFileSystem(), text, _local_glob, literal)
         import fsspec
 
         system, path = fsspec.core.url_to_fs(text)
-        return cls(text, fs.PyFileSystem(fs.FSSpecHandler(system)), path, _RemoteGlob(system))
+        arrow = fs.PyFileSystem(fs.FSSpecHandler(system))
+        return cls(text, arrow, path, _RemoteGlob(system), _literal_part(path, system.exists))
 
     def matches(self) -> list[str]:
         """Return the paths of the files there are now, in the order of names."""
-        return sorted(self.glob(self.path))
+        if self.literal and self.literal == self.path:
+            return [self.path] if self.is_there() else []
+        rest = self.path.removeprefix(self.literal)
+        return sorted(self.glob(glob.escape(self.literal) + rest))
+
+    def is_there(self) -> bool:
+        """Return whether there is something at the path, or something that matches it."""
+        if self.system.get_file_info(self.path).type is not fs.FileType.NotFound:
+            return True
+        return self.literal != self.path and bool(self.matches())
 
     @property
     def folder(self) -> str:
         """The part before the first folder or name that is a pattern, with its last slash."""
-        head, slash, _ = re.split(r"[*?\[]", self.path, maxsplit=1)[0].rpartition("/")
+        rest = self.path.removeprefix(self.literal)
+        plain = self.literal + re.split(r"[*?\[]", rest, maxsplit=1)[0]
+        head, slash, _ = plain.rpartition("/")
         return head + slash
+
+    def place_of(self, path: str) -> str:
+        """Return a path below it as one that is the same however it was written.
+
+        Example:
+            >>> Pattern.of("file:///logs/*.parquet").place_of("/logs/b/../a.parquet")
+            '/logs/a.parquet'
+            >>> Pattern.of("memory://logs/*.parquet").place_of("/logs/a.parquet")
+            'py::fsspec+memory:/logs/a.parquet'
+        """
+        if not self._is_local:
+            return f"{self.system.type_name}:{path}"
+        place = os.path.abspath(path)
+        return place.rstrip("/") + "/" if path.endswith("/") or not path else place
+
+    def path_at(self, place: str) -> str | None:
+        """Return the path at a place; None if that is not below the folder."""
+        folder = self.place_of(self.folder)
+        return self.folder + place.removeprefix(folder) if place.startswith(folder) else None
+
+    def file_at(self, path: str) -> str:
+        """Return what is the same for all paths of a file: links are followed."""
+        return os.path.realpath(path) if self._is_local else self.place_of(path)
+
+    @property
+    def _is_local(self) -> bool:
+        kind = self.system.type_name
+        return kind == "local" or "'file'" in kind
+
+
+def _literal_part(path: str, exists: Callable[[str], bool]) -> str:
+    """Return the path, or the folder before its first star, if it has brackets and exists."""
+    plain = re.split(r"[*?]", path, maxsplit=1)[0]
+    for part in (plain if plain == path else "", plain[: plain.rfind("/") + 1]):
+        if "[" in part and exists(part):
+            return part
+    return ""
 
 
 def _local_glob(path: str) -> list[str]:
@@ -252,7 +305,9 @@ def patterns_of(paths: str | Sequence[str]) -> list[Pattern]:
 
 
 def find_files(paths: str | Sequence[str]) -> list[tuple[Any, str]]:
-    """Find the files of paths and patterns, each once: those of a pattern in the order of names.
+    """Find the files of paths and patterns, each once, by whatever paths and links it is found.
+
+    Those of a pattern come in the order of names.
 
     Returns:
         The Arrow file system and the path of each.
@@ -261,13 +316,14 @@ def find_files(paths: str | Sequence[str]) -> list[tuple[Any, str]]:
         FileNotFoundError: One matches nothing.
         ValueError: There are no paths, or a file is of no known format.
     """
-    found: dict[tuple[str, str], tuple[Any, str]] = {}
+    found: dict[str, tuple[Any, str]] = {}
     for pattern in patterns_of(paths):
         names = pattern.matches()
         if not names:
-            raise FileNotFoundError(f"paths: no file matches {pattern.text!r}")
+            advice = "; [ and ] stand for themselves as [[] and []]" if "[" in pattern.path else ""
+            raise FileNotFoundError(f"paths: no file matches {pattern.text!r}{advice}")
         for name in names:
             if not name.endswith(FORMATS):
                 raise ValueError(f"paths: expected names that end in {FORMATS}, got {name!r}")
-            found.setdefault((pattern.system.type_name, name), (pattern.system, name))
+            found.setdefault(pattern.file_at(name), (pattern.system, name))
     return list(found.values())

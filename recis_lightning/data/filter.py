@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["columns_of", "parse_filter"]
+__all__ = ["columns_of", "normal_filter", "parse_filter", "trusts_statistics"]
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -21,6 +22,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+_MIRRORED = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 
 
 def parse_filter(
@@ -34,7 +36,8 @@ def parse_filter(
         text: Comparisons of columns with constants (``==``, ``!=``, ``<``, ``<=``, ``>``, ``>=``,
             ``in``, ``not in``, ``is None``, ``is not None``), joined by ``and``, ``or`` and
             ``not``. A row for which the result is null is left out. Times and dates are compared
-            with strings such as ``'2026-11-30'``.
+            with strings such as ``'2026-11-30'``; a column of floats with constants of its own
+            width. ``None`` among the constants of ``in`` stands for nulls.
         kinds: Column -> its type in the file, where it is known.
         values: Column -> its text, or None, for columns of a path: they are compared with strings
             as text, and with numbers as numbers.
@@ -60,7 +63,54 @@ def columns_of(text: str) -> list[str]:
         >>> columns_of("b > 1 and a == 2 or b < 0")
         ['a', 'b']
     """
-    return sorted({node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name)})
+    return _names_in(_parsed(text))
+
+
+def normal_filter(text: str) -> str:
+    """Return a filter without what means nothing in it: spaces, needless brackets, kinds of quotes.
+
+    Example:
+        >>> normal_filter('(city=="Rome")')
+        "city == 'Rome'"
+    """
+    return ast.unparse(_parsed(text))
+
+
+def trusts_statistics(text: str, kinds: Mapping[str, pa.DataType]) -> bool:
+    """Return whether rows that the least and greatest values of columns rule out do not pass.
+
+    A NaN lies outside them: so not, where a comparison of floats is negated.
+
+    Example:
+        >>> trusts_statistics("price > 1", {"price": pa.float32()})
+        True
+        >>> trusts_statistics("not price > 1", {"price": pa.float32()})
+        False
+    """
+    floats = {name for name, kind in kinds.items() if _holds_floats(kind)}
+    return not any(
+        isinstance(node, ast.UnaryOp) or _is_negative(node)
+        for node in ast.walk(_parsed(text))
+        if floats.intersection(_names_in(node))
+    )
+
+
+def _names_in(node: ast.AST) -> list[str]:
+    return sorted({part.id for part in ast.walk(node) if isinstance(part, ast.Name)})
+
+
+def _is_negative(node: ast.AST) -> bool:
+    return isinstance(node, ast.Compare) and any(
+        isinstance(kind, ast.NotEq | ast.NotIn) for kind in node.ops
+    )
+
+
+def _holds_floats(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(_values_kind(kind)))
+
+
+def _values_kind(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _parsed(text: str) -> ast.expr:
@@ -84,35 +134,72 @@ class _Translation:
     ) -> None:
         self._text, self._kinds, self._values = text, kinds, values
 
-    def condition(self, node: ast.expr) -> Any:
-        """Translate a condition."""
+    def condition(self, node: ast.expr, negated: bool = False) -> Any:
+        """Translate a condition, or its negation, to one that is true where it is.
+
+        Negations go to the comparisons, so that nobody asks whether it is null or false elsewhere.
+        """
         if isinstance(node, ast.BoolOp):
-            is_and = isinstance(node.op, ast.And)
-            return _joined([self.condition(part) for part in node.values], is_and)
+            is_and = isinstance(node.op, ast.And) != negated
+            return _joined([self.condition(part, negated) for part in node.values], is_and)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            found = self.condition(node.operand)
-            if found is None or isinstance(found, bool):
-                return None if found is None else not found
-            return ~found
+            return self.condition(node.operand, not negated)
         if isinstance(node, ast.Compare):
             operands = [node.left, *node.comparators]
             pairs = zip(operands, node.ops, operands[1:], strict=False)
-            return _joined([self._comparison(*pair) for pair in pairs], True)
+            return _joined([self._either(*pair, negated) for pair in pairs], not negated)
         raise _refusal(node, self._text)
+
+    def _either(self, left: ast.expr, kind: ast.cmpop, right: ast.expr, negated: bool) -> Any:
+        """Translate a comparison, or its negation."""
+        if isinstance(kind, ast.In | ast.NotIn):
+            return self._membership(left, right, isinstance(kind, ast.In) != negated)
+        found = self._comparison(left, kind, right)
+        if not negated or found is None:
+            return found
+        return not found if isinstance(found, bool) else ~found
+
+    def _membership(self, left: ast.expr, right: ast.expr, is_in: bool) -> Any:
+        constants = _constant(right, self._text)
+        if not isinstance(constants, tuple) or not isinstance(left, ast.Name):
+            raise _refusal(right, self._text)
+        if left.id in self._values:
+            value = self._value_of(left.id, constants)
+            if value is None and (None not in constants or not is_in):
+                return None
+            return (value in constants) == is_in
+        if not constants:
+            return not is_in
+        column, given = self._column(left.id), [one for one in constants if one is not None]
+        same = self._any_of(left.id, given) if given else False
+        if not is_in:
+            is_there = column.is_valid()
+            return is_there if same is False else ~same & is_there
+        return same if len(given) == len(constants) else _joined([same, column.is_null()], False)
+
+    def _any_of(self, name: str, constants: Sequence[Any]) -> Any:
+        """Return whether a column has one of some constants; false, where no value can be one."""
+        kind = _values_kind(self._kinds.get(name, pa.null()))
+        numbers = all(_is_number(one) for one in constants)
+        if numbers and (pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+            # Not isin: it rounds the constants, and takes NaN for a number that statistics bound.
+            found = [self._column(name) == self._typed(one, name) for one in constants]
+            while len(found) > 1:  # in pairs, or many would be nested too deep
+                found = [_joined(found[at : at + 2], False) for at in range(0, len(found), 2)]
+            return found[0]
+        try:
+            if numbers and pa.types.is_integer(kind):
+                whole = [int(one) for one in constants if math.isfinite(one) and one == int(one)]
+                whole = [one for one in whole if _fits(one, kind)]
+                return self._column(name).isin(pa.array(whole, kind)) if whole else False
+            return self._column(name).isin([self._typed(one, name) for one in constants])
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise ValueError(f"filter: column {name!r}: {error}, in {self._text!r}") from error
 
     def _comparison(self, left: ast.expr, kind: ast.cmpop, right: ast.expr) -> Any:
         names = [side.id for side in (left, right) if isinstance(side, ast.Name)]
         if not names:
             raise _refusal(left, self._text)
-        if isinstance(kind, ast.In | ast.NotIn):
-            constants = _constant(right, self._text)
-            if not isinstance(constants, tuple) or not isinstance(left, ast.Name):
-                raise _refusal(right, self._text)
-            if left.id in self._values:
-                value = self._value_of(left.id, constants)
-                return (value in constants) == isinstance(kind, ast.In)
-            found = self._column(left.id).isin([self._typed(one, left.id) for one in constants])
-            return ~found if isinstance(kind, ast.NotIn) else found
         if isinstance(kind, ast.Is | ast.IsNot):
             if not (isinstance(right, ast.Constant) and right.value is None) or len(names) > 1:
                 raise _refusal(right, self._text)
@@ -120,6 +207,13 @@ class _Translation:
                 return (self._values[names[0]] is None) == isinstance(kind, ast.Is)
             column = self._column(names[0])
             return column.is_null() if isinstance(kind, ast.Is) else column.is_valid()
+        if len(names) == 1 and names[0] not in self._values:
+            is_left = isinstance(left, ast.Name)
+            constant = self._constant_beside(right if is_left else left)
+            column_kind = _values_kind(self._kinds.get(names[0], pa.null()))
+            if _is_number(constant) and pa.types.is_integer(column_kind):
+                operation = type(kind) if is_left else _MIRRORED.get(type(kind), type(kind))
+                return self._of_integers(names[0], operation, constant, column_kind)
         sides = [self._operand(left, right), self._operand(right, left)]
         if None in [side if side is None else 0 for side in sides]:
             return None
@@ -127,6 +221,21 @@ class _Translation:
             return _COMPARISONS[type(kind)](*sides)
         except TypeError as error:
             raise ValueError(f"filter: {error}, in {self._text!r}") from error
+
+    def _of_integers(
+        self, name: str, operation: type[ast.cmpop], constant: float, kind: pa.DataType
+    ) -> Any:
+        """Compare integers with a number of their own type: Arrow would cast them, and fail."""
+        column = self._column(name)
+        whole: float = constant
+        if math.isfinite(constant):
+            up = operation in (ast.Lt, ast.GtE)  # v < 1.5 where v < 2, and v > 1.5 where v > 1
+            whole = math.ceil(constant) if up else math.floor(constant)
+        is_possible = whole == constant or operation not in (ast.Eq, ast.NotEq)
+        if is_possible and math.isfinite(whole) and _fits(int(whole), kind):
+            return _COMPARISONS[operation](column, pc.scalar(pa.scalar(int(whole), kind)))
+        always = _COMPARISONS[operation](0, constant) if is_possible else operation is ast.NotEq
+        return column == column if always else column != column  # null where it is
 
     def _operand(self, node: ast.expr, other: ast.expr) -> Any:
         """Return a column, or a constant as what the other side is compared with."""
@@ -139,12 +248,17 @@ class _Translation:
                 value = self._value_of(node.id, [""] if is_text and not other_is_path else [])
                 return value if other_is_path or value is None else pc.scalar(value)
             return self._value_of(node.id, [_constant(other, self._text)])
-        constant = _constant(node, self._text)
-        if constant is None or isinstance(constant, tuple):
-            raise _refusal(node, self._text)
+        constant = self._constant_beside(node)
         if other_is_path or not isinstance(other, ast.Name):
             return constant
         return pc.scalar(self._typed(constant, other.id))
+
+    def _constant_beside(self, node: ast.expr) -> Any:
+        """Return the constant that a column is compared with."""
+        constant = _constant(node, self._text)
+        if constant is None or isinstance(constant, tuple):
+            raise _refusal(node, self._text)
+        return constant
 
     def _value_of(self, name: str, constants: Sequence[Any]) -> Any:
         """Return the value of a path's column: text beside strings, else a number if it is one."""
@@ -163,9 +277,9 @@ class _Translation:
         """Return a constant as what a column holds."""
         kind = self._kinds.get(name)
         if kind is None:
-            return constant
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
+            is_long = _is_number(constant) and abs(constant) >= 2**63
+            return float(constant) if is_long else constant
+        kind = _values_kind(kind)
         if isinstance(constant, str) and pa.types.is_temporal(kind):
             try:
                 return pa.scalar(constant).cast(kind)
@@ -174,9 +288,12 @@ class _Translation:
                     f"filter: column {name!r} holds {kind}, which {constant!r} is not, in "
                     f"{self._text!r}: {error}"
                 ) from error
-        is_number = isinstance(constant, int | float) and not isinstance(constant, bool)
-        if is_number and pa.types.is_decimal(kind):
+        if _is_number(constant) and pa.types.is_decimal(kind) and math.isfinite(constant):
             return pa.scalar(Decimal(str(constant)))
+        if _is_number(constant) and (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
+            narrow = pa.scalar(float(constant), kind)
+            if math.isfinite(narrow.as_py()) or not math.isfinite(constant):
+                return narrow
         return constant
 
 
@@ -199,6 +316,17 @@ def _joined(parts: Sequence[Any], is_and: bool) -> Any:
     return joined
 
 
+def _is_number(constant: Any) -> bool:
+    return isinstance(constant, int | float) and not isinstance(constant, bool)
+
+
+def _fits(number: int, kind: pa.DataType) -> bool:
+    """Return whether a type of integers has a number."""
+    if pa.types.is_signed_integer(kind):
+        return bool(-(2 ** (kind.bit_width - 1)) <= number < 2 ** (kind.bit_width - 1))
+    return bool(0 <= number < 2**kind.bit_width)
+
+
 def _number_of(text: str) -> int | float | str:
     """Return the number that a text is, or the text."""
     for kind in (int, float):
@@ -214,7 +342,11 @@ def _constant(node: ast.expr, text: str) -> Any:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise _refusal(node, text) from None
-    return tuple(value) if isinstance(value, list | set) else value
+    value = tuple(value) if isinstance(value, list | set) else value
+    for one in value if isinstance(value, tuple) else [value]:
+        if isinstance(one, int) and abs(one) >= 2**256:  # more than any column's type has
+            raise _refusal(node, text)
+    return value
 
 
 def _refusal(node: ast.expr, text: str) -> ValueError:

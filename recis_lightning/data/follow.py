@@ -23,6 +23,7 @@ from recis_lightning.data.file_reader import (
 )
 from recis_lightning.data.files import Pattern, check_on_bad_file, patterns_of
 from recis_lightning.data.new_files import KnownFile, Look, NewFiles
+from recis_lightning.data.origins import Origins
 from recis_lightning.distributed import collectives
 
 __all__ = ["FileStream", "Follow", "check_follow"]
@@ -108,7 +109,8 @@ class FileStream:
         self._patterns, self._reader, self._follow = patterns_of(paths), reader, follow
         stop_file = None if follow.stop_file is None else Pattern.of(follow.stop_file)
         skips = on_bad_file == "skip"
-        self._new = NewFiles(self._patterns, reader, follow.order, stop_file, skips)
+        self._origins = Origins(self._patterns)
+        self._new = NewFiles(self._patterns, self._origins, reader, follow.order, stop_file, skips)
         self.splits: list[Split] = []
         self.window: str | None = None
         self.num_windows: int | None = None
@@ -166,12 +168,12 @@ class FileStream:
     def state(self, epoch: int) -> dict[str, Any]:
         """Return what was read before the place of an epoch, and the files of its window.
 
-        Eight bytes for each file of which nothing is left, and the names of the others.
+        Eight bytes for each file of which nothing is left, the names of the others, the patterns.
         """
         if self._loaded is not None:
             return self._loaded
         is_open = self._epoch is not None and epoch <= self._epoch
-        finished = set() if is_open else {_hash(known.name) for known in self._finished()}
+        finished = set() if is_open else {_hash(known.lasting) for known in self._finished()}
         partly = [i for i, known in self._known.items() if self._windows_of(known)[0]]
         order = [*self._members, *(i for i in partly if i not in self._members)]
         kept = [self._known[index] for index in order]
@@ -180,15 +182,23 @@ class FileStream:
             "window": self.window,
             "epoch": self._epoch if is_open else None,
             "files": [
-                [known.pattern, known.name, known.file.first_window, _digest(known.file)]
+                [known.lasting, known.file.first_window, _digest(known.file)]
                 for known in kept
-                if _hash(known.name) not in finished
+                if _hash(known.lasting) not in finished
             ],
             "done": _pack(self._done | finished),
+            "origins": self._origins.state(),
         }
 
     def load_state(self, state: Any, epoch: int) -> None:
-        """Go on from a state. Its files are looked at when a window is selected."""
+        """Go on from a state. Its files are looked at when a window is selected.
+
+        Raises:
+            ValueError: The paths are others, in a way that leaves open what was read.
+        """
+        if "origins" not in state:
+            raise ValueError("state: it is of a development version, which named files otherwise")
+        self._origins.load(state["origins"])
         self._loaded, self.ended = dict(state), False
         self.window = state["window"]
         self._epoch, self._members, self.splits = None, [], []
@@ -198,8 +208,8 @@ class FileStream:
         found: list[KnownFile] = []
 
         def look() -> Look:
-            for pattern, name, first_window, digest in state["files"]:
-                known = self._new.again(pattern, name, first_window)
+            for lasting, first_window, digest in state["files"]:
+                known = self._new.again(lasting, first_window)
                 if _digest(known.file) != digest:
                     raise DataFileError(
                         f"{known.file.path}: the file has changed since a part of it was read"
@@ -252,7 +262,7 @@ class FileStream:
             time.sleep(min(left, _NAP_SECONDS))
 
     def _look(self) -> Look:
-        names = {known.name for known in self._known.values()}
+        names = {known.lasting for known in self._known.values()}
         first_window = EARLIEST if self._begun is None else self._begun + 1
         return self._new.look(lambda name: name in names or _hash(name) in self._done, first_window)
 
@@ -312,7 +322,7 @@ class FileStream:
 
     def _close(self) -> None:
         """Forget the files of which nothing is left."""
-        self._done |= {_hash(known.name) for known in self._finished()}
+        self._done |= {_hash(known.lasting) for known in self._finished()}
         self._known = {i: known for i, known in self._known.items() if self._windows_of(known)[1]}
         self._epoch, self._members, self.splits = None, [], []
 

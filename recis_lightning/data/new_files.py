@@ -14,6 +14,7 @@ from recis_lightning.data.file_reader import (
     version_of,
 )
 from recis_lightning.data.files import Kinds, Pattern
+from recis_lightning.data.origins import Origins
 
 __all__ = ["KnownFile", "Look", "NewFiles"]
 
@@ -27,11 +28,13 @@ class KnownFile(NamedTuple):
         pattern: Number of the pattern that it matches.
         name: Its path below the folder of the pattern, and the pattern's number if there are more.
         file: Its parts and their windows.
+        lasting: Its name in places, as ``Origins`` gives it.
     """
 
     pattern: int
     name: str
     file: FoundFile
+    lasting: str
 
 
 class Look(NamedTuple):
@@ -53,6 +56,7 @@ class NewFiles:
 
     Args:
         patterns: Patterns; what matches and is no Parquet or ORC file is passed over.
+        origins: Of their files' names.
         reader: Of the files' columns.
         order: ``"name"`` or ``"time"``.
         stop_file: File whose existence says that no further ones will appear.
@@ -62,12 +66,14 @@ class NewFiles:
     def __init__(
         self,
         patterns: Sequence[Pattern],
+        origins: Origins,
         reader: FileReader,
         order: str,
         stop_file: Pattern | None,
         skips: bool,
     ) -> None:
-        self._patterns, self._reader, self._order = patterns, reader, order
+        self._patterns, self._origins = patterns, origins
+        self._reader, self._order = reader, order
         self._stop_file, self._skips = stop_file, skips
         self._kinds = Kinds()
         self._unsettled: dict[str, Any] = {}  # name -> version at the last look, which was bad
@@ -80,19 +86,20 @@ class NewFiles:
         before, or if there is a stop file.
 
         Args:
-            is_known: Says of a name that it is not new.
+            is_known: Says of a lasting name that it is not new.
             first_window: Rows of earlier windows count as of this one.
         """
-        is_over = self._stop_file is not None and bool(self._stop_file.matches())
+        is_over = self._stop_file is not None and self._stop_file.is_there()
         found: list[tuple[Any, KnownFile]] = []
-        seen: set[tuple[str, str]] = set()  # a file belongs to the first pattern that it matches
+        seen: set[str] = set()  # a file belongs to the first pattern that it matches
         for number, pattern in enumerate(self._patterns):
             for path in pattern.matches():
-                name, place = self._name(number, path), (pattern.system.type_name, path)
+                name, place = self._name(number, path), pattern.place_of(path)
                 if not path.endswith(FORMATS) or place in seen:
                     continue
                 seen.add(place)
-                if is_known(name):
+                lasting = self._origins.name_of(place)
+                if is_known(lasting):
                     continue
                 try:
                     file = self._examine(number, name, path, first_window, is_over)
@@ -102,21 +109,25 @@ class NewFiles:
                     _log.warning("Skipped a file: %s", error)
                     continue
                 if file is not None:
-                    found.append((self._key(number, path, file), KnownFile(number, name, file)))
+                    known = KnownFile(number, name, file, lasting)
+                    found.append((self._key(number, path, file), known))
         found.sort(key=lambda item: item[0])
         return Look([file for _, file in found], is_over)
 
-    def again(self, number: int, name: str, first_window: int) -> KnownFile:
+    def again(self, lasting: str, first_window: int) -> KnownFile:
         """Look at a file of which a part was read.
 
         Raises:
-            DataFileError: It cannot be read any more.
+            DataFileError: It cannot be read any more, or is below the folder of no pattern.
         """
-        pattern = self._patterns[number]
-        path = pattern.folder + (name.partition(":")[2] if len(self._patterns) > 1 else name)
-        file = self._reader.examine(pattern.system, path, first_window)
-        self._kinds.add(file)
-        return KnownFile(number, name, file)
+        place = self._origins.place_of(lasting)
+        for number, pattern in enumerate(self._patterns):
+            path = pattern.path_at(place)
+            if path is not None:
+                file = self._reader.examine(pattern.system, path, first_window)
+                self._kinds.add(file)
+                return KnownFile(number, self._name(number, path), file, lasting)
+        raise DataFileError(f"{place}: a part of it was read, and paths have its folder no longer")
 
     def _name(self, number: int, path: str) -> str:
         name = path.removeprefix(self._patterns[number].folder)

@@ -354,3 +354,19 @@ def test_a_copy_goes_on_by_itself(pattern, monkeypatch):
     monkeypatch.undo()
     copy = pickle.loads(pickle.dumps(data))
     assert rows_of(copy) == rows_of(data)
+
+
+def test_a_place_is_of_its_filter(tmp_path):
+    """Though another one keeps as many rows; how it is written does not count."""
+    path = str(tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table({"row": range(10), "k": [0, 1] * 5}), path)
+    state = ColumnarDataset(path, [Id("row")], 2, filter="k == 0").state_dict(1)
+    same = ColumnarDataset(path, [Id("row")], 2, filter="(k==0)")
+    same.load_state_dict(state)
+    assert [batch["row"].tolist() for batch in same] == [[4, 6], [8]]
+    other = ColumnarDataset(path, [Id("row")], 2, filter="k == 1")
+    with pytest.raises(ValueError, match="rows of another filter: 'k == 0', and this is 'k == 1'"):
+        other.load_state_dict(state)
+    assert other.state_dict() == ColumnarDataset(path, [Id("row")], 2, filter="k == 1").state_dict()
+    del state["filter"]  # as before 0.2
+    other.load_state_dict(state)

@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from pyarrow import fs
+from pyarrow import fs, orc
 
 from recis_lightning.data import ColumnarDataset, DataFileError, Id, Number, Window
 from recis_lightning.data.file_reader import FileReader
 from tests.helpers.columnar_files import rows_of
 
 NUM_ROWS, GROUP_ROWS = 1000, 100
+NAN = float("nan")
 
 
 class CountedFile(MemoryFile):
@@ -102,6 +103,31 @@ def test_only_the_row_groups_that_a_filter_may_keep_are_read(counted):
     assert chunks_read(counted) <= all_of("price", [8, 9])
     assert rows_of(data) == list(range(850, NUM_ROWS))
     assert chunks_read(counted) == all_of("row", [8, 9]) | all_of("price", [8, 9])
+
+
+FLOATS = [
+    ([1.0, NAN, 1.0, 1.0], "a > 0", [0, 2, 3]),
+    ([1.0, NAN, 1.0, 1.0], "a != 1.0", [1]),
+    ([1.0, NAN, 1.0, 1.0], "not (a > 0)", [1]),
+    ([0.0, 0.0], "a in (0.0, 1.0)", [0, 1]),
+    ([0.0, 0.0], "a not in (0.0,)", []),
+    ([0.0, -0.0, None, NAN], "a not in (5.0,)", [0, 1, 3]),
+    ([0.1, 0.2, 0.3], "a in (0.1,)", [0]),
+    ([0.1, 0.2, 0.3], "a not in (0.1,)", [1, 2]),
+    ([0.1, None], "a is None or a == 0.1", [0, 1]),
+]
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+@pytest.mark.parametrize(("values", "text", "rows"), FLOATS)
+def test_a_filter_keeps_the_same_rows_of_any_file(tmp_path, kind, values, text, rows):
+    """Whatever its format, its row groups and their statistics: these leave out NaN."""
+    table = pa.table({"row": range(len(values)), "a": pa.array(values, kind)})
+    orc.write_table(table, f"{tmp_path}/0.orc")
+    for size in (1, 10):
+        pa.parquet.write_table(table, f"{tmp_path}/{size}.parquet", row_group_size=size)
+    for path in tmp_path.iterdir():
+        assert rows_of(ColumnarDataset(str(path), [Id("row")], filter=text, prefetch=0)) == rows
 
 
 def test_only_the_row_groups_of_a_window_are_read(counted):

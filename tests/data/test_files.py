@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from recis_lightning.data.file_reader import FileReader
-from recis_lightning.data.files import FileSet, find_files
+from recis_lightning.data.files import FileSet, Pattern, find_files
 from tests.helpers.columnar_files import table_of, write_files
 
 
@@ -43,6 +43,34 @@ def test_order_of_patterns_and_names(tmp_path):
     write_files(tmp_path)
     found = find_files([str(tmp_path / "part-2.parquet"), str(tmp_path / "*.parquet")])
     assert [path[-9] for _, path in found] == ["2", "0", "1", "3"]
+
+
+def test_brackets_of_files_and_folders_that_exist(tmp_path):
+    for name in ("b[1].parquet", "b1.parquet", "data[v2]/c-1.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pa.parquet.write_table(table_of(0, 1), tmp_path / name)
+
+    def found(text):
+        return [path.removeprefix(f"{tmp_path}/") for _, path in find_files(f"{tmp_path}/{text}")]
+
+    assert found("b[1].parquet") == ["b[1].parquet"]
+    assert found("data[v2]/c-1.parquet") == found("data[v2]/*.parquet") == ["data[v2]/c-1.parquet"]
+    assert found("data[v2]/c-[1-3].parquet") == ["data[v2]/c-1.parquet"]
+    assert found("b[12].parquet") == ["b1.parquet"]
+    assert Pattern.of(f"{tmp_path}/data[v2]/*.parquet").folder == f"{tmp_path}/data[v2]/"
+    assert Pattern.of(f"{tmp_path}/b[1].parquet").folder == f"{tmp_path}/"
+    with pytest.raises(
+        FileNotFoundError, match=r"no file matches .*stand for themselves as \[\[\]"
+    ):
+        find_files("nowhere[1].parquet")
+
+
+def test_a_file_is_found_once_by_all_its_paths(tmp_path, monkeypatch):
+    pa.parquet.write_table(table_of(0, 1), tmp_path / "a.parquet")
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "a.parquet")
+    monkeypatch.chdir(tmp_path)
+    paths = ["a.parquet", "./a.parquet", f"file://{tmp_path}/a.parquet", "link.parquet"]
+    assert [path for _, path in find_files(paths)] == ["a.parquet"]
 
 
 def test_files_behind_a_url():

@@ -94,6 +94,13 @@ def test_files_are_read_in_the_order_of_time(log):
     assert all_windows(log.dataset(order="name")) == {"c.parquet": [1, 0, 2]}
 
 
+def test_a_stop_file_may_have_brackets(log):
+    log.write("a.parquet")
+    data = log.dataset(stop_file=str(log.folder / "STOP[1]"))
+    (log.folder / "STOP[1]").touch()
+    assert all_windows(data) == {"a.parquet": [0, 1, 2]}
+
+
 def test_it_waits_for_the_first_file_and_for_the_next(log):
     data, timers = log.dataset(), []
     for seconds, name in ((0.1, "a"), (0.2, None)):
@@ -222,6 +229,62 @@ def test_a_state_goes_to_another_folder_but_not_to_other_files(log, tmp_path):
         rows_of(gone)
     with pytest.raises(ValueError, match="state: it is a place in other data"):
         log.dataset(window=Window("1h", "at")).load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+@pytest.mark.parametrize("paths", [["logs/*.parquet", "more/*.parquet"], ["*/*.parquet"]])
+def test_paths_may_be_added_and_widened(log, paths, num_batches):
+    """Within a window and after it: what was read is not read again."""
+    log.write("logs/a.parquet")
+    log.write("more/b.parquet", 1)
+
+    def stream(paths):
+        paths = [str(log.folder / path) for path in paths]
+        return ColumnarDataset(paths, [Id("row")], 2, follow=Follow("name", NEVER, None, 0.0))
+
+    data = stream(["logs/*.parquet"])
+    data.set_epoch(0)
+    rows = [batch["row"].tolist() for batch in data]
+    state = json.loads(json.dumps(data.state_dict() if num_batches == 2 else None))
+    if state is None:
+        data = stream(["logs/*.parquet"])
+        data.set_epoch(0)
+        state = data.state_dict(1)
+    wider = stream(paths)
+    wider.load_state_dict(state)
+    seen = [batch["row"].tolist() for _ in wider.windows() for batch in wider]
+    assert rows[:num_batches] + seen == [[0, 1], [2], [3]]
+
+
+def test_a_file_in_work_must_stay_in_paths(log):
+    log.write("logs/a.parquet")
+    data = log.dataset()
+    data.set_epoch(0)
+    other = ColumnarDataset(
+        [str(log.folder / "*"), str(log.folder / "more/*.orc")], [Id("row")], 2, follow=True
+    )
+    state = data.state_dict(1)
+    state["files"]["files"][0][0] = "/nowhere/a.parquet"
+    other.load_state_dict(state)
+    with pytest.raises(
+        DataFileError, match=r"/nowhere/a.parquet: a part of it was read, and paths"
+    ):
+        other.set_epoch(0)
+
+
+def test_a_place_is_of_its_filter(log):
+    log.write("a.parquet", 4)
+
+    def stream(filter):
+        paths = str(log.folder / "*.parquet")
+        return ColumnarDataset(paths, [Id("row")], 1, filter=filter, follow=Follow("name", NEVER))
+
+    data = stream("row < 2")
+    data.set_epoch(0)
+    state = data.state_dict(1)
+    stream("(row<2)").load_state_dict(state)
+    with pytest.raises(ValueError, match="of another filter: 'row < 2', and this is 'row >= 2'"):
+        stream("row >= 2").load_state_dict(state)
 
 
 def test_half_written_files_are_waited_for_and_bad_ones_named(log, caplog):
