@@ -82,7 +82,6 @@ TESTED_BY = {
     "lookup/transfer.py": "ops/gpu/test_on_gpu.py",
     "table/gradient_exchange.py": "lookup/test_gradient_exchange.py",
     "monitoring/checkpoint_history.py": "monitoring/test_report.py",
-    "ops/async_copy.py": "ops/gpu/test_no_host_sync.py",
     "ops/backend.py": "ops/gpu/test_no_host_sync.py",
     "ops/cpu/gradient_sort.py": "ops/test_row_update.py",
     "ops/cpu/hash_insert.py": "ops/test_hash_index.py",
