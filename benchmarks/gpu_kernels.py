@@ -5,8 +5,8 @@
 
 Every kernel of ``recis_lightning/ops/gpu/`` is compiled with its first constants for each
 target, and with all of them for sm_90. A line is JSON: kernel, constants, target, bytes of shared
-memory, and for NVIDIA's targets registers and bytes of stack (spilled registers) of a thread, and
-the races that ``ptx_races`` finds, also without any barrier, to see that it finds some.
+memory, registers and bytes of stack (spilled registers) of a thread, and for NVIDIA's targets the
+races that ``ptx_races`` finds, also without any barrier, to see that it finds some.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ def _races(compiled: Any) -> dict[str, Any]:
 
 
 def _resources(compiled: Any) -> dict[str, int]:
+    if "amdgcn" in compiled.asm:
+        found = dict(
+            re.findall(
+                r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"]
+            )
+        )
+        size = int(found["private_segment_fixed_size"])  # where spilled registers go
+        return {"registers": int(found["vgpr_count"]), "spilled_bytes": size}
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if "cubin" not in compiled.asm or not tool.exists():
         return {}

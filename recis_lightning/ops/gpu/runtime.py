@@ -4,7 +4,7 @@ A kernel takes addresses and numbers, int64 all, and constants of compilation; i
 segments and plans through their addresses, exactly as the CPU's kernels do. So one launch serves a
 whole group of tables, and a kernel can be interpreted over the CPU's memory.
 
-``TRITON_INTERPRET=1`` in the environment, or a machine without CUDA, means interpreted, for the
+``TRITON_INTERPRET=1`` in the environment, or a machine without a GPU, means interpreted, for the
 whole process: Triton decides it when a kernel is declared.
 """
 
