@@ -2,8 +2,9 @@
 
 from recis_lightning.lookup.evaluation import finish_evaluation
 from recis_lightning.lookup.gradient_exchange import send_gradients
+from recis_lightning.lookup.lookahead import look_ahead
 from recis_lightning.table.gradient_exchange import set_gradient_exchange
 
 set_gradient_exchange(send_gradients)
 
-__all__ = ["finish_evaluation"]
+__all__ = ["finish_evaluation", "look_ahead"]
