@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from recis_lightning.arguments import check_bool
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.read_ahead import next_batch, stop_reading_ahead
 from recis_lightning.engine import EmbeddingEngine
-from recis_lightning.lookup import look_ahead
+from recis_lightning.lookup import look_ahead, overlap_backward
 from recis_lightning.lookup.prepared import prepared_of
 from recis_lightning.table.listing import hash_tables
 
@@ -39,9 +40,11 @@ class Lookahead(Hook):
             of the module with a batch: returns the batch's lookups, as ``look_ahead`` takes them,
             in the order of the forward pass. None is for a module with one ``EmbeddingEngine``
             whose features are a dict: the batch, or an item of it.
+        gradients: Let gradients of tables travel from the backward pass on, as
+            ``recis_lightning.lookup.overlap_backward`` does, and not first at the step.
 
     Raises:
-        TypeError: ``inputs`` is neither a function nor a name.
+        TypeError: ``inputs`` is neither a function nor a name, or ``gradients`` no bool.
         ValueError: When training begins, None though the module has not one engine, or a name that
             is no method of it.
 
@@ -55,8 +58,10 @@ class Lookahead(Hook):
     def __init__(
         self,
         inputs: Callable[[LightningModule, Any], Sequence[Sequence[Any]]] | str | None = None,
+        gradients: bool = False,
     ) -> None:
         super().__init__()
+        self.gradients = check_bool("gradients", gradients)
         if inputs is not None and not isinstance(inputs, str) and not callable(inputs):
             raise TypeError(f"inputs: expected a function, a method's name or None, got {inputs!r}")
         self.inputs = inputs
@@ -70,6 +75,8 @@ class Lookahead(Hook):
             self._lookups_of = None
             _log.info("Lookahead does nothing on one rank: there is no exchange of ids")
             return
+        if self.gradients:
+            overlap_backward()
         self._num_batches = self._num_begun = 0
         self._num_used = _num_used(pl_module)
 
@@ -89,6 +96,8 @@ class Lookahead(Hook):
 
     @override
     def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        if self.gradients:
+            overlap_backward(False)
         self._lookups_of = None
         stop_reading_ahead(trainer.fit_loop._data_fetcher)
 

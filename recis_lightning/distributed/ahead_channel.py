@@ -9,6 +9,7 @@ those that have begun fewer begin empty ones in their place, so that nobody wait
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from recis_lightning.distributed.process_group import ProcessGroup, make_group_b
 
 _BITS = 32  # of what a head tells, for the number of exchanges begun
 _MOST = (1 << _BITS) - 1
+_PATIENCE_S = 5.0  # for exchanges in flight, where the process group is destroyed
 
 
 class Begun(NamedTuple):
@@ -57,6 +59,7 @@ class AheadChannel:
         self._group: ProcessGroup | None = None
         self._is_wanted = False
         self._jobs: SimpleQueue[Any] = SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     @property
     def is_open(self) -> bool:
@@ -111,12 +114,20 @@ class AheadChannel:
                 self.begin_none()
         elif most:
             self._group = make_group_beside(process_group)
-            thread = threading.Thread(
+            self._thread = threading.Thread(
                 target=_run, args=(self._jobs,), name="recis_lightning ahead", daemon=True
             )
             weakref.finalize(self, self._jobs.put, None)
-            thread.start()
+            self._thread.start()
+            _close_before_destruction()
         return told >> _BITS
+
+    def close(self) -> None:
+        """Wait for what was begun, as long as other ranks may take to begin it; begin no more."""
+        self._group, self._is_wanted = None, False
+        self._jobs.put(None)
+        if self._thread is not None:
+            self._thread.join(_PATIENCE_S)
 
 
 def _send_nothing(group: ProcessGroup) -> None:
@@ -131,6 +142,24 @@ def _run(jobs: SimpleQueue[Any]) -> None:
         except BaseException as error:
             answer.set_exception(error)
         del work, group, answer  # not until the next job comes
+
+
+def _close_before_destruction() -> None:
+    """From now on, let channels end in order where their process groups are destroyed."""
+    original = torch.distributed.destroy_process_group
+    if getattr(original, "closes_channels", False):
+        return
+
+    @functools.wraps(original)
+    def destroy_process_group(group: ProcessGroup | None = None) -> None:
+        for of, channel in list(_channels.items()):
+            if group is None or of is group:
+                channel.close()
+                _channels.pop(of, None)
+        original(group)
+
+    destroy_process_group.closes_channels = True  # type: ignore[attr-defined]
+    torch.distributed.destroy_process_group = destroy_process_group
 
 
 _channels: weakref.WeakKeyDictionary[Any, AheadChannel] = weakref.WeakKeyDictionary()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.ahead_channel import channel_of
 from recis_lightning.distributed.digest import digest
 from recis_lightning.distributed.heads import (
     PAYLOAD_SIZE,
@@ -26,6 +27,12 @@ from recis_lightning.distributed.heads import (
 )
 from recis_lightning.distributed.joined_messages import Message, exchange_messages
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
+from recis_lightning.lookup.early_gradients import (
+    EarlyGradients,
+    counts_ids,
+    early_of,
+    set_pack,
+)
 from recis_lightning.lookup.exchange import Route, point_to_data
 from recis_lightning.lookup.exchange_dtype import pack_gradients, unpack_gradients
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
@@ -48,7 +55,6 @@ from recis_lightning.table.lock import distinct_locks, write
 from recis_lightning.table.pending_gradient import PendingGradient
 
 _pending, _process_group = map(attrgetter, ("pending", "process_group"))
-_optimizer = attrgetter("optimizer")
 _NUMBERS = (PAYLOAD_SIZE - 1) // 4  # in a head, for the bits of each kind
 _WINDOW = 56 * _NUMBERS  # lookups, and tables, that a head has bits for
 
@@ -88,6 +94,7 @@ def _send_gradients(
             kept += are_kept
         ledger.keep(kept)
         ledger.note_sent()
+        early_of(process_group).clear()
     return waiting if len(tables) <= _WINDOW else None
 
 
@@ -123,8 +130,13 @@ def _send_window(
         size=_NUMBERS,
     )
     told = digest((purpose, first, len(waiting)))
-    head = Head(Kind.GRADIENTS, told, lambda: purpose, ledger.num_lookups)
+    early, channel = early_of(process_group), channel_of(process_group)
+    is_whole = len(entries) == len(ledger.entries)
+    ahead = channel.tell(early.number(entries, records) if is_whole else 0)
+    head = Head(Kind.GRADIENTS, told, lambda: purpose, ledger.num_lookups, 0, ahead)
     heads = exchange_heads(head, np.append(ran_backward, bits), process_group)
+    numbers = channel.hear(heads.ahead, process_group)
+    come = early if numbers.all() and (numbers == numbers[0]).all() else None
     received = heads.payloads[:, 1 : 1 + len(bits)]
     of_entries, of_tables = received[:, : 3 * _NUMBERS], received[:, 3 * _NUMBERS :]
     alive, sends, stale = split_bits(of_entries, 3, len(entries)).swapaxes(0, 1)
@@ -136,7 +148,7 @@ def _send_window(
     for device in dict.fromkeys(entries[i].route.layout.device for i in used):
         chosen = [i for i in used if entries[i].route.layout.device == device]
         some, of = [entries[i] for i in chosen], [records[i] for i in chosen]
-        _exchange(some, of, sends[:, chosen], purpose)
+        _exchange(some, of, sends[:, chosen], purpose, come)
         for entry in some:
             entry.note_received()
     return alive.any(0).tolist(), split_bits(of_any, 1, len(waiting[:_WINDOW])).ravel().tolist()
@@ -185,6 +197,7 @@ def _exchange(
     records: Sequence[dict[PendingGradient, set[HashTable]]],
     sends: npt.NDArray[Any],
     purpose: str,
+    early: EarlyGradients | None,
 ) -> None:
     """Send the gradients of lookups of tables on one device.
 
@@ -193,12 +206,15 @@ def _exchange(
         records: For each, this rank's gradients and the tables that they are for.
         sends: bool [num_ranks, num_entries], whether the rank has gradients for it.
         purpose: What the rank does next.
+        early: Gradients that have travelled already; None if they have not.
     """
+    come = None if early is None else early.answers(entries)
     layouts = [entry.route.layout for entry in entries]
     locks = layouts[0].current_locks()
     if len(layouts) > 1:
         locks = distinct_locks(lock for layout in layouts for lock in layout.current_locks())
-    write(locks, _exchange_locked, [entry.route for entry in entries], records, sends, purpose)
+    routes = [entry.route for entry in entries]
+    write(locks, _exchange_locked, routes, records, sends, purpose, come)
 
 
 def _exchange_locked(
@@ -206,12 +222,15 @@ def _exchange_locked(
     records: Sequence[dict[PendingGradient, set[HashTable]]],
     sends: npt.NDArray[Any],
     purpose: str,
+    come: Sequence[Tensor] | None,
 ) -> None:
-    messages = [
-        _message(route, of, does_send)
-        for route, of, does_send in zip(routes, records, sends.T, strict=True)
-    ]
-    answers = exchange_messages(messages, lambda: purpose, routes[0].layout.process_group)
+    answers = come
+    if answers is None:
+        messages = [
+            _message(route, of, does_send)
+            for route, of, does_send in zip(routes, records, sends.T, strict=True)
+        ]
+        answers = exchange_messages(messages, lambda: purpose, routes[0].layout.process_group)
     for number, (route, of) in enumerate(zip(routes, records, strict=True)):
         gradients = unpack_gradients(answers[number], route.layout.exchange_dtype)
         if not sends[:, number].all():
@@ -233,14 +252,19 @@ def _message(
         records: This rank's gradients.
         sends: bool [num_ranks], which ranks have some.
     """
+    num_sent = route.num_sent if records else [0] * len(route.num_sent)
+    num_received = (np.array(route.num_received) * sends).tolist()
+    return Message(_packed(route, records), num_received, num_sent)
+
+
+def _packed(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Tensor:
+    """Return the sums of a lookup's gradients as they travel, of no gradients none."""
     layout = route.layout
     if records:
-        sums, num_sent = _sums_of(route, records), route.num_sent
+        sums = _sums_of(route, records)
     else:
         sums = torch.empty(0, layout.embedding_dim + 1, device=layout.device)
-        num_sent = [0] * len(route.num_sent)
-    num_received = (np.array(route.num_received) * sends).tolist()
-    return Message(pack_gradients(sums, layout.exchange_dtype), num_received, num_sent)
+    return pack_gradients(sums, layout.exchange_dtype)
 
 
 def _with_zeros(gradients: Tensor, route: Route, sends: Any) -> Tensor:
@@ -263,7 +287,7 @@ def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Te
     sums = torch.zeros(size, layout.embedding_dim + 1, device=layout.device)
     plans: list[Plan] = []
     flags: list[Tensor | None] = []
-    is_counted = any(_count_ids(tables) for tables in records.values())
+    is_counted = any(counts_ids(tables) for tables in records.values())
     for record, tables in records.items():
         unsent = record.unsent
         assert isinstance(unsent, UnsentGradient)
@@ -346,12 +370,6 @@ def _rows_with_gradient(
         yield torch.where(rows < 0, size, rows)  # no mask: a GPU's would wait
 
 
-def _count_ids(tables: set[HashTable]) -> bool:
-    """Return whether the optimizer of any table asks how many ids its gradients are of."""
-    optimizers = set(map(_optimizer, tables))
-    return any(getattr(optimizer, "cow_clip", None) is not None for optimizer in optimizers)
-
-
 def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None:
     """Leave received gradients with the tables that own their rows.
 
@@ -407,5 +425,7 @@ def _sum_gradients(plan: Plan, sums: Tensor, scale: float) -> None:
     )
     row_update.update_rows_(row_update.sort_gradients(plan, blocks, layout), fields.SGD)
 
+
+set_pack(_packed)
 
 __all__ = ["send_gradients"]

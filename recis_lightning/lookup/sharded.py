@@ -17,6 +17,7 @@ from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.dedup import DeduplicatedIds, Deduplicator
+from recis_lightning.lookup.early_gradients import early_of, note_gradients
 from recis_lightning.lookup.exchange import Counts, ShardExchange, exchange_rows, header_over
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.gradient_ledger import (
@@ -52,6 +53,7 @@ class ShardedRows:
         self._layout = layout
         count_backward_passes()
         process_group = layout.process_group
+        early_of(process_group)  # from now on, backward passes that use no output count too
         collectives.check_backend(layout.tables[0].name, layout.device, process_group)
         for table in layout.tables:
             table.needs_reshard = True  # from a run with another number of ranks
@@ -175,6 +177,7 @@ class FetchedShardedRows:
         tables = (self._layout.feature_tables[feature] for feature in gradients.features)
         for table in dict.fromkeys(tables):
             table.pending.append(record)
+        note_gradients(self._layout)
 
 
 def drop_rows_of_other_ranks(table: HashTable) -> None:

@@ -72,7 +72,7 @@ trainer:
     - class_path: recis_lightning.callbacks.UnevenBatches
       init_args: {{on_uneven: pad}}
     - class_path: recis_lightning.callbacks.Lookahead
-      init_args: {{inputs: lookups_of}}
+      init_args: {{inputs: lookups_of, gradients: true}}
     - class_path: recis_lightning.callbacks.MetricReportHook
       init_args: {{interval: 5, phases: true, tflops_peak: 312}}
 """)
@@ -88,7 +88,7 @@ trainer:
     assert parts._save_filter is without_user
     assert found[UnevenBatches].on_uneven == "pad"
     assert found[MetricReportHook].interval == 5
-    assert found[Lookahead].inputs == "lookups_of"
+    assert (found[Lookahead].inputs, found[Lookahead].gradients) == ("lookups_of", True)
 
 
 def test_policies_initializers_and_modes(read):

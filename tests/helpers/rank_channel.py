@@ -60,6 +60,17 @@ def where_ranks_differ():
         assert "rank 1 has nothing to exchange ahead" in str(first.answer.exception())
 
 
+def destroyed_in_flight():
+    """An exchange that nobody has asked for comes to its end where the group is destroyed."""
+    channel = channel_of(None)
+    channel.begin_none()
+    heard(channel)
+    begun = [channel.begin(summed(number)) for number in range(20)]
+    distributed.destroy_process_group()
+    assert [one.answer.result(timeout=0) for one in begun] == [3 * n for n in range(20)]
+    assert not channel.is_open
+
+
 def names_of_threads():
     """Those of groups that are gone are gone as well."""
     return [thread.name for thread in threading.enumerate() if "ahead" in thread.name]

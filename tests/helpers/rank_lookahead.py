@@ -6,10 +6,13 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from recis_lightning import hash_tables, look_up_together, optim
+from recis_lightning import DynamicEmbedding, hash_tables, look_up_together, optim
 from recis_lightning.distributed import collectives
-from recis_lightning.lookup import finish_evaluation, look_ahead
+from recis_lightning.distributed.ahead_channel import channel_of
+from recis_lightning.lookup import finish_evaluation, look_ahead, overlap_backward
+from recis_lightning.lookup.early_gradients import early_of
 from recis_lightning.lookup.prepared import prepared_of
+from tests.helpers import rank_backward
 from tests.helpers.rank_training import GLOBAL_BATCH, Model, local_batch, shard
 
 
@@ -28,7 +31,7 @@ def scores_of(model, batch, together):
     return model.tower(torch.cat([rows, *found.values()], 1)).squeeze(1)
 
 
-def train(ahead, steps=8, together=False, accumulate=1, disturb=None, **settings):
+def train(ahead, steps=8, together=False, accumulate=1, disturb=None, overlap=False, **settings):
     """Train, and evict after each step; return what this rank holds, and how many were used.
 
     Args:
@@ -38,8 +41,10 @@ def train(ahead, steps=8, together=False, accumulate=1, disturb=None, **settings
         accumulate: Batches a step.
         disturb: Called before each batch with its number, the model and the batch; it returns what
             is trained on in its place.
+        overlap: Whether gradients travel from the backward pass on.
         settings: Of ``Model``.
     """
+    before = overlap_backward(overlap)
     model = Model(**settings)
     tables = hash_tables(model)
     both = optim.SparseDenseOptimizer(
@@ -64,6 +69,7 @@ def train(ahead, steps=8, together=False, accumulate=1, disturb=None, **settings
             for table in tables:
                 table.update_step()
                 table.evict()
+    overlap_backward(before)
     used = prepared_of(None).num_used if many else 0
     return {
         "losses": losses,
@@ -92,6 +98,31 @@ def same_with_and_without(wanted_uses, **kwargs):
     ahead = train(True, **kwargs)
     assert_same(ahead, plain)
     assert ahead["used"] - before == wanted_uses, ahead["used"] - before
+
+
+def same_with_early_gradients(wanted_uses, **kwargs):
+    """Train without and with gradients that travel from the backward pass on."""
+    plain = train(False, **kwargs)
+    before = early_of(None).num_used if collectives.world_size() > 1 else 0
+    assert_same(train(False, overlap=True, **kwargs), plain)
+    if collectives.world_size() > 1:
+        assert early_of(None).num_used - before == wanted_uses, early_of(None).num_used - before
+    # With ids ahead in the same channel.
+    assert_same(train(True, overlap=True, **kwargs), plain)
+
+
+def early(name):
+    """Run a check of ``rank_backward`` with gradients that travel from the backward pass on."""
+    before = overlap_backward()
+    try:
+        first = DynamicEmbedding(1, name="first")
+        sparse = optim.SparseSGD([first.table], lr=1.0)
+        first(torch.tensor([1])).sum().backward()
+        sparse.step()  # it opens the channel
+        assert channel_of(None).is_open
+        getattr(rank_backward, name)()
+    finally:
+        overlap_backward(before)
 
 
 def disturbances():

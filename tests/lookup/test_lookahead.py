@@ -12,6 +12,7 @@ from tests.helpers import rank_lookahead as checks
 COUNTED = {"admission": MinCount(2), "eviction": GlobalStepFilter(filter_step=2)}
 
 
+@pytest.mark.slow_except(dict(num_ranks=2))
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize(
     ("uses", "settings"),
