@@ -82,6 +82,7 @@ TESTED_BY = {
     "lookup/features.py": "test_engine.py",
     "lookup/local.py": "test_engine.py",
     "lookup/named_tables.py": "lookup/test_operator.py",
+    "lookup/prepared.py": "lookup/test_lookahead.py",
     "lookup/recording.py": "lookup/test_operator.py",
     "lookup/row_source.py": "test_engine.py",
     "eviction_policy.py": "test_eviction.py",

@@ -9,6 +9,7 @@ from recis_lightning.callbacks.delta import DeltaHook
 from recis_lightning.callbacks.filter import HashTableFilterHook
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.logger import LoggerHook, TqdmLoggingHandler
+from recis_lightning.callbacks.lookahead import Lookahead
 from recis_lightning.callbacks.memory_access import MemoryAccessHook
 from recis_lightning.callbacks.module_flops import ModuleFlopsHook
 from recis_lightning.callbacks.prediction_writer import PredictionWriter
@@ -33,6 +34,7 @@ __all__ = [
     "HashTableFilterHook",
     "Hook",
     "LoggerHook",
+    "Lookahead",
     "MLTrackerHook",
     "MemoryAccessHook",
     "MetricReportHook",

@@ -75,6 +75,18 @@ class LevelFetcher(_PrefetchDataFetcher):
             self._template = without_samples(fetched[0])
         return fetched
 
+    @property
+    def has_own(self) -> bool:
+        """Whether the next batch, if there is one, is of this rank's data."""
+        if self.length is None or self._own_length is None:
+            return bool(self.batches)
+        return self.fetched < self._own_length
+
+    @property
+    def template(self) -> Any:
+        """Batch without samples that this rank gets where others have another one, if known."""
+        return self._template
+
     def _agree(self) -> None:
         """Agree with the other ranks on how many batches there are."""
         self._own_length, self.num_padded = self.length, 0

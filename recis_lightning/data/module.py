@@ -274,6 +274,8 @@ class ColumnarDataModule(L.LightningDataModule):
 class _Loader:
     """Batches of a data set for Lightning, epoch by epoch, whether or not processes read them."""
 
+    tells_trained_batches = True  # and not those that were read
+
     def __init__(self, module: ColumnarDataModule, data: Any, training: bool) -> None:
         self._module, self._data, self._training = module, data, training
 

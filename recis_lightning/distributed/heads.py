@@ -28,8 +28,8 @@ from recis_lightning.distributed.stop_request import STOP_REQUEST
 from recis_lightning.ops import backend
 from recis_lightning.ops.async_copy import to_device_async
 
-_NUM_FIELDS = 4
-PAYLOAD_SIZE = 60  # numbers that travel with a head
+_NUM_FIELDS = 5
+PAYLOAD_SIZE = 59  # numbers that travel with a head
 _SIZE = _NUM_FIELDS + PAYLOAD_SIZE
 _KIND_BITS = 8  # of a field that has a signal above them
 
@@ -44,6 +44,7 @@ class Kind(IntEnum):
     FINISHED = 5  # a rank that has no more evaluation lookups, and answers those of others
     ANSWER = 6
     GRADIENTS = 7
+    AHEAD = 8  # in a channel of its own: see ``ahead_channel``
 
 
 class Head(NamedTuple):
@@ -55,6 +56,7 @@ class Head(NamedTuple):
         describe: Returns what the rank does, for errors: "steps SparseSGD".
         num_lookups: How many training lookups there were before, the same on all ranks.
         oldest: Number of the oldest of them that this rank may still have gradients for.
+        ahead: What ``AheadChannel.tell`` returned.
     """
 
     kind: Kind
@@ -62,6 +64,7 @@ class Head(NamedTuple):
     describe: Callable[[], str]
     num_lookups: int = 0
     oldest: int = 0
+    ahead: int = 0
 
 
 class ReceivedHeads(NamedTuple):
@@ -71,12 +74,14 @@ class ReceivedHeads(NamedTuple):
         kinds: int64 [num_ranks].
         digests: int64 [num_ranks].
         oldest: int64 [num_ranks].
+        ahead: int64 [num_ranks].
         payloads: int64 [num_ranks, PAYLOAD_SIZE].
     """
 
     kinds: npt.NDArray[np.int64]
     digests: npt.NDArray[np.int64]
     oldest: npt.NDArray[np.int64]
+    ahead: npt.NDArray[np.int64]
     payloads: npt.NDArray[np.int64]
 
 
@@ -100,7 +105,8 @@ def exchange_heads(
     num_ranks = world_size(process_group)
     lines = np.zeros((num_ranks, _SIZE), np.int64)
     kind_and_signal = head.kind | STOP_REQUEST.own << _KIND_BITS
-    lines[:, :_NUM_FIELDS] = kind_and_signal, head.digest, head.num_lookups, head.oldest
+    fields = kind_and_signal, head.digest, head.num_lookups, head.oldest, head.ahead
+    lines[:, :_NUM_FIELDS] = fields
     if payload is not None:
         lines[:, _NUM_FIELDS : _NUM_FIELDS + payload.shape[-1]] = payload
     sent = to_device_async(lines, message_device(process_group))
@@ -116,7 +122,8 @@ def exchange_heads(
     heads[:, 0] &= (1 << _KIND_BITS) - 1
     if _differ(heads[:, :3]):
         _raise_difference(head, process_group)
-    return ReceivedHeads(heads[:, 0], heads[:, 1], heads[:, 3], heads[:, _NUM_FIELDS:])
+    kinds, digests, _, oldest, ahead = heads[:, :_NUM_FIELDS].T
+    return ReceivedHeads(kinds, digests, oldest, ahead, heads[:, _NUM_FIELDS:])
 
 
 def announce_failure(

@@ -59,6 +59,22 @@ def communicator(process_group: ProcessGroup | None = None) -> ProcessGroup:
     return own
 
 
+def make_group_beside(process_group: ProcessGroup | None) -> ProcessGroup:
+    """Make a gloo group of the same ranks, whose messages meet no others; all ranks call it.
+
+    Args:
+        process_group: The ranks; None means all.
+    """
+    of = process_group or distributed.distributed_c10d._get_default_group()
+    return distributed.new_group(
+        global_ranks(process_group),
+        timeout=_timeout_of(of),
+        backend="gloo",
+        use_local_synchronization=process_group is not None,
+        group_desc="recis_lightning ahead",
+    )
+
+
 def _timeout_of(group: ProcessGroup) -> Any:
     """Return how long a group waits for its ranks; None for torch's default."""
     for device in group._device_types:
@@ -108,6 +124,7 @@ __all__ = [
     "communicator",
     "global_ranks",
     "is_initialized",
+    "make_group_beside",
     "message_device",
     "rank",
     "world_size",

@@ -96,6 +96,16 @@ class Route(NamedTuple):
     owned: OwnedIds
     hop: NodeHop | None = None
 
+    @property
+    def first_sent(self) -> list[int]:
+        """Number of ids that went to each rank first: to the owner, or in this node."""
+        return self.num_sent if self.hop is None else self.hop.num_sent
+
+    @property
+    def first_received(self) -> list[int]:
+        """Number of ids that came from each rank first."""
+        return self.num_received if self.hop is None else self.hop.num_received
+
 
 class ShardExchange(NamedTuple):
     """Finished exchange of a lookup.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recis_lightning.distributed import collectives
+from recis_lightning.distributed.ahead_channel import channel_of
 from recis_lightning.distributed.digest import digest
 from recis_lightning.distributed.heads import (
     PAYLOAD_SIZE,
@@ -26,6 +27,12 @@ from recis_lightning.distributed.heads import (
 )
 from recis_lightning.distributed.joined_messages import Message, exchange_messages
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
+from recis_lightning.lookup.early_gradients import (
+    EarlyGradients,
+    counts_ids,
+    early_of,
+    set_pack,
+)
 from recis_lightning.lookup.exchange import Route
 from recis_lightning.lookup.exchange_dtype import pack_gradients, unpack_gradients
 from recis_lightning.lookup.features import FeatureLayout, listed, point_to_rows
@@ -53,7 +60,6 @@ from recis_lightning.table.lock import distinct_locks, write
 from recis_lightning.table.pending_gradient import PendingGradient
 
 _pending, _process_group = map(attrgetter, ("pending", "process_group"))
-_optimizer = attrgetter("optimizer")
 _NUMBERS = (PAYLOAD_SIZE - 1) // 4  # in a head, for the bits of each kind
 _WINDOW = BITS * _NUMBERS  # lookups that a head has bits for
 
@@ -93,6 +99,7 @@ def _send_gradients(
             kept += are_kept
         ledger.keep(kept)
         ledger.note_sent()
+        early_of(process_group).clear()
     return waiting
 
 
@@ -129,8 +136,13 @@ def _send_window(
     )
     bits = np.append(of_lookups, tables.numbers())
     told = digest((purpose, first, len(waiting)))
-    head = Head(Kind.GRADIENTS, told, lambda: purpose, ledger.num_lookups)
+    early, channel = early_of(process_group), channel_of(process_group)
+    is_whole = len(entries) == len(ledger.entries)
+    ahead = channel.tell(early.number(entries, records) if is_whole else 0)
+    head = Head(Kind.GRADIENTS, told, lambda: purpose, ledger.num_lookups, 0, ahead)
     heads = exchange_heads(head, np.append(ran_backward, bits), process_group)
+    numbers = channel.hear(heads.ahead, process_group)
+    come = early if numbers.all() and (numbers == numbers[0]).all() else None
     received = heads.payloads[:, 1 : 1 + len(bits)]
     of_entries, of_tables = received[:, : 3 * _NUMBERS], received[:, 3 * _NUMBERS :]
     alive, sends, stale = split_bits(of_entries, 3, len(entries)).swapaxes(0, 1)
@@ -143,7 +155,7 @@ def _send_window(
         chosen = [i for i in used if entries[i].route.layout.device == device]
         some, of = [entries[i] for i in chosen], [records[i] for i in chosen]
         beside = [tables.message(device)] if of_any is None else []
-        answers = _exchange(some, of, sends[:, chosen], purpose, beside)
+        answers = _exchange(some, of, sends[:, chosen], purpose, beside, come)
         for entry in some:
             entry.note_received()
         of_any = tables.read(answers[0]) if beside else of_any
@@ -178,6 +190,7 @@ def _exchange(
     sends: npt.NDArray[Any],
     purpose: str,
     beside: Sequence[Message],
+    early: EarlyGradients | None,
 ) -> Sequence[Tensor]:
     """Send the gradients of lookups of tables on one device.
 
@@ -187,16 +200,18 @@ def _exchange(
         sends: bool [num_ranks, num_entries], whether the rank has gradients for it.
         purpose: What the rank does next.
         beside: What travels with them.
+        early: Gradients that have travelled already; None if they have not.
 
     Returns:
         For each of ``beside`` what has come.
     """
+    come = None if early is None else early.answers(entries)
     layouts = [entry.route.layout for entry in entries]
     locks = layouts[0].current_locks()
     if len(layouts) > 1:
         locks = distinct_locks(lock for layout in layouts for lock in layout.current_locks())
     routes = [entry.route for entry in entries]
-    return write(locks, _exchange_locked, routes, records, sends, purpose, beside)
+    return write(locks, _exchange_locked, routes, records, sends, purpose, beside, come)
 
 
 def _exchange_locked(
@@ -205,16 +220,18 @@ def _exchange_locked(
     sends: npt.NDArray[Any],
     purpose: str,
     beside: Sequence[Message],
+    early: Sequence[Tensor] | None,
 ) -> Sequence[Tensor]:
-    messages = [
-        _message(route, of, does_send)
-        for route, of, does_send in zip(routes, records, sends.T, strict=True)
-    ]
+    pairs = zip(routes, records, sends.T, strict=True)
+    messages = [] if early is not None else [_message(*its) for its in pairs]
     process_group = routes[0].layout.process_group
-    answers = exchange_messages([*messages, *beside], lambda: purpose, process_group)
+    answers: Sequence[Tensor] = ()
+    if messages or beside:
+        answers = exchange_messages([*messages, *beside], lambda: purpose, process_group)
+    first = answers[: len(routes)] if early is None else early
     come = [
         _complete(unpack_gradients(answer, route.layout.exchange_dtype), route, does_send)
-        for answer, route, does_send in zip(answers, routes, sends.T, strict=False)
+        for answer, route, does_send in zip(first, routes, sends.T, strict=True)
     ]
     forward_gradients(routes, come, sends, purpose)
     for route, of, gradients in zip(routes, records, come, strict=True):
@@ -223,7 +240,7 @@ def _exchange_locked(
             for table in tables:
                 table.pending.remove(record)
         _leave_pending(route, gradients, {table for tables in of.values() for table in tables})
-    return answers[len(routes) :]
+    return answers[len(messages) :]
 
 
 def _message(
@@ -236,28 +253,28 @@ def _message(
         records: This rank's gradients.
         sends: bool [num_ranks], which ranks have some.
     """
+    num_sent = route.first_sent if records else [0] * len(route.num_sent)
+    num_received = (np.array(route.first_received) * sends).tolist()
+    return Message(_packed(route, records), num_received, num_sent)
+
+
+def _packed(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Tensor:
+    """Return the sums of a lookup's gradients as they travel, of no gradients none."""
     layout = route.layout
     if records:
-        sums, num_sent = _sums_of(route, records), route.num_sent
+        sums = _sums_of(route, records)
         if route.hop is not None:
-            sums, num_sent = sums[route.hop.order], route.hop.num_sent
+            sums = sums[route.hop.order]
     else:
         sums = torch.empty(0, layout.embedding_dim + 1, device=layout.device)
-        num_sent = [0] * len(route.num_sent)
-    num_received = (np.array(_first_received(route)) * sends).tolist()
-    return Message(pack_gradients(sums, layout.exchange_dtype), num_received, num_sent)
-
-
-def _first_received(route: Route) -> list[int]:
-    """Return how many ids of a lookup came from each rank, on their first way."""
-    return route.num_received if route.hop is None else route.hop.num_received
+    return pack_gradients(sums, layout.exchange_dtype)
 
 
 def _complete(gradients: Tensor, route: Route, sends: npt.NDArray[Any]) -> Tensor:
     """Return what has come first for a lookup, with zeros for ranks that have sent nothing."""
     if sends.all():
         return gradients
-    return with_zeros(gradients, _first_received(route), sends)
+    return with_zeros(gradients, route.first_received, sends)
 
 
 def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Tensor:
@@ -272,7 +289,7 @@ def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Te
     sums = torch.zeros(size, layout.embedding_dim + 1, device=layout.device)
     plans: list[Plan] = []
     flags: list[Tensor | None] = []
-    is_counted = any(_count_ids(tables) for tables in records.values())
+    is_counted = any(counts_ids(tables) for tables in records.values())
     for record, tables in records.items():
         unsent = record.unsent
         assert isinstance(unsent, UnsentGradient)
@@ -355,12 +372,6 @@ def _rows_with_gradient(
         yield torch.where(rows < 0, size, rows)  # no mask: a GPU's would wait
 
 
-def _count_ids(tables: set[HashTable]) -> bool:
-    """Return whether the optimizer of any table asks how many ids its gradients are of."""
-    optimizers = set(map(_optimizer, tables))
-    return any(getattr(optimizer, "cow_clip", None) is not None for optimizer in optimizers)
-
-
 def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None:
     """Leave received gradients with the tables that own their rows.
 
@@ -396,5 +407,7 @@ def _leave_pending(route: Route, received: Tensor, sent: set[HashTable]) -> None
     for table in sent.difference(updated):
         table.pending.append(nothing)
 
+
+set_pack(_packed)
 
 __all__ = ["send_gradients"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -208,6 +208,14 @@ def ledger_of(process_group: ProcessGroup | None) -> GradientLedger:
     return ledger
 
 
+_after_backward: list[Callable[[], None]] = []
+
+
+def call_after_backward(call: Callable[[], None]) -> None:
+    """Have a function called when a backward pass has ended, once passes are counted."""
+    _after_backward.append(call)
+
+
 def count_backward_passes() -> None:
     """From now on, let ledgers know of every backward pass.
 
@@ -222,6 +230,9 @@ def count_backward_passes() -> None:
     def backward(*args: Any, **kwargs: Any) -> None:
         _backward_passes.count += 1
         original(*args, **kwargs)
+        if torch._C._current_graph_task_id() == -1:  # not within another one
+            for call in _after_backward:
+                call()
 
     backward.tells_ledger = True  # type: ignore[attr-defined]
     torch.autograd.backward = backward
@@ -232,6 +243,7 @@ __all__ = [
     "GradientLedger",
     "LedgerEntry",
     "UnsentGradient",
+    "call_after_backward",
     "count_backward_passes",
     "ledger_of",
     "split_bits",

@@ -33,7 +33,8 @@ from recis_lightning.lookup.batch import (
 )
 from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.features import FeatureLayout, listed
-from recis_lightning.lookup.row_source import RowSource
+from recis_lightning.lookup.prepared import prepared_of
+from recis_lightning.lookup.row_source import PreparedIds, RowSource
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
 from recis_lightning.table.lock import distinct_locks, read, write
@@ -110,7 +111,11 @@ class LookupGroup:
         return Batch(bags, lines, offsets, weighted, weights, came_from, occurrences)
 
     def look_up(
-        self, batch: Batch, training: bool, columns: Columns | None
+        self,
+        batch: Batch,
+        training: bool,
+        columns: Columns | None,
+        prepared: PreparedIds | None = None,
     ) -> Generator[Any, Any, Lookup]:
         """Look features up and pool their rows; pause as ``RowSource.fetch`` does.
 
@@ -119,6 +124,7 @@ class LookupGroup:
             training: Insert unknown ids, stamp rows and leave gradients; otherwise only read.
             columns: What to fill; None means outputs of their own, for each feature [n, dim]
                 ("none"), [B, dim] or [B, tile_len * dim] ("tile").
+            prepared: As for ``RowSource.fetch``.
         """
         layout = self.layout
         layout.check_current()
@@ -130,7 +136,7 @@ class LookupGroup:
         # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
         inserts = training and torch._C._current_graph_task_id() == -1
         try:
-            fetched = yield from self.rows.fetch(batch, plan, inserts, training)
+            fetched = yield from self.rows.fetch(batch, plan, inserts, training, prepared)
         except embedding_bag.MalformedOffsetsError as error:
             self._raise_malformed(error.feature, batch.bags)
             raise
@@ -321,18 +327,34 @@ def _run_lookups(
     if len(groups) > 1 and any(group.layout.locks != locks for group in groups):
         locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
     filled = [None] * len(groups) if columns is None else columns
-    running = list(map(LookupGroup.look_up, groups, batches, [training] * len(groups), filled))
-    if agree is None:
-        agree = partial(agree_on_lookup, groups, training)
     exchange = partial(
         exchange_messages,
         doing=lambda: f"looks up tables {listed(_table_names(groups))}",
         process_group=groups[0].process_group,
     )
+
+    def look_up() -> _Result:
+        prepared = _claim(groups, batches, training) if agree is None else None
+        its = [None] * len(groups) if prepared is None else prepared
+        trains = [training] * len(groups)
+        running = list(map(LookupGroup.look_up, groups, batches, trains, filled, its))
+        # Where ids came ahead, rows are the first message.
+        first = exchange if prepared else agree or partial(agree_on_lookup, groups, training)
+        return record(_take_turns(running, first, exchange))
+
     # Ranks answer one another in a fixed order, and so do the threads of each.
     if training or groups[0].num_ranks > 1:
-        return write(locks, lambda: record(_take_turns(running, agree, exchange)))
-    return read(locks, lambda: record(_take_turns(running, agree, exchange)))
+        return write(locks, look_up)
+    return read(locks, look_up)
+
+
+def _claim(
+    groups: Sequence[LookupGroup], batches: Sequence[Batch], training: bool
+) -> list[PreparedIds] | None:
+    """Return what came ahead for a lookup; None if nothing did."""
+    if not training or groups[0].num_ranks == 1 or torch._C._current_graph_task_id() != -1:
+        return None
+    return prepared_of(groups[0].process_group).claim(groups, batches)
 
 
 def _table_names(groups: Sequence[LookupGroup]) -> list[str]:
@@ -341,26 +363,26 @@ def _table_names(groups: Sequence[LookupGroup]) -> list[str]:
 
 def _take_turns(
     running: Sequence[Generator[Any, Any, Lookup]],
-    agree: Callable[[Sequence[Counts]], Sequence[Counts]],
+    begin: Callable[[Sequence[Any]], Any],
     exchange: Callable[[Sequence[Message]], Sequence[Tensor]],
 ) -> list[Lookup]:
     """Run lookups until all are done; return them in their order.
 
     Args:
         running: The lookups.
-        agree: As for ``run_lookups``.
+        begin: Answers their first pauses: ``agree`` of ``run_lookups``, or ``exchange``.
         exchange: Sends the lookups' messages together; returns what has come for each.
     """
     found: list[Any] = [None] * len(running)
-    left, counts = [], []
+    left, asked = [], []
     for i, lookup in enumerate(running):
         try:
-            counts.append(next(lookup))
+            asked.append(next(lookup))
         except StopIteration as end:
             found[i] = end.value
         else:
             left.append((i, lookup))
-    answers: Any = agree(counts) if left else ()
+    answers: Any = begin(asked) if left else ()
     while left:
         paused, messages = [], []
         for (i, lookup), answer in zip(left, answers, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.room import RoomMaker
-from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.lookup.row_source import OutputGradients, PreparedIds
 from recis_lightning.ops import embedding_bag, hash_index, row_init
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.hash_index import Segments
@@ -34,6 +34,7 @@ class LocalRows:
     """
 
     is_sharded: ClassVar[bool] = False
+    can_prepare: ClassVar[bool] = False
 
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
@@ -49,7 +50,12 @@ class LocalRows:
         self._all_known = False  # whether the last training lookup found nothing to insert
 
     def fetch(
-        self, batch: Batch, plan: Plan, training: bool, learns: bool
+        self,
+        batch: Batch,
+        plan: Plan,
+        training: bool,
+        learns: bool,
+        prepared: PreparedIds | None = None,
     ) -> Generator[None, None, FetchedLocalRows]:
         """Look ids up and fill the outputs, without a pause."""
         yield from ()

@@ -18,6 +18,7 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.joined_messages import Message, by_part
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.counted_ids import with_counts, without_counts
+from recis_lightning.lookup.early_gradients import early_of
 from recis_lightning.lookup.exchange import Route
 from recis_lightning.lookup.exchange_dtype import pack_rows
 from recis_lightning.lookup.features import FeatureLayout
@@ -30,6 +31,7 @@ from recis_lightning.lookup.owned_ids import (
 )
 from recis_lightning.lookup.pooled_bags import Counts, split_bags
 from recis_lightning.lookup.regrouping import parts_by_source
+from recis_lightning.lookup.row_source import PreparedIds
 from recis_lightning.lookup.sharded import FetchedShardedRows, drop_rows_of_other_ranks
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops import layout as fields
@@ -47,16 +49,23 @@ class PooledShardedRows:
     """
 
     is_sharded: ClassVar[bool] = True
+    can_prepare: ClassVar[bool] = False
 
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
         count_backward_passes()
+        early_of(layout.process_group)  # from now on, backward passes that use no output count too
         collectives.check_backend(layout.tables[0].name, layout.device, layout.process_group)
         for table in layout.tables:
             table.needs_reshard = True  # from a run with another number of ranks
 
     def fetch(
-        self, batch: Batch, plan: Plan, training: bool, learns: bool
+        self,
+        batch: Batch,
+        plan: Plan,
+        training: bool,
+        learns: bool,
+        prepared: PreparedIds | None = None,
     ) -> Generator[Any, Any, FetchedShardedRows]:
         """Ask the owners for the sums of their parts of bags, and fill the outputs."""
         layout = self._layout

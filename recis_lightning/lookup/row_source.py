@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from recis_lightning.lookup.batch import Batch
+from recis_lightning.lookup.dedup import DeduplicatedIds
 from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.ops.header import Header
 
@@ -30,6 +33,20 @@ class OutputGradients(NamedTuple):
     def buffers(self) -> list[Tensor]:
         """Return all tensors that ``plan`` points into, rows apart."""
         return [*self.tensors, *self.batch.buffers()]
+
+
+class PreparedIds(NamedTuple):
+    """Ids of a group's lookup that were exchanged ahead of time.
+
+    Attributes:
+        deduplicated: This rank's.
+        received_counts: int64 [num_ranks, num_sources], how many ids came of each source.
+        received: What came for them: int64 [r] or [r, 2], as ``exchange_rows`` is sent it.
+    """
+
+    deduplicated: DeduplicatedIds
+    received_counts: npt.NDArray[np.int64]
+    received: Tensor
 
 
 class FetchedRows(Protocol):
@@ -58,12 +75,19 @@ class RowSource(Protocol):
 
     Attributes:
         is_sharded: Whether a lookup is one of all ranks.
+        can_prepare: Whether ids can be exchanged ahead of a lookup.
     """
 
     is_sharded: ClassVar[bool]
+    can_prepare: ClassVar[bool]
 
     def fetch(
-        self, batch: Batch, plan: Plan, training: bool, learns: bool
+        self,
+        batch: Batch,
+        plan: Plan,
+        training: bool,
+        learns: bool,
+        prepared: PreparedIds | None = None,
     ) -> Generator[Any, Any, FetchedRows]:
         """Look ids up and fill the outputs; pause where messages travel.
 
@@ -78,7 +102,9 @@ class RowSource(Protocol):
                 overwritten.
             training: Insert unknown ids and stamp rows; otherwise only read.
             learns: Whether rows may get gradients, as far as autograd records.
+            prepared: Ids of sharded rows that were exchanged ahead: the first pause is that of the
+                message after them. None means that they were not.
         """
 
 
-__all__ = ["FetchedRows", "OutputGradients", "RowSource"]
+__all__ = ["FetchedRows", "OutputGradients", "PreparedIds", "RowSource"]

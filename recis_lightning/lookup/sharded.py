@@ -16,15 +16,16 @@ from recis_lightning.distributed import collectives
 from recis_lightning.distributed.joined_messages import Message
 from recis_lightning.distributed.ownership import owner_of
 from recis_lightning.lookup.batch import Batch
-from recis_lightning.lookup.dedup import Deduplicator
-from recis_lightning.lookup.exchange import Counts, exchange_rows, header_over
+from recis_lightning.lookup.dedup import DeduplicatedIds, Deduplicator
+from recis_lightning.lookup.early_gradients import early_of, note_gradients
+from recis_lightning.lookup.exchange import Counts, ShardExchange, exchange_rows, header_over
 from recis_lightning.lookup.features import FeatureLayout
 from recis_lightning.lookup.gradient_ledger import (
     UnsentGradient,
     count_backward_passes,
     ledger_of,
 )
-from recis_lightning.lookup.row_source import OutputGradients
+from recis_lightning.lookup.row_source import OutputGradients, PreparedIds
 from recis_lightning.ops import embedding_bag
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.embedding_bag import Plan
@@ -47,24 +48,54 @@ class ShardedRows:
     """
 
     is_sharded: ClassVar[bool] = True
+    can_prepare: ClassVar[bool] = True
 
     def __init__(self, layout: FeatureLayout) -> None:
         self._layout = layout
         count_backward_passes()
         process_group = layout.process_group
+        early_of(process_group)  # from now on, backward passes that use no output count too
         collectives.check_backend(layout.tables[0].name, layout.device, process_group)
         for table in layout.tables:
             table.needs_reshard = True  # from a run with another number of ranks
-        self._deduplicator = Deduplicator(
+        self._deduplicator = self._make_deduplicator()
+        self._ahead: Deduplicator | None = None  # that of ``ask``, whose thread is another one
+
+    def _make_deduplicator(self) -> Deduplicator:
+        layout = self._layout
+        return Deduplicator(
             layout.training,
             layout.segment_sources,
             len(layout.sources),
-            collectives.world_size(process_group),
+            collectives.world_size(layout.process_group),
             layout.device,
         )
 
+    def ask(
+        self, ids: Sequence[Tensor], occurrences: Tensor | None
+    ) -> tuple[DeduplicatedIds, Generator[Any, Any, Any]]:
+        """Begin a training lookup ahead of time, in the one thread that does so.
+
+        Args:
+            ids: int64 [n_i] of each feature.
+            occurrences: int64 [n], how many occurrences each stands for; None means 1.
+
+        Returns:
+            The deduplicated ids, and the exchange. That yields numbers of ids, and then the message
+            with ids; whoever goes further than that needs the tables.
+        """
+        if self._ahead is None:
+            self._ahead = self._make_deduplicator()
+        deduplicated = self._ahead.deduplicate(ids)
+        return deduplicated, exchange_rows(self._layout, deduplicated, True, occurrences)
+
     def fetch(
-        self, batch: Batch, plan: Plan, training: bool, learns: bool
+        self,
+        batch: Batch,
+        plan: Plan,
+        training: bool,
+        learns: bool,
+        prepared: PreparedIds | None = None,
     ) -> Generator[Counts | Message, Any, FetchedShardedRows]:
         """Ask ids of the ranks that own them, and fill the outputs."""
         layout = self._layout
@@ -73,8 +104,14 @@ class ShardedRows:
         for table in layout.tables:
             if table.needs_reshard:
                 drop_rows_of_other_ranks(table)
-        deduplicated = self._deduplicator.deduplicate(batch.bags.ids)
-        route, rows = yield from exchange_rows(layout, deduplicated, training, batch.occurrences)
+        if prepared is None:
+            deduplicated = self._deduplicator.deduplicate(batch.bags.ids)
+            exchange = exchange_rows(layout, deduplicated, training, batch.occurrences)
+            route, rows = yield from exchange
+        else:
+            deduplicated = prepared.deduplicated
+            exchange = exchange_rows(layout, deduplicated, training, batch.occurrences)
+            route, rows = yield from _after_ids(exchange, prepared)
         inverse = deduplicated.inverse
         fetched = FetchedShardedRows(inverse, layout, rows)
         plan[:, fields.PLAN_HEADER] = fetched.header.address
@@ -83,6 +120,22 @@ class ShardedRows:
         if records:
             ledger_of(layout.process_group).add(route, fetched)
         return fetched
+
+
+def _after_ids(
+    exchange: Generator[Counts | Message, Any, ShardExchange], prepared: PreparedIds
+) -> Generator[Message, Any, ShardExchange]:
+    """Go on with an exchange whose first two messages came ahead."""
+    next(exchange)
+    exchange.send(prepared.received_counts)
+    message: Any = exchange.send(prepared.received)
+    while True:
+        answer = yield message
+        try:
+            message = exchange.send(answer)
+        except StopIteration as end:
+            result: ShardExchange = end.value
+            return result
 
 
 @final
@@ -128,6 +181,7 @@ class FetchedShardedRows:
         tables = (self._layout.feature_tables[feature] for feature in gradients.features)
         for table in dict.fromkeys(tables):
             table.pending.append(record)
+        note_gradients(self._layout)
 
 
 def drop_rows_of_other_ranks(table: HashTable) -> None:

@@ -100,7 +100,7 @@ def look_up_together(*lookups: Sequence[Any]) -> list[Any]:
         announce_refusal(error, [given[0] for given in lookups if _is_call(given)])
         raise
     modules = [lookup[0] for lookup in lookups]
-    if not all(map(_is_plain, modules)) or (not all(trains) and torch.compiler.is_compiling()):
+    if not all(map(is_plain, modules)) or (not all(trains) and torch.compiler.is_compiling()):
         return [module(*arguments) for module, *arguments in lookups]
     return _look_up_together(lookups)
 
@@ -128,7 +128,7 @@ def _check(lookups: Sequence[Sequence[Any]]) -> list[bool]:
     return trains
 
 
-def _is_plain(module: Any) -> bool:
+def is_plain(module: Any) -> bool:
     """Return whether calling a module does nothing but its lookup: no hook, no other forward."""
     kind = type(module)
     owner: Any = next(base for base in kind.__mro__ if "lookup_steps" in vars(base))
@@ -150,8 +150,7 @@ def _look_up_together(lookups: Sequence[Sequence[Any]]) -> list[Any]:
     try:
         steps = [module.lookup_steps(*arguments) for module, *arguments in lookups]
         asked = list(map(next, steps))
-        features = _features_of(asked, process_group)
-        groups = _groups_of(lookups, features).of(lambda: features)
+        groups, features = _groups_together(lookups, asked, process_group)
     except Exception as error:
         announce_refusal(error, [lookup[0] for lookup in lookups])
         raise
@@ -196,6 +195,38 @@ def _groups_of(lookups: Sequence[Sequence[Any]], features: tuple[Feature, ...]) 
     return _kept.of([lookup[0] for lookup in lookups], features)
 
 
+def _groups_together(
+    lookups: Sequence[Sequence[Any]],
+    asked: Sequence[Asked],
+    process_group: ProcessGroup | None,
+) -> tuple[Sequence[LookupGroup], tuple[Feature, ...]]:
+    """Return the groups of what several modules ask, and all features in their order.
+
+    Raises:
+        ValueError: Their tables are sharded over several process groups.
+    """
+    features = _features_of(asked, process_group)
+    return _groups_of(lookups, features).of(lambda: features), features
+
+
+def ask_together(lookups: Sequence[Sequence[Any]]) -> Asked:
+    """Return what ``look_up_together`` would look up; nothing changes.
+
+    Args:
+        lookups: As for ``look_up_together``, one or more.
+
+    Raises:
+        Exception: As ``look_up_together``.
+    """
+    asked: list[Asked] = [next(module.lookup_steps(*given)) for module, *given in lookups]
+    if len(asked) == 1:
+        return asked[0]
+    process_group = lookups[0][0].current_groups()[0].process_group
+    groups, features = _groups_together(lookups, asked, process_group)
+    joined, _ = _join_all(groups, features, asked)
+    return Asked(groups, joined)
+
+
 def _look_up(
     groups: Sequence[LookupGroup],
     features: Sequence[Feature],
@@ -203,18 +234,25 @@ def _look_up(
     training: bool,
 ) -> list[Tensor]:
     """Return the rows of each feature, in their order."""
-    number_of = {kind_of(group.layout.features[0]): number for number, group in enumerate(groups)}
-    places: list[list[int]] = [[] for _ in groups]  # positions of each group's features
-    for position, feature in enumerate(features):
-        places[number_of[kind_of(feature)]].append(position)
-    parts = [(bags, i) for part in asked for bags in part.bags for i in range(len(bags))]
-    joined = [_join([parts[position] for position in its]) for its in places]
+    joined, places = _join_all(groups, features, asked)
     found = look_up_groups(groups, joined, training)
     rows: list[Any] = [None] * len(features)
     for its, outputs in zip(places, found, strict=True):
         for position, output in zip(its, outputs, strict=True):
             rows[position] = output
     return rows
+
+
+def _join_all(
+    groups: Sequence[LookupGroup], features: Sequence[Feature], asked: Sequence[Asked]
+) -> tuple[list[FeatureBags], list[list[int]]]:
+    """Return the bags of each group, and the positions of its features among all."""
+    number_of = {kind_of(group.layout.features[0]): number for number, group in enumerate(groups)}
+    places: list[list[int]] = [[] for _ in groups]
+    for position, feature in enumerate(features):
+        places[number_of[kind_of(feature)]].append(position)
+    parts = [(bags, i) for part in asked for bags in part.bags for i in range(len(bags))]
+    return [_join([parts[position] for position in its]) for its in places], places
 
 
 def _join(parts: Sequence[tuple[FeatureBags, int]]) -> FeatureBags:
@@ -233,4 +271,4 @@ def _join(parts: Sequence[tuple[FeatureBags, int]]) -> FeatureBags:
     return joined
 
 
-__all__ = ["Asked", "LookupSteps", "look_up_together", "run_steps"]
+__all__ = ["Asked", "LookupSteps", "ask_together", "is_plain", "look_up_together", "run_steps"]

@@ -12,6 +12,7 @@ from recis_lightning import EmbeddingOption, HashTable
 from recis_lightning.callbacks import (
     CheckpointHook,
     ClipGradNormHook,
+    Lookahead,
     MetricReportHook,
     ReinitializeRowsHook,
     TraceHook,
@@ -70,6 +71,8 @@ trainer:
         save_filter: tests.callbacks.test_hooks_in_yaml.without_user
     - class_path: recis_lightning.callbacks.UnevenBatches
       init_args: {{on_uneven: pad}}
+    - class_path: recis_lightning.callbacks.Lookahead
+      init_args: {{inputs: lookups_of, gradients: true}}
     - class_path: recis_lightning.callbacks.MetricReportHook
       init_args: {{interval: 5, phases: true, tflops_peak: 312}}
 """)
@@ -85,6 +88,7 @@ trainer:
     assert parts._save_filter is without_user
     assert found[UnevenBatches].on_uneven == "pad"
     assert found[MetricReportHook].interval == 5
+    assert (found[Lookahead].inputs, found[Lookahead].gradients) == ("lookups_of", True)
 
 
 def test_policies_initializers_and_modes(read):
