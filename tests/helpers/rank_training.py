@@ -38,19 +38,28 @@ def rank():
 class Model(nn.Module):
     """Tables of two dims, features of every mode and layout, one shared table, a tower on top."""
 
-    def __init__(self, eviction=None, admission=None):
+    def __init__(self, eviction=None, admission=None, ranks_per_node=None, pool_at_owner=False):
         super().__init__()
         torch.manual_seed(0)
         shared = {"initializer": Normal(std=0.1), "eviction": eviction, "admission": admission}
-        self.user = DynamicEmbedding(3, name="user", padding_idx=-1, **shared)
+        nodes = {"ranks_per_node": ranks_per_node}
+        self.user = DynamicEmbedding(3, name="user", padding_idx=-1, **nodes, **shared)
         self.engine = EmbeddingEngine(
             {
                 "item": EmbeddingOption(5, **shared),
-                "history": EmbeddingOption(5, table="item", mode="mean", padding_idx=0, **shared),
+                "history": EmbeddingOption(
+                    5,
+                    table="item",
+                    mode="mean",
+                    padding_idx=0,
+                    pool_at_owner=pool_at_owner,
+                    **shared,
+                ),
                 "tags": EmbeddingOption(5, mode="sum", **shared),
                 "words": EmbeddingOption(3, mode="tile", tile_len=2, **shared),
                 "frozen": EmbeddingOption(3, mode="sum", trainable=False, **shared),
-            }
+            },
+            **nodes,
         )
         self.tower = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))
 

@@ -22,6 +22,18 @@ def test_training_is_the_same_to_the_bit(ranks, num_ranks, uses, settings):
     ranks.run(num_ranks, checks.same_with_early_gradients, uses, **settings)
 
 
+@pytest.mark.slow_except(dict(num_ranks=2))
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 1), (4, 2)])
+def test_nodes(ranks, num_ranks, ranks_per_node):
+    """Where ids and gradients take their way over a node."""
+    ranks.run(num_ranks, checks.same_with_early_gradients, 7, ranks_per_node=ranks_per_node)
+
+
+def test_owners_that_pool(ranks):
+    """Sums of parts of bags go their way back."""
+    ranks.run(2, checks.same_with_early_gradients, 7, pool_at_owner=True)
+
+
 @pytest.mark.parametrize(
     "name",
     [

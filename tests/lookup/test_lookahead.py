@@ -24,6 +24,18 @@ def test_training_is_the_same_to_the_bit(ranks, num_ranks, uses, settings):
     ranks.run(num_ranks, checks.same_with_and_without, uses, **settings)
 
 
+@pytest.mark.slow_except(dict(num_ranks=2))
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 1), (4, 2)])
+def test_nodes(ranks, num_ranks, ranks_per_node):
+    """Where ids and gradients take their way over a node."""
+    ranks.run(num_ranks, checks.same_with_and_without, 12, ranks_per_node=ranks_per_node)
+
+
+def test_owners_that_pool(ranks):
+    """Such a module is looked up as without it; the others use what came."""
+    ranks.run(2, checks.same_with_and_without, 6, pool_at_owner=True)
+
+
 def test_a_sketch_counts_as_without(ranks):
     """BloomCount counts occurrences, which travel with the ids."""
     ranks.run(2, checks.same_with_and_without, 12, admission=BloomCount(2, num_counters=256))
