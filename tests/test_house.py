@@ -70,6 +70,7 @@ TESTED_BY = {
     "lookup/node_gradients.py": "lookup/test_node_exchange.py",
     "lookup/owned_ids.py": "lookup/test_exchange.py",
     "lookup/pooled_bags.py": "lookup/test_pooled_rows.py",
+    "distributed/message_memory.py": "lookup/test_exchange.py",
     "distributed/nodes.py": "lookup/test_node_exchange.py",
     "lookup/table_bits.py": "lookup/test_together.py",
     "data/entries.py": "data/test_transforms.py",

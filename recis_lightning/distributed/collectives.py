@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from recis_lightning.distributed.digest import digest
 from recis_lightning.distributed.heads import Head, Kind, exchange_heads
 from recis_lightning.distributed.lost_ranks import naming_lost_ranks
+from recis_lightning.distributed.message_memory import MessageMemory
 from recis_lightning.distributed.process_group import (
     ProcessGroup,
     communicator,
@@ -28,6 +29,7 @@ from recis_lightning.distributed.process_group import (
 from recis_lightning.ops import backend
 
 _T = TypeVar("_T")
+_received = MessageMemory()
 
 
 def any_rank(
@@ -146,7 +148,10 @@ def all_to_all(
     Raises:
         RuntimeError: A rank has gone; names it.
     """
-    received = tensor.new_empty((sum(output_splits), *tensor.shape[1:]))
+    size, width = sum(output_splits), tensor.shape[1:].numel()
+    received = _received.empty(size, width, tensor.dtype, tensor.device).view(
+        size, *tensor.shape[1:]
+    )
 
     def num_bytes() -> int:
         """Return the bytes that go to other ranks."""

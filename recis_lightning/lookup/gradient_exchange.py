@@ -26,6 +26,7 @@ from recis_lightning.distributed.heads import (
     exchange_heads,
 )
 from recis_lightning.distributed.joined_messages import Message, exchange_messages
+from recis_lightning.distributed.message_memory import MessageMemory
 from recis_lightning.distributed.process_group import ProcessGroup, is_initialized
 from recis_lightning.lookup.early_gradients import (
     EarlyGradients,
@@ -61,6 +62,7 @@ from recis_lightning.table.pending_gradient import PendingGradient
 
 _pending, _process_group = map(attrgetter, ("pending", "process_group"))
 _NUMBERS = (PAYLOAD_SIZE - 1) // 4  # in a head, for the bits of each kind
+_sums = MessageMemory()
 _WINDOW = BITS * _NUMBERS  # lookups that a head has bits for
 
 
@@ -286,7 +288,8 @@ def _sums_of(route: Route, records: dict[PendingGradient, set[HashTable]]) -> Te
     that asks it is the number of ids that it is of.
     """
     layout, size = route.layout, sum(route.num_sent)
-    sums = torch.zeros(size, layout.embedding_dim + 1, device=layout.device)
+    width = layout.embedding_dim + 1
+    sums = _sums.empty(size, width, torch.float32, layout.device).zero_()
     plans: list[Plan] = []
     flags: list[Tensor | None] = []
     is_counted = any(counts_ids(tables) for tables in records.values())

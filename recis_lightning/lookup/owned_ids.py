@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recis_lightning.distributed.message_memory import MessageMemory
 from recis_lightning.lookup.features import FeatureLayout, point_to_rows
 from recis_lightning.lookup.local import find_or_insert_rows
 from recis_lightning.lookup.regrouping import ReceivedParts
@@ -24,6 +25,8 @@ from recis_lightning.ops.layout import (
     UNKNOWN,
 )
 from recis_lightning.table.hash_table import HashTable
+
+_gathered = MessageMemory()
 
 
 class OwnedParts(NamedTuple):
@@ -122,7 +125,7 @@ def _count_rejections(
 def gather_owned(layout: FeatureLayout, owned: OwnedIds) -> Tensor:
     """Return the rows of owned ids in the order of the message, dtype [r, embedding_dim]."""
     size, device = owned.rows.numel(), layout.device
-    values = torch.empty(size, layout.embedding_dim, dtype=layout.dtype, device=device)
+    values = _gathered.empty(size, layout.embedding_dim, layout.dtype, device)
     point_to_data(owned.plan, values)
     embedding_bag.gather(owned.plan, *layout.row_type)
     return owned.parts.restore(values)
