@@ -292,7 +292,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for seed in range(given.seeds)
     ]
     done: list[tuple[Scores, float]] = []
-    facts = provenance() | {"seeds": given.seeds}
+    facts = provenance() | {"threads": 1, "seeds": given.seeds}
     with ExitStack() as stack:
         run: Callable[..., Iterable[tuple[Scores, float]]] = map
         if given.jobs > 1:
