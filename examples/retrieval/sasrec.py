@@ -76,7 +76,7 @@ class SASRec(nn.Module):
         known = torch.cat([self.item.table.ids(), following[is_there]])
         ids, places = known.unique(return_inverse=True)
         logits = self.encode(batch.histories)[is_there] @ self.item(ids).T
-        return nn.functional.cross_entropy(logits, places[-len(logits) :])
+        return nn.functional.cross_entropy(logits, places[len(known) - len(logits) :])
 
     def scores(self, batch: Likes, items: Tensor) -> Tensor:
         """Return the scores of items, int64 [n], for users, [B, n]."""
