@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -129,11 +130,10 @@ def best_scores(contender: Contender, epochs: int) -> Scores:
             contender.optimizer.step()
         contender.model.eval()
         with torch.no_grad():
-            reached = [
-                s.get("NDCG@10", s.get("AUC", 0.0)) for s in contender.scores("val").values()
-            ]
-            if sum(reached) > best:
-                best, found = sum(reached), contender.scores("test")
+            tasks = contender.scores("val").values()
+            reached = sum(scores.get("NDCG@10", scores.get("AUC", 0.0)) for scores in tasks)
+            if not found or reached > best:  # NaN where a part has no AUC
+                best, found = reached, contender.scores("test")
     return found
 
 
@@ -280,6 +280,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--output", type=Path, help="write figures of every seed there, as JSON")
     given = parser.parse_args(args)
+    if given.recbole and find_spec("recbole") is None:
+        parser.error("--recbole: it is not installed; pip install recbole==1.2.1 'pandas<3'")
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
     jobs = [
         Job(name, rival, seed, given.data, given.rows, given.epochs)
         for name in given.models
@@ -288,7 +292,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for seed in range(given.seeds)
     ]
     done: list[tuple[Scores, float]] = []
-    facts = provenance() | {"seeds": given.seeds}
+    facts = provenance() | {"threads": 1, "seeds": given.seeds}
     with ExitStack() as stack:
         run: Callable[..., Iterable[tuple[Scores, float]]] = map
         if given.jobs > 1:

@@ -67,8 +67,8 @@ class SASRec(nn.Module):
     def loss(self, batch: Likes) -> Tensor:
         """Return the softmax loss of what came after each item of a history, among all items.
 
-        All items are those that have a row by now. With many, ``sampled_softmax_loss`` takes some
-        of them, as in ``two_towers``.
+        No history is empty. All items are those that have a row by now; with many,
+        ``sampled_softmax_loss`` takes some of them, as in ``two_towers``.
         """
         rows, is_there = torch.arange(len(batch.items)), batch.histories != 0
         following = torch.cat([batch.histories[:, 1:], batch.histories[:, :1]], dim=1)
@@ -76,7 +76,7 @@ class SASRec(nn.Module):
         known = torch.cat([self.item.table.ids(), following[is_there]])
         ids, places = known.unique(return_inverse=True)
         logits = self.encode(batch.histories)[is_there] @ self.item(ids).T
-        return nn.functional.cross_entropy(logits, places[-len(logits) :])
+        return nn.functional.cross_entropy(logits, places[len(known) - len(logits) :])
 
     def scores(self, batch: Likes, items: Tensor) -> Tensor:
         """Return the scores of items, int64 [n], for users, [B, n]."""

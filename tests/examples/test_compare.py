@@ -9,6 +9,7 @@ from examples import compare, movielens, recbole_peers
 from examples.compare import CONTESTS, Contender, Job, best_scores, rows_of
 from recis_lightning import Jagged
 from tests.helpers.deepfm_data import write_movielens
+from tests.helpers.manual import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,22 @@ def test_seeds_of_a_model_are_in_one_row_and_a_task_has_its_own():
     ]
 
 
+def test_an_epoch_without_an_auc_is_in_the_table_all_the_same():
+    model = torch.nn.Linear(1, 1)
+    scores = {"liked": {"AUC": float("nan")}}
+    contender = Contender(
+        model, torch.optim.SGD(model.parameters()), lambda: [], lambda part: scores
+    )
+    assert best_scores(contender, 2) == scores
+
+
+def test_a_missing_recbole_is_told_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["--recbole"])
+    assert "pip install recbole==1.2.1" in capsys.readouterr().err
+
+
 def test_every_example_has_a_rival():
     assert all(contest.rivals for contest in CONTESTS.values())
     of_recbole = {r.make for c in CONTESTS.values() for r in c.rivals if isinstance(r.make, str)}
@@ -135,3 +152,23 @@ def test_a_model_of_recbole_trains_and_scores(name, folder):
     scores = peer.scores(model.eval(), "test", 50)
     assert scores.shape == ((2, len(data.items)) if of_likes else (len(data.test.label),))
     assert scores.isfinite().all()
+
+
+def test_the_manual_has_the_table_of_the_results():
+    results = ROOT / "benchmarks" / "results" / "examples.json"
+    if not results.exists():
+        pytest.skip("a source distribution is without the results")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    assert found["seeds"] == 5
+    assert {len(row[name]) for row in rows for name in compare.METRICS if name in row} == {5}
+    assert compare.table(rows) in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert {row["example"].partition(",")[0] for row in rows} == set(CONTESTS)
+
+
+def test_a_model_to_copy_has_at_most_150_lines():
+    paths = [*(ROOT / "examples").glob("ranking/*.py"), *(ROOT / "examples").glob("retrieval/*.py")]
+    assert len(paths) == 8
+    assert {
+        path.name: lines for path in paths if (lines := path.read_text().count("\n")) > 150
+    } == {}

@@ -1,0 +1,1 @@
+"""Notebooks of the manual, and the program that runs them without Jupyter."""
