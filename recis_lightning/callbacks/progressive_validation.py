@@ -30,7 +30,8 @@ class ProgressiveValidation(Hook):
 
     The windows are what ``fit`` is given: a ``WindowList``, any other ``Windows``, or a data module
     that has some as its attribute ``windows``. They take the place of the Trainer's validation
-    data. A checkpoint of a window's end (``WindowCheckpoint``) resumes with the next window.
+    data. A checkpoint of a window's end (``WindowCheckpoint``) resumes with the next window. One
+    within a window goes on there with a ``ColumnarDataModule``; a ``WindowList`` begins it anew.
 
     Args:
         first: Whether the first window is evaluated before training.
@@ -51,6 +52,7 @@ class ProgressiveValidation(Hook):
         super().__init__()
         self._first = check_bool("first", first)
         self._order: WindowOrder | None = None
+        self._training: _Training | None = None
         self._limit: Any = None  # of validation batches, while there is nothing to validate
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,15 +69,23 @@ class ProgressiveValidation(Hook):
         given = loop._data_source.instance
         windows = given.windows if isinstance(given, _Training) else _windows_of(given)
         self._order, self._limit = follow_windows(trainer, windows), None
-        loop._data_source = _DataLoaderSource(_Training(trainer, self._order), "")
+        self._training = _Training(trainer, self._order)
+        loop._data_source = _DataLoaderSource(self._training, "")
         loop.epoch_loop.val_loop._data_source = _DataLoaderSource(_Next(trainer, self._order), "")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the first window."""
-        if self._first and trainer.global_step == 0 and trainer.enable_validation:
+        """Evaluate the first window, or one whose evaluation a checkpoint came before."""
+        assert self._training is not None
+        is_due = (self._first and trainer.global_step == 0) or self._training.is_evaluation_due
+        if is_due and trainer.enable_validation and self._order_name(trainer) is not None:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+
+    def _order_name(self, trainer: Trainer) -> str | None:
+        assert self._order is not None
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        return self._order.name(progress.started)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the validation out that would have no window."""
@@ -110,13 +120,21 @@ def _windows_of(given: Any) -> Windows:
 
 
 class _Training:
-    """Loader of the window of the epoch that begins."""
+    """Loader of the window of the epoch that begins.
+
+    Attributes:
+        is_evaluation_due: Whether the run resumed between a window's last step and the evaluation
+            of the next one.
+    """
 
     def __init__(self, trainer: Trainer, order: WindowOrder) -> None:
         self.windows, self._order = order.windows, order
+        self.is_evaluation_due = False
         self._loop: Any = trainer.fit_loop
 
     def __iter__(self) -> Iterator[Any]:
+        if self._loop.restarting:
+            self.is_evaluation_due = _end_window(self._loop)
         # Not ``current_epoch``: a run that resumes at an epoch's end counts that one later as done.
         yield from self._order.batches(self._loop.epoch_progress.current.processed)
 
@@ -124,6 +142,24 @@ class _Training:
         if name in ("state_dict", "load_state_dict"):
             return getattr(self.windows, name)
         raise AttributeError(name)
+
+
+def _end_window(loop: Any) -> bool:
+    """Count a window as done whose last step was saved, but not its end; return whether it was so.
+
+    Lightning counts it later, and then trains the next one as if that had begun before.
+    """
+    epoch, batch = loop.epoch_progress, loop.epoch_loop.batch_progress
+    total = batch.total
+    is_open = epoch.current.processed == epoch.current.started - 1
+    if not (is_open and batch.is_last_batch and total.completed == total.processed - 1):
+        return False
+    epoch.increment_processed()
+    epoch.increment_completed()
+    batch.increment_completed()
+    loop.epoch_loop._batches_that_stepped += 1
+    loop.restarting = False
+    return True
 
 
 class _Next:

@@ -130,6 +130,8 @@ class ColumnarDataModule(L.LightningDataModule):
         if val is None:  # so Lightning sees no validation; an empty loader is worth a warning
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
         self._loaded: dict[str, Any] | None = None
+        self._windows: WindowBatches | None = None  # that were given out
+        self._loaded_window: dict[str, Any] | None = None  # place in them
         self._begin: dict[str, Any] | None = None  # place where the current iteration began
 
     def dataset(self, part: str) -> ColumnarDataset | MixedDataset:
@@ -171,7 +173,10 @@ class ColumnarDataModule(L.LightningDataModule):
         pins = self.pin_memory and not self.num_workers
         paths = cast(Any, self.paths["train"])  # data in windows are not mixed
         data = self._columnar("train", paths, self.convert, pins)
-        return WindowBatches(data, self.num_workers, self.pin_memory)
+        self._windows = WindowBatches(data, self.num_workers, self.pin_memory, owner=self)
+        if self._loaded_window is not None:
+            self._windows.go_to(self._loaded_window)
+        return self._windows
 
     def _make(self, part: str, paths: Any) -> ColumnarDataset | MixedDataset:
         pins = self.pin_memory and not self.num_workers
@@ -258,6 +263,9 @@ class ColumnarDataModule(L.LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        window = self._loaded_window if self._windows is None else self._windows.place()
+        if window is not None:
+            return {"window": window}
         if self._loaded is not None:
             return {"train": self._loaded}
         if self._begin is None or self.trainer is None:
@@ -268,7 +276,9 @@ class ColumnarDataModule(L.LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict.get("train")
+        self._loaded, self._loaded_window = state_dict.get("train"), state_dict.get("window")
+        if self._windows is not None and self._loaded_window is not None:
+            self._windows.go_to(self._loaded_window)
 
 
 class _Loader:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from recis_lightning.data.dataset import ColumnarDataset
+from recis_lightning.data.dataset import ColumnarDataset, state_after
 
 __all__ = ["WindowBatches"]
 
@@ -19,11 +19,21 @@ class WindowBatches:
         data: In windows of files that are all there; nobody else iterates it.
         num_workers: Processes that read, as for ``ColumnarDataModule``.
         pin_memory: As for it.
+        owner: Data module, whose Trainer says whether a window is trained, and how far; or None.
     """
 
-    def __init__(self, data: ColumnarDataset, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        data: ColumnarDataset,
+        num_workers: int,
+        pin_memory: bool,
+        owner: Any = None,
+    ) -> None:
         self._data, self._num_workers, self._pin_memory = data, num_workers, pin_memory
+        self._owner = owner
         self._epoch = 0
+        self._begin: dict[str, Any] | None = None  # where the training of a window began
+        self._loaded: dict[str, Any] | None = None  # until its window is trained
 
     def _is_there(self) -> bool:
         count = self._data.num_windows
@@ -41,9 +51,26 @@ class WindowBatches:
         if self._is_there():
             self._data.set_epoch(epoch)
 
+    def place(self) -> dict[str, Any] | None:
+        """Return the place in the window that is trained; None before one is."""
+        trainer = getattr(self._owner, "trainer", None)
+        if self._begin is None or trainer is None:
+            return self._loaded
+        # Not what was read: a batch may have been asked for ahead, and windows are evaluated too.
+        return state_after(
+            self._begin, trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        )
+
+    def go_to(self, place: Mapping[str, Any]) -> None:
+        """Let the training of a place's window begin at the place."""
+        self._loaded, self._begin = dict(place), None
+
     def __iter__(self) -> Iterator[Any]:
         if not self._is_there():
             return iter(())
+        trainer = getattr(self._owner, "trainer", None)
+        if trainer is not None and trainer.training:
+            self._begin_training()
         if not self._num_workers:
             return iter(self._data)
         return iter(
@@ -54,3 +81,9 @@ class WindowBatches:
                 pin_memory=self._pin_memory,
             )
         )
+
+    def _begin_training(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded["epoch"] == self._epoch:
+            self._data.load_state_dict(loaded)
+        self._begin = self._data.state_dict()

@@ -198,6 +198,40 @@ def test_each_window_is_evaluated_before_it_is_trained(tmp_path, num_workers):
     assert [Path(path).stem for path in saved.paths] == ["2026-11-02"]
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_an_evaluated_run_goes_on_within_its_window(tmp_path):
+    """And with the evaluation that was due, where the last step of a window was saved."""
+
+    class Both(Clicks):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def training_step(self, batch):
+            self.seen.append(("train", self.current_epoch, batch["row"].tolist()))
+            return super().training_step(batch)
+
+        def validation_step(self, batch):
+            if not self.trainer.sanity_checking:
+                self.seen.append(("evaluate", None, batch["row"].tolist()))
+
+    def run(model, callbacks, ckpt=None):
+        callbacks = [ProgressiveValidation(), *callbacks]
+        settings = {"follow": False, "window": "1d", "shuffle_rows": 6, "max_epochs": -1}
+        fit(tmp_path, model, callbacks, ckpt, **settings)
+        return model.seen
+
+    for day in (1, 2, 3):
+        write(tmp_path, day, 10 * day, 6)
+    saver = ModelCheckpoint(tmp_path / "ck", every_n_train_steps=1, save_top_k=-1)
+    whole = run(Both(), [saver])
+    trains = [index for index, (part, *_) in enumerate(whole) if part == "train"]
+    for path in sorted((tmp_path / "ck").glob("*.ckpt"))[1:4]:
+        step = int(path.stem.split("step=")[1])
+        assert run(Both(), [], str(path)) == whole[trains[step - 1] + 1 :], path
+
+
 @pytest.mark.parametrize("settings", [{"follow": True, "window": "1d"}, {"follow": False}])
 def test_windows_that_cannot_be_evaluated_first_are_refused(tmp_path, settings):
     write(tmp_path, 1, 0, 4)
