@@ -61,6 +61,7 @@ class DynamicEmbedding(nn.Module):
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
         process_group: Ranks that the table is sharded over; None means all.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
+        rows: "file:/folder" lets the table grow beyond memory, as ``HashTable`` says.
         mode: "none", a row for each id, or "unique": ``forward`` returns ``UniqueRows``, a row for
             each distinct id and where it stands, so that long sequences repeat no rows.
 
@@ -87,13 +88,14 @@ class DynamicEmbedding(nn.Module):
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
+        rows: str | None = None,
         mode: Literal["none", "unique"] = "none",
     ) -> None:
         super().__init__()
         self._groups = CurrentGroups()
         self.table = _make_table(
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
-            *(trainable, process_group, exchange_dtype),
+            *(trainable, process_group, exchange_dtype, rows),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -192,6 +194,7 @@ class DynamicEmbeddingBag(nn.Module):
         trainable: Whether rows get gradients; ``requires_grad_`` and freezing change it.
         process_group: Ranks that the table is sharded over; None means all.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
+        rows: "file:/folder" lets the table grow beyond memory, as ``HashTable`` says.
         include_last_offset: ``offsets`` ends with the number of ids.
 
     Example:
@@ -216,6 +219,7 @@ class DynamicEmbeddingBag(nn.Module):
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
+        rows: str | None = None,
         include_last_offset: bool = False,
         **unsupported: Any,
     ) -> None:
@@ -231,7 +235,7 @@ class DynamicEmbeddingBag(nn.Module):
         self._groups = CurrentGroups()
         self.table = _make_table(
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
-            *(trainable, process_group, exchange_dtype),
+            *(trainable, process_group, exchange_dtype, rows),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -382,6 +386,7 @@ def _make_table(
     trainable: bool,
     process_group: ProcessGroup | None,
     exchange_dtype: torch.dtype | str | None,
+    rows: str | None,
 ) -> HashTable:
     return HashTable(
         embedding_dim,
@@ -395,6 +400,7 @@ def _make_table(
         trainable=trainable,
         process_group=process_group,
         exchange_dtype=exchange_dtype,
+        rows=rows,
     )
 
 

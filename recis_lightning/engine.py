@@ -566,6 +566,7 @@ def _make_table(
         trainable=trainable,
         process_group=process_group,
         exchange_dtype=exchange_dtype,
+        rows=option.rows,
     )
 
 

@@ -72,6 +72,7 @@ def exchange_rows(
     if needs_occurrences:
         ids, occurrences = ids.T.contiguous().unbind()
     owned = _look_up(layout, recv_counts, ids, occurrences, training)
+    layout.bring_in(owned.plan, owned.rows, writes=training)
     found = pack_rows(_gather(layout, owned), layout.exchange_dtype)
     rows = yield Message(found, num_sent, num_received)
     return ShardExchange(Route(layout, num_sent, num_received, owned), rows.to(layout.dtype))

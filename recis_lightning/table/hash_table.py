@@ -56,6 +56,7 @@ from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.lock import TableLock, read, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.reinitialization import reinitialize_rows
+from recis_lightning.table.row_file import RowFile, check_rows
 from recis_lightning.table.sampling import IdSample, check_policy, counts_of, draw
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import Forgotten, TableStatistics
@@ -99,6 +100,10 @@ class HashTable(nn.Module):
         process_group: Ranks that the table is sharded over; None means all of them.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes,
             rounded; None sends rows in ``dtype`` and gradients in float32.
+        rows: "file:/folder" lets the table grow beyond memory: rows that find no room there lie in
+            a file of its own in the folder, which is gone when the table is. As many rows as leave
+            half of the memory free stay in it, or "file:/folder?memory=8GiB" bytes. CPU only.
+            None keeps all rows in memory.
 
     Attributes:
         anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
@@ -126,6 +131,7 @@ class HashTable(nn.Module):
 
     _process_group: ProcessGroup | None = None
     _exchange_dtype: torch.dtype | None = None
+    _rows: str | None = None
     default_name: str | None = None  # what it is called until it is named, once it was trained
 
     def __init__(
@@ -142,6 +148,7 @@ class HashTable(nn.Module):
         trainable: bool = True,
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
+        rows: str | None = None,
     ) -> None:
         super().__init__()
         check_not_traced("HashTable", ())
@@ -158,6 +165,7 @@ class HashTable(nn.Module):
         check_process_group(process_group)
         self._process_group = process_group
         self._exchange_dtype = check_exchange_dtype(exchange_dtype)
+        self._rows = check_rows(rows)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -204,12 +212,18 @@ class HashTable(nn.Module):
         now: Callable[[], float],
     ) -> Storage:
         """Return an empty storage whose new rows start as this table's do."""
+        if self._rows is not None and device.type != "cpu":
+            raise ValueError(
+                f"rows: table {self.name!r} has its rows in a file, {self._rows!r}, and cannot be "
+                f"on {device}; give it device='cpu', or no rows"
+            )
         storage = Storage(
             *(dim, dtype, device),
             kept_columns=columns,
             screening=screening,
             now=now,
             name=self.name,
+            row_file=None if self._rows is None else RowFile(self._rows),
         )
         row_init.write_distribution(storage.header, *self.initializer.distribution(dim))
         storage.set_key(self.seed, self.name)
@@ -287,6 +301,11 @@ class HashTable(nn.Module):
     def exchange_dtype(self) -> torch.dtype | None:
         """Data type in which rows and gradients travel between ranks; None means their own."""
         return self._exchange_dtype
+
+    @property
+    def rows(self) -> str | None:
+        """Where rows lie that find no room in memory, "file:/folder"; None: all are in memory."""
+        return self._rows
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -383,6 +402,11 @@ class HashTable(nn.Module):
     def nbytes(self) -> int:
         """Bytes of index, rows (weights and optimizer state) and what policies keep."""
         return self.storage.nbytes + self.evictor.nbytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the rows that lie in a file; see ``rows``."""
+        return self.storage.rows.mapped_bytes
 
     def statistics(self) -> TableStatistics:
         """Return sizes now, and counts since the table was made.
