@@ -166,6 +166,17 @@ def free_range(file: int, offset: int, size: int) -> None:
         call(file, keep_size | punch_hole, long(offset), long(size))  # at worst it stays reserved
 
 
+def write_back(file: int) -> None:
+    """Write a file's changed pages to the disk and wait for it, where the system can.
+
+    Not to make them durable, but to have memory that can be taken for something else.
+    """
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if IS_LINUX else None
+    if call is not None:
+        zero = ctypes.c_int64(0)
+        call(file, zero, zero, 7)  # wait for what is being written, write, and wait
+
+
 def read_at(file: int, data: memoryview, offset: int) -> int:
     """Read from an offset on into memory, and return how many bytes."""
     if hasattr(os, "preadv"):
@@ -230,4 +241,5 @@ __all__ = [
     "sync_folder",
     "unlock",
     "write_at",
+    "write_back",
 ]

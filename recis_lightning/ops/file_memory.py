@@ -14,6 +14,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from recis_lightning import system_calls
 
+_WRITTEN_AT_ONCE = 1 << 24  # bytes
 _READ_WRITE = 3
 _FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10  # on Linux and macOS
@@ -105,7 +107,6 @@ class _File:
             _mappings.foreign.append((address, address + size, self))
             flags = mmap.MAP_PRIVATE | _MAP_FIXED
             _libc().mmap(address, size, _READ_WRITE, flags, self.descriptor, offset)
-
 
     def refuse(self) -> NoReturn:
         """Raise, in a forked child."""
@@ -212,6 +213,46 @@ class _Mappings:
 _mappings = _Mappings()
 
 
+class _WriteBack:
+    """Writing of changed pages in the background, before the kernel is short of memory.
+
+    A control group of version 1 knows no limit of changed pages: where nothing else is left to
+    take, its processes are killed. So whoever changes more waits until what was changed before is
+    written.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = 0
+        self._running: Future[None] | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def note(self, num_bytes: int) -> None:
+        """Note that so many bytes will be changed; write what was before, if it is much."""
+        with self._lock:
+            if self._changed >= _WRITTEN_AT_ONCE:
+                if self._running is not None:
+                    self._running.result()
+                if self._threads is None:
+                    self._threads = ThreadPoolExecutor(1, "recis_lightning_write")
+                self._running, self._changed = self._threads.submit(self._write), 0
+            self._changed += num_bytes
+
+    @staticmethod
+    def _write() -> None:
+        for file in list(_mappings.files):
+            if file.process == os.getpid():
+                system_calls.write_back(file.descriptor)
+
+
+_write_back = _WriteBack()
+
+
+def note_changes(num_bytes: int) -> None:
+    """Note that pages of so many bytes are about to be changed, so that they get written."""
+    _write_back.note(num_bytes)
+
+
 def check_process(address: int) -> None:
     """Raise if what lies at an address is in a file of this process's parent.
 
@@ -268,6 +309,7 @@ _loaded: Any = None
 def _leave_to_parent() -> None:
     for file in list(_mappings.files):
         file.become_private()
+    _write_back.__init__()  # type: ignore[misc]  # its thread is the parent's
     _mappings.lock.release()
 
 
@@ -284,4 +326,4 @@ def is_supported() -> bool:
     return hasattr(mmap, "MADV_RANDOM") and hasattr(mmap, "MAP_SHARED") and os.name == "posix"
 
 
-__all__ = ["FileMemory", "advise_needed", "check_process", "is_supported"]
+__all__ = ["FileMemory", "advise_needed", "check_process", "is_supported", "note_changes"]

@@ -1,9 +1,8 @@
 """Reading of rows into memory that lie in a mapped file, before an op asks for them: the contract.
 
-A row that is not in memory is read when it is touched, and whoever touched it waits. Kernels have
-as many threads as there are cores, and a disk answers many more requests at once: so threads that
-only wait touch the rows of a batch first, and the kernel finds them in memory. That is for speed
-alone: without it every op reads and writes the same.
+A row that is not in memory is read when it is touched, and whoever touched it waits; a disk answers
+many requests at once. So all rows of a batch are asked for first, and the op finds them in memory.
+That is for speed alone: without it every op reads and writes the same.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ def bring_in(asked: Sequence[tuple[Header, Tensor]], writes: bool) -> None:
     """Read the rows of a batch that lie in mapped files into memory, many at once.
 
     Args:
-        asked: Tables' headers, on the CPU, each with int64 [n], rows; negative ones are passed over.
+        asked: Tables' headers, each with rows, int64 [n] on the CPU; negative ones are passed
+            over.
         writes: Whether the rows will be written: their pages are made ready for that too.
 
     Raises:
@@ -42,7 +42,7 @@ def bring_in(asked: Sequence[tuple[Header, Tensor]], writes: bool) -> None:
     for header, rows in asked:
         fields = header.fields
         first: int = fields.item(MAPPED) - 1
-        if first < 0:
+        if first < 0 or header.is_mirrored:
             continue
         numbers = rows.numpy()
         mapped = numbers[numbers >= first]
@@ -61,12 +61,15 @@ def bring_in(asked: Sequence[tuple[Header, Tensor]], writes: bool) -> None:
     if places:
         header, _ = asked[0]
         joined = np.concatenate(places)
-        backend.module("mapped_rows", header.device).touch(joined, writes, _PAGE)
+        if writes:
+            file_memory.note_changes(_PAGE * len(joined))
+        backend.module("mapped_rows", header.device).bring_in(joined, writes, _PAGE)
 
 
 def chunks(header: Header, num_rows: int) -> Iterator[slice]:
-    """Yield slices of so many rows, small ones if rows lie in a mapped file: all of them need not
-    be in memory at once.
+    """Yield slices of so many rows, small ones if rows lie in a mapped file.
+
+    All of them need not be in memory at once.
     """
     size = num_rows
     if has_any(header):

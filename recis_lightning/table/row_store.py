@@ -266,9 +266,9 @@ class RowStore:
             if rows <= left:
                 kept.append(allocation)
             elif left > 0 and number >= first_mapped:
-                (smaller,) = self._map(left)
-                smaller[:] = allocation[: smaller.size]  # type: ignore[assignment]
-                kept.append(smaller)
+                (copied,) = self._map(left)
+                copied[:] = allocation[: copied.size]
+                kept.append(copied)
             elif left > 0:
                 whole_rows = left >> self.block_shift << self.block_shift
                 for start, stop in ((0, whole_rows), (whole_rows, left)):

@@ -35,8 +35,6 @@ from recis_lightning.ops.cpu.kernel_cache import KernelCache
 from recis_lightning.ops.cpu.pipeline import KernelCompiler
 
 _I64 = ir.IntType(64)
-# Random reads of 4 KiB a second, by threads that make them: 19,000 by 1, 56,000 by 8, 80,000 by 32.
-_WAITING_THREADS = 32
 
 _forked = False
 
@@ -125,16 +123,12 @@ class Kernel:
         self._call = _SIGNATURE(compiled.address)
         self._address = compiled.address
 
-    def launch(
-        self, num_items: int, items_per_chunk: int, *, waits: bool = False, **arguments: Any
-    ) -> None:
+    def launch(self, num_items: int, items_per_chunk: int, **arguments: Any) -> None:
         """Run the kernel over ``num_items`` in chunks.
 
         Args:
             num_items: Where the last chunk ends.
             items_per_chunk: Size of the others.
-            waits: Whether the kernel waits for a disk rather than computes, on more threads than
-                there are cores.
             arguments: The kernel's own, by name: an int, or a tensor, array or ctypes value whose
                 address is meant; None is 0.
 
@@ -152,26 +146,26 @@ class Kernel:
         state = array("q", [0, num_chunks, 0, num_items, items_per_chunk, 0, *words])
         pointer, _ = state.buffer_info()
         address = self._address or self.address
-        num_threads = min(num_chunks, _WAITING_THREADS if waits else torch.get_num_threads())
+        num_threads = min(num_chunks, torch.get_num_threads())
         if num_threads == 1:
             self._call(pointer)
         elif num_threads > 1:
-            _run_on_threads(self._call, address, pointer, num_threads, waits)
+            _run_on_threads(self._call, address, pointer, num_threads)
         if state[_FAILED]:
             raise RuntimeError(f"{self.function.__qualname__} raised an exception in a chunk")
 
 
 def _run_on_threads(
-    call: Callable[[int], None], address: int, pointer: int, num_threads: int, waits: bool
+    call: Callable[[int], None], address: int, pointer: int, num_threads: int
 ) -> None:
-    openmp = None if waits or _forked else _gomp_parallel()
+    openmp = None if _forked else _gomp_parallel()
     if openmp is not None:
         openmp(address, pointer, num_threads, 0)
         return
     running: list[Future[None]] = []
     try:
         for _ in range(num_threads - 1):
-            running.append(_thread_pool(waits).submit(call, pointer))
+            running.append(_thread_pool().submit(call, pointer))
         call(pointer)
     finally:  # whatever interrupts, nobody may use the memory of a launch after it
         wait(running)
@@ -346,9 +340,8 @@ def _gomp_parallel() -> Callable[[int, int, int, int], None] | None:
 
 
 @functools.cache
-def _thread_pool(waits: bool) -> ThreadPoolExecutor:
-    size = _WAITING_THREADS if waits else None
-    return ThreadPoolExecutor(size, thread_name_prefix="recis_lightning")
+def _thread_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="recis_lightning")
 
 
 _BYTE = ctypes.c_char

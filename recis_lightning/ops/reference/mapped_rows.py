@@ -1,12 +1,12 @@
-"""Touching of rows in plain torch: whoever reads them does."""
+"""Reading of rows of mapped files in plain torch: the system reads what is used."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def touch(places: Any, writes: bool, page_bytes: int) -> None:
-    """Do nothing: the kernel reads pages when they are used."""
+def bring_in(places: Any, writes: bool, page_bytes: int) -> None:
+    """Do nothing: the rows are there all the same, only slower."""
 
 
-__all__ = ["touch"]
+__all__ = ["bring_in"]
