@@ -62,6 +62,7 @@ class DynamicEmbedding(nn.Module):
         process_group: Ranks that the table is sharded over; None means all.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
         ranks_per_node: Ranks that share a node: what they ask other nodes for travels once.
+        rows: "file:/folder" lets the table grow beyond memory, as ``HashTable`` says.
         mode: "none", a row for each id, or "unique": ``forward`` returns ``UniqueRows``, a row for
             each distinct id and where it stands, so that long sequences repeat no rows.
 
@@ -89,13 +90,14 @@ class DynamicEmbedding(nn.Module):
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
         ranks_per_node: int | None = None,
+        rows: str | None = None,
         mode: Literal["none", "unique"] = "none",
     ) -> None:
         super().__init__()
         self._groups = CurrentGroups()
         self.table = _make_table(
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
-            *(trainable, process_group, exchange_dtype, ranks_per_node),
+            *(trainable, process_group, exchange_dtype, ranks_per_node, rows),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -195,6 +197,7 @@ class DynamicEmbeddingBag(nn.Module):
         process_group: Ranks that the table is sharded over; None means all.
         exchange_dtype: "bfloat16" sends rows and gradients between ranks in half of the bytes.
         ranks_per_node: Ranks that share a node: what they ask other nodes for travels once.
+        rows: "file:/folder" lets the table grow beyond memory, as ``HashTable`` says.
         include_last_offset: ``offsets`` ends with the number of ids.
         pool_at_owner: On several ranks, have each add up the rows that it owns of a bag: for long
             bags, fewer bytes than a row for each id. Takes no weights.
@@ -222,6 +225,7 @@ class DynamicEmbeddingBag(nn.Module):
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
         ranks_per_node: int | None = None,
+        rows: str | None = None,
         include_last_offset: bool = False,
         pool_at_owner: bool = False,
         **unsupported: Any,
@@ -238,7 +242,7 @@ class DynamicEmbeddingBag(nn.Module):
         self._groups = CurrentGroups()
         self.table = _make_table(
             *(embedding_dim, initializer, admission, eviction, dtype, device, seed, name),
-            *(trainable, process_group, exchange_dtype, ranks_per_node),
+            *(trainable, process_group, exchange_dtype, ranks_per_node, rows),
         )
         self.mode = mode
         self.padding_idx = padding_idx
@@ -395,6 +399,7 @@ def _make_table(
     process_group: ProcessGroup | None,
     exchange_dtype: torch.dtype | str | None,
     ranks_per_node: int | None,
+    rows: str | None,
 ) -> HashTable:
     return HashTable(
         embedding_dim,
@@ -409,6 +414,7 @@ def _make_table(
         process_group=process_group,
         exchange_dtype=exchange_dtype,
         ranks_per_node=ranks_per_node,
+        rows=rows,
     )
 
 

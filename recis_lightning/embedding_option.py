@@ -22,6 +22,7 @@ from recis_lightning.arguments import (
 from recis_lightning.eviction import Eviction
 from recis_lightning.initializers import DEFAULT_INITIALIZER, Initializer
 from recis_lightning.table.hash_table import check_policies
+from recis_lightning.table.row_file import check_rows
 
 _MODES = ("none", "sum", "mean", "tile", "unique")
 
@@ -45,7 +46,7 @@ class EmbeddingOption:
         embedding_dim: Size of a row.
         table: Name of the table that has its rows; the feature's name by default. Options that
             name the same table share its rows, and must agree on dim, initializer, eviction,
-            dtype, device and seed. The rest belongs to the feature.
+            dtype, device, seed and rows. The rest belongs to the feature.
         mode: "none" (a row an id), "sum", "mean", "tile" (the first ``tile_len`` rows of a bag
             side by side, zero padded) or "unique" (``UniqueRows``: a row for each distinct id).
         initializer: Distribution of new rows.
@@ -69,6 +70,7 @@ class EmbeddingOption:
         combiner_width: Columns of what ``combiner`` returns, which ``concat`` has to know.
         pool_at_owner: On several ranks, have each add up the rows that it owns of a bag, with mode
             "sum" or "mean" and no weights: for long bags, fewer bytes than a row for each id.
+        rows: "file:/folder" lets the table grow beyond memory, as ``HashTable`` says.
 
     Raises:
         TypeError, ValueError: A field is not what it should be.
@@ -91,6 +93,7 @@ class EmbeddingOption:
     combiner: Callable[..., Any] | None = None  # jsonargparse wants annotations of what it names
     combiner_width: int | None = None
     pool_at_owner: bool = False
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         check_embedding_dim(self.embedding_dim)
@@ -128,6 +131,7 @@ class EmbeddingOption:
         ):
             raise ValueError(f"tile_len: expected an int >= 1, got {self.tile_len!r}")
         check_padding_idx(self.padding_idx)
+        check_rows(self.rows)
         self._check_combiner()
 
     def _check_combiner(self) -> None:

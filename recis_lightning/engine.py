@@ -582,6 +582,7 @@ def _make_table(
         process_group=process_group,
         exchange_dtype=exchange_dtype,
         ranks_per_node=ranks_per_node,
+        rows=option.rows,
     )
 
 

@@ -7,6 +7,7 @@ users' numbers, no folders that can be opened, and other locks. Everything else 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
@@ -126,15 +127,54 @@ def reserve(file: int, size: int) -> None:
 
     Where the system or the file system cannot, the file gets its size alone.
     """
+    if not _allocate(file, 0, size):
+        os.ftruncate(file, size)
+
+
+def reserve_range(file: int, offset: int, size: int) -> None:
+    """Reserve space of a file that nothing is in yet; a full disk is an error now, not later.
+
+    Where the system or the file system cannot, zeros are written.
+    """
+    if _allocate(file, offset, size):
+        return
+    zeros, end = memoryview(bytes(1 << 20)), offset + size
+    while offset < end:
+        offset += write_at(file, zeros[: end - offset], offset)
+
+
+def _allocate(file: int, offset: int, size: int) -> bool:
+    """Reserve space of a file; return whether that is possible here."""
     allocate = getattr(os, "posix_fallocate", None)
+    if allocate is None:
+        return False
     try:
-        if allocate is not None:
-            allocate(file, 0, size)
-            return
+        allocate(file, offset, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-    os.ftruncate(file, size)
+        return False
+    return True
+
+
+def free_range(file: int, offset: int, size: int) -> None:
+    """Give space of a file back to its disk, where the system can; it then reads as zeros."""
+    call = getattr(ctypes.CDLL(None), "fallocate", None) if IS_LINUX else None
+    if call is not None:
+        keep_size, punch_hole = 1, 2
+        long = ctypes.c_int64
+        call(file, keep_size | punch_hole, long(offset), long(size))  # at worst it stays reserved
+
+
+def write_back(file: int) -> None:
+    """Write a file's changed pages to the disk and wait for it, where the system can.
+
+    Not to make them durable, but to have memory that can be taken for something else.
+    """
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if IS_LINUX else None
+    if call is not None:
+        zero = ctypes.c_int64(0)
+        call(file, zero, zero, 7)  # wait for what is being written, write, and wait
 
 
 def read_at(file: int, data: memoryview, offset: int) -> int:
@@ -188,6 +228,7 @@ def others_may_write(status: os.stat_result) -> str | None:
 __all__ = [
     "IS_LINUX",
     "call_at_fork",
+    "free_range",
     "is_alive",
     "lock",
     "open_flags",
@@ -195,8 +236,10 @@ __all__ = [
     "others_may_write",
     "read_at",
     "reserve",
+    "reserve_range",
     "sync_data",
     "sync_folder",
     "unlock",
     "write_at",
+    "write_back",
 ]

@@ -116,6 +116,21 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatc
         system_calls.reserve(file.fileno(), 100)
 
 
+@pytest.mark.usefixtures("system")
+def test_space_of_a_file_is_reserved_given_back_and_written(tmp_path):
+    with (tmp_path / "file").open("w+b") as file:
+        system_calls.reserve_range(file.fileno(), 4096, 3 << 20)
+        assert os.fstat(file.fileno()).st_size == 4096 + (3 << 20)
+        assert 512 * os.fstat(file.fileno()).st_blocks >= 3 << 20
+        system_calls.write_at(file.fileno(), memoryview(b"x" * 9000), 1 << 20)
+        system_calls.write_back(file.fileno())
+        system_calls.free_range(file.fileno(), 1 << 20, 8192)
+        file.seek(1 << 20)
+        start = file.read(9000)
+        assert start[8192:] == b"x" * 808
+        assert start[:8192] in (bytes(8192), b"x" * 8192)  # the latter where nothing can be freed
+
+
 RUN = """
 import ctypes, mmap, os, signal, sys, tempfile
 sys.path.insert(0, os.getcwd())

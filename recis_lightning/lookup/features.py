@@ -18,8 +18,10 @@ from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.batch import Batch, SizedLines
 from recis_lightning.lookup.buffers import Columns, allocate_outputs
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops import mapped_rows
 from recis_lightning.ops.embedding_bag import MODES, Plan
 from recis_lightning.ops.hash_index import Segments, point_to_rows
+from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import SEGMENT_SIZE
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.anchor_hub import AnchorHub
@@ -27,7 +29,7 @@ from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import TableLock, distinct_locks
 from recis_lightning.table.segment import write_segment
 from recis_lightning.table.storage import Storage
-from recis_lightning.table.versions import layout_version, removal_version
+from recis_lightning.table.versions import block_version, layout_version, removal_version
 
 # For maps over hundreds of tables.
 _generation, _num_rooms = map(attrgetter, ("generation", "num_rooms"))
@@ -130,6 +132,7 @@ class FeatureLayout:
         self.storages: Sequence[Storage] = [table.storage for table in self.tables]
         self.pending = [table.pending for table in self.tables]
         self.limited = [table for table in self.tables if table.evictor.limit is not None]
+        self._mapped: tuple[int, dict[int, Header]] = (-1, {})
         self._removals: tuple[int, Removals] = (-1, Removals([], []))
         positions = {table: position for position, table in enumerate(self.tables)}
         self.segment_tables = [positions[table] for table in self.feature_tables]
@@ -188,6 +191,34 @@ class FeatureLayout:
         if found is None or found[0] != trains:
             found = self._hub = trains, AnchorHub(self.anchors)
         return found[1]
+
+    def mapped_headers(self) -> dict[int, Header]:
+        """Return the headers, by address, of tables that have rows in a mapped file."""
+        version, found = self._mapped
+        now = block_version()
+        if version != now:
+            headers = [storage.header for storage in self.storages]
+            found = {header.address: header for header in filter(mapped_rows.has_any, headers)}
+            self._mapped = now, found
+        return found
+
+    def bring_in(self, plan: Plan, rows: Tensor, writes: bool) -> None:
+        """Read rows of a lookup that lie in mapped files into memory, many at once.
+
+        Args:
+            plan: Of the lookup, with FIRST_ID, NUM_IDS and HEADER of each line.
+            rows: int64 [n], those of all lines.
+            writes: Whether an update of the rows will follow.
+        """
+        headers = self.mapped_headers()
+        if not headers:
+            return
+        asked = []
+        columns = (fields.PLAN_HEADER, fields.PLAN_FIRST_ID, fields.PLAN_NUM_IDS)
+        for address, first, count in plan[:, columns].tolist():
+            if address in headers:
+                asked.append((headers[address], rows[first : first + count]))
+        mapped_rows.bring_in(asked, writes)
 
     def removals(self) -> Removals:
         """Return what the tables say of rows that went; the same object until any table says more.

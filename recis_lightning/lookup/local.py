@@ -67,6 +67,8 @@ class LocalRows:
         segments = lines.segments(ids, training)
         occurrences = batch.occurrences if self._counts_occurrences else None
         fuses = occurrences is None and (self._all_known or not training)
+        # Rows in a mapped file are brought in between: one pass would wait for each of them.
+        fuses = fuses and not layout.mapped_headers()
         if fuses and embedding_bag.fuses(layout.device, training):
             rows = torch.empty(num_ids, dtype=torch.int64, device=layout.device)
             lines.point_to_rows(plan, rows)
@@ -80,6 +82,7 @@ class LocalRows:
         else:
             rows = hash_index.find(segments, num_ids, layout.device)
             lines.point_to_rows(plan, rows)
+        layout.bring_in(plan, rows, writes=learns and torch.is_grad_enabled())
         embedding_bag.gather(plan, *layout.row_type)
         return FetchedLocalRows(rows, layout)
 

@@ -105,6 +105,7 @@ def look_up_owned(
     plan[:, fields.PLAN_NUM_BAGS] = plan[:, fields.PLAN_NUM_IDS] = sizes[used]
     plan[:, fields.PLAN_BAG_LENGTH] = 1
     point_to_rows(plan, rows)
+    layout.bring_in(plan, rows, writes=training)
     return OwnedIds([tables[table] for table in used_tables.tolist()], plan, rows, parts)
 
 

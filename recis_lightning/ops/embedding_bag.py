@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recis_lightning.ops import backend, traffic
+from recis_lightning.ops import backend, mapped_rows, traffic
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.hash_index import Segments
 from recis_lightning.ops.header import Header
@@ -154,6 +154,15 @@ def gather_rows(header: Header, rows: Tensor, embedding_dim: int, dtype: torch.d
         dtype [n, embedding_dim].
     """
     out = torch.empty(rows.numel(), embedding_dim, dtype=dtype, device=rows.device)
+    for chunk in mapped_rows.chunks(header, rows.numel()):
+        _gather_into(out[chunk], header, rows[chunk])
+    return out
+
+
+def _gather_into(out: Tensor, header: Header, rows: Tensor) -> None:
+    """Copy rows of one table, contiguous as ``out``."""
+    mapped_rows.bring_in([(header, rows)], writes=False)
+    embedding_dim, dtype = out.shape[1], out.dtype
     plan = np.zeros((1, fields.PLAN_SIZE), np.int64)
     line = plan[0]
     line[fields.PLAN_HEADER] = header.address
@@ -164,7 +173,6 @@ def gather_rows(header: Header, rows: Tensor, embedding_dim: int, dtype: torch.d
     line[fields.PLAN_DATA_STRIDE] = embedding_dim * out.element_size()
     line[fields.PLAN_ROWS] = rows.data_ptr()
     gather(plan, embedding_dim, dtype, rows.device)
-    return out
 
 
 def write_rows_(header: Header, rows: Tensor, values: Tensor) -> None:
@@ -175,4 +183,7 @@ def write_rows_(header: Header, rows: Tensor, values: Tensor) -> None:
         rows: int64 [n], distinct, none negative.
         values: [n, words], contiguous; its bytes are written from each row's start on.
     """
-    backend.module("embedding_bag", rows.device).write_rows_(header, rows, values)
+    module = backend.module("embedding_bag", rows.device)
+    for chunk in mapped_rows.chunks(header, rows.numel()):
+        mapped_rows.bring_in([(header, rows[chunk])], writes=True)
+        module.write_rows_(header, rows[chunk], values[chunk])

@@ -23,6 +23,7 @@ FREE_ROWS = 21  # address of int64 [n], a stack of freed rows
 BLOCKS = 26  # address of int64 [num_blocks], the addresses of the blocks
 BLOCK_SHIFT = 8  # log2(rows in a block)
 ROW_BYTES = 9
+MAPPED = 27  # rows from one on lie in a mapped file: 1 + its number; 0 where none do
 # Policy columns.
 LAST_SEEN = 10  # address of int64 [rows], or 0 where no policy asks for it
 STEP = 11

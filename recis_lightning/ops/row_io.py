@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from recis_lightning.ops import backend
+from recis_lightning.ops import backend, mapped_rows
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.header import Header
 
@@ -41,7 +41,10 @@ def gather_fields(header: Header, rows: Tensor, row_fields: list[RowField]) -> N
     """
     with backend.region("recis::read_columns", lambda: _num_bytes(rows, row_fields)):
         module = backend.module("row_io", rows.device)
-        module.gather_fields(header, rows, _plan_of(row_fields, rows.numel()))
+        for chunk in mapped_rows.chunks(header, rows.numel()):
+            part, plan = rows[chunk], _plan_of(row_fields, rows.numel(), chunk)
+            mapped_rows.bring_in([(header, part)], writes=False)
+            module.gather_fields(header, part, plan)
 
 
 def scatter_fields_(header: Header, rows: Tensor, row_fields: list[RowField]) -> None:
@@ -54,7 +57,10 @@ def scatter_fields_(header: Header, rows: Tensor, row_fields: list[RowField]) ->
     """
     with backend.region("recis::write_columns", lambda: _num_bytes(rows, row_fields)):
         module = backend.module("row_io", rows.device)
-        module.scatter_fields_(header, rows, _plan_of(row_fields, rows.numel()))
+        for chunk in mapped_rows.chunks(header, rows.numel()):
+            part, plan = rows[chunk], _plan_of(row_fields, rows.numel(), chunk)
+            mapped_rows.bring_in([(header, part)], writes=True)
+            module.scatter_fields_(header, part, plan)
 
 
 def _num_bytes(rows: Tensor, row_fields: list[RowField]) -> int:
@@ -63,13 +69,14 @@ def _num_bytes(rows: Tensor, row_fields: list[RowField]) -> int:
     return rows.nbytes + 2 * rows.numel() * size
 
 
-def _plan_of(row_fields: list[RowField], num_rows: int) -> Plan:
-    """Describe fields to a kernel: int64 [num_fields, ROW_FIELD_SIZE]."""
+def _plan_of(row_fields: list[RowField], num_rows: int, chunk: slice) -> Plan:
+    """Describe fields of a chunk of rows to a kernel: int64 [num_fields, ROW_FIELD_SIZE]."""
     plan = np.empty((len(row_fields), fields.ROW_FIELD_SIZE), np.int64)
     for line, (data, first_byte) in zip(plan, row_fields, strict=True):
         num_bytes = data.shape[1] * data.element_size()
-        line[fields.ROW_FIELD_DATA] = data.data_ptr()
-        line[fields.ROW_FIELD_STRIDE] = num_bytes if data.shape[0] == num_rows else 0
+        stride = num_bytes if data.shape[0] == num_rows else 0
+        line[fields.ROW_FIELD_DATA] = data.data_ptr() + chunk.start * stride
+        line[fields.ROW_FIELD_STRIDE] = stride
         line[fields.ROW_FIELD_FIRST_BYTE] = first_byte
         line[fields.ROW_FIELD_NUM_BYTES] = num_bytes
     return plan

@@ -56,6 +56,7 @@ from recis_lightning.table.insertion import insert_rows
 from recis_lightning.table.lock import TableLock, read, reads, write, writes
 from recis_lightning.table.pending_gradient import PendingGradient
 from recis_lightning.table.reinitialization import reinitialize_rows
+from recis_lightning.table.row_file import RowFile, check_rows
 from recis_lightning.table.sampling import IdSample, check_policy, counts_of, draw
 from recis_lightning.table.scan import RowSurvey, scan
 from recis_lightning.table.statistics import Forgotten, TableStatistics
@@ -101,6 +102,10 @@ class HashTable(nn.Module):
             rounded; None sends rows in ``dtype`` and gradients in float32.
         ranks_per_node: Ranks that share a node, one after the other: an id that several of them
             ask for travels once between nodes. None sends each rank's by themselves.
+        rows: "file:/folder" lets the table grow beyond memory: rows that find no room there lie in
+            a file of its own in the folder, which is gone when the table is. As many rows as leave
+            half of the memory free stay in it, or "file:/folder?memory=8GiB" bytes. CPU only.
+            None keeps all rows in memory.
 
     Attributes:
         anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
@@ -129,6 +134,7 @@ class HashTable(nn.Module):
     _process_group: ProcessGroup | None = None
     _exchange_dtype: torch.dtype | None = None
     _ranks_per_node: int | None = None
+    _rows: str | None = None
     default_name: str | None = None  # what it is called until it is named, once it was trained
     begun_as: str | None = None  # name by which new rows begin, if not by the table's
 
@@ -147,6 +153,7 @@ class HashTable(nn.Module):
         process_group: ProcessGroup | None = None,
         exchange_dtype: torch.dtype | str | None = None,
         ranks_per_node: int | None = None,
+        rows: str | None = None,
     ) -> None:
         super().__init__()
         check_not_traced("HashTable", ())
@@ -165,6 +172,7 @@ class HashTable(nn.Module):
         self._exchange_dtype = check_exchange_dtype(exchange_dtype)
         if ranks_per_node is not None:
             self._ranks_per_node = check_int("ranks_per_node", ranks_per_node, least=1)
+        self._rows = check_rows(rows)
         self.initializer, self.admission = initializer, admission
         made_on = backend.check_device(
             torch.get_default_device() if device is None else torch.device(device)
@@ -211,12 +219,18 @@ class HashTable(nn.Module):
         now: Callable[[], float],
     ) -> Storage:
         """Return an empty storage whose new rows start as this table's do."""
+        if self._rows is not None and device.type != "cpu":
+            raise ValueError(
+                f"rows: table {self.name!r} has its rows in a file, {self._rows!r}, and cannot be "
+                f"on {device}; give it device='cpu', or no rows"
+            )
         storage = Storage(
             *(dim, dtype, device),
             kept_columns=columns,
             screening=screening,
             now=now,
             name=self.name,
+            row_file=None if self._rows is None else RowFile(self._rows),
         )
         row_init.write_distribution(storage.header, *self.initializer.distribution(dim))
         storage.set_key(*self._key())
@@ -306,6 +320,11 @@ class HashTable(nn.Module):
     def ranks_per_node(self) -> int | None:
         """Ranks of a node that ask other nodes together; None if each asks by itself."""
         return self._ranks_per_node
+
+    @property
+    def rows(self) -> str | None:
+        """Where rows lie that find no room in memory, "file:/folder"; None: all are in memory."""
+        return self._rows
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -402,6 +421,11 @@ class HashTable(nn.Module):
     def nbytes(self) -> int:
         """Bytes of index, rows (weights and optimizer state) and what policies keep."""
         return self.storage.nbytes + self.evictor.nbytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the rows that lie in a file; see ``rows``."""
+        return self.storage.rows.mapped_bytes
 
     def statistics(self) -> TableStatistics:
         """Return sizes now, and counts since the table was made.

@@ -3,7 +3,8 @@
 A row is a table's weights for one id and the optimizer's state behind them, so that one update is
 one contiguous read and write. Kernels find blocks through a table of their addresses. Whole blocks
 never move. On the CPU, while there are few, the last one may be a part, with memory for its first
-rows alone, which moves when it grows: small tables are small.
+rows alone, which moves when it grows: small tables are small. A table that may be larger than
+memory has its first blocks there and the others in a mapped file (``table.row_file``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from recis_lightning.ops.layout import (
     BLOCK_SHIFT,
     BLOCKS,
     FREE_ROWS,
+    MAPPED,
     NEXT_ROW,
     NUM_FREE,
     NUM_STATE,
@@ -28,12 +30,14 @@ from recis_lightning.ops.layout import (
     STATE_FILL,
 )
 from recis_lightning.ops.row_io import RowField
+from recis_lightning.table.row_file import RowFile
 from recis_lightning.table.versions import block_version
 
 _BLOCK_BYTES = 1 << 18  # about this much a block: quick to copy, and tables of blocks are small
 _GPU_BLOCK_BYTES = 1 << 21  # on a GPU allocations are dear, and block addresses travel each step
 _FEW_BLOCKS = 16  # a store of as many whole blocks has no part of one
 _CHUNK_ROWS = 1 << 16  # rows read or written at once where all of them are copied
+_MAPPED_RANGE = 1 << 26  # bytes of a file mapped at once, of which a shrinking store copies one
 _MAPPED_BYTES = 1 << 25  # from here malloc always asks the system, which hands out small pages
 
 
@@ -49,6 +53,7 @@ class RowStore:
         dtype: float32 or bfloat16 weights; state is float32.
         slots: Optimizer state: name -> float32 words a row.
         state_fill: What state starts from.
+        file: Where blocks lie that are not in memory; None: all are.
 
     Attributes:
         addresses: int64 [num_blocks], of the blocks.
@@ -62,8 +67,9 @@ class RowStore:
         dtype: torch.dtype,
         slots: dict[str, int] | None = None,
         state_fill: float = 0.0,
+        file: RowFile | None = None,
     ) -> None:
-        self.header = header
+        self.header, self.file = header, file
         self.embedding_dim = embedding_dim
         self.dtype = dtype
         self._set_counts(0, 0)
@@ -74,7 +80,7 @@ class RowStore:
         block_bytes = _BLOCK_BYTES if header.device.type == "cpu" else _GPU_BLOCK_BYTES
         self.block_shift = max(3, (block_bytes // (4 * self.row_words)).bit_length() - 1)
         self._enter_layout()
-        self._set_allocations(())
+        self._set_allocations((), 0)
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=header.device))
 
     def _set_counts(self, next_row: int, num_free: int) -> None:
@@ -82,12 +88,22 @@ class RowStore:
         fields[NEXT_ROW], fields[NUM_FREE] = next_row, num_free
         self.header.publish_counts()
 
-    def _set_allocations(self, allocations: tuple[npt.NDArray[np.float32] | Tensor, ...]) -> None:
-        """Take memory for rows: allocations of whole blocks, the last one perhaps of a part."""
+    def _set_allocations(
+        self, allocations: tuple[npt.NDArray[np.float32] | Tensor, ...], num_mapped: int
+    ) -> None:
+        """Take memory for rows: allocations of whole blocks, the last one perhaps of a part.
+
+        Args:
+            allocations: In the order of the rows.
+            num_mapped: How many of them lie in the file, the last ones.
+        """
         block_version.advance()
-        self._allocations = allocations
+        self._allocations, self._num_mapped = allocations, num_mapped
         row_bytes = 4 * self.row_words
-        self.capacity = sum(allocation.nbytes for allocation in allocations) // row_bytes
+        sizes = [allocation.nbytes // row_bytes for allocation in allocations]
+        self.capacity = sum(sizes)
+        # Row numbers from which on rows lie in the file.
+        self._first_mapped = sum(sizes[: len(sizes) - num_mapped])
         starts = [
             np.arange(0, allocation.nbytes, row_bytes << self.block_shift, dtype=np.int64)
             + _address_of(allocation)
@@ -96,6 +112,7 @@ class RowStore:
         self.addresses = addresses = np.concatenate([np.empty(0, np.int64), *starts])
         self._addresses = torch.from_numpy(addresses).to(self.header.device)
         self.header.fields[BLOCKS] = self._addresses.data_ptr()
+        self.header.fields[MAPPED] = 1 + self._first_mapped if num_mapped else 0
         self.header.publish()
 
     def _enter_layout(self) -> None:
@@ -126,6 +143,11 @@ class RowStore:
         yield from (part for part in self._allocations if isinstance(part, Tensor))
 
     @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the blocks that lie in the file."""
+        return 4 * self.row_words * (self.capacity - self._first_mapped)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the optimizer state in all blocks."""
         return 4 * sum(self.slots.values()) * self.capacity
@@ -149,21 +171,52 @@ class RowStore:
         missing, block_rows = num_new - unused, 1 << self.block_shift
         if len(self.addresses) >= _FEW_BLOCKS or self.header.is_mirrored:
             growth = len(self.addresses) // 8 << self.block_shift
-        old_whole, old_rest = divmod(self.capacity, block_rows)
-        whole, rest = self._divide(self.capacity + max(missing, growth))
+        wanted = self.capacity + max(missing, growth)
         kept, part = self._allocations, None
-        if old_rest:
-            kept, part = kept[:-1], kept[-1]
-        sizes = ((whole - old_whole) << self.block_shift, rest)
-        new = [self._allocate(size) for size in sizes if size]
+        new: list[npt.NDArray[np.float32] | Tensor] = []
+        in_memory = wanted if self.file is None else min(wanted, self._rows_in_memory(wanted))
+        if in_memory > self._first_mapped:
+            old_whole, old_rest = divmod(self._first_mapped, block_rows)
+            whole, rest = self._divide(in_memory)
+            if old_rest:
+                kept, part = kept[:-1], kept[-1]
+            sizes = ((whole - old_whole) << self.block_shift, rest)
+            new = [self._allocate(size) for size in sizes if size]
+            in_memory = (whole << self.block_shift) + rest
+        mapped = self._map(wanted - max(in_memory, self.capacity))
         if part is not None:  # the first of the new ones is larger
             new[0][: len(part)] = part  # type: ignore[assignment]  # both are of one kind
-        self._set_allocations((*kept, *new))
+        self._set_allocations((*kept, *new, *mapped), self._num_mapped + len(mapped))
+
+    def _rows_in_memory(self, wanted: int) -> int:
+        """Return how many of the first rows are to lie in memory, whole blocks or all."""
+        if self._num_mapped:
+            return self._first_mapped
+        assert self.file is not None
+        row_bytes, rows = 4 * self.row_words, self._first_mapped
+        room = self.file.room_in_memory(rows * row_bytes, (wanted - rows) * row_bytes) // row_bytes
+        if rows + room >= wanted:
+            return wanted
+        whole = (rows + room) >> self.block_shift << self.block_shift
+        return max(whole, self.blocks_for(rows) << self.block_shift)
+
+    def _map(self, num_rows: int) -> list[npt.NDArray[np.float32]]:
+        """Return allocations in the file, of blocks that hold so many rows."""
+        block_bytes = 4 * self.row_words << self.block_shift
+        left, at_once = self.blocks_for(max(num_rows, 0)), max(_MAPPED_RANGE // block_bytes, 1)
+        mapped = []
+        while left:
+            count = min(left, at_once)
+            assert self.file is not None
+            mapped.append(self.file.empty(count * block_bytes).view(np.float32))
+            left -= count
+        return mapped
 
     def _divide(self, num_rows: int) -> tuple[int, int]:
         """Return the whole blocks to hold so many rows, and the rows of a part behind them."""
         whole, rest = divmod(num_rows, 1 << self.block_shift)
-        if rest and (whole >= _FEW_BLOCKS or self.header.is_mirrored):
+        is_whole = whole >= _FEW_BLOCKS or self.header.is_mirrored
+        if rest and (is_whole or (self._num_mapped and num_rows > self._first_mapped)):
             return whole + 1, 0
         return whole, rest
 
@@ -206,10 +259,16 @@ class RowStore:
         """
         whole, rest = self._divide(num_rows)
         kept, left = [], (whole << self.block_shift) + rest
-        for allocation in self._allocations:
+        num_mapped, first_mapped = 0, len(self._allocations) - self._num_mapped
+        for number, allocation in enumerate(self._allocations):
             rows = allocation.nbytes // (4 * self.row_words)
+            num_mapped += number >= first_mapped and left > 0
             if rows <= left:
                 kept.append(allocation)
+            elif left > 0 and number >= first_mapped:
+                (copied,) = self._map(left)
+                copied[:] = allocation[: copied.size]
+                kept.append(copied)
             elif left > 0:
                 whole_rows = left >> self.block_shift << self.block_shift
                 for start, stop in ((0, whole_rows), (whole_rows, left)):
@@ -218,7 +277,7 @@ class RowStore:
                         smaller[:] = allocation[start * words : stop * words]  # type: ignore[assignment]
                         kept.append(smaller)
             left -= rows
-        self._set_allocations(tuple(kept))
+        self._set_allocations(tuple(kept), num_mapped)
         self._set_counts(num_rows, 0)
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=self.header.device))
 
@@ -246,7 +305,8 @@ class RowStore:
             self.header.publish()
             return
         # Behind a header of its own: until all rows are there, nothing of this store changes.
-        other = RowStore(self.header.copy(), self.embedding_dim, self.dtype, slots, state_fill)
+        header, file = self.header.copy(), self.file
+        other = RowStore(header, self.embedding_dim, self.dtype, slots, state_fill, file)
         num_rows = self.num_rows
         other.reserve(num_rows)
         kept = [name for name in slots if self.slots.get(name) == slots[name]]
@@ -262,7 +322,7 @@ class RowStore:
         self.slots, self.state_fill = other.slots, other.state_fill
         self.row_words, self.block_shift = other.row_words, other.block_shift
         self._enter_layout()
-        self._set_allocations(other._allocations)
+        self._set_allocations(other._allocations, other._num_mapped)
 
     def read(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Copy rows out.

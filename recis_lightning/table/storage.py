@@ -38,6 +38,7 @@ from recis_lightning.ops.layout import (
 from recis_lightning.table import sizing
 from recis_lightning.table.admission_counter import AdmissionCounter
 from recis_lightning.table.row_changes import RowChanges
+from recis_lightning.table.row_file import RowFile
 from recis_lightning.table.row_store import RowStore
 from recis_lightning.table.undo import Undo
 from recis_lightning.table.versions import block_version, layout_version, removal_version
@@ -61,6 +62,7 @@ class Storage(TableMemory):
         screening: Counts of ids without a row that the admission policy asks for; None for none.
         now: Returns the time in seconds, for the column "last_time".
         name: For errors; ``set_key`` changes it.
+        row_file: Where rows lie that are not in memory; None: all are.
 
     Attributes:
         header: By which kernels find everything, at one address as long as the storage lives.
@@ -90,8 +92,10 @@ class Storage(TableMemory):
         screening: Screening | None,
         now: Callable[[], float],
         name: str,
+        row_file: RowFile | None = None,
     ) -> None:
         self.embedding_dim, self.dtype, self.device = embedding_dim, dtype, device
+        self.row_file = row_file
         self.kept_columns, self.now, self.name = kept_columns, now, name
         self.generation = self.num_removed = self.num_loaded = self.num_void = 0
         self.num_overwrites = self.num_rooms = 0
@@ -139,7 +143,9 @@ class Storage(TableMemory):
         """Start anew with no ids, behind the same header; rows are laid out for ``slots``."""
         self.num_void = 0
         self.entries = hash_index.empty_entries(self.header, hash_index.MIN_CAPACITY)
-        self.rows = RowStore(self.header, self.embedding_dim, self.dtype, slots, state_fill)
+        self.rows = RowStore(
+            *(self.header, self.embedding_dim, self.dtype, slots, state_fill, self.row_file)
+        )
         self._set_columns({name: self._new_column(name, 0) for name in self._column_names})
 
     def clear(self) -> None:
@@ -586,6 +592,13 @@ class _Allocation:
             raise MemoryError(
                 f"table {self.storage.name!r}, with {len(self.storage)} rows in "
                 f"{self.storage.nbytes} bytes, found no memory for {self.wanted}"
+            ) from error
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: table {self.storage.name!r}, with {len(self.storage)} rows, "
+                f"found no room in its file for {self.wanted}",
+                error.filename,
             ) from error
 
 

@@ -22,6 +22,7 @@ from benchmarks import (
     bench_hash_index,
     bench_in_model,
     bench_many_ranks,
+    bench_mapped_rows,
     bench_memory,
     bench_row_update,
     bench_string_hash,
@@ -366,3 +367,13 @@ def test_data_readers_agree(tmp_path):
         assert expected[0] == 700
         for make in (bench_data.arrow_loop, lambda p, k: iter(bench_data.Frames(p, k))):
             assert bench_data.summary(make(path, kind)) == expected
+
+
+def test_traffic_of_mapped_rows_brings_frequent_ids_first():
+    traffic = bench_mapped_rows._Traffic(1000, 1.2)
+    ranks = torch.from_numpy(traffic.first_seen)
+    assert torch.equal(ranks.sort().values, torch.arange(1000))
+    assert ranks[:100].double().mean() < 250 < ranks[900:].double().mean()
+    ids = traffic.batch(5000)
+    assert set((ids % bench_mapped_rows.SPREAD).tolist()) == {0}
+    assert (ids == 0).double().mean() > 0.2
