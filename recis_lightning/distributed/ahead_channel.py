@@ -9,6 +9,7 @@ those that have begun fewer begin empty ones in their place, so that nobody wait
 
 from __future__ import annotations
 
+import atexit
 import functools
 import threading
 import weakref
@@ -22,11 +23,12 @@ import numpy.typing as npt
 import torch
 
 from recis_lightning.distributed.heads import Head, Kind, exchange_heads
+from recis_lightning.distributed.lost_ranks import leave_lost_unnamed, naming_lost_ranks
 from recis_lightning.distributed.process_group import ProcessGroup, make_group_beside
 
 _BITS = 32  # of what a head tells, for the number of exchanges begun
 _MOST = (1 << _BITS) - 1
-_PATIENCE_S = 5.0  # for exchanges in flight, where the process group is destroyed
+_PATIENCE_S = 5.0  # for exchanges in flight, where the process group or the process ends
 
 
 class Begun(NamedTuple):
@@ -43,6 +45,19 @@ class Begun(NamedTuple):
     def has_failed(self) -> bool:
         """Return whether it is known by now that nothing comes."""
         return self.answer.done() and self.answer.exception() is not None
+
+    def wait(self, doing: Callable[[], str], process_group: ProcessGroup | None) -> Any:
+        """Return the answer, which all ranks use.
+
+        Args:
+            doing: Returns what this rank does, for errors.
+            process_group: The ranks; None means all.
+
+        Raises:
+            RuntimeError: A rank has gone; names it.
+        """
+        with naming_lost_ranks(doing, process_group):
+            return self.answer.result()
 
 
 class AheadChannel:
@@ -136,6 +151,7 @@ def _send_nothing(group: ProcessGroup) -> None:
 
 def _run(jobs: SimpleQueue[Any]) -> None:
     """Do jobs until there is None."""
+    leave_lost_unnamed()
     for work, group, answer in iter(jobs.get, None):
         try:
             answer.set_result(work(group))
@@ -160,6 +176,13 @@ def _close_before_destruction() -> None:
 
     destroy_process_group.closes_channels = True  # type: ignore[attr-defined]
     torch.distributed.destroy_process_group = destroy_process_group
+    # A thread that the interpreter ends within a message would abort the process.
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for channel in list(_channels.values()):
+        channel.close()
 
 
 _channels: weakref.WeakKeyDictionary[Any, AheadChannel] = weakref.WeakKeyDictionary()

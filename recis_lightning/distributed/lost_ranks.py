@@ -8,6 +8,7 @@ for the notes of the others: a rank that leaves none is lost.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,24 @@ from recis_lightning.distributed.process_group import ProcessGroup, global_ranks
 
 _PATIENCE_S = 2.0  # for the notes of others, whose messages fail when this rank's does
 _PAUSE_S = 0.05
+
+
+class _Thread(threading.local):
+    """Settings of a thread.
+
+    Attributes:
+        names_lost: Whether its errors name lost ranks.
+    """
+
+    names_lost = True
+
+
+_THREAD = _Thread()
+
+
+def leave_lost_unnamed() -> None:
+    """Let this thread's errors be torch's: who waits for its messages names lost ranks."""
+    _THREAD.names_lost = False
 
 
 @contextmanager
@@ -37,6 +56,8 @@ def naming_lost_ranks(
     try:
         yield
     except RuntimeError as error:
+        if not _THREAD.names_lost:
+            raise
         silent = _find_silent(process_group)
         raise RuntimeError(_describe(doing(), silent, str(error))) from error
 
@@ -116,4 +137,4 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
 
 
-__all__ = ["name_ranks", "naming_lost_ranks"]
+__all__ = ["leave_lost_unnamed", "name_ranks", "naming_lost_ranks"]

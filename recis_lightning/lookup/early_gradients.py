@@ -141,13 +141,23 @@ class EarlyGradients:
                     found[position[entry]].update(of)
         return self._sent[-1].begun.number if found == list(records) else 0
 
-    def answers(self, entries: Sequence[LedgerEntry]) -> list[Tensor]:
+    def answers(
+        self,
+        entries: Sequence[LedgerEntry],
+        doing: Callable[[], str],
+        process_group: ProcessGroup | None,
+    ) -> list[Tensor]:
         """Return what has come for some lookups, by rank, as one exchange of them would.
 
+        Args:
+            entries: The lookups.
+            doing: Returns what this rank does, for errors.
+            process_group: The ranks; None means all.
+
         Raises:
-            RuntimeError: A rank has gone.
+            RuntimeError: A rank has gone; names it.
         """
-        come = [(sent.entries, *sent.begun.answer.result()) for sent in self._sent]
+        come = [(sent.entries, *sent.begun.wait(doing, process_group)) for sent in self._sent]
         self.num_used += 1
         return [_joined(entry, come) for entry in entries]
 

@@ -207,8 +207,9 @@ def _exchange(
     Returns:
         For each of ``beside`` what has come.
     """
-    come = None if early is None else early.answers(entries)
-    layouts = [entry.route.layout for entry in entries]
+    layouts, come = [entry.route.layout for entry in entries], None
+    if early is not None:
+        come = early.answers(entries, lambda: purpose, layouts[0].process_group)
     locks = layouts[0].current_locks()
     if len(layouts) > 1:
         locks = distinct_locks(lock for layout in layouts for lock in layout.current_locks())

@@ -156,7 +156,9 @@ class PreparedLookups:
         if not number:
             return None
         self.num_used += 1
-        prepared: list[PreparedIds] = fitting[number].answer.result()
+        prepared: list[PreparedIds] = fitting[number].wait(
+            lambda: describe(groups, training=True), groups[0].process_group
+        )
         before = [k for k in self._of(groups) if k.begun.number <= number]
         self._kept = [kept for kept in self._kept if kept not in before]
         return prepared
