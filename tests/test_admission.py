@@ -281,7 +281,7 @@ def test_counters_are_full_at_255(backend):
     module = table_of(BloomCount(255, num_counters=4 * 10**6))
     module(torch.full((254,), 3))
     assert known(module) == []
-    module(torch.full((10**4,), 3))
+    module(torch.full((300 if backend == "triton" else 10**4,), 3))  # 42 and 14, had they wrapped
     assert known(module) == [3]
 
 

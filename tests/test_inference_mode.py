@@ -40,6 +40,7 @@ def _use(module, sparse):
 
 @pytest.mark.parametrize("admission", [None, MinCount(2), BloomCount(2, 64)], ids=repr)
 @pytest.mark.parametrize("kernels", ["cpu", pytest.param("triton", marks=pytest.mark.interpreted)])
+@pytest.mark.slow_except(dict(kernels="cpu"), dict(admission=None))
 def test_a_table_made_in_inference_mode_trains_outside(kernels, admission):
     """Its memory is not of inference mode, which nothing outside may change in place."""
     with ops_backend.use(kernels):

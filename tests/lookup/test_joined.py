@@ -112,6 +112,7 @@ def weighed(out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow_except(dict(backend=["reference", "cpu"]), dict(dtype=torch.bfloat16))
 def test_training_is_that_of_outputs_that_torch_joins(backend, dtype):
     """Outputs, gradients of weights, rows and optimizer state, by every backend."""
     steps = 1 if backend == "triton" else 3
