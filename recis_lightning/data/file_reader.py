@@ -13,6 +13,7 @@ from pyarrow import acero, fs, orc, parquet
 from torch.utils.data import get_worker_info
 
 from recis_lightning.close_names import did_you_mean
+from recis_lightning.data.conversion import is_list
 from recis_lightning.data.filter import columns_of, parse_filter, trusts_statistics
 from recis_lightning.data.partitions import partition_kinds, partitions_of, with_partitions
 from recis_lightning.data.windows import Window
@@ -216,7 +217,10 @@ class FileReader:
             if path.endswith(".orc"):
                 stripes = orc.ORCFile(source)
                 present = _present(stripes.schema, names)
-                part = pa.Table.from_batches([stripes.read_stripe(group, columns=present)])
+                # A name with a dot may be that of a struct's field as well: then all are read.
+                some = None if any("." in name for name in present) else present
+                part = pa.Table.from_batches([stripes.read_stripe(group, columns=some)])
+                part = part.select(present)
             else:
                 # Arrow's own threads do not survive the fork that made a worker.
                 threads = get_worker_info() is None
@@ -245,7 +249,10 @@ class FileReader:
         if absent:
             advice = did_you_mean(absent, found)
             raise ValueError(f"columns {absent} are missing; it has {sorted(found)}{advice}")
-        return {name: _kind_of(found[name]) for name in self._columns}
+        for name in self._read_columns:
+            if schema.names.count(name) > 1:
+                raise ValueError(f"column {name!r} is there {schema.names.count(name)} times")
+        return {name: _kind_of(name, found[name]) for name in self._columns}
 
 
 def _present(schema: pa.Schema, names: list[str]) -> list[str]:
@@ -260,6 +267,8 @@ def version_of(system: Any, path: str) -> tuple[Any, Any]:
         FileNotFoundError: There is no such file.
     """
     info = system.get_file_info(path)
+    if info.type is fs.FileType.Directory:
+        raise FileNotFoundError(f"it is a folder; name its files, as in {path}/*.parquet")
     if info.type is not fs.FileType.File:
         raise FileNotFoundError("there is no such file")
     return info.size, info.mtime_ns
@@ -283,15 +292,23 @@ def _without_views(table: pa.Table) -> pa.Table:
     return table
 
 
-def _kind_of(kind: pa.DataType) -> str:
-    """Return what files must agree on: the width and the layout of values may differ."""
+def _kind_of(name: str, kind: pa.DataType) -> str:
+    """Return what files must agree on: the width and the layout of values may differ.
+
+    Raises:
+        ValueError: It is a type that no column of a data set takes.
+    """
+    if isinstance(kind, pa.BaseExtensionType):
+        return _kind_of(name, kind.storage_type)
     text = str(kind)
     if pa.types.is_null(kind):
         return "null"
     if pa.types.is_dictionary(kind):
-        return _kind_of(kind.value_type)
-    if "list" in text:
-        return f"lists of {_kind_of(kind.value_type)}"
+        return _kind_of(name, kind.value_type)
+    if is_list(kind):
+        return f"lists of {_kind_of(name, kind.value_type)}"
+    if pa.types.is_nested(kind):
+        raise ValueError(f"column {name!r} holds {kind}, and expected are values or lists")
     if "string" in text or "binary" in text:
         return "strings"
     if pa.types.is_temporal(kind):
