@@ -199,7 +199,7 @@ class FileReader:
             left = fragment.subset(filter=condition)
         counts = [0] * len(fragment.row_groups)
         for group in left.row_groups:
-            counts[group.id] = self._kept(system, path, group.id, names).num_rows
+            counts[group.id] = self._kept(system, path, group.id, names, fragment.metadata).num_rows
         return counts
 
     def _condition(self, schema: pa.Schema, path: str) -> Any:
@@ -211,8 +211,13 @@ class FileReader:
         values = {name: text for name, text in partitions if name not in kinds}
         return parse_filter(self._filter, kinds, values)
 
-    def _kept(self, system: Any, path: str, group: int, names: list[str]) -> pa.Table:
-        """Read columns of a row group or stripe, of the rows that pass the filter."""
+    def _kept(
+        self, system: Any, path: str, group: int, names: list[str], footer: Any = None
+    ) -> pa.Table:
+        """Read columns of a row group or stripe, of the rows that pass the filter.
+
+        The footer of Parquet is read, unless it is given.
+        """
         with system.open_input_file(path) as source:
             if path.endswith(".orc"):
                 stripes = orc.ORCFile(source)
@@ -225,7 +230,7 @@ class FileReader:
                 # Arrow's own threads do not survive the fork that made a worker.
                 threads = get_worker_info() is None
                 file = parquet.ParquetFile(
-                    source, pre_buffer=False, page_checksum_verification=True
+                    source, metadata=footer, pre_buffer=False, page_checksum_verification=True
                 )
                 present = _present(file.schema_arrow, names)
                 part = file.read_row_group(group, columns=present, use_threads=threads)
