@@ -357,7 +357,8 @@ class Mask(OneToOne):
     @staticmethod
     def _others(values: Tensor, masked: Any) -> Tensor:
         if not values.is_floating_point():
-            masked = [one for one in masked if one == math.floor(one)]  # others are no ids
+            limit = 2**63  # what is beyond, or has a fraction, is no id
+            masked = [m for m in masked if float(m).is_integer() and -limit <= m < limit]
         listed = torch.tensor(masked, dtype=values.dtype, device=values.device)
         return (~torch.isin(values, listed)).float()
 

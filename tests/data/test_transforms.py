@@ -219,7 +219,7 @@ def test_ids_stay_exact():
     assert Features([Id("u")], [Clip("u", high=7)])({"u": ids})["u"].tolist() == [7, -5, 7]
     with pytest.raises(ValueError, match=r"Clip of 'u': expected whole limits .* got 0.5"):
         Features([Id("u")], [Clip("u", 0.5)])({"u": ids})
-    mask = Features([Id("u")], [Mask("m", [0.5, 7.0], source="u")])
+    mask = Features([Id("u")], [Mask("m", [0.5, 7.0, math.inf, 1e30], source="u")])
     assert mask({"u": [0, 1, 7]})["m"].tolist() == [1, 1, 0]
     with pytest.raises(TypeError, match=r"vocabulary: expected strings or ints, got \[1.5\]"):
         Lookup("u", [1.5])
