@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import gc
 import json
+import math
 import time
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -84,7 +85,7 @@ def make_app(
     app = FastAPI(title="recis_lightning", lifespan=lifespan)
 
     async def answer(request: Request) -> Response:
-        """Score ``{"columns": {name: [value, ...]}}``: ``{"scores": [...]}``."""
+        """Score ``{"columns": {name: [value, ...]}}``: ``{"scores": [...]}``, null for NaN."""
         start = time.perf_counter()
         status, content = await _answer(request, batcher)
         metrics.add(status, time.perf_counter() - start)
@@ -123,7 +124,9 @@ async def _answer(request: Any, batcher: Batcher) -> tuple[int, dict[str, Any]]:
     if any(len(column) > _MAX_ROWS for column in columns.values()):
         return 413, {"error": f"expected at most {_MAX_ROWS} rows"}
     try:
-        return 200, {"scores": await batcher.score(columns)}
+        scores = await batcher.score(columns)
+        # JSON has no NaN and no infinity.
+        return 200, {"scores": [score if math.isfinite(score) else None for score in scores]}
     except (TypeError, ValueError) as error:
         return 422, {"error": str(error)}
     except asyncio.CancelledError:

@@ -68,7 +68,8 @@ class CheckpointHook(Hook):
         exclude: Names or patterns of parts that are not saved: "user" is a table, "*.exp_avg*"
             the optimizer state of tables, "tower.*" dense tensors of the ``state_dict``. A run that
             resumes keeps such a table or tensor as it is; the state of a table of which a part was
-            left out starts afresh. Optimizer state of dense tensors is always saved.
+            left out starts afresh. Optimizer state of dense tensors is always saved. Of several
+            hooks, each leaves out what it names.
         save_filter: Called at each save with the names of the parts that ``exclude`` left, by all
             ranks; returns those to save.
         sources: Files that tables and dense tensors come from when a run starts, each a
@@ -109,6 +110,10 @@ class CheckpointHook(Hook):
         self._loaded: CheckpointReader | None = None
         self._save: _ShardedSave | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: all but the run that this takes part in."""
+        return {**self.__dict__, "_module": None, "_loaded": None, "_save": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take part in the Trainer's saving, loading and removing of checkpoints, to its end."""
         strategy = trainer.strategy
@@ -121,7 +126,9 @@ class CheckpointHook(Hook):
         self._module, self._loaded = pl_module, None
         self._sources.setup()
         self._save = vars(trainer).setdefault(_KEY, _ShardedSave(trainer))
-        self._save.failing, self._save.parts = False, self._parts
+        hooks = [self, *(one for one in trainer.callbacks if isinstance(one, CheckpointHook))]  # type: ignore[attr-defined]
+        self._save.failing = False
+        self._save.parts = list({id(hook): hook._parts for hook in hooks}.values())
         intercept_saves(trainer, self._save, innermost=True)
         wrap_io(strategy, self.load, self._save.pending)
 
@@ -245,12 +252,12 @@ class _ShardedSave:
     Attributes:
         failing: Whether a rank failed, and nothing is to be saved.
         pending: Saves whose main file is not written yet.
-        parts: What is not saved.
+        parts: What is not saved, by each hook.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.failing = False
-        self.parts = PartFilter(None, None)
+        self.parts: list[PartFilter] = []
         self.pending = PendingSaves()
         self._trainer = trainer
 
@@ -274,9 +281,7 @@ class _ShardedSave:
 
         try:
             collectives.run_on_all_ranks(begin)
-            excluded = collectives.run_on_all_ranks(
-                lambda: self.parts.excluded(tables, trainer.lightning_module)
-            )
+            excluded = collectives.run_on_all_ranks(lambda: self._excluded(tables))
             progress = trainer_progress(trainer)
             commit = write_shards(folder, tables, folder.name, progress, save_id, excluded)
             with _states_refer_to(commit, tables), _errors_on_all_ranks(trainer.strategy):
@@ -286,6 +291,12 @@ class _ShardedSave:
             raise
         if not (kwargs.get("weights_only") or any(args[:1])):
             link_first(trainer, path)
+
+    def _excluded(self, tables: list[HashTable]) -> list[str]:
+        """Return the names of the parts that any hook leaves out."""
+        module = self._trainer.lightning_module
+        found = [name for parts in self.parts for name in parts.excluded(tables, module)]
+        return list(dict.fromkeys(found))
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class ProgressiveValidation(Hook):
         """Give the Trainer the windows as data of training and validation."""
         if stage != TrainerFn.FITTING:
             return
-        if trainer.max_steps != -1:
+        if trainer.max_steps != -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Lightning, resuming such a run, counts one epoch more: a window would be left out.
             raise MisconfigurationException(
                 f"ProgressiveValidation: expected Trainer(max_steps=-1), got {trainer.max_steps}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ def read_parquet(file: Path) -> ArrayTables:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: damaged, or no Parquet file ({error})") from None
     types = {field.name: field.type for field in table.schema}
+    if len(types) < len(table.schema):
+        raise ValueError(f"{file}: expected each column once, got {table.schema.names}")
     ids = _column(types, _IDS, pyarrow.types.is_integer)
     lists = _column(types, _WEIGHTS, _is_list)
-    flat = [name for name in (f"{_WEIGHTS}_{i}" for i in range(len(types))) if name in types]
+    flat = [name for name in types if re.fullmatch(f"{_WEIGHTS}_[0-9]+", name)]
     if ids is None or (lists is None and not flat):
         raise ValueError(
             f"{file}: expected a column ids of integers, and weights of lists or weights_0, "
@@ -90,7 +93,7 @@ def read_parquet(file: Path) -> ArrayTables:
     if lists is not None:
         rows = _matrix(file, table.column(lists).combine_chunks(), lists)
     else:
-        rows = np.stack([table.column(name).to_numpy() for name in flat], 1)
+        rows = _joined(file, table, flat)
     return ArrayTables({file.stem: [(_ids(file, column.to_numpy()), _rows(file, rows))]}, file)
 
 
@@ -136,6 +139,18 @@ def _matrix_of(file: Path, column: Any, name: str) -> npt.NDArray[Any]:
         dim = int(counts[0]) if len(counts) else 1
     array: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
     return array.reshape(length, dim)
+
+
+def _joined(file: Path, table: Any, names: list[str]) -> npt.NDArray[Any]:
+    """Return columns of numbers, ``weights_0`` and so on, as an array of two dimensions."""
+    wanted = [f"{_WEIGHTS}_{i}" for i in range(len(names))]
+    if sorted(names) != sorted(wanted):
+        missing = sorted(set(wanted) - set(names))
+        raise ValueError(f"{file}: expected columns {wanted[0]} to {wanted[-1]}, got no {missing}")
+    for name in wanted:
+        if nulls := table.column(name).null_count:
+            raise ValueError(f"{file}: expected numbers, got {nulls} nulls in {name}")
+    return np.stack([table.column(name).to_numpy() for name in wanted], 1)
 
 
 def _ids(file: Path, array: npt.NDArray[Any]) -> Tensor:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from recis_lightning.data.hashing import hash_array
+from recis_lightning.data.hashing import hash_array, with_nulls
 
 __all__ = [
     "bags_of",
@@ -64,6 +64,8 @@ def int64_of(array: pa.Array, hash: str | None, seed: int) -> Tensor:
         or pa.types.is_null(kind)
     ):
         advice = "; give it a hash=" if _is_text(kind) else ""
+        if pa.types.is_floating(kind) and array.null_count:
+            advice = "; integers of which some are missing are Int64 in pandas, not float64"
         raise TypeError(f"expected integers, bools, decimals or times, got {kind}{advice}")
     unsigned = pa.types.is_uint64(kind)
     return _tensor(pc.cast(array, pa.int64(), safe=not unsigned), 0)
@@ -136,10 +138,11 @@ def bags_of(array: pa.Array) -> tuple[pa.Array, Tensor]:
     if pa.types.is_null(array.type):
         return array[:0], torch.zeros(len(array), dtype=torch.int64, device="cpu")
     if not is_list(array.type):
+        array = with_nulls(array)
         valid = torch.from_numpy(array.is_valid().to_numpy(zero_copy_only=False))
         return array.drop_null(), valid.long()
     lengths = pc.cast(pc.list_value_length(array), pa.int64())
-    return pc.list_flatten(array), _tensor(lengths, 0)
+    return with_nulls(pc.list_flatten(array)), _tensor(lengths, 0)
 
 
 def one_of_list(array: pa.Array) -> pa.Array:
@@ -151,7 +154,7 @@ def one_of_list(array: pa.Array) -> pa.Array:
         ValueError: A list has more values.
     """
     if not is_list(array.type):
-        return array
+        return with_nulls(array)
     values, lengths = bags_of(array)
     if lengths.numel() and int(lengths.max()) > 1:
         raise ValueError(f"a row has {int(lengths.max())} values, not one")

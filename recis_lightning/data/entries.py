@@ -18,6 +18,7 @@ __all__ = [
     "ids_of",
     "in_groups",
     "joined",
+    "num_rows_of",
     "split",
     "spread",
     "values_of",
@@ -44,6 +45,14 @@ def cut(bags: Jagged, max_len: int, keep: str) -> Jagged:
 def values_of(entry: Entry) -> Tensor:
     """Return the values of an entry, [N]."""
     return entry if isinstance(entry, Tensor) else entry.values
+
+
+def num_rows_of(entry: Entry) -> int:
+    """Return the rows of an entry."""
+    if isinstance(entry, Tensor):
+        return entry.shape[0] if entry.ndim else 1
+    offsets = entry.offsets if isinstance(entry, Jagged) else entry.outer_offsets
+    return offsets.numel() - 1
 
 
 def with_values(entry: Entry, values: Tensor) -> Entry:

@@ -16,7 +16,7 @@ from recis_lightning.close_names import did_you_mean
 from recis_lightning.data.columns import Column, Id, IdBags, IdList, Label, Number
 from recis_lightning.data.conversion import int64_of
 from recis_lightning.data.cross import Cross
-from recis_lightning.data.entries import Entry
+from recis_lightning.data.entries import Entry, num_rows_of
 from recis_lightning.data.hashing import as_arrow
 from recis_lightning.data.transforms import (
     Bucketize,
@@ -194,14 +194,19 @@ class Features(nn.Module):
 
         Raises:
             KeyError: A column is absent; names it.
-            TypeError, ValueError: Values do not fit; names the column or transform.
+            TypeError, ValueError: Values do not fit; names the column or transform. Or columns have
+                different numbers of rows.
         """
         if isinstance(data, pa.Table | pa.RecordBatch):
             data = {name: data.column(name) for name in data.schema.names}
         for column in self.columns:
             if isinstance(column, Label) and not {column.name, *column.sources} & set(data):
                 return self.without_labels().forward(data)
-        return self.transform([self._entry(column, data) for column in self.columns])
+        entries = [self._entry(column, data) for column in self.columns]
+        rows = {c.name: num_rows_of(entry) for c, entry in zip(self.columns, entries, strict=True)}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"data: expected as many rows in all columns, got {rows}")
+        return self.transform(entries)
 
     def _entry(self, column: Column, data: Mapping[str, Any]) -> Entry:
         given = data.get(column.name)

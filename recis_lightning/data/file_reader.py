@@ -13,6 +13,7 @@ from pyarrow import acero, fs, orc, parquet
 from torch.utils.data import get_worker_info
 
 from recis_lightning.close_names import did_you_mean
+from recis_lightning.data.conversion import is_list
 from recis_lightning.data.filter import columns_of, parse_filter, trusts_statistics
 from recis_lightning.data.partitions import partition_kinds, partitions_of, with_partitions
 from recis_lightning.data.windows import Window
@@ -198,7 +199,7 @@ class FileReader:
             left = fragment.subset(filter=condition)
         counts = [0] * len(fragment.row_groups)
         for group in left.row_groups:
-            counts[group.id] = self._kept(system, path, group.id, names).num_rows
+            counts[group.id] = self._kept(system, path, group.id, names, fragment.metadata).num_rows
         return counts
 
     def _condition(self, schema: pa.Schema, path: str) -> Any:
@@ -210,18 +211,26 @@ class FileReader:
         values = {name: text for name, text in partitions if name not in kinds}
         return parse_filter(self._filter, kinds, values)
 
-    def _kept(self, system: Any, path: str, group: int, names: list[str]) -> pa.Table:
-        """Read columns of a row group or stripe, of the rows that pass the filter."""
+    def _kept(
+        self, system: Any, path: str, group: int, names: list[str], footer: Any = None
+    ) -> pa.Table:
+        """Read columns of a row group or stripe, of the rows that pass the filter.
+
+        The footer of Parquet is read, unless it is given.
+        """
         with system.open_input_file(path) as source:
             if path.endswith(".orc"):
                 stripes = orc.ORCFile(source)
                 present = _present(stripes.schema, names)
-                part = pa.Table.from_batches([stripes.read_stripe(group, columns=present)])
+                # A name with a dot may be that of a struct's field as well: then all are read.
+                some = None if any("." in name for name in present) else present
+                part = pa.Table.from_batches([stripes.read_stripe(group, columns=some)])
+                part = part.select(present)
             else:
                 # Arrow's own threads do not survive the fork that made a worker.
                 threads = get_worker_info() is None
                 file = parquet.ParquetFile(
-                    source, pre_buffer=False, page_checksum_verification=True
+                    source, metadata=footer, pre_buffer=False, page_checksum_verification=True
                 )
                 present = _present(file.schema_arrow, names)
                 part = file.read_row_group(group, columns=present, use_threads=threads)
@@ -245,7 +254,10 @@ class FileReader:
         if absent:
             advice = did_you_mean(absent, found)
             raise ValueError(f"columns {absent} are missing; it has {sorted(found)}{advice}")
-        return {name: _kind_of(found[name]) for name in self._columns}
+        for name in self._read_columns:
+            if schema.names.count(name) > 1:
+                raise ValueError(f"column {name!r} is there {schema.names.count(name)} times")
+        return {name: _kind_of(name, found[name]) for name in self._columns}
 
 
 def _present(schema: pa.Schema, names: list[str]) -> list[str]:
@@ -260,6 +272,8 @@ def version_of(system: Any, path: str) -> tuple[Any, Any]:
         FileNotFoundError: There is no such file.
     """
     info = system.get_file_info(path)
+    if info.type is fs.FileType.Directory:
+        raise FileNotFoundError(f"it is a folder; name its files, as in {path}/*.parquet")
     if info.type is not fs.FileType.File:
         raise FileNotFoundError("there is no such file")
     return info.size, info.mtime_ns
@@ -283,15 +297,23 @@ def _without_views(table: pa.Table) -> pa.Table:
     return table
 
 
-def _kind_of(kind: pa.DataType) -> str:
-    """Return what files must agree on: the width and the layout of values may differ."""
+def _kind_of(name: str, kind: pa.DataType) -> str:
+    """Return what files must agree on: the width and the layout of values may differ.
+
+    Raises:
+        ValueError: It is a type that no column of a data set takes.
+    """
+    if isinstance(kind, pa.BaseExtensionType):
+        return _kind_of(name, kind.storage_type)
     text = str(kind)
     if pa.types.is_null(kind):
         return "null"
     if pa.types.is_dictionary(kind):
-        return _kind_of(kind.value_type)
-    if "list" in text:
-        return f"lists of {_kind_of(kind.value_type)}"
+        return _kind_of(name, kind.value_type)
+    if is_list(kind):
+        return f"lists of {_kind_of(name, kind.value_type)}"
+    if pa.types.is_nested(kind):
+        raise ValueError(f"column {name!r} holds {kind}, and expected are values or lists")
     if "string" in text or "binary" in text:
         return "strings"
     if pa.types.is_temporal(kind):

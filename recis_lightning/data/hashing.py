@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from recis_lightning.arguments import check_int
 from recis_lightning.ops import string_hash
 
-__all__ = ["as_arrow", "check_hash", "hash_array", "hash_strings"]
+__all__ = ["as_arrow", "check_hash", "hash_array", "hash_strings", "with_nulls"]
 
 
 def hash_strings(
@@ -36,14 +37,15 @@ def hash_strings(
 
     Raises:
         TypeError: ``values`` holds something else.
-        ValueError: ``hash`` is unknown, ``seed`` out of range, or there is a null and no default.
+        ValueError: ``hash`` is unknown, ``seed`` out of range, an integer has more than 64 bits, or
+            there is a null and no default.
 
     Example:
         >>> hash_strings(["", "Berlin", None], default=-1)
         tensor([-1205034819632174695, -5721391512241677820,                   -1])
     """
     check_hash(hash, seed)
-    array = as_arrow(values)
+    array = with_nulls(as_arrow(values))
     if array.null_count and default is None:
         raise ValueError(f"values: {array.null_count} nulls, and no default= to take for them")
     found = hash_array(array, hash, seed)
@@ -71,6 +73,8 @@ def hash_array(array: pa.Array, hash: str, seed: int) -> Tensor:
     Raises:
         TypeError: It holds neither strings, bytes nor integers.
     """
+    if isinstance(array, pa.ExtensionArray):  # such as arrow.uuid: its bytes
+        array = array.storage
     kind = array.type
     if not len(array) or pa.types.is_null(kind):
         return torch.zeros(len(array), dtype=torch.int64, device="cpu")
@@ -108,5 +112,23 @@ def hash_array(array: pa.Array, hash: str, seed: int) -> Tensor:
 def as_arrow(values: Any) -> pa.Array:
     """Return a list, series, NumPy or Arrow array as one Arrow array."""
     if not isinstance(values, pa.Array | pa.ChunkedArray):
-        values = values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
+        values = values.to_arrow() if hasattr(values, "to_arrow") else _array_of(values)
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def with_nulls(array: pa.Array) -> pa.Array:
+    """Return an array whose nulls are its own: a dictionary may have one among its values."""
+    is_hidden = pa.types.is_dictionary(array.type) and array.dictionary.null_count
+    return array.dictionary_decode() if is_hidden else array
+
+
+def _array_of(values: Any) -> pa.Array:
+    """Return Python's values as an array; those that int64 does not have as uint64."""
+    try:
+        return pa.array(values)
+    except OverflowError:
+        wide = pa.uint64()
+        for kind in (wide, pa.list_(wide), pa.list_(pa.list_(wide))):
+            with suppress(OverflowError, TypeError, pa.ArrowException):
+                return pa.array(values, kind)
+        raise ValueError("expected integers of 64 bits, all int64 or all uint64") from None

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class Mod(OneToOne):
 
 @dataclass(frozen=True)
 class Clip(OneToOne):
-    """Numbers, at least ``low`` and at most ``high``; NaN stays.
+    """Numbers, at least ``low`` and at most ``high``; NaN stays, and integers stay integers.
 
     Args:
         name: Entry that it writes.
@@ -195,7 +196,7 @@ class Clip(OneToOne):
     @override
     def run(self, others: Sequence[Any], entries: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
         limits = [(one.low, one.high) for one in others]
-        return in_groups(others, entries, limits, lambda x, limit: x.clamp(*limit))
+        return in_groups(others, entries, limits, _clipped)
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,8 @@ class Lookup(OneToOne):
         check_values("vocabulary", self.vocabulary)
         if not self.vocabulary or len(set(self.vocabulary)) < len(self.vocabulary):
             raise ValueError("vocabulary: expected at least one value, each once")
+        if any(not isinstance(value, str | Integral) for value in self.vocabulary):
+            raise TypeError(f"vocabulary: expected strings or ints, got {self.vocabulary!r:.100}")
         check_int("default", self.default, least=-(2**63), most=2**63 - 1)
 
     @override
@@ -353,6 +356,9 @@ class Mask(OneToOne):
 
     @staticmethod
     def _others(values: Tensor, masked: Any) -> Tensor:
+        if not values.is_floating_point():
+            limit = 2**63  # what is beyond, or has a fraction, is no id
+            masked = [m for m in masked if float(m).is_integer() and -limit <= m < limit]
         listed = torch.tensor(masked, dtype=values.dtype, device=values.device)
         return (~torch.isin(values, listed)).float()
 
@@ -394,6 +400,27 @@ class Truncate(OneToOne):
                 raise TypeError(f"expected bags, got {got}")
             found.append([cut(entry, one.max_len, one.keep)])
         return found
+
+
+def _clipped(values: Tensor, limits: Any) -> Tensor:
+    """Limit numbers; integers by integers, or torch would make them float32.
+
+    Raises:
+        ValueError: A limit of integers has a fraction.
+    """
+    if values.is_floating_point():
+        return values.clamp(*limits)
+    extent = torch.iinfo(values.dtype)
+    whole = [limit if limit is None else _within(limit, extent) for limit in limits]
+    return values.clamp(*whole)
+
+
+def _within(limit: float, extent: torch.iinfo) -> int:
+    if math.isinf(limit):
+        return extent.max if limit > 0 else extent.min
+    if limit != math.floor(limit):
+        raise ValueError(f"expected whole limits of integers, got {limit}")
+    return min(max(int(limit), extent.min), extent.max)
 
 
 def _log(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from recis_lightning.arguments import check_str
 from recis_lightning.data.conversion import int64_of, ticks_per_second
+from recis_lightning.data.hashing import with_nulls
 
 __all__ = ["Window", "check_window"]
 
@@ -87,6 +88,7 @@ class Window:
             TypeError: They are no times, dates or integers.
             ValueError: One is null.
         """
+        times = with_nulls(times)
         if times.null_count:
             raise ValueError(
                 f"{times.null_count} of {len(times)} values are null, and have no window"
@@ -149,11 +151,14 @@ def _time_in(path: str) -> list[int]:
 
 
 def _numbers(match: re.Match[str]) -> dict[str, int]:
-    return {
+    found = {
         part: int(text)
         for part, text in zip(_PARTS, match.groups(), strict=True)
         if text is not None
     }
+    if found.get("hour", 0) > 23 or found.get("minute", 0) > 59:  # the number of a part
+        found = {part: found[part] for part in _PARTS[:3]}
+    return found
 
 
 def _seconds_of(time: datetime) -> int:

@@ -214,12 +214,15 @@ def _weighted_auc(
 
     won, lost = by_run(weights * is_positive), by_run(weights * ~is_positive)
     total_won, total_lost = by_group(won), by_group(lost)
-    before_group = total_lost.cumsum(0) - total_lost
+    # As parts of their group's: beside another group's large weights, sums would lose them.
+    lost = lost / torch.where(total_lost > 0, total_lost, 1)[group_of_run]
+    all_lost = by_group(lost)
+    before_group = all_lost.cumsum(0) - all_lost
     below = lost.cumsum(0) - lost - before_group[group_of_run]
     qualifies = (total_won > 0) & (total_lost > 0)
     if not qualifies.any():
         return _no_group(preds.device)
-    areas = by_group(won * (below + lost / 2))[qualifies] / (total_won * total_lost)[qualifies]
+    areas = (by_group(won * (below + lost / 2)) / total_won)[qualifies]
     weight = (total_won + total_lost)[qualifies]
     return _mean_auc(areas, torch.ones_like(weight) if equal else weight)
 

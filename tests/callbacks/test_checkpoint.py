@@ -1,6 +1,8 @@
 """``CheckpointHook`` under a Trainer on one process; many ranks are in another file."""
 
+import copy
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -579,6 +581,17 @@ def test_what_the_hook_refuses(tmp_path):
     run.fit(Model(), ResumableLoader())
     with pytest.raises(ValueError, match=r"expected a local file, got 's3://bucket/a.ckpt'"):
         run.save_checkpoint("s3://bucket/a.ckpt")
+
+
+def test_several_hooks_leave_out_what_each_names(tmp_path):
+    """A copy of a hook that ran is one that has not run."""
+    hooks = [CheckpointHook(exclude=["*.exp_avg*"]), CheckpointHook()]
+    run = saving(tmp_path, *hooks, hook=False, save_top_k=0, settings={"max_epochs": 1})
+    run.fit(Model(), ResumableLoader())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert not any(table.slots for table in checkpoint.inspect(tmp_path / "end.ckpt").values())
+    for again in (copy.deepcopy(hooks[0]), pickle.loads(pickle.dumps(hooks[0]))):
+        saving(tmp_path, again, hook=False, save_top_k=0).fit(Model(), ResumableLoader())
 
 
 def test_a_model_without_tables(tmp_path):

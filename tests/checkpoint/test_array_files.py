@@ -145,6 +145,9 @@ def test_parquet(tmp_path):
         ({"ids": [1, 2], "weights": [[1.0], None]}, "got nulls in weights"),
         ({"ids": [1, 2], "weights": [["a"], ["b"]]}, "expected rows of floats"),
         ({"ids": ["a"], "weights": [[1.0]]}, "expected a column ids of integers"),
+        ({"ids": [1], "weights_1": [1.0], "weights_0": [None]}, "got 1 nulls in weights_0"),
+        ({"ids": [1], "weights_0": [1.0], "weights_2": [2.0]}, r"got no \['weights_1'\]"),
+        ({"ids": [1], "weights_00": [1.0]}, r"got no \['weights_0'\]"),
     ],
 )
 def test_parquet_that_is_refused(tmp_path, columns, message):

@@ -221,3 +221,29 @@ def test_bad_arguments_of_bags_of_bags():
         IdBags("b", keep="middle")
     with pytest.raises(ValueError, match="max_len: expected an int >= 1 or None"):
         IdBags("b", max_len=0)
+
+
+@pytest.mark.parametrize("indices", [[0, 1], [0, None]])
+def test_nulls_among_the_values_of_a_dictionary(indices):
+    def array(values):
+        return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(values))
+
+    for column, values in (
+        (Label("x"), [5.0, None]),
+        (Number("x"), [5.0, None]),
+        (Id("x"), [5, None]),
+        (Id("x", hash="xxh64"), ["a", None]),
+    ):
+        with pytest.raises(ValueError, match="1 of 2 values are null, and there is no default"):
+            column.read({"x": array(values)})
+    assert Id("x", default=7).read({"x": array([5, None])}).tolist() == [5, 7]
+    assert IdList("x").read({"x": array([5, None])}).offsets.tolist() == [0, 1, 1]
+    lists = pa.ListArray.from_arrays([0, 2], array([5, None]))
+    assert IdList("x", default=7).read({"x": lists}).values.tolist() == [5, 7]
+    with pytest.raises(ValueError, match="1 of 2 values are null"):
+        IdList("x").read({"x": lists})
+
+
+def test_integers_with_gaps_of_pandas():
+    with pytest.raises(TypeError, match="got double; integers of which some are missing are Int64"):
+        Id("x").read({"x": pa.array([1.0, None])})

@@ -283,3 +283,17 @@ def test_a_name_that_was_meant_is_said():
         Features([Id("user")]).only(["usr"])
     with pytest.raises(KeyError, match=r"did you mean 'USER'"):
         Features([Id("user")])({"USER": [1]})
+
+
+def test_columns_of_different_lengths_are_refused():
+    features = Features([Id("user"), IdList("items"), Number("price")])
+    with pytest.raises(ValueError, match=r"as many rows .*\{'user': 2, 'items': 2, 'price': 1\}"):
+        features({"user": [1, 2], "items": [[1], []], "price": [1.0]})
+    with pytest.raises(ValueError, match="data: expected as many rows"):
+        features({"user": torch.arange(3), "items": [[1], []], "price": [1.0, 2.0]})
+
+
+def test_ids_of_requests_may_be_unsigned():
+    assert Features([Id("u")])({"u": [2**63 + 5]})["u"].tolist() == [5 - 2**63]
+    with pytest.raises(ValueError, match="column 'u': expected integers of 64 bits"):
+        Features([Id("u")])({"u": [2**64]})

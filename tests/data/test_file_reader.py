@@ -193,3 +193,35 @@ def test_checksums_of_parquet_are_checked(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataFileError, match=r"a\.parquet, part 0: .*[Cc][Rr][Cc]"):
         list(ColumnarDataset(str(path), [Id("row")]))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "orc"])
+def test_a_column_that_is_there_twice(tmp_path, suffix):
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["row", "row"])
+    write = pa.parquet.write_table if suffix == "parquet" else orc.write_table
+    write(table, f"{tmp_path}/a.{suffix}")
+    with pytest.raises(DataFileError, match=rf"a\.{suffix}: column 'row' is there 2 times"):
+        ColumnarDataset(f"{tmp_path}/a.{suffix}", [Id("row")])
+
+
+def test_a_struct_is_no_column(tmp_path):
+    """Though it holds a list."""
+    for name, rows in (("a", [{"x": [1]}]), ("b", [1])):
+        pa.parquet.write_table(pa.table({"row": rows}), tmp_path / f"{name}.parquet")
+    pattern = str(tmp_path / "*.parquet")
+    with pytest.raises(DataFileError, match=r"a.parquet: column 'row' holds struct<x: list<"):
+        ColumnarDataset(pattern, [Id("row")])
+    assert rows_of(ColumnarDataset(pattern, [Id("row")], on_bad_file="skip")) == [1]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    """As Spark writes it."""
+    (tmp_path / "a.parquet").mkdir()
+    with pytest.raises(DataFileError, match=r"a.parquet: it is a folder; .*/a.parquet/\*.parquet"):
+        ColumnarDataset(str(tmp_path / "*.parquet"), [Id("row")])
+
+
+def test_a_name_with_a_dot_beside_a_struct(tmp_path):
+    orc.write_table(pa.table({"a.b": [1, 2], "a": [{"b": 8}, {"b": 9}]}), tmp_path / "s.orc")
+    data = ColumnarDataset(str(tmp_path / "s.orc"), [Id("row", source="a.b")])
+    assert rows_of(data) == [1, 2]

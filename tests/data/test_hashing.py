@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from recis_lightning.data import hash_strings
+from recis_lightning.data.hashing import as_arrow
 
 WORDS = ["", "a", "Berlin", "a much longer string than thirty-two bytes of text", "Zürich"]
 # xxhash 4.1.0: xxh64_intdigest(word.encode(), seed=3), as int64.
@@ -100,3 +101,25 @@ def test_bytes_of_fixed_size_and_integers():
 def test_bad_arguments(arguments, error, words):
     with pytest.raises(error, match=words):
         hash_strings(**arguments)
+
+
+def test_nulls_among_the_values_of_a_dictionary():
+    """They are nulls as any others."""
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), pa.array(["x", None]))
+    with pytest.raises(ValueError, match="values: 2 nulls"):
+        hash_strings(words)
+    assert hash_strings(words, default=0).tolist()[1:] == [0, 0]
+
+
+def test_integers_of_64_bits_in_lists():
+    assert as_arrow([2**63 + 5, None]).type == pa.uint64()
+    assert as_arrow([[2**63 + 5], None]).type == pa.list_(pa.uint64())
+    for values in ([2**64], [2**63 + 5, -1]):
+        with pytest.raises(ValueError, match="expected integers of 64 bits, all int64 or all"):
+            as_arrow(values)
+
+
+def test_uuids_are_their_bytes():
+    values = [bytes(range(16)), bytes(16)]
+    uuids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array(values, pa.binary(16)))
+    assert hash_strings(uuids).tolist() == hash_strings(values).tolist()

@@ -253,3 +253,13 @@ def test_a_number_of_steps_is_refused_beside_windows(tmp_path):
     run = L.Trainer(**QUIET, max_steps=9, callbacks=[ProgressiveValidation()])
     with pytest.raises(MisconfigurationException, match=r"expected Trainer\(max_steps=-1\), got 9"):
         run.fit(Clicks(), WindowList([[]]))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_quick_run_over_windows():
+    """By ``fast_dev_run``, which sets ``max_steps``."""
+    run = L.Trainer(**QUIET, fast_dev_run=1, callbacks=[ProgressiveValidation()])
+    batch = {"row": torch.tensor([1]), "user": torch.tensor([1]), "click": torch.tensor([1.0])}
+    run.fit(Clicks(), WindowList([[batch] * 2] * 2))
+    assert run.global_step == 1

@@ -1,5 +1,7 @@
 """Transforms: exact vectors, RecIS's formulas, limits and errors."""
 
+import math
+
 import pytest
 import torch
 
@@ -206,3 +208,18 @@ def test_bad_arguments(make, words):
 def test_values_that_do_not_fit(column, transform, words):
     with pytest.raises(TypeError, match=words):
         run(column, transform, values=[1])
+
+
+def test_ids_stay_exact():
+    """Limits and values may be floats; ids that floats do not have are not changed."""
+    ids = torch.tensor([2**24 + 1, -5, 2**62 + 1])
+    clip = Features([Id("u")], [Clip("u", 0.0, 1e30)])
+    assert clip({"u": ids})["u"].tolist() == [2**24 + 1, 0, 2**62 + 1]
+    assert Features([Id("u")], [Clip("u", low=-math.inf)])({"u": ids})["u"].equal(ids)
+    assert Features([Id("u")], [Clip("u", high=7)])({"u": ids})["u"].tolist() == [7, -5, 7]
+    with pytest.raises(ValueError, match=r"Clip of 'u': expected whole limits .* got 0.5"):
+        Features([Id("u")], [Clip("u", 0.5)])({"u": ids})
+    mask = Features([Id("u")], [Mask("m", [0.5, 7.0, math.inf, 1e30], source="u")])
+    assert mask({"u": [0, 1, 7]})["m"].tolist() == [1, 1, 0]
+    with pytest.raises(TypeError, match=r"vocabulary: expected strings or ints, got \[1.5\]"):
+        Lookup("u", [1.5])

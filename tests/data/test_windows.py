@@ -100,3 +100,19 @@ def test_what_is_no_window_is_refused(window, error, words):
     with pytest.raises(error, match=words):
         check_window(window)
     assert check_window("2h") == Window("2h")
+
+
+@pytest.mark.parametrize("name", ["2026-11-30-24", "20261130_99", "2026-11-30-00"])
+def test_numbers_of_parts_are_no_hours(name):
+    assert Window("1d").name(Window("1d").of_path(f"{name}.parquet")) == "2026-11-30"
+
+
+def test_a_number_of_a_part_gives_no_hour():
+    with pytest.raises(ValueError, match="windows of 1h need a time in the path"):
+        Window("1h").of_path("2026-11-30-24.parquet")
+
+
+def test_nulls_among_the_values_of_a_dictionary():
+    times = pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([5, None]))
+    with pytest.raises(ValueError, match="1 of 2 values are null"):
+        Window("1h", "at").of_times(times)

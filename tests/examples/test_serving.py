@@ -1,6 +1,7 @@
 """The demo, served: the Trainer's scores from raw rows, and by HTTP."""
 
 import asyncio
+import math
 import time
 
 import pyarrow as pa
@@ -139,6 +140,8 @@ def test_the_demo_is_served_by_http(tmp_path):
     with running(make_app(plain, {"model": "plain"})) as port:
         answer = ask(port, "/score", {"columns": raw})[1]["scores"]
     assert answer == pytest.approx(expected, rel=1e-5)
+    with running(make_app(lambda columns: torch.tensor([math.nan, 0.5]), {})) as port:
+        assert ask(port, "/score", {"columns": {"a": [1, 2]}})[1] == {"scores": [None, 0.5]}
 
     mark, sink = serving.ModelMark(model), serving.ChainSink(folder)
     with torch.no_grad():

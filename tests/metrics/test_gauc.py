@@ -198,3 +198,15 @@ def test_gauc_refuses_bad_weights_and_keeps_nothing_of_them(weights):
     assert not metric.weights
     with pytest.raises(ValueError, match="group_weight: expected 'samples' or 'equal', got 'user'"):
         GAUC(group_weight="user")
+
+
+def test_a_group_of_large_weights_leaves_the_others_exact():
+    weights = torch.tensor([1e200, 1e200, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    metric = GAUC(group_weight="equal")
+    metric.update(
+        torch.tensor([0.9, 0.1, 0.9, 0.1, 0.8, 0.2]),
+        torch.tensor([1, 0, 1, 0, 0, 1]),
+        torch.tensor([1, 1, 2, 2, 2, 2]),
+        weights,
+    )
+    assert metric.compute() == 0.875  # 1 and 3 / 4
