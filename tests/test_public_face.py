@@ -157,6 +157,7 @@ def test_signatures():
         "process_group": None,
         "exchange_dtype": None,
         "ranks_per_node": None,
+        "rows": None,
     }
     assert parameters(DynamicEmbedding) == {"embedding_dim": empty, **COMMON, **own}
     bag = parameters(DynamicEmbeddingBag)

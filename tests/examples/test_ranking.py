@@ -26,7 +26,7 @@ def test_a_model_learns_from_all_of_its_tables(name, split):
     dense = torch.optim.Adam(model.parameters(), lr=0.02)
     optimizer = SparseDenseOptimizer(dense, SparseAdam(tables, lr=0.02))
     losses, before = [], {}
-    for epoch in range(12):
+    for epoch in range(24):
         for batch in movielens.batches(split.train, 105, None):
             labels = movielens.labels(batch, tasks)
             logits = model(batch).reshape(labels.shape)

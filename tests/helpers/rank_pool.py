@@ -22,6 +22,7 @@ from recis_lightning.distributed.process_group import communicator
 _IS_FORKED = "forkserver" in multiprocessing.get_all_start_methods() and (
     not torch.cuda.is_available()
 )
+_TRIES = 2
 _CONTEXT = multiprocessing.get_context("forkserver" if _IS_FORKED else "spawn")
 if _IS_FORKED:
     _CONTEXT.set_forkserver_preload(["tests.helpers.rank_imports"])
@@ -58,7 +59,20 @@ class Ranks:
         group_backend="gloo",
         **kwargs,
     ):
-        """Return for each rank whether it answered, and its answer, or what went wrong."""
+        """Return for each rank whether it answered, and its answer, or what went wrong.
+
+        Where gloo cannot connect the ranks, as when a port was taken meanwhile, it is tried again.
+        """
+        limits = timeout_s, group_timeout_s, group_backend
+        for _ in range(_TRIES):
+            answers = self._try_to_run(world_size, function, args, kwargs, *limits)
+            if not any("connectFullMesh failed" in str(answer) for _, answer in answers):
+                break
+        return answers
+
+    def _try_to_run(
+        self, world_size, function, args, kwargs, timeout_s, group_timeout_s, group_backend
+    ):
         self._start(world_size)
         workers = self._workers[:world_size]
         with tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,7 @@ def backward_with_memory_of_numpy(out):
 
 def backward_of_several(out):
     gradient = torch.ones(2, *out.shape)
-    torch.autograd.backward([out, out], list(gradient * 0.5))
+    torch.autograd.backward([out, out], list(gradient * 0.5), retain_graph=True)
     held = torch.zeros_like(out)
     torch.autograd.backward([out], [held])
     return held.fill_(7)
