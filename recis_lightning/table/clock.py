@@ -38,7 +38,7 @@ class TableClock:
         self._is_wall = source is None or source is _wall_clock
         self._skipped = 0.0  # seconds of jumps that do not count
         self._latest = -math.inf  # what was returned last: time never goes back
-        self._last: tuple[float, float] | None = None  # reading, and time.monotonic() then
+        self._last: tuple[float, float] | None = None  # latest reading, time.monotonic() then
         self._has_told = False
 
     def is_like(self, other: TableClock) -> bool:
@@ -58,16 +58,19 @@ class TableClock:
                 f"{self.source!r}"
             )
         if self._last is not None:
-            self._bound(reading - self._last[0], steady - self._last[1])
+            advance, elapsed = reading - self._last[0], steady - self._last[1]
+            if self._is_wall and advance < elapsed - _SLACK_SECONDS:  # it was set back
+                self._skipped += advance - elapsed
+            elif advance < 0:  # out of order: the next advance is that from the latest reading
+                return self._latest
+            else:
+                self._bound(advance, elapsed)
         self._last = reading, steady
         self._latest = max(self._latest, reading - self._skipped)
         return self._latest
 
     def _bound(self, advance: float, elapsed: float) -> None:
-        """Note how much of an advance since the last reading does not count."""
-        if self._is_wall and advance < elapsed - _SLACK_SECONDS:  # it was set back
-            self._skipped += advance - elapsed
-            return
+        """Note how much of an advance since the latest reading does not count."""
         counted = self.max_jump
         if counted is None:
             if not self._is_wall or advance <= 1.01 * elapsed + _SLACK_SECONDS:

@@ -254,10 +254,9 @@ class HashTable(nn.Module):
             self.begun_as = self.default_name if has_begun else None
             self.given_name = name
 
-    def set_key(self, name: str | None, seed: int) -> None:
-        """Name the table, and let new rows depend on name and seed."""
-        if name != self.given_name:
-            self.begun_as = None
+    def set_key(self, name: str | None, seed: int, begun_as: str | None = None) -> None:
+        """Name the table, and let new rows depend on name and seed, or on another name."""
+        self.begun_as = begun_as
         self.given_name, self.seed = name, seed
 
     @override

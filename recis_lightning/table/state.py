@@ -20,6 +20,7 @@ from recis_lightning.ops import hash_index
 from recis_lightning.ops.layout import NUM_UPDATES, STEP
 from recis_lightning.table.evictor import Evictor
 from recis_lightning.table.state_schema import (
+    BEGUN_AS,
     KEYED_BY,
     REFERENCE,
     SCHEMA,
@@ -40,6 +41,7 @@ class StatefulTable(Protocol):
         evictor: Pins.
         given_name: The table's name, None as long as it has none.
         default_name: Name by which new rows begin as long as it has none, None before they do.
+        begun_as: Name by which new rows begin, if not by the table's.
         seed: Of new rows.
         needs_reshard: Whether rows came that no lookup brought: other ranks may own them.
     """
@@ -48,6 +50,7 @@ class StatefulTable(Protocol):
     evictor: Evictor
     given_name: str | None
     default_name: str | None
+    begun_as: str | None
     seed: int
     needs_reshard: bool
 
@@ -72,8 +75,8 @@ class StatefulTable(Protocol):
     def undo(self) -> AbstractContextManager[object]:
         """Return a context in which a change of the table is undone if it does not succeed."""
 
-    def set_key(self, name: str | None, seed: int) -> None:
-        """Name the table, and let new rows depend on name and seed."""
+    def set_key(self, name: str | None, seed: int, begun_as: str | None = None) -> None:
+        """Name the table, and let new rows depend on name and seed, or on another name."""
 
 
 ShardLoader = Callable[[Any, dict[str, Any]], None]
@@ -120,6 +123,8 @@ def saved_fields(table: StatefulTable, rows: Tensor) -> dict[str, Any]:
         "num_updates": int(storage.header.fields[NUM_UPDATES]),
         "state_fill": storage.rows.state_fill,
     }
+    if table.begun_as is not None:
+        state[BEGUN_AS] = table.begun_as
     for name in ("last_seen", "counts"):
         if name in columns:
             state[name] = columns[name][rows].cpu()
@@ -192,7 +197,8 @@ def _replace(
     storage, given = table.storage, table.given_name
     layout = (storage.rows.slots, storage.rows.state_fill) if table.has_optimizer else None
     with table.undo():
-        table.set_key(state["name"] if given is None else given, state["seed"])
+        begun_as = state.get(BEGUN_AS) if given in (None, state["name"]) else None
+        table.set_key(state["name"] if given is None else given, state["seed"], begun_as)
         table.clear()
         fill_storage(storage)
         table.needs_reshard = True

@@ -39,6 +39,7 @@ _ROWS: dict[str, type | tuple[type, ...]] = {"weights": Tensor, "slots": dict}
 # that holds these ids. When a state is spread over another number of ranks, an id takes its items
 # with it; of ints the largest counts, and tensors that are not here are joined by their maximum.
 _OPTIONAL_INTS = ("num_lookups",)
+BEGUN_AS = "begun_as"  # name by which new rows begin, of a table that was named after it had some
 SKETCH = ("sketch", "num_sketched")  # tensors of a sketch; not of single ids
 KEYED_BY = {
     "ids": "ids",
@@ -50,7 +51,17 @@ KEYED_BY = {
     "pending_counts": "pending_ids",
     "pending_lookups": "pending_ids",
 }
-_KNOWN = {"schema", "ids", CHECKSUM, *_FIELDS, *_ROWS, *_OPTIONAL_INTS, *SKETCH, *KEYED_BY}
+_KNOWN = {
+    "schema",
+    "ids",
+    CHECKSUM,
+    BEGUN_AS,
+    *_FIELDS,
+    *_ROWS,
+    *_OPTIONAL_INTS,
+    *SKETCH,
+    *KEYED_BY,
+}
 # Smallest and largest values; counters keep half of int64 to grow.
 _RANGES = {
     "seed": (-(1 << 63), (1 << 64) - 1),
@@ -122,6 +133,8 @@ def check_primitives(state: Any, where: str, embedding_dim: int) -> None:
     for key in _OPTIONAL_INTS:
         if key in state and (not isinstance(state[key], int) or isinstance(state[key], bool)):
             raise ValueError(f"{where}: {key} is not what it should be")
+    if not isinstance(state.get(BEGUN_AS, ""), str):
+        raise ValueError(f"{where}: {BEGUN_AS} is not what it should be")
     for key, (low, high) in _RANGES.items():
         if isinstance(state.get(key), int) and not low <= state[key] <= high:
             raise ValueError(f"{where}: expected {key} from {low} to {high}, got {state[key]}")

@@ -107,6 +107,10 @@ def test_time_never_goes_back(times):
     readings[0] = 111
     assert module.table.evict() == 2
 
+    readings = iter([1000.0, 1050.0, 960.0, 1055.0, 970.0, 1060.0])
+    clock = TableClock(lambda: next(readings), max_jump=60.0)
+    assert [clock() for _ in range(6)] == [1000, 1050, 1050, 1055, 1055, 1060]
+
     clock = TableClock(None)
     before = clock()
     times.pass_by(100)

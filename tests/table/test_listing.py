@@ -10,6 +10,7 @@ from recis_lightning import (
     EmbeddingEngine,
     EmbeddingOption,
     HashTable,
+    checkpoint,
     hash_tables,
 )
 
@@ -38,3 +39,26 @@ def test_places_name_tables_that_were_trained_before():
     alike, new = DynamicEmbedding(2, name=begun), torch.tensor([7])
     for module in (modules, copy.deepcopy(modules)):  # new rows begin as the first ones did
         assert torch.equal(module["user"](new), alike(new))
+
+
+def test_a_run_that_resumes_begins_rows_as_the_first_one(tmp_path):
+    """Also where its tables had rows before they had names; another table begins as its own name."""
+    first = nn.ModuleDict({"user": DynamicEmbedding(2), "item": DynamicEmbedding(2)})
+    for name in ("item", "user"):
+        first[name](torch.tensor([1]))
+    checkpoint.save(tmp_path, first)
+    new = torch.tensor([7])
+    wanted = {name: module(new) for name, module in first.items()}
+    by_state, by_folder = (
+        nn.ModuleDict({name: DynamicEmbedding(2) for name in first}) for _ in range(2)
+    )
+    hash_tables(by_state)
+    first = nn.ModuleDict({"user": DynamicEmbedding(2), "item": DynamicEmbedding(2)})
+    checkpoint.load(tmp_path, by_folder)
+    by_state.load_state_dict(by_folder.state_dict())
+    other = HashTable(2, name="other")
+    other.set_extra_state(by_folder["user"].table.get_extra_state())
+    assert other.begun_as is None
+    for module in (by_folder, by_state):
+        for name, rows in wanted.items():
+            assert torch.equal(module[name](new), rows), name
