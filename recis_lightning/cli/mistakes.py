@@ -123,7 +123,10 @@ def of_files(paths: Sequence[str], mistake: Mistake) -> Mistake:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             line = "" if mark is None else f", line {mark.line + 1}"
-            return Mistake(f"{path}{line}: this is no YAML: {error.problem}", "check its brackets")
+            return Mistake(
+                f"{path}{line}: this is no YAML: {error.problem}",
+                "check brackets and indents: spaces, no tabs",
+            )
         except yaml.YAMLError as error:
             return Mistake(f"{path}: this is no YAML: {error}", "check it with an editor")
         if not isinstance(content, dict):
@@ -175,6 +178,8 @@ def _unknown_class(
         why = f"{given} does not fit"
     elif close:
         hint = f"did you mean {close}?"
+    elif given.rpartition(".")[0] in sys.modules:
+        hint = f"{given.rpartition('.')[0]} has no class of that name, nor one like it"
     elif "." in given:
         hint = "modules are looked for in the current folder, and where Python finds them"
     else:

@@ -26,6 +26,7 @@ from recis_lightning.optim.table_updater import TableUpdater
 from recis_lightning.table.anchor import Anchor
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.lock import write
+from recis_lightning.table.state import warn_of_other_slots
 
 # What torch's own method calls once it has imported torch._dynamo.
 _add_param_group = disable(inspect.unwrap(Optimizer.add_param_group))
@@ -138,6 +139,7 @@ class SparseOptimizer(Optimizer, ABC):
         for table in self._updater.tables:
             table.optimizer = self
             slots = self.slots(table.embedding_dim)
+            warn_of_other_slots(table.storage, slots, "the state of its rows is")
             write([table.lock], table.storage.set_slots, slots, self.state_fill())
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -101,7 +101,9 @@ def collect(value: Any, spec: dict[str, Any], where: str, tensors: dict[int, Any
         tensors[content] = value
     elif kind == "dict":
         if not isinstance(value, Mapping):
-            raise TypeError(f"{where}: expected a dict, got {type(value).__name__}")
+            raise TypeError(
+                f"{where}: expected a dict with a value for each column, got {type(value).__name__}"
+            )
         if missing := [key for key in content if key not in value and "unused" not in content[key]]:
             raise ValueError(f"{where}: missing {missing}")
         for key, part in content.items():

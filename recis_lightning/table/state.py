@@ -205,18 +205,25 @@ def _replace(
         if "pinned_ids" in state:  # a state that knows of no pins leaves those there are
             table.evictor.pinned = state["pinned_ids"].unique()
         if layout is not None:  # the state's slots may not be those of this table's optimizer
-            _warn_of_other_slots(storage, layout[0])
+            warn_of_other_slots(storage, layout[0], "the loaded state was")
             storage.set_slots(*layout)
 
 
-def _warn_of_other_slots(storage: Storage, wanted: Mapping[str, int]) -> None:
-    """Say which optimizer state of a filled storage is about to be lost."""
+def warn_of_other_slots(storage: Storage, wanted: Mapping[str, int], whose: str) -> None:
+    """Say which optimizer state of a filled storage is about to be lost.
+
+    Args:
+        storage: The storage.
+        wanted: State of the optimizer that comes: name -> float32 words.
+        whose: What is another optimizer's, as "its state is".
+    """
     held = storage.rows.slots
     lost = [name for name, words in held.items() if wanted.get(name) != words]
     if lost and len(storage):
         _log.warning(
-            "Table %r: the loaded state was another optimizer's; %s is dropped, and %s starts anew",
+            "Table %r: %s another optimizer's; %s is dropped, and %s starts anew",
             storage.name,
+            whose,
             ", ".join(lost),
             ", ".join(wanted) or "nothing",
         )
@@ -307,5 +314,6 @@ __all__ = [
     "saved_fields",
     "set_shard_loader",
     "to_arrays",
+    "warn_of_other_slots",
     "with_checksum",
 ]

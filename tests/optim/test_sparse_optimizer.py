@@ -220,6 +220,20 @@ def test_zero_grad_forgets_for_its_own_tables_only():
     assert torch.equal(engine.tables["a"].embeddings(IDS), before["a"] - 1)
 
 
+def test_state_of_another_optimizer_is_not_dropped_silently(caplog):
+    """As where a run resumes with another one, and Lightning loads the rows before it is made."""
+    module = DynamicEmbedding(2, name="t")
+    SparseAdam([module.table])
+    assert not caplog.records  # there is nothing to lose
+    module.table.insert(IDS, torch.ones(len(IDS), 2))
+    SparseAdamW([module.table])
+    assert not caplog.records
+    SparseAdagrad([module.table])
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "Table 't': the state of its rows is another optimizer's; exp_avg, exp_avg_sq" in line
+    assert "sum starts anew" in line
+
+
 def test_a_graph_is_freed_output_by_output():
     """Losses of different outputs have a pass each; one output has two only of a kept graph."""
     engine = EmbeddingEngine({"a": EmbeddingOption(2), "b": EmbeddingOption(2)})

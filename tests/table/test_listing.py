@@ -42,7 +42,7 @@ def test_places_name_tables_that_were_trained_before():
 
 
 def test_a_run_that_resumes_begins_rows_as_the_first_one(tmp_path):
-    """Also where its tables had rows before they had names; another table begins as its own name."""
+    """Also where its tables had rows before names; a table of another name begins as that."""
     first = nn.ModuleDict({"user": DynamicEmbedding(2), "item": DynamicEmbedding(2)})
     for name in ("item", "user"):
         first[name](torch.tensor([1]))
@@ -53,7 +53,6 @@ def test_a_run_that_resumes_begins_rows_as_the_first_one(tmp_path):
         nn.ModuleDict({name: DynamicEmbedding(2) for name in first}) for _ in range(2)
     )
     hash_tables(by_state)
-    first = nn.ModuleDict({"user": DynamicEmbedding(2), "item": DynamicEmbedding(2)})
     checkpoint.load(tmp_path, by_folder)
     by_state.load_state_dict(by_folder.state_dict())
     other = HashTable(2, name="other")

@@ -85,7 +85,9 @@ class CompilingNotice:
         folder = cache_folder()
         if not self._is_given and folder is not None:  # else a warning was logged
             self._is_given = True
-            _log.warning("Compiling kernels, once per installation; they are kept in %s", folder)
+            _log.warning(
+                "Compiling kernels, each once per installation; they are kept in %s", folder
+            )
 
 
 notice = CompilingNotice()

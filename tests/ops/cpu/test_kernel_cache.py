@@ -109,7 +109,7 @@ def test_the_first_process_says_that_it_compiles(tmp_path):
     """One line for all kernels, with the folder, seen without any set-up; none where they load."""
     (line,) = _lines_of(tmp_path, [1, 2, 3], 0.02)
     folder = tmp_path / "recis_lightning"
-    assert line == f"Compiling kernels, once per installation; they are kept in {folder}"
+    assert line == f"Compiling kernels, each once per installation; they are kept in {folder}"
     assert _lines_of(tmp_path, [1, 2, 3], 0.02) == []
 
 
@@ -126,5 +126,5 @@ def test_the_seconds_of_kernels_add_up(monkeypatch, caplog):
         with notice.compiling():
             time.sleep(0.15)
     assert [record.message[:38] for record in caplog.records] == [
-        "Compiling kernels, once per installati"
+        "Compiling kernels, each once per insta"
     ]
