@@ -45,6 +45,7 @@ PackSums = Callable[[Route, Records], Tensor]
 _optimizer = attrgetter("optimizer")
 _MOST_ENTRIES = 512
 _MOST_SENT = 64  # messages without a step
+_MOST_TOLD = (1 << 31) - 1  # of what a head has room for
 
 
 class _Sent(NamedTuple):
@@ -53,12 +54,14 @@ class _Sent(NamedTuple):
     Attributes:
         begun: Its exchange; it answers which ranks send gradients of which entry, bool
             [num_ranks, num_entries], and what has come for each entry.
+        told: Digest of the lookups, as the message's head has it.
         entries: The lookups.
         records: For each, this rank's gradients in the message.
         counts: For each, whether it is told how many ids they are of.
     """
 
     begun: Begun
+    told: int
     entries: Sequence[LedgerEntry]
     records: Sequence[Records]
     counts: Sequence[bool]
@@ -116,12 +119,16 @@ class EarlyGradients:
             channel.begin_none()  # it asks for it to be opened
             return
         self._began = not is_at_end
-        begun = channel.begin(_exchange_of(entries, fresh, pack))
+        told = digest([entry.number for entry in entries])
+        begun = channel.begin(_exchange_of(entries, fresh, pack, told))
         assert begun is not None
-        self._sent.append(_Sent(begun, entries, fresh, _counts(fresh)))
+        self._sent.append(_Sent(begun, told, entries, fresh, _counts(fresh)))
 
     def number(self, entries: Sequence[LedgerEntry], records: Sequence[Records]) -> int:
-        """Return the number of the last exchange, if all that is pending has travelled; else 0.
+        """Return a number of the exchanges, if all that is pending has travelled; else 0.
+
+        It is the same on ranks that began the same ones for the same lookups. These cannot be
+        waited for here: a rank that began fewer learns of the others by the head that comes.
 
         Args:
             entries: The lookups that may have gradients.
@@ -139,7 +146,9 @@ class EarlyGradients:
                     return 0
                 if of:
                     found[position[entry]].update(of)
-        return self._sent[-1].begun.number if found == list(records) else 0
+        if found != list(records):
+            return 0
+        return 1 + digest([(sent.begun.number, sent.told) for sent in self._sent]) % _MOST_TOLD
 
     def answers(
         self,
@@ -182,7 +191,7 @@ def _joined(entry: LedgerEntry, come: Iterable[tuple[Any, ...]]) -> Tensor:
 
 
 def _exchange_of(
-    entries: Sequence[LedgerEntry], records: Sequence[Records], pack: PackSums
+    entries: Sequence[LedgerEntry], records: Sequence[Records], pack: PackSums, told: int
 ) -> Callable[[ProcessGroup], Any]:
     """Add gradients up; return what sends the sums of all lookups that any rank has some for."""
 
@@ -190,7 +199,7 @@ def _exchange_of(
         return [pack(entry.route, of) for entry, of in zip(entries, records, strict=True)]
 
     sums = write(_locks(entries, records), add_up)
-    routes, told = [entry.route for entry in entries], digest([entry.number for entry in entries])
+    routes = [entry.route for entry in entries]
     has = list(map(bool, records))
 
     def work(carrier: ProcessGroup) -> tuple[Any, dict[int, Tensor]]:

@@ -163,6 +163,31 @@ def disturbances():
     same_with_and_without(14, disturb=read_early)
 
 
+def passes_in_another_order():
+    """One rank ends a pass before it looks up the second module, the other after: both see all."""
+    rank, ids = distributed.get_rank(), torch.arange(6)
+    before = overlap_backward()
+    try:
+        a, b = DynamicEmbedding(1, name="a"), DynamicEmbedding(1, name="b")
+        sparse = optim.SparseSGD([a.table, b.table], lr=1.0)
+        rows = None
+        for _ in range(12):
+            first = a(ids)
+            if rows is not None:
+                assert torch.equal(first.detach(), rows - 1)
+            rows = first.detach().clone()
+            if rank == 0:
+                first.sum().backward()
+            second = b(ids)
+            if rank == 0:
+                second.sum().backward()
+            else:
+                (first.sum() + second.sum()).backward()
+            sparse.step()
+    finally:
+        overlap_backward(before)
+
+
 def only_one_rank():
     """One rank alone looks ahead: nobody uses it, and nobody waits."""
     plain = train(False)

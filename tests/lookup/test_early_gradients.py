@@ -46,6 +46,11 @@ def test_ranks_may_differ_as_without(ranks, name):
     ranks.run(2, checks.early, name, timeout_s=150)
 
 
+def test_messages_that_ranks_do_not_share_are_not_used(ranks):
+    """Rank 0 begins one more than rank 1, and both begin the last alike."""
+    ranks.run(2, checks.passes_in_another_order)
+
+
 def test_a_word_is_refused():
     """Nothing is set then."""
     with pytest.raises(TypeError, match="enabled: expected a bool, got 'yes'"):
