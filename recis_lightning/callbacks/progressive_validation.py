@@ -131,17 +131,16 @@ class _Training:
         self.windows, self._order = order.windows, order
         self.is_evaluation_due = False
         self._loop: Any = trainer.fit_loop
+        # Attributes of its own: Lightning looks for a loader's state without ``__getattr__``.
+        for name in ("state_dict", "load_state_dict"):
+            if hasattr(self.windows, name):
+                setattr(self, name, getattr(self.windows, name))
 
     def __iter__(self) -> Iterator[Any]:
         if self._loop.restarting:
             self.is_evaluation_due = _end_window(self._loop)
         # Not ``current_epoch``: a run that resumes at an epoch's end counts that one later as done.
-        yield from self._order.batches(self._loop.epoch_progress.current.processed)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("state_dict", "load_state_dict"):
-            return getattr(self.windows, name)
-        raise AttributeError(name)
+        yield from self._order.batches(self._loop.epoch_progress.current.processed, trains=True)
 
 
 def _end_window(loop: Any) -> bool:

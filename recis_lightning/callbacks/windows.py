@@ -113,10 +113,17 @@ class WindowOrder:
             self._names[epoch] = self.windows.window
         return self._names[epoch]
 
-    def batches(self, epoch: int) -> Iterator[Any]:
-        """Yield the batches of an epoch's window."""
+    def batches(self, epoch: int, trains: bool = False) -> Iterator[Any]:
+        """Yield the batches of an epoch's window, to evaluate them or to train on them.
+
+        Lightning, resuming, asks for those of an evaluation while it is training: windows that keep
+        a place in what is trained are told which it is.
+        """
         if self.name(epoch) is not None:
             self.windows.set_epoch(epoch)
+            begin: Any = getattr(self.windows, "begin_training", None) if trains else None
+            if begin is not None:
+                begin()
             yield from self.windows
 
 

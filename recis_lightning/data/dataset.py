@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -14,7 +15,7 @@ from recis_lightning.arguments import check_int
 from recis_lightning.data.background import in_background
 from recis_lightning.data.columns import Column
 from recis_lightning.data.features import Features, features_of
-from recis_lightning.data.file_reader import DataFileError, FileReader
+from recis_lightning.data.file_reader import DataFileError, FileReader, Split
 from recis_lightning.data.files import Files, FileSet
 from recis_lightning.data.filter import normal_filter
 from recis_lightning.data.follow import FileStream, Follow, check_follow
@@ -330,7 +331,8 @@ class ColumnarDataset(IterableDataset[Any]):
 
     def _plan(self) -> Plan:
         self._files.select(self.epoch)
-        sizes = [split.num_rows for split in self._files.splits]
+        splits = self._files.splits
+        sizes = [split.num_rows for split in splits]
         blocks = blocks_of(sizes, self.shuffle_rows, self.seed, self.epoch)
         spans, first = whole(blocks), 0
         *earlier, today = self._stages_today()
@@ -339,16 +341,19 @@ class ColumnarDataset(IterableDataset[Any]):
             spans, first = deal.left_after(num_batches), first + num_batches
         num_ranks, batch_size, lanes, skipped = today
         deal = Deal(spans, num_ranks, batch_size, lanes, self.drop_last)
-        return Plan(blocks, deal, first + skipped, skipped)
+        return Plan(blocks, deal, first + skipped, skipped, splits, self.epoch)
 
     def _batches(self, plan: Plan, worker: int, num_workers: int) -> Iterator[Any]:
         rank = self._ranks()[0]
         sizes = plan.deal.batch_sizes(rank)
         with ThreadPoolExecutor(1, "recis_lightning.data.blocks") as pool:
-            order = (self.shuffle_rows, self.seed, self.epoch)
+            # Of the plan, not of the files: another window may be selected while this one is read.
+            order = (self.shuffle_rows, self.seed, plan.epoch)
+            read = partial(self.read_block, splits=plan.splits)
+            empty = partial(self.empty, plan.splits)
             ahead = pool if self.prefetch else None
             lanes = [
-                Lane(self.read_block, self.empty, plan.blocks, spans, order, ahead)
+                Lane(read, empty, plan.blocks, spans, order, ahead)
                 for spans in plan.deal.lanes_of(rank)
             ]
             for index, size in enumerate(sizes):
@@ -361,15 +366,15 @@ class ColumnarDataset(IterableDataset[Any]):
                     batch = self.convert(batch)
                 yield pinned(batch) if self.pin_memory else batch
 
-    def read_block(self, block: Block) -> Batch:
-        """Read the rows of a block, in the order of its splits.
+    def read_block(self, block: Block, splits: Sequence[Split]) -> Batch:
+        """Read the rows of a block of some splits, in their order.
 
         Raises:
             DataFileError: A file cannot be read; names it, and the column.
         """
         parts = []
         for index in block.splits:
-            split = self._files.splits[index]
+            split = splits[index]
             arrays = self._files.read(split)
             where = f"{self._files.path_of(split)}, part {split.group}"
             part: Batch = {}
@@ -381,10 +386,9 @@ class ColumnarDataset(IterableDataset[Any]):
             parts.append(part)
         return self.features.transform(list(join_rows(parts).values()))
 
-    def empty(self) -> Batch:
-        """Return a batch without rows."""
-        split = self._files.splits[0]
-        arrays = {name: array[:0] for name, array in self._files.read(split).items()}
+    def empty(self, splits: Sequence[Split]) -> Batch:
+        """Return a batch without rows, of what some splits hold."""
+        arrays = {name: array[:0] for name, array in self._files.read(splits[0]).items()}
         return self.features.transform([column.read(arrays) for column in self.columns])
 
     def fingerprint(self) -> str:

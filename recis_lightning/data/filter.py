@@ -181,7 +181,7 @@ class _Translation:
         """Return whether a column has one of some constants; false, where no value can be one."""
         kind = _values_kind(self._kinds.get(name, pa.null()))
         numbers = all(_is_number(one) for one in constants)
-        if numbers and (pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+        if numbers and not _is_whole(kind):
             # Not isin: it rounds the constants, and takes NaN for a number that statistics bound.
             found = [self._column(name) == self._typed(one, name) for one in constants]
             while len(found) > 1:  # in pairs, or many would be nested too deep
@@ -211,7 +211,9 @@ class _Translation:
             is_left = isinstance(left, ast.Name)
             constant = self._constant_beside(right if is_left else left)
             column_kind = _values_kind(self._kinds.get(names[0], pa.null()))
-            if _is_number(constant) and pa.types.is_integer(column_kind):
+            if isinstance(constant, bool) and pa.types.is_integer(column_kind):
+                constant = int(constant)
+            if _is_number(constant) and _is_whole(column_kind):
                 operation = type(kind) if is_left else _MIRRORED.get(type(kind), type(kind))
                 return self._of_integers(names[0], operation, constant, column_kind)
         sides = [self._operand(left, right), self._operand(right, left)]
@@ -227,6 +229,9 @@ class _Translation:
     ) -> Any:
         """Compare integers with a number of their own type: Arrow would cast them, and fail."""
         column = self._column(name)
+        if pa.types.is_boolean(kind):
+            kind = pa.int8()
+            column = column.cast(kind)
         whole: float = constant
         if math.isfinite(constant):
             up = operation in (ast.Lt, ast.GtE)  # v < 1.5 where v < 2, and v > 1.5 where v > 1
@@ -318,6 +323,10 @@ def _joined(parts: Sequence[Any], is_and: bool) -> Any:
 
 def _is_number(constant: Any) -> bool:
     return isinstance(constant, int | float) and not isinstance(constant, bool)
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def _fits(number: int, kind: pa.DataType) -> bool:

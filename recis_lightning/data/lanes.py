@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from recis_lightning.data.file_reader import Split
 from recis_lightning.data.order import Block, Deal, Span, row_order
 from recis_lightning.data.rows import Batch, join_rows, select_rows
 
@@ -22,12 +23,16 @@ class Plan(NamedTuple):
         deal: Share of today's ranks in what earlier numbers of ranks left.
         first: Batches of the epoch before the next one.
         skipped: Batches of ``deal`` among them.
+        splits: Splits that the blocks are made of.
+        epoch: The epoch.
     """
 
     blocks: Sequence[Block]
     deal: Deal
     first: int
     skipped: int
+    splits: Sequence[Split]
+    epoch: int
 
 
 class Lane:

@@ -19,7 +19,7 @@ class WindowBatches:
         data: In windows of files that are all there; nobody else iterates it.
         num_workers: Processes that read, as for ``ColumnarDataModule``.
         pin_memory: As for it.
-        owner: Data module, whose Trainer says whether a window is trained, and how far; or None.
+        owner: Data module, whose Trainer says how far a window is trained; or None.
     """
 
     def __init__(
@@ -68,9 +68,6 @@ class WindowBatches:
     def __iter__(self) -> Iterator[Any]:
         if not self._is_there():
             return iter(())
-        trainer = getattr(self._owner, "trainer", None)
-        if trainer is not None and trainer.training:
-            self._begin_training()
         if not self._num_workers:
             return iter(self._data)
         return iter(
@@ -82,7 +79,10 @@ class WindowBatches:
             )
         )
 
-    def _begin_training(self) -> None:
+    def begin_training(self) -> None:
+        """Let the next iteration be the training of the current window, from a loaded place on."""
+        if not self._is_there():
+            return
         loaded, self._loaded = self._loaded, None
         if loaded is not None and loaded["epoch"] == self._epoch:
             self._data.load_state_dict(loaded)

@@ -1,5 +1,7 @@
 """Windows of data: each trained as an epoch, evaluated before, and saved."""
 
+import inspect
+
 import lightning as L
 import pytest
 import torch
@@ -167,6 +169,43 @@ def test_a_data_module_gives_its_windows(tmp_path):
     assert isinstance(Data.windows, Windows)
     model, _ = fit(tmp_path, Data(), ProgressiveValidation())
     assert model.seen == [1, 2]
+
+
+def test_the_state_of_windows_is_found_without_getattr(tmp_path):
+    """As runtime protocols look from Python 3.12 on; windows without a state have none."""
+
+    class Stateful:
+        def __init__(self):
+            self.list, self.loaded = days([1], [2]), None
+
+        def __iter__(self):
+            return iter(self.list)
+
+        def set_epoch(self, epoch):
+            self.list.set_epoch(epoch)
+
+        @property
+        def window(self):
+            return self.list.window
+
+        def state_dict(self):
+            return {"place": 3}
+
+        def load_state_dict(self, state):
+            self.loaded = state
+
+    callback, windows, names = (
+        ProgressiveValidation(),
+        Stateful(),
+        ("state_dict", "load_state_dict"),
+    )
+    fit(tmp_path, windows, callback)
+    found = [inspect.getattr_static(callback._training, name) for name in names]
+    assert found[0]() == {"place": 3}
+    found[1]({"place": 4})
+    assert windows.loaded == {"place": 4}
+    fit(tmp_path, days([1]), callback)
+    assert not any(hasattr(callback._training, name) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,9 @@ def test_a_worker_reads_its_own_lanes_only(pattern, monkeypatch):
 
 
 def spy(function, seen):
-    def call(self, block):
+    def call(self, block, splits):
         seen.add(block)
-        return function(self, block)
+        return function(self, block, splits)
 
     return call
 
@@ -273,6 +273,23 @@ def test_bags_of_bags_follow_their_row(tmp_path, suffix, shuffle_rows):
     assert Features.from_json(features.to_json()).columns == features.columns
     with pytest.raises(TypeError, match=r"Truncate of 'baskets': expected bags, got lists of bags"):
         Features([IdBags("baskets")], [Truncate("baskets", 1)])({"baskets": [[[1]]]})
+
+
+def test_a_window_is_read_to_its_end_while_another_is(tmp_path):
+    """As an evaluation within an epoch does, by the next window."""
+    for day, first in ((1, 0), (2, 100)):
+        folder = tmp_path / f"day=2026-12-0{day}"
+        folder.mkdir()
+        pa.parquet.write_table(table_of(first, 30), folder / "p.parquet", row_group_size=2)
+    data = ColumnarDataset(
+        str(tmp_path / "*/*.parquet"), COLUMNS, batch_size=2, window="1d", prefetch=1
+    )
+    first = iter(data)
+    rows = next(first)["row"].tolist()
+    data.set_epoch(1)
+    others = [row for batch in data for row in batch["row"].tolist()]
+    rows += [row for batch in first for row in batch["row"].tolist()]
+    assert (sorted(rows), sorted(others)) == (list(range(30)), list(range(100, 130)))
 
 
 def test_windows_are_epochs(tmp_path):

@@ -153,6 +153,8 @@ INTEGERS = {
     "long": pa.array([2**53 + 1, -1, None], pa.int64()),
     "word": pa.array([7, 2**40, None], pa.int64()).dictionary_encode(),
     "single": pa.array([0.1, 0.2, None], pa.float32()),
+    "double": pa.array([3.5, 4.5, None], pa.float64()),
+    "flag": pa.array([True, False, None]),
     "cents": pa.array([Decimal("1.10"), Decimal("2.20"), None], pa.decimal128(9, 2)),
 }
 
@@ -193,6 +195,13 @@ INTEGERS = {
         ("single not in (0.1,)", [1]),
         ("single > 0.1", [1]),
         ("single < 1e300", [0, 1]),
+        ("double in (3.5, 9007199254740993)", [0]),
+        ("flag == 1", [0]),
+        ("flag < 0.5", [1]),
+        ("flag != 2", [0, 1]),
+        ("flag in (1,)", [0]),
+        ("small == True", []),
+        ("True < small", [1]),
         ("cents in (2.2, 1)", [1]),
         ("cents not in (2.2, 1.001)", [0]),
         ("cents < 1e999", [0, 1]),
@@ -223,6 +232,11 @@ def test_numbers_are_compared_in_what_a_column_holds(text, rows):
 )
 def test_statistics_do_not_decide_negations_of_floats(text, trusted):
     assert trusts_statistics(text, {"f": pa.float32(), "i": pa.int64()}) is trusted
+
+
+def test_numbers_of_any_size_are_taken_before_a_file_is_read():
+    """When the column's type is not known yet."""
+    assert parse_filter("x in (3.5, 9007199254740993)") is not None
 
 
 def test_columns():

@@ -232,6 +232,38 @@ def test_an_evaluated_run_goes_on_within_its_window(tmp_path):
         assert run(Both(), [], str(path)) == whole[trains[step - 1] + 1 :], path
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_a_resumed_run_that_evaluates_within_windows_saves_the_place_it_trains(tmp_path):
+    """Lightning, resuming where an evaluation was due, asks for its data while it is training."""
+
+    class Both(Clicks):
+        def validation_step(self, batch):
+            """Count nothing."""
+
+    def run(saver, ckpt=None):
+        data = ColumnarDataModule(
+            COLUMNS, str(tmp_path / "*/*.parquet"), batch_size=4, window="1d", shuffle_rows=6
+        )
+        quiet = {**QUIET, "enable_checkpointing": True}
+        hooks = [ProgressiveValidation(first=False), saver]
+        trainer = L.Trainer(
+            **quiet, max_epochs=1, val_check_interval=2, callbacks=hooks, num_sanity_val_steps=0
+        )
+        model = Both()
+        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+        return [row for _, batch in model.rows for row in batch]
+
+    for day in (1, 2):
+        write(tmp_path, day, 20 * day, 14)
+    savers = [
+        ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1)
+        for name in "abc"
+    ]
+    whole = run(savers[0])
+    assert run(savers[1], str(tmp_path / "a/step=2.ckpt")) == whole[8:]
+    assert run(savers[2], str(tmp_path / "b/step=3.ckpt")) == whole[12:]
+
+
 @pytest.mark.parametrize("settings", [{"follow": True, "window": "1d"}, {"follow": False}])
 def test_windows_that_cannot_be_evaluated_first_are_refused(tmp_path, settings):
     write(tmp_path, 1, 0, 4)
