@@ -93,6 +93,7 @@ class _File:
     def unmap(self, offset: int) -> None:
         """Unmap a range, and give its space back to the disk."""
         address, size = self.mapped.pop(offset)
+        _mappings.forget(address, size)  # first: what is unmapped may be another's at once
         _libc().munmap(address, size)
         if os.getpid() == self.process:
             self._free(offset, size)
@@ -189,6 +190,12 @@ class _Mappings:
                 self._is_busy = was_busy
         self._unmap_returned()
         return found
+
+    def forget(self, address: int, size: int) -> None:
+        """Take a parent's range that goes out of ``foreign``, in one step: no reader locks it."""
+        ours = (address, address + size)
+        if self.foreign:
+            self.foreign = [found for found in self.foreign if found[:2] != ours]
 
     def release(self, file: _File, offset: int) -> None:
         """Unmap a range; a finalizer."""

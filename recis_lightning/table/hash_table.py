@@ -105,7 +105,7 @@ class HashTable(nn.Module):
         rows: "file:/folder" lets the table grow beyond memory: rows that find no room there lie in
             a file of its own in the folder, which is gone when the table is. As many rows as leave
             half of the memory free stay in it, or "file:/folder?memory=8GiB" bytes. CPU only.
-            None keeps all rows in memory.
+            The folder must be there, for each copy too. None keeps all rows in memory.
 
     Attributes:
         anchor: Parameter without elements that stands for the rows: ``requires_grad_``,
@@ -123,6 +123,7 @@ class HashTable(nn.Module):
 
     Raises:
         TypeError, ValueError: An argument is not what it should be.
+        FileNotFoundError: The folder of ``rows`` is not there.
 
     Example:
         >>> table = HashTable(2, initializer=Normal(std=0.1), name="user")

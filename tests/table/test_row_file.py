@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import os
 import pickle
 
@@ -219,27 +220,90 @@ def test_a_forked_child_is_refused(tmp_path):
     assert torch.equal(module.table.embeddings(ids), before)
 
 
+MAKERS = (HashTable, DynamicEmbedding, DynamicEmbeddingBag, EmbeddingOption)
+
+
 def test_settings_are_checked(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
+    option, size = "what follows '?' is one option", "a size as in memory=8GiB, 0 or more"
     for bad, message in {
         "ram": "rows: expected None, 'file:/folder' or",
+        "": "got ''",
         "file:": "got 'file:'",
+        "file: ": "got 'file: '",
+        "FILE:/tmp": "got 'FILE:/tmp'",
+        "file:?memory=1GiB": "expected None",
+        "file:/tmp\0": "expected None",
         "/tmp": "got '/tmp'",
-        f"file:{tmp_path}/a/b": "does not exist",
-        f"file:{file}": "is a file",
+        f"file:{file}": "is none",
         "file://host/tmp": "a path of this machine",
-        f"file:{tmp_path}?memory=much": "a size as in memory=8GiB",
-        f"file:{tmp_path}?memory=": "a size as in memory=8GiB",
+        "file://": "a path of this machine",
+        "file://localhost": "a path of this machine",
+        "file:~nobody-of-that-name/x": "nobody's home",
+        **{
+            f"file:{tmp_path}?{bad}": option
+            for bad in (
+                *("", "mem=8GiB", "Memory=8GiB", "memory", "8GiB", "memory:8GiB", " memory=8GiB"),
+                *("memory=1GiB&memory=2GiB", "memory=1GiB?memory=2GiB", "memory=1GiB&", "sync=1"),
+            )
+        },
+        **{
+            f"file:{tmp_path}?memory={bad}": size
+            for bad in ("much", "", "-1", "+1", "1e3", "8GiBs", "8G", "1,5GiB", "9" * 400, "=8GiB")
+        },
     }.items():
-        for make in (HashTable, DynamicEmbedding, DynamicEmbeddingBag, EmbeddingOption):
+        for make in MAKERS:
             with pytest.raises(ValueError, match="rows: expected") as caught:
                 make(4, rows=bad)
             assert message in str(caught.value)
+            assert repr(bad) in str(caught.value)
     with pytest.raises(TypeError, match="rows: expected None"):
         HashTable(4, rows=tmp_path)  # type: ignore[arg-type]
     assert file.read_text() == "mine"
     assert check_rows(None) is None
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    names = ("new", "a/b", "my%20disk", "new ")
+    (tmp_path / "my disk").mkdir()
+    for name, make in itertools.product(names, MAKERS):
+        folder = f"{tmp_path}/{name}"
+        with pytest.raises(FileNotFoundError, match="rows: expected a folder that is there") as e:
+            make(4, rows=f"file:{folder}?memory=1GiB")
+        assert (e.value.errno, e.value.filename) == (errno.ENOENT, folder)
+        assert "mkdir -p" in str(e.value)
+    assert os.listdir(tmp_path) == ["my disk"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_copies_need_the_folder_of_their_table(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    module = DynamicEmbedding(DIM, rows=f"file:{folder}?memory=0", name="t")
+    module(torch.arange(100))
+    pickled = pickle.dumps(module.table)
+    folder.rmdir()  # its file has no name
+    for make in (lambda: copy.deepcopy(module), lambda: pickle.loads(pickled)):
+        with pytest.raises(FileNotFoundError, match="make it first") as caught:
+            make()
+        assert caught.value.filename == str(folder)
+    assert len(module.table.embeddings(module.table.ids())) == 100  # still there
+    folder.mkdir()
+    assert pickle.loads(pickled).storage.row_file.folder == str(folder)
+
+
+def test_a_relative_folder_is_the_one_where_the_table_was_made(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.chdir(tmp_path)
+    table = HashTable(DIM, rows="file:disk?memory=1KiB")
+    assert table.rows == f"file:{tmp_path}/disk?memory=1KiB"
+    monkeypatch.chdir("/")
+    assert copy.deepcopy(table).storage.row_file.folder == f"{tmp_path}/disk"
+    (tmp_path / "what?").mkdir()
+    monkeypatch.chdir(tmp_path / "what?")
+    with pytest.raises(ValueError, match=r"without '\?' in its path"):
+        HashTable(DIM, rows="file:.")
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
@@ -261,8 +325,10 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
     }.items(),
 )
 def test_sizes_and_paths_are_read(tmp_path, size, wanted):
-    for path in (tmp_path, f"//{tmp_path}", f"//localhost{tmp_path}", f"{tmp_path}/new"):
-        file = RowFile(f"file:{path}?memory={size}")
+    for path in (tmp_path, f"//{tmp_path}", f"//localhost{tmp_path}", f"///{tmp_path}/"):
+        rows = check_rows(f"file:{path}?memory={size}")
+        assert rows == f"file:{tmp_path}?memory={size}"
+        file = RowFile(rows)
         assert (file.folder, file._memory_bytes) == (str(tmp_path), wanted)
     assert RowFile(f"file:{tmp_path}")._memory_bytes is None
     assert file.room_in_memory(10, 5) == max(wanted - 10, 0)
