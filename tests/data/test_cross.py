@@ -109,5 +109,5 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="transform Cross of 'c': expected int64 ids"):
         features({"a": [1], "b": [1]})
     features = Features([Id("a"), IdList("b")], [Cross("c", ["a", "b"])])
-    with pytest.raises(ValueError, match=r"equally many rows, got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"as many rows in all columns, got .*1.*2"):
         features({"a": torch.tensor([1]), "b": Jagged(torch.tensor([1]), torch.tensor([0, 0, 1]))})
