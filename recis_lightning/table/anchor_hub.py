@@ -1,7 +1,7 @@
-"""Hub of anchors: one leaf by which autograd knows all tables of a lookup.
+"""Hub of anchors: the leaves by which autograd knows all tables of a lookup.
 
-An edge to each anchor in every lookup costs a microsecond or two a table. A hub has these edges
-once, and a lookup one to the hub.
+Which of them a backward pass was asked for is a question to the engine for each. One leaf more,
+that nobody can ask for, answers for all of a pass that was asked for none: those of all leaves.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ _will_execute: Any = torch._C._will_engine_execute_node
 
 
 class AnchorHub:
-    """Leaf that stands for the anchors of some tables.
+    """Leaves that stand for the anchors of some tables.
 
     Args:
         anchors: Of the tables; at least one requires a gradient.
 
     Attributes:
-        leaf: Float32 [0], an input of a lookup's Function, which returns no gradient for it.
+        leaves: Float32 [0], inputs of a lookup's Function, which returns no gradient for them.
     """
 
     def __init__(self, anchors: Sequence[Anchor]) -> None:
         self._requires_grad = [anchor.requires_grad for anchor in anchors]
         trained: list[Any] = [anchor for anchor in anchors if anchor.requires_grad]
         with torch.inference_mode(False), torch.enable_grad():
-            # What is concatenated is saved nowhere: any number of passes may go through.
-            joined = torch.cat(trained) if len(trained) > 1 else trained[0].view_as(trained[0])
-        edges: Any = joined.grad_fn
-        self._nodes: list[Any] = [node for node, _ in edges.next_functions]
-        self.leaf: Tensor = joined if len(trained) > 1 else trained[0]
+            spare = torch.empty(0, device=trained[0].device, requires_grad=True)
+            self.leaves: list[Tensor] = [*trained, spare]
+            edges: Any = torch.cat(self.leaves).grad_fn
+        *self._nodes, self._spare = (node for node, _ in edges.next_functions)
 
     def asked(self) -> list[bool]:
         """Return for each table whether the backward pass that runs adds up its gradients.
@@ -43,7 +42,7 @@ class AnchorHub:
         ``torch.autograd.grad`` returns what it was asked for and adds up nothing, and ``backward``
         may be asked for the gradients of other leaves alone, or of some tables.
         """
-        if _will_execute(_nowhere()):  # it was asked for nothing: those of all leaves
+        if _will_execute(self._spare):
             return self._requires_grad
         nodes = iter(self._nodes)
         return [is_trained and _adds_up(next(nodes)) for is_trained in self._requires_grad]
@@ -54,19 +53,6 @@ def _adds_up(node: Any) -> bool:
         return bool(_will_execute(node))
     except RuntimeError:  # torch.autograd.grad was asked for an anchor's
         return False
-
-
-_unused: list[Any] = []
-
-
-def _nowhere() -> Any:
-    """Return the node of a leaf that no graph has: a pass executes it if it was asked for none."""
-    if not _unused:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = torch.empty(0, requires_grad=True, device="cpu")
-            view: Any = leaf.view_as(leaf)
-            _unused.append(view.grad_fn.next_functions[0][0])
-    return _unused[0]
 
 
 __all__ = ["AnchorHub"]
