@@ -214,12 +214,10 @@ def record_lookup(lookup: Lookup) -> list[Tensor]:
 
 
 def inputs_of(records: Sequence[OutputRecord]) -> list[Tensor]:
-    """Return what autograd must know of lookups: leaves of their tables, then their weights."""
+    """Return what autograd must know of lookups: what reaches their tables, then their weights."""
     expected_references()  # what it does must not be nested in a backward pass
     # Autograd calls us for their sake; they get no gradient.
-    leaves: list[Any] = [
-        leaf for record in records if record.hub is not None for leaf in record.hub.leaves
-    ]
+    leaves: list[Any] = [record.hub.joined for record in records if record.hub is not None]
     for record in records:
         details = record.lookup.batch.bags.details
         leaves += [details[feature].weights for feature in record.weighted]

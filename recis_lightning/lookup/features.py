@@ -186,7 +186,7 @@ class FeatureLayout:
         return self._trains
 
     def hub(self) -> AnchorHub:
-        """Return the leaves by which autograd knows the tables, of which at least one trains."""
+        """Return what autograd knows the tables by, of which at least one trains."""
         trains, found = self.trains(), self._hub
         if found is None or found[0] != trains:
             found = self._hub = trains, AnchorHub(self.anchors)

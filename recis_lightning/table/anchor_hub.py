@@ -24,7 +24,8 @@ class AnchorHub:
         anchors: Of the tables; at least one requires a gradient.
 
     Attributes:
-        leaves: Float32 [0], inputs of a lookup's Function, which returns no gradient for them.
+        joined: Float32 [0], made of the leaves: an input of a lookup's Function, which returns no
+            gradient for it.
     """
 
     def __init__(self, anchors: Sequence[Anchor]) -> None:
@@ -32,8 +33,10 @@ class AnchorHub:
         trained: list[Any] = [anchor for anchor in anchors if anchor.requires_grad]
         with torch.inference_mode(False), torch.enable_grad():
             spare = torch.empty(0, device=trained[0].device, requires_grad=True)
-            self.leaves: list[Tensor] = [*trained, spare]
-            edges: Any = torch.cat(self.leaves).grad_fn
+            # A Function takes 2 us to be given an input: one node reaches all leaves. It saves
+            # nothing, so any number of passes may go through it.
+            self.joined: Tensor = torch.cat([*trained, spare])
+        edges: Any = self.joined.grad_fn
         *self._nodes, self._spare = (node for node, _ in edges.next_functions)
 
     def asked(self) -> list[bool]:

@@ -11,14 +11,14 @@ class Asking(torch.autograd.Function):
     """Notes what a pass asks of a hub; its gradient goes to a weight alone."""
 
     @staticmethod
-    def forward(ctx, hub, said, weight, *leaves):
-        ctx.hub, ctx.said, ctx.num_leaves = hub, said, len(leaves)
+    def forward(ctx, hub, said, weight, joined):
+        ctx.hub, ctx.said = hub, said
         return weight.clone()
 
     @staticmethod
     def backward(ctx, gradient):
         ctx.said.append(ctx.hub.asked())
-        return None, None, gradient, *[None] * ctx.num_leaves
+        return None, None, gradient, None
 
 
 @pytest.mark.parametrize("trainable", [(True, True, True), (True, False, True), (False, True)])
@@ -28,11 +28,11 @@ def test_a_pass_says_which_tables_it_is_asked_for(trainable):
     anchors = [table.anchor for table in tables]
     with torch.inference_mode():
         hub = AnchorHub(anchors)
-    assert all(leaf.requires_grad for leaf in hub.leaves)
+    assert hub.joined.requires_grad
     weight, said = torch.ones(1, requires_grad=True), []
 
     def out():
-        return Asking.apply(hub, said, weight, *hub.leaves)
+        return Asking.apply(hub, said, weight, hub.joined)
 
     out().backward()
     out().backward(inputs=[weight])
