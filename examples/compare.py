@@ -67,7 +67,6 @@ class Contest(NamedTuple):
         lr: Learning rate of Adam.
         epochs: Of which the one that is best on validation counts.
         size: Examples in a batch.
-        by_window: Whether ours takes ``LikesSplit.windows``, as many likes in a batch, too.
     """
 
     make: Callable[[int], nn.Module]
@@ -76,7 +75,6 @@ class Contest(NamedTuple):
     lr: float = 2e-3
     epochs: int = 3
     size: int = 1024
-    by_window: bool = False
 
 
 CONTESTS = {
@@ -98,7 +96,6 @@ CONTESTS = {
         lr=3e-3,
         epochs=6,
         size=512,
-        by_window=True,
     ),
 }
 
@@ -152,10 +149,7 @@ def our_contender(
                 labels = movielens.labels(batch, tasks)
                 yield cross_entropy(model(batch).reshape(labels.shape), labels)
             return
-        part, size = data.train, contest.size
-        if contest.by_window:
-            part, size = data.windows, size // movielens.HISTORY
-        for likes in movielens.batches(part, size, generator):
+        for likes in movielens.batches(data.train, contest.size, generator):
             yield model.loss(likes)  # type: ignore[operator]
 
     def scores(part: str) -> Scores:

@@ -54,7 +54,6 @@ class LikesSplit(NamedTuple):
 
     Attributes:
         train: Likes with at least one before them.
-        windows: Some of ``train``, whose items and histories hold each of its likes once.
         val: One for each user.
         test: One for each user.
         items: int64 [num_items], all that anyone liked, ascending.
@@ -62,7 +61,6 @@ class LikesSplit(NamedTuple):
     """
 
     train: Likes
-    windows: Likes
     val: Likes
     test: Likes
     items: Tensor
@@ -109,10 +107,8 @@ def split_likes(users: Tensor, items: Tensor) -> LikesSplit:
     rows = torch.searchsorted(test.users, users[known])
     seen[rows, torch.searchsorted(catalogue, items[known])] = True
     is_trained = ~is_held & (first < places)
-    last = torch.where(end - first >= 3, left - 3, left - 1)  # from the last one for training
-    windows = likes.part(is_trained & (last % HISTORY == 0))
     val = likes.part(is_held & (left == 2))
-    return LikesSplit(likes.part(is_trained), windows, val, test, catalogue, seen)
+    return LikesSplit(likes.part(is_trained), val, test, catalogue, seen)
 
 
 def histories(examples: Examples) -> Jagged:

@@ -65,23 +65,24 @@ class SASRec(nn.Module):
         return found
 
     def loss(self, batch: Likes) -> Tensor:
-        """Return the softmax loss of what came after each item of a history, among all items.
+        """Return the softmax loss of what came after each history, among all items.
 
         No history is empty. All items are those that have a row by now; with many,
         ``sampled_softmax_loss`` takes some of them, as in ``two_towers``.
         """
-        rows, is_there = torch.arange(len(batch.items)), batch.histories != 0
-        following = torch.cat([batch.histories[:, 1:], batch.histories[:, :1]], dim=1)
-        following[rows, is_there.sum(1) - 1] = batch.items
-        known = torch.cat([self.item.table.ids(), following[is_there]])
-        ids, places = known.unique(return_inverse=True)
-        logits = self.encode(batch.histories)[is_there] @ self.item(ids).T
-        return nn.functional.cross_entropy(logits, places[len(known) - len(logits) :])
+        vectors = self.vectors(batch)
+        ids = torch.cat([self.item.table.ids(), batch.items]).unique()
+        logits = vectors @ self.item(ids).T
+        return nn.functional.cross_entropy(logits, torch.searchsorted(ids, batch.items))
+
+    def vectors(self, batch: Likes) -> Tensor:
+        """Return the vector of each history after its last item, [B, dim]."""
+        rows, lengths = torch.arange(len(batch.items)), (batch.histories != 0).sum(1)
+        return self.encode(batch.histories)[rows, lengths - 1]
 
     def scores(self, batch: Likes, items: Tensor) -> Tensor:
         """Return the scores of items, int64 [n], for users, [B, n]."""
-        rows, lengths = torch.arange(len(batch.items)), (batch.histories != 0).sum(1)
-        found: Tensor = self.encode(batch.histories)[rows, lengths - 1] @ self.item(items).T
+        found: Tensor = self.vectors(batch) @ self.item(items).T
         return found
 
 

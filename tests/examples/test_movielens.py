@@ -75,20 +75,6 @@ def test_the_last_like_of_a_user_is_the_tests_and_the_one_before_validations(fol
         assert split.items[split.seen[number]].tolist() == sorted(set(items[:-2]))
 
 
-def test_windows_have_each_like_of_training_once():
-    counts = {1: 2, 2: 3, 3: HISTORY + 2, 4: HISTORY + 3, 5: 2 * HISTORY + 9, 6: 1}
-    users = torch.tensor([user for user, count in counts.items() for _ in range(count)])
-    split = split_likes(users, torch.arange(1, len(users) + 1))
-    found = []
-    for items, item in zip(
-        split.windows.histories.tolist(), split.windows.items.tolist(), strict=True
-    ):
-        found += [one for one in items[1:] if one] + [item]
-    assert sorted(found) == split.train.items.tolist()
-    assert split.test.users.tolist() == [2, 3, 4, 5]
-    assert 1 in split.train.users
-
-
 def test_batches_have_each_example_once():
     likes = Likes(torch.arange(5), torch.arange(5), torch.zeros(5, HISTORY, dtype=torch.int64))
     sizes = [len(batch.items) for batch in batches(likes, 2, None)]
