@@ -291,7 +291,7 @@ class RowStore:
             (copied,) = self._map(num_rows)
         except (OSError, MemoryError):  # to give space back must not need any
             return allocation
-        copied[:] = allocation[: copied.size]  # type: ignore[assignment]
+        copied[:] = allocation[: copied.size]
         return copied
 
     def set_free_rows(self, rows: Tensor) -> None:
