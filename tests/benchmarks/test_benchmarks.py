@@ -403,6 +403,14 @@ def test_mapped_rows_are_measured(tmp_path, monkeypatch, capsys):
     # So small a table needs more than its size: the allocator's and Python's memory changes.
     arguments += ["--warmup", "1", "--share", "60", "--folder", str(tmp_path), "--dry"]
     monkeypatch.setattr(sys, "argv", ["bench_mapped_rows.py", *arguments])
+    monkeypatch.setattr(bench_mapped_rows, "busy_share", lambda: 0.3)
     bench_mapped_rows.main()
     said = capsys.readouterr().out
-    assert "skipped: no control group" in said or "speed of the mapped table" in said
+    if "skipped: no control group" not in said:
+        assert "speed of the mapped table" in said
+        assert "not recorded: others used 30% of the processors" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_others_share_of_the_processors():
+    assert 0 <= bench_mapped_rows.busy_share(0.05) <= 1
