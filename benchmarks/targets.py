@@ -147,6 +147,24 @@ TARGETS = [
         "bench_memory", "grow", "longest step of a growing table", figure("longest"), 2, False, "s"
     ),
     Target(
+        "bench_mapped_rows",
+        "zipf 1.2",
+        "speed with a tenth of the rows' bytes in memory / all, Zipf 1.2",
+        figure("ratio"),
+        0.5,
+        True,
+        "of",
+    ),
+    Target(
+        "bench_mapped_rows",
+        "zipf 1.05",
+        "speed with a tenth of the rows' bytes in memory / all, Zipf 1.05",
+        figure("ratio"),
+        None,
+        True,
+        "of",
+    ),
+    Target(
         "bench_compaction",
         "shrink",
         "nbytes freed by evicting 9M of 10M rows / bytes of all rows",

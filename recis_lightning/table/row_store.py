@@ -204,12 +204,16 @@ class RowStore:
         """Return allocations in the file, of blocks that hold so many rows."""
         block_bytes = 4 * self.row_words << self.block_shift
         left, at_once = self.blocks_for(max(num_rows, 0)), max(_MAPPED_RANGE // block_bytes, 1)
-        mapped = []
-        while left:
-            count = min(left, at_once)
-            assert self.file is not None
-            mapped.append(self.file.empty(count * block_bytes).view(np.float32))
-            left -= count
+        mapped: list[npt.NDArray[np.float32]] = []
+        try:
+            while left:
+                count = min(left, at_once)
+                assert self.file is not None
+                mapped.append(self.file.empty(count * block_bytes).view(np.float32))
+                left -= count
+        except BaseException:
+            mapped.clear()  # whoever keeps the error would keep the space
+            raise
         return mapped
 
     def _divide(self, num_rows: int) -> tuple[int, int]:
@@ -266,9 +270,7 @@ class RowStore:
             if rows <= left:
                 kept.append(allocation)
             elif left > 0 and number >= first_mapped:
-                (copied,) = self._map(left)
-                copied[:] = allocation[: copied.size]
-                kept.append(copied)
+                kept.append(self._first_part(allocation, left))
             elif left > 0:
                 whole_rows = left >> self.block_shift << self.block_shift
                 for start, stop in ((0, whole_rows), (whole_rows, left)):
@@ -280,6 +282,17 @@ class RowStore:
         self._set_allocations(tuple(kept), num_mapped)
         self._set_counts(num_rows, 0)
         self.set_free_rows(torch.empty(0, dtype=torch.int64, device=self.header.device))
+
+    def _first_part(
+        self, allocation: npt.NDArray[np.float32] | Tensor, num_rows: int
+    ) -> npt.NDArray[np.float32] | Tensor:
+        """Return a copy of an allocation's first rows in the file, or all of it on a full disk."""
+        try:
+            (copied,) = self._map(num_rows)
+        except (OSError, MemoryError):  # to give space back must not need any
+            return allocation
+        copied[:] = allocation[: copied.size]
+        return copied
 
     def set_free_rows(self, rows: Tensor) -> None:
         """Replace the stack of freed rows; the last one is reused first."""

@@ -377,3 +377,40 @@ def test_traffic_of_mapped_rows_brings_frequent_ids_first():
     ids = traffic.batch(5000)
     assert set((ids % bench_mapped_rows.SPREAD).tolist()) == {0}
     assert (ids == 0).double().mean() > 0.2
+
+
+def test_expected_misses_of_mapped_rows_are_those_of_traffic():
+    """By drawing batches; no choice of rows misses fewer than the most frequent ones."""
+    traffic = bench_mapped_rows._Traffic(2000, 1.05)
+    expected = traffic.misses(800, 200)
+    drawn = [traffic.batch(800) // bench_mapped_rows.SPREAD for _ in range(200)]
+    kept = torch.from_numpy(traffic.first_seen[:200])
+    distinct = [ranks.unique() for ranks in drawn]
+    means = {
+        "distinct": [len(ranks) for ranks in distinct],
+        "missed_at_best": [int((ranks >= 200).sum()) for ranks in distinct],
+        "missed_first_come": [int((~torch.isin(ranks, kept)).sum()) for ranks in distinct],
+        "hits_at_best": [float((ranks < 200).double().mean()) for ranks in drawn],
+    }
+    for name, values in means.items():
+        assert sum(values) / len(values) == pytest.approx(expected[name], rel=0.03), name
+    assert expected["missed_at_best"] < expected["missed_first_come"] < expected["distinct"]
+
+
+def test_mapped_rows_are_measured(tmp_path, monkeypatch, capsys):
+    """Both processes step and agree, where a limit of memory can be set."""
+    arguments = ["--rows", "20000", "--dim", "32", "--batch", "500", "--steps", "3"]
+    # So small a table needs more than its size: the allocator's and Python's memory changes.
+    arguments += ["--warmup", "1", "--share", "60", "--folder", str(tmp_path), "--dry"]
+    monkeypatch.setattr(sys, "argv", ["bench_mapped_rows.py", *arguments])
+    monkeypatch.setattr(bench_mapped_rows, "busy_share", lambda: 0.3)
+    bench_mapped_rows.main()
+    said = capsys.readouterr().out
+    if "skipped: no control group" not in said:
+        assert "speed of the mapped table" in said
+        assert "not recorded: others used 30% of the processors" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_others_share_of_the_processors():
+    assert 0 <= bench_mapped_rows.busy_share(0.05) <= 1

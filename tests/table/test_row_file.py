@@ -197,6 +197,36 @@ def test_a_full_disk_leaves_the_table_as_it_was(tmp_path, monkeypatch):
     assert len(table) == len(before_ids) + len(ids)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_full_disk_has_its_space_back(tmp_path, monkeypatch):
+    """What was taken before it was full, though the error is kept; and what compaction frees."""
+    table = HashTable(DIM, rows=f"file:{tmp_path}?memory=0", name="t")
+    ids = torch.arange(1000)
+    table.insert(ids, ids[:, None].expand(-1, DIM).float())
+    file, left = table.storage.row_file._memory, [3]
+    before, empty = file.nbytes, RowFile.empty
+
+    def nearly_full(self, num_bytes):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", self.folder)
+        return empty(self, num_bytes)
+
+    monkeypatch.setattr(RowFile, "empty", nearly_full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        table.insert(torch.arange(9000), torch.ones(9000, DIM))
+    assert caught.value.__cause__ is not None
+    assert left[0] < 0
+    assert file.nbytes == before
+    del caught  # its traceback knows the table's memory as it was
+    table.delete(ids[:960])
+    table.storage.compact()
+    assert file.nbytes < before / 2
+    assert torch.equal(table.embeddings(ids[960:])[:, 0], ids[960:].float())
+    table.insert(ids[:20], torch.ones(20, DIM))  # in the room that was kept
+    assert len(table) == 60
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.usefixtures("small_blocks")
