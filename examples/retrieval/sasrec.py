@@ -1,7 +1,10 @@
 """SASRec: a transformer over what a user liked, in its order, says what comes next.
 
-Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018; with a softmax over
-items in place of one negative, as RecBole has it.
+Every like is a sample, with the 20 before it, and the loss is a softmax over all items, as RecBole
+has it. The paper takes one negative, and learns from every place of a sequence at once: with as
+many likes a batch that is less to compute, and each is predicted from fewer before it.
+
+Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018.
 """
 
 from __future__ import annotations
@@ -67,21 +70,24 @@ class SASRec(nn.Module):
     def loss(self, batch: Likes) -> Tensor:
         """Return the softmax loss of what came after each history, among all items.
 
-        No history is empty. All items are those that have a row by now; with many,
-        ``sampled_softmax_loss`` takes some of them, as in ``two_towers``.
+        All items are those that have a row by now; with many, ``sampled_softmax_loss`` takes some
+        of them, as in ``two_towers``.
         """
-        vectors = self.vectors(batch)
+        vectors = self.vectors(batch)  # first, as it gives new items of histories their rows
         ids = torch.cat([self.item.table.ids(), batch.items]).unique()
         logits = vectors @ self.item(ids).T
         return nn.functional.cross_entropy(logits, torch.searchsorted(ids, batch.items))
 
     def vectors(self, batch: Likes) -> Tensor:
-        """Return the vector of each history after its last item, [B, dim]."""
+        """Return the vector of each history after its last item, [B, dim]; none is empty."""
         rows, lengths = torch.arange(len(batch.items)), (batch.histories != 0).sum(1)
         return self.encode(batch.histories)[rows, lengths - 1]
 
     def scores(self, batch: Likes, items: Tensor) -> Tensor:
-        """Return the scores of items, int64 [n], for users, [B, n]."""
+        """Return the scores of items, int64 [n], for users, [B, n].
+
+        An item without a row, which training has not seen, has the score 0.
+        """
         found: Tensor = self.vectors(batch) @ self.item(items).T
         return found
 

@@ -89,3 +89,22 @@ def test_sasrecs_loss_is_of_the_item_that_follows(cycles):
         logits = last @ model.item(ids).T
         losses.append(-logits.log_softmax(0)[ids == item].item())
     assert model.loss(batch).item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_sasrecs_first_loss_is_among_the_items_of_its_histories_too(cycles):
+    torch.manual_seed(0)
+    model = sasrec.SASRec(dropout=0.0)
+    batch = cycles.train.part(torch.tensor([3]))  # a history of items that have no row yet
+    first = model.loss(batch).item()
+    assert len(model.item.table) == 1 + int((batch.histories != 0).sum())
+    assert first == pytest.approx(model.loss(batch).item(), rel=1e-5)
+
+
+def test_sasrec_scores_an_item_zero_that_training_has_not_seen(cycles):
+    model = sasrec.model(0)
+    model.loss(cycles.train)
+    model.eval()
+    scores = model.scores(cycles.test, torch.tensor([1, 99]))
+    assert scores[:, 0].abs().min() > 0
+    assert scores[:, 1].tolist() == [0.0] * len(scores)
+    assert 99 not in model.item.table.ids()
