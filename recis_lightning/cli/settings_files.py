@@ -105,11 +105,14 @@ def place_of(paths: Iterable[str], owner: str, message: str) -> str | None:
         found += [(path, one) for one in _settings_of(root, (), "")]
     found = [(path, one) for path, one in found if one.keys[-1] == argument[1]]
     got = message.rpartition("got ")[2].strip("'\"")
+    # One of another value is not meant: a later file or the command line took its place.
+    written = [one for one in found if _is_written(one[1].value, got)]
+    lists = [one for one in found if not isinstance(one[1].value, yaml.ScalarNode)]
     for fits in (
-        [one for one in found if one[1].owner == owner and _is_written(one[1].value, got)],
-        [one for one in found if one[1].owner == owner],
-        [one for one in found if _is_written(one[1].value, got)],
-        [one for one in found if not isinstance(one[1].value, yaml.ScalarNode)],
+        [one for one in written if one[1].owner == owner],
+        written,
+        [one for one in lists if one[1].owner == owner],
+        lists,
     ):
         if len(fits) == 1:
             path, setting = fits[0]

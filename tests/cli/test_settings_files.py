@@ -87,6 +87,7 @@ data:
         ("Features", "columns: expected each name once, got ['a'] more than once", "16: data"),
         ("Id", "hash: expected a str, got 3", None),  # of two columns
         ("Id", "expected something", None),
+        ("HashTableFilterHook", "filter_interval: an int, got -7", None),  # of the command line
         ("Trainer", "devices: expected an int, got 0", None),
     ],
 )
