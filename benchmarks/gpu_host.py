@@ -1,10 +1,12 @@
 """Host overhead of a step of tables on a GPU, measured without a GPU.
 
-The shape is that of ``bench_cuda_step``, with few ids: ten tables of dim 128. Tables are kept as
-beside a GPU, over the CPU's memory, and kernels are launched by Triton, compiled for an H100, on a
-driver that does nothing (``fake_cuda``). So the time is that of torch's and our Python, torch's
-operators on the CPU, and Triton's launcher. Not covered are CUDA's driver, torch's operators on a
-GPU (the sort of gradients first of all), its allocator, and four copies a step from pinned memory.
+The shape is that of ``bench_cuda_step``, with few ids: ten tables of dim 128. Gradients come from a
+loss that makes them anew, as in a model; or the caller gives them to ``backward`` and holds them,
+so that they are checked and copied. Tables are kept as beside a GPU, over the CPU's memory, and
+kernels are launched by Triton, compiled for an H100, on a driver that does nothing (``fake_cuda``).
+So the time is that of torch's and our Python, torch's operators on the CPU, and Triton's launcher.
+Not covered are CUDA's driver, torch's operators on a GPU (the sort of gradients first of all), its
+allocator, and two copies a step from pinned memory.
 
     python -m benchmarks.gpu_host            # with Triton's launcher
     python -m benchmarks.gpu_host --stubbed  # without: launches do nothing at all
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
+from typing import Any
 
 from benchmarks import fake_cuda
 
@@ -49,6 +52,19 @@ def measure(stubbed: bool, steps: int) -> None:
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     if stubbed:
         runtime.Kernel.launch = lambda *numbers, **constants: None
+
+    class Loss(torch.autograd.Function):
+        """One node in place of a model."""
+
+        @staticmethod
+        def forward(ctx: Any, *rows: torch.Tensor) -> torch.Tensor:
+            return rows[0].new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(gradient.new_empty(LOOKUPS, shape.DIM) for _ in gradients)
+
+    loss_of: Any = Loss.apply
     batches = shape.batches(shape.NUM_TABLES, ROWS, LOOKUPS, torch.device("cpu"))
     gradients = [torch.zeros(LOOKUPS, shape.DIM) for _ in range(shape.NUM_TABLES)]
     with backend.use("triton"):
@@ -64,10 +80,15 @@ def measure(stubbed: bool, steps: int) -> None:
                 return list(engine(batches[next(turn) % len(batches)]).values())
 
             def step(forward=forward, sparse=sparse) -> None:
+                loss_of(*forward()).backward()
+                sparse.step()
+
+            def step_with_held(forward=forward, sparse=sparse) -> None:
                 torch.autograd.backward(forward(), gradients)
                 sparse.step()
 
             print(f"training, {name}: {_times_us(step, steps)}")
+            print(f"training, {name}, held gradients: {_times_us(step_with_held, steps)}")
             engine.eval()
             print(f"evaluation: {_times_us(forward, steps)}")
 

@@ -33,6 +33,7 @@ TESTED_BY = {
     "__main__.py": "cli/test_commands.py",
     "cli/command_parser.py": "cli/test_commands.py",
     "callbacks/hook_points.py": "callbacks/test_hook.py",
+    "data/filter_syntax.py": "data/test_filter.py",
     "callbacks/windows.py": "callbacks/test_progressive_validation.py",
     "callbacks/window_checkpoint.py": "callbacks/test_progressive_validation.py",
     "callbacks/left_out.py": "checkpoint/test_part_filter.py",

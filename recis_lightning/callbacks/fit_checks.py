@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from recis_lightning.engine import EmbeddingEngine
@@ -154,7 +155,10 @@ def _forgotten(trainer: Any, module: Any) -> list[str]:
     dense = {
         name: id(parameter)
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.numel() and id(parameter) not in averaged
+        # One of a lazy module has no shape yet.
+        if parameter.requires_grad
+        and (is_lazy(parameter) or parameter.numel())
+        and id(parameter) not in averaged
     }
     forgotten = [name for name, number in dense.items() if number not in given]
     only_sparse = all(isinstance(optimizer, SparseOptimizer) for optimizer in trainer.optimizers)

@@ -73,7 +73,8 @@ class LoggerHook(Hook):
 
     Time in validation, in the sanity check and in writing checkpoints is not counted. A device is
     synchronised at most once for each line. With several ranks, all must register the same
-    ``torchmetrics``, which gather in the training step; other values, and the loss, are rank 0's.
+    ``torchmetrics``, which gather in the training step. The loss is the mean of the ranks'; other
+    values are rank 0's.
 
     In a loop written by hand, call ``after_step(metrics, global_step)`` after each step; it
     computes all metrics itself.
@@ -219,13 +220,13 @@ class LoggerHook(Hook):
     def _report(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         self._publish(trainer)
         samples: Any = math.nan if self._num_samples is None else float(self._num_samples)
+        loss = loss_of(trainer, pl_module, outputs)
         if trainer.world_size > 1:
-            on_device = torch.tensor(samples, device=trainer.strategy.root_device)
-            samples = trainer.strategy.reduce(on_device, reduce_op="sum")
+            samples, loss = _over_ranks(trainer, samples, loss)
         values = registered_values(trainer.world_size, background=True)
         is_registered = "loss" in values
         if not is_registered:
-            values = {"loss": loss_of(trainer, pl_module, outputs), **values}
+            values = {"loss": loss, **values}
         on_host = to_host({**values, _SAMPLES: samples}, trainer.strategy.root_device)
         samples = on_host.pop(_SAMPLES)
 
@@ -370,6 +371,16 @@ def loss_of(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tenso
     # Lightning divides it by the number of micro-batches.
     scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
     return loss.detach() * scale if scale != 1 else loss.detach()
+
+
+def _over_ranks(trainer: Trainer, samples: float, loss: Tensor | None) -> tuple[Tensor, Any]:
+    """Return the sum of the ranks' samples and the mean of their losses, in one all-reduce."""
+    device = trainer.strategy.root_device
+    own = torch.tensor([samples, math.nan], dtype=torch.float64, device=device)
+    if loss is not None:
+        own[1] = loss.reshape(()).to(device)
+    total: Any = trainer.strategy.reduce(own, reduce_op="sum")
+    return total[0], None if loss is None else total[1] / trainer.world_size
 
 
 def _module_logs(trainer: Trainer, name: str) -> bool:

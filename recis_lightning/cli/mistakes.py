@@ -23,6 +23,8 @@ _STEP = re.compile(
     r"|dot import path string: (?P<bare>\S+)"
     r"|[Nn]o module named '(?P<module>[\w.]+)'"
     r"|has no attribute '(?P<attribute>\w+)'"
+    r"|the following arguments are required: (?P<required>[\w., ]+)"
+    r"|Not a valid subclass of (?P<base>\w+)\. Got value: (?P<given>.*)"
     r"|Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)"
 )
 _UNION = re.compile(r"Subtypes: \[(?P<types>.+)\]\n(?:.*\n)*?\s*Given value: (?P<value>.*)")
@@ -85,6 +87,12 @@ def of_parser(text: str, options: Iterable[str], classes: Iterable[str]) -> Mist
                 owner = given[1]
                 place.append(owner.rpartition(".")[2])
             return _unknown_setting(place, found["option"], owner, options)
+        elif found["required"]:
+            if place:
+                message = f"{found['required']}: a value is required"
+                return Mistake(": ".join([*place, message]), f"add {found['required']} there")
+        elif found["base"]:
+            return _wrong_type(place, found["base"], found["given"])
         elif found["type"]:
             return _wrong_type(place, found["type"], found["value"])
         else:

@@ -85,7 +85,8 @@ class RecisCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the settings."""
         words = [str(word) for word in (sys.argv[1:] if args is None else args)]
-        if (mistake := unreadable(settings_files(words))) is not None:
+        self._files = settings_files(words)
+        if (mistake := unreadable(self._files)) is not None:
             leave(_program(self._parser_of(words)), mistake)
         try:
             super().parse_arguments(parser, args)
@@ -104,11 +105,17 @@ class RecisCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer from the settings."""
         program = _program(self._parser_of([self.subcommand or ""]))
-        with mistakes_in_two_lines(program):
+        with mistakes_in_two_lines(program, files=self._files):
             super().instantiate_classes()
 
+    def _parse_ckpt_path(self) -> None:
+        program = _program(self._parser_of([self.config.get("subcommand") or ""]))
+        with mistakes_in_two_lines(program):
+            super()._parse_ckpt_path()
+
     def _run_subcommand(self, subcommand: str) -> None:
-        with mistakes_in_two_lines(_program(self._parser_of([subcommand])), running=True):
+        program = _program(self._parser_of([subcommand]))
+        with mistakes_in_two_lines(program, running=True, files=self._files):
             super()._run_subcommand(subcommand)
 
     def _parser_of(self, words: Sequence[str]) -> LightningArgumentParser:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import linecache
+import pickle
 import traceback
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +18,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 
 from recis_lightning.cli.mistakes import Mistake, leave
+from recis_lightning.cli.settings_files import place_of
+from recis_lightning.close_names import closest
 
 __all__ = ["mistakes_in_two_lines"]
 
@@ -25,32 +30,52 @@ _DATA, _CHECKPOINT, _CALLBACKS = (
 _REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
 # Where callbacks check what only a run shows: before a batch, or what a batch lacks.
 _CHECKING_HOOKS = ("setup", "on_fit_start", "on_train_start", "on_predict_batch_end")
+_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile)
+_CHECKPOINT_READERS = {
+    "load_checkpoint",
+    "_load_checkpoint",
+    "resume_start",
+    "pl_load",
+    "_parse_ckpt_path",
+}
 _IN_A_WORKER = "Caught "  # begins what DataLoader raises for an exception in a process of its own
 
 
 @contextmanager
-def mistakes_in_two_lines(program: str, running: bool = False) -> Iterator[None]:
+def mistakes_in_two_lines(
+    program: str, running: bool = False, files: Sequence[str] = ()
+) -> Iterator[None]:
     """Exit with two lines for an argument that a class of ours or of Lightning refuses.
 
     Args:
         program: Name of the command.
         running: Whether a run is under way: then only for what makes optimizers, for what our
-            callbacks refuse, and for files of data that are missing or do not fit their columns.
+            callbacks refuse, for checkpoints that cannot be read, for features that the data lacks,
+            and for files of data that are missing or do not fit their columns.
+        files: Files of settings, in which the place of the mistake is looked for.
     """
     try:
         yield
     except Exception as error:
         mistake = (
-            _refusal(error, running)
+            _refusal(error, running, files)
+            or _unreadable_checkpoint(error)
+            or (_unfit_data(error) if running else None)
             or _missing_file(error)
-            or (_unfit_data(error) or _refusal_of_callback(error) if running else None)
+            or (
+                _missing_feature(error)
+                or _refusal_of_callback(error, files)
+                or _refusal_of_lightning(error)
+                if running
+                else None
+            )
         )
         if mistake is None:
             raise
         leave(program, mistake, error)
 
 
-def _refusal(error: BaseException, running: bool) -> Mistake | None:
+def _refusal(error: BaseException, running: bool, files: Sequence[str]) -> Mistake | None:
     """Return the mistake of an argument that a constructor refused; None for other errors."""
     chain = _chain(error)
     for one in reversed(chain):
@@ -73,7 +98,80 @@ def _refusal(error: BaseException, running: bool) -> Mistake | None:
         if owners:
             # Trainer makes many parts of its own; ours is the innermost that is named.
             owner = "Trainer" if "Trainer" in owners else owners[-1]
-            return Mistake(f"{owner}: {one}")
+            return _placed(owner, str(one), files)
+    return None
+
+
+def _placed(owner: str, message: str, files: Sequence[str]) -> Mistake:
+    """Return the mistake of a value that a class refuses, with its place in a file."""
+    place = place_of(files, owner, message)
+    return Mistake(": ".join([*filter(None, [place]), owner, message]))
+
+
+def _unreadable_checkpoint(error: BaseException) -> Mistake | None:
+    """Return the mistake of a checkpoint that torch cannot read; None for other errors."""
+    for one in _chain(error):
+        names = [frame.f_code.co_name for frame in _frames([one])]
+        in_torch = any(
+            frame.f_code.co_filename.endswith(
+                ("torch/serialization.py", "_weights_only_unpickler.py")
+            )
+            for frame in _frames([one])[-4:]
+        )
+        if isinstance(one, _UNREADABLE) and in_torch and _CHECKPOINT_READERS & set(names):
+            path = next(
+                (
+                    str(frame.f_locals[name])
+                    for frame in _frames([one])
+                    for name in ("ckpt_path", "checkpoint_path", "path_or_url", "path")
+                    if isinstance(frame.f_locals.get(name), str | Path)
+                ),
+                "",
+            )
+            return Mistake(
+                f"ckpt_path: {path} is no checkpoint that can be read, or is damaged",
+                "name a file that a Trainer or recis_lightning.checkpoint saved",
+            )
+    return None
+
+
+def _refusal_of_lightning(error: BaseException) -> Mistake | None:
+    """Return the mistake of settings that Lightning refuses before it calls anybody's code."""
+    frames = [frame.f_code.co_filename for frame in _frames([error])]
+    began = next((at for at, path in enumerate(frames) if path.startswith(_LIGHTNING)), None)
+    if began is None or not isinstance(error, (ValueError, TypeError, MisconfigurationException)):
+        return None
+    inside = all(path.startswith((_LIGHTNING, _PACKAGE)) for path in frames[began:])
+    return Mistake(str(error)) if inside and _is_raised_in(error, _LIGHTNING) else None
+
+
+def _missing_feature(error: BaseException) -> Mistake | None:
+    """Return the mistake of a feature that batches of our data lack; None for other errors.
+
+    Whether the settings of the model or of the data name it wrongly cannot be known.
+    """
+    for one in _chain(error):
+        frames = _frames([one])
+        if not isinstance(one, KeyError) or not one.args or not isinstance(one.args[0], str):
+            continue
+        if frames and frames[-1].f_code.co_filename.startswith(_PACKAGE) and " " in one.args[0]:
+            continue  # says more than a name
+        for frame in frames:
+            given = frame.f_locals
+            trainer = given.get("trainer") or getattr(given.get("self"), "trainer", None)
+            features: Any = getattr(getattr(trainer, "datamodule", None), "features", None)
+            if not isinstance(getattr(features, "entries", None), list):
+                continue
+            known, name = features.entries, one.args[0]
+            if name in known:
+                break
+            close = closest(name, known)
+            return Mistake(
+                f"data: the model asks for {name!r} of a batch, whose entries are {known}",
+                f"did you mean {close!r}?"
+                if close
+                else "add a column of that name to data.columns",
+            )
     return None
 
 
@@ -101,7 +199,7 @@ def _unfit_data(error: BaseException) -> Mistake | None:
     return None
 
 
-def _refusal_of_callback(error: BaseException) -> Mistake | None:
+def _refusal_of_callback(error: BaseException, files: Sequence[str]) -> Mistake | None:
     """Return the mistake of what a callback of ours refuses at a run's start, or of a batch."""
     for one in _chain(error):
         if not isinstance(one, (*_REFUSALS, FileExistsError)) or not _is_raised_in(one, _CALLBACKS):
@@ -114,7 +212,7 @@ def _refusal_of_callback(error: BaseException) -> Mistake | None:
             and isinstance(frame.f_locals.get("self"), Callback)
         ]
         if owners:
-            return Mistake(f"{owners[0]}: {one}")
+            return _placed(owners[0], str(one), files)
     return None
 
 

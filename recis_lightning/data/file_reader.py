@@ -196,7 +196,10 @@ class FileReader:
         names = self._filter_columns
         left = fragment
         if trusts_statistics(self._filter or "", kinds):
-            left = fragment.subset(filter=condition)
+            try:
+                left = fragment.subset(filter=condition)
+            except pa.ArrowException as error:
+                raise ValueError(f"filter: {error}, in {self._filter!r}") from error
         counts = [0] * len(fragment.row_groups)
         for group in left.row_groups:
             counts[group.id] = self._kept(system, path, group.id, names, fragment.metadata).num_rows
@@ -234,7 +237,10 @@ class FileReader:
                 )
                 present = _present(file.schema_arrow, names)
                 part = file.read_row_group(group, columns=present, use_threads=threads)
-        part = _filtered(_without_views(part), self._condition(part.schema, path))
+        try:
+            part = _filtered(_without_views(part), self._condition(part.schema, path))
+        except pa.ArrowException as error:
+            raise ValueError(f"filter: {error}, in {self._filter!r}") from error
         return with_partitions(part, path, names, self._texts)
 
     def _numbers_of(self, part: pa.Table, first_window: int) -> Any:
@@ -253,6 +259,12 @@ class FileReader:
         absent = sorted(set(self._read_columns) - found.keys())
         if absent:
             advice = did_you_mean(absent, found)
+            of_filter = sorted(set(self._filter_columns) & set(absent))
+            if of_filter == absent:
+                raise ValueError(
+                    f"filter: columns {absent} of {self._filter!r} are missing; it has "
+                    f"{sorted(found)}{advice}"
+                )
             raise ValueError(f"columns {absent} are missing; it has {sorted(found)}{advice}")
         for name in self._read_columns:
             if schema.names.count(name) > 1:

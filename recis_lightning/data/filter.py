@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from recis_lightning.data.filter_syntax import constant_of, parsed, refusal, written
 
 __all__ = ["columns_of", "normal_filter", "parse_filter", "trusts_statistics"]
 
@@ -37,7 +40,8 @@ def parse_filter(
             ``in``, ``not in``, ``is None``, ``is not None``), joined by ``and``, ``or`` and
             ``not``. A row for which the result is null is left out. Times and dates are compared
             with strings such as ``'2026-11-30'``; a column of floats with constants of its own
-            width. ``None`` among the constants of ``in`` stands for nulls.
+            width. ``None`` among the constants of ``in`` stands for nulls. A column whose name is
+            no Python identifier stands in backticks.
         kinds: Column -> its type in the file, where it is known.
         values: Column -> its text, or None, for columns of a path: they are compared with strings
             as text, and with numbers as numbers.
@@ -46,13 +50,14 @@ def parse_filter(
         The expression; or True or False, if all rows or none of such a path pass.
 
     Raises:
-        ValueError: It is something else; names the part.
+        ValueError: It is something else, or compares a column with what its type cannot be
+            compared with; names the part.
 
     Example:
         >>> print(parse_filter("country == 'DE' and not 1 < price"))
         ((country == "DE") and invert((1 < price)))
     """
-    found = _Translation(text, kinds or {}, values or {}).condition(_parsed(text))
+    found = _Translation(text, kinds or {}, values or {}).condition(parsed(text))
     return False if found is None else found
 
 
@@ -60,10 +65,12 @@ def columns_of(text: str) -> list[str]:
     """Return the columns that a filter reads, each once.
 
     Example:
+        >>> columns_of("`user id` > 1")
+        ['user id']
         >>> columns_of("b > 1 and a == 2 or b < 0")
         ['a', 'b']
     """
-    return _names_in(_parsed(text))
+    return _names_in(parsed(text))
 
 
 def normal_filter(text: str) -> str:
@@ -73,7 +80,7 @@ def normal_filter(text: str) -> str:
         >>> normal_filter('(city=="Rome")')
         "city == 'Rome'"
     """
-    return ast.unparse(_parsed(text))
+    return written(parsed(text))
 
 
 def trusts_statistics(text: str, kinds: Mapping[str, pa.DataType]) -> bool:
@@ -90,7 +97,7 @@ def trusts_statistics(text: str, kinds: Mapping[str, pa.DataType]) -> bool:
     floats = {name for name, kind in kinds.items() if _holds_floats(kind)}
     return not any(
         isinstance(node, ast.UnaryOp) or _is_negative(node)
-        for node in ast.walk(_parsed(text))
+        for node in ast.walk(parsed(text))
         if floats.intersection(_names_in(node))
     )
 
@@ -111,15 +118,6 @@ def _holds_floats(kind: pa.DataType) -> bool:
 
 def _values_kind(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _parsed(text: str) -> ast.expr:
-    try:
-        return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"filter: expected comparisons such as \"country == 'DE'\", got {text!r}"
-        ) from error
 
 
 class _Translation:
@@ -148,7 +146,7 @@ class _Translation:
             operands = [node.left, *node.comparators]
             pairs = zip(operands, node.ops, operands[1:], strict=False)
             return _joined([self._either(*pair, negated) for pair in pairs], not negated)
-        raise _refusal(node, self._text)
+        raise refusal(node, self._text)
 
     def _either(self, left: ast.expr, kind: ast.cmpop, right: ast.expr, negated: bool) -> Any:
         """Translate a comparison, or its negation."""
@@ -160,9 +158,9 @@ class _Translation:
         return not found if isinstance(found, bool) else ~found
 
     def _membership(self, left: ast.expr, right: ast.expr, is_in: bool) -> Any:
-        constants = _constant(right, self._text)
+        constants = constant_of(right, self._text)
         if not isinstance(constants, tuple) or not isinstance(left, ast.Name):
-            raise _refusal(right, self._text)
+            raise refusal(right, self._text)
         if left.id in self._values:
             value = self._value_of(left.id, constants)
             if value is None and (None not in constants or not is_in):
@@ -180,6 +178,10 @@ class _Translation:
     def _any_of(self, name: str, constants: Sequence[Any]) -> Any:
         """Return whether a column has one of some constants; false, where no value can be one."""
         kind = _values_kind(self._kinds.get(name, pa.null()))
+        for one in constants:
+            self._check_kind(name, one)
+        if name in self._kinds:
+            constants = [int(one) if isinstance(one, bool) else one for one in constants]
         numbers = all(_is_number(one) for one in constants)
         if numbers and not _is_whole(kind):
             # Not isin: it rounds the constants, and takes NaN for a number that statistics bound.
@@ -188,6 +190,9 @@ class _Translation:
                 found = [_joined(found[at : at + 2], False) for at in range(0, len(found), 2)]
             return found[0]
         try:
+            if numbers and pa.types.is_boolean(kind):
+                kept = [bool(one) for one in constants if one in (0, 1)]
+                return self._column(name).isin(kept) if kept else False
             if numbers and pa.types.is_integer(kind):
                 whole = [int(one) for one in constants if math.isfinite(one) and one == int(one)]
                 whole = [one for one in whole if _fits(one, kind)]
@@ -199,10 +204,10 @@ class _Translation:
     def _comparison(self, left: ast.expr, kind: ast.cmpop, right: ast.expr) -> Any:
         names = [side.id for side in (left, right) if isinstance(side, ast.Name)]
         if not names:
-            raise _refusal(left, self._text)
+            raise refusal(left, self._text)
         if isinstance(kind, ast.Is | ast.IsNot):
             if not (isinstance(right, ast.Constant) and right.value is None) or len(names) > 1:
-                raise _refusal(right, self._text)
+                raise refusal(right, self._text)
             if names[0] in self._values:
                 return (self._values[names[0]] is None) == isinstance(kind, ast.Is)
             column = self._column(names[0])
@@ -211,18 +216,42 @@ class _Translation:
             is_left = isinstance(left, ast.Name)
             constant = self._constant_beside(right if is_left else left)
             column_kind = _values_kind(self._kinds.get(names[0], pa.null()))
-            if isinstance(constant, bool) and pa.types.is_integer(column_kind):
+            self._check_kind(names[0], constant)
+            if isinstance(constant, bool) and not pa.types.is_boolean(column_kind):
                 constant = int(constant)
             if _is_number(constant) and _is_whole(column_kind):
                 operation = type(kind) if is_left else _MIRRORED.get(type(kind), type(kind))
                 return self._of_integers(names[0], operation, constant, column_kind)
-        sides = [self._operand(left, right), self._operand(right, left)]
+        if len(names) > 1 and not self._values.keys() & set(names):
+            sides = self._two_columns(*names)
+        else:
+            sides = [self._operand(left, right), self._operand(right, left)]
         if None in [side if side is None else 0 for side in sides]:
             return None
         try:
             return _COMPARISONS[type(kind)](*sides)
         except TypeError as error:
             raise ValueError(f"filter: {error}, in {self._text!r}") from error
+
+    def _two_columns(self, *names: str) -> list[Any]:
+        """Return two columns as what can be compared."""
+        kinds = [_values_kind(self._kinds.get(name, pa.null())) for name in names]
+        columns = [self._column(name) for name in names]
+        if any(pa.types.is_null(kind) for kind in kinds):
+            return columns
+        families = [_constants_of(kind) for kind in kinds]
+        if None in families or families[0] != families[1]:
+            raise ValueError(
+                f"filter: columns {names[0]!r}, which holds {kinds[0]}, and {names[1]!r}, which "
+                f"holds {kinds[1]}, are not compared, in {self._text!r}"
+            )
+        if kinds[0] != kinds[1] and all(map(_is_whole, kinds)):
+            # In a type that has all of int64 and of uint64; Arrow takes none for booleans.
+            return [
+                (one.cast(pa.int8()) if pa.types.is_boolean(kind) else one).cast(pa.decimal128(20))
+                for one, kind in zip(columns, kinds, strict=True)
+            ]
+        return columns
 
     def _of_integers(
         self, name: str, operation: type[ast.cmpop], constant: float, kind: pa.DataType
@@ -252,7 +281,7 @@ class _Translation:
                 is_text = "string" in str(self._kinds.get(other.id, "string"))
                 value = self._value_of(node.id, [""] if is_text and not other_is_path else [])
                 return value if other_is_path or value is None else pc.scalar(value)
-            return self._value_of(node.id, [_constant(other, self._text)])
+            return self._value_of(node.id, [constant_of(other, self._text)])
         constant = self._constant_beside(node)
         if other_is_path or not isinstance(other, ast.Name):
             return constant
@@ -260,9 +289,9 @@ class _Translation:
 
     def _constant_beside(self, node: ast.expr) -> Any:
         """Return the constant that a column is compared with."""
-        constant = _constant(node, self._text)
+        constant = constant_of(node, self._text)
         if constant is None or isinstance(constant, tuple):
-            raise _refusal(node, self._text)
+            raise refusal(node, self._text)
         return constant
 
     def _value_of(self, name: str, constants: Sequence[Any]) -> Any:
@@ -276,15 +305,37 @@ class _Translation:
         kind = self._kinds.get(name)
         if kind is not None and pa.types.is_string_view(kind):
             return pc.field(name).cast(pa.large_string())
+        if kind is not None and pa.types.is_float16(_values_kind(kind)):
+            return pc.field(name).cast(pa.float64())  # Arrow compares no halves
         return pc.field(name)
+
+    def _check_kind(self, name: str, constant: Any) -> None:
+        """Raise if a column's type has no order with, and is never equal to, a constant."""
+        kind = _values_kind(self._kinds.get(name, pa.null()))
+        if pa.types.is_null(kind):
+            return
+        takes = _constants_of(kind)
+        if takes is None:
+            raise ValueError(
+                f"filter: column {name!r} holds {kind}, which is compared with None alone, in "
+                f"{self._text!r}"
+            )
+        if not isinstance(constant, takes[0]):
+            raise ValueError(
+                f"filter: column {name!r} holds {kind}, and is compared with {takes[1]}, got "
+                f"{constant!r} in {self._text!r}"
+            )
 
     def _typed(self, constant: Any, name: str) -> Any:
         """Return a constant as what a column holds."""
         kind = self._kinds.get(name)
+        self._check_kind(name, constant)
         if kind is None:
             is_long = _is_number(constant) and abs(constant) >= 2**63
             return float(constant) if is_long else constant
         kind = _values_kind(kind)
+        if isinstance(constant, bool) and not pa.types.is_boolean(kind):
+            constant = int(constant)
         if isinstance(constant, str) and pa.types.is_temporal(kind):
             try:
                 return pa.scalar(constant).cast(kind)
@@ -295,11 +346,34 @@ class _Translation:
                 ) from error
         if _is_number(constant) and pa.types.is_decimal(kind) and math.isfinite(constant):
             return pa.scalar(Decimal(str(constant)))
-        if _is_number(constant) and (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
+        if _is_number(constant) and pa.types.is_float16(kind):
+            with np.errstate(over="ignore"):
+                narrow = np.float16(constant)
+            return pa.scalar(float(narrow if np.isfinite(narrow) else constant), pa.float64())
+        if _is_number(constant) and pa.types.is_floating(kind):
             narrow = pa.scalar(float(constant), kind)
             if math.isfinite(narrow.as_py()) or not math.isfinite(constant):
                 return narrow
         return constant
+
+
+def _constants_of(kind: pa.DataType) -> tuple[tuple[type, ...], str] | None:
+    """Return the types of constants that a column's values are compared with, and their name."""
+    numbers = (int, float)  # and so bool
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return numbers, "numbers"
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return numbers, "numbers"
+    text = str(kind)
+    if "string" in text and not pa.types.is_nested(kind):
+        return (str,), "strings"
+    if "binary" in text and not pa.types.is_nested(kind):
+        return (str, bytes), "strings or bytes"
+    if pa.types.is_duration(kind) or pa.types.is_interval(kind):
+        return (*numbers, str), "numbers or strings"
+    if pa.types.is_temporal(kind):
+        return (str,), "strings such as '2026-11-30'"
+    return None
 
 
 def _joined(parts: Sequence[Any], is_and: bool) -> Any:
@@ -344,22 +418,3 @@ def _number_of(text: str) -> int | float | str:
         except ValueError:
             continue
     return text
-
-
-def _constant(node: ast.expr, text: str) -> Any:
-    try:
-        value = ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise _refusal(node, text) from None
-    value = tuple(value) if isinstance(value, list | set) else value
-    for one in value if isinstance(value, tuple) else [value]:
-        if isinstance(one, int) and abs(one) >= 2**256:  # more than any column's type has
-            raise _refusal(node, text)
-    return value
-
-
-def _refusal(node: ast.expr, text: str) -> ValueError:
-    return ValueError(
-        f"filter: expected comparisons of columns with constants, got {ast.unparse(node)!r} "
-        f"in {text!r}"
-    )

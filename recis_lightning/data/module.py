@@ -14,6 +14,7 @@ from recis_lightning.arguments import check_int
 from recis_lightning.data.columns import Column
 from recis_lightning.data.dataset import ColumnarDataset
 from recis_lightning.data.features import Features, features_of
+from recis_lightning.data.filter import columns_of
 from recis_lightning.data.follow import Follow, check_follow
 from recis_lightning.data.mixing import MixedDataset, place_after
 from recis_lightning.data.rows import Batch
@@ -108,8 +109,13 @@ class ColumnarDataModule(L.LightningDataModule):
         self.shuffle_rows = check_int("shuffle_rows", shuffle_rows, least=0)
         self.num_workers = check_int("num_workers", num_workers, least=0)
         self.lanes = check_int("lanes", lanes, least=1)
-        self.seed, self.filter, self.drop_last = seed, filter, drop_last
-        self.on_bad_file, self.prefetch = on_bad_file, prefetch
+        self.seed = check_int("seed", seed, least=0)
+        self.prefetch = check_int("prefetch", prefetch, least=0)
+        if on_bad_file not in ("error", "skip"):
+            raise ValueError(f"on_bad_file: expected 'error' or 'skip', got {on_bad_file!r}")
+        if filter is not None:
+            columns_of(filter)  # so that one that is none is refused at once
+        self.filter, self.drop_last, self.on_bad_file = filter, drop_last, on_bad_file
         self._divided, self._follow = check_window(window), check_follow(follow)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._mix, self._mix_until = mix, mix_until

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from recis_lightning.table.hash_table import HashTable, live_hash_tables
 def hash_tables(module: nn.Module) -> list[HashTable]:
     """List a module's tables, each once, and name the unnamed after their place in it.
 
+    Warns of two tables that were given one name: their rows begin alike, and no checkpoint can
+    hold both. (Not of copies of a table, such as an average of a model has.)
+
     Example:
         >>> hash_tables(nn.Sequential(HashTable(4), HashTable(4, name="item")))[0].name
         '0'
@@ -19,10 +23,21 @@ def hash_tables(module: nn.Module) -> list[HashTable]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     tables = []
+    named: dict[str, tuple[str, HashTable]] = {}
     for path, child in module.named_modules():
         if isinstance(child, HashTable):
-            child.set_default_name(path.removesuffix(".table") or "table")
+            place = path.removesuffix(".table") or "table"
+            child.set_default_name(place)
             tables.append(child)
+            first, other = named.setdefault(child.name, (place, child))
+            if other.family is not child.family:
+                warnings.warn(
+                    f"{first} and {place} have two tables of one name, {child.name!r}: their rows "
+                    "begin alike, and no checkpoint can hold both; give one another name, or use "
+                    "one table in both places",
+                    UserWarning,
+                    stacklevel=1,
+                )
     return tables
 
 

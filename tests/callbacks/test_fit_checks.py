@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -17,7 +18,7 @@ from recis_lightning.callbacks import (
     LoggerHook,
     MetricReportHook,
 )
-from recis_lightning.callbacks.fit_checks import _warnings, check_table_names, summary
+from recis_lightning.callbacks.fit_checks import _forgotten, _warnings, check_table_names, summary
 from recis_lightning.eviction import GlobalStepFilter
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer, SparseSGD
 from tests.helpers.quiet_trainer import quiet_trainer
@@ -234,3 +235,10 @@ def test_dense_parameters_without_an_optimizer():
     assert said(both, sparse) == []
     elsewhere = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     assert said(elsewhere, sparse) == []  # a strategy has replaced the parameters
+
+
+def test_a_lazy_module_is_no_obstacle():
+    module = L.LightningModule()
+    module.embedding, module.tower = DynamicEmbedding(2), torch.nn.LazyLinear(1)
+    trainer = SimpleNamespace(optimizers=[SparseSGD([module.embedding.table], lr=0.1)])
+    assert _forgotten(trainer, module) == ["tower.weight", "tower.bias"]

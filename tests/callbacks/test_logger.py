@@ -502,3 +502,14 @@ def test_a_loop_written_by_hand(monkeypatch, caplog):
     ]
     with pytest.raises(TypeError, match="metrics: expected a dict or None, got int"):
         hook.after_step(3, 18)
+
+
+def test_several_ranks_log_the_mean_of_their_losses():
+    other = torch.tensor([4.0, 0.5], dtype=torch.float64)
+    strategy = SimpleNamespace(
+        root_device=torch.device("cpu"), reduce=lambda own, reduce_op: own + other
+    )
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    samples, loss = logger_module._over_ranks(trainer, 3.0, torch.tensor([1.5]))
+    assert (samples.item(), loss.item()) == (7.0, 1.0)
+    assert logger_module._over_ranks(trainer, 3.0, None)[1] is None

@@ -53,3 +53,24 @@ def test_two_lines_and_status_2(capsys):
         "recis-lightning fit: error: a message of lines",
         "hint: recis-lightning fit --help lists the settings",
     ]
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (
+            "the following arguments are required: embedding_dim",
+            "embeddings: EmbeddingOption: embedding_dim: a value is required",
+        ),
+        (
+            "Not a valid subclass of EmbeddingOption. Got value: [4]",
+            "embeddings: EmbeddingOption: expected EmbeddingOption, got [4]",
+        ),
+    ],
+)
+def test_the_innermost_mistake_is_said(inner, message):
+    text = (
+        "Parser key \"embeddings\":\n  Problem with given class_path 'x.EmbeddingOption':\n    "
+        f"{inner}\n  - Expected a <class 'NoneType'>\n  Given value: Namespace(embedding_dim=None)"
+    )
+    assert of_parser(text, [], []).message == message

@@ -7,9 +7,10 @@ from lightning.pytorch.callbacks import Callback
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
-from recis_lightning.callbacks import PredictionWriter
+from recis_lightning.callbacks import HashTableFilterHook, PredictionWriter
+from recis_lightning.cli import main
 from recis_lightning.cli.refusals import mistakes_in_two_lines
-from recis_lightning.data import ColumnarDataset, Id, IdList, Label, Number
+from recis_lightning.data import ColumnarDataModule, ColumnarDataset, Id, IdList, Label, Number
 
 ROWS = {"user": ["a", "b"], "price": [1, None], "tags": [[1], [2]], "w": [[1.0], [None]]}
 
@@ -108,3 +109,73 @@ def test_a_constructor_that_refuses(capsys):
     error, hint = said(capsys, lambda: L.Trainer(accelerator="nothing"), running=False)
     assert error.startswith("Trainer: ")
     assert hint == "recis-lightning fit --help lists the settings"
+
+
+def test_a_refused_value_has_its_place(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("trainer:\n  callbacks:\n    - filter_interval: 0\n")
+    with (
+        pytest.raises(SystemExit),
+        mistakes_in_two_lines("recis-lightning fit", files=[str(path)]),
+    ):
+        HashTableFilterHook(filter_interval=0)
+    error, _ = capsys.readouterr().err.splitlines()
+    assert f"{path}, line 3: trainer.callbacks.0: HashTableFilterHook: filter_interval:" in error
+
+
+class Asking(L.LightningModule):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def training_step(self, batch):
+        return batch[self.name].float().sum()
+
+    def configure_optimizers(self):
+        return None
+
+
+def run(path, name="usr", **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **quiet, **settings)
+    trainer.fit(Asking(name), ColumnarDataModule([Id("user", hash="xxh64")], train=path))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_feature_that_batches_lack(path, capsys):
+    error, hint = said(capsys, lambda: run(path))
+    assert error == "data: the model asks for 'usr' of a batch, whose entries are ['user']"
+    assert hint == "did you mean 'user'?"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_lightning_refuses_when_a_run_begins(path, capsys):
+    error, _ = said(capsys, lambda: L.Trainer(accelerator="cpu", logger=False).fit(Asking("user")))
+    assert "train_dataloader" in error
+
+
+BORING = ("--model", "lightning.pytorch.demos.boring_classes.BoringModel")
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing"])
+def test_a_checkpoint_that_cannot_be_read(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", *BORING, "--ckpt_path", "bad.ckpt"])
+    error = capsys.readouterr().err.splitlines()[-2]
+    assert "ckpt_path: bad.ckpt is no checkpoint that can be read, or is damaged" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": -1}, "seed: expected an int >= 0, got -1"),
+        ({"prefetch": -1}, "prefetch: expected"),
+        ({"on_bad_file": "ignore"}, "on_bad_file: expected 'error' or 'skip', got 'ignore'"),
+        ({"filter": "user = 3"}, "filter: expected comparisons"),
+    ],
+)
+def test_a_data_module_checks_its_arguments_at_once(settings, words):
+    with pytest.raises(ValueError, match=words.split(",")[0]):
+        ColumnarDataModule([Id("user")], **settings)

@@ -3,11 +3,18 @@
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from pyarrow import acero
+from pyarrow import acero, dataset, parquet
 
-from recis_lightning.data.filter import columns_of, parse_filter, trusts_statistics
+from recis_lightning.data import ColumnarDataset, DataFileError, Id
+from recis_lightning.data.filter import (
+    columns_of,
+    normal_filter,
+    parse_filter,
+    trusts_statistics,
+)
 
 TABLE = pa.table({"a": [1, 2, None, 4], "b": ["x", "y", "x", None]})
 
@@ -241,3 +248,96 @@ def test_numbers_of_any_size_are_taken_before_a_file_is_read():
 
 def test_columns():
     assert columns_of("b == 'x' or not (a < 3 and b != 'y')") == ["a", "b"]
+
+
+WIDE = {
+    "small": pa.array([1, 2**53 + 1, -(2**63)], pa.int64()),
+    "large": pa.array([1, 2**53 + 1, 2**64 - 1], pa.uint64()),
+    "half": pa.array([np.float16(0.5), np.float16(0.1), None]),
+    "flag": [True, False, None],
+    "user id": [1, 2, 3],
+    "class": ["`", "b", "c"],
+    "word": ["x", "y", "z"],
+    "at": pa.array([1, 2, 3], pa.timestamp("s")),
+    "tags": [[1], [2], [3]],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("large > 18446744073709551614", [2]),
+        ("small < -9223372036854775807", [2]),
+        ("small == 9007199254740993", [1]),
+        ("small == large", [0, 1]),
+        ("large > small", [2]),
+        ("flag < small", [1]),
+        ("half == 0.1", [1]),
+        ("half > 0.2", [0]),
+        ("half in (0.5, 70000)", [0]),
+        ("half is None", [2]),
+        ("half == True", []),
+        ("flag in (1,)", [0]),
+        ("`user id` > 1 and `user id` <= 2", [1]),
+        ("`class` == '`'", [0]),
+        ("`user id` in (1, 3)", [0, 2]),
+    ],
+)
+def test_columns_of_any_width_and_name(text, rows):
+    table = pa.table(WIDE)
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    found = dataset.dataset(table).to_table(filter=parse_filter(text, kinds))
+    assert found["user id"].to_pylist() == [row + 1 for row in rows]
+    assert parse_filter(normal_filter(text), kinds).equals(parse_filter(text, kinds))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("word > 3", "column 'word' holds string, and is compared with strings, got 3"),
+        ("word in ('a', 3)", "column 'word' holds string"),
+        ("small == 'a'", "column 'small' holds int64, and is compared with numbers, got 'a'"),
+        ("flag == 'a'", "column 'flag' holds bool"),
+        ("half in ('a',)", "column 'half' holds halffloat"),
+        ("at > 3", "strings such as '2026-11-30', got 3"),
+        ("tags == 1", "which is compared with None alone"),
+        ("word > small", "columns 'word', which holds string, and 'small', which holds int64"),
+    ],
+)
+def test_what_a_type_cannot_be_is_refused(text, words):
+    table = pa.table(WIDE)
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    with pytest.raises(ValueError, match=r"^filter: ") as refused:
+        parse_filter(text, kinds)
+    assert words in str(refused.value)
+    assert repr(text) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("user id > 3", "wrong at 'id > 3'; a column whose name is no identifier stands in back"),
+        ("i = 3", "wrong at '= 3'"),
+        ("user-id > 3", "got 'user - id' in 'user-id > 3'; if it is the name of a column, put it"),
+    ],
+)
+def test_the_place_in_a_filter_is_named(text, words):
+    with pytest.raises(ValueError, match=r"^filter: expected comparisons") as refused:
+        parse_filter(text)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("usr > 3", "filter: columns ['usr'] of 'usr > 3' are missing; it has ['d', 'user', 'w']"),
+        ("w > 3", "filter: column 'w' holds string"),
+        ("user > d", "filter: Integer value 9007199254740993 not in range"),
+    ],
+)
+def test_a_file_s_errors_say_that_they_are_of_the_filter(text, words, tmp_path):
+    rows = {"user": [2**53 + 1], "d": [1.0], "w": ["x"]}
+    parquet.write_table(pa.table(rows), tmp_path / "a.parquet")
+    with pytest.raises(DataFileError, match="parquet: filter: ") as refused:
+        ColumnarDataset(str(tmp_path / "a.parquet"), [Id("user")], filter=text)
+    assert words in str(refused.value)

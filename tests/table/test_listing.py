@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -61,3 +62,14 @@ def test_a_run_that_resumes_begins_rows_as_the_first_one(tmp_path):
     for module in (by_folder, by_state):
         for name, rows in wanted.items():
             assert torch.equal(module[name](new), rows), name
+
+
+def test_two_tables_of_one_name_are_warned_of():
+    one, other = HashTable(2, name="user"), HashTable(2, name="user")
+    with pytest.warns(UserWarning, match="first and second have two tables of one name, 'user'"):
+        hash_tables(nn.ModuleDict({"first": one, "second": other}))
+
+
+def test_a_table_in_two_places_and_its_copies_are_not():
+    table = HashTable(2, name="user")
+    hash_tables(nn.ModuleDict({"first": table, "second": table, "copy": copy.deepcopy(table)}))

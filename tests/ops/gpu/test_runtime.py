@@ -57,8 +57,10 @@ def test_the_host_can_be_timed_without_a_gpu():
     lines = _run("benchmarks.gpu_host", "--stubbed", "--steps", "3")
     assert [line.split(":")[0] for line in lines] == [
         "training, Adam",
+        "training, Adam, held gradients",
         "evaluation",
         "training, SGD",
+        "training, SGD, held gradients",
         "evaluation",
     ]
 
