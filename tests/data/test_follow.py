@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import random
-import threading
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -102,14 +101,20 @@ def test_a_stop_file_may_have_brackets(log):
 
 
 def test_it_waits_for_the_first_file_and_for_the_next(log):
-    data, timers = log.dataset(), []
-    for seconds, name in ((0.1, "a"), (0.2, None)):
-        act = log.stop if name is None else lambda name=name: log.write(f"{name}.parquet")
-        timers.append(threading.Timer(seconds, act))
-        timers[-1].start()
-    assert sorted(row for rows in all_windows(data).values() for row in rows) == [0, 1, 2]
-    for timer in timers:
-        timer.join()
+    """It asks before each look whether to stop: files appear then, once it has waited."""
+    data, looks = log.dataset(), []
+
+    def act():
+        looks.append(data.window)
+        if looks.count(None) == 3 and data.window is None:
+            log.write("a.parquet")
+        if len(looks) - looks.count(None) == 3:
+            log.stop()
+
+    data.stop_waiting = act
+    assert all_windows(data) == {"a.parquet": [0, 1, 2]}
+    assert looks.count(None) >= 3
+    assert looks.count("a.parquet") >= 3
 
 
 def test_a_timeout_ends_it(log):
@@ -292,7 +297,13 @@ def test_half_written_files_are_waited_for_and_bad_ones_named(log, caplog):
     log.write("a.parquet")
     whole = (log.folder / "a.parquet").read_bytes()
     (log.folder / "b.parquet").write_bytes(whole[:20])
-    data, found = log.dataset(on_bad_file="skip"), []
+    data, found, looks = log.dataset(on_bad_file="skip"), [], []
+
+    def act():  # three looks find no more than the bad file that was named
+        looks.extend(["named"] * ("Skipped a file: " in caplog.text))
+        if len(looks) == 3:
+            log.write("d.parquet")
+
     with caplog.at_level(logging.WARNING, "recis_lightning"):
         for _ in data.windows():
             found.append(rows_of(data))
@@ -302,15 +313,13 @@ def test_half_written_files_are_waited_for_and_bad_ones_named(log, caplog):
                 os.utime(log.folder / "c.parquet", ns=(5, 5))
             elif len(found) == 2:
                 assert caplog.text == ""
-                timer = threading.Timer(0.2, log.write, ["d.parquet"])
-                timer.start()
+                data.stop_waiting = act
             elif len(found) == 3:
                 assert caplog.text.count("Skipped a file: ") == 1
                 assert "c.parquet: " in caplog.text
                 (log.folder / "c.parquet").write_bytes(whole)
                 log.stop()
     assert found == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [0, 1, 2]]
-    timer.join()
 
 
 @pytest.mark.parametrize("is_over", [False, True])

@@ -55,6 +55,13 @@ def test_kernels_agree_with_the_reference(kernels, dim, dtype):
 @pytest.mark.parametrize("dim", [1, 7, 16])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.slow_except(
+    dict(backend=["reference", "cpu"]),
+    dict(mode="sum", ragged=False, dim=[1, 16]),
+    dict(mode="mean", ragged=True, dim=[1, 16]),
+    dict(mode="sum", ragged=True, dim=7),
+    dict(mode="mean", ragged=False, dim=7),
+)
 def test_bags_are_those_of_torch(backend, dim, mode, ragged):
     """``nn.EmbeddingBag`` over the same rows pools to the same values, padding included."""
     generator = torch.Generator().manual_seed(dim)
@@ -206,6 +213,9 @@ def test_nothing_to_do_is_done(backend):
     ids=str,
 )
 @pytest.mark.parametrize("mode", ["sum", "mean", "tile"])
+@pytest.mark.slow_except(
+    dict(backend=["reference", "cpu"]), dict(mode="mean"), dict(offsets=[[0, 4, 11]])
+)
 def test_malformed_offsets_are_refused(backend, offsets, mode):
     """Offsets that do not ascend from 0 to the number of ids raise; nothing outside is read."""
     table = _table(4)
@@ -230,6 +240,11 @@ def test_rows_of_many_blocks(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 3, 8, 33])
+@pytest.mark.slow_except(
+    dict(backend=["reference", "cpu"]),
+    dict(dim=[1, 8], dtype=torch.float32),
+    dict(dim=[3, 33], dtype=torch.bfloat16),
+)
 def test_write_rows_overwrites_the_front(backend, dim, dtype):
     """The weights of the named rows change, bit by bit; their state and other rows do not."""
     table = _table(dim, dtype, num_rows=3000, state=2)
