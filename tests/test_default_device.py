@@ -84,7 +84,7 @@ def _run(optimizer, folder, batches, rows):
     ("kernels", "optimizer"),
     [
         *(("cpu", name) for name in ("SparseSGD", "SparseRowwiseAdagrad", "SparseAdam")),
-        pytest.param("triton", "SparseAdam", marks=pytest.mark.interpreted),
+        pytest.param("triton", "SparseAdam", marks=[pytest.mark.interpreted, pytest.mark.slow]),
     ],
 )
 def test_a_default_device_changes_nothing(kernels, optimizer, tmp_path):

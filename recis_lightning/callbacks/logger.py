@@ -374,13 +374,16 @@ def loss_of(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tenso
 
 
 def _over_ranks(trainer: Trainer, samples: float, loss: Tensor | None) -> tuple[Tensor, Any]:
-    """Return the sum of the ranks' samples and the mean of their losses, in one all-reduce."""
+    """Return the sum of the ranks' samples and the mean loss of those that have one.
+
+    One all-reduce for both.
+    """
     device = trainer.strategy.root_device
-    own = torch.tensor([samples, math.nan], dtype=torch.float64, device=device)
+    own = torch.tensor([samples, 0, loss is not None], dtype=torch.float64, device=device)
     if loss is not None:
         own[1] = loss.reshape(()).to(device)
     total: Any = trainer.strategy.reduce(own, reduce_op="sum")
-    return total[0], None if loss is None else total[1] / trainer.world_size
+    return total[0], None if loss is None else total[1] / total[2]
 
 
 def _module_logs(trainer: Trainer, name: str) -> bool:

@@ -6,7 +6,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
+from decimal import ROUND_FLOOR, Context, Decimal, localcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from recis_lightning.data.filter_syntax import constant_of, parsed, refusal, written
 
 __all__ = ["columns_of", "normal_filter", "parse_filter", "trusts_statistics"]
+
+_DECIMAL_DIGITS = 200  # more than columns of decimals have
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -345,7 +347,7 @@ class _Translation:
                     f"{self._text!r}: {error}"
                 ) from error
         if _is_number(constant) and pa.types.is_decimal(kind) and math.isfinite(constant):
-            return pa.scalar(Decimal(str(constant)))
+            return pa.scalar(_beside_decimals(Decimal(str(constant)), kind))
         if _is_number(constant) and pa.types.is_float16(kind):
             with np.errstate(over="ignore"):
                 narrow = np.float16(constant)
@@ -355,6 +357,17 @@ class _Translation:
             if math.isfinite(narrow.as_py()) or not math.isfinite(constant):
                 return narrow
         return constant
+
+
+def _beside_decimals(constant: Decimal, kind: Any) -> Decimal:
+    """Return a constant of few digits that is below, at or above the same values of a column."""
+    most = Decimal(1).scaleb(kind.precision - kind.scale)  # more than any value
+    if abs(constant) > most:
+        return most.copy_sign(constant)
+    step = Decimal(1).scaleb(-kind.scale)
+    with localcontext(Context(prec=_DECIMAL_DIGITS)):
+        below = constant.quantize(step, ROUND_FLOOR)
+        return constant if below == constant else below + step / 2
 
 
 def _constants_of(kind: pa.DataType) -> tuple[tuple[type, ...], str] | None:

@@ -6,6 +6,7 @@ import ast
 import copy
 import keyword
 import re
+import unicodedata
 from typing import Any
 
 __all__ = ["constant_of", "parsed", "refusal", "written"]
@@ -56,11 +57,16 @@ def written(node: ast.AST) -> str:
     """Return the text of a part of a filter, with backticks where they are needed."""
     node = copy.deepcopy(node)
     for part in ast.walk(node):
-        if isinstance(part, ast.Name) and (
-            not part.id.isidentifier() or keyword.iskeyword(part.id)
-        ):
+        if isinstance(part, ast.Name) and not _is_bare(part.id):
             part.id = f"`{part.id}`"
     return ast.unparse(node)
+
+
+def _is_bare(name: str) -> bool:
+    """Return whether a name means itself where it stands without backticks."""
+    # Python reads identifiers in this form: another column may have it as its name.
+    is_normal = unicodedata.normalize("NFKC", name) == name
+    return name.isidentifier() and not keyword.iskeyword(name) and is_normal
 
 
 def constant_of(node: ast.expr, text: str) -> Any:

@@ -505,7 +505,7 @@ def test_a_loop_written_by_hand(monkeypatch, caplog):
 
 
 def test_several_ranks_log_the_mean_of_their_losses():
-    other = torch.tensor([4.0, 0.5], dtype=torch.float64)
+    other = torch.tensor([4.0, 0.5, 1.0], dtype=torch.float64)
     strategy = SimpleNamespace(
         root_device=torch.device("cpu"), reduce=lambda own, reduce_op: own + other
     )
@@ -513,3 +513,5 @@ def test_several_ranks_log_the_mean_of_their_losses():
     samples, loss = logger_module._over_ranks(trainer, 3.0, torch.tensor([1.5]))
     assert (samples.item(), loss.item()) == (7.0, 1.0)
     assert logger_module._over_ranks(trainer, 3.0, None)[1] is None
+    other[1:] = 0  # the other rank has none
+    assert logger_module._over_ranks(trainer, 3.0, torch.tensor([1.5]))[1].item() == 1.5

@@ -171,6 +171,15 @@ INTEGERS = {
     [
         ("big > 5", [1]),
         ("big < 5", [0]),
+        ("cents < 1e300", [0, 1]),
+        ("cents > 1e300", []),
+        ("cents > -1e60", [0, 1]),
+        ("cents == 1e-80", []),
+        ("cents > 1e-80", [0, 1]),
+        ("cents < -1e-80", []),
+        ("cents in (1e300, 2.2)", [1]),
+        ("cents > 1.1000001", [1]),
+        ("cents >= 1.0999999", [0, 1]),
         (f"big > {2**63}", [1]),
         ("big > -1", [0, 1]),
         ("not (big > -1)", []),
@@ -341,3 +350,8 @@ def test_a_file_s_errors_say_that_they_are_of_the_filter(text, words, tmp_path):
     with pytest.raises(DataFileError, match="parquet: filter: ") as refused:
         ColumnarDataset(str(tmp_path / "a.parquet"), [Id("user")], filter=text)
     assert words in str(refused.value)
+
+
+def test_a_name_that_python_would_normalize_stays_itself():
+    assert normal_filter("`\ufb01` == 2") == "`\ufb01` == 2"
+    assert columns_of(normal_filter("`\ufb01` == 2")) == ["\ufb01"]

@@ -33,6 +33,10 @@ def gathered(found):
 
 
 @pytest.mark.parametrize("policies", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.slow_except(
+    dict(backend=["reference", "cpu"]),
+    dict(policies=[POLICIES["admission"], POLICIES["padding"]]),
+)
 def test_values_gradients_and_counts_are_those_of_repeated_rows(backend, policies):
     """Over steps of training, for ids of any shape, int32 and none at all."""
     same = {"initializer": Uniform(-1, 1), "name": "t", **policies}

@@ -248,6 +248,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.slow_except(dict(kernels="cpu"), dict(batch=[*BATCHES][:2]))
 def test_batches_with_many_unknown_ids(kernels, batch):
     """New rows are those of a single pass, for any split of the batch into rounds or programs."""
     ids = BATCHES[batch](np.random.default_rng(0))

@@ -79,6 +79,11 @@ def assert_same(one, other):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 3, 33])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.slow_except(
+    dict(ids_dtype=torch.int32, dtype=torch.bfloat16, dim=[1, 33]),
+    dict(ids_dtype=torch.int64, dtype=torch.float32, dim=[1, 3]),
+    dict(ids_dtype=torch.int32, dtype=torch.float32, dim=33),
+)
 def test_odd_dims_and_narrow_ids(tmp_path, dim, dtype, ids_dtype):
     """Rows that are no multiple of 16 bytes, some of them on two pages; ids of either dtype."""
     wanted, optimizer = made(None, dim, dtype)

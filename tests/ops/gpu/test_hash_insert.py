@@ -56,6 +56,7 @@ def _module(admission=None):
 
 
 @pytest.mark.parametrize("admission", [None, MinCount(2), BloomCount(2, 4096)])
+@pytest.mark.slow_except(dict(admission=None), dict(id="admission2"))
 def test_no_memory_in_an_insertion_changes_nothing(admission):
     """Each allocation of a lookup fails in turn, and each time the error is a MemoryError."""
     with backend.use("triton"):
