@@ -85,9 +85,11 @@ class ProfilerRegions:
 
     def __call__(self, name: str) -> AbstractContextManager[object] | None:
         """Return the region, or None if no Trainer runs, or one whose profiler lists nothing."""
+        if move_version.thread != threading.get_ident():  # so without any Trainer
+            return None
         if self._moves != move_version():
             self._find_trainer()
-        if self._trainer is None or move_version.thread != threading.get_ident():
+        if self._trainer is None:
             return None
         trainer = self._trainer()
         if trainer is None or not _runs(trainer):
@@ -98,12 +100,7 @@ class ProfilerRegions:
         return region
 
     def _find_trainer(self) -> None:
-        """Find the Trainer that runs, if it has a profiler that lists what it is told.
-
-        Another thread than the one that moved tables, which would run the Trainer, finds nothing.
-        """
-        if move_version.thread != threading.get_ident():
-            return
+        """Find the Trainer that runs, if it has a profiler that lists what it is told."""
         self._moves, self._trainer = move_version(), None
         trainer = _running_trainer()
         if trainer is not None and _runs(trainer):
