@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from itertools import compress
 from operator import attrgetter
 from sys import getrefcount
@@ -39,12 +38,10 @@ def copy_held_(gradients: list[Tensor]) -> None:
     """
     given = _given_memory()
     if given:
-        held = [
-            index
-            for index, gradient in enumerate(gradients)
-            if gradient.untyped_storage().data_ptr() in given
-        ]
-        _copy(gradients, held)
+        # A loop's variable would be one more reference to the last of them.
+        held = [gradient.untyped_storage().data_ptr() in given for gradient in gradients]
+        for index in compress(range(len(gradients)), held):
+            gradients[index] = gradients[index].clone()
     most, most_of_base = expected_references()
     if len(gradients) == 1:  # as of one embedding: with the fewest instructions
         count, base_count = _count(gradients)
@@ -52,8 +49,9 @@ def copy_held_(gradients: list[Tensor]) -> None:
             gradients[0] = gradients[0].clone()
         return
     if max(map(getrefcount, gradients), default=0) > most:
-        is_held = [getrefcount(gradient) > most + 1 for gradient in gradients]
-        _copy(gradients, list(compress(range(len(gradients)), is_held)))
+        held = [getrefcount(gradient) > most + 1 for gradient in gradients]
+        for index in compress(range(len(gradients)), held):
+            gradients[index] = gradients[index].clone()
     bases = list(map(_base, gradients))
     distinct = set(map(id, bases))
     if distinct <= _NO_BASE:
@@ -66,24 +64,9 @@ def copy_held_(gradients: list[Tensor]) -> None:
     else:
         held_bases = _held_bases(bases, most_of_base)
     if held_bases:
-        _copy(gradients, [index for index, of in enumerate(bases) if id(of) in held_bases])
-
-
-def _copy(gradients: list[Tensor], held: Sequence[int]) -> None:
-    """Replace the gradients at some positions by copies: of one kind by one op, which is faster."""
-    kinds: dict[object, list[int]] = defaultdict(list)
-    for index in held:
-        gradient = gradients[index]
-        is_plain = type(gradient) is Tensor and gradient.dim() == 2 and not gradient.is_sparse
-        kinds[(gradient.dtype, gradient.shape[1]) if is_plain else index].append(index)
-    for members in kinds.values():
-        if len(members) == 1:
-            gradients[members[0]] = gradients[members[0]].clone()
-            continue
-        tensors = [gradients[index] for index in members]
-        copies = torch.cat(tensors).split_with_sizes([len(tensor) for tensor in tensors])
-        for index, copied in zip(members, copies, strict=True):
-            gradients[index] = copied
+        for index, of in enumerate(bases):
+            if id(of) in held_bases:
+                gradients[index] = gradients[index].clone()
 
 
 def _given_memory() -> set[int]:
