@@ -73,8 +73,8 @@ class LoggerHook(Hook):
 
     Time in validation, in the sanity check and in writing checkpoints is not counted. A device is
     synchronised at most once for each line. With several ranks, all must register the same
-    ``torchmetrics``, which gather in the training step. The loss is the mean of the ranks'; other
-    values are rank 0's.
+    ``torchmetrics``, which gather in the training step. The loss is the mean over the ranks that
+    have one; other values are rank 0's.
 
     In a loop written by hand, call ``after_step(metrics, global_step)`` after each step; it
     computes all metrics itself.

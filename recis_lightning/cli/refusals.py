@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import pickle
+import re
 import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -79,8 +80,8 @@ def _refusal(error: BaseException, running: bool, files: Sequence[str]) -> Mista
     """Return the mistake of an argument that a constructor refused; None for other errors."""
     chain = _chain(error)
     for one in reversed(chain):
-        frames = _frames([one])
-        if not isinstance(one, _REFUSALS) or not frames:
+        frames, message = _frames([one]), _message_of(one)
+        if message is None or not frames:
             continue
         if running and "configure_optimizers" not in {f.f_code.co_name for f in _frames(chain)}:
             continue
@@ -98,8 +99,17 @@ def _refusal(error: BaseException, running: bool, files: Sequence[str]) -> Mista
         if owners:
             # Trainer makes many parts of its own; ours is the innermost that is named.
             owner = "Trainer" if "Trainer" in owners else owners[-1]
-            return _placed(owner, str(one), files)
+            return _placed(owner, message, files)
     return None
+
+
+def _message_of(error: BaseException) -> str | None:
+    """Return what an error says of an argument; None for one that may be of something else."""
+    if isinstance(error, _REFUSALS):
+        return str(error)
+    # The system's own name no argument.
+    reason = error.strerror if isinstance(error, OSError) else None
+    return reason if reason and re.match(r"\w+: ", reason) else None
 
 
 def _placed(owner: str, message: str, files: Sequence[str]) -> Mistake:

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
+from recis_lightning import DynamicEmbedding
 from recis_lightning.callbacks import HashTableFilterHook, PredictionWriter
 from recis_lightning.cli import main
 from recis_lightning.cli.refusals import mistakes_in_two_lines
@@ -109,6 +110,15 @@ def test_a_constructor_that_refuses(capsys):
     error, hint = said(capsys, lambda: L.Trainer(accelerator="nothing"), running=False)
     assert error.startswith("Trainer: ")
     assert hint == "recis-lightning fit --help lists the settings"
+
+
+def test_a_folder_of_rows_that_is_not_there(tmp_path, capsys):
+    """An OSError of ours names its argument; the system's own, of user code, does not."""
+    rows = f"file:{tmp_path / 'away'}"
+    error, _ = said(capsys, lambda: DynamicEmbedding(2, rows=rows), running=False)
+    assert error.startswith("HashTable: rows: expected a folder that is there, got 'file:")
+    with pytest.raises(FileNotFoundError), mistakes_in_two_lines("recis-lightning fit"):
+        (tmp_path / "away").read_text()
 
 
 def test_a_refused_value_has_its_place(tmp_path, capsys):
