@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recis_lightning.ops import backend as ops_backend
+from tests.helpers.interpreting import quicken_interpreter
 from tests.helpers.rank_pool import Ranks
 
 
@@ -38,6 +39,7 @@ def pytest_collection_finish() -> None:
 
     The package walks the heap itself where it looks for a LightningModule or an open region.
     """
+    quicken_interpreter()
     gc.collect()
     gc.freeze()
 
