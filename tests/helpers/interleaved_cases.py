@@ -19,6 +19,7 @@ from recis_lightning.eviction import AnyOf, GlobalStepFilter, MaxRows
 from recis_lightning.ops import backend
 from recis_lightning.optim import SparseAdam, SparseRowwiseAdagrad
 from tests.helpers.interleaving import MUTANTS, Model
+from tests.helpers.interpreting import quicken_interpreter
 from tests.helpers.sample_tables import LOW
 
 # So that a few ids are many programs, and some occur in one more often than it combines.
@@ -30,6 +31,7 @@ def _use_small_programs():
     os.environ["TRITON_INTERPRET"] = "1"
     from recis_lightning.ops.gpu import runtime
 
+    quicken_interpreter()
     runtime.lanes = lambda compiled, _: _SEARCH_LANES if compiled == 64 else _LANES
     runtime.num_programs_at_once = lambda device, on_each=0: 3
 
