@@ -47,6 +47,7 @@ def few_ids(monkeypatch):
         monkeypatch.setattr(module, "NUM_IDS", 300)
 
 
+@pytest.mark.slow
 def test_embedding_bag_agrees_with_torch(few_ids):
     for bag in (1, 3):
         bench_embedding_bag.check(bench_embedding_bag.Data(2, 32, 4, bag))
@@ -64,6 +65,7 @@ def test_embeddings_in_a_model_agree_with_torch(few_ids, monkeypatch, capfd):
     assert found["limit"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_ranks_are_played(num_ranks, capfd):
     """Each part of a step takes time, whatever the number of ranks, and no group is left behind."""
@@ -82,6 +84,7 @@ def test_batches_in_a_model_are_fresh(few_ids):
     assert torch.equal(torch.stack(first), torch.stack(other.draw()))
 
 
+@pytest.mark.slow
 def test_row_update_agrees_with_torch(few_ids):
     bench_row_update.check(bench_embedding_bag.Data(2, 64, 4))
 
@@ -106,6 +109,7 @@ def test_cuda_step_agrees_with_the_cpu_and_needs_a_gpu(capsys):
     assert "no GPU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") and shutil.which("ninja")), reason="no C++ compiler")
 def test_hash_index_agrees_with_the_map_and_a_dict(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -133,6 +137,7 @@ def test_checkpoint_loses_nothing():
     bench_checkpoint.check(500)
 
 
+@pytest.mark.slow
 def test_memory_grows_as_torch_trains():
     bench_memory.check()
 
@@ -147,6 +152,7 @@ def test_drift_learns_with_every_policy(tmp_path):
     assert (tmp_path / "drift.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_epochs_are_tested_with_every_cure():
     """Every cure has figures after each epoch; MEDA's first epoch is plain Adam's."""
     user = torch.arange(16).view(2, 8).square() % 5
@@ -397,6 +403,7 @@ def test_expected_misses_of_mapped_rows_are_those_of_traffic():
     assert expected["missed_at_best"] < expected["missed_first_come"] < expected["distinct"]
 
 
+@pytest.mark.slow
 def test_mapped_rows_are_measured(tmp_path, monkeypatch, capsys):
     """Both processes step and agree, where a limit of memory can be set."""
     arguments = ["--rows", "20000", "--dim", "32", "--batch", "500", "--steps", "3"]

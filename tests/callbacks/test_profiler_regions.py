@@ -131,6 +131,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_windows_one_after_the_other_leave_the_heap_alone(tmp_path):
     """Regions of Lightning, and of the model, are open when each window but the first begins."""
     environment = {"MALLOC_PERTURB_": "165", "KINETO_LOG_LEVEL": "6"}

@@ -37,6 +37,7 @@ def test_a_few_kills_on_several_ranks():
     check(found_by("--kills", 1, "--ranks", 2, 3, "--seed", 1), kills=1)
 
 
+@pytest.mark.slow
 def test_a_few_kills_while_files_appear():
     """And what appears while nothing runs is taken up, too."""
     check(found_by("--kills", 1, "--ranks", 1, 2, "--seed", 2, "--follow"), kills=1)

@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return str(write_movielens(tmp_path_factory.mktemp("data"), 300))
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_model(folder, tmp_path, capsys):
     num_threads, output = torch.get_num_threads(), tmp_path / "found.json"
     try:

@@ -51,6 +51,7 @@ def flat(state):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.slow_except(dict(num_threads=2))
 def test_runs_are_alike_bit_by_bit(num_threads):
     """Rows, their order, optimizer state and stamps, against one thread."""
     expected, got = dict(flat(run(1))), dict(flat(run(num_threads)))

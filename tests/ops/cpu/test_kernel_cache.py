@@ -86,6 +86,7 @@ def test_without_a_folder_kernels_compile_all_the_same(monkeypatch, caplog):
     assert cache.load() is None
 
 
+@pytest.mark.slow
 def test_damaged_files_and_full_disks_are_no_errors(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert _cached(_start(tmp_path, [5])) == {"5": "0"}

@@ -54,7 +54,7 @@ def test_many_orders_of_programs_give_the_same():
 
 
 @pytest.mark.parametrize("mutant", ["cas", "minimum"])
-@pytest.mark.slow_except(dict(mutant="cas"))
+@pytest.mark.slow
 def test_a_planted_race_is_seen(mutant):
     """The answer of a compare-and-swap is ignored, or a minimum is not atomic."""
     status, result = _run("--kind", "insertion", "--seed", 2, "--cases", 2, "--mutant", mutant)
