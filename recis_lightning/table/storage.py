@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from recis_lightning.ops.layout import (
 )
 from recis_lightning.table import sizing
 from recis_lightning.table.admission_counter import AdmissionCounter
+from recis_lightning.table.allocation import Allocation, return_to_system
 from recis_lightning.table.row_changes import RowChanges
 from recis_lightning.table.row_file import RowFile
 from recis_lightning.table.row_store import RowStore
@@ -49,6 +50,16 @@ _MARKS = "marks"
 # Beside a GPU there is room for two more lookups, if it takes that share of the free memory; else
 # for so many ids, or a quarter of the table.
 _HEADROOM_SHARE, _HEADROOM_ROWS = 1 / 8, 1 << 16
+
+
+def _counts_removals(name: str) -> Any:
+    """Return a property that counts removals of one kind, and says so where numbers are kept."""
+
+    def write(storage: Storage, count: int) -> None:
+        setattr(storage, name, count)
+        removal_version.advance()
+
+    return property(attrgetter(name), write)
 
 
 class Storage(TableMemory):
@@ -71,6 +82,9 @@ class Storage(TableMemory):
         columns: Name -> int64 [rows.capacity], what policies keep of rows; "marks" is uint8.
         changes: Which rows changed since when, or None if nobody asks.
         admission_counter: Counts of ids without a row, or None.
+        generation: Grows when rows go: row numbers that a lookup noted before are void.
+        num_rooms: Evictions that made room: numbers of rows that may still get gradients stayed
+            valid.
         num_removed: Rows that went since the table was made, by whatever way.
         num_loaded: Rows that came with a loaded state.
         num_overwrites: Calls of ``insert`` that gave known ids other weights.
@@ -81,6 +95,8 @@ class Storage(TableMemory):
     entries: Tensor
     rows: RowStore
     columns: dict[str, Tensor]
+    generation: int = _counts_removals("_generation")
+    num_rooms: int = _counts_removals("_num_rooms")
 
     def __init__(
         self,
@@ -105,26 +121,6 @@ class Storage(TableMemory):
         self._empty({}, 0.0)
         self.set_screening(screening)
         layout_version.advance()
-
-    @property
-    def generation(self) -> int:
-        """Number that grows when rows go: row numbers that a lookup noted before are void."""
-        return self._generation
-
-    @generation.setter
-    def generation(self, generation: int) -> None:
-        self._generation = generation
-        removal_version.advance()
-
-    @property
-    def num_rooms(self) -> int:
-        """Evictions that made room: numbers of rows that may still get gradients stayed valid."""
-        return self._num_rooms
-
-    @num_rooms.setter
-    def num_rooms(self, num_rooms: int) -> None:
-        self._num_rooms = num_rooms
-        removal_version.advance()
 
     def undo(self, *owners: object) -> Undo:
         """Return a context in which a change is undone if it does not come to its end.
@@ -175,7 +171,7 @@ class Storage(TableMemory):
         if screening == (None if old is None else old.screening):
             return
         if screening is not None:
-            with _Allocation(self, "admission counts"):
+            with Allocation(self, "admission counts"):
                 new = AdmissionCounter(screening, self.device)
                 if old is not None and old.screening.kind == screening.kind:
                     new.load_state(old.state(), self.name)
@@ -188,7 +184,7 @@ class Storage(TableMemory):
 
         Weights, and slots that stay, are kept.
         """
-        with _Allocation(self, "rows laid out for another optimizer"), self.undo():
+        with Allocation(self, "rows laid out for another optimizer"), self.undo():
             if self.changes is not None and list(slots.items()) != list(self.rows.slots.items()):
                 self.changes.note_all()
             self.rows.relayout(slots, state_fill)
@@ -348,7 +344,7 @@ class Storage(TableMemory):
     def watch_changes(self) -> RowChanges:
         """Note from now on which rows change, and return what is noted."""
         if self.changes is None:
-            with _Allocation(self, "marks of changed rows"), self.undo():
+            with Allocation(self, "marks of changed rows"), self.undo():
                 marks = self._new_column(_MARKS, self.rows.capacity)
                 marks.zero_()
                 self.changes = RowChanges()
@@ -406,7 +402,7 @@ class Storage(TableMemory):
 
     def _rebuild(self, capacity: int) -> None:
         """Move all ids into a new index."""
-        with _Allocation(self, f"an index of {capacity} entries"), self.undo():
+        with Allocation(self, f"an index of {capacity} entries"), self.undo():
             self.entries, _ = hash_index.rebuild(self.header, capacity)
             self.num_void = 0
 
@@ -416,7 +412,7 @@ class Storage(TableMemory):
         if capacity <= self.capacity:
             self.reserve_ids(num_new)  # entries without an id may be in the way
             return None
-        with _Allocation(self, f"an index of {capacity} entries"):
+        with Allocation(self, f"an index of {capacity} entries"):
             return host_memory.empty_int64(2 * (capacity + 1)).view(-1, 2)
 
     @override
@@ -434,7 +430,7 @@ class Storage(TableMemory):
         self.header.read_counts()
         if num_new <= self.rows.unused:
             return
-        with _Allocation(self, f"{num_new} rows more"), self.undo():
+        with Allocation(self, f"{num_new} rows more"), self.undo():
             self.rows.reserve(num_new, sizing.row_growth(self.rows.capacity, self._row_bytes))
             self._fit_columns()
 
@@ -479,7 +475,7 @@ class Storage(TableMemory):
     @override
     def reserve_counts(self, at_most: int, count: Callable[[], int] | None = None) -> None:
         if self.admission_counter is not None:
-            with _Allocation(self, f"admission counts of {at_most} ids more"):
+            with Allocation(self, f"admission counts of {at_most} ids more"):
                 self.admission_counter.reserve(at_most, count)
 
     # ---- shrinking
@@ -555,51 +551,7 @@ class Storage(TableMemory):
             if self.admission_counter is not None:
                 self.admission_counter.compact()
             self.generation += 1
-        _return_to_system(nbytes - self.nbytes)
-
-
-_TRIMMED_BYTES = 1 << 20  # freed ones that are worth a look at the whole heap, 0.7 ms and more
-_freed_bytes = 0  # since the last look
-
-
-def _return_to_system(nbytes: int) -> None:
-    """Let the allocator return what it holds free, where there is a way to ask (glibc).
-
-    Args:
-        nbytes: That a table has freed; with those freed before they must be worth it.
-    """
-    global _freed_bytes
-    _freed_bytes += nbytes
-    if _freed_bytes < _TRIMMED_BYTES:
-        return
-    _freed_bytes = 0
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-
-
-class _Allocation:
-    """Turns a failed allocation into an error that names the table."""
-
-    def __init__(self, storage: Storage, wanted: str) -> None:
-        self.storage, self.wanted = storage, wanted
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, MemoryError):
-            raise MemoryError(
-                f"table {self.storage.name!r}, with {len(self.storage)} rows in "
-                f"{self.storage.nbytes} bytes, found no memory for {self.wanted}"
-            ) from error
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: table {self.storage.name!r}, with {len(self.storage)} rows, "
-                f"found no room in its file for {self.wanted}",
-                error.filename,
-            ) from error
+        return_to_system(nbytes - self.nbytes)
 
 
 __all__ = ["Storage"]
