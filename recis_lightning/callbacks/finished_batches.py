@@ -80,7 +80,7 @@ class FinishedBatches:
 
     def _steps_begun(self) -> int:
         """Return a number that grows with each step that an optimizer begins or ends."""
-        num_steps = sum(total.completed for total in self._steps)
+        num_steps: int = sum(total.completed for total in self._steps)
         for optimizer in self._trainer.optimizers:
             num_steps += getattr(optimizer, "num_steps_begun", 0)
         return num_steps
@@ -99,7 +99,7 @@ class FinishedBatches:
         trainer = self._trainer
         if trainer.interrupted and trainer.world_size > 1:
             return  # other ranks may be elsewhere; nothing is saved then
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks
         for callback in callbacks:
             if not isinstance(callback, BatchFinisher):
                 continue
