@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -205,6 +205,19 @@ class Jagged(NamedTuple):
         weights = None if self.weights is None else self.weights.pin_memory()
         return Jagged(self.values.pin_memory(), self.offsets.pin_memory(), weights)
 
+
+def _lacks_attribute(self: Jagged, name: str) -> NoReturn:
+    """Say of a method of tensors how a ``Jagged`` becomes one."""
+    hint = ""
+    if not name.startswith("_") and hasattr(Tensor, name):
+        hint = (
+            "; it has values and offsets of bags: to_padded() gives a tensor, and a lookup with "
+            "mode='sum' or 'mean', in place of 'none', one row for each bag"
+        )
+    raise AttributeError(f"'Jagged' object has no attribute {name!r}{hint}", name=name, obj=self)
+
+
+Jagged.__getattr__ = _lacks_attribute  # type: ignore[attr-defined] # checkers are to see none
 
 # By this name programs of torch.export that take one are saved.
 _pytree._register_namedtuple(Jagged, serialized_type_name="recis_lightning.Jagged")

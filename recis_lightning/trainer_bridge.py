@@ -4,8 +4,9 @@ A lookup knows its tables, not the LightningModule that holds them, and users ne
 callback of ours. So the bridge searches the live LightningModules for those that hold the tables:
 once for each group of tables on several ranks. That takes a tenth of a second and more, as it walks
 the heap. What only a run of a Trainer needs takes the Trainer from the stack instead: the check
-before an optimizer's first step; and the search for a profiler that lists our ops, in the first op
-after tables were given their device, as each run of a Trainer begins.
+before an optimizer's first step; and, in the first op after tables were given their device, as each
+run of a Trainer begins, the search for a profiler that lists our ops, and what ``self.log`` must
+know of ragged batches.
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ class ProfilerRegions:
         self._moves, self._trainer = move_version(), None
         trainer = _running_trainer()
         if trainer is not None and _runs(trainer):
+            from recis_lightning.callbacks.batch_size import weigh_by_samples
+
+            weigh_by_samples(trainer)
             profiler = getattr(trainer.profiler, "inner", trainer.profiler)
             kinds = type(profiler).__mro__
             if not _NOT_LISTING.intersection(kind.__name__ for kind in kinds):

@@ -339,3 +339,14 @@ def test_memory_is_pinned_part_by_part(monkeypatch):
     assert pinned.offsets.tolist() == (OFFSETS + 1).tolist()
     assert pinned.weights is None
     assert Jagged(VALUES, OFFSETS, VALUES.float()).pin_memory().weights[0] == 1
+
+
+def test_a_method_of_tensors_says_how_to_get_one():
+    """As a feature of mode "none" is taken for a tensor; other attributes are simply not there."""
+    bags = Jagged(torch.tensor([1, 2]), torch.tensor([0, 2]))
+    with pytest.raises(AttributeError, match=r"no attribute 'sum'; .*to_padded\(\).*mode='sum'"):
+        bags.sum()
+    with pytest.raises(AttributeError, match=r"^'Jagged' object has no attribute 'wieghts'$"):
+        bags.wieghts  # noqa: B018
+    assert getattr(bags, "stride", None) is None
+    assert copy.deepcopy(bags)[0].tolist() == pickle.loads(pickle.dumps(bags))[0].tolist() == [1, 2]

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from recis_lightning.arguments import explain_arguments
+from recis_lightning.callbacks.finished_batches import FinishedBatches
 from recis_lightning.callbacks.first_checkpoint import link_first
 from recis_lightning.callbacks.fit_checks import check_fit, check_table_names
 from recis_lightning.callbacks.hook import Hook
@@ -159,7 +160,12 @@ class CheckpointHook(Hook):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the steps to the next look for newer sources."""
+        FinishedBatches.attach(trainer)
         self._sources.on_train_start(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save from now on without a look at the batch."""
+        FinishedBatches.detach(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any

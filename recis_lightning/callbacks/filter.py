@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int, explain_arguments
-from recis_lightning.callbacks.hook import Hook, is_new_trainer
+from recis_lightning.callbacks.finished_batches import FinishedBatches
+from recis_lightning.callbacks.hook import Hook, batches_done, is_new_trainer
 from recis_lightning.distributed import collectives
 from recis_lightning.distributed.process_group import ProcessGroup
 from recis_lightning.table.hash_table import HashTable, live_hash_tables
@@ -45,7 +46,9 @@ class HashTableFilterHook(Hook):
     once.
 
     The position (number of batches, last filtering) is part of Lightning's checkpoints; in
-    another Trainer the hook starts anew. One
+    another Trainer the hook starts anew. A checkpoint that is made after a batch's step but before
+    this hook had its turn (Ctrl-C, an exception of another callback, a callback that saves) has the
+    batch counted and filtered, as the run that resumes goes on with the next one. One
     hook per Trainer: two would count each batch twice, so Lightning rejects them.
 
     Args:
@@ -74,6 +77,14 @@ class HashTableFilterHook(Hook):
         self._num_batches = 0
         self._tables: list[HashTable] | None = None  # the module's, during training
         self._said_idle = False
+        self._targets = _NO_TARGETS
+        self._ended: int | None = None  # batches done when this hook was last; None: no training
+        self._batches: FinishedBatches | None = None
+        self._has_failed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: all but the run that this takes part in."""
+        return {**vars(self), "_batches": None, "_targets": _NO_TARGETS}
 
     def reset_filter_interval(self, interval: int | None = 100) -> None:
         """Change the interval; the last filtering stays the anchor.
@@ -103,12 +114,30 @@ class HashTableFilterHook(Hook):
             tables = self._live_tables()
         # A table in eval() stamps no row: counted on, it would lose all of them.
         tables = [table for table in tables if table.training]
-        for table in tables:
-            table.update_step()
+        self._count(step, tables)
         if self.filter_interval is None or step - self.last_filter_step < self.filter_interval:
             return
         _evict([table for table in tables if table.eviction is not None], step)
         self.last_filter_step = step
+
+    def _count(self, step: int, tables: Sequence[HashTable]) -> None:
+        """Let the step of each table grow by one; once, if this is interrupted and done again.
+
+        Only under a Trainer: in a loop by hand two calls for a step are two batches.
+        """
+        if self._tables is None:
+            for table in tables:
+                table.update_step()
+            return
+        if self._targets.step != step:
+            self._targets = _Targets(step, [])
+        reached = self._targets.tables
+        for table, target in reached:
+            if table.step < target:
+                table.update_step()
+        for table in tables[len(reached) :] if reached else tables:
+            reached.append((table, table.step + 1))
+            table.update_step()
 
     @property
     def runs_eviction(self) -> bool:
@@ -140,6 +169,8 @@ class HashTableFilterHook(Hook):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tables = hash_tables(pl_module)
+        self._targets, self._ended = _NO_TARGETS, batches_done(trainer)
+        self._batches, self._has_failed = FinishedBatches.attach(trainer), False
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,22 +180,42 @@ class HashTableFilterHook(Hook):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not trainer.global_step: it does not change while gradients accumulate, and grows by
-        # several when several optimizers step.
+        done = batches_done(trainer)
+        if self._ended != done:
+            self._end_batch(pl_module, done)
+
+    def finish_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the batch that Lightning counts as trained, unless that is done; before a save."""
+        done = batches_done(trainer)
+        if self._ended is not None and self._ended != done:
+            self._end_batch(pl_module, done)
+
+    def _end_batch(self, pl_module: LightningModule, done: int) -> None:
+        """Count a batch, and filter; if this is interrupted, it can be done again."""
         if self._tables is None:
             self._tables = hash_tables(pl_module)
-        self._num_batches += 1
-        self.after_step(None, self._num_batches)
+        # Not trainer.global_step: it does not change while gradients accumulate, and grows by
+        # several when several optimizers step.
+        step = self._num_batches + 1
+        self.after_step(None, step)
+        vars(self).update(_num_batches=step, _ended=done)  # both or neither
+        self._targets = _NO_TARGETS
+        if self._batches is not None:
+            self._batches.note_end()
+        if self._has_failed:
+            self._tables = None
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tables = None
+        self._tables, self._ended, self._targets = None, None, _NO_TARGETS
+        self._batches = None
+        FinishedBatches.detach(trainer)
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._tables = None
+        self._tables, self._has_failed = None, True  # what a checkpoint needs yet stays
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -174,6 +225,16 @@ class HashTableFilterHook(Hook):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._num_batches = state_dict["num_batches"]
         self.last_filter_step = state_dict["last_filter_step"]
+
+
+class _Targets(NamedTuple):
+    """Tables that a step has been counted for, and the step that each is to reach by it."""
+
+    step: int
+    tables: list[tuple[HashTable, int]]
+
+
+_NO_TARGETS = _Targets(-1, [])
 
 
 def _check_interval(argument: str, interval: int | None) -> int | None:

@@ -5,12 +5,10 @@ Its throughput leaves out the time of validation and of writing checkpoints.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, final
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int, explain_arguments
+from recis_lightning.callbacks.batch_size import batch_size_of
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.callbacks.log_values import logging_step, to_host, write_values
 from recis_lightning.callbacks.progress_line import LateWindow, is_number, line_of, shown
@@ -32,11 +31,6 @@ __all__ = ["LoggerHook", "loss_of"]
 
 _log = logging.getLogger(__name__)
 
-_FIRST_MEMBER: dict[type, Callable[[Any], Any]] = {
-    dict: lambda batch: next(iter(batch.values())),
-    tuple: itemgetter(0),
-    list: itemgetter(0),
-}
 _SAMPLES = "samples of this window"
 
 
@@ -168,7 +162,7 @@ class LoggerHook(Hook):
         self._lstep += 1
         self._num_batches += 1
         if self._num_samples is not None:
-            size = _batch_size(batch)
+            size = batch_size_of(batch)
             self._num_samples = None if size is None else self._num_samples + size
         if self._lstep % self.log_step:
             if self._is_forgotten or trainer._logger_connector.should_update_logs:
@@ -332,35 +326,6 @@ class TqdmLoggingHandler(logging.Handler):
 
 _SILENT_HANDLERS = (TqdmLoggingHandler, logging.NullHandler)
 AboveTheBar = TqdmLoggingHandler  # an alias
-
-
-def _batch_size(batch: Any) -> int | None:
-    """Return the number of samples of a batch: that of its first member with a known size."""
-    first = batch  # usually the innermost first member is a tensor; this path is 3 times as fast
-    while type(first) in _FIRST_MEMBER and first:
-        first = _FIRST_MEMBER[type(first)](first)
-    if isinstance(first, Tensor) and first.dim():
-        return first.size(0)
-    if isinstance(batch, Tensor):
-        return batch.size(0) if batch.dim() else None
-    members: Any = ()
-    if isinstance(batch, Mapping):
-        members = batch.values()
-    elif isinstance(getattr(batch, "outer_offsets", None), Tensor):  # NestedJagged
-        return int(batch.outer_offsets.numel()) - 1
-    elif isinstance(getattr(batch, "offsets", None), Tensor):  # Jagged
-        return int(batch.offsets.numel()) - 1
-    elif callable(getattr(batch, "stride", None)):  # TorchRec's KeyedJaggedTensor
-        return int(batch.stride())
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        members = batch
-    elif dataclasses.is_dataclass(batch):
-        members = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-    for member in members:
-        size = _batch_size(member)
-        if size is not None:
-            return size
-    return None
 
 
 def loss_of(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int, explain_arguments
+from recis_lightning.callbacks.finished_batches import FinishedBatches, is_ending
 from recis_lightning.callbacks.hook import Hook, batches_done
 from recis_lightning.trace.collect import TraceCollection
 from recis_lightning.trace.files import import_pyarrow
@@ -89,6 +90,7 @@ class TraceHook(Hook):
         Raises:
             FileExistsError: The run is new and the folder holds traces.
         """
+        FinishedBatches.attach(trainer)
         self._step, self._said_empty = batches_done(trainer), False
         self._writer = TraceWriter(
             self.path,
@@ -122,6 +124,10 @@ class TraceHook(Hook):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.finish_batch(trainer, pl_module)
+
+    def finish_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the step that has ended, unless that is done; before a save."""
         if self._collection is None:
             return
         columns, self._collection = self._collection.close(), None
@@ -147,6 +153,7 @@ class TraceHook(Hook):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        FinishedBatches.detach(trainer)
         self._close()
 
     @override
@@ -154,8 +161,12 @@ class TraceHook(Hook):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         try:
-            self._close()
-        except RuntimeError:  # the run's own exception matters more
+            try:
+                if self._collection is not None and is_ending(trainer):  # not trained again
+                    self.finish_batch(trainer, pl_module)
+            finally:
+                self._close()
+        except (RuntimeError, ValueError):  # the run's own exception matters more
             _log.exception("The trace in %s is incomplete", self.path)
 
     def _close(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recis_lightning.arguments import explain_arguments
+from recis_lightning.callbacks.finished_batches import is_ending
 from recis_lightning.callbacks.hook import Hook
 from recis_lightning.callbacks.log_values import log_distribution, log_values, to_host
 from recis_lightning.metrics import take_tracked
@@ -90,6 +91,13 @@ class MLTrackerHook(Hook):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         _write(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if is_ending(trainer):  # not trained again
+            _write(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
+from recis_lightning.cli.places import lines_of
 from recis_lightning.close_names import closest
 
 _SHOWN = 80  # characters of a value
@@ -29,7 +30,11 @@ _STEP = re.compile(
 )
 _UNION = re.compile(r"Subtypes: \[(?P<types>.+)\]\n(?:.*\n)*?\s*Given value: (?P<value>.*)")
 _VALUE_CLASS = re.compile(r".*Got value: Namespace\(class_path='([\w.]+)'")
+_ALONE = re.compile(r"\{'init_args': \{'(\w+)'")  # arguments, of no class
 _UNRECOGNIZED = re.compile(r"[Uu]nrecognized arguments: (.*)")
+
+# Those that are not abstract, but do nothing.
+_BASES = ("lightning.pytorch.callbacks.Callback", "lightning.pytorch.callbacks.callback.Callback")
 
 
 class Mistake(NamedTuple):
@@ -39,11 +44,13 @@ class Mistake(NamedTuple):
         message: Where it is, and what is wrong.
         hint: What to do; None for the command that lists the settings.
         words: Words that stand in the line of a file where it is; none, if that is not known.
+        owner: Class of which the last word is a setting, "" for none; None if it is not known.
     """
 
     message: str
     hint: str | None = None
     words: tuple[str, ...] = ()
+    owner: str | None = None
 
 
 def leave(program: str, mistake: Mistake, cause: BaseException | None = None) -> NoReturn:
@@ -86,12 +93,16 @@ def of_parser(text: str, options: Iterable[str], classes: Iterable[str]) -> Mist
             if given := _VALUE_CLASS.match(text, step.end()):
                 owner = given[1]
                 place.append(owner.rpartition(".")[2])
+            if owner is not None and _is_base(owner):
+                return _missing_class(place[:-1], found["option"], classes)
             return _unknown_setting(place, found["option"], owner, options)
         elif found["required"]:
             if place:
                 message = f"{found['required']}: a value is required"
                 return Mistake(": ".join([*place, message]), f"add {found['required']} there")
         elif found["base"]:
+            if alone := _ALONE.match(found["given"]):
+                return _missing_class(place, alone[1], classes)
             return _wrong_type(place, found["base"], found["given"])
         elif found["type"]:
             return _wrong_type(place, found["type"], found["value"])
@@ -148,6 +159,14 @@ def of_files(paths: Sequence[str], mistake: Mistake) -> Mistake:
     if not words:
         return mistake
     places = [(path, n) for path, n, line in lines if all(word.search(line) for word in words)]
+    if mistake.owner is not None and len(places) > 1:  # of several such, each is wrong
+        keys = (mistake.words[-1], mistake.owner)
+        of_owner = [
+            (path, n)
+            for path in paths
+            for n in lines_of(Path(path).read_text(encoding="utf-8"), *keys)
+        ]
+        places = of_owner[:1]
     if len(places) != 1:
         return mistake
     return mistake._replace(message=f"{places[0][0]}, line {places[0][1]}: {mistake.message}")
@@ -167,7 +186,25 @@ def _unknown_setting(
     if owner is None and len(words) > 1:
         outer = {name.split(".")[0] for name in known}
         words = words[-1:] if words[0] in outer else words[:1]
-    return Mistake(message, hint, (words[-1],))
+    return Mistake(message, hint, (words[-1],), owner and owner.rpartition(".")[2])
+
+
+def _missing_class(place: Sequence[str], option: str, classes: Iterable[str]) -> Mistake:
+    """Return the mistake of arguments without the class that they are for."""
+    head, _, rest = option.partition(".")
+    if rest and head in classes:
+        example = f"{{class_path: {head}, init_args: {{{rest}: ...}}}}"
+    else:
+        head, example = option, f"{{class_path: LoggerHook, init_args: {{{option}: ...}}}}"
+    message = ": ".join([*place, f"the class_path of {head} is missing"])
+    return Mistake(message, f"write the class beside its arguments, as in {example}", (head,), "")
+
+
+def _is_base(class_path: str) -> bool:
+    """Return whether nobody means a class: the parser takes it where none is named."""
+    module, _, name = class_path.rpartition(".")
+    found: Any = getattr(sys.modules.get(module), name, None)
+    return inspect.isabstract(found) or class_path in _BASES
 
 
 def _unknown_class(

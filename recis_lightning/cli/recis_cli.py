@@ -8,7 +8,7 @@ import glob
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch.callbacks
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,6 +20,7 @@ import recis_lightning.eviction
 import recis_lightning.initializers
 import recis_lightning.optim
 from recis_lightning.cli.mistakes import Mistake, leave, of_files, of_parser
+from recis_lightning.cli.places import place_of_value
 from recis_lightning.cli.refusals import mistakes_in_two_lines
 from recis_lightning.cli.settings_files import config_files, settings_files, unreadable
 
@@ -85,7 +86,7 @@ class RecisCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the settings."""
         words = [str(word) for word in (sys.argv[1:] if args is None else args)]
-        self._files = settings_files(words)
+        self._files, self._words = settings_files(words), words
         if (mistake := unreadable(self._files)) is not None:
             leave(_program(self._parser_of(words)), mistake)
         try:
@@ -100,12 +101,14 @@ class RecisCLI(LightningCLI):
         where = f"paths are relative to the current folder, {Path.cwd()}"
         for missing in (_missing_checkpoint(settings), _missing_data(settings, subcommand)):
             if missing is not None:
-                leave(_program(self._parser_of([subcommand or ""])), Mistake(missing, where))
+                place = place_of_value(self._files, missing.key, missing.value, words)
+                message = ": ".join([*filter(None, [place]), missing.message])
+                leave(_program(self._parser_of([subcommand or ""])), Mistake(message, where))
 
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer from the settings."""
         program = _program(self._parser_of([self.subcommand or ""]))
-        with mistakes_in_two_lines(program, files=self._files):
+        with mistakes_in_two_lines(program, files=self._files, words=self._words):
             super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
@@ -115,7 +118,7 @@ class RecisCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         program = _program(self._parser_of([subcommand]))
-        with mistakes_in_two_lines(program, running=True, files=self._files):
+        with mistakes_in_two_lines(program, True, self._files, self._words):
             super()._run_subcommand(subcommand)
 
     def _parser_of(self, words: Sequence[str]) -> LightningArgumentParser:
@@ -124,16 +127,26 @@ class RecisCLI(LightningCLI):
         return next((parsers[word] for word in words if word in parsers), self.parser)
 
 
-def _missing_checkpoint(settings: Any) -> str | None:
-    """Return what to say of a checkpoint that is not there, and that Lightning does not find."""
+class _Missing(NamedTuple):
+    """File that is not there: the setting that names it, its value, and what to say."""
+
+    key: str
+    value: str
+    message: str
+
+
+def _missing_checkpoint(settings: Any) -> _Missing | None:
+    """Return a checkpoint that is not there, and that Lightning does not find."""
     text = str(settings.get("ckpt_path") or "")
     if not text or text.partition(":")[0] in _WORDS_FOR_CHECKPOINTS or "://" in text:
         return None
-    return None if Path(text).exists() else f"ckpt_path: there is no file {text}"
+    if Path(text).exists():
+        return None
+    return _Missing("ckpt_path", text, f"ckpt_path: there is no file {text}")
 
 
-def _missing_data(settings: Any, subcommand: str | None) -> str | None:
-    """Return what to say of columnar files that a run reads and that are not there, or None."""
+def _missing_data(settings: Any, subcommand: str | None) -> _Missing | None:
+    """Return columnar files that a run reads and that are not there, or None."""
     data = settings.get("data")
     class_path = str(data.get("class_path", "")) if hasattr(data, "get") else ""
     if class_path.rpartition(".")[2] != "ColumnarDataModule":
@@ -146,7 +159,7 @@ def _missing_data(settings: Any, subcommand: str | None) -> str | None:
         for paths in given.values() if isinstance(given, dict) else [given]:
             for path in [paths] if isinstance(paths, str) else paths:
                 if "://" not in path and not glob.glob(path, recursive=True):
-                    return f"data: {part}: no file matches {path!r}"
+                    return _Missing(part, path, f"data: {part}: no file matches {path!r}")
     return None
 
 

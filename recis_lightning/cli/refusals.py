@@ -7,7 +7,7 @@ import pickle
 import re
 import traceback
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,9 +17,10 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
 
 from recis_lightning.cli.mistakes import Mistake, leave
-from recis_lightning.cli.settings_files import place_of
+from recis_lightning.cli.places import place_of
 from recis_lightning.close_names import closest
 
 __all__ = ["mistakes_in_two_lines"]
@@ -44,7 +45,7 @@ _IN_A_WORKER = "Caught "  # begins what DataLoader raises for an exception in a 
 
 @contextmanager
 def mistakes_in_two_lines(
-    program: str, running: bool = False, files: Sequence[str] = ()
+    program: str, running: bool = False, files: Sequence[str] = (), words: Sequence[str] = ()
 ) -> Iterator[None]:
     """Exit with two lines for an argument that a class of ours or of Lightning refuses.
 
@@ -54,18 +55,25 @@ def mistakes_in_two_lines(
             callbacks refuse, for checkpoints that cannot be read, for features that the data lacks,
             and for files of data that are missing or do not fit their columns.
         files: Files of settings, in which the place of the mistake is looked for.
+        words: The command line.
     """
+
+    def placed(owner: str, message: str) -> Mistake:
+        """Return the mistake of a value that a class refuses, with its place in a file."""
+        place = place_of(files, owner, message, words)
+        return Mistake(": ".join([*filter(None, [place]), owner, message]))
+
     try:
         yield
     except Exception as error:
         mistake = (
-            _refusal(error, running, files)
+            _refusal(error, running, placed)
             or _unreadable_checkpoint(error)
             or (_unfit_data(error) if running else None)
             or _missing_file(error)
             or (
                 _missing_feature(error)
-                or _refusal_of_callback(error, files)
+                or _refusal_of_callback(error, placed)
                 or _refusal_of_lightning(error)
                 if running
                 else None
@@ -76,7 +84,9 @@ def mistakes_in_two_lines(
         leave(program, mistake, error)
 
 
-def _refusal(error: BaseException, running: bool, files: Sequence[str]) -> Mistake | None:
+def _refusal(
+    error: BaseException, running: bool, placed: Callable[[str, str], Mistake]
+) -> Mistake | None:
     """Return the mistake of an argument that a constructor refused; None for other errors."""
     chain = _chain(error)
     for one in reversed(chain):
@@ -99,7 +109,7 @@ def _refusal(error: BaseException, running: bool, files: Sequence[str]) -> Mista
         if owners:
             # Trainer makes many parts of its own; ours is the innermost that is named.
             owner = "Trainer" if "Trainer" in owners else owners[-1]
-            return _placed(owner, message, files)
+            return placed(owner, message)
     return None
 
 
@@ -110,12 +120,6 @@ def _message_of(error: BaseException) -> str | None:
     # The system's own name no argument.
     reason = error.strerror if isinstance(error, OSError) else None
     return reason if reason and re.match(r"\w+: ", reason) else None
-
-
-def _placed(owner: str, message: str, files: Sequence[str]) -> Mistake:
-    """Return the mistake of a value that a class refuses, with its place in a file."""
-    place = place_of(files, owner, message)
-    return Mistake(": ".join([*filter(None, [place]), owner, message]))
 
 
 def _unreadable_checkpoint(error: BaseException) -> Mistake | None:
@@ -173,7 +177,7 @@ def _missing_feature(error: BaseException) -> Mistake | None:
             if not isinstance(getattr(features, "entries", None), list):
                 continue
             known, name = features.entries, one.args[0]
-            if name in known:
+            if name in known or not _is_of_batch(one, known):
                 break
             close = closest(name, known)
             return Mistake(
@@ -183,6 +187,32 @@ def _missing_feature(error: BaseException) -> Mistake | None:
                 else "add a column of that name to data.columns",
             )
     return None
+
+
+def _is_of_batch(error: KeyError, entries: Sequence[str]) -> bool:
+    """Return whether a batch lacks a key, and no dict of the user's own.
+
+    It cannot be told of code that is not there to be read, and of ours.
+    """
+    part = traceback.extract_tb(error.__traceback__)[-1]
+    frame = _frames([error])[-1]
+    line = linecache.getline(part.filename, part.lineno or 0)
+    if not line or part.filename.startswith(_PACKAGE):
+        return True
+    # Since Python 3.11 the part of the line is known.
+    start, end = getattr(part, "colno", None), getattr(part, "end_colno", None)
+    if start is not None and getattr(part, "end_lineno", None) == part.lineno:
+        line = line.encode()[start:end].decode()
+    for name in re.findall(r"([A-Za-z_][\w.]*)\s*(?:\[|\.pop\()", line):
+        first, *attributes = name.split(".")
+        value: Any = frame.f_locals.get(first)
+        for attribute in attributes:
+            value = getattr(value, attribute, None)
+        if not isinstance(value, Mapping) or error.args[0] in value:
+            continue
+        if all(isinstance(value.get(entry), Tensor | tuple) for entry in entries):
+            return True
+    return False
 
 
 def _missing_file(error: BaseException) -> Mistake | None:
@@ -209,7 +239,9 @@ def _unfit_data(error: BaseException) -> Mistake | None:
     return None
 
 
-def _refusal_of_callback(error: BaseException, files: Sequence[str]) -> Mistake | None:
+def _refusal_of_callback(
+    error: BaseException, placed: Callable[[str, str], Mistake]
+) -> Mistake | None:
     """Return the mistake of what a callback of ours refuses at a run's start, or of a batch."""
     for one in _chain(error):
         if not isinstance(one, (*_REFUSALS, FileExistsError)) or not _is_raised_in(one, _CALLBACKS):
@@ -222,7 +254,7 @@ def _refusal_of_callback(error: BaseException, files: Sequence[str]) -> Mistake 
             and isinstance(frame.f_locals.get("self"), Callback)
         ]
         if owners:
-            return _placed(owners[0], str(one), files)
+            return placed(owners[0], str(one))
     return None
 
 

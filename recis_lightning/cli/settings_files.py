@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from recis_lightning.cli.mistakes import Mistake
 
-__all__ = ["config_files", "place_of", "settings_files", "unreadable"]
+__all__ = ["config_files", "settings_files", "unreadable"]
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _MOST_VALUES = 1_000_000  # with each alias written out; settings have some hundreds
@@ -71,85 +70,6 @@ def unreadable(paths: Iterable[str]) -> Mistake | None:
         if root is not None and (mistake := _of_keys(path, root)) is not None:
             return mistake
     return None
-
-
-class _Setting(NamedTuple):
-    """Setting in a file: its keys, from the outermost, its value, its line, and its class."""
-
-    keys: tuple[str, ...]
-    value: Any
-    line: int
-    owner: str
-
-
-def place_of(paths: Iterable[str], owner: str, message: str) -> str | None:
-    """Return where a value stands that a class refuses, such as ``"c.yaml, line 3: data"``.
-
-    Args:
-        paths: Files of settings.
-        owner: Name of the class.
-        message: What it says: the argument's name and a colon, and at the end what it got.
-
-    Returns:
-        None if it is not certain.
-    """
-    argument = re.match(r"(\w+): ", message)
-    if argument is None:
-        return None
-    found: list[tuple[str, _Setting]] = []
-    for path in paths:
-        try:
-            root = yaml.compose(Path(path).read_text("utf-8-sig"), Loader=yaml.SafeLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            return None
-        found += [(path, one) for one in _settings_of(root, (), "")]
-    found = [(path, one) for path, one in found if one.keys[-1] == argument[1]]
-    got = message.rpartition("got ")[2].strip("'\"")
-    # One of another value is not meant: a later file or the command line took its place.
-    written = [one for one in found if _is_written(one[1].value, got)]
-    lists = [one for one in found if not isinstance(one[1].value, yaml.ScalarNode)]
-    for fits in (
-        [one for one in written if one[1].owner == owner],
-        written,
-        [one for one in lists if one[1].owner == owner],
-        lists,
-    ):
-        if len(fits) == 1:
-            path, setting = fits[0]
-            keys = [key for key in setting.keys[:-1] if key != "init_args"]
-            return ": ".join([f"{path}, line {setting.line}", *filter(None, [".".join(keys)])])
-        if fits:
-            return None
-    return None
-
-
-def _is_written(node: Any, got: str) -> bool:
-    if not isinstance(node, yaml.ScalarNode):
-        return False
-    if node.value in (got, f".{got}"):  # .nan and .inf
-        return True
-    try:
-        return float(node.value) == float(got)
-    except ValueError:
-        return False
-
-
-def _settings_of(node: Any, keys: tuple[str, ...], owner: str) -> Iterable[_Setting]:
-    """Yield all settings below a node."""
-    if isinstance(node, yaml.SequenceNode):
-        for number, part in enumerate(node.value):
-            yield from _settings_of(part, (*keys, str(number)), owner)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    if not keys or keys[-1] != "init_args":
-        owner = ""
-    for key, value in node.value:
-        if key.value == "class_path" and isinstance(value, yaml.ScalarNode):
-            owner = value.value.rpartition(".")[2]
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            yield _Setting((*keys, key.value), value, key.start_mark.line + 1, owner)
-            yield from _settings_of(value, (*keys, key.value), owner)
 
 
 def _of_keys(path: str, root: Any) -> Mistake | None:

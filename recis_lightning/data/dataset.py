@@ -195,6 +195,8 @@ class ColumnarDataset(IterableDataset[Any]):
             >>> folder.cleanup()
         """
         number, count = self.epoch, self.num_windows
+        if count == 0:  # no row of any window is kept
+            return
         last = None if count is None else (number // count + 1) * count
         while number != last:
             self.set_epoch(number)
@@ -207,6 +209,17 @@ class ColumnarDataset(IterableDataset[Any]):
         """Return the batches of this rank in the epoch: before the place in the data, and left."""
         plan = self._plan()
         return plan.first, plan.deal.num_batches - plan.skipped
+
+    def why_empty(self) -> str | None:
+        """Return why no epoch has a batch, such as a filter; None if one has, or may get one."""
+        reason = self._files.why_empty()
+        if reason is not None or self.num_windows != 1 or len(self):
+            return reason
+        num_ranks = self._ranks()[1]  # with one row a rank has a batch, unless it is left out
+        return (
+            f"drop_last: {self.num_rows:,} rows are fewer than a batch of {self.batch_size} on "
+            f"each of {num_ranks} rank{'s' if num_ranks > 1 else ''}"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be of this epoch; a place loaded within it is kept.

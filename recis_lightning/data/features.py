@@ -328,7 +328,8 @@ def features_of(columns: Sequence[Column] | None, features: Features | None) -> 
     if columns is None and features is not None:
         return features
     if columns is None or features is not None:
-        raise ValueError("columns, features: expected one of them, got both or neither")
+        got = "neither" if columns is None else "both"
+        raise ValueError(f"columns: expected columns or features, got {got}")
     return Features(list(columns))
 
 

@@ -56,6 +56,7 @@ class FoundFile(NamedTuple):
         kinds: Kind of each column.
         parts: Row group or stripe, rows, and window of each part that has rows.
         first_window: Rows of earlier windows count as of this one.
+        num_rows: Its rows, those too that the filter leaves out.
     """
 
     path: str
@@ -63,6 +64,7 @@ class FoundFile(NamedTuple):
     kinds: dict[str, str]
     parts: list[tuple[int, int, int]]
     first_window: int
+    num_rows: int
 
     def splits_of(self, index: int) -> list[Split]:
         """Return its splits, as file ``index``."""
@@ -99,6 +101,11 @@ class FileReader:
         times = [] if self._time is None else [self._time]
         self._read_columns = list(dict.fromkeys([*self._columns, *self._filter_columns, *times]))
 
+    @property
+    def filter(self) -> str | None:
+        """Rows to keep, as it was given."""
+        return self._filter
+
     def examine(self, system: Any, path: str, first_window: int = EARLIEST) -> FoundFile:
         """Read a file's footer, and the columns that the filter and the window name.
 
@@ -113,14 +120,14 @@ class FileReader:
             DataFileError: The file cannot be read, or lacks a column.
         """
         version = _naming(path, lambda: version_of(system, path))
-        kinds, counts = _naming(path, lambda: self._examine(system, path, first_window))
+        kinds, num_rows, counts = _naming(path, lambda: self._examine(system, path, first_window))
         parts = [
-            (group, num_rows, window)
+            (group, kept, window)
             for group, found in enumerate(counts)
-            for window, num_rows in sorted(found.items())
-            if num_rows
+            for window, kept in sorted(found.items())
+            if kept
         ]
-        return FoundFile(path, version, kinds, parts, first_window)
+        return FoundFile(path, version, kinds, parts, first_window, num_rows)
 
     def read(self, system: Any, file: FoundFile, split: Split) -> dict[str, pa.Array]:
         """Read the columns of a split: column -> its values in the rows of the split.
@@ -156,25 +163,27 @@ class FileReader:
 
     def _examine(
         self, system: Any, path: str, first_window: int
-    ) -> tuple[dict[str, str], list[Counter[int]]]:
-        """Return the kind of each column, and the rows of each window in each part."""
+    ) -> tuple[dict[str, str], int, list[Counter[int]]]:
+        """Return the kind of each column, all rows, and those of each window in each part."""
         if path.endswith(".orc"):
             file = orc.ORCFile(system.open_input_file(path))
             kinds, num_parts = self._kinds_of(file.schema, path), file.nstripes
+            num_rows = file.nrows
         else:
             fragment = pads.ParquetFileFormat().make_fragment(path, system)
             kinds = self._kinds_of(fragment.physical_schema, path)
-            num_parts = len(fragment.row_groups)
+            num_parts, num_rows = len(fragment.row_groups), fragment.metadata.num_rows
         if self._time is not None:
             names = list(dict.fromkeys([self._time, *self._filter_columns]))
             kept = (self._kept(system, path, group, names) for group in range(num_parts))
-            return kinds, [Counter(self._numbers_of(part, first_window).tolist()) for part in kept]
+            numbers = (self._numbers_of(part, first_window).tolist() for part in kept)
+            return kinds, num_rows, [Counter(found) for found in numbers]
         number = 0 if self.window is None else self.window.of_path(path)
         if path.endswith(".orc"):
             counts = self._stripe_rows(system, path, file)
         else:
             counts = self._group_rows(system, path, fragment)
-        return kinds, [Counter({max(number, first_window): num_rows}) for num_rows in counts]
+        return kinds, num_rows, [Counter({max(number, first_window): kept}) for kept in counts]
 
     def _stripe_rows(self, system: Any, path: str, file: orc.ORCFile) -> list[int]:
         if self._filter is None and file.nstripes <= 1:

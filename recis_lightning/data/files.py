@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from recis_lightning.data.file_reader import FORMATS, DataFileError, FileReader, FoundFile, Split
+from recis_lightning.distributed import collectives
 
 __all__ = ["FileSet", "Files", "Kinds", "Pattern", "check_on_bad_file", "find_files", "patterns_of"]
 
@@ -59,6 +60,9 @@ class Files(Protocol):
     def load_state(self, state: Any, epoch: int) -> None:
         """Go on from what ``state`` returned."""
 
+    def why_empty(self) -> str | None:
+        """Return why there are no rows, now or ever; None if there are some, or may come."""
+
 
 class FileSet:
     """Files that do not change, in order, and their splits.
@@ -75,6 +79,8 @@ class FileSet:
     Attributes:
         files: The files, in order.
         splits: Splits with rows of the window that is read, in the order of the files.
+
+    A set of files of which no row is kept is logged as a warning, on rank 0.
 
     Raises:
         FileNotFoundError: A pattern matches no file.
@@ -109,6 +115,8 @@ class FileSet:
         self._number: int | None = None
         self.splits: list[Split] = []
         self.select(0)
+        if (reason := self.why_empty()) is not None and collectives.rank() == 0:
+            _log.warning("Nothing to read: %s", reason)
 
     @property
     def window(self) -> str | None:
@@ -158,6 +166,16 @@ class FileSet:
     def load_state(self, state: Any, epoch: int) -> None:
         """Read the window of an epoch."""
         self.select(epoch)
+
+    def why_empty(self) -> str | None:
+        """Return why there are no rows; None if there are some."""
+        if self._windows:
+            return None
+        num_rows, condition = sum(file.num_rows for file in self.files), self._reader.filter
+        files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
+        if not num_rows or condition is None:
+            return f"paths: {files} without rows, the first is {self.files[0].path}"
+        return f"filter: {condition!r} keeps none of {num_rows:,} rows of {files}"
 
 
 class Kinds:

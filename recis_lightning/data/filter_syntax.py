@@ -17,6 +17,16 @@ _QUOTED = re.compile(
     re.DOTALL,
 )
 
+# Of SQL, and of assignments; the first that fits.
+_OTHER_SYNTAX = [
+    (re.compile(r"\bis\s+not\s+null\b", re.IGNORECASE), "write 'price is not None'"),
+    (re.compile(r"\bis\s+null\b", re.IGNORECASE), "write 'price is None'"),
+    (re.compile(r"<>"), "unequal is written '!='"),
+    (re.compile(r"(?<![<>=!])=(?!=)"), "equal is written '=='"),
+    (re.compile(r"\b(AND|OR|NOT|IN)\b"), "'and', 'or', 'not' and 'in' are written small"),
+    (re.compile(r"&&|\|\||!(?!=)"), "write 'and', 'or' and 'not'"),
+]
+
 
 def parsed(text: str) -> ast.expr:
     """Return the tree of a filter, in which columns have their own names."""
@@ -36,7 +46,7 @@ def parsed(text: str) -> ast.expr:
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"filter: expected comparisons such as \"country == 'DE'\", got {text!r}{_place(error)}"
-            '; a column whose name is no identifier stands in backticks, as in "`user id` > 3"'
+            f"; {_hint(text)}"
         ) from error
     except (MemoryError, RecursionError):
         raise ValueError(f"filter: {text!r:.100} is nested too deeply") from None
@@ -44,6 +54,15 @@ def parsed(text: str) -> ast.expr:
         if isinstance(node, ast.Name):
             node.id = names.get(node.id, node.id)
     return tree
+
+
+def _hint(text: Any) -> str:
+    """Return how to write what was probably meant, where Python reads nothing."""
+    plain = _QUOTED.sub("''", text) if isinstance(text, str) else ""
+    for pattern, hint in _OTHER_SYNTAX:
+        if pattern.search(plain):
+            return hint
+    return 'a column whose name is no identifier stands in backticks, as in "`user id` > 3"'
 
 
 def _place(error: Exception) -> str:
@@ -94,4 +113,6 @@ def _advice(node: ast.AST) -> str:
     """Return how to write what was probably meant."""
     if isinstance(node, ast.BinOp | ast.Attribute | ast.Subscript | ast.Call):
         return "; if it is the name of a column, put it in backticks"
+    if isinstance(node, ast.Name) and node.id.capitalize() in ("Null", "None", "True", "False"):
+        return "; None, True and False are written so, and a null is None"
     return ""

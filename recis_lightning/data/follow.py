@@ -124,6 +124,9 @@ class FileStream:
         self._done: set[int] = set()  # hashes of the names of files of which nothing is left
         self._loaded: dict[str, Any] | None = None  # until its files are looked at
 
+    def why_empty(self) -> None:
+        """Return None: rows may come."""
+
     def path_of(self, split: Split) -> str:
         """Return the file that a split is part of."""
         return self._known[split.file].file.path

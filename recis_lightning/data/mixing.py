@@ -115,6 +115,9 @@ class MixedDataset(IterableDataset[Any]):
         """Return the batches of this rank in an epoch, those before a resumption included."""
         return self._first + self._num_left()
 
+    def why_empty(self) -> None:
+        """Return None: each data set has rows, or was refused."""
+
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be of this epoch; a place loaded within it is kept."""
         if check_int("epoch", epoch, least=0) != self.epoch:
@@ -266,7 +269,7 @@ def _copied(name: str, source: Any, batch_size: int) -> ColumnarDataset:
     if source.convert is not None:
         raise ValueError(f"sources[{name!r}]: give convert= to the mixture")
     if not source.num_rows:
-        raise ValueError(f"sources[{name!r}]: it has no rows")
+        raise ValueError(f"sources[{name!r}]: it has no rows: {source.why_empty()}")
     copied = copy.copy(source)
     copied.batch_size, copied.pin_memory = batch_size, False
     copied.set_epoch(0)

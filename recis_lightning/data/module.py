@@ -68,7 +68,8 @@ class ColumnarDataModule(L.LightningDataModule):
         convert: Function of a batch whose result takes its place.
 
     Raises:
-        TypeError, ValueError: An argument is invalid.
+        TypeError, ValueError: An argument is invalid; at the start of ``fit``, the training files
+            have no row that ``filter`` keeps, or too few for a batch on each rank.
 
     Example:
         >>> from recis_lightning.data import ColumnarDataModule, Id, Label
@@ -148,8 +149,8 @@ class ColumnarDataModule(L.LightningDataModule):
         """
         if part not in self._datasets:
             paths = self.paths[part]
-            if paths is None:
-                raise ValueError(f"{part}: expected files or patterns, got None")
+            if not paths:
+                raise ValueError(f"{part}: expected files or patterns, got {paths!r}")
             self._datasets[part] = self._make(part, paths)
         return self._datasets[part]
 
@@ -231,6 +232,8 @@ class ColumnarDataModule(L.LightningDataModule):
         data, trainer = self.dataset("train"), cast(Any, self.trainer)
         is_first, self._has_begun = not self._has_begun, True
         _check_same_files(data)
+        if (reason := data.why_empty()) is not None:
+            raise ValueError(f"train: there is nothing to train on: {reason}")
         if isinstance(data, ColumnarDataset) and self._is_in_windows() and trainer is not None:
             data.stop_waiting = lambda: bool(trainer.should_stop or trainer.received_sigterm)
             trainer.reload_dataloaders_every_n_epochs = 1  # windows have their own lengths

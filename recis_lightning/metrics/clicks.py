@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
+from recis_lightning.metrics.targets import check_binary
 
 __all__ = ["BinnedAUROC", "Calibration", "NormalizedEntropy"]
 
@@ -196,8 +197,7 @@ def _flat(preds: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tensor
     w = torch.ones_like(p) if weights is None else weights.detach().reshape(-1).double()
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("preds: expected probabilities in [0, 1]; apply sigmoid to logits")
-    if not ((y == 0) | (y == 1)).all():
-        raise ValueError("target: expected 0 or 1 everywhere, got other values")
+    check_binary(y)
     if not (w >= 0).all():
         raise ValueError("weights: expected numbers >= 0, got others")
     return p, y, w

@@ -11,6 +11,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
+from recis_lightning.metrics.targets import check_binary
+
 __all__ = ["GAUC"]
 
 
@@ -24,7 +26,7 @@ class GAUC(Metric):
     scores share their average rank, so a tie between a positive and a negative counts one
     half, as in the ordinary AUC. Scores may be probabilities or logits: only their order
     matters. The result is NaN when a score is NaN and, with a warning, when no group has both
-    classes.
+    classes. ``num_groups()`` says how many have, and how many are left out.
 
     Args:
         group_weight: "samples", or "equal": every group that has an AUC counts the same.
@@ -45,6 +47,8 @@ class GAUC(Metric):
         ... )
         >>> gauc.compute()
         tensor(0.6000)
+        >>> gauc.num_groups()
+        (2, 1)
 
     Source: Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", KDD 2017;
     AUC from average ranks after Mann and Whitney (1947).
@@ -122,8 +126,7 @@ class GAUC(Metric):
         if not _num_samples(self.preds):
             return _no_group(self.device)
         target = dim_zero_cat(self.target)
-        if not ((target == 0) | (target == 1)).all():
-            raise ValueError("target: expected 0 or 1 everywhere, got other values")
+        check_binary(target)
         preds = dim_zero_cat(self.preds)
         if preds.isnan().any():
             return torch.tensor(torch.nan, device=preds.device)
@@ -132,6 +135,18 @@ class GAUC(Metric):
         if (weights == 1).all():
             return _grouped_auc(preds, target == 1, ids, equal)
         return _weighted_auc(preds, target == 1, ids, weights.double(), equal)
+
+    def num_groups(self) -> tuple[int, int]:
+        """Return how many groups of this rank's samples have an AUC, and how many are left out."""
+        if not _num_samples(self.preds):
+            return 0, 0
+        _, group = torch.unique(dim_zero_cat(self.group_ids), return_inverse=True)
+        weighs = dim_zero_cat(self.weights) > 0
+        positive = dim_zero_cat(self.target) == 1
+        has = torch.zeros(2, int(group.max()) + 1, dtype=torch.bool, device=group.device)
+        has[0, group[weighs & positive]] = has[1, group[weighs & ~positive]] = True
+        num_with = int(has.all(0).sum())
+        return num_with, has.size(1) - num_with
 
 
 def _checked_weights(weights: Tensor, count: int) -> Tensor:

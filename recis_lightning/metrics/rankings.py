@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from recis_lightning.arguments import check_bool, check_int
+from recis_lightning.metrics.targets import check_binary
 
 __all__ = ["NDCG", "MeanReciprocalRank", "RecallAtK"]
 
@@ -243,8 +244,8 @@ def _append(
         if part.numel() != preds.numel():
             raise ValueError(f"{name}: expected {preds.numel()} elements, got {part.numel()}")
     flat = target.detach().reshape(-1).double()
-    if binary and not ((flat == 0) | (flat == 1)).all():
-        raise ValueError("target: expected 0 or 1 everywhere, got other values")
+    if binary:
+        check_binary(flat)
     if not ((flat >= 0) & flat.isfinite()).all():
         raise ValueError("target: expected finite numbers >= 0, got others")
     metric.preds.append(preds.detach().reshape(-1))

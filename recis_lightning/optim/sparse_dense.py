@@ -48,6 +48,7 @@ class SparseDenseOptimizer(Optimizer):
     """
 
     holds_anchors: ClassVar[bool] = True  # in the groups of its sparse parts
+    num_steps_begun = 0  # by this object: steps that may have changed weights
 
     def __init__(
         self, dense: Optimizer, sparse: SparseOptimizer | Sequence[SparseOptimizer]
@@ -141,6 +142,7 @@ class SparseDenseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._share_new_groups()
+        self.num_steps_begun += 1
         for optimizer in self._parts:
             optimizer.step()
         return loss

@@ -41,6 +41,7 @@ class SparseOptimizer(Optimizer, ABC):
     """
 
     holds_anchors: ClassVar[bool] = True
+    num_steps_begun = 0  # by this object: steps that may have changed rows
 
     _updater: TableUpdater  # made and owned by each heir
 
@@ -176,6 +177,7 @@ class SparseOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.num_steps_begun += 1
         self._updater.step(self, self.rule, self._hyperparameters_of)
         return loss
 

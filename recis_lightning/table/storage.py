@@ -260,7 +260,8 @@ class Storage(TableMemory):
     @property
     def step(self) -> int:
         """Step with which training lookups mark rows as seen."""
-        return int(self.header.fields[STEP])
+        step: int = self.header.fields.item(STEP)
+        return step
 
     @property
     def keeps_last_seen(self) -> bool:

@@ -1,7 +1,6 @@
 """LoggerHook: exact lines, throughput, and values in progress bar and loggers."""
 
 import csv
-import dataclasses
 import logging
 import math
 from functools import partial
@@ -19,9 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 from recis_lightning.callbacks import Hook, LoggerHook, training_clock
 from recis_lightning.callbacks import logger as logger_module
-from recis_lightning.callbacks.logger import _batch_size
 from recis_lightning.metrics import GAUC, add_metric, clear_metrics
-from recis_lightning.nested_jagged import NestedJagged
 from tests.helpers.quiet_trainer import quiet_trainer
 
 
@@ -432,35 +429,6 @@ def test_log_step_of_a_wrong_type(log_step):
 def test_log_step_too_small(log_step):
     with pytest.raises(ValueError, match=rf"log_step: expected an int >= 1, got {log_step}"):
         LoggerHook(log_step)
-
-
-@dataclasses.dataclass
-class Batch:
-    name: str
-    ids: torch.Tensor
-
-
-RAGGED = SimpleNamespace(values=torch.zeros(9), offsets=torch.tensor([0, 3, 3, 9]))
-
-
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.zeros(5, 2), 5),
-        (torch.tensor(1.0), None),
-        ({"name": "x", "history": RAGGED, "label": torch.zeros(3)}, 3),
-        ([torch.tensor(0), (torch.zeros(4), torch.zeros(7))], 4),
-        (Batch("x", torch.zeros(6)), 6),
-        (SimpleNamespace(stride=lambda: 8), 8),
-        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(5)], layout=torch.jagged), 2),
-        (NestedJagged(torch.zeros(9), torch.tensor([0, 3, 3, 9]), torch.tensor([0, 1, 3])), 2),
-        ("text", None),
-        (None, None),
-        ({}, None),
-    ],
-)
-def test_batch_size(batch, size):
-    assert _batch_size(batch) == size
 
 
 def test_no_samples_per_sec_for_batches_of_unknown_size(make_trainer, clock):

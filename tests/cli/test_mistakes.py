@@ -74,3 +74,38 @@ def test_the_innermost_mistake_is_said(inner, message):
         f"{inner}\n  - Expected a <class 'NoneType'>\n  Given value: Namespace(embedding_dim=None)"
     )
     assert of_parser(text, [], []).message == message
+
+
+@pytest.mark.parametrize(
+    ("option", "message", "example"),
+    [
+        ("log_step", "trainer.callbacks: the class_path of log_step is missing",
+         "{class_path: LoggerHook, init_args: {log_step: ...}}"),
+        ("ProfilerHook.wait", "trainer.callbacks: the class_path of ProfilerHook is missing",
+         "{class_path: ProfilerHook, init_args: {wait: ...}}"),
+    ],
+)  # fmt: skip
+def test_arguments_without_a_class_say_so(option, message, example):
+    text = (
+        'Parser key "trainer.callbacks":\n  Problem with given class_path '
+        f"'lightning.pytorch.callbacks.Callback':\n    Key '{option}' is not expected"
+    )
+    mistake = of_parser(text, [], ["ProfilerHook"])
+    assert mistake.message == message
+    assert mistake.hint == f"write the class beside its arguments, as in {example}"
+
+
+def test_of_several_settings_that_a_class_lacks_the_first_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "columns:\n"
+        "  - {class_path: Number, init_args: {name: price, default: 0}}\n"
+        "  - {class_path: a.b.Label, init_args: {name: click, default: 0}}\n"
+        "  - {class_path: Label, init_args: {name: buy, default: 0}}\n"
+    )
+    text = (
+        "Parser key \"data.columns\":\n  Problem with given class_path 'a.b.Label':\n"
+        "    Key 'default' is not expected"
+    )
+    mistake = of_files([str(path)], of_parser(text, [], []))
+    assert mistake.message.startswith(f"{path}, line 3: data.columns: Label: default: there is no")

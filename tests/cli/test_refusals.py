@@ -158,6 +158,22 @@ def test_a_feature_that_batches_lack(path, capsys):
     assert hint == "did you mean 'user'?"
 
 
+class OwnDict(Asking):
+    def training_step(self, batch):
+        weights = {"user": 1.0}
+        return weights[self.name] * batch["user"].float().sum()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_key_that_a_dict_of_the_model_lacks_keeps_its_traceback(path):
+    """Data has nothing to do with it, though a batch is there."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    data = ColumnarDataModule([Id("user", hash="xxh64")], train=path)
+    with pytest.raises(KeyError, match="usr"), mistakes_in_two_lines("x", running=True):
+        trainer.fit(OwnDict("usr"), data)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_lightning_refuses_when_a_run_begins(path, capsys):
     error, _ = said(capsys, lambda: L.Trainer(accelerator="cpu", logger=False).fit(Asking("user")))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recis_lightning.cli.settings_files import config_files, place_of, settings_files, unreadable
+from recis_lightning.cli.settings_files import config_files, settings_files, unreadable
 
 BOMB = ["a: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"]
 BOMB += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 7)]
@@ -48,54 +48,6 @@ def test_files_that_a_command_line_names(tmp_path, monkeypatch):
     words = ["fit", "-c", "a.yaml", "--config=c", "--data", "b.yaml", "--model=d.yml", "none.yaml"]
     assert config_files(words) == ["a.yaml", "c"]
     assert settings_files([*words, "x" * 5000 + ".yaml"]) == ["a.yaml", "c", "b.yaml", "d.yml"]
-
-
-SETTINGS = """\
-trainer:
-  callbacks:
-    - class_path: HashTableFilterHook
-      init_args: {filter_interval: 0}
-model:
-  class_path: my.Model
-  init_args:
-    lr: -0.5
-    embeddings:
-      user: {embedding_dim: 4}
-      item: {embedding_dim: 0}
-data:
-  class_path: ColumnarDataModule
-  init_args:
-    batch_size: 4
-    columns:
-      - class_path: recis_lightning.data.Id
-        init_args: {name: user, hash: md5}
-      - {class_path: recis_lightning.data.Id, init_args: {name: item, hash: xxh64}}
-"""
-
-
-@pytest.mark.parametrize(
-    ("owner", "message", "place"),
-    [
-        (
-            "HashTableFilterHook",
-            "filter_interval: expected an int, got 0",
-            "4: trainer.callbacks.0",
-        ),
-        ("Id", "hash: expected one of ['xxh64'], got 'md5'", "18: data.columns.0"),
-        ("EmbeddingOption", "embedding_dim: expected an int, got 0", "11: model.embeddings.item"),
-        ("SparseAdamW", "lr: expected a number >= 0, got -0.5", "8: model"),
-        ("Features", "columns: expected each name once, got ['a'] more than once", "16: data"),
-        ("Id", "hash: expected a str, got 3", None),  # of two columns
-        ("Id", "expected something", None),
-        ("HashTableFilterHook", "filter_interval: an int, got -7", None),  # of the command line
-        ("Trainer", "devices: expected an int, got 0", None),
-    ],
-)
-def test_the_place_of_a_refused_value(owner, message, place, tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(SETTINGS)
-    expected = None if place is None else f"{path}, line {place}"
-    assert place_of([str(path)], owner, message) == expected
 
 
 def test_a_key_that_is_there_twice(tmp_path):

@@ -387,3 +387,47 @@ def test_a_place_is_of_its_filter(tmp_path):
     assert other.state_dict() == ColumnarDataset(path, [Id("row")], 2, filter="k == 1").state_dict()
     del state["filter"]  # as before 0.2
     other.load_state_dict(state)
+
+
+def warned(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".orc"])
+@pytest.mark.parametrize("window", [None, "1d"])
+def test_a_filter_that_keeps_no_row_is_named(tmp_path, caplog, suffix, window):
+    """With the numbers of rows and files, when the data set is made."""
+    pattern = write_files(tmp_path, suffix=suffix)
+    if window is not None:
+        for number, path in enumerate(sorted(tmp_path.glob("part*"))):
+            path.rename(tmp_path / f"part-2026-12-0{number + 1}{suffix}")
+    data = make(pattern, filter="country == 'XX'", window=window)
+    assert warned(caplog) == [
+        "Nothing to read: filter: \"country == 'XX'\" keeps none of 22 rows of 4 files"
+    ]
+    assert data.why_empty() == warned(caplog)[0].removeprefix("Nothing to read: ")
+    assert list(data.windows()) == ([] if window else [None])
+    assert list(data) == []
+    assert make(pattern, filter="country == 'DE'").why_empty() is None
+    assert len(warned(caplog)) == 1
+
+
+def test_files_without_rows_are_named(tmp_path, caplog, monkeypatch):
+    pattern = write_files(tmp_path, sizes=(0, 0))
+    make(pattern, filter="country == 'DE'")
+    assert warned(caplog) == [
+        f"Nothing to read: paths: 2 files without rows, the first is {tmp_path}/part-0.parquet"
+    ]
+    as_rank(monkeypatch, 1, 2)  # the other ranks say nothing
+    make(pattern)
+    assert len(warned(caplog)) == 1
+
+
+def test_too_few_rows_for_a_batch(tmp_path, monkeypatch):
+    pattern = write_files(tmp_path, sizes=(3,))
+    as_rank(monkeypatch, 0, 4)
+    assert make(pattern).why_empty() is None  # a rank without rows has a batch without samples
+    assert make(pattern, drop_last=True).why_empty() == (
+        "drop_last: 3 rows are fewer than a batch of 4 on each of 4 ranks"
+    )
+    assert make(pattern, batch_size=1, lanes=2, drop_last=True).why_empty() is not None

@@ -216,9 +216,13 @@ def test_ranks_without_rows_get_the_same_entries(tmp_path, monkeypatch):
         (
             lambda: ColumnarDataset("x.parquet", [Id("a")], 2, features=features()),
             ValueError,
-            "columns, features: expected one of them",
+            "columns: expected columns or features, got both",
         ),
-        (lambda: ColumnarDataset("x.parquet"), ValueError, "columns, features: expected one"),
+        (
+            lambda: ColumnarDataset("x.parquet"),
+            ValueError,
+            "columns: expected columns or features, got neither",
+        ),
     ],
 )
 def test_bad_arguments(make, error, words):

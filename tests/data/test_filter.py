@@ -1,5 +1,6 @@
 """Filters: the rows they keep, and what is refused."""
 
+import re
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
@@ -355,3 +356,23 @@ def test_a_file_s_errors_say_that_they_are_of_the_filter(text, words, tmp_path):
 def test_a_name_that_python_would_normalize_stays_itself():
     assert normal_filter("`\ufb01` == 2") == "`\ufb01` == 2"
     assert columns_of(normal_filter("`\ufb01` == 2")) == ["\ufb01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("user IS NOT NULL", "write 'price is not None'"),
+        ("a == 1 and user is  Null", "None, True and False are written so, and a null is None"),
+        ("user IS NULL", "write 'price is None'"),
+        ("click = 1", "equal is written '=='"),
+        ("name == 'a=b' and click = 1", "equal is written '=='"),
+        ("click <> 1", "unequal is written '!='"),
+        ("a == 1 AND b >= 2", "'and', 'or', 'not' and 'in' are written small"),
+        ("a == 1 && b == 2", "write 'and', 'or' and 'not'"),
+        ("user id == 1", "a column whose name is no identifier stands in backticks"),
+        ("name == 'x = y' b", "a column whose name is no identifier stands in backticks"),
+    ],
+)
+def test_other_syntax_has_a_hint(text, hint):
+    with pytest.raises(ValueError, match=re.escape(f"; {hint}")):
+        parse_filter(text)

@@ -348,3 +348,31 @@ def test_lightning_is_imported_when_the_module_is_asked_for():
         "    raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("window", [None, "1d"])
+def test_fit_refuses_to_train_on_nothing(tmp_path, window):
+    """It did nothing, and ended well."""
+    pattern, condition = write_files(tmp_path), "country == 'XX'"
+    for number, path in enumerate(sorted(tmp_path.glob("part*"))):
+        path.rename(tmp_path / f"part-2026-12-0{number + 1}.parquet")
+    nothing = "train: there is nothing to train on: "
+    with pytest.raises(ValueError, match=f'^{nothing}filter: "{condition}" keeps none of 22 rows'):
+        fit(pattern, Clicks(), filter=condition, window=window)
+    with pytest.raises(ValueError, match=f"^{nothing}drop_last: 22 rows are fewer"):
+        fit(pattern, Clicks(), batch_size=64, drop_last=True)
+    mixed = {"train": {"a": pattern, "b": pattern}, "mix": {"a": 1.0, "b": 1.0}}
+    with pytest.raises(ValueError, match=r"^sources\['a'\]: it has no rows: filter: .*keeps none"):
+        data_of(None, filter=condition, **mixed).dataset("train")
+    with pytest.raises(ValueError, match=r"^train: expected files or patterns, got \[\]"):
+        data_of([]).train_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")
+def test_validation_on_nothing_is_a_warning(pattern, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    empty = write_files(tmp_path / "empty", sizes=(0,))
+    fit(pattern, Evaluated(), max_epochs=1, val=empty)
+    assert f"Nothing to read: paths: 1 file without rows, the first is {tmp_path}/empty" in (
+        caplog.text
+    )

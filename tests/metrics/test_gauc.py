@@ -210,3 +210,18 @@ def test_a_group_of_large_weights_leaves_the_others_exact():
         weights,
     )
     assert metric.compute() == 0.875  # 1 and 3 / 4
+
+
+def test_groups_that_are_left_out_are_counted():
+    metric = GAUC()
+    assert metric.num_groups() == (0, 0)
+    ids = torch.tensor([7, 7, 9, 9, 5, 5, -3])
+    target = torch.tensor([1, 0, 1, 1, 0, 0, 1])
+    metric.update(torch.rand(4), target[:4], ids[:4])
+    assert metric.num_groups() == (1, 1)
+    metric.update(torch.rand(3), target[4:], ids[4:])
+    assert metric.num_groups() == (1, 3)
+    metric.update(torch.rand(1), torch.tensor([0]), torch.tensor([9]), torch.tensor([0.0]))
+    assert metric.num_groups() == (1, 3)  # a sample of no weight makes no pair
+    metric.update(torch.rand(1), torch.tensor([0]), torch.tensor([9]))
+    assert metric.num_groups() == (2, 2)
