@@ -24,7 +24,7 @@ import torch
 
 from recis_lightning.distributed.heads import Head, Kind, exchange_heads
 from recis_lightning.distributed.lost_ranks import leave_lost_unnamed, naming_lost_ranks
-from recis_lightning.distributed.process_group import ProcessGroup, make_group_beside
+from recis_lightning.distributed.process_group import ProcessGroup, kept_of, make_group_beside
 
 _BITS = 32  # of what a head tells, for the number of exchanges begun
 _MOST = (1 << _BITS) - 1
@@ -194,11 +194,7 @@ def channel_of(process_group: ProcessGroup | None) -> AheadChannel:
     Args:
         process_group: The group; None means all ranks.
     """
-    group = process_group or torch.distributed.distributed_c10d._get_default_group()
-    channel = _channels.get(group)
-    if channel is None:
-        channel = _channels[group] = AheadChannel()
-    return channel
+    return kept_of(process_group, _channels, AheadChannel)
 
 
 __all__ = ["AheadChannel", "Begun", "channel_of"]

@@ -9,10 +9,13 @@ group that its user made.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+T = TypeVar("T")
 
 ProcessGroup = Any  # torch.distributed.ProcessGroup, which some builds of torch lack
 
@@ -57,6 +60,25 @@ def communicator(process_group: ProcessGroup | None = None) -> ProcessGroup:
             timeout=_timeout_of(default), group_desc="recis_lightning"
         )
     return own
+
+
+def kept_of(
+    process_group: ProcessGroup | None,
+    kept: weakref.WeakKeyDictionary[Any, T],
+    make: Callable[[], T],
+) -> T:
+    """Return what is kept of a process group that is there, made when it is first asked for.
+
+    Args:
+        process_group: The group; None means all ranks.
+        kept: Group -> what is kept of it; it goes with the group.
+        make: Makes it.
+    """
+    group = process_group or distributed.distributed_c10d._get_default_group()
+    found = kept.get(group)
+    if found is None:
+        found = kept[group] = make()
+    return found
 
 
 def make_group_beside(process_group: ProcessGroup | None) -> ProcessGroup:
@@ -124,6 +146,7 @@ __all__ = [
     "communicator",
     "global_ranks",
     "is_initialized",
+    "kept_of",
     "make_group_beside",
     "message_device",
     "rank",

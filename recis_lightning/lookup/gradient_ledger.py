@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_lightning.distributed.process_group import ProcessGroup
+from recis_lightning.distributed.process_group import ProcessGroup, kept_of
 from recis_lightning.lookup.exchange import Route
 from recis_lightning.lookup.held_gradients import expected_references
 from recis_lightning.lookup.room import note_lookup
@@ -201,11 +201,7 @@ def ledger_of(process_group: ProcessGroup | None) -> GradientLedger:
     Args:
         process_group: The group; None means all ranks.
     """
-    group = process_group or torch.distributed.distributed_c10d._get_default_group()
-    ledger = _ledgers.get(group)
-    if ledger is None:
-        ledger = _ledgers[group] = GradientLedger()
-    return ledger
+    return kept_of(process_group, _ledgers, GradientLedger)
 
 
 _after_backward: list[Callable[[], None]] = []

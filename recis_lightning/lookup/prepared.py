@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recis_lightning.distributed.ahead_channel import AheadChannel, Begun, channel_of
 from recis_lightning.distributed.joined_messages import exchange_messages
-from recis_lightning.distributed.process_group import ProcessGroup
+from recis_lightning.distributed.process_group import ProcessGroup, kept_of
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.agreement import (
     agree_ahead,
@@ -211,11 +211,7 @@ def prepared_of(process_group: ProcessGroup | None) -> PreparedLookups:
     Args:
         process_group: The group; None means all ranks.
     """
-    group = process_group or torch.distributed.distributed_c10d._get_default_group()
-    found = _prepared.get(group)
-    if found is None:
-        found = _prepared[group] = PreparedLookups()
-    return found
+    return kept_of(process_group, _prepared, PreparedLookups)
 
 
 __all__ = [
