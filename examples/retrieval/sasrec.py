@@ -9,16 +9,34 @@ Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
-from examples.movielens import HISTORY, Likes
 from recis_lightning import DynamicEmbedding
 from recis_lightning.initializers import Normal
 
 
+class Likes(Protocol):
+    """Batch: items, int64 [B], and what came before each, int64 [B, L], the oldest first.
+
+    An item is 1 or more; histories of less than L items have zeros behind them, and none is empty.
+    """
+
+    @property
+    def items(self) -> Tensor:
+        """Items that came next."""
+
+    @property
+    def histories(self) -> Tensor:
+        """Items before them."""
+
+
 class SASRec(nn.Module):
     """Vectors of histories, whose products with items' rows are scores.
+
+    ``recis_lightning.serving.export(model, folder, example=histories)`` exports it as it is.
 
     Args:
         dim: Of rows and of vectors.
@@ -27,6 +45,7 @@ class SASRec(nn.Module):
         hidden: Width of the perceptrons in its layers.
         dropout: In its layers, and before them.
         std: Of the rows that ids begin with, and of weights.
+        length: Items of a history, L.
     """
 
     def __init__(
@@ -37,12 +56,13 @@ class SASRec(nn.Module):
         hidden: int = 64,
         dropout: float = 0.2,
         std: float = 0.02,
+        length: int = 20,
     ) -> None:
         super().__init__()
         self.item = DynamicEmbedding(
             dim, name="item", initializer=Normal(std=std), padding_idx=0, seed=None
         )
-        self.place = nn.Parameter(torch.empty(HISTORY, dim).normal_(std=std))
+        self.place = nn.Parameter(torch.empty(length, dim).normal_(std=std))
         self.before = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout))
         layer = nn.TransformerEncoderLayer(
             dim, num_heads, hidden, dropout, activation="gelu", batch_first=True
@@ -52,20 +72,27 @@ class SASRec(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-        later = torch.ones(HISTORY, HISTORY, dtype=torch.bool).triu(1)
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
         self.register_buffer("later", later, persistent=False)
 
     def encode(self, histories: Tensor) -> Tensor:
-        """Return vectors of histories, int64 [B, HISTORY], after each of their items.
+        """Return vectors of histories, int64 [B, L], after each of their items.
 
         Zeros behind the last item are later than it, so that it does not attend to them.
 
         Returns:
-            [B, HISTORY, dim].
+            [B, L, dim].
         """
         rows = self.before(self.item(histories) + self.place)
-        found: Tensor = self.layers(rows, mask=self.later)
+        # Said, not found in the mask: torch.export does not read values.
+        found: Tensor = self.layers(rows, mask=self.later, is_causal=True)
         return found
+
+    def forward(self, histories: Tensor) -> Tensor:
+        """Return the vector of each history, int64 [B, L], after its last item, [B, dim]."""
+        # shape[0], not len(): an exported program takes any number of histories.
+        rows = torch.arange(histories.shape[0], device=histories.device)
+        return self.encode(histories)[rows, (histories != 0).sum(1) - 1]
 
     def loss(self, batch: Likes) -> Tensor:
         """Return the softmax loss of what came after each history, among all items.
@@ -73,22 +100,17 @@ class SASRec(nn.Module):
         All items are those that have a row by now; with many, ``sampled_softmax_loss`` takes some
         of them, as in ``two_towers``.
         """
-        vectors = self.vectors(batch)  # first, as it gives new items of histories their rows
+        vectors = self(batch.histories)  # first, as it gives new items of histories their rows
         ids = torch.cat([self.item.table.ids(), batch.items]).unique()
         logits = vectors @ self.item(ids).T
         return nn.functional.cross_entropy(logits, torch.searchsorted(ids, batch.items))
-
-    def vectors(self, batch: Likes) -> Tensor:
-        """Return the vector of each history after its last item, [B, dim]; none is empty."""
-        rows, lengths = torch.arange(len(batch.items)), (batch.histories != 0).sum(1)
-        return self.encode(batch.histories)[rows, lengths - 1]
 
     def scores(self, batch: Likes, items: Tensor) -> Tensor:
         """Return the scores of items, int64 [n], for users, [B, n].
 
         An item without a row, which training has not seen, has the score 0.
         """
-        found: Tensor = self.vectors(batch) @ self.item(items).T
+        found: Tensor = self(batch.histories) @ self.item(items).T
         return found
 
 

@@ -41,7 +41,6 @@ class SparseOptimizer(Optimizer, ABC):
     """
 
     holds_anchors: ClassVar[bool] = True
-    num_steps_begun = 0  # by this object: steps that may have changed rows
 
     _updater: TableUpdater  # made and owned by each heir
 
@@ -66,6 +65,11 @@ class SparseOptimizer(Optimizer, ABC):
     def tables(self) -> list[HashTable]:
         """All tables of all groups."""
         return list(self._updater.tables)
+
+    @property
+    def num_steps_begun(self) -> int:
+        """Steps that may have changed rows, those that failed included."""
+        return self._updater.num_steps_begun
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -177,7 +181,6 @@ class SparseOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.num_steps_begun += 1
         self._updater.step(self, self.rule, self._hyperparameters_of)
         return loss
 

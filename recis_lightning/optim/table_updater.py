@@ -41,6 +41,8 @@ class TableUpdater:
         cow_clip: CowClip's r and zeta; None leaves gradients.
     """
 
+    num_steps_begun = 0  # by this object; those that failed included
+
     def __init__(
         self,
         tables: Sequence[HashTable],
@@ -115,6 +117,7 @@ class TableUpdater:
         """
         if is_fake_mode():
             refuse_fake_mode(type(owner).__name__)
+        self.num_steps_begun += 1
         waiting = exchange_gradients(
             self.tables, lambda: f"steps {_describe(owner, self.tables)}", is_due=True
         )

@@ -38,6 +38,7 @@ from recis_lightning.table.lock import distinct_locks, read
 if TYPE_CHECKING:
     from recis_lightning.data.features import Features
 
+_ROUNDING = 1e-4  # of float32, summed up: a larger difference is of something else
 # A table's file, the parameters' file, and a manifest that was not renamed: each of one save.
 _SAVE_ID = "[0-9a-f]{16}"
 _OWN_FILE = re.compile(rf".+\.{_SAVE_ID}\.(rows|weights)|{re.escape(MANIFEST_FILE)}\.{_SAVE_ID}")
@@ -190,12 +191,19 @@ def _remove_unnamed(path: Path, kept: Set[str], older: Manifest | None) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation, and each part back as it was."""
+    """Put a module into evaluation, and each part back as it was.
+
+    Without torch's fast path of ``nn.TransformerEncoderLayer``, whose kernel is in no program, and
+    rounds otherwise.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
         for module, mode in modes:
             module.training = mode
 
@@ -358,13 +366,32 @@ def _compare(served: Any, expected: Any) -> None:
     wanted: list[Tensor] = []
     if flatten(served, "output", found) != flatten(expected, "output", wanted):
         raise RuntimeError("the served program returns something else than the model")
-    for one, other in zip(found, wanted, strict=True):
+    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
         other = other.detach().cpu()
         if one.dtype is not other.dtype or to_numpy(one).tobytes() != to_numpy(other).tobytes():
+            which = f" in tensor {number} of {len(found)}" if len(found) > 1 else ""
             raise RuntimeError(
-                "the served program and the model score the example differently; does forward "
-                "depend on values, on chance, or on what it did before?"
+                "the served program and the model score the example differently"
+                f"{which}: {_difference(one, other)}"
             )
+
+
+def _difference(found: Tensor, wanted: Tensor) -> str:
+    """Return how far two tensors are apart, and what it may come from."""
+    if found.dtype is not wanted.dtype or found.shape != wanted.shape:
+        return (
+            f"{found.dtype} {tuple(found.shape)} in place of {wanted.dtype} {tuple(wanted.shape)}"
+        )
+    apart = (found.double() - wanted.double()).abs()
+    largest = float(apart.nan_to_num(nan=torch.inf).max())
+    scale = float(wanted.double().abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    text = f"by up to {largest:.2g}, where the largest is {scale:.2g}"
+    if largest <= _ROUNDING * max(scale, 1e-30):
+        return (
+            f"{text}: a difference of rounding; does a part of forward compute in another way "
+            "while it is exported, as by torch.compiler.is_compiling()?"
+        )
+    return f"{text}; does forward depend on values, on chance, or on what it did before?"
 
 
 __all__ = ["check_replaceable", "export"]

@@ -19,7 +19,6 @@ _NOT_COPIED = (
     "shard_reference",
     "_optimizer",
     "_originals",
-    "family",
     "lock",
     "groups",
     "_process_group",

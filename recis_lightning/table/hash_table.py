@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -205,7 +206,8 @@ class HashTable(nn.Module):
         self.shard_reference: dict[str, Any] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._originals: tuple[weakref.ref[HashTable], ...] = ()  # the nearest first
-        self.family = object()  # shared with copies of copies too
+        # Shared with copies of copies and with pickled ones, whose state has it by now.
+        self.family: str = vars(self).get("family") or uuid.uuid4().hex
         self.lock.streams.watch(self)
         self.groups: Any = None
         _live[next(_birth)] = self
@@ -931,7 +933,7 @@ class HashTable(nn.Module):
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         older = (original for original in self._originals if original() is not None)
-        copied._originals, copied.family = (weakref.ref(self), *older), self.family
+        copied._originals = (weakref.ref(self), *older)
         copied._process_group = self._process_group
         return copied
 

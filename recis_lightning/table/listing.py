@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 
 from torch import nn
 
 from recis_lightning.table.hash_table import HashTable, live_hash_tables
 
+# Tables of a name that another one has. Python's own rule, once a place, is void again whenever
+# anybody changes a filter of warnings, as torch and Lightning do.
+_warned_of: weakref.WeakSet[HashTable] = weakref.WeakSet()
+
 
 def hash_tables(module: nn.Module) -> list[HashTable]:
     """List a module's tables, each once, and name the unnamed after their place in it.
 
-    Warns of two tables that were given one name: their rows begin alike, and no checkpoint can
-    hold both. (Not of copies of a table, such as an average of a model has.)
+    Warns once of two tables that were given one name: their rows begin alike, and no checkpoint can
+    hold both. (Not of copies of a table, by ``deepcopy`` or a pickle, such as an average of a model
+    has.)
 
     Example:
         >>> hash_tables(nn.Sequential(HashTable(4), HashTable(4, name="item")))[0].name
@@ -30,7 +36,8 @@ def hash_tables(module: nn.Module) -> list[HashTable]:
             child.set_default_name(place)
             tables.append(child)
             first, other = named.setdefault(child.name, (place, child))
-            if other.family is not child.family:
+            if other.family != child.family and child not in _warned_of:
+                _warned_of.add(child)
                 warnings.warn(
                     f"{first} and {place} have two tables of one name, {child.name!r}: their rows "
                     "begin alike, and no checkpoint can hold both; give one another name, or use "
@@ -59,7 +66,7 @@ def name_before_use(table: HashTable) -> None:
     taken = {
         other.given_name or other.default_name
         for other in live_hash_tables()
-        if other.family is not table.family
+        if other.family != table.family
     }
     names = itertools.chain(["table"], (f"table_{count}" for count in itertools.count(2)))
     table.default_name = next(name for name in names if name not in taken)

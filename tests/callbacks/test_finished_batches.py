@@ -223,6 +223,20 @@ def test_weights_that_will_be_updated_twice_are_named(tmp_path, caplog, after):
     assert len(said(caplog)) == after
 
 
+def test_a_step_that_lightning_has_not_counted_yet_is_named(tmp_path, caplog):
+    """In automatic optimization, after the optimizer's step or within it."""
+
+    class Fails(Model):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure)
+            if batch_idx == 3:
+                raise ArithmeticError
+
+    run(tmp_path, on_exception(tmp_path), model=Fails())
+    assert len(said(caplog)) == 1
+    assert "batch 4, which a run that resumes from it trains again: an optimizer" in said(caplog)[0]
+
+
 def test_ids_that_will_be_counted_twice_are_named(tmp_path, caplog):
     model = Manual(3, False, admission=MinCount(2))
     model.item = DynamicEmbedding(2, eviction=MaxRows(4, by="count"), name="item")

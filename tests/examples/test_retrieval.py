@@ -1,11 +1,13 @@
 """The retrieval examples: models that learn what users like, and what comes next."""
 
+import inspect
+
 import pytest
 import torch
 
 from examples.movielens import HISTORY, Likes, batches, hit_and_ndcg, split_likes
 from examples.retrieval import sasrec, two_towers
-from recis_lightning import hash_tables
+from recis_lightning import hash_tables, serving
 from recis_lightning.optim import SparseAdam, SparseDenseOptimizer
 
 
@@ -108,3 +110,13 @@ def test_sasrec_scores_an_item_zero_that_training_has_not_seen(cycles):
     assert scores[:, 0].abs().min() > 0
     assert scores[:, 1].tolist() == [0.0] * len(scores)
     assert 99 not in model.item.table.ids()
+
+
+def test_sasrec_is_exported_as_it_stands(cycles, tmp_path):
+    """Its file needs no other one of ours, and the served model takes any number of histories."""
+    assert "from examples" not in inspect.getsource(sasrec)
+    model = train(sasrec.model(0), cycles.train, epochs=1, size=48)
+    serving.export(model, tmp_path, example=cycles.train.histories[:2])
+    with torch.no_grad():
+        wanted = model(cycles.train.histories)
+    assert serving.load(tmp_path)(cycles.train.histories).allclose(wanted, atol=1e-5)

@@ -262,7 +262,8 @@ class Chance(nn.Module):
 
 
 def test_a_model_whose_scores_are_not_served_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="score the example differently"):
+    message = r"score the example differently: by up to .*; does forward depend on values"
+    with pytest.raises(RuntimeError, match=message):
         serving.export(Chance(), tmp_path, example=torch.arange(3))
     assert list(tmp_path.iterdir()) == []
 
@@ -359,3 +360,52 @@ def test_a_folder_is_replaceable_if_it_has_nothing_but_an_export(tmp_path):
     assert check(tmp_path) == tmp_path
     with pytest.raises(NotADirectoryError, match="folder"):
         check(tmp_path / "notes.txt")
+
+
+class Rounding(Chance):
+    """Computes in another order while it is exported; or another dtype."""
+
+    def __init__(self, by=1e-6):
+        super().__init__()
+        self.by = by
+
+    def forward(self, ids):
+        scores = self.user(ids) + 1
+        if not torch.compiler.is_compiling():
+            scores = scores * (1 + self.by) if self.by else scores.double()
+        return scores, ids
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        (1e-6, r"in tensor 0 of 2: by up to .*e-0[67], where the largest is 1: .* of rounding"),
+        (0.5, r"in tensor 0 of 2: by up to 0\.5, where the largest is 1\.5; does forward depend"),
+        (0, r"in tensor 0 of 2: torch.float32 \(3, 2\) in place of torch.float64 \(3, 2\)$"),
+    ],
+)
+def test_a_difference_is_said_with_its_size(tmp_path, by, words):
+    with pytest.raises(RuntimeError, match=words):
+        serving.export(Rounding(by), tmp_path, example=torch.arange(3))
+
+
+def test_a_transformer_of_torch_is_exported_as_it_is(tmp_path):
+    """Its fast path is off meanwhile alone."""
+
+    class Encoder(Chance):
+        def __init__(self):
+            super().__init__()
+            self.user = DynamicEmbedding(32, name="user")
+            layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+        def forward(self, ids):
+            return self.layers(self.user(ids))
+
+    model, ids = Encoder(), torch.arange(6).view(2, 3)
+    model(ids)
+    assert torch.backends.mha.get_fastpath_enabled()
+    serving.export(model, tmp_path, example=ids)
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        assert serving.load(tmp_path)(ids).allclose(model.eval()(ids), atol=1e-5)

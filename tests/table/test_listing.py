@@ -1,6 +1,8 @@
 """Lists of tables: each once, under its name."""
 
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -68,8 +70,25 @@ def test_two_tables_of_one_name_are_warned_of():
     one, other = HashTable(2, name="user"), HashTable(2, name="user")
     with pytest.warns(UserWarning, match="first and second have two tables of one name, 'user'"):
         hash_tables(nn.ModuleDict({"first": one, "second": other}))
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        hash_tables(nn.ModuleDict({"first": one, "second": other}))
+    assert not again
 
 
 def test_a_table_in_two_places_and_its_copies_are_not():
     table = HashTable(2, name="user")
     hash_tables(nn.ModuleDict({"first": table, "second": table, "copy": copy.deepcopy(table)}))
+
+
+def test_pickled_copies_are_none_of_another_name():
+    """An average of a model may be made by a pickle, as by ``deepcopy``; also of a copy."""
+    table = HashTable(2, name="user")
+    pickled = pickle.loads(pickle.dumps(table))
+    again = copy.deepcopy(pickle.loads(pickle.dumps(pickled)))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        hash_tables(nn.ModuleDict({"first": table, "average": pickled, "again": again}))
+    assert not found
+    with pytest.warns(UserWarning, match="first and other have two tables of one name, 'user'"):
+        hash_tables(nn.ModuleDict({"first": pickled, "other": HashTable(2, name="user")}))
