@@ -93,8 +93,9 @@ class Jagged(NamedTuple):
 
         Raises:
             TypeError: ``samples`` is neither.
-            ValueError: The slice has another step, a mask another shape, or ``offsets`` do not fit
-                ``values``, where the host can see them without waiting for a device.
+            ValueError: The slice has another step, or the tensor another shape; or, where the host
+                can see them without waiting for a device, a number is out of range, or ``offsets``
+                do not fit ``values``.
 
         Example:
             >>> bags = Jagged(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1, 3]))
@@ -121,6 +122,16 @@ class Jagged(NamedTuple):
                 )
             samples = samples.nonzero().squeeze(1)
         samples = check_ids(samples, "samples")
+        if samples.dim() != 1:
+            raise ValueError(f"samples: expected shape [n], got {tuple(samples.shape)}")
+        if is_plain_cpu(samples) and samples.numel():
+            # Offsets have one more: a negative number would take another bag's length.
+            least, most = int(samples.min()), int(samples.max())
+            if least < 0 or most >= self.num_bags:
+                raise ValueError(
+                    f"samples: expected numbers in [0, {self.num_bags}), got "
+                    f"{least if least < 0 else most}"
+                )
         starts, lengths = self.offsets[samples], self.lengths()[samples]
         offsets = _offsets_of(lengths)
         index = torch.arange(int(offsets[-1]), device=offsets.device)

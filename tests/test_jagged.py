@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from recis_lightning import Jagged
+from recis_lightning import Jagged, NestedJagged
 from recis_lightning.jagged import read_bags, read_features
 
 VALUES, OFFSETS = torch.arange(7), torch.tensor([0, 2, 2, 7])
@@ -258,6 +258,15 @@ def test_what_selects_no_samples_is_refused():
     for mask in ([True, False], [True] * 4, [[True, False, True]]):
         with pytest.raises(ValueError, match=r"samples: expected a mask of shape \(3,\)"):
             jagged.select(torch.tensor(mask))
+    for rows in ([-1], [0, -2], [3], [0, 2**40], [-(2**63)]):
+        with pytest.raises(ValueError, match=rf"samples: expected .* \[0, 3\), got {rows[-1]}"):
+            jagged.select(torch.tensor(rows))
+    for rows in (0, [[0, 1]]):
+        with pytest.raises(ValueError, match=r"samples: expected shape \[n\]"):
+            jagged.select(torch.tensor(rows))
+    nested = NestedJagged(VALUES, OFFSETS, torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match=r"samples: expected numbers in \[0, 2\), got -2"):
+        nested.select(torch.tensor([-2]))
 
 
 @pytest.mark.parametrize(

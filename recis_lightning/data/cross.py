@@ -107,6 +107,8 @@ def _combinations(entries: Sequence[Entry]) -> tuple[list[Tensor], Tensor | None
         values = entry.values if isinstance(entry, Jagged) else entry
         if values.dtype is not torch.int64:
             raise TypeError(f"expected int64 ids, got {values.dtype}")
+        if values.dim() != 1:
+            raise ValueError(f"expected one id a row, [B], or bags, got {list(values.shape)}")
     sizes = [e.num_bags if isinstance(e, Jagged) else len(e) for e in entries]
     if len(set(sizes)) > 1:
         raise ValueError(f"expected sources of equally many rows, got {sizes}")

@@ -295,7 +295,7 @@ class Features(nn.Module):
         """Read a file that ``save`` wrote, or one written by hand; errors as of ``from_state``."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin with a mark
         except UnicodeDecodeError as error:
             raise ValueError(f"path: {path} is no UTF-8: {error.reason}") from None
         return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)

@@ -124,6 +124,8 @@ def with_nulls(array: pa.Array) -> pa.Array:
 
 def _array_of(values: Any) -> pa.Array:
     """Return Python's values as an array; those that int64 does not have as uint64."""
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        values = list(values)  # a list for each row
     try:
         return pa.array(values)
     except OverflowError:

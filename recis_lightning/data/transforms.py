@@ -357,6 +357,7 @@ class Mask(OneToOne):
     @staticmethod
     def _others(values: Tensor, masked: Any) -> Tensor:
         if not values.is_floating_point():
+            values = values.long()
             limit = 2**63  # what is beyond, or has a fraction, is no id
             masked = [m for m in masked if float(m).is_integer() and -limit <= m < limit]
         listed = torch.tensor(masked, dtype=values.dtype, device=values.device)

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from recis_lightning.arguments import check_int
+from recis_lightning.metrics.checks import check_tensors, is_finite_weight
 from recis_lightning.metrics.targets import check_binary
 
 __all__ = ["BinnedAUROC", "Calibration", "NormalizedEntropy"]
@@ -61,10 +62,10 @@ class NormalizedEntropy(Metric):
         Args:
             preds: Probabilities, floating point, any shape.
             target: 0 or 1 for each.
-            weights: At least 0, for each; None: 1.
+            weights: Finite and at least 0, for each; None: 1.
 
         Raises:
-            TypeError: ``preds`` is not floating point.
+            TypeError: ``preds`` is not floating point, or an argument no tensor.
             ValueError: Numbers of elements differ, or a value is out of range.
         """
         p, y, w = _flat(preds, target, weights)
@@ -167,6 +168,7 @@ class BinnedAUROC(Metric):
         """Add samples, as ``NormalizedEntropy.update``."""
         p, y, w = _flat(preds, target, weights)
         place = (p * self.num_bins).long().clamp(max=self.num_bins - 1)
+        w = w.to(self.counts.dtype)  # which ``set_dtype`` changes
         self.counts.view(-1).index_add_(0, place + self.num_bins * y.long(), w)
 
     @override
@@ -187,8 +189,7 @@ class BinnedAUROC(Metric):
 
 def _flat(preds: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return checked probabilities, targets and weights, float64 [n]; the weights 1 where None."""
-    if not preds.is_floating_point():
-        raise TypeError(f"preds: expected a floating point dtype, got {preds.dtype}")
+    check_tensors(preds, target=target, weights=weights)
     if target.numel() != preds.numel():
         raise ValueError(f"target: expected {preds.numel()} elements, got {target.numel()}")
     if weights is not None and weights.numel() != preds.numel():
@@ -198,6 +199,6 @@ def _flat(preds: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tensor
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("preds: expected probabilities in [0, 1]; apply sigmoid to logits")
     check_binary(y)
-    if not (w >= 0).all():
-        raise ValueError("weights: expected numbers >= 0, got others")
+    if not is_finite_weight(w):  # an infinite one would leave NaN in the sums until a reset
+        raise ValueError("weights: expected finite numbers >= 0, got others")
     return p, y, w

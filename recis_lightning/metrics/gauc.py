@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
+from recis_lightning.metrics.checks import check_tensors, is_finite_weight
 from recis_lightning.metrics.targets import check_binary
 
 __all__ = ["GAUC"]
@@ -92,11 +93,11 @@ class GAUC(Metric):
             weights: Finite and at least 0, for each score; None: 1.
 
         Raises:
-            TypeError: ``preds`` is not floating point, or ``group_ids`` are not integers.
+            TypeError: ``preds`` is not floating point, ``group_ids`` are not integers, or an
+                argument is no tensor.
             ValueError: They differ in their number of elements, or a weight is out of range.
         """
-        if not preds.is_floating_point():
-            raise TypeError(f"preds: expected a floating point dtype, got {preds.dtype}")
+        check_tensors(preds, target=target, group_ids=group_ids, weights=weights)
         if group_ids.is_floating_point() or group_ids.is_complex():
             raise TypeError(f"group_ids: expected an integer dtype, got {group_ids.dtype}")
         if not preds.numel() == target.numel() == group_ids.numel():
@@ -153,7 +154,7 @@ def _checked_weights(weights: Tensor, count: int) -> Tensor:
     if weights.numel() != count:
         raise ValueError(f"weights: expected {count} elements, got {weights.numel()}")
     flat = weights.detach().reshape(-1)
-    if not ((flat >= 0) & flat.isfinite()).all():
+    if not is_finite_weight(flat):
         raise ValueError("weights: expected finite numbers >= 0, got others")
     return flat if flat.is_floating_point() else flat.double()
 

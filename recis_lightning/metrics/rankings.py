@@ -12,9 +12,12 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from recis_lightning.arguments import check_bool, check_int
+from recis_lightning.metrics.checks import check_tensors
 from recis_lightning.metrics.targets import check_binary
 
 __all__ = ["NDCG", "MeanReciprocalRank", "RecallAtK"]
+
+_MAX_EXPONENT = 1000  # sums of powers of 2 stay in float64
 
 
 class RecallAtK(Metric):
@@ -71,7 +74,8 @@ class RecallAtK(Metric):
             group_ids: The group of each, integers.
 
         Raises:
-            TypeError: ``preds`` is not floating point, or ``group_ids`` are not integers.
+            TypeError: ``preds`` is not floating point, ``group_ids`` are not integers, or an
+                argument is no tensor.
             ValueError: Numbers of elements differ, or a target is neither 0 nor 1.
         """
         _append(self, preds, target, group_ids, binary=True)
@@ -138,12 +142,13 @@ class NDCG(Metric):
 
         Args:
             preds: Floating point scores, any shape; only their order matters.
-            target: Relevance of each, finite and at least 0.
+            target: Relevance of each, finite and at least 0; at most 1000 if ``exponential``.
             group_ids: The group of each, integers.
 
         Raises:
-            TypeError: ``preds`` is not floating point, or ``group_ids`` are not integers.
-            ValueError: Numbers of elements differ, or a target is negative or not finite.
+            TypeError: ``preds`` is not floating point, ``group_ids`` are not integers, or an
+                argument is no tensor.
+            ValueError: Numbers of elements differ, or a target is out of range.
         """
         _append(self, preds, target, group_ids, binary=False)
 
@@ -236,8 +241,7 @@ def _append(
     binary: bool,
 ) -> None:
     """Check samples and add them to a metric's states."""
-    if not preds.is_floating_point():
-        raise TypeError(f"preds: expected a floating point dtype, got {preds.dtype}")
+    check_tensors(preds, target=target, group_ids=group_ids)
     if group_ids.is_floating_point() or group_ids.is_complex():
         raise TypeError(f"group_ids: expected an integer dtype, got {group_ids.dtype}")
     for name, part in (("target", target), ("group_ids", group_ids)):
@@ -248,8 +252,13 @@ def _append(
         check_binary(flat)
     if not ((flat >= 0) & flat.isfinite()).all():
         raise ValueError("target: expected finite numbers >= 0, got others")
+    if getattr(metric, "exponential", False) and (flat > _MAX_EXPONENT).any():
+        raise ValueError(
+            f"target: expected numbers <= {_MAX_EXPONENT} for exponential=True, got "
+            f"{float(flat.max())}"
+        )
     metric.preds.append(preds.detach().reshape(-1))
-    metric.target.append(flat.float())
+    metric.target.append(flat.float() if binary else flat)
     metric.group_ids.append(group_ids.detach().reshape(-1).to(torch.int64))
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
+from recis_lightning.optim.grad_scaler import REFUSES_SCALER
 from recis_lightning.optim.sparse_optimizer import SparseOptimizer, with_anchors
 from recis_lightning.optim.step_hooks import hooked
 from recis_lightning.optim.table_groups import different
@@ -49,6 +50,7 @@ class SparseDenseOptimizer(Optimizer):
 
     holds_anchors: ClassVar[bool] = True  # in the groups of its sparse parts
     num_steps_begun = 0  # by this object: steps that may have changed weights
+    _step_supports_amp_scaling = REFUSES_SCALER
 
     def __init__(
         self, dense: Optimizer, sparse: SparseOptimizer | Sequence[SparseOptimizer]

@@ -20,6 +20,7 @@ from recis_lightning.compiler import disable
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops import row_update
 from recis_lightning.optim.clip_bounds import check_clip_bound, check_cow_clip
+from recis_lightning.optim.grad_scaler import REFUSES_SCALER
 from recis_lightning.optim.step_hooks import hooked
 from recis_lightning.optim.table_groups import different, name_of, read_parameters
 from recis_lightning.optim.table_updater import TableUpdater
@@ -41,6 +42,7 @@ class SparseOptimizer(Optimizer, ABC):
     """
 
     holds_anchors: ClassVar[bool] = True
+    _step_supports_amp_scaling = REFUSES_SCALER
 
     _updater: TableUpdater  # made and owned by each heir
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -360,11 +361,15 @@ class HashTable(nn.Module):
         """Advance ``step`` by ``n``; counts decay if the eviction policy has a ``half_life``.
 
         Raises:
+            TypeError: ``n`` is no int.
             ValueError: ``step`` would not be an int64.
         """
         fields, halving = self.storage.header.fields, self.evictor.halving_steps
         before = fields.item(STEP)
-        step = before + int(n)
+        try:
+            step = before + operator.index(n)
+        except TypeError:
+            raise TypeError(f"n: expected an int, got {n!r}") from None
         try:
             if halving is None or step // halving <= before // halving:
                 fields[STEP] = step
@@ -661,9 +666,16 @@ class HashTable(nn.Module):
         Args:
             ids: int64 [*].
             embeddings: [*, embedding_dim], any floating dtype.
+
+        Raises:
+            TypeError: An argument is no tensor, or of another dtype.
+            ValueError: The shapes do not fit.
         """
         check_not_traced(f"table {self.name!r}", [ids])
         flat = check_ids(ids).reshape(-1).to(self.device).contiguous()
+        if not isinstance(embeddings, Tensor) or embeddings.is_complex():
+            got = getattr(embeddings, "dtype", type(embeddings).__name__)
+            raise TypeError(f"embeddings: expected a Tensor of a floating dtype, got {got}")
         if tuple(embeddings.shape) != (*ids.shape, self.embedding_dim):
             raise ValueError(
                 f"embeddings: expected shape {(*ids.shape, self.embedding_dim)}, "

@@ -108,6 +108,11 @@ def test_bad_arguments():
     features = Features([Id("a"), Number("b")], [Cross("c", ["a", "b"])])
     with pytest.raises(TypeError, match="transform Cross of 'c': expected int64 ids"):
         features({"a": [1], "b": [1]})
+    features = Features([Id("a"), Id("b")], [Cross("c", ["a", "b"])])
+    for shape in (2, 3), (2, 1):
+        grid = torch.arange(shape[0] * shape[1]).view(shape)
+        with pytest.raises(ValueError, match=r"Cross of 'c': expected one id a row, \[B\]"):
+            features({"a": grid, "b": grid})
     features = Features([Id("a"), IdList("b")], [Cross("c", ["a", "b"])])
     with pytest.raises(ValueError, match=r"as many rows in all columns, got .*1.*2"):
         features({"a": torch.tensor([1]), "b": Jagged(torch.tensor([1]), torch.tensor([0, 0, 1]))})

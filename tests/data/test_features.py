@@ -276,6 +276,26 @@ def test_a_file_that_is_no_utf8_is_named(tmp_path):
         Features.load(tmp_path / "features.yaml")
 
 
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_files_as_windows_writes_them(tmp_path, suffix):
+    path = tmp_path / f"a b%20\u00e9{suffix}"
+    features().save(path)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8-sig", newline="\r\n")
+    assert Features.load(path).to_state() == features().to_state()
+
+
+def test_rows_of_a_numpy_array_are_bags():
+    ids = np.arange(6).reshape(2, 3)
+    for given in (ids, ids.T.copy().T, ids.astype(np.uint64)):
+        bags = Features([IdList("ids")])({"ids": given})["ids"]
+        assert bags.values.tolist() == [0, 1, 2, 3, 4, 5]
+        assert bags.offsets.tolist() == [0, 3, 6]
+    assert Features([IdList("ids")])({"ids": ids[:0]})["ids"].offsets.tolist() == [0]
+    with pytest.raises(ValueError, match="column 'ids': a row has 3 values, not one"):
+        Features([Id("ids")])({"ids": ids})
+
+
 def test_a_name_that_was_meant_is_said():
     with pytest.raises(ValueError, match=r"got \['usr'\]; did you mean 'user'\?$"):
         Features([Id("user")], [Mod("usr", 10)])

@@ -221,5 +221,9 @@ def test_ids_stay_exact():
         Features([Id("u")], [Clip("u", 0.5)])({"u": ids})
     mask = Features([Id("u")], [Mask("m", [0.5, 7.0, math.inf, 1e30], source="u")])
     assert mask({"u": [0, 1, 7]})["m"].tolist() == [1, 1, 0]
+    narrow = Features([Id("u")], [Mask("m", [2**40, 3], source="u")])
+    for dtype in (torch.int32, torch.uint8):
+        ids = torch.tensor([3, 4], dtype=dtype)
+        assert narrow({"u": ids})["m"].tolist() == [0, 1]
     with pytest.raises(TypeError, match=r"vocabulary: expected strings or ints, got \[1.5\]"):
         Lookup("u", [1.5])

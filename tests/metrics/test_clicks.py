@@ -130,8 +130,15 @@ def test_certain_predictions_have_a_finite_entropy():
         (
             (torch.tensor([0.5]), torch.tensor([1]), torch.tensor([-1.0])),
             ValueError,
-            "weights: expected numbers >= 0",
+            "weights: expected finite numbers >= 0",
         ),
+        (
+            (torch.tensor([0.5]), torch.tensor([1]), torch.tensor([torch.inf])),
+            ValueError,
+            "weights: expected finite numbers >= 0",
+        ),
+        (([0.5], torch.tensor([1])), TypeError, "preds: expected a Tensor, got list"),
+        ((torch.tensor([0.5]), 1), TypeError, "target: expected a Tensor, got int"),
         (
             (torch.tensor([0.5]), torch.tensor([1]), torch.ones(2)),
             ValueError,
@@ -144,6 +151,16 @@ def test_bad_samples_change_nothing(metric, arguments, error, message):
     with pytest.raises(error, match=message):
         ours.update(*arguments)
     assert all(getattr(ours, name).sum() == 0 for name in ours._defaults)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("metric", [NormalizedEntropy, Calibration, BinnedAUROC])
+def test_states_may_get_another_dtype(metric, dtype):
+    samples = torch.tensor([0.25, 0.75, 0.5, 0.5]), torch.tensor([0, 1, 1, 0])
+    ours, exact = metric().set_dtype(dtype), metric()
+    ours.update(*samples)
+    exact.update(*samples)
+    assert float(ours.compute()) == pytest.approx(float(exact.compute()), rel=1e-2)
 
 
 def test_settings_of_metrics_are_checked():

@@ -115,6 +115,8 @@ def test_gauc_names_what_is_wrong():
     ids = torch.tensor([0, 0])
     with pytest.raises(TypeError, match=r"preds: expected a floating point dtype, got torch.int64"):
         GAUC().update(ids, ids, ids)
+    with pytest.raises(TypeError, match=r"target: expected a Tensor, got list"):
+        GAUC().update(torch.ones(1), [1], torch.ones(1))
     with pytest.raises(TypeError, match=r"group_ids: expected an integer dtype"):
         GAUC().update(torch.rand(2), ids, torch.rand(2))
     with pytest.raises(ValueError, match="got 2 and 1 for 2 preds"):

@@ -120,6 +120,8 @@ def test_nothing_to_rank_is_nan(make):
         ((torch.ones(1), torch.ones(2), torch.ones(1).long()), ValueError, "target: expected 1 el"),
         ((torch.ones(1), torch.ones(1), torch.ones(2).long()), ValueError, "group_ids: expected 1"),
         ((torch.ones(1), -torch.ones(1), torch.ones(1).long()), ValueError, "target: expected"),
+        (([1.0], torch.ones(1), torch.ones(1).long()), TypeError, "preds: expected a Tensor"),
+        ((torch.ones(1), torch.ones(1), [1]), TypeError, "group_ids: expected a Tensor, got list"),
     ],
 )
 def test_bad_samples_change_nothing(make, arguments, error, words):
@@ -129,6 +131,21 @@ def test_bad_samples_change_nothing(make, arguments, error, words):
     assert not metric.preds
     assert not metric.target
     assert not metric.group_ids
+
+
+def test_targets_keep_their_size():
+    """Gains are float64: neither do large ones overflow, nor do close ones become equal."""
+    preds, groups = torch.tensor([0.9, 0.5]), torch.zeros(2, dtype=torch.int64)
+    for target, wanted in ([1e300, 2e300], 0.5), ([2**53 - 2, 2**53 - 1], 1 - 2**-53):
+        metric = NDCG(k=1)
+        metric.update(preds, torch.tensor(target, dtype=torch.float64), groups)
+        assert metric.compute() == pytest.approx(wanted, abs=1e-16)
+        assert metric.compute() < 1
+    metric = NDCG(k=1, exponential=True)
+    metric.update(preds, torch.tensor([999.0, 1000.0]), groups)
+    assert metric.compute() == 0.5
+    with pytest.raises(ValueError, match=r"target: expected numbers <= 1000 .* got 1001\.0"):
+        metric.update(preds, torch.tensor([0.0, 1001.0]), groups)
 
 
 def test_settings_are_checked():

@@ -182,6 +182,9 @@ def test_insert_checks_shapes():
     """Rows must fit ids and dim."""
     with pytest.raises(ValueError, match=r"embeddings: expected shape \(2, 3\), got \(2, 4\)"):
         filled().insert(torch.tensor([1, 2]), torch.ones(2, 4))
+    for rows, got in ([[1.0, 2.0, 3.0]], "list"), (torch.ones(1, 3) * 1j, "torch.complex64"):
+        with pytest.raises(TypeError, match=f"embeddings: expected a Tensor .*, got {got}"):
+            filled().insert(torch.tensor([1]), rows)
 
 
 def test_live_tables_are_those_alive():
@@ -319,6 +322,10 @@ def test_a_step_beyond_int64_is_refused(steps):
     table.update_step(5)
     with pytest.raises(ValueError, match=r"n: expected an int that keeps the step below 2\*\*63"):
         table.update_step(steps)
+    assert table.step == 5
+    for part in (1.7, "3", None):
+        with pytest.raises(TypeError, match="n: expected an int, got"):
+            table.update_step(part)
     assert table.step == 5
     with pytest.raises(ValueError, match="seed: expected an int in"):
         HashTable(2, seed=2**64)
