@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recis_lightning import compiler
 from recis_lightning.jagged import Bags
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout, Removals
-from recis_lightning.lookup.held_gradients import copy_held_, expected_references
+from recis_lightning.lookup.held_gradients import (
+    copy_held_,
+    expected_references,
+    once_differentiable,
+)
 from recis_lightning.lookup.room import note_lookup
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
