@@ -42,10 +42,10 @@ def _send(values: npt.NDArray[Any], device: torch.device, target: Tensor | None)
     """Copy an array to ``target``, or to a new tensor on ``device``; return that."""
     if device.type == "cpu":
         copied = torch.from_numpy(values.copy())
-    elif values.nbytes <= _PART_BYTES and not is_captured(device):
+        return copied if target is None else target.copy_(copied)
+    if values.nbytes <= _PART_BYTES and not is_captured(device):
         return _ring_of(device).send(values, device, target)
-    else:
-        copied = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+    copied = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
     if is_captured(device):
         _captured.append(copied)
     return _copy(copied, device, target)

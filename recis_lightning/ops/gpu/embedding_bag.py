@@ -61,6 +61,7 @@ from recis_lightning.ops.gpu.runtime import (
 )
 from recis_lightning.ops.gpu.segments import take_staged_plan
 
+_SIXTEENS = bytes(range(0, 256, 16))
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
 _LANES = lanes(128, 4096)  # ids that a program looks up at a time
@@ -330,8 +331,9 @@ def is_aligned(plan, row_bytes):
         plan: int64 [num_features, PLAN_SIZE].
         row_bytes: Bytes of one row that PLAN_DATA points to.
     """
-    bits = np.bitwise_or.reduce(plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1], axis=None)
-    return row_bytes % 16 == 0 and int(bits) % 16 == 0
+    # Of each number the lowest byte, as hosts of GPUs have it first: the quickest for few and many.
+    numbers = plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1].tobytes()
+    return row_bytes % 16 == 0 and not numbers[::8].translate(None, _SIXTEENS)
 
 
 @functools.cache
