@@ -41,6 +41,8 @@ def copy_async_(target: Tensor, values: npt.NDArray[Any]) -> None:
 def _send(values: npt.NDArray[Any], device: torch.device, target: Tensor | None) -> Tensor:
     """Copy an array to ``target``, or to a new tensor on ``device``; return that."""
     if device.type == "cpu":
+        if target is not None and values.flags.writeable:
+            return target.copy_(torch.from_numpy(values))
         copied = torch.from_numpy(values.copy())
         return copied if target is None else target.copy_(copied)
     if values.nbytes <= _PART_BYTES and not is_captured(device):

@@ -249,7 +249,8 @@ class SortedGradients:
         self._values = np.empty(sum(sizes), np.int64)
         self._plan = self._values[: plan.size].reshape(plan.shape)
         dtype = torch.int64 if self.wide else torch.int32
-        self._keys = torch.empty(n, dtype=dtype, device=device)
+        # Malformed offsets, which are reported later, may leave ids out: these have no row.
+        self._keys = torch.full((n,), self.num_rows, dtype=dtype, device=device)
         self.keys = torch.empty(n, dtype=dtype, device=device)
         self._order = torch.empty(n, dtype=torch.int64, device=device)
         self._enter(plan)
@@ -261,6 +262,8 @@ class SortedGradients:
         """Sort the positions of another plan."""
         self._enter(plan)
         copy_async_(self._sent, self._values)
+        if self._is_ragged:
+            self._keys.fill_(self.num_rows)
         self._launch()
 
     def fits(self, blocks_on_device, hyper, is_scaled):
@@ -329,12 +332,9 @@ class SortedGradients:
         )
 
     def _launch(self):
-        device, keys = self.device, self._keys
-        if self._is_ragged:
-            # Malformed offsets, which are reported later, may leave ids out: these have no row.
-            keys.fill_(self.num_rows)
+        device = self.device
         _key_kernel.launch(device, *self._key_numbers, **self._key_constants)
-        torch.sort(keys, stable=True, out=(self.keys, self._order))
+        torch.sort(self._keys, stable=True, out=(self.keys, self._order))
         constants = self._piece_constants
         _count_pieces_kernel.launch(device, *self._piece_numbers, **constants)
         add_up_(device, *self._counts)
