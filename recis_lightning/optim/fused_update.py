@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -45,6 +46,7 @@ class FusedUpdate:
         self._storages = [table.storage for table in self.tables]
         self._fields = [storage.header.fields for storage in self._storages]
         self._hyper = np.ones((len(self.tables), fields.HYPER_SIZE), np.float32)
+        self._columns = list(self._hyper.T)
         # Beside a GPU a copy of them travels with each plan.
         self._is_copied = self._storages[0].header.is_mirrored
         self._written: dict[int, float] = {}  # fields that have one value for all tables
@@ -52,7 +54,7 @@ class FusedUpdate:
         self._moves = -1  # of blocks, for which their addresses are right
         # Tables of features, as the last record listed them, and the first row of each.
         self._feature_tables: Sequence[object] = ()
-        self._feature_bases: list[int] = []
+        self._feature_bases: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def set_hyperparameters(
         self,
@@ -75,10 +77,10 @@ class FusedUpdate:
             self._set_apart(hyperparameters, num_updates)
         common[fields.HYPER_SCALE], common[fields.HYPER_CLIP] = 1.0, clip
         common[fields.HYPER_COW_RATIO], common[fields.HYPER_COW_LEAST] = cow_clip
-        hyper, written = self._hyper, self._written
+        columns, written = self._columns, self._written
         for field, value in common.items():  # most are as they were
             if written.get(field) != value:
-                hyper[:, field] = value
+                columns[field].fill(value)
                 written[field] = value
 
     def _set_apart(
@@ -190,7 +192,9 @@ class FusedUpdate:
                 record.check_unchanged(self.tables[0].name)
                 if record.tables is not self._feature_tables:
                     self._feature_tables = ()
-                    self._feature_bases = [self._base_of[table] for table in record.tables]
+                    self._feature_bases = np.array(
+                        [self._base_of[table] for table in record.tables], np.int64
+                    )
                     self._feature_tables = record.tables
                 record.plan[:, fields.PLAN_FLAT_BASE] = self._feature_bases
                 self._kept = record.kept if record.rows.numel() else None

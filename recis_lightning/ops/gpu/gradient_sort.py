@@ -14,8 +14,8 @@ import triton.language as tl
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.async_copy import copy_async_
 from recis_lightning.ops.gpu.embedding_bag import (
+    are_sixteens,
     bag_ends,
-    is_aligned,
     scale_of,
     share_of,
     split_plan,
@@ -248,6 +248,12 @@ class SortedGradients:
         sizes = plan.size, 0 if hyper is None else hyper.size // 2
         self._values = np.empty(sum(sizes), np.int64)
         self._plan = self._values[: plan.size].reshape(plan.shape)
+        # Views of what is sent and of hyperparameters: to make one takes as long as to use it.
+        self._chunks_to = self._plan[:, fields.PLAN_FIRST_CHUNK]
+        self._data = self._plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1]
+        if hyper is not None:
+            self._hyper_from = hyper.view(np.int64)
+            self._hyper_to = self._values[plan.size :].reshape(self._hyper_from.shape)
         dtype = torch.int64 if self.wide else torch.int32
         # Malformed offsets, which are reported later, may leave ids out: these have no row.
         self._keys = torch.full((n,), self.num_rows, dtype=dtype, device=device)
@@ -289,10 +295,10 @@ class SortedGradients:
     def _enter(self, plan):
         """Enter what is sent for a plan: all of it, and hyperparameters."""
         self._plan[:] = plan
-        self._plan[:, fields.PLAN_FIRST_CHUNK] = self._first_chunks
+        self._chunks_to[:] = self._first_chunks
         if self._hyper is not None:
-            self._values[plan.size :] = self._hyper.view(np.int64).reshape(-1)
-        self.aligned = is_aligned(plan, self._dim_bytes)
+            self._hyper_to[:] = self._hyper_from
+        self.aligned = self._dim_bytes % 16 == 0 and are_sixteens(self._data)
 
     @property
     def hyper(self):
