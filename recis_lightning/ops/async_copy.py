@@ -44,12 +44,14 @@ def _send(values: npt.NDArray[Any], device: torch.device, target: Tensor | None)
         if target is not None and values.flags.writeable:
             return target.copy_(torch.from_numpy(values))
         copied = torch.from_numpy(values.copy())
-        return copied if target is None else target.copy_(copied)
-    if values.nbytes <= _PART_BYTES and not is_captured(device):
+    elif values.nbytes <= _PART_BYTES and not is_captured(device):
         return _ring_of(device).send(values, device, target)
-    copied = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+    else:
+        copied = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
     if is_captured(device):
         _captured.append(copied)
+    if target is None and device.type == "cpu":
+        return copied
     return _copy(copied, device, target)
 
 
