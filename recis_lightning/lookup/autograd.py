@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recis_lightning import compiler
 from recis_lightning.jagged import Bags
 from recis_lightning.lookup.batch import Batch
 from recis_lightning.lookup.features import FeatureLayout, Removals
-from recis_lightning.lookup.held_gradients import copy_held_, expected_references
+from recis_lightning.lookup.held_gradients import (
+    copy_held_,
+    expected_references,
+    once_differentiable,
+)
 from recis_lightning.lookup.room import note_lookup
 from recis_lightning.lookup.row_source import FetchedRows, OutputGradients
 from recis_lightning.ops import embedding_bag, hash_index
@@ -248,8 +251,10 @@ class LookupFunction(torch.autograd.Function):
         record: OutputRecord = ctx.record
         features, tensors, strides = present_gradients(gradients)
         check_passes(ctx, features)
-        given = dict(zip(features, tensors, strict=True)) if record.weighted else {}
-        by_feature = {feature: given[feature] for feature in record.weighted if feature in given}
+        by_feature: dict[int, Tensor] = {}
+        if record.weighted:
+            given = dict(zip(features, tensors, strict=True))
+            by_feature = {f: given[f] for f in record.weighted if f in given}
         trained = record.trained(features)
         if trained is not None:
             features, tensors = list(compress(features, trained)), list(compress(tensors, trained))
@@ -257,7 +262,7 @@ class LookupFunction(torch.autograd.Function):
         addresses = list(map(Tensor.data_ptr, tensors))
 
         def leave_gradients() -> list[Tensor | None]:
-            record.check_generations([*features, *by_feature])
+            record.check_generations([*features, *by_feature] if by_feature else features)
             record.return_gradients(features, addresses, strides, tensors)
             return record.weight_gradients(by_feature)
 
@@ -301,11 +306,11 @@ def present_gradients(
         tensors = [tensor.resolve_neg() for tensor in tensors]
     if set(map(_dtype, tensors)) - {torch.float32}:
         tensors = [tensor.float() for tensor in tensors]
-    strides = list(map(_stride, tensors))
-    if not all(inner == 1 for _, inner in strides):
+    outer, inner = zip(*map(_stride, tensors), strict=True) if tensors else ((), ())
+    if inner.count(1) < len(inner):
         tensors = [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in tensors]
-        strides = list(map(_stride, tensors))
-    return features, tensors, [4 * outer for outer, _ in strides]
+        outer, _ = zip(*map(_stride, tensors), strict=True)
+    return features, tensors, [4 * stride for stride in outer]
 
 
 def _weight_gradient(

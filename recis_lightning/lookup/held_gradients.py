@@ -13,18 +13,20 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
+from collections.abc import Callable
 from itertools import compress
 from operator import attrgetter
 from sys import getrefcount
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from recis_lightning import compiler
 
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 _base = attrgetter("_base")  # of a view, the tensor that it is a view of
 _NO_BASE = {id(None)}
 _BACKWARD = torch.autograd.backward.__code__
@@ -67,6 +69,27 @@ def copy_held_(gradients: list[Tensor]) -> None:
         for index, of in enumerate(bases):
             if id(of) in held_bases:
                 gradients[index] = gradients[index].clone()
+
+
+def once_differentiable(backward: _Backward) -> _Backward:
+    """Return a Function's ``backward`` as torch's decorator of that name does, with less to do.
+
+    A pass whose gradients nobody differentiates has no graph to keep out. Its gradients then have
+    as many references within as by torch's own; in one that makes a graph they have more, and are
+    copied.
+
+    Args:
+        backward: Takes the context and a gradient for each output.
+    """
+    guarded = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            return guarded(ctx, *gradients)
+        return backward(ctx, *gradients)
+
+    return wrapper  # type: ignore[return-value]
 
 
 def _given_memory() -> set[int]:
@@ -131,4 +154,4 @@ def expected_references() -> tuple[int, int]:
     return of_gradient, of_base
 
 
-__all__ = ["copy_held_", "expected_references"]
+__all__ = ["copy_held_", "expected_references", "once_differentiable"]

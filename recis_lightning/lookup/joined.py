@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recis_lightning import compiler
 from recis_lightning.jagged import Bags, FeatureBags
@@ -27,6 +26,7 @@ from recis_lightning.lookup.autograd import (
 )
 from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.group import LookupGroup, is_transferred, look_up_with
+from recis_lightning.lookup.held_gradients import once_differentiable
 from recis_lightning.ops.recycled_memory import RecycledMemory
 from recis_lightning.table.lock import distinct_locks, write
 

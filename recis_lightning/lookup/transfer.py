@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recis_lightning.jagged import FeatureBags
+from recis_lightning.lookup.held_gradients import once_differentiable
 
 
 def bags_from_device(bags: FeatureBags, device: torch.device) -> FeatureBags:

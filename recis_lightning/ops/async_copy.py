@@ -41,6 +41,8 @@ def copy_async_(target: Tensor, values: npt.NDArray[Any]) -> None:
 def _send(values: npt.NDArray[Any], device: torch.device, target: Tensor | None) -> Tensor:
     """Copy an array to ``target``, or to a new tensor on ``device``; return that."""
     if device.type == "cpu":
+        if target is not None and values.flags.writeable:
+            return target.copy_(torch.from_numpy(values))
         copied = torch.from_numpy(values.copy())
     elif values.nbytes <= _PART_BYTES and not is_captured(device):
         return _ring_of(device).send(values, device, target)
@@ -48,6 +50,8 @@ def _send(values: npt.NDArray[Any], device: torch.device, target: Tensor | None)
         copied = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
     if is_captured(device):
         _captured.append(copied)
+    if target is None and device.type == "cpu":
+        return copied
     return _copy(copied, device, target)
 
 

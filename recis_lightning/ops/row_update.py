@@ -41,7 +41,7 @@ class RowLayout:
     device: torch.device
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Gradients:
     """Gradients of one update call, sorted by row; made by ``sort_gradients``.
 

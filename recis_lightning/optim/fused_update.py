@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,11 +40,13 @@ class FusedUpdate:
 
     def __init__(self, tables: Sequence[HashTable], groups: Sequence[int]) -> None:
         self.tables, self.groups = list(tables), list(groups)
+        self._group = self.groups[0] if len(set(self.groups)) == 1 else None
         self.device = self.tables[0].device
         self._pending = list(map(_pending, self.tables))  # a table's is always the same list
         self._storages = [table.storage for table in self.tables]
         self._fields = [storage.header.fields for storage in self._storages]
         self._hyper = np.ones((len(self.tables), fields.HYPER_SIZE), np.float32)
+        self._columns = list(self._hyper.T)
         # Beside a GPU a copy of them travels with each plan.
         self._is_copied = self._storages[0].header.is_mirrored
         self._written: dict[int, float] = {}  # fields that have one value for all tables
@@ -51,7 +54,7 @@ class FusedUpdate:
         self._moves = -1  # of blocks, for which their addresses are right
         # Tables of features, as the last record listed them, and the first row of each.
         self._feature_tables: Sequence[object] = ()
-        self._feature_bases: list[int] = []
+        self._feature_bases: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def set_hyperparameters(
         self,
@@ -66,32 +69,31 @@ class FusedUpdate:
             clip: Bound of every element of a gradient.
             cow_clip: CowClip's r and zeta, for rules with ``COW_CLIP``.
         """
-        num_updates = self._num_updates = [fields.item(NUM_UPDATES) for fields in self._fields]
-        kinds = set(zip(self.groups, num_updates, strict=True))
-        alike: dict[tuple[int, int], slice | list[int]] = {}
-        if len(kinds) == 1:
-            alike[kinds.pop()] = slice(None)
+        num_updates = self._num_updates = [line.item(NUM_UPDATES) for line in self._fields]
+        common: dict[int, float] = {}
+        if num_updates.count(num_updates[0]) == len(num_updates) and self._group is not None:
+            common.update(hyperparameters(self._group, num_updates[0] + 1))
         else:
-            members: dict[tuple[int, int], list[int]] = defaultdict(list)
-            for index, kind in enumerate(zip(self.groups, num_updates, strict=True)):
-                members[kind].append(index)
-            alike.update(members)
-        common = {fields.HYPER_SCALE: 1.0, fields.HYPER_CLIP: clip}
+            self._set_apart(hyperparameters, num_updates)
+        common[fields.HYPER_SCALE], common[fields.HYPER_CLIP] = 1.0, clip
         common[fields.HYPER_COW_RATIO], common[fields.HYPER_COW_LEAST] = cow_clip
-        hyper, written = self._hyper, self._written
-        own = [
-            (tables, hyperparameters(group, count + 1)) for (group, count), tables in alike.items()
-        ]
-        if len(own) == 1:
-            common |= own.pop()[1]
+        columns, written = self._columns, self._written
         for field, value in common.items():  # most are as they were
             if written.get(field) != value:
-                hyper[:, field] = value
+                columns[field].fill(value)
                 written[field] = value
-        for tables, values in own:
-            for field, value in values.items():
-                hyper[tables, field] = value
-                written.pop(field, None)
+
+    def _set_apart(
+        self, hyperparameters: Callable[[int, int], dict[int, float]], num_updates: Sequence[int]
+    ) -> None:
+        """Write the hyperparameters of tables that differ in them."""
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, kind in enumerate(zip(self.groups, num_updates, strict=True)):
+            alike[kind].append(index)
+        for (group, count), tables in alike.items():
+            for field, value in hyperparameters(group, count + 1).items():
+                self._hyper[tables, field] = value
+                self._written.pop(field, None)
 
     def gradients(self) -> Gradients | None:
         """Join the pending gradients of the tables, and sort them by row."""
@@ -190,7 +192,9 @@ class FusedUpdate:
                 record.check_unchanged(self.tables[0].name)
                 if record.tables is not self._feature_tables:
                     self._feature_tables = ()
-                    self._feature_bases = [self._base_of[table] for table in record.tables]
+                    self._feature_bases = np.array(
+                        [self._base_of[table] for table in record.tables], np.int64
+                    )
                     self._feature_tables = record.tables
                 record.plan[:, fields.PLAN_FLAT_BASE] = self._feature_bases
                 self._kept = record.kept if record.rows.numel() else None

@@ -215,7 +215,8 @@ class TableUpdater:
             update.set_hyperparameters(hyperparameters, clip, self.cow_clip or (0.0, 0.0))
         if self.cow_clip is not None:
             rule += fields.COW_CLIP
-        scale, sorted_gradients = self._scale_of_pending(), dict[FusedUpdate, Gradients]()
+        scale = self._scale_of_pending()
+        sorted_gradients: dict[FusedUpdate, Gradients] = {}
         if self.clip_grad_norm is not None:
             scale, sorted_gradients = self._clip_norm(updates, self.clip_grad_norm, scale)
         for update in reversed(updates):  # what is sorted comes before what is sorted now

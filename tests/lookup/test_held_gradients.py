@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, hash_tables
+from recis_lightning import DynamicEmbedding, EmbeddingEngine, EmbeddingOption, Jagged, hash_tables
 from recis_lightning.initializers import Constant
 from recis_lightning.optim import SparseSGD
 
@@ -50,6 +50,13 @@ def backward_of_several(out):
     return held.fill_(7)
 
 
+def hook_of_a_pass_with_a_graph(out):
+    KEPT.clear()
+    out.register_hook(KEPT.append)
+    (out * torch.ones(4, requires_grad=True)).sum().backward(create_graph=True)
+    return KEPT[0].detach()
+
+
 def hook(out):
     KEPT.clear()
     out.register_hook(KEPT.append)
@@ -60,9 +67,11 @@ def hook(out):
 WAYS = [
     *(backward, backward_of_a_view, backward_with_a_view, backward_of_several, hook),
     *(backward_with_a_view_of_nothing_held, backward_with_memory_of_numpy),
+    hook_of_a_pass_with_a_graph,
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", [(12,), (3, 4)])
 def test_what_the_caller_holds_may_be_overwritten(way, shape):
@@ -174,3 +183,16 @@ def test_negated_views_keep_their_sign():
     module(IDS).backward(torch._neg_view(torch.ones(12, 4)))
     optimizer.step()
     assert (module.table.embeddings(IDS) == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_gradient_is_not_differentiated_again():
+    """Only the first derivative is known: torch says so, and does not take it for zero."""
+    engine = EmbeddingEngine({"bag": EmbeddingOption(4, mode="sum")})
+    SparseSGD(hash_tables(engine), lr=1.0)
+    weights = torch.ones(12, requires_grad=True)
+    factor = torch.ones(4, requires_grad=True)
+    batch = {"bag": Jagged(IDS, torch.tensor([0, 5, 12]), weights)}
+    (engine(batch)["bag"] * factor).sum().backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        weights.grad.sum().backward()

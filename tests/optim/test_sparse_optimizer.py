@@ -443,3 +443,49 @@ def test_a_bound_that_is_set_later_is_checked(name, bound):
     assert getattr(optimizer, name) == 2.0
     setattr(optimizer, name, None)
     assert getattr(optimizer, name) is None
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_step_is_not_recorded_and_leaves_the_mode_as_it_was(is_recorded, fails, monkeypatch):
+    module = DynamicEmbedding(4)
+    optimizer = SparseSGD([module.table], lr=0.1)
+    module(IDS).sum().backward()
+    modes, hyperparameters = [], optimizer.hyperparameters
+
+    def noted(group, num_updates):
+        modes.append(torch.is_grad_enabled())
+        if fails:
+            raise ValueError("as a schedule may")
+        return hyperparameters(group, num_updates)
+
+    monkeypatch.setattr(optimizer, "hyperparameters", noted)
+    with torch.set_grad_enabled(is_recorded):
+        if fails:
+            with pytest.raises(ValueError, match="as a schedule may"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert torch.is_grad_enabled() == is_recorded
+    assert modes == [False]
+
+
+def test_tables_that_differ_in_updates_or_groups_keep_their_own_hyperparameters():
+    """They go apart and come together again, and each has the bias correction of its own count."""
+    modules = [DynamicEmbedding(4, name=f"t{i}") for i in range(3)]
+    alone = [DynamicEmbedding(4, name=f"t{i}") for i in range(3)]
+    tables = [module.table for module in modules]
+    groups = [{"params": tables[:2], "lr": 0.1}, {"params": tables[2:], "lr": 0.3}]
+    optimizer = SparseAdam(groups)
+    others = [
+        SparseAdam([module.table], lr=lr) for module, lr in zip(alone, (0.1, 0.1, 0.3), strict=True)
+    ]
+    for used in ((0, 1, 2), (0, 2), (0, 1, 2), (1,), (0, 1, 2)):
+        for index in used:
+            for module in (modules[index], alone[index]):
+                module(IDS).square().sum().backward()
+        optimizer.step()
+        for index in used:
+            others[index].step()
+    for table, module in zip(tables, alone, strict=True):
+        assert torch.equal(table.embeddings(IDS), module.table.embeddings(IDS))

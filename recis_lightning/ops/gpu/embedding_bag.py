@@ -61,6 +61,7 @@ from recis_lightning.ops.gpu.runtime import (
 )
 from recis_lightning.ops.gpu.segments import take_staged_plan
 
+_SIXTEENS = bytes(range(0, 256, 16))
 _COLUMNS = 256  # at most at a time
 _CELLS = lanes(1024, 1 << 16)  # bags times columns of a program
 _LANES = lanes(128, 4096)  # ids that a program looks up at a time
@@ -330,8 +331,14 @@ def is_aligned(plan, row_bytes):
         plan: int64 [num_features, PLAN_SIZE].
         row_bytes: Bytes of one row that PLAN_DATA points to.
     """
-    bits = np.bitwise_or.reduce(plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1], axis=None)
-    return row_bytes % 16 == 0 and int(bits) % 16 == 0
+    numbers = plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1]
+    return row_bytes % 16 == 0 and are_sixteens(numbers)
+
+
+def are_sixteens(numbers):
+    """Tell whether all numbers, int64, are multiples of 16."""
+    # Of each the lowest byte, which is the first on hosts of GPUs: the quickest for few and many.
+    return not numbers.tobytes()[::8].translate(None, _SIXTEENS)
 
 
 @functools.cache
@@ -374,6 +381,7 @@ def write_rows_(header, rows, values):
 
 
 __all__ = [
+    "are_sixteens",
     "bag_ends",
     "find_and_gather",
     "gather",

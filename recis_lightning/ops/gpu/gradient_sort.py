@@ -12,9 +12,10 @@ import torch
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops.async_copy import copy_async_
 from recis_lightning.ops.gpu.embedding_bag import (
+    are_sixteens,
     bag_ends,
-    is_aligned,
     scale_of,
     share_of,
     split_plan,
@@ -203,7 +204,19 @@ def _traits_of(plan):
 
 
 class SortedGradients:
-    """Gradients on the device between sorting and updating.
+    """Gradients on the device between sorting and updating, and the memory that they are sorted in.
+
+    Other plans that differ in addresses alone may be sorted in the same memory, behind what was
+    launched for the one before: then all launches of a steady step have the same arguments.
+
+    Args:
+        plan: The first plan, as for ``ops.row_update.sort_gradients``, and so what follows.
+        blocks: Where the rows' blocks and their tables' hyperparameters are.
+        layout: Layout of the rows.
+        blocks_on_device: ``blocks`` on the device, or None.
+        hyper: Hyperparameters, or None.
+        traits: Of the plan.
+        is_scaled: Whether any gradient has a factor.
 
     Attributes:
         n: Number of positions.
@@ -212,102 +225,158 @@ class SortedGradients:
         wide: Whether keys are int64.
         sorted_addresses: Address of int64 [n], each key's gradient's address.
         sorted_scales: Address of float32 [n], each key's gradient's factor; 0 if all are 1.
-        pieces: int64 [num_pieces + 1], start of each piece and end of the last one; the
-            tensor is longer.
+        pieces: Address of int64 [num_pieces + 1], start of each piece and end of the last one.
         num_pieces: Address of int64 [1].
         blocks: int64 [num_blocks, 2].
         hypers: What is added to the second column of ``blocks`` for a table's hyperparameters.
         aligned: Whether all gradients lie at multiples of 16 bytes.
+        updates: Launches of ``ops.gpu.row_update``, by what else they depend on.
+        partial_sums: Memory of all these updates, float32.
     """
 
-    def __init__(self, plan, blocks, layout, blocks_on_device, hyper, kept):
+    def __init__(self, plan, blocks, layout, blocks_on_device, hyper, traits, is_scaled):
         self.device = device = layout.device
-        traits = None if kept is None else kept.get("traits")
-        if traits is None:
-            traits = _traits_of(plan)
-            if kept is not None:
-                kept["traits"] = traits
         self.n = n = traits.num_ids
-        self.num_rows = num_rows = len(blocks) << layout.block_shift
+        self.num_rows = len(blocks) << layout.block_shift
+        self.wide = self.num_rows >= 2**31 - 1
         self.blocks = stage(blocks, device) if blocks_on_device is None else blocks_on_device
-        self.aligned = is_aligned(plan, 4 * layout.embedding_dim)
-        self.wide = num_rows >= 2**31 - 1
+        self.updates, self.partial_sums = {}, None
+        self._hyper, self._is_scaled, self._stream = hyper, is_scaled, _stream_of(device)
+        self._is_ragged, self._dim_bytes = traits.is_ragged, 4 * layout.embedding_dim
+        self._num_programs = split_plan(plan, _BAGS)
+        self._first_chunks = plan[:, fields.PLAN_FIRST_CHUNK].copy()
+        sizes = plan.size, 0 if hyper is None else hyper.size // 2
+        self._values = np.empty(sum(sizes), np.int64)
+        self._plan = self._values[: plan.size].reshape(plan.shape)
+        # Views of what is sent and of hyperparameters: to make one takes as long as to use it.
+        self._chunks_to = self._plan[:, fields.PLAN_FIRST_CHUNK]
+        self._data = self._plan[:, fields.PLAN_DATA : fields.PLAN_DATA_STRIDE + 1]
+        if hyper is not None:
+            self._hyper_from = hyper.view(np.int64)
+            self._hyper_to = self._values[plan.size :].reshape(self._hyper_from.shape)
         dtype = torch.int64 if self.wide else torch.int32
-        if traits.is_ragged:
-            # Malformed offsets, which are reported later, may leave ids out: these have no row.
-            keys = torch.full((n,), num_rows, dtype=dtype, device=device)
-        else:
-            keys = torch.empty(n, dtype=dtype, device=device)
-        is_scaled = traits.has_means or any(plan[:, fields.PLAN_WEIGHTS].tolist())
-        # One allocation each for what the sort reads and what it leads to.
-        unsorted = torch.empty(n + (n + 1) // 2 * is_scaled, dtype=torch.int64, device=device)
-        addresses = unsorted.data_ptr()
-        scales = addresses + 8 * n if is_scaled else 0
-        num_programs = split_plan(plan, _BAGS)
-        address = self._send(plan, hyper)
-        _key_kernel.launch(
-            device,
-            num_programs,
-            address,
-            len(plan),
-            keys.data_ptr(),
-            addresses,
-            scales,
-            num_rows,
-            4 * layout.embedding_dim,
-            SCALED=is_scaled,
-            WIDE=self.wide,
-            BAGS=_BAGS,
-        )
-        self.keys, order = torch.sort(keys, stable=True)
-        self._split(order, unsorted, addresses, scales)
+        # Malformed offsets, which are reported later, may leave ids out: these have no row.
+        self._keys = torch.full((n,), self.num_rows, dtype=dtype, device=device)
+        self.keys = torch.empty(n, dtype=dtype, device=device)
+        self._order = torch.empty(n, dtype=torch.int64, device=device)
+        self._enter(plan)
+        self._sent = stage(self._values, device)
+        self._prepare_launches(len(plan))
+        self._launch()
 
-    def _send(self, plan, hyper):
-        """Send plan and hyperparameters in one copy; return where the plan is."""
-        if hyper is None:
-            self._sent, self.hypers = stage(plan, self.device), 0
-            return self._sent.data_ptr()
-        sent = np.empty(plan.size + hyper.size // 2, np.int64)
-        sent[: plan.size] = plan.reshape(-1)
-        sent[plan.size :] = hyper.view(np.int64).reshape(-1)
-        self._sent = stage(sent, self.device)
-        address = self._sent.data_ptr()
-        self.hypers, self._hyper_shape = address + 8 * plan.size, hyper.shape
-        return address
+    def sort(self, plan):
+        """Sort the positions of another plan."""
+        self._enter(plan)
+        copy_async_(self._sent, self._values)
+        if self._is_ragged:
+            self._keys.fill_(self.num_rows)
+        self._launch()
+
+    def fits(self, blocks_on_device, hyper, is_scaled):
+        """Return whether another plan, with the traits of the first, can be sorted here.
+
+        Args:
+            blocks_on_device: As for the first plan, and so what follows.
+            hyper: Hyperparameters.
+            is_scaled: Whether any gradient has a factor.
+        """
+        return (
+            self.blocks is blocks_on_device
+            and self._hyper is hyper
+            and self._is_scaled == is_scaled
+            and self._stream == _stream_of(self.device)
+        )
+
+    def num_bytes(self):
+        """Return the bytes of its memory, that of updates included."""
+        parts = self._keys, self.keys, self._order, self._memory
+        return sum(part.nbytes for part in parts) + 2 * -(-self.n // PIECE) * self._dim_bytes
+
+    def _enter(self, plan):
+        """Enter what is sent for a plan: all of it, and hyperparameters."""
+        self._plan[:] = plan
+        self._chunks_to[:] = self._first_chunks
+        if self._hyper is not None:
+            self._hyper_to[:] = self._hyper_from
+        self.aligned = self._dim_bytes % 16 == 0 and are_sixteens(self._data)
 
     @property
     def hyper(self):
         """Hyperparameters on the device, float32 [num_tables, HYPER_SIZE]."""
-        rows, columns = self._hyper_shape
-        return self._sent[-rows * columns // 2 :].view(torch.float32).view(rows, columns)
+        shape = self._hyper.shape
+        return self._sent[self._plan.size :].view(torch.float32).view(shape)
 
-    def _split(self, order, unsorted, addresses, scales):
-        n, programs = self.n, -(-self.n // _LANES)
-        # One allocation: the pieces, how many of them each program finds, addresses and scales.
-        size = 2 * n + programs + 2 + unsorted.numel() - n
-        self.pieces = torch.empty(size, dtype=torch.int64, device=self.device)
-        pieces = self.pieces.data_ptr()
-        counts = pieces + 8 * (n + 1)
+    def _prepare_launches(self, num_features):
+        n, is_scaled, programs = self.n, self._is_scaled, -(-self.n // _LANES)
+        # One allocation: the pieces, how many of them each program finds, and addresses and scales
+        # before they are sorted and after.
+        scale_words = (n + 1) // 2 * is_scaled
+        size = n + 1 + programs + 1 + 2 * (n + scale_words)
+        self._memory = torch.empty(size, dtype=torch.int64, device=self.device)
+        self.pieces = self._memory.data_ptr()
+        counts = self.pieces + 8 * (n + 1)
         self.num_pieces = counts + 8 * programs
-        self.sorted_addresses = self.num_pieces + 8
-        self.sorted_scales = self.sorted_addresses + 8 * n if scales else 0
-        where = (self.keys.data_ptr(), counts, n, self.num_rows)
-        constants = {"WIDE": self.wide, "PIECE": PIECE, "LANES": _LANES}
-        _count_pieces_kernel.launch(self.device, programs, *where, **constants)
-        add_up_(self.device, counts, programs)
-        _list_pieces_kernel.launch(
-            self.device,
-            programs,
-            *where,
-            pieces,
-            order.data_ptr(),
-            addresses,
-            self.sorted_addresses,
-            scales,
-            self.sorted_scales,
-            SCALED=scales != 0,
-            **constants,
+        addresses = self.num_pieces + 8
+        scales = addresses + 8 * n if is_scaled else 0
+        self.sorted_addresses = addresses + 8 * (n + scale_words)
+        self.sorted_scales = self.sorted_addresses + 8 * n if is_scaled else 0
+        sent = self._sent.data_ptr()
+        self.hypers = 0 if self._hyper is None else sent + 8 * self._plan.size
+        unsorted, dim_bytes = self._keys.data_ptr(), self._dim_bytes
+        self._key_numbers = (
+            *(self._num_programs, sent, num_features),
+            *(unsorted, addresses, scales, self.num_rows, dim_bytes),
+        )
+        self._key_constants = {"SCALED": is_scaled, "WIDE": self.wide, "BAGS": _BAGS}
+        self._counts = counts, programs
+        self._piece_numbers = programs, self.keys.data_ptr(), counts, n, self.num_rows
+        self._piece_constants = {"WIDE": self.wide, "PIECE": PIECE, "LANES": _LANES}
+        order = self._order.data_ptr()
+        self._list_numbers = (
+            *(*self._piece_numbers, self.pieces, order),
+            *(addresses, self.sorted_addresses, scales, self.sorted_scales),
         )
 
+    def _launch(self):
+        device = self.device
+        _key_kernel.launch(device, *self._key_numbers, **self._key_constants)
+        torch.sort(self._keys, stable=True, out=(self.keys, self._order))
+        constants = self._piece_constants
+        _count_pieces_kernel.launch(device, *self._piece_numbers, **constants)
+        add_up_(device, *self._counts)
+        _list_pieces_kernel.launch(device, *self._list_numbers, SCALED=self._is_scaled, **constants)
 
-__all__ = ["PIECE", "SortedGradients", "key_at"]
+
+_KEPT_BYTES = 1 << 24
+"""Memory that may be kept between steps. It saves the host time, which matters to small ones."""
+
+
+def sort_gradients(plan, blocks, layout, blocks_on_device, hyper, kept):
+    """Sort gradients as ``ops.row_update`` has it; return ``SortedGradients``."""
+    traits = None if kept is None else kept.get("traits")
+    if traits is None:
+        traits = _traits_of(plan)
+        if kept is not None:
+            kept["traits"] = traits
+    is_scaled = traits.has_means or any(plan[:, fields.PLAN_WEIGHTS].tolist())
+    found = None if kept is None else kept.get("sorted")
+    if found is not None and found.fits(blocks_on_device, hyper, is_scaled):
+        found.sort(plan)
+        return found
+    what = plan, blocks, layout, blocks_on_device, hyper, traits, is_scaled
+    if kept is None or blocks_on_device is None or hyper is None:
+        return SortedGradients(*what)
+    kept.pop("sorted", None)
+    with torch.inference_mode(False):  # tensors made in it could not be written to outside
+        made = SortedGradients(*what)
+    if made.num_bytes() <= _KEPT_BYTES:
+        kept["sorted"] = made
+    return made
+
+
+def _stream_of(device):
+    """Return the stream of a GPU on which kernels are launched now."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
+
+
+__all__ = ["PIECE", "key_at", "sort_gradients"]

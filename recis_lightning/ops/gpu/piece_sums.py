@@ -146,29 +146,23 @@ def num_groups_of(n):
     return -(-n // PIECE) // GROUP if n >= _MANY else 0
 
 
-def add_groups_(device, num_groups, keys, partial_sums, group_sums, num_rows, constants):
-    """Add the sums of each group of stretches up that one row has to itself, in one launch.
+def launch_of_groups(num_groups, keys, partial_sums, group_sums, num_rows, constants):
+    """Return the launch that adds the sums of each group of stretches up that one row has.
 
     Args:
-        device: Where they are.
         num_groups: From ``num_groups_of``.
         keys: Address of the sorted rows.
         partial_sums: Address of float32 [2 * num_stretches, dim], two sums a stretch.
         group_sums: Address of float32 [num_groups, dim]; written where a group has one row.
         num_rows: Key of positions without a row.
         constants: Of the update; those of ``_SHAPES`` are taken.
+
+    Returns:
+        The kernel, the number of programs and the kernel's numbers, and its constants.
     """
-    _add_groups_kernel.launch(
-        device,
-        num_groups,
-        keys,
-        partial_sums,
-        group_sums,
-        num_rows,
-        **{name: constants[name] for name in _SHAPES[0]},
-        SUMS=SUMS,
-        GROUP=GROUP,
-    )
+    own = {name: constants[name] for name in _SHAPES[0]}
+    numbers = num_groups, keys, partial_sums, group_sums, num_rows
+    return _add_groups_kernel, numbers, {**own, "SUMS": SUMS, "GROUP": GROUP}
 
 
-__all__ = ["GROUP", "SUMS", "add_groups_", "add_run", "count_run", "num_groups_of"]
+__all__ = ["GROUP", "SUMS", "add_run", "count_run", "launch_of_groups", "num_groups_of"]

@@ -10,9 +10,10 @@ always taken in the same order.
 import torch
 import triton.language as tl
 
+from recis_lightning.ops import device_memory
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops.gpu.embedding_bag import load_weights, store_weights
-from recis_lightning.ops.gpu.gradient_sort import PIECE, SortedGradients, key_at
+from recis_lightning.ops.gpu.gradient_sort import PIECE, key_at, sort_gradients
 from recis_lightning.ops.gpu.layout import (
     HYPER_CLIP,
     HYPER_COW_LEAST,
@@ -25,9 +26,9 @@ from recis_lightning.ops.gpu.layout import (
 from recis_lightning.ops.gpu.piece_sums import (
     GROUP,
     SUMS,
-    add_groups_,
     add_run,
     count_run,
+    launch_of_groups,
     num_groups_of,
 )
 from recis_lightning.ops.gpu.runtime import (
@@ -350,88 +351,90 @@ def _update_long_kernel(
         )
 
 
-def sort_gradients(plan, blocks, layout, blocks_on_device, hyper, kept):
-    return SortedGradients(plan, blocks, layout, blocks_on_device, hyper, kept)
-
-
 def scale_(gradients, scale):
     hyper = gradients.work.hyper
     hyper[:, fields.HYPER_SCALE] = scale.to(hyper.device)
 
 
+class _Update:
+    """Update of sorted gradients by one rule: its launches, and the memory that they need.
+
+    Args:
+        work: The sorted gradients; their ``aligned`` stays as it is.
+        layout: Layout of the rows.
+        rule: Update rule.
+        is_counted: Whether behind each gradient stands how many ids it is of, and the rule asks.
+    """
+
+    def __init__(self, work, layout, rule, is_counted):
+        n, device, dim = work.n, work.device, layout.embedding_dim
+        stretches, num_groups, columns = -(-n // PIECE), num_groups_of(n), power_of_two(dim)
+        size = (2 * stretches + num_groups) * dim
+        if work.partial_sums is None:
+            work.partial_sums = torch.empty(size, dtype=torch.float32, device=device)
+        partial_sums = work.partial_sums.data_ptr()
+        group_sums = partial_sums + 8 * stretches * dim
+        is_norm = rule == NORM.value
+        self.norms, norms = None, 0
+        if is_norm:
+            self.norms = device_memory.empty(n + stretches, torch.float32, device)
+            norms = self.norms.data_ptr()
+        constants = {
+            "RULE": rule if is_norm else rule % fields.COUPLED_DECAY,
+            "DECAYED": not is_norm and bool(rule & fields.COUPLED_DECAY),
+            "COW_CLIP": not is_norm and bool(rule & fields.COW_CLIP),
+            "COUNTED": is_counted,
+            "DIM": dim,
+            "COLUMNS": columns,
+            "BFLOAT16": layout.dtype is torch.bfloat16,
+            "ALIGNED": work.aligned
+            and layout.row_bytes % 16 == 0
+            and dim * layout.dtype.itemsize % 16 == 0,
+            "WIDE": work.wide,
+            "PIECE": PIECE,
+        }
+        keys, blocks = work.keys.data_ptr(), work.blocks.data_ptr()
+        rows = max(_CELLS // columns, 1)
+        numbers = (
+            min(-(-n // rows), num_programs_at_once(device, _ON_EACH)),
+            *(keys, work.sorted_addresses, work.sorted_scales, work.pieces, work.num_pieces),
+            *(blocks, work.hypers, partial_sums, norms),
+            *(n, layout.block_shift, layout.row_bytes),
+        )
+        scaled = {"SCALED": work.sorted_scales != 0, "ROWS": rows, "UNROLLED": _UNROLLED}
+        self._launches = [(_update_kernel, numbers, {**scaled, **constants})]
+        if num_groups:
+            where = num_groups, keys, partial_sums, group_sums, work.num_rows
+            self._launches.append(launch_of_groups(*where, constants))
+        long_numbers = (
+            (n - 1) // PIECE,  # no row goes on behind the last stretch
+            *(keys, work.sorted_addresses, blocks, work.hypers),
+            *(partial_sums, group_sums, num_groups, norms + 4 * n),
+            *(n, work.num_rows, layout.block_shift, layout.row_bytes),
+        )
+        long_constants = {"SUMS": SUMS, "GROUP": GROUP, **constants}
+        self._launches.append((_update_long_kernel, long_numbers, long_constants))
+        self._device = device
+
+    def launch(self):
+        """Launch it, once or again."""
+        if self.norms is not None:
+            self.norms.zero_()
+        for kernel_, numbers, constants in self._launches:
+            kernel_.launch(self._device, *numbers, **constants)
+
+
 def _launch(gradients, rule):
-    layout, work = gradients.layout, gradients.work
-    n, device = work.n, work.device
-    dim, columns = layout.embedding_dim, power_of_two(layout.embedding_dim)
-    stretches = -(-n // PIECE)
-    num_groups = num_groups_of(n)
-    size = (2 * stretches + num_groups) * dim
-    partial_sums = torch.empty(size, dtype=torch.float32, device=device)
-    group_sums = partial_sums.data_ptr() + 8 * stretches * dim
-    is_norm = rule == NORM.value
-    has_cow_clip = not is_norm and bool(rule & fields.COW_CLIP)
-    norms, at = None, 0
-    if is_norm:
-        norms = torch.zeros(n + stretches, dtype=torch.float32, device=device)
-        at = norms.data_ptr()
-    constants = {
-        "RULE": rule if is_norm else rule % fields.COUPLED_DECAY,
-        "DECAYED": not is_norm and bool(rule & fields.COUPLED_DECAY),
-        "COW_CLIP": has_cow_clip,
-        "COUNTED": has_cow_clip and gradients.is_counted,
-        "DIM": dim,
-        "COLUMNS": columns,
-        "BFLOAT16": layout.dtype is torch.bfloat16,
-        "ALIGNED": work.aligned
-        and layout.row_bytes % 16 == 0
-        and dim * layout.dtype.itemsize % 16 == 0,
-        "WIDE": work.wide,
-        "PIECE": PIECE,
-    }
-    rows = max(_CELLS // columns, 1)
-    _update_kernel.launch(
-        device,
-        min(-(-n // rows), num_programs_at_once(device, _ON_EACH)),
-        work.keys.data_ptr(),
-        work.sorted_addresses,
-        work.sorted_scales,
-        work.pieces.data_ptr(),
-        work.num_pieces,
-        work.blocks.data_ptr(),
-        work.hypers,
-        partial_sums.data_ptr(),
-        at,
-        n,
-        layout.block_shift,
-        layout.row_bytes,
-        SCALED=work.sorted_scales != 0,
-        ROWS=rows,
-        UNROLLED=_UNROLLED,
-        **constants,
-    )
-    if num_groups:
-        keys, sums = work.keys.data_ptr(), partial_sums.data_ptr()
-        add_groups_(device, num_groups, keys, sums, group_sums, work.num_rows, constants)
-    _update_long_kernel.launch(
-        device,
-        (n - 1) // PIECE,  # no row goes on behind the last stretch
-        work.keys.data_ptr(),
-        work.sorted_addresses,
-        work.blocks.data_ptr(),
-        work.hypers,
-        partial_sums.data_ptr(),
-        group_sums,
-        num_groups,
-        at + 4 * n,
-        n,
-        work.num_rows,
-        layout.block_shift,
-        layout.row_bytes,
-        SUMS=SUMS,
-        GROUP=GROUP,
-        **constants,
-    )
-    return norms
+    work = gradients.work
+    has_cow_clip = rule != NORM.value and bool(rule & fields.COW_CLIP)
+    is_counted = has_cow_clip and gradients.is_counted
+    key = rule, is_counted, work.aligned
+    update = work.updates.get(key)
+    if update is None:
+        update = _Update(work, gradients.layout, rule, is_counted)
+        work.updates[key] = update
+    update.launch()
+    return update.norms
 
 
 def squared_norm(gradients):
