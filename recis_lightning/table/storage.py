@@ -267,8 +267,8 @@ class Storage(TableMemory):
         return int(self.header.fields[STEP])
 
     @property
+    @override
     def keeps_last_seen(self) -> bool:
-        """Whether a policy asks for the step of each row's last training lookup."""
         return "last_seen" in self.kept_columns
 
     @property
