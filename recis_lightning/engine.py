@@ -238,6 +238,8 @@ class EmbeddingEngine(nn.Module):
         if self._unique:
             asked, inverses = map(list, zip(*map(self._deduplicate, groups, bags), strict=True))
         outputs = yield Asked(groups, asked)
+        if is_whole and len(groups) == 1 and not (bags[0].details or self._made):
+            return dict(zip(groups[0].layout.names, outputs[0], strict=True))
         embeddings: dict[str, Any] = dict.fromkeys(self.options)
         for group, parts, rows, inverse in zip(groups, bags, outputs, inverses, strict=True):
             names = group.layout.names
@@ -447,7 +449,7 @@ class EmbeddingEngine(nn.Module):
 
     def current_groups(self) -> list[LookupGroup]:
         """Return the groups of the features, as their tables are now."""
-        tables = list(self.tables._modules.values())
+        tables = list(self._modules["tables"]._modules.values())  # type: ignore[union-attr]
         if tables != self._grouped:  # somebody put another one in
             self._adopt_tables()
             self._groups, self._grouped = CurrentGroups(), tables
@@ -520,7 +522,7 @@ def _admits(policy: Admission | None) -> Literal["policy", "all", "none"]:
 
 def _by_name(features: Any) -> Mapping[str, Any]:
     """Return features as a mapping, whatever they came as."""
-    if isinstance(features, Mapping):
+    if type(features) is dict or isinstance(features, Mapping):
         return features
     if not all(hasattr(features, name) for name in ("keys", "values", "lengths")):
         raise TypeError(

@@ -335,7 +335,7 @@ def read_features(features: Mapping[str, Any], names: Sequence[str]) -> FeatureB
         features: Feature -> what ``read_bags`` takes.
         names: The features to read, in this order.
     """
-    given = [features[name] for name in names]
+    given: list[Any] = list(map(features.__getitem__, names))
     if (
         set(map(type, given)) == {Tensor}
         and set(map(Tensor.dim, given)) == {1}  # a nested one has two at least

@@ -72,15 +72,16 @@ class OutputRecord:
     Args:
         lookup: The lookup, whose tables are locked.
         weighted: Features whose weights ask for a gradient.
+        learns: What its ``learns`` returns.
     """
 
-    def __init__(self, lookup: Lookup, weighted: list[int]) -> None:
+    def __init__(self, lookup: Lookup, weighted: list[int], learns: bool) -> None:
         # Not the outputs: they hold the graph, which holds this.
-        self.lookup, self.weighted = lookup._replace(outputs=[]), weighted
+        self.lookup, self.weighted = Lookup(*lookup[:4], [], lookup.training), weighted
         layout = self.layout = lookup.layout
         # Of a table that was frozen in the forward pass, autograd would know nothing.
         self._trains = layout.trains() if lookup.training else [False]
-        self.hub: AnchorHub | None = layout.hub() if lookup.learns() else None
+        self.hub: AnchorHub | None = layout.hub() if learns else None
         self._is_own = lookup.fetched.is_own
         self._before = layout.removals()
         self._versions = list(map(lookup.fetched.version_of, weighted))
@@ -210,10 +211,12 @@ def record_lookup(lookup: Lookup) -> list[Tensor]:
     learns, weighted = lookup.learns(), lookup.weighted()
     if not weighted and not learns:
         return lookup.outputs
-    record = OutputRecord(lookup, weighted)
+    record = OutputRecord(lookup, weighted, learns)
     inputs = inputs_of([record])
-    recorded = LookupFunction.apply(lookup.outputs, record, *inputs)  # type: ignore[no-untyped-call]
-    return list(recorded)
+    apply: Any = LookupFunction.apply
+    if not weighted and not _transforms():
+        apply = _apply
+    return list(apply(lookup.outputs, record, *inputs))
 
 
 def inputs_of(records: Sequence[OutputRecord]) -> list[Tensor]:
@@ -268,6 +271,12 @@ class LookupFunction(torch.autograd.Function):
 
         of_weights = write(record.layout.current_locks(), leave_gradients)
         return (*[None] * (2 + ctx.num_leaves), *of_weights)
+
+
+# ``Function.apply`` without its preparation for torch.func: no input of ours comes from there where
+# no weights are recorded.
+_apply: Any = super(torch.autograd.Function, LookupFunction).apply
+_transforms: Any = torch._C._are_functorch_transforms_active
 
 
 def check_passes(ctx: Any, outputs: Sequence[int]) -> None:

@@ -38,7 +38,8 @@ class SizedLines(NamedTuple):
         offset_starts: Where each ragged feature's offsets start if all lie one after the other.
         offset_lasts: Where the last of each one's lies.
         ragged_sizes: n of each ragged feature.
-        kept: What a backend keeps for training lookups of these sizes, and for their updates.
+        kept: What is kept for lookups of these sizes, and for their updates; most of it by a
+            backend.
     """
 
     sizes: Sequence[int]
@@ -83,10 +84,16 @@ class SizedLines(NamedTuple):
 
     def segments(self, ids: Sequence[Tensor], training: bool) -> Segments:
         """Return segments for one lookup of ``ids``, which the caller keeps alive."""
-        segments = (self.training if training else self.evaluation).copy()
-        segments[:, SEGMENT_START] = self.starts
-        # Kernels count from the lookup's first id.
-        segments[:, SEGMENT_IDS] = list(map(Tensor.data_ptr, ids)) - 8 * self.starts
+        name = "training segments" if training else "evaluation segments"
+        sized = self.kept.get(name)
+        if sized is None:
+            sized = self.kept[name] = (self.training if training else self.evaluation).copy()
+            sized[:, SEGMENT_START] = self.starts
+            sized[:, SEGMENT_IDS] = -8 * self.starts  # kernels count from the lookup's first id
+            sized.flags.writeable = False
+        segments: Segments = sized.copy()
+        addresses = segments[:, SEGMENT_IDS]
+        addresses += list(map(Tensor.data_ptr, ids))
         return segments
 
     def point_to_rows(self, plan: Plan, rows: Tensor) -> None:

@@ -18,9 +18,6 @@ from torch import Tensor
 _SMALL_BYTES = 1 << 16  # an output up to here shares memory
 _SHARED_BYTES = 1 << 20
 
-# Tensors that share memory are views, with restrictions, only where this key is not excluded.
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
 
 class Columns(NamedTuple):
     """Columns of one tensor, in place of an output for each feature.
@@ -42,12 +39,21 @@ class Columns(NamedTuple):
         return self.tensor.stride(0) * self.tensor.element_size()
 
 
-def allocate_outputs(
-    counts: Sequence[int], widths: Sequence[int], prototype: Tensor
-) -> list[Tensor]:
-    """Allocate uninitialised outputs [counts[i], widths[i]] of the prototype's dtype and device."""
-    new_empty, item = prototype.new_empty, prototype.element_size()
-    outputs: list[Tensor] = []
+class OutputRun(NamedTuple):
+    """Neighbouring outputs that share an allocation.
+
+    Attributes:
+        shape: (rows, width) of the allocation.
+        counts: Rows of each output; one: the allocation is the output.
+    """
+
+    shape: tuple[int, int]
+    counts: list[int]
+
+
+def output_runs(counts: Sequence[int], widths: Sequence[int], item: int) -> list[OutputRun]:
+    """Return which outputs [counts[i], widths[i]], of ``item`` bytes a number, share memory."""
+    runs: list[OutputRun] = []
     first, total = 0, len(counts)
     while first < total:
         width, last = widths[first], first + 1
@@ -59,18 +65,21 @@ def allocate_outputs(
                     break
                 rows += counts[last]
                 last += 1
-        if last == first + 1:
-            outputs.append(new_empty((rows, width)))
-        else:
-            with (
-                torch._C._AutoDispatchBelowAutograd(),
-                torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
-            ):
-                outputs += torch.split_with_sizes(
-                    new_empty((rows, width)), list(counts[first:last])
-                )
+        runs.append(OutputRun((rows, width), list(counts[first:last])))
         first = last
+    return runs
+
+
+def allocate_outputs(runs: Sequence[OutputRun], prototype: Tensor) -> list[Tensor]:
+    """Allocate uninitialised outputs of the prototype's dtype and device."""
+    new_empty = prototype.new_empty
+    outputs: list[Tensor] = []
+    for shape, counts in runs:
+        if len(counts) == 1:
+            outputs.append(new_empty(shape))
+        else:  # "unsafe": its outputs are no views to autograd, which is what they must not be
+            outputs += torch.unsafe_split_with_sizes(new_empty(shape), counts)
     return outputs
 
 
-__all__ = ["Columns", "allocate_outputs"]
+__all__ = ["Columns", "OutputRun", "allocate_outputs", "output_runs"]

@@ -16,7 +16,7 @@ from recis_lightning.distributed.digest import digest
 from recis_lightning.distributed.nodes import nodes_of
 from recis_lightning.jagged import FeatureBags
 from recis_lightning.lookup.batch import Batch, SizedLines
-from recis_lightning.lookup.buffers import Columns, allocate_outputs
+from recis_lightning.lookup.buffers import Columns, allocate_outputs, output_runs
 from recis_lightning.ops import layout as fields
 from recis_lightning.ops import mapped_rows
 from recis_lightning.ops.embedding_bag import MODES, Plan
@@ -337,8 +337,12 @@ class FeatureLayout:
 
     def allocate(self, batch: Batch) -> tuple[list[Tensor], Plan]:
         """Return uninitialised outputs, and the plan that fills them once it points to rows."""
-        plan = batch.lines.plan.copy()
-        outputs = allocate_outputs(batch.lines.num_bags, self.widths, self._prototype)
+        lines = batch.lines
+        plan, runs = lines.plan.copy(), lines.kept.get("runs")
+        if runs is None:
+            runs = output_runs(lines.num_bags, self.widths, self.dtype.itemsize)
+            lines.kept["runs"] = runs
+        outputs = allocate_outputs(runs, self._prototype)
         plan[:, fields.PLAN_DATA] = list(map(Tensor.data_ptr, outputs))
         if batch.bags.details:
             batch.enter_arguments(plan)

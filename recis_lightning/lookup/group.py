@@ -33,16 +33,18 @@ from recis_lightning.lookup.batch import (
 )
 from recis_lightning.lookup.buffers import Columns
 from recis_lightning.lookup.features import FeatureLayout, listed
+from recis_lightning.lookup.local import LocalRows
 from recis_lightning.lookup.prepared import prepared_of
 from recis_lightning.lookup.row_source import PreparedIds, RowSource
 from recis_lightning.lookup.surroundings import Runner
 from recis_lightning.ops import backend, embedding_bag
+from recis_lightning.ops.embedding_bag import Plan
 from recis_lightning.table.lock import distinct_locks, read, write
 
 _Result = TypeVar("_Result")
 
 # For maps over hundreds of tables and tensors.
-_device, _is_cpu = map(attrgetter, ("device", "is_cpu"))
+_device, _is_cpu, _local = map(attrgetter, ("device", "is_cpu", "local"))
 
 
 class LookupGroup:
@@ -56,10 +58,12 @@ class LookupGroup:
     Attributes:
         process_group: Ranks that the tables are sharded over; None means all.
         num_ranks: Number of ranks that the group was made for.
+        local: The source of their rows if all are on this rank, else None.
     """
 
     def __init__(self, layout: FeatureLayout, rows: RowSource, runner: Runner) -> None:
         self.layout, self.rows, self.runner = layout, rows, runner
+        self.local = rows if isinstance(rows, LocalRows) else None
         self.process_group = layout.process_group
         self.num_ranks = collectives.world_size(self.process_group)
 
@@ -126,21 +130,35 @@ class LookupGroup:
                 ("none"), [B, dim] or [B, tile_len * dim] ("tile").
             prepared: As for ``RowSource.fetch``.
         """
-        layout = self.layout
-        layout.check_current()
-        outputs: list[Tensor] = []
-        if columns is None:
-            outputs, plan = layout.allocate(batch)
-        else:
-            plan = layout.fill_columns(batch, columns)
-        # A lookup inside a backward pass repeats one that was made: torch.utils.checkpoint's.
-        inserts = training and torch._C._current_graph_task_id() == -1
+        outputs, plan = self._allocate(batch, columns)
+        inserts = training and not _is_repeated()
         try:
             fetched = yield from self.rows.fetch(batch, plan, inserts, training, prepared)
         except embedding_bag.MalformedOffsetsError as error:
             self._raise_malformed(error.feature, batch.bags)
             raise
-        return Lookup(layout, batch, plan, fetched, outputs, training)
+        return Lookup(self.layout, batch, plan, fetched, outputs, training)
+
+    def look_up_at_once(
+        self, local: LocalRows, batch: Batch, training: bool, columns: Columns | None
+    ) -> Lookup:
+        """Look features up as ``look_up`` does, in rows that are all here: there are no pauses."""
+        outputs, plan = self._allocate(batch, columns)
+        inserts = training and not _is_repeated()
+        try:
+            fetched = local.fetch_at_once(batch, plan, inserts, training)
+        except embedding_bag.MalformedOffsetsError as error:
+            self._raise_malformed(error.feature, batch.bags)
+            raise
+        return Lookup(self.layout, batch, plan, fetched, outputs, training)
+
+    def _allocate(self, batch: Batch, columns: Columns | None) -> tuple[list[Tensor], Plan]:
+        """Return the outputs, none if there are columns to fill, and the plan that fills them."""
+        layout = self.layout
+        layout.check_current()
+        if columns is None:
+            return layout.allocate(batch)
+        return [], layout.fill_columns(batch, columns)
 
     def _check_devices(self, bags: FeatureBags) -> None:
         """Raise if a feature is not where its table is."""
@@ -208,6 +226,11 @@ class LookupGroup:
                 "precision '16-mixed' scales the loss, and its GradScaler cannot unscale the "
                 "gradients of tables; use precision='bf16-mixed' or '32-true'"
             )
+
+
+def _is_repeated() -> bool:
+    """Return whether a backward pass repeats a lookup that was made, as torch's checkpoints do."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _needs_gradient(bags: Bags) -> bool:
@@ -327,6 +350,16 @@ def _run_lookups(
     if len(groups) > 1 and any(group.layout.locks != locks for group in groups):
         locks = distinct_locks(lock for group in groups for lock in group.layout.locks)
     filled = [None] * len(groups) if columns is None else columns
+    local = groups[0].local
+    if local is not None:  # and so it is in all groups of a module
+
+        def look_up_here() -> _Result:
+            trains = repeat(training)
+            rows = map(_local, groups)
+            lookups = list(map(LookupGroup.look_up_at_once, groups, rows, batches, trains, filled))
+            return record(lookups)
+
+        return write(locks, look_up_here) if training else read(locks, look_up_here)
     exchange = partial(
         exchange_messages,
         doing=lambda: f"looks up tables {listed(_table_names(groups))}",

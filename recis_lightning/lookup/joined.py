@@ -180,9 +180,9 @@ def record_columns(lookups: Sequence[Lookup], columns: Sequence[Columns]) -> Ten
         return tensor
     recorded = []
     for lookup, filled in zip(lookups, columns, strict=True):
-        weighted = lookup.weighted()
-        if weighted or lookup.learns():
-            recorded.append((OutputRecord(lookup, weighted), filled.first))
+        weighted, learns = lookup.weighted(), lookup.learns()
+        if weighted or learns:
+            recorded.append((OutputRecord(lookup, weighted, learns), filled.first))
     if not recorded:
         return tensor
     inputs = inputs_of([record for record, _ in recorded])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from recis_lightning.ops.header import Header
 from recis_lightning.ops.layout import NUM_REJECTED, SEGMENT_START, UNKNOWN
 from recis_lightning.table.hash_table import HashTable
 from recis_lightning.table.pending_gradient import PendingGradient
+
+_readmissions = attrgetter("evictor.readmissions")  # for maps over hundreds of tables
 
 
 class LocalRows:
@@ -59,6 +62,12 @@ class LocalRows:
     ) -> Generator[None, None, FetchedLocalRows]:
         """Look ids up and fill the outputs, without a pause."""
         yield from ()
+        return self.fetch_at_once(batch, plan, training, learns)
+
+    def fetch_at_once(
+        self, batch: Batch, plan: Plan, training: bool, learns: bool
+    ) -> FetchedLocalRows:
+        """Do what ``fetch`` does, for a caller that has nothing else to do meanwhile."""
         layout, lines, ids = self._layout, batch.lines, batch.bags.ids
         if training and not self._is_prepared:
             embedding_bag.prepare_training(*layout.row_type)
@@ -72,7 +81,8 @@ class LocalRows:
         if fuses and embedding_bag.fuses(layout.device, training):
             rows = torch.empty(num_ids, dtype=torch.int64, device=layout.device)
             lines.point_to_rows(plan, rows)
-            if not embedding_bag.find_and_gather(plan, segments, training, *layout.row_type):
+            row_type, kept = layout.row_type, lines.kept
+            if not embedding_bag.find_and_gather(plan, segments, training, *row_type, kept):
                 if training:
                     tables = layout.storages
                     hash_index.note_known(segments, rows, tables, layout.segment_tables)
@@ -192,17 +202,20 @@ def find_or_insert_rows(
         shape = layout.embedding_dim, bfloat16
         row_init.init_rows_(rows, new, segments, *shape, lambda: _row_bytes(layout))
 
-    with ExitStack() as undo:
-        make_room = None
-        if layout.limited:
-            make_room = RoomMaker(layout, segments, ids, segment_tables, undo)
-        rows, new = hash_index.find_or_insert(
+    def find_or_insert(make_room: RoomMaker | None) -> tuple[Tensor, Tensor | None]:
+        return hash_index.find_or_insert(
             segments,
             *(num_ids, layout.storages, segment_tables, layout.device),
             *(occurrences, write_new, make_room),
             *(plan, layout.embedding_dim, kept),
         )
-    if new is not None and any(t.evictor.readmissions is not None for t in layout.tables):
+
+    if layout.limited:
+        with ExitStack() as undo:
+            rows, new = find_or_insert(RoomMaker(layout, segments, ids, segment_tables, undo))
+    else:
+        rows, new = find_or_insert(None)
+    if new is not None and set(map(_readmissions, layout.tables)) != {None}:
         _note_new(segments, ids, new, [layout.tables[table] for table in segment_tables])
     return rows, new
 

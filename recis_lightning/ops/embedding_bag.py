@@ -8,6 +8,8 @@ gradients of bags are never copied to one row per id.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -86,6 +88,7 @@ def find_and_gather(
     embedding_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    kept: dict[str, Any] | None = None,
 ) -> int:
     """Do what ``hash_index.find`` and ``gather`` do, in one pass over the ids.
 
@@ -98,6 +101,7 @@ def find_and_gather(
         embedding_dim: Weights in a row.
         dtype: Dtype of weights and outputs.
         device: Device of ids and outputs.
+        kept: As for ``hash_index.find_or_insert``.
 
     Returns:
         Number of ids without a row that are to be inserted; 0 unless training.
@@ -113,7 +117,7 @@ def find_and_gather(
     with backend.region("recis::find_and_gather", num_bytes):
         module = backend.module("embedding_bag", device)
         bfloat16 = dtype is torch.bfloat16
-        layout = (embedding_dim, bfloat16, device)
+        layout = (embedding_dim, bfloat16, device, kept)
         malformed, num_misses = module.find_and_gather(plan, segments, training, *layout)
     _check_offsets(plan, malformed)
     return int(num_misses)

@@ -231,7 +231,11 @@ def find_or_insert(
     with backend.region("recis::find_or_insert", lambda: traffic.of_find(num_ids)):
         module = backend.module("hash_index", device)
         check = None
-        has_policies = segments[:, SEGMENT_FLAGS].max(initial=0) >= CHECK_ADMISSION
+        has_policies = None if kept is None else kept.get("has_policies")
+        if has_policies is None:
+            has_policies = bool(segments[:, SEGMENT_FLAGS].max(initial=0) >= CHECK_ADMISSION)
+            if kept is not None:
+                kept["has_policies"] = has_policies
         if has_policies:
             check = admission.begin_check(
                 segments, num_ids, tables, segment_tables, device, occurrences

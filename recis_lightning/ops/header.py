@@ -8,7 +8,9 @@ bound of the insertions since, and waits for the device only when it needs exact
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,7 @@ from recis_lightning.ops.layout import (
 
 _COUNTS = slice(NUM_IDS, IS_FULL + 1)
 assert {NEXT_ROW, NUM_FREE, NUM_REJECTED} == set(range(NUM_IDS + 1, IS_FULL))
+_versions = itertools.count(1)
 
 
 class Header:
@@ -45,7 +48,11 @@ class Header:
         fields: int64 [HEADER_SIZE] that the host reads and writes. Beside a GPU its counts are
             those last received, and ``publish`` sends the other fields.
         is_mirrored: Whether ``fields`` is a copy of ``tensor``; else both are the same memory.
+        version: Number that grows when any header is published, or a device is asked for counts:
+            what was concluded from headers under another one may be out of date.
     """
+
+    version: ClassVar[int] = 0
 
     __slots__ = (
         "_free",
@@ -72,6 +79,11 @@ class Header:
         self._in_flight: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         self._free: int | None = None
 
+    @staticmethod
+    def advance_version() -> None:
+        """Declare out of date what was concluded from any header so far."""
+        Header.version = next(_versions)  # one that no other thread sets
+
     def copy(self) -> Header:
         """Return a copy for the host; its fields are not published."""
         copied = Header(self.device, self.is_mirrored)
@@ -82,6 +94,7 @@ class Header:
 
     def publish(self) -> None:
         """Send what the host wrote, except counts, to the device."""
+        Header.advance_version()
         if self.is_mirrored:
             self._free = None
             for part in (slice(0, _COUNTS.start), slice(_COUNTS.stop, HEADER_SIZE)):
@@ -90,6 +103,7 @@ class Header:
     def publish_counts(self) -> None:
         """Send the host's counts to the device; call ``read_counts`` before changing them."""
         if self.is_mirrored:
+            Header.advance_version()
             copy_async_(self.tensor[_COUNTS], self.fields[_COUNTS])
             self._unacknowledged, self._in_flight, self._free = 0, None, None
 
@@ -100,6 +114,7 @@ class Header:
             RuntimeError: An id found no entry in the index, nor any room for one.
         """
         if self.is_mirrored:
+            Header.advance_version()
             self._receive(self.tensor[_COUNTS].cpu().numpy())
             self._unacknowledged, self._in_flight, self._free = 0, None, None
         return self.fields
@@ -161,6 +176,7 @@ def watch_counts(headers: Sequence[Header]) -> None:
     watched = [header for header in headers if header.is_mirrored and header._in_flight is None]
     if not watched:
         return
+    Header.advance_version()  # what is noted from now on must not be of lookups before
     device = watched[0].device
     values, event = torch.stack([header.tensor[_COUNTS] for header in watched]), None
     if device.type != "cpu":

@@ -37,6 +37,11 @@ class TableMemory(ABC):
         """Give room in the index back that a small table did not need after all."""
 
     @property
+    def keeps_last_seen(self) -> bool:
+        """Whether rows have the step of their last training lookup; it never changes."""
+        return False
+
+    @property
     def num_lookups(self) -> int:
         """Number of training lookups that ``count_lookup`` counted."""
         return 0

@@ -264,8 +264,8 @@ class Storage(TableMemory):
         return step
 
     @property
+    @override
     def keeps_last_seen(self) -> bool:
-        """Whether a policy asks for the step of each row's last training lookup."""
         return "last_seen" in self.kept_columns
 
     @property

@@ -326,7 +326,7 @@ def gather(plan, embedding_dim, bfloat16, device):
     return _gather(plan, None, 0, embedding_dim, bfloat16, 0)[0]
 
 
-def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
+def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device, kept):
     """Return a feature with malformed offsets, or -1, and the number of misses; as the contract."""
     return _gather(plan, segments, training, embedding_dim, bfloat16, 1)
 

@@ -40,7 +40,12 @@ from recis_lightning.ops.gpu.layout import (
     TILE,
     UNKNOWN,
 )
-from recis_lightning.ops.gpu.offset_check import are_malformed, malformed_feature, new_flag
+from recis_lightning.ops.gpu.offset_check import (
+    any_offsets,
+    are_malformed,
+    malformed_feature,
+    new_flag,
+)
 from recis_lightning.ops.gpu.probe import row_of
 from recis_lightning.ops.gpu.row_io import copy_field
 from recis_lightning.ops.gpu.runtime import (
@@ -276,6 +281,10 @@ def _find_and_gather_kernel(
         tile += 1
 
 
+# Of offsets and weights up to the stride of the output: what lookups of the same sizes differ in.
+_ADDRESSES = slice(fields.PLAN_OFFSETS, fields.PLAN_DATA_STRIDE + 1)
+
+
 @functools.lru_cache(64)
 def _split(num_bags, bags_in_program):
     # A feature without bags has a program too, which checks its offsets.
@@ -295,9 +304,9 @@ def split_plan(plan, bags_in_program):
     return num_programs
 
 
-def split_for_gather(plan, embedding_dim):
-    """Split a plan as ``gather`` does; return the number of programs."""
-    return split_plan(plan, _tile(embedding_dim)[1])
+def chunks_of(plan, embedding_dim):
+    """Return the first program of each line of a plan of ``gather``, and how many there are."""
+    return _split(plan[:, fields.PLAN_NUM_BAGS].tobytes(), _tile(embedding_dim)[1])
 
 
 def gather(plan, embedding_dim, bfloat16, device):
@@ -305,16 +314,17 @@ def gather(plan, embedding_dim, bfloat16, device):
     lookup = take_staged_plan(plan)
     if lookup is None:
         num_programs, staged = split_plan(plan, bags_in_program), stage(plan, device)
-        address = staged.data_ptr()
+        address, has_offsets = staged.data_ptr(), any_offsets(plan)
     else:
-        num_programs, address = lookup.plan_programs, lookup.plan_address
-    malformed = new_flag(plan, device)
+        num_programs, address = lookup.split.plan_programs, lookup.plan_address
+        has_offsets = lookup.split.has_offsets
+    malformed, flag = new_flag(has_offsets, device)
     _gather_kernel.launch(
         device,
         num_programs,
         address,
         len(plan),
-        0 if malformed is None else malformed.data_ptr(),
+        flag,
         DIM=embedding_dim,
         BFLOAT16=bfloat16,
         ALIGNED=is_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
@@ -348,31 +358,64 @@ def _tile(embedding_dim):
     return columns, max(_CELLS // columns, 1)
 
 
-def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device):
+def find_and_gather(plan, segments, training, embedding_dim, bfloat16, device, kept):
     assert not training  # the host would have to wait to learn what is missing
-    columns, tile = _tile(embedding_dim)
-    lanes = max(_LANES, tile)
-    # As many tiles as make a lane an id, but enough programs to keep the device busy.
-    busy = sum(plan[:, fields.PLAN_NUM_BAGS].tolist()) // (tile * num_programs_at_once(device))
-    tiles = max(1, min(lanes // tile, busy))
-    num_programs = split_plan(plan, tile * tiles)
-    staged = stage(np.concatenate([plan, segments], 1), device)
-    malformed = new_flag(plan, device)
+    split = None if kept is None else kept.get("evaluation split")
+    if split is None:
+        split = _EvaluationSplit(plan, segments, embedding_dim, device)
+        if kept is not None:
+            kept["evaluation split"] = split
+    staged = stage(split.to_send(plan, segments), device)
+    malformed, flag = new_flag(split.has_offsets, device)
     _find_and_gather_kernel.launch(
         device,
-        num_programs,
+        split.num_programs,
         staged.data_ptr(),
         len(plan),
-        0 if malformed is None else malformed.data_ptr(),
-        tiles,
-        DIM=embedding_dim,
-        BFLOAT16=bfloat16,
+        flag,
+        split.tiles,
         ALIGNED=is_aligned(plan, embedding_dim * (2 if bfloat16 else 4)),
-        BAGS=tile,
-        COLUMNS=columns,
-        LANES=lanes,
+        BFLOAT16=bfloat16,
+        **split.constants,
     )
     return malformed_feature(plan, malformed), 0
+
+
+class _EvaluationSplit:
+    """Split into programs of lookups by ``find_and_gather`` that differ in addresses alone.
+
+    Args:
+        plan: int64 [num_features, PLAN_SIZE], of such a lookup.
+        segments: int64 [num_features, SEGMENT_SIZE].
+        embedding_dim: Weights in a row.
+        device: Where kernels run.
+
+    Attributes:
+        num_programs: Programs in all.
+        tiles: Tiles of bags that a program handles.
+        constants: Of the compilation.
+        has_offsets: Whether any feature has.
+    """
+
+    def __init__(self, plan, segments, embedding_dim, device):
+        columns, tile = _tile(embedding_dim)
+        lanes = max(_LANES, tile)
+        # As many tiles as make a lane an id, but enough programs to keep the device busy.
+        busy = sum(plan[:, fields.PLAN_NUM_BAGS].tolist()) // (tile * num_programs_at_once(device))
+        self.tiles = max(1, min(lanes // tile, busy))
+        lines = np.concatenate([plan, segments], 1)
+        self.num_programs = split_plan(lines, tile * self.tiles)
+        self._lines = lines
+        self.has_offsets = any_offsets(plan)
+        self.constants = {"DIM": embedding_dim, "BAGS": tile, "COLUMNS": columns, "LANES": lanes}
+
+    def to_send(self, plan, segments):
+        """Return what kernels read of a lookup, int64 [num_features, PLAN_SIZE + SEGMENT_SIZE]."""
+        lines = self._lines.copy()
+        lines[:, _ADDRESSES] = plan[:, _ADDRESSES]
+        lines[:, fields.PLAN_ROWS] = plan[:, fields.PLAN_ROWS]
+        lines[:, fields.PLAN_SIZE + fields.SEGMENT_IDS] = segments[:, fields.SEGMENT_IDS]
+        return lines
 
 
 def write_rows_(header, rows, values):
@@ -383,13 +426,13 @@ def write_rows_(header, rows, values):
 __all__ = [
     "are_sixteens",
     "bag_ends",
+    "chunks_of",
     "find_and_gather",
     "gather",
     "is_aligned",
     "load_weights",
     "scale_of",
     "share_of",
-    "split_for_gather",
     "split_plan",
     "store_weights",
     "write_rows_",

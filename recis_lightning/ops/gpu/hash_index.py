@@ -5,7 +5,7 @@ import triton.language as tl
 
 from recis_lightning.ops import device_memory
 from recis_lightning.ops import layout as fields
-from recis_lightning.ops.gpu.embedding_bag import split_for_gather
+from recis_lightning.ops.gpu.embedding_bag import chunks_of
 from recis_lightning.ops.gpu.hash_insert import (
     Workspace,
     claim,
@@ -44,13 +44,14 @@ from recis_lightning.ops.gpu.segments import (
     SEARCH_VARIANT,
     SEARCH_WARPS,
     VARIANT,
+    LookupSplit,
     StagedSegments,
     ids_at,
     note_missing,
     own_ids,
     stage_lookup,
 )
-from recis_lightning.ops.hash_index import Claim, point_to_rows
+from recis_lightning.ops.hash_index import Claim
 
 
 @kernel(
@@ -213,15 +214,17 @@ def find_or_insert(
 ):
     try:
         rows = torch.empty(num_ids, dtype=torch.int64, device=device)
-        num_programs = 0
+        split = None if kept is None else kept.get("split")
+        if split is None:
+            args = segments, num_ids, tables, segment_tables, plan
+            split = LookupSplit(*args, lambda plan: chunks_of(plan, dim))
+            if kept is not None:
+                kept["split"] = split
         if plan is not None:
-            point_to_rows(plan, rows)
-            num_programs = split_for_gather(plan, dim)
+            split.point(plan, rows)
         if not num_ids:
             return rows, None
-        staged = stage_lookup(
-            segments, num_ids, rows.device, tables, segment_tables, plan, num_programs, kept
-        )
+        staged = stage_lookup(segments, num_ids, rows.device, tables, plan, split)
         return rows, _insert(staged, rows, tables, check, claims)
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"a lookup of {num_ids} ids found no memory on {device}") from error
@@ -230,7 +233,8 @@ def find_or_insert(
 def _insert(staged, rows, tables, check, claims):
     # Where all ids fit, were they all new, unknown ids are claimed in the pass that finds rows.
     # Else the host, or the policy, must first learn which are missing.
-    free, short = tables_without_room(staged, tables)
+    is_noted = staged.split.allowance.take()
+    free, short = ([], []) if is_noted else tables_without_room(staged, tables)
     workspace = Workspace(rows.numel(), staged.num_programs, rows.device)
     claims_at_once, counted = not short and check is None, {}
     claims.append(Claim(tables, None))
@@ -240,7 +244,8 @@ def _insert(staged, rows, tables, check, claims):
     if short:
         counted = make_room(staged, rows, tables, short)
     new = insert_misses(staged, rows, workspace, claims_at_once, claims)
-    note_insertions(staged, tables, free, counted)
+    if not is_noted:
+        note_insertions(staged, tables, free, counted)
     return new
 
 

@@ -53,6 +53,8 @@ from recis_lightning.ops.gpu.segments import (
 from recis_lightning.ops.hash_index import Claim
 from recis_lightning.ops.header import watch_counts
 
+_SPARE = 4  # lookups for which there is room yet when the host asks for counts
+
 
 @device_function
 def claim(segment, header, slots, position, missing, LANES: tl.constexpr):
@@ -226,7 +228,7 @@ def _count_distinct(staged, rows, num_tables):
 def tables_without_room(staged, tables):
     """Return how many ids are sure to fit in each table, and which tables may lack room."""
     free = [table.guaranteed_free() for table in tables]
-    wanted = zip(staged.ids_to_insert, free, strict=True)
+    wanted = zip(staged.split.ids_to_insert, free, strict=True)
     return free, [i for i, (num_ids, num_free) in enumerate(wanted) if num_ids > num_free]
 
 
@@ -250,7 +252,7 @@ def make_room(staged, rows, tables, short):
     for i in short:
         tables[i].reserve_rows(counts[i])
     for i in short:
-        tables[i].reserve_headroom(counts[i], staged.ids_to_insert[i])
+        tables[i].reserve_headroom(counts[i], staged.split.ids_to_insert[i])
     return {i: counts[i] for i in short}
 
 
@@ -272,7 +274,7 @@ class Workspace:
         memory = torch.empty(
             2 * num_ids + LANES + num_programs + 1, dtype=torch.int64, device=device
         )
-        self.new, self._rest = memory[:num_ids], memory
+        self.new, self._rest = memory.narrow(0, 0, num_ids), memory
         self.slots = memory.data_ptr() + 8 * num_ids
         self.counts = self.slots + 8 * (num_ids + LANES)
 
@@ -304,7 +306,7 @@ def insert_misses(staged, rows, workspace, are_claimed, claims):
 
 
 def note_insertions(staged, tables, free, counted):
-    """Keep the host's bounds of what may have been inserted.
+    """Keep the host's bounds of what may have been inserted; note lookups ahead if there is room.
 
     Args:
         staged: The lookup's segments.
@@ -312,15 +314,20 @@ def note_insertions(staged, tables, free, counted):
         free: For each table, how many ids were sure to fit before.
         counted: Index of a table -> number of its new ids, for the tables where that is known.
     """
-    nearly_full = []
-    for i, (table, num_ids) in enumerate(zip(tables, staged.ids_to_insert, strict=True)):
+    nearly_full, ahead = [], staged.split.allowance.most_ahead()
+    for i, (table, num_ids) in enumerate(zip(tables, staged.split.ids_to_insert, strict=True)):
         if num_ids:
             inserted = counted.get(i, num_ids)
             table.header.note_insertion(inserted)
             num_free = table.guaranteed_free() if i in counted else free[i] - inserted
-            if 4 * num_ids > num_free:  # soon the host would have to wait
+            if _SPARE * num_ids > num_free:  # soon the host would have to wait
                 nearly_full.append(table.header)
+            ahead = min(ahead, num_free // num_ids - _SPARE) if table.header.is_mirrored else 0
     watch_counts(nearly_full)
+    if ahead > 0 and not nearly_full:
+        for table, num_ids in zip(tables, staged.split.ids_to_insert, strict=True):
+            table.header.note_insertion(ahead * num_ids)
+    staged.split.allowance.grant(ahead)
 
 
 __all__ = [

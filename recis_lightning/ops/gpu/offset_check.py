@@ -52,16 +52,17 @@ class _LateErrors(threading.local):
 _late_errors = _LateErrors()
 
 
-def new_flag(plan, device):
-    """Return where a kernel notes a feature with malformed offsets; None if none has offsets.
+def any_offsets(plan):
+    """Tell whether any line of a plan has offsets."""
+    return min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) < 0
 
-    Args:
-        plan: int64 [num_features, PLAN_SIZE].
-        device: Where the kernel runs.
-    """
-    if min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) >= 0:
-        return None
-    return torch.full((1,), -1, dtype=torch.int64, device=device)
+
+def new_flag(has_offsets, device):
+    """Return where a kernel notes a feature with malformed offsets, and its address; or None, 0."""
+    if not has_offsets:
+        return None, 0
+    flag = torch.full((1,), -1, dtype=torch.int64, device=device)
+    return flag, flag.data_ptr()
 
 
 def malformed_feature(plan, flag):
@@ -83,4 +84,4 @@ def malformed_feature(plan, flag):
     return -1
 
 
-__all__ = ["are_malformed", "malformed_feature", "new_flag"]
+__all__ = ["any_offsets", "are_malformed", "malformed_feature", "new_flag"]

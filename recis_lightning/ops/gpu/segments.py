@@ -4,12 +4,13 @@ A program handles some ids of one segment, one a lane.
 """
 
 import threading
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import triton.language as tl
 
 from recis_lightning.ops import layout as fields
+from recis_lightning.ops.gpu.allowance import Allowance
 from recis_lightning.ops.gpu.layout import (
     MISSING,
     SEGMENT_END,
@@ -83,32 +84,79 @@ def ids_at(segment, position, mask):
     return tl.load(int64_at(field(segment, SEGMENT_IDS) + 8 * position), mask, 0)
 
 
-class _Split(NamedTuple):
-    """Split of segments into programs, for all lookups that differ in addresses and times alone."""
+class LookupSplit:
+    """Split of a lookup into programs, for all lookups that differ in addresses and times alone.
 
-    lines: np.ndarray  # int64 [num_segments, STAGED_SEGMENT_SIZE]
-    num_programs: int
-    ids_to_insert: list  # for each table, how many ids, known and unknown, may need a row
-    has_policies: bool
+    Args:
+        segments: int64 [num_segments, SEGMENT_SIZE].
+        num_ids: n.
+        tables: The group's; none for a lookup that inserts nothing.
+        segment_tables: For each segment, the index of its table.
+        plan: int64 [num_features, PLAN_SIZE] to be sent with them, or None.
+        split_plan: Given a plan, returns the first program of each line, and how many there are.
 
+    Attributes:
+        allowance: Of these lookups.
+        num_programs: Programs that the segments are split into.
+        ids_to_insert: For each table, how many ids, known and unknown, it may have to insert.
+        has_offsets: Whether any line of the plan has.
+        plan_programs: Programs that the plan is split into.
+    """
 
-def _split(segments, num_ids, segment_tables, num_tables):
-    starts, flags = segments[:, fields.SEGMENT_START], segments[:, fields.SEGMENT_FLAGS]
-    lines = np.zeros((len(segments), STAGED_SEGMENT_SIZE.value), np.int64)
-    lines[:, : segments.shape[1]] = segments
-    lines[:, SEGMENT_END.value] = np.append(starts[1:], num_ids)
-    sizes = lines[:, SEGMENT_END.value] - starts
-    chunks = np.maximum(-(-sizes // LANES), 1)
-    lines[:, SEGMENT_END_CHUNK.value] = np.cumsum(chunks)
-    lines[:, SEGMENT_FIRST_CHUNK.value] = lines[:, SEGMENT_END_CHUNK.value] - chunks
-    lines[:, SEGMENT_TABLE.value] = segment_tables
-    last = {table: i for i, table in enumerate(segment_tables)}
-    lines[list(last.values()), SEGMENT_IS_LAST.value] = 1
-    inserted = np.where(flags & fields.INSERT, sizes, 0)
-    owners = np.array(segment_tables, np.int64)
-    ids_to_insert = np.bincount(owners, inserted, num_tables).astype(np.int64).tolist()
-    has_policies = bool(flags.max(initial=0) >= fields.CHECK_ADMISSION)
-    return _Split(lines, int(chunks.sum()), ids_to_insert, has_policies)
+    def __init__(self, segments, num_ids, tables=(), segment_tables=(), plan=None, split_plan=None):
+        count = len(segments)
+        starts, flags = segments[:, fields.SEGMENT_START], segments[:, fields.SEGMENT_FLAGS]
+        self._owners = list(segment_tables) or [0] * count
+        lines = np.zeros((count, STAGED_SEGMENT_SIZE.value), np.int64)
+        lines[:, : segments.shape[1]] = segments
+        lines[:, SEGMENT_END.value] = np.append(starts[1:], num_ids)
+        sizes = lines[:, SEGMENT_END.value] - starts
+        chunks = np.maximum(-(-sizes // LANES), 1)
+        lines[:, SEGMENT_END_CHUNK.value] = np.cumsum(chunks)
+        lines[:, SEGMENT_FIRST_CHUNK.value] = lines[:, SEGMENT_END_CHUNK.value] - chunks
+        lines[:, SEGMENT_TABLE.value] = self._owners
+        last = {table: i for i, table in enumerate(self._owners)}
+        lines[list(last.values()), SEGMENT_IS_LAST.value] = 1
+        inserted = np.where(flags & fields.INSERT, sizes, 0)
+        owners = np.array(self._owners, np.int64)
+        self.ids_to_insert = np.bincount(owners, inserted, len(tables)).astype(np.int64).tolist()
+        self._has_policies = bool(flags.max(initial=0) >= fields.CHECK_ADMISSION)
+        self.num_programs, self.count, self.size = int(chunks.sum()), count, lines.size
+        self.allowance = Allowance()
+        self._ids = slice(fields.SEGMENT_IDS, self.size, STAGED_SEGMENT_SIZE.value)
+        # What is sent: the lines, the flag of ``any_missing``, and the plan.
+        flag = int(not tables)  # whether an id may be missing; a lookup finds out
+        self._sent = np.append(lines.reshape(-1), flag)
+        self._keeps_last_seen = any(table.keeps_last_seen for table in tables)
+        self.plan_programs = 0
+        if plan is not None:
+            self._sent = np.append(self._sent, np.zeros(plan.size, np.int64))
+            self._first_chunks, self.plan_programs = split_plan(plan)
+            self._row_offsets = 8 * plan[:, fields.PLAN_FIRST_ID]
+            self.has_offsets = min(plan[:, fields.PLAN_BAG_LENGTH].tolist(), default=0) < 0
+
+    def point(self, plan, rows):
+        """Point the lines of such a plan to rows, int64 [n], and to their first programs."""
+        np.add(self._row_offsets, rows.data_ptr(), out=plan[:, fields.PLAN_ROWS])
+        plan[:, fields.PLAN_FIRST_CHUNK] = self._first_chunks
+
+    def to_send(self, segments, tables, plan):
+        """Return what kernels read of a lookup: lines, flag and plan."""
+        sent, size = self._sent.copy(), self.size
+        sent[self._ids] = segments[:, fields.SEGMENT_IDS]
+        if self._keeps_last_seen:
+            self._enter(sent, SEGMENT_STEP, [t.header.fields.item(fields.STEP) for t in tables])
+        if self._has_policies and tables:
+            self._enter(sent, SEGMENT_TIME, [t.header.fields.item(fields.TIME) for t in tables])
+            self._enter(sent, SEGMENT_LOOKUP, [t.num_lookups for t in tables])
+        if plan is not None:
+            sent[size + 1 :] = plan.reshape(-1)
+        return sent
+
+    def _enter(self, sent, field_number, numbers):
+        """Enter a number of each table into the lines of its segments."""
+        column = slice(field_number.value, self.size, STAGED_SEGMENT_SIZE.value)
+        sent[column] = [numbers[table] for table in self._owners]
 
 
 class StagedSegments:
@@ -119,89 +167,61 @@ class StagedSegments:
         num_ids: n.
         device: Where kernels read them.
         tables: The group's; none for a lookup that inserts nothing.
-        segment_tables: For each segment, the index of its table.
         plan: int64 [num_features, PLAN_SIZE] to be sent with them, or None.
-        plan_programs: Programs that it is split into.
-        kept: As for ``ops.hash_index.find_or_insert``.
+        split: Of such lookups; None makes it.
 
     Attributes:
         where: Address of int64 [num_segments, STAGED_SEGMENT_SIZE] and the flag of ``any_missing``
             on the device, and num_segments.
         flag: Address of the flag.
+        split: As given.
         num_programs: Programs that they are split into.
-        ids_to_insert: For each table, how many ids, known and unknown, it may have to insert.
         plan: As given.
-        plan_programs: As given.
         plan_address: Address of the plan on the device.
     """
 
-    def __init__(
-        self,
-        segments,
-        num_ids,
-        device,
-        tables=(),
-        segment_tables=(),
-        plan=None,
-        plan_programs=0,
-        kept=None,
-    ):
-        split = None if kept is None else kept.get("split")
-        if split is None:
-            owners = segment_tables or [0] * len(segments)
-            split = _split(segments, num_ids, owners, len(tables))
-            if kept is not None:
-                kept["split"] = split
-        lines = split.lines
-        count, size = len(lines), lines.size
-        sent = np.empty(size + 1 + (0 if plan is None else plan.size), np.int64)
-        own = sent[:size].reshape(lines.shape)
-        own[:] = lines
-        own[:, fields.SEGMENT_IDS] = segments[:, fields.SEGMENT_IDS]
-        if tables:
-            steps = [table.header.fields.item(fields.STEP) for table in tables]
-            own[:, SEGMENT_STEP.value] = [steps[table] for table in segment_tables]
-            if split.has_policies:
-                times = [table.header.fields.item(fields.TIME) for table in tables]
-                lookups = [table.num_lookups for table in tables]
-                own[:, SEGMENT_TIME.value] = [times[table] for table in segment_tables]
-                own[:, SEGMENT_LOOKUP.value] = [lookups[table] for table in segment_tables]
-        if plan is not None:
-            sent[size + 1 :] = plan.reshape(-1)
-        sent[size] = not tables  # whether an id may be missing; a lookup finds out
-        self.num_programs, self.ids_to_insert = split.num_programs, split.ids_to_insert
-        self._sent = stage(sent, device)
+    def __init__(self, segments, num_ids, device, tables=(), plan=None, split=None):
+        self.split = split = LookupSplit(segments, num_ids) if split is None else split
+        self.num_programs, self.plan = split.num_programs, plan
+        self._sent = stage(split.to_send(segments, tables, plan), device)
         address = self._sent.data_ptr()
-        self.where, self.plan, self.plan_address = (address, count), plan, address + 8 * size + 8
-        self.flag = address + 8 * size
-        self.plan_programs = plan_programs
+        self.where = address, split.count
+        self.flag = address + 8 * split.size
+        self.plan_address = self.flag + 8
 
 
 class _LastStaged(threading.local):
     """Segments that ``find_or_insert`` staged last, for later ops of the same lookup."""
 
-    key = staged = None
+    segments: Any = None
+    num_ids = device = staged = None
 
 
 _last = _LastStaged()
 
 
-def stage_lookup(segments, num_ids, device, tables, segment_tables, *plan_and_kept):
+def stage_lookup(segments, num_ids, device, tables, plan, split):
     """Stage the segments of a lookup, and keep them for later ops on the same segments."""
-    staged = StagedSegments(segments, num_ids, device, tables, segment_tables, *plan_and_kept)
-    _last.key, _last.staged = (segments.tobytes(), num_ids, device), staged
+    staged = StagedSegments(segments, num_ids, device, tables, plan, split)
+    _last.segments, _last.num_ids, _last.device, _last.staged = segments, num_ids, device, staged
     return staged
+
+
+def _is_last(segments, num_ids, device):
+    if _last.num_ids != num_ids or _last.device != device:
+        return False
+    return _last.segments is segments or _last.segments.tobytes() == segments.tobytes()
 
 
 def staged_lookup(segments, num_ids, device):
     """Return the segments of the lookup under way, with what they know of their tables."""
-    assert _last.key == (segments.tobytes(), num_ids, device)
+    assert _is_last(segments, num_ids, device)
     return _last.staged
 
 
 def staged_segments(segments, num_ids, device):
     """Return staged segments: those staged last, if they are the same ones."""
-    if _last.key == (segments.tobytes(), num_ids, device):
+    if _is_last(segments, num_ids, device):
         return _last.staged
     return StagedSegments(segments, num_ids, device)
 
@@ -221,6 +241,7 @@ __all__ = [
     "SEARCH_VARIANT",
     "SEARCH_WARPS",
     "VARIANT",
+    "LookupSplit",
     "StagedSegments",
     "any_missing",
     "ids_at",
