@@ -235,7 +235,7 @@ def _insert(staged, rows, tables, check, claims):
     # Else the host, or the policy, must first learn which are missing.
     is_noted = staged.split.allowance.take()
     free, short = ([], []) if is_noted else tables_without_room(staged, tables)
-    workspace = Workspace(rows.numel(), staged.num_programs, rows.device)
+    workspace = Workspace(rows, staged.num_programs)
     claims_at_once, counted = not short and check is None, {}
     claims.append(Claim(tables, None))
     _find(staged, rows, workspace.slots if claims_at_once else 0, True)

@@ -260,9 +260,8 @@ class Workspace:
     """Memory of an insertion, allocated before anything is claimed.
 
     Args:
-        num_ids: n.
+        rows: int64 [n], the rows of the insertion.
         num_programs: Programs that the ids are split into.
-        device: Where the ids are.
 
     Attributes:
         new: int64 [n], for the positions of the new ids' first occurrences.
@@ -270,12 +269,11 @@ class Workspace:
         counts: Address of int64 [num_programs + 1].
     """
 
-    def __init__(self, num_ids, num_programs, device):
-        memory = torch.empty(
-            2 * num_ids + LANES + num_programs + 1, dtype=torch.int64, device=device
-        )
-        self.new, self._rest = memory.narrow(0, 0, num_ids), memory
-        self.slots = memory.data_ptr() + 8 * num_ids
+    def __init__(self, rows, num_programs):
+        num_ids, new_empty = rows.numel(), rows.new_empty
+        # Not one allocation: to take a part of it would take torch as long as another one.
+        self.new, self._rest = new_empty(num_ids), new_empty(num_ids + LANES + num_programs + 1)
+        self.slots = self._rest.data_ptr()
         self.counts = self.slots + 8 * (num_ids + LANES)
 
 
