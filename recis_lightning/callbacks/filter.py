@@ -129,14 +129,13 @@ class HashTableFilterHook(Hook):
             for table in tables:
                 table.update_step()
             return
-        if self._targets.step != step:
-            self._targets = _Targets(step, [])
-        reached = self._targets.tables
-        for table, target in reached:
-            if table.step < target:
-                table.update_step()
-        for table in tables[len(reached) :] if reached else tables:
-            reached.append((table, table.step + 1))
+        if self._targets.step == step:  # this was interrupted
+            for table, target in self._targets.tables:
+                if table.step < target:
+                    table.update_step()
+            return
+        self._targets = _Targets(step, [(table, table.step + 1) for table in tables])
+        for table in tables:
             table.update_step()
 
     @property
@@ -228,7 +227,7 @@ class HashTableFilterHook(Hook):
 
 
 class _Targets(NamedTuple):
-    """Tables that a step has been counted for, and the step that each is to reach by it."""
+    """Tables that a step is counted for, and the step that each is to reach by it."""
 
     step: int
     tables: list[tuple[HashTable, int]]
