@@ -102,6 +102,35 @@ def test_groups_that_somebody_sets_are_dense():
     assert [len(part.param_groups) for part in (optimizer.dense, *optimizer.sparse)] == [2, 1]
 
 
+def test_groups_that_a_part_gets_itself_are_kept():
+    """By schedulers, states, and whatever comes to share the groups again."""
+    module, optimizer = dense_and_sparse()
+    late, extra = DynamicEmbedding(4, name="both"), nn.Parameter(torch.ones(2))
+    late.table.insert(IDS, torch.zeros(*IDS.shape, 4))
+    optimizer.sparse[0].add_param_group({"params": [late.table], "lr": 0.5})
+    optimizer.dense.add_param_group({"params": [extra], "lr": 0.25})
+
+    def step():
+        (module(IDS).sum() + late(IDS).sum() + extra.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    state = optimizer.state_dict()
+    assert [group["lr"] for group in state["param_groups"]] == [0.1, 0.2, 0.25, 0.5]
+    names = [group.get("name") for group in optimizer.param_groups]
+    assert names == [None, "both", None, "both-2"]
+    step()
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[3]["lr"] = 0.0  # as a scheduler does
+    before = late.table.embeddings(IDS)
+    step()
+    assert bool((before != 0).all())
+    assert torch.equal(late.table.embeddings(IDS), before)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    step()
+    assert [len(part.param_groups) for part in optimizer._parts] == [3, 2]
+
+
 def test_tables_are_not_added_twice_or_to_nobody():
     module, optimizer = dense_and_sparse()
     optimizer.add_param_group({"params": module[0].parameters()})  # there already
