@@ -348,3 +348,15 @@ def test_memory_is_pinned_part_by_part(monkeypatch):
     assert pinned.offsets.tolist() == (OFFSETS + 1).tolist()
     assert pinned.weights is None
     assert Jagged(VALUES, OFFSETS, VALUES.float()).pin_memory().weights[0] == 1
+
+
+def test_parts_that_do_not_fit_are_named():
+    lengths = torch.tensor([2, 5])
+    for values in ([1, 2, 3, 4, 5, 6, 7], torch.tensor(7)):
+        with pytest.raises(TypeError, match=r"values: expected a Tensor \[N, \.\.\.\], got"):
+            Jagged.from_lengths(values, lengths)
+    for count in (6, 8):
+        with pytest.raises(
+            ValueError, match=rf"weights: expected shape \[7\], .*, got \[{count}\]"
+        ):
+            Jagged.from_lengths(VALUES, lengths, torch.ones(count))

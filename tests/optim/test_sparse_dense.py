@@ -223,25 +223,3 @@ def test_a_dense_optimizer_that_needs_a_closure_is_refused():
     user, tower = DynamicEmbedding(4, name="user"), torch.nn.Linear(4, 1)
     with pytest.raises(TypeError, match=r"^dense: LBFGS evaluates the loss several times"):
         SparseDenseOptimizer(torch.optim.LBFGS(tower.parameters()), SparseSGD(hash_tables(user)))
-
-
-@pytest.mark.parametrize("part", ["both", "sparse"])
-def test_a_grad_scaler_is_refused_before_anything_changed(part):
-    """In a loop of one's own too: rows would move by gradients times the scale."""
-    module, whole = dense_and_sparse()
-    optimizer = whole if part == "both" else whole.sparse[0]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(module(IDS).sum()).backward()
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match="a GradScaler cannot unscale the gradients of tables"):
-        scaler.step(optimizer)
-    assert str(module.state_dict()) == str(before)
-    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
-    assert str(module.state_dict()) != str(before)
-
-
-def test_whoever_asks_for_fused_unscaling_is_told():
-    """Lightning asks for it wherever it clips, and has no scaler for bfloat16."""
-    _, whole = dense_and_sparse()
-    for optimizer in (whole, whole.sparse[0], copy.deepcopy(whole)):
-        assert optimizer._step_supports_amp_scaling is False
