@@ -10,7 +10,7 @@ def test_arguments_that_are_no_tensors_are_named():
     check_tensors(torch.ones(1), target=torch.ones(1), weights=None)
     with pytest.raises(TypeError, match="target: expected a Tensor, got list"):
         check_tensors(torch.ones(1), target=[1])
-    with pytest.raises(TypeError, match="preds: expected a floating point dtype, got torch.int64"):
+    with pytest.raises(TypeError, match="preds: expected a floating point dtype"):
         check_tensors(torch.ones(1).long())
     with pytest.raises(TypeError, match="preds: expected a floating point dtype, got None"):
         check_tensors(None)
