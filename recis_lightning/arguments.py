@@ -307,7 +307,8 @@ def check_bound(name: str, value: float, low: float = 0.0, high: float = math.in
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number {wanted}, got {value!r}")
     if not low <= value < high:
-        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
+        kind = "finite number" if low <= value == high else "number"
+        raise ValueError(f"{name}: expected a {kind} {wanted}, got {value!r}")
 
 
 def check_betas(betas: Any) -> None:

@@ -49,9 +49,9 @@ class Jagged(NamedTuple):
             weights: float32 [N], or None.
 
         Raises:
-            TypeError: ``lengths`` has another dtype.
-            ValueError: ``lengths`` has another shape or, where the host can see them without
-                waiting for a device, values that do not fit.
+            TypeError: ``lengths`` has another dtype, or ``values`` is no tensor of bags' values.
+            ValueError: ``lengths`` or ``weights`` has another shape or, where the host can see them
+                without waiting for a device, ``lengths`` has values that do not fit.
 
         Example:
             >>> Jagged.from_lengths(torch.tensor([4, 5, 6]), torch.tensor([2, 0, 1])).offsets
@@ -60,6 +60,14 @@ class Jagged(NamedTuple):
         lengths = check_ids(lengths, "lengths")
         if lengths.dim() != 1:
             raise ValueError(f"lengths: expected shape [B], got {tuple(lengths.shape)}")
+        if not isinstance(values, Tensor) or not values.dim():
+            got = "shape []" if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"values: expected a Tensor [N, ...], got {got}")
+        if weights is not None and weights.shape[:1] != values.shape[:1]:
+            raise ValueError(
+                f"weights: expected shape [{len(values)}], one for each value, got "
+                f"{list(weights.shape)}"
+            )
         if lengths.device.type == "cpu":
             least = int(lengths.min()) if lengths.numel() else 0
             if least < 0 or int(lengths.sum()) != values.shape[0]:

@@ -359,3 +359,15 @@ def test_a_method_of_tensors_says_how_to_get_one():
         bags.wieghts  # noqa: B018
     assert getattr(bags, "stride", None) is None
     assert copy.deepcopy(bags)[0].tolist() == pickle.loads(pickle.dumps(bags))[0].tolist() == [1, 2]
+
+
+def test_parts_that_do_not_fit_are_named():
+    lengths = torch.tensor([2, 5])
+    for values in ([1, 2, 3, 4, 5, 6, 7], torch.tensor(7)):
+        with pytest.raises(TypeError, match=r"values: expected a Tensor \[N, \.\.\.\], got"):
+            Jagged.from_lengths(values, lengths)
+    for count in (6, 8):
+        with pytest.raises(
+            ValueError, match=rf"weights: expected shape \[7\], .*, got \[{count}\]"
+        ):
+            Jagged.from_lengths(VALUES, lengths, torch.ones(count))

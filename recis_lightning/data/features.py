@@ -199,6 +199,8 @@ class Features(nn.Module):
         """
         if isinstance(data, pa.Table | pa.RecordBatch):
             data = {name: data.column(name) for name in data.schema.names}
+        if not hasattr(data, "keys"):
+            raise TypeError(f"data: expected values by column, got {type(data).__name__}")
         for column in self.columns:
             if isinstance(column, Label) and not {column.name, *column.sources} & set(data):
                 return self.without_labels().forward(data)
@@ -334,6 +336,8 @@ def features_of(columns: Sequence[Column] | None, features: Features | None) -> 
 
 
 def _check_columns(columns: Sequence[Column]) -> list[Column]:
+    if isinstance(columns, Column):
+        raise TypeError(f"columns: expected a list, got {columns!r}; write [{columns!r}]")
     columns = list(columns)
     wrong = [column for column in columns if not isinstance(column, Column)]
     if wrong or not columns:

@@ -124,6 +124,9 @@ def with_nulls(array: pa.Array) -> pa.Array:
 
 def _array_of(values: Any) -> pa.Array:
     """Return Python's values as an array; those that int64 does not have as uint64."""
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        # A string's letters would be rows.
+        raise TypeError(f"expected a list of values, one for each row, got {values!r:.100}")
     if isinstance(values, np.ndarray) and values.ndim == 2:
         values = list(values)  # a list for each row
     try:

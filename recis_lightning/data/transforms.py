@@ -112,7 +112,7 @@ class Bucketize(OneToOne):
         check_names(self.name, ("source", self.source))
         check_numbers("boundaries", self.boundaries)
         given = list(self.boundaries)
-        if not given or any(not a < b for a, b in pairwise(given)):
+        if not given or given[0] != given[0] or any(not a < b for a, b in pairwise(given)):
             raise ValueError(f"boundaries: expected at least one, ascending, got {given}")
 
     @override
@@ -188,6 +188,10 @@ class Clip(OneToOne):
         check_names(self.name, ("source", self.source))
         check_number("low", self.low)
         check_number("high", self.high)
+        for limit in ("low", "high"):
+            value = getattr(self, limit)
+            if value is not None and value != value:  # would make NaN of all numbers
+                raise ValueError(f"{limit}: expected a number or None, got {value}")
         if self.low is None and self.high is None:
             raise ValueError("low, high: expected at least one number, got None and None")
         if self.low is not None and self.high is not None and not self.low <= self.high:
@@ -249,6 +253,8 @@ class MultiHash(Transform):
 
     def __post_init__(self) -> None:
         check_names(self.name, ("source", self.source))
+        if not hasattr(self.num_buckets, "__len__"):
+            raise TypeError(f"num_buckets: expected a list of sizes, got {self.num_buckets!r}")
         if not 1 <= len(self.num_buckets) <= len(_MULTIPLIERS):
             raise ValueError(f"num_buckets: expected one to four sizes, got {self.num_buckets}")
         for size in self.num_buckets:

@@ -76,13 +76,7 @@ class SparseDenseOptimizer(Optimizer):
         self._group_parts = [
             part for part, optimizer in enumerate(self._parts) for _ in optimizer.param_groups
         ]
-        _name_apart(groups, len(dense.param_groups))
-        # The dense optimizer's defaults are not those of tables. Lightning's monitors read these
-        # two of every group, if one has them: tables without have none of either.
-        for group in groups[len(dense.param_groups) :]:
-            for name, none in (("betas", (0.0, 0.0)), ("weight_decay", 0.0)):
-                if name in dense.defaults:
-                    group.setdefault(name, none)
+        self._fit_in(groups, len(dense.param_groups))
         super().__init__(groups, {})
         self.defaults = dict(dense.defaults)
         self._share()
@@ -90,6 +84,16 @@ class SparseDenseOptimizer(Optimizer):
     @property
     def _parts(self) -> list[Optimizer]:
         return [self.dense, *self.sparse]
+
+    def _fit_in(self, groups: Sequence[dict[str, Any]], first: int) -> None:
+        """Give the groups of tables, from number ``first``, the names and entries of the whole."""
+        _name_apart(groups, first)
+        # The dense optimizer's defaults are not those of tables. Lightning's monitors read these
+        # two of every group, if one has them: tables without have none of either.
+        for group in groups[first:]:
+            for name, none in (("betas", (0.0, 0.0)), ("weight_decay", 0.0)):
+                if name in self.dense.defaults:
+                    group.setdefault(name, none)
 
     def _share(self) -> None:
         """Make the parts use this optimizer's groups and state: the same objects."""
@@ -119,9 +123,26 @@ class SparseDenseOptimizer(Optimizer):
 
     def _share_new_groups(self) -> None:
         """Share groups again if somebody has set or appended some."""
+        if sum(len(part.param_groups) for part in self._parts) > len(self._group_parts):
+            self._adopt_groups()
         groups, shared = self.param_groups, self._shared_groups
         if len(groups) != len(shared) or not all(map(is_, groups, shared)):
             self._share()
+
+    def _adopt_groups(self) -> None:
+        """Take up the groups that were added to a part itself: it would lose them."""
+        added = [
+            (part, group)
+            for part, optimizer in enumerate(self._parts)
+            for group in optimizer.param_groups[self._group_parts.count(part) :]
+        ]
+        self._share()
+        num_dense = len(self.param_groups) + sum(part == 0 for part, _ in added)  # come first
+        for part, group in added:
+            self.param_groups.append(group)
+            self._group_parts.append(part)
+        self._fit_in(self.param_groups, num_dense)
+        self._share()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the dense gradients and forget the sparse ones."""
@@ -151,6 +172,7 @@ class SparseDenseOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the dense part, and the groups' hyperparameters of all."""
+        self._share_new_groups()
         state = super().state_dict()
         groups = [
             group if part == 0 else {**group, "params": []}
@@ -160,6 +182,7 @@ class SparseDenseOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of all parts; rows and their state are in the module's state."""
+        self._share_new_groups()
         names = [group.get("name") for group in self.param_groups]
         groups = with_anchors(state_dict["param_groups"], self.param_groups)
         super().load_state_dict({**state_dict, "param_groups": groups})

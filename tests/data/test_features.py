@@ -24,6 +24,7 @@ from recis_lightning.data import (
     Mod,
     MultiHash,
     Number,
+    hash_strings,
 )
 from recis_lightning.distributed import collectives
 from tests.helpers.columnar_files import table_of, write_files
@@ -321,3 +322,22 @@ def test_ids_of_requests_may_be_unsigned():
     assert Features([Id("u")])({"u": [2**63 + 5]})["u"].tolist() == [5 - 2**63]
     with pytest.raises(ValueError, match="column 'u': expected integers of 64 bits"):
         Features([Id("u")])({"u": [2**64]})
+
+
+@pytest.mark.parametrize("value", ["Berlin", b"Berlin", 7])
+def test_a_value_in_the_place_of_a_list_is_refused(value):
+    """A string's letters were rows."""
+    city = Features([Id("city", hash="xxh64")])
+    with pytest.raises(
+        TypeError, match="column 'city': expected a list of values, one for each row"
+    ):
+        city({"city": value})
+    with pytest.raises(TypeError, match="expected a list of values"):
+        hash_strings(value)
+
+
+def test_no_lists_of_columns_and_no_records_are_refused():
+    with pytest.raises(TypeError, match=r"columns: expected a list, got Id\(.*; write \[Id\("):
+        Features(Id("user"))
+    with pytest.raises(TypeError, match="data: expected values by column, got list"):
+        Features([Id("user")])([7])

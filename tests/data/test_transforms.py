@@ -227,3 +227,17 @@ def test_ids_stay_exact():
         assert narrow({"u": ids})["m"].tolist() == [0, 1]
     with pytest.raises(TypeError, match=r"vocabulary: expected strings or ints, got \[1.5\]"):
         Lookup("u", [1.5])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Clip("a", math.nan), ValueError, "low: expected a number or None, got nan"),
+        (lambda: Clip("a", 0, math.nan), ValueError, "high: expected a number or None, got nan"),
+        (lambda: Bucketize("a", [math.nan]), ValueError, "boundaries: expected at least one, asc"),
+        (lambda: MultiHash("a", 3), TypeError, "num_buckets: expected a list of sizes, got 3"),
+    ],
+)
+def test_parameters_that_would_make_nonsense(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

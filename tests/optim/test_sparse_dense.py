@@ -102,6 +102,35 @@ def test_groups_that_somebody_sets_are_dense():
     assert [len(part.param_groups) for part in (optimizer.dense, *optimizer.sparse)] == [2, 1]
 
 
+def test_groups_that_a_part_gets_itself_are_kept():
+    """By schedulers, states, and whatever comes to share the groups again."""
+    module, optimizer = dense_and_sparse()
+    late, extra = DynamicEmbedding(4, name="both"), nn.Parameter(torch.ones(2))
+    late.table.insert(IDS, torch.zeros(*IDS.shape, 4))
+    optimizer.sparse[0].add_param_group({"params": [late.table], "lr": 0.5})
+    optimizer.dense.add_param_group({"params": [extra], "lr": 0.25})
+
+    def step():
+        (module(IDS).sum() + late(IDS).sum() + extra.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    state = optimizer.state_dict()
+    assert [group["lr"] for group in state["param_groups"]] == [0.1, 0.2, 0.25, 0.5]
+    names = [group.get("name") for group in optimizer.param_groups]
+    assert names == [None, "both", None, "both-2"]
+    step()
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[3]["lr"] = 0.0  # as a scheduler does
+    before = late.table.embeddings(IDS)
+    step()
+    assert bool((before != 0).all())
+    assert torch.equal(late.table.embeddings(IDS), before)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    step()
+    assert [len(part.param_groups) for part in optimizer._parts] == [3, 2]
+
+
 def test_tables_are_not_added_twice_or_to_nobody():
     module, optimizer = dense_and_sparse()
     optimizer.add_param_group({"params": module[0].parameters()})  # there already
@@ -194,25 +223,3 @@ def test_a_dense_optimizer_that_needs_a_closure_is_refused():
     user, tower = DynamicEmbedding(4, name="user"), torch.nn.Linear(4, 1)
     with pytest.raises(TypeError, match=r"^dense: LBFGS evaluates the loss several times"):
         SparseDenseOptimizer(torch.optim.LBFGS(tower.parameters()), SparseSGD(hash_tables(user)))
-
-
-@pytest.mark.parametrize("part", ["both", "sparse"])
-def test_a_grad_scaler_is_refused_before_anything_changed(part):
-    """In a loop of one's own too: rows would move by gradients times the scale."""
-    module, whole = dense_and_sparse()
-    optimizer = whole if part == "both" else whole.sparse[0]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(module(IDS).sum()).backward()
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match="a GradScaler cannot unscale the gradients of tables"):
-        scaler.step(optimizer)
-    assert str(module.state_dict()) == str(before)
-    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
-    assert str(module.state_dict()) != str(before)
-
-
-def test_whoever_asks_for_fused_unscaling_is_told():
-    """Lightning asks for it wherever it clips, and has no scaler for bfloat16."""
-    _, whole = dense_and_sparse()
-    for optimizer in (whole, whole.sparse[0], copy.deepcopy(whole)):
-        assert optimizer._step_supports_amp_scaling is False
