@@ -342,6 +342,11 @@ def find_files(paths: str | Sequence[str]) -> list[tuple[Any, str]]:
             raise FileNotFoundError(f"paths: no file matches {pattern.text!r}{advice}")
         for name in names:
             if not name.endswith(FORMATS):
-                raise ValueError(f"paths: expected names that end in {FORMATS}, got {name!r}")
+                advice = ""
+                if pattern.system.get_file_info(name).type is fs.FileType.Directory:
+                    advice = f", a folder: its files are {name.rstrip('/') + '/*' + FORMATS[0]!r}"
+                raise ValueError(
+                    f"paths: expected names that end in {FORMATS}, got {name!r}{advice}"
+                )
             found.setdefault(pattern.file_at(name), (pattern.system, name))
     return list(found.values())

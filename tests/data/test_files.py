@@ -123,3 +123,9 @@ def test_other_bad_arguments(tmp_path):
     (tmp_path / "part-0.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="paths: none of the files"):
         FileSet(str(tmp_path / "part-0.parquet"), FileReader(["row"]), on_bad_file="skip")
+
+
+def test_a_folder_is_told_how_its_files_are_written(tmp_path):
+    (tmp_path / "day").mkdir()
+    with pytest.raises(ValueError, match=r"got '.*day', a folder: its files are '.*day/\*\.parq"):
+        find_files(str(tmp_path / "day"))
