@@ -140,9 +140,9 @@ def named_classes(node):
 
 
 def class_named(class_path):
-    """Return a class by its path, or one of ours by its name alone."""
+    """Return a class by its path, or one of ours or a callback of Lightning by its name alone."""
     module, _, name = class_path.rpartition(".")
-    modules = [module] if module else PUBLIC
+    modules = [module] if module else [*PUBLIC, "lightning.pytorch.callbacks"]
     found = [getattr(import_module(module), name, None) for module in modules]
     return next(filter(None, found), None)
 

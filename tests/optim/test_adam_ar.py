@@ -114,7 +114,7 @@ def test_rows_of_another_adam_go_on():
 def test_wrong_alpha(alpha):
     """The error names the argument and what it got; the table stays free."""
     module = DynamicEmbedding(DIM, name="free")
-    with pytest.raises(ValueError, match="alpha: expected a number"):
+    with pytest.raises(ValueError, match="alpha: expected a "):
         SparseAdamAR(hash_tables(module), alpha=alpha)
     assert module.table.optimizer is None
 
