@@ -17,9 +17,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Peers of the benchmarks, and what they need. --no-deps: they must not change torch's version.
 PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
 	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
-# A worker a core, but no more than four: many tests start processes of their own.
+# A worker more than cores, since a quarter of the time is waiting, but no more than four: many tests start processes of
+# their own.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS := $(shell expr $(CORES) + 1)
 # Bytecode is kept, or each process that a test starts would compile the package anew.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # How long and from which seed on "make fuzz" looks for faults.
 MINUTES ?= 10
