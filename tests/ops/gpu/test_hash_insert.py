@@ -68,7 +68,7 @@ def test_no_memory_in_an_insertion_changes_nothing(admission):
             for each in patches:
                 each.start()
             try:
-                with pytest.raises(errors, match="no memory|out of memory"):
+                with pytest.raises(errors, match=r"no memory|out of memory"):
                     module(torch.arange(10, 30).repeat(2))
             except pytest.fail.Exception:  # it has fewer allocations
                 break
