@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from recis_lightning.cli.places import lines_of
+from recis_lightning.cli.places import classless, lines_of
 from recis_lightning.close_names import closest
 
 _SHOWN = 80  # characters of a value
@@ -153,6 +153,13 @@ def of_files(paths: Sequence[str], mistake: Mistake) -> Mistake:
             return Mistake(
                 f"{path}: expected settings such as 'trainer: {{max_epochs: 1}}', got {got}",
                 "recis-lightning fit --print_config prints a file with all settings",
+            )
+        if (alone := classless(text)) and "the class_path of" not in mistake.message:
+            first, example = alone[0], f"{alone[0].keys[0]}: ..."
+            return Mistake(
+                f"{path}, line {first.line}: the class_path of {', '.join(first.keys)} is missing",
+                "write the class beside its arguments, as in "
+                f"{{class_path: {first.sibling}, init_args: {{{example}}}}}",
             )
         lines += [(path, n, line) for n, line in enumerate(text.splitlines(), 1)]
     words = [re.compile(rf"(?<![\w.]){re.escape(word)}(?![\w.])") for word in mistake.words]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-__all__ = ["lines_of", "place_of", "place_of_value"]
+__all__ = ["Classless", "classless", "lines_of", "place_of", "place_of_value"]
 
 _TRANSFORM = re.compile(r"transform (\w+) ('.*?'):")  # begins what is wrong with one
 
@@ -34,6 +34,45 @@ def lines_of(text: str, key: str, owner: str) -> list[int]:
     """
     found = _settings_of(yaml.compose(text, Loader=yaml.SafeLoader), (), "")
     return [one.line for one in found if one.keys[-1] == key and one.owner == owner]
+
+
+class Classless(NamedTuple):
+    """Member of a list without a class, beside one with a class.
+
+    Attributes:
+        line: Where it begins.
+        keys: Its own.
+        sibling: Class of the other.
+    """
+
+    line: int
+    keys: list[str]
+    sibling: str
+
+
+def classless(text: str) -> list[Classless]:
+    """Return the members of lists in settings that have no ``class_path`` where others have one.
+
+    Args:
+        text: Content of a file.
+    """
+    return list(_classless_below(yaml.compose(text, Loader=yaml.SafeLoader)))
+
+
+def _classless_below(node: Any) -> Iterable[Classless]:
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    if isinstance(node, yaml.SequenceNode):
+        members = [
+            (part, {key.value: value for key, value in part.value})
+            for part in parts
+            if isinstance(part, yaml.MappingNode)
+        ]
+        classes = [keys["class_path"].value for _, keys in members if "class_path" in keys]
+        for part, keys in members:
+            if classes and keys and "class_path" not in keys:
+                yield Classless(part.start_mark.line + 1, list(keys), classes[0])
+    for part in parts:
+        yield from _classless_below(part[1] if isinstance(part, tuple) else part)
 
 
 def place_of(

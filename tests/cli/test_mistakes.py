@@ -109,3 +109,13 @@ def test_of_several_settings_that_a_class_lacks_the_first_is_named(tmp_path):
     )
     mistake = of_files([str(path)], of_parser(text, [], []))
     assert mistake.message.startswith(f"{path}, line 3: data.columns: Label: default: there is no")
+
+
+def test_a_member_of_a_list_that_lacks_its_class_is_named_first(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("columns:\n- {class_path: Id, init_args: {name: user}}\n- {name: item}\n")
+    mistake = of_files([str(path)], Mistake("columns: expected Features, got a dict"))
+    assert mistake.message == f"{path}, line 3: the class_path of name is missing"
+    assert mistake.hint.endswith("as in {class_path: Id, init_args: {name: ...}}")
+    known = Mistake("columns: the class_path of name is missing")
+    assert of_files([str(path)], known) == known

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recis_lightning.cli.places import lines_of, place_of, place_of_value
+from recis_lightning.cli.places import classless, lines_of, place_of, place_of_value
 
 SETTINGS = """\
 trainer:
@@ -126,3 +126,10 @@ def test_lines_of_settings_of_a_class():
     assert lines_of(DATA, "default", "Label") == [14, 15]
     assert lines_of(DATA, "default", "Number") == [16]
     assert lines_of(DATA, "default", "Id") == []
+
+
+def test_members_of_a_list_that_lack_the_class_that_others_have():
+    text = "a:\n  - {class_path: Id, init_args: {name: user}}\n  - {name: item, hash: xxh64}\n"
+    assert classless(text) == [(3, ["name", "hash"], "Id")]
+    fine = "a: [{class_path: Id}, Id, 3, {class_path: Label}]\nb: [{c: 1}, {d: 2}]\ne: {f: 1}\n"
+    assert classless(fine) == []
