@@ -17,12 +17,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Peers of the benchmarks, and what they need. --no-deps: they must not change torch's version.
 PEERS := fbgemm-gpu-cpu==1.8.0 ninja torchrec==1.9.2 tensordict pyvers orjson cloudpickle iopath \
 	portalocker pyre-extensions typing-inspect mypy-extensions importlib-metadata zipp
-# A worker more than cores, since a quarter of the time is waiting, but no more than four: many tests start processes of
-# their own.
-CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-WORKERS := $(shell expr $(CORES) + 1)
+# Many tests start processes of their own: no more than four workers. The quick tests run a worker more than cores, since
+# a quarter of their time is waiting; those that kill runs count seconds, and are not crowded.
 # Bytecode is kept, or each process that a test starts would compile the package anew.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --maxprocesses 4 --dist worksteal
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # How long and from which seed on "make fuzz" looks for faults.
 MINUTES ?= 10
@@ -63,10 +62,10 @@ serve-demo: $(STAMP)
 	@TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m examples.serving.demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses $(shell expr $(CORES) + 1) -m "not slow"
 
 test-all: $(STAMP)
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) --numprocesses auto -m "slow or not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

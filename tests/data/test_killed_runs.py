@@ -16,6 +16,7 @@ def found_by(*args):
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.strip(), done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
